@@ -1,0 +1,5 @@
+"""The one exception that means "the user can mend this": one line, exit code 2, no traceback."""
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave. The message names the key or file, the value and the remedy."""

@@ -1,0 +1,61 @@
+"""Counter-based randomness: every draw is a pure function of integers, so nothing about it needs saving.
+
+A *key* is 64 bits made from a tuple of integers with `hash64`; the n-th draw of a key is
+`uniform(key, n)`. The functions are compiled with numba and are called from kernels and from Python alike.
+The mixing function is the finaliser of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014).
+"""
+
+import numpy as np
+from numba import njit
+
+# What a key is for is one of its words, so that two uses with the same seed never share a stream.
+ORDER, VIEWS, INIT, HOLDOUT = 1, 2, 3, 4
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_ODD = np.uint64(0xD1342543DE82EF95)
+
+
+@njit(inline="always", cache=True)
+def mix64(z):
+    """SplitMix64's finaliser: a bijection of 64-bit integers that spreads every input bit."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@njit(inline="always", cache=True)
+def fold(key, word):
+    """A new key from `key` and one more integer. `fold(fold(k, a), b)` differs from `fold(fold(k, b), a)`."""
+    return mix64(key * _ODD + mix64(np.uint64(word) + _GOLDEN))
+
+
+@njit(inline="always", cache=True)
+def uniform(key, n):
+    """The n-th draw of `key`: float64 in [0, 1), 53 random bits."""
+    return np.float64(mix64(key + np.uint64(n + 1) * _GOLDEN) >> np.uint64(11)) * (1.0 / 9007199254740992.0)
+
+
+@njit(cache=True, nogil=True)
+def _draws(key, count):
+    out = np.empty(count, np.uint64)
+    for n in range(count):
+        out[n] = mix64(key + np.uint64(n + 1) * _GOLDEN)
+    return out
+
+
+@njit(cache=True)
+def _fold(key, word):
+    return fold(key, word)
+
+
+def hash64(*words: int) -> np.uint64:
+    """The key of a tuple of integers (each taken modulo 2**64)."""
+    key = np.uint64(0)
+    for word in words:
+        key = np.uint64(_fold(key, np.uint64(int(word) & 0xFFFFFFFFFFFFFFFF)))
+    return key
+
+
+def permutation(key: np.uint64, n: int) -> np.ndarray:
+    """A permutation of range(n), int64 [n], uniform over keys: the order of n draws of the key."""
+    return np.argsort(_draws(key, n), kind="stable").astype(np.int64)

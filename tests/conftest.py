@@ -1,0 +1,37 @@
+"""Settings of every test: one thread each, a time limit each, quick tests first."""
+
+import importlib.util
+import os
+import sys
+
+import hypothesis
+import pytest
+
+# Read when a test first imports torch or numpy, and inherited by every process that a test starts.
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+SLOW_TIMEOUT = 600  # seconds; the quick tests' limit is in pyproject.toml
+
+# No deadline: a first call may compile for seconds. The same examples every time: a failure must be there again.
+hypothesis.settings.register_profile("ssl_dist", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("ssl_dist")
+
+
+def pytest_collection_modifyitems(items):
+    has_ffcv = importlib.util.find_spec("ffcv") is not None
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT))
+        if item.get_closest_marker("requires_ffcv") and not has_ffcv:
+            item.add_marker(pytest.mark.skip(reason="FFCV is not installed (bash launch/install.sh)"))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Building an FFCV loader sets torch's number of threads for the whole process; the next test gets one again."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
