@@ -1,0 +1,364 @@
+"""The typed configuration of a run: strict sections, YAML files, `key=value` overrides, nearest-name hints.
+
+A config is flat data. Derived values are properties and are never written back. Unknown keys, wrong types and values
+out of range raise `UserError` with one line that names the key, the value and the remedy.
+"""
+
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ssl_dist.errors import UserError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys are refused, nothing is coerced silently (an int may stand for a float)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+# ---------------------------------------------------------------------------------------------------- views
+
+
+class RandomResizedCrop(Section):
+    """Crop a random part (Inception crop) and resize it to the view's size; bilinear, antialiased when it shrinks."""
+
+    scale: tuple[PositiveFloat, PositiveFloat] = Field((0.08, 1.0), strict=False, description="share of the image's area")
+    ratio: tuple[PositiveFloat, PositiveFloat] = Field((0.75, 4 / 3), strict=False, description="width / height")
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if self.scale[0] > self.scale[1] or self.scale[1] > 1:
+            raise ValueError(f"scale: [{self.scale[0]}, {self.scale[1]}] must rise and end at 1 at most")
+        if self.ratio[0] > self.ratio[1]:
+            raise ValueError(f"ratio: [{self.ratio[0]}, {self.ratio[1]}] must rise")
+        return self
+
+
+class ColorJitter(Section):
+    """Brightness, contrast, saturation and hue in a random order, as torchvision's ColorJitter."""
+
+    p: Probability = Field(0.8, description="probability that the view is jittered at all")
+    brightness: NonNegativeFloat = Field(0.8, description="factor from [max(0, 1-b), 1+b]")
+    contrast: NonNegativeFloat = Field(0.8, description="factor from [max(0, 1-c), 1+c]")
+    saturation: NonNegativeFloat = Field(0.8, description="factor from [max(0, 1-s), 1+s]")
+    hue: Annotated[float, Field(ge=0, le=0.5)] = Field(0.2, description="shift from [-h, h], in turns of the wheel")
+
+
+class ViewGroup(Section):
+    """A recipe shared by `num` views of one size. The steps are applied in the order in which they stand here."""
+
+    num: PositiveInt | None = Field(None, description="views of this recipe; null: views.num (one group only)")
+    size: PositiveInt | None = Field(None, description="side in pixels; null: data.image_size")
+    random_resized_crop: RandomResizedCrop | None = Field(
+        None, description="null: the whole image is resized (short side) and centre-cropped to the view's size"
+    )
+    horizontal_flip: Probability = Field(0.0, description="probability of a left-right flip")
+    color_jitter: ColorJitter | None = None
+    grayscale: Probability = Field(0.0, description="probability that the view loses its colour")
+
+
+class Normalize(Section):
+    """Per-channel mean and standard deviation of pixels in [0, 1]."""
+
+    mean: tuple[float, float, float] = Field(strict=False)
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(strict=False)
+
+
+class Views(Section):
+    num: PositiveInt | None = Field(None, description="K, the views of each image; null: what the method fixes")
+    normalize: Literal["dataset", "none"] | Normalize = Field(
+        "dataset", description="dataset (mean and std of dataset.json), none, or {mean: [r, g, b], std: [r, g, b]}"
+    )
+    groups: Annotated[list[ViewGroup], Field(min_length=1)] = Field(
+        default_factory=lambda: [
+            ViewGroup(
+                random_resized_crop=RandomResizedCrop(), horizontal_flip=0.5, color_jitter=ColorJitter(), grayscale=0.2
+            )
+        ],
+        description="recipes; several groups (multicrop) give each its own num and size",
+    )
+
+    @model_validator(mode="after")
+    def _numbers(self):
+        if len(self.groups) > 1:
+            missing = [i for i, group in enumerate(self.groups) if group.num is None]
+            if missing:
+                raise ValueError(f"groups[{missing[0]}].num: must be given when there are several groups")
+            total = sum(group.num for group in self.groups)
+        else:
+            total = self.groups[0].num
+        if None not in (total, self.num) and total != self.num:
+            raise ValueError(f"num: {self.num} differs from the sum of the groups' num, {total}; leave one of them out")
+        return self
+
+
+# ------------------------------------------------------------------------------------------- the other sections
+
+
+class ClassSubset(Section):
+    """The images number start .. start + per_class - 1 of every class, counted in id order."""
+
+    per_class: PositiveInt
+    start: NonNegativeInt = 0
+
+
+class Data(Section):
+    name: str = Field(description="data set: an entry of the catalog, or any name for a folder of your own")
+    root: str = Field(description="folder with <split>.beton and dataset.json (what `convert --out` wrote)")
+    reader: Literal["ffcv", "arrays"] = Field("ffcv", description="ffcv, or arrays: the same pixels without FFCV")
+    image_size: PositiveInt = Field(32, description="side of a view in pixels, unless its group says otherwise")
+    eval_resize: PositiveInt | None = Field(
+        None, description="evaluation resizes the short side to this before the centre crop; null: to image_size"
+    )
+    view_shards: Literal["auto"] | PositiveInt = Field(
+        "auto", description="ranks over which the views of an image are spread (Wv); the images take the rest"
+    )
+    workers: Literal["auto"] | PositiveInt = Field("auto", description="threads that make views, on every rank")
+    split: str | None = Field(None, description="null: the method's natural split of this data set")
+    subset: ClassSubset | str | None = Field(None, description="{per_class: n, start: m}, or a file with one id a line")
+    limit: PositiveInt | None = Field(None, description="train on this many ids, evenly spaced over the split")
+
+
+class Backbone(Section):
+    name: str = Field("conv4", description="see `ssl-dist explain`; anything in timm as timm/<name>")
+
+
+class MethodSection(Section):
+    name: str = Field("relational", description="a file of ssl_dist/methods")
+    options: dict[str, Any] = Field(default_factory=dict, description="the method's own options, checked by the method")
+
+
+class Optim(Section):
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: PositiveFloat = Field(1e-3, description="learning rate at its highest")
+    batch_size: PositiveInt = Field(64, description="M, images of the global batch over all ranks")
+    epochs: PositiveInt | None = Field(200, description="length of the training; null when `steps` is given")
+    steps: PositiveInt | None = Field(None, description="length in optimizer steps; null when `epochs` is given")
+    weight_decay: NonNegativeFloat = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of sgd")
+    warmup_epochs: NonNegativeFloat = Field(0.0, description="linear rise of the rate from 0, in (fractional) epochs")
+    schedule: Literal["constant", "cosine", "step"] = Field("constant", description="of the rate, after the warm-up")
+    milestones: list[Probability] = Field(
+        default_factory=lambda: [0.5, 0.75], description="schedule step: the rate falls to a tenth at these shares"
+    )
+
+    @model_validator(mode="after")
+    def _length(self):
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("epochs: exactly one of epochs and steps must be given; set the other to null")
+        return self
+
+
+class Checkpoint(Section):
+    every_epochs: PositiveInt | None = Field(1, description="save after this many epochs; null: never for that reason")
+    every_steps: PositiveInt | None = Field(None, description="save after this many steps")
+    keep: PositiveInt = Field(2, description="the newest checkpoints that are kept")
+    keep_every: PositiveInt | None = Field(None, description="also keep checkpoints whose step is a multiple of this")
+
+
+class Log(Section):
+    every_steps: PositiveInt = Field(20, description="steps between two lines of metrics.jsonl and TensorBoard")
+    images_every_epochs: PositiveInt = Field(10, description="epochs between two grids of views in TensorBoard")
+
+
+class Config(Section):
+    seed: NonNegativeInt = Field(0, description="of everything random")
+    run_dir: str = Field(description="the run's folder; the same command again resumes it")
+    data: Data
+    views: Views = Field(default_factory=Views)
+    backbone: Backbone = Field(default_factory=Backbone)
+    method: MethodSection = Field(default_factory=MethodSection)
+    optim: Optim = Field(default_factory=Optim)
+    precision: Literal["fp64", "fp32", "bf16"] = Field("fp32", description="bf16: autocast, weights stay float32")
+    channels_last: bool = Field(True, description="memory layout of images; faster on CPU and GPU")
+    compile: bool = Field(False, description="torch.compile the backbone (minutes at the start, faster steps)")
+    deterministic: bool = Field(False, description="deterministic CUDA kernels, for bit-exact resumes on a GPU")
+    timeout: PositiveFloat = Field(60.0, description="seconds after which a rank that hangs ends the run")
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    log: Log = Field(default_factory=Log)
+
+    @property
+    def num_views(self) -> int | None:
+        """K as the config gives it; None when it leaves the number to the method."""
+        if self.views.num is not None:
+            return self.views.num
+        return sum(g.num for g in self.views.groups) if self.views.groups[0].num is not None else None
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader; `1e-3` is a number (PyYAML follows YAML 1.1, where it is text) and no key may stand twice."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise UserError(f"{self.name}: line {key_node.start_mark.line + 1}: key {key!r} stands twice; remove one")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """One YAML document. Raises `UserError` naming `source` and the line."""
+    loader = _Loader(text)
+    loader.name = source
+    try:
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        raise UserError(f"{source}:{line} not valid YAML: {getattr(error, 'problem', error)}") from None
+    finally:
+        loader.dispose()
+
+
+def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """The config in a YAML file with `key.sub=value` overrides (values are YAML). Raises `UserError`."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UserError(f"config {path}: cannot be read: {reason}; configs/ holds examples") from None
+    tree = parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise UserError(f"config {path}: must be a mapping of sections (data, views, method, ...); see configs/")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"override {override!r}: write key=value, for example optim.lr=1e-3")
+        _assign(tree, key.split("."), parse_yaml(value, f"override {override!r}"), override)
+    return validate(Config, tree)
+
+
+def _assign(tree: dict, path: list[str], value: Any, override: str) -> None:
+    for i, name in enumerate(path[:-1]):
+        if isinstance(tree, dict):
+            if tree.get(name) is None:
+                tree[name] = _default(path[: i + 1])
+            child = tree[name]
+        else:
+            child = tree[_index(name, tree, override)]
+        if not isinstance(child, dict | list):
+            raise UserError(f"override {override!r}: {'.'.join(path[: i + 1])} is not a section")
+        tree = child
+    if isinstance(tree, dict):
+        tree[path[-1]] = value
+    else:
+        tree[_index(path[-1], tree, override)] = value
+
+
+def _default(path: list[str]) -> dict | list:
+    """What an override below `path` changes when the file says nothing there: a list's default, an empty section."""
+    *_, (section, name) = list(_fields(Config, path))[:-1]
+    field = section.model_fields.get(name) if section else None
+    default = field.get_default(call_default_factory=True) if field else None
+    return [to_tree(item) for item in default] if isinstance(default, list) else {}
+
+
+def _index(name: str, items: list, override: str) -> int:
+    if not (name.isdigit() and int(name) < len(items)):
+        raise UserError(f"override {override!r}: {name!r} is not one of the items 0..{len(items) - 1}")
+    return int(name)
+
+
+def validate(section: type[BaseModel], tree: dict, prefix: str = "") -> Any:
+    """`tree` as a `section`; the first fault becomes a one-line `UserError` whose key starts with `prefix`."""
+    try:
+        return section.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_describe(section, error.errors(), prefix)) from None
+
+
+def _describe(section: type[BaseModel], faults: list[dict], prefix: str) -> str:
+    """The first fault in one line. Where a value may be one of several kinds, the kind that got furthest speaks."""
+    paths = [[part for part in fault["loc"] if not _is_union_tag(part)] for fault in faults]
+    related = [i for i, path in enumerate(paths) if path[: len(paths[0])] == paths[0]]
+    deepest = max(related, key=lambda i: len(paths[i]))
+    fault, path = faults[deepest], paths[deepest]
+    key = prefix + ".".join(str(part) for part in path)
+    if fault["type"] == "extra_forbidden":
+        names = _names_at(section, path[:-1])
+        near = difflib.get_close_matches(str(path[-1]), names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(names)}"
+        return f"unknown key {key} = {fault['input']!r}: {hint}"
+    if fault["type"] == "missing":
+        return f"missing key {key}: it must be given"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error" and isinstance(fault["input"], dict | BaseModel):
+        return f"{key}.{message}" if key else message
+    remedy = _meaning(section, path)
+    if len(path) == len(paths[0]):
+        message = " or ".join(dict.fromkeys(faults[i]["msg"].removeprefix("Value error, ") for i in related))
+    text = f"{key} = {fault['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{text} ({remedy})" if remedy else text
+
+
+def _is_union_tag(part: Any) -> bool:
+    """pydantic names the alternative of a union in the location, for example 'ClassSubset' or 'literal[...]'."""
+    return isinstance(part, str) and (not part.isidentifier() or part[:1].isupper() or part in ("str", "int", "float"))
+
+
+def _fields(section: type[BaseModel], path: list) -> typing.Iterator[tuple[type[BaseModel] | None, str]]:
+    """The sections passed on the way down `path`, each with the name looked up in it."""
+    current: type[BaseModel] | None = section
+    for part in path:
+        if isinstance(part, int):
+            continue
+        yield current, part
+        field = current.model_fields.get(part) if current else None
+        current = _section_in(field.annotation) if field else None
+    yield current, ""
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section inside an annotation such as `ColorJitter | None` or `list[ViewGroup]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, list, Annotated):
+        return next(filter(None, map(_section_in, typing.get_args(annotation))), None)
+    return None
+
+
+def _names_at(section: type[BaseModel], path: list) -> list[str]:
+    *_, (current, _) = _fields(section, path)
+    return list(current.model_fields) if current else []
+
+
+def _meaning(section: type[BaseModel], path: list) -> str:
+    found = ""
+    for current, name in _fields(section, path):
+        field = current.model_fields.get(name) if current and name else None
+        if field is not None:
+            found = field.description or ""
+    return found
+
+
+def to_tree(config: Section) -> dict:
+    """Plain values only (dicts, lists, numbers, text): what config.yaml and checkpoints hold."""
+    return config.model_dump(mode="json")
+
+
+def dump(config: Config) -> str:
+    """The config as YAML, every key written out."""
+    return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True, width=110)

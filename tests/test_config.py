@@ -1,0 +1,104 @@
+import re
+
+import pytest
+import yaml
+
+from ssl_dist import config
+from ssl_dist.errors import UserError
+
+MINIMAL = "run_dir: runs/a\ndata: {name: cifar10, root: data/cifar10}\n"
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_defaults_are_the_papers(path):
+    settings = config.load(path)
+    assert (settings.optim.name, settings.optim.lr, settings.optim.batch_size, settings.optim.epochs) == ("adam", 1e-3, 64, 200)
+    [group] = settings.views.groups
+    assert group.random_resized_crop.scale == (0.08, 1.0)
+    assert (group.color_jitter.p, group.color_jitter.hue, group.grayscale, group.horizontal_flip) == (0.8, 0.2, 0.2, 0.5)
+
+
+def test_overrides_are_yaml_scalars(path):
+    settings = config.load(path, ["optim.lr=1e-2", "data.limit=12", "views.groups.0.grayscale=1", "data.split=train"])
+    assert settings.optim.lr == 0.01 and settings.data.limit == 12 and settings.data.split == "train"
+    assert settings.views.groups[0].grayscale == 1 and settings.views.groups[0].horizontal_flip == 0.5
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1.0e-3", "1E-3", "+1e-3", "0.1e-2"])
+def test_exponents_are_numbers(path, text):
+    assert config.load(path, [f"optim.lr={text}"]).optim.lr == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optim.lrr=1", ["optim.lrr", "did you mean 'lr'"]),
+        ("optm.lr=1", ["optm", "did you mean 'optim'"]),
+        ("data.limits=3", ["data.limits", "'limit'"]),
+        ("optim.lr=-1", ["optim.lr", "-1", "greater than 0"]),
+        ("optim.lr=.nan", ["optim.lr", "nan"]),
+        ("optim.batch_size=2.5", ["optim.batch_size", "2.5", "integer"]),
+        ("optim.batch_size=true", ["optim.batch_size", "True", "integer"]),
+        ("precision=fp16", ["precision", "fp16", "fp64", "bf16"]),
+        ("data.view_shards=0", ["data.view_shards", "0", "auto"]),
+        ("data.subset={per_class: 3, strt: 4}", ["data.subset.strt", "'start'"]),
+        ("views.groups.0.color_jitter.hue=0.7", ["views.groups.0.color_jitter.hue", "0.7", "0.5"]),
+        ("views.groups.0.random_resized_crop.scale=[1, 0.5]", ["random_resized_crop.scale", "rise"]),
+        ("views.groups.7.num=4", ["views.groups.7", "0..0"]),
+        ("views.groups=[]", ["views.groups", "at least 1"]),
+        ("views.groups=[{num: 2}, {size: 8}]", ["views.groups[1].num"]),
+        ("optim.steps=10", ["optim.epochs", "exactly one"]),
+        ("optim.lr", ["optim.lr", "key=value"]),
+        ("optim.lr=[", ["optim.lr", "YAML"]),
+        ("seed=-1", ["seed", "-1"]),
+    ],
+)
+def test_mistakes_get_one_line_with_key_value_and_remedy(path, override, words):
+    path.write_text(MINIMAL + "views: {groups: [{num: 2, random_resized_crop: {}, color_jitter: {}}]}\n")
+    with pytest.raises(UserError) as raised:
+        config.load(path, [override])
+    message = str(raised.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+def test_missing_key_is_named(path):
+    path.write_text("run_dir: runs/a\ndata: {name: cifar10}\n")
+    with pytest.raises(UserError, match=re.escape("missing key data.root")):
+        config.load(path)
+
+
+def test_a_key_that_stands_twice_is_refused(path):
+    path.write_text(MINIMAL + "seed: 1\nseed: 2\n")
+    with pytest.raises(UserError, match="line 4.*'seed' stands twice"):
+        config.load(path)
+
+
+@pytest.mark.parametrize("text", ["- 1\n", "just text\n", "a: [\n", "!!python/object/apply:os.getcwd []\n"])
+def test_files_that_are_no_config(path, text):
+    path.write_text(text)
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        config.load(path)
+
+
+def test_missing_and_binary_files(tmp_path):
+    with pytest.raises(UserError, match="No such file"):
+        config.load(tmp_path / "absent.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x9f")
+    with pytest.raises(UserError, match=re.escape("binary.yaml")):
+        config.load(tmp_path / "binary.yaml")
+
+
+def test_dump_is_complete_and_loads_to_the_same(path, tmp_path):
+    settings = config.load(path, ["views.normalize={mean: [0, 0, 0], std: [1, 1, 1]}", "data.subset={per_class: 2}"])
+    again = tmp_path / "again.yaml"
+    again.write_text(config.dump(settings))
+    assert config.load(again) == settings
+    assert set(yaml.safe_load(config.dump(settings))) == set(config.Config.model_fields)
