@@ -1,0 +1,93 @@
+"""Who sees what: a pure function of (seed, epoch, step, rank). Nothing here reads a file or keeps a state."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ssl_dist.errors import UserError
+from ssl_dist.grid import Grid
+from ssl_dist.keys import ORDER, hash64, permutation
+
+
+@dataclass
+class Plan:
+    """The order in which the training images are seen.
+
+    train_ids: int64, the images that take part; every epoch is a permutation of them drawn from (seed, epoch), cut
+    into global batches. The tail that fills no batch is dropped, a different one every epoch.
+    """
+
+    train_ids: np.ndarray
+    batch_size: int
+    seed: int
+    _order: tuple[int, np.ndarray] | None = field(default=None, repr=False)
+
+    def __post_init__(self):
+        if len(self.train_ids) < self.batch_size:
+            raise UserError(
+                f"optim.batch_size = {self.batch_size}: larger than the {len(self.train_ids)} images to train on; "
+                "lower it"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.train_ids) // self.batch_size
+
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """All training ids in the order of `epoch`, the dropped tail included."""
+        if self._order is None or self._order[0] != epoch:
+            key = hash64(self.seed, ORDER, epoch)
+            self._order = (epoch, self.train_ids[permutation(key, len(self.train_ids))])
+        return self._order[1]
+
+    def global_ids(self, step: int) -> np.ndarray:
+        """Image ids [M] of the global batch of `step` (steps counted from 0 over the whole training)."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return self.epoch_order(epoch)[within * self.batch_size : (within + 1) * self.batch_size]
+
+    def local_ids(self, step: int, grid: Grid, rank: int) -> np.ndarray:
+        """Image ids [M / Wi] that `rank` holds at `step`."""
+        held = grid.image_range(rank, self.batch_size)
+        return self.global_ids(step)[held.start : held.stop]
+
+
+def limited(num_images: int, limit: int | None) -> np.ndarray:
+    """Ids floor(i * N / limit): evenly spaced over a split of N images; all of them without a limit."""
+    if limit is None or limit >= num_images:
+        return np.arange(num_images, dtype=np.int64)
+    return np.arange(limit, dtype=np.int64) * num_images // limit
+
+
+def per_class(ids: np.ndarray, labels: np.ndarray, count: int, start: int) -> np.ndarray:
+    """The images number start .. start + count - 1 of every class, in id order. Raises if a class has too few."""
+    chosen = []
+    for label in np.unique(labels):
+        if label < 0:
+            raise UserError("data.subset: per_class needs labels, and some images of this split have none")
+        members = ids[labels == label][start : start + count]
+        if len(members) < count:
+            raise UserError(
+                f"data.subset: class {label} has {int((labels == label).sum())} images, "
+                f"not the {start + count} that start = {start} and per_class = {count} need"
+            )
+        chosen.append(members)
+    return np.sort(np.concatenate(chosen))
+
+
+def from_list(path: str, num_images: int) -> np.ndarray:
+    """Ids in a text file, one a line (blank lines and lines that begin with # are passed over), sorted."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.strip() for line in file]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.subset: {path}: cannot be read: {error}") from None
+    ids = []
+    for number, line in enumerate(lines, 1):
+        if not line or line.startswith("#"):
+            continue
+        if not line.isdigit() or int(line) >= num_images:
+            raise UserError(f"data.subset: {path} line {number}: {line!r} is not an id from 0 to {num_images - 1}")
+        ids.append(int(line))
+    if len(set(ids)) != len(ids) or not ids:
+        raise UserError(f"data.subset: {path}: " + ("holds an id twice" if ids else "holds no id"))
+    return np.sort(np.array(ids, np.int64))

@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssl_dist.data import plan
+from ssl_dist.data.plan import Plan
+from ssl_dist.errors import UserError
+from ssl_dist.grid import Grid
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_each_image_at_most_once_an_epoch_and_only_the_tail_is_missing(n, m, seed):
+    if n < m:
+        with pytest.raises(UserError, match=f"batch_size = {m}.*{n} images"):
+            Plan(np.arange(n), m, seed)
+        return
+    p = Plan(np.arange(n) * 3, m, seed)
+    for epoch in range(2):
+        steps = range(epoch * p.steps_per_epoch, (epoch + 1) * p.steps_per_epoch)
+        seen = np.concatenate([p.global_ids(s) for s in steps])
+        assert len(set(seen)) == len(seen) == n - n % m
+        assert set(seen) <= set(np.arange(n) * 3)
+
+
+def test_ranks_join_to_the_global_batch_at_any_grid():
+    p = Plan(np.arange(100), 12, 1)
+    for g in (Grid(1, 1), Grid(2, 1), Grid(3, 2), Grid(4, 3)):
+        for step in (0, 7, 8, 33):
+            parts = [p.local_ids(step, g, r) for r in range(0, g.size, g.views)]
+            assert np.array_equal(np.concatenate(parts), p.global_ids(step))
+            for r in range(g.size):
+                assert np.array_equal(p.local_ids(step, g, r), parts[r // g.views])
+
+
+def test_order_depends_on_seed_and_epoch_and_nothing_else():
+    a, b, c = Plan(np.arange(50), 10, 0), Plan(np.arange(50), 10, 0), Plan(np.arange(50), 10, 1)
+    assert np.array_equal(b.global_ids(7), a.global_ids(7))  # asked for out of order: no state
+    assert np.array_equal(a.global_ids(2), b.global_ids(2))
+    assert not np.array_equal(a.epoch_order(0), a.epoch_order(1))
+    assert not np.array_equal(a.epoch_order(0), c.epoch_order(0))
+
+
+def test_a_different_tail_is_dropped_every_epoch():
+    p = Plan(np.arange(10), 4, 0)
+    tails = {tuple(sorted(p.epoch_order(e)[8:])) for e in range(20)}
+    assert len(tails) > 5
+
+
+def test_limit_is_evenly_spaced():
+    assert plan.limited(10, 4).tolist() == [0, 2, 5, 7]
+    assert plan.limited(3, 5).tolist() == [0, 1, 2]
+    assert plan.limited(3, None).tolist() == [0, 1, 2]
+
+
+def test_per_class():
+    labels = np.array([0, 1, 0, 1, 0, 1])
+    assert plan.per_class(np.arange(6), labels, 2, 1).tolist() == [2, 3, 4, 5]
+    with pytest.raises(UserError, match="class 0 has 3 images, not the 4"):
+        plan.per_class(np.arange(6), labels, 3, 1)
+    with pytest.raises(UserError, match="labels"):
+        plan.per_class(np.arange(2), np.array([-1, 0]), 1, 0)
+
+
+def test_list_file(tmp_path):
+    path = tmp_path / "ids.txt"
+    path.write_text("# half of them\n3\n\n1\n")
+    assert plan.from_list(str(path), 4).tolist() == [1, 3]
+    for text, words in {"1\nx\n": "line 2: 'x'", "9\n": "line 1: '9'", "1\n1\n": "twice", "\n": "no id"}.items():
+        path.write_text(text)
+        with pytest.raises(UserError, match=words):
+            plan.from_list(str(path), 4)
+    with pytest.raises(UserError, match="absent"):
+        plan.from_list(str(tmp_path / "absent"), 4)
