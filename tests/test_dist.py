@@ -1,0 +1,137 @@
+"""The gradient rule, in real processes: gathered losses and synchronised BatchNorm give one process's gradients."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ssl_dist import dist
+from ssl_dist.dist import Place, World
+from ssl_dist.errors import UserError
+from ssl_dist.grid import Grid
+from tests import ranks
+
+K, M, D = 4, 6, 5
+
+
+def make_net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, D), nn.BatchNorm1d(D)
+    ).double()
+
+
+def make_images():
+    return torch.randn(K, M, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def loss_of(z_KMD):
+    """Couples every row with every other and depends on the order of views and images."""
+    z = z_KMD.flatten(0, 1)
+    weights = torch.arange(1.0, len(z) + 1, dtype=z.dtype)
+    return ((z @ z.T) * weights[:, None] * weights.sqrt()).tanh().mean()
+
+
+def one_process():
+    net, images = make_net(), make_images()
+    z = net(images.flatten(0, 1)).unflatten(0, (K, M))
+    loss = loss_of(z)
+    loss.backward()
+    return loss.item(), [p.grad.numpy() for p in net.parameters()], [b.numpy() for b in net.buffers()], z.detach().numpy()
+
+
+def step(rank, size, views, share):
+    world = World(Place(rank, size, rank, size), Grid(size // views, views), torch.device("cpu"))
+    net = world.wrap(world.synchronize_batchnorm(make_net()))
+    grid, images = world.grid, make_images()
+    held_v, held_m = grid.view_range(rank, K), grid.image_range(rank, M)
+    mine = images[held_v.start : held_v.stop, held_m.start : held_m.stop]
+    z = world.gather_views(net(mine.flatten(0, 1)).unflatten(0, mine.shape[:2]))
+    if share:
+        low, high = world.share(K * M)
+        rows = z.flatten(0, 1)
+        loss = world.from_share((rows[low:high] ** 3).sum())
+    else:
+        loss = loss_of(z)
+    loss.backward()
+    module = getattr(net, "module", net)
+    mean = world.mean(loss.detach()).item()
+    labels = world.gather_images(torch.arange(M)[held_m.start : held_m.stop])
+    return (
+        mean, [p.grad.numpy() for p in module.parameters()], [b.numpy() for b in module.buffers()], z.detach().numpy(),
+        labels.tolist(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "views"), [(2, 1), (2, 2), (4, 2)])
+def test_loss_on_gathered_views_equals_one_process(tmp_path, size, views):
+    loss, gradients, buffers, z = one_process()
+    for mean, grads, bufs, z_KMD, labels in ranks.run(step, size, tmp_path, views, False):
+        assert mean == pytest.approx(loss, rel=1e-12)
+        np.testing.assert_allclose(z_KMD, z, rtol=1e-10, atol=1e-12)
+        assert labels == list(range(M))
+        for ours, theirs in zip(grads, gradients, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+        for ours, theirs in zip(bufs, buffers, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_shares_of_a_loss_equal_one_process(tmp_path):
+    net, images = make_net(), make_images()
+    loss = (net(images.flatten(0, 1)) ** 3).sum()
+    loss.backward()
+    for mean, grads, *_ in ranks.run(step, 2, tmp_path, 2, True):
+        assert mean == pytest.approx(loss.item(), rel=1e-12)
+        for ours, theirs in zip(grads, net.parameters(), strict=True):
+            np.testing.assert_allclose(ours, theirs.grad.numpy(), rtol=1e-9, atol=1e-11)
+
+
+def sums(rank, size):
+    world = World(Place(rank, size, rank, size), Grid(size, 1), torch.device("cpu"))
+    x = torch.tensor([1.0 + rank], requires_grad=True)
+    total = world.sum(x)
+    (total * (rank + 2)).backward()
+    reduced = world.reduce(torch.tensor([3.0]))
+    flags = world.any(rank == 1, False)
+    shares = world.share(7)
+    failed = None
+    try:
+        world.first(lambda: (_ for _ in ()).throw(UserError("no")))
+    except UserError as error:
+        failed = str(error)
+    return total.item(), x.grad.item(), reduced.item(), flags, shares, world.first(lambda: rank), failed
+
+
+def test_exchanges(tmp_path):
+    answers = ranks.run(sums, 2, tmp_path)
+    assert [a[:4] for a in answers] == [(3.0, 5.0, 6.0, [True, False])] * 2
+    assert [a[4] for a in answers] == [(0, 3), (3, 7)]
+    assert [a[5:] for a in answers] == [(0, "no")] * 2
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 16, 17])
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_shares_cover_everything_evenly(count, size):
+    worlds = [World(Place(r, size, r, size), Grid(size, 1), torch.device("cpu")) for r in range(size)]
+    bounds = [world.share(count) for world in worlds]
+    assert bounds[0][0] == 0 and bounds[-1][1] == count
+    assert all(a[1] == b[0] for a, b in zip(bounds, bounds[1:], strict=False))
+    assert max(b - a for a, b in bounds) - min(b - a for a, b in bounds) <= 1
+
+
+def test_environment(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert Place.from_environment() == Place()
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(UserError, match="WORLD_SIZE"):
+        Place.from_environment()
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert Place.from_environment() == Place(1, 4, 1, 2)
+
+
+def test_one_process_needs_no_group():
+    world = dist.one_process()
+    z = torch.randn(2, 3, 4)
+    assert world.gather_views(z) is z and world.sum(z) is z and world.any(True) == [True]
