@@ -1,0 +1,98 @@
+"""A run's folder: who may write it, and with which config. The folder is the run."""
+
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+from ssl_dist import checkpoint, config
+from ssl_dist.config import Config
+from ssl_dist.errors import UserError
+
+# What may differ between two starts of one run: none of these changes the numbers.
+FREE = ("run_dir", "data.root", "data.reader", "data.workers", "data.view_shards", "checkpoint", "log", "timeout")
+
+
+def claim(run: Path) -> int:
+    """Make the folder and become its one writer. The lock is an flock on the folder itself: it dies with its owner.
+
+    Returns the descriptor that holds the lock. Raises `UserError` when the folder cannot be written or is taken.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        if not os.access(run, os.W_OK | os.X_OK):
+            raise PermissionError(13, "Permission denied")
+        for name in ("checkpoints", "logs", "tensorboard"):
+            (run / name).mkdir(exist_ok=True)
+        descriptor = os.open(run, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"run_dir = {str(run)!r}: cannot be written: {error.strerror}; choose another folder") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"run_dir = {str(run)!r}: another process is writing it; wait for it, or choose another run_dir"
+        ) from None
+    return descriptor
+
+
+def accept(run: Path, wanted: Config) -> None:
+    """Keep the first config as RUN/config.yaml; refuse a later one that differs in a key that changes the numbers."""
+    path = run / "config.yaml"
+    if not path.exists():
+        if checkpoint.steps(run):
+            raise UserError(f"run_dir = {str(run)!r}: holds checkpoints but no config.yaml; choose another folder")
+        checkpoint.write_text(path, config.dump(wanted))
+        return
+    kept = config.load(path)
+    different = [
+        f"{key} (there {old!r}, now {new!r})" for key, old, new in differences(kept, wanted) if not _may_differ(key, kept, old, new)
+    ]
+    if different:
+        raise UserError(
+            f"run_dir = {str(run)!r}: holds a run with another config: {'; '.join(different)}; "
+            "choose another run_dir or restore these values"
+        )
+
+
+def differences(kept: Config, wanted: Config) -> list[tuple[str, object, object]]:
+    """Keys (with dots) whose values differ, with both values."""
+    old, new = _flat(config.to_tree(kept)), _flat(config.to_tree(wanted))
+    return [(key, old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+
+
+def _may_differ(key: str, kept: Config, old: object, new: object) -> bool:
+    if any(key == name or key.startswith(name + ".") for name in FREE):
+        return True
+    longer = key in ("optim.epochs", "optim.steps") and None not in (old, new) and new >= old
+    return longer and kept.optim.schedule == "constant"
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def note_start(run: Path, wanted: Config, step: int, world_size: int) -> None:
+    """Append this start to RUN/logs/starts.jsonl."""
+    entry = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "step": step,
+        "world_size": world_size,
+        "command": sys.argv,
+        "versions": checkpoint.versions(),
+        "config": config.to_tree(wanted),
+    }
+    with open(run / "logs" / "starts.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")

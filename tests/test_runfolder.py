@@ -1,0 +1,94 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ssl_dist import config, runfolder
+from ssl_dist.config import Config
+from ssl_dist.errors import UserError
+
+
+def make(**changes):
+    tree = {"run_dir": "a", "data": {"name": "digits", "root": "b"}, "optim": {"epochs": 3}}
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            tree.setdefault(section, {})[name] = value
+        else:
+            tree[section] = value
+    return config.validate(Config, tree)
+
+
+def test_first_config_is_kept_and_the_same_is_accepted(tmp_path):
+    runfolder.claim(tmp_path)
+    runfolder.accept(tmp_path, make())
+    runfolder.accept(tmp_path, make())
+    assert config.load(tmp_path / "config.yaml") == make()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data__root": "elsewhere"}, {"data__reader": "arrays"}, {"data__workers": 3}, {"data__view_shards": 1},
+        {"checkpoint": {"keep": 5}}, {"log": {"every_steps": 1}}, {"timeout": 5.0}, {"run_dir": "c"},
+        {"optim__epochs": 4},
+    ],
+)  # fmt: skip
+def test_what_does_not_change_the_numbers_may_differ(tmp_path, changes):
+    runfolder.claim(tmp_path)
+    runfolder.accept(tmp_path, make())
+    runfolder.accept(tmp_path, make(**changes))
+    assert config.load(tmp_path / "config.yaml") == make(), "config.yaml keeps the first"
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"seed": 1}, "seed"), ({"optim__lr": 0.5}, "optim.lr"), ({"optim__epochs": 2}, "optim.epochs"),
+        ({"data__limit": 3}, "data.limit"), ({"views": {"num": 4}}, "views.num"), ({"precision": "bf16"}, "precision"),
+        ({"method": {"options": {"gamma": 1.0}}}, "method.options"),
+    ],
+)  # fmt: skip
+def test_what_changes_the_numbers_is_refused_by_name(tmp_path, changes, key):
+    runfolder.claim(tmp_path)
+    runfolder.accept(tmp_path, make())
+    with pytest.raises(UserError, match="another config.*" + key):
+        runfolder.accept(tmp_path, make(**changes))
+
+
+def test_a_scheduled_run_may_not_grow(tmp_path):
+    runfolder.claim(tmp_path)
+    runfolder.accept(tmp_path, make(optim__schedule="cosine"))
+    with pytest.raises(UserError, match=r"optim\.epochs"):
+        runfolder.accept(tmp_path, make(optim__schedule="cosine", optim__epochs=4))
+
+
+def test_one_writer_at_a_time_and_the_lock_dies_with_its_owner(tmp_path):
+    code = "import sys,pathlib; from ssl_dist import runfolder; runfolder.claim(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": "."},
+    )  # fmt: skip
+    assert owner.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match="another process is writing it"):
+        runfolder.claim(tmp_path)
+    owner.kill()
+    owner.wait()
+    os.close(runfolder.claim(tmp_path))
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        runfolder.claim(tmp_path / "file" / "run")
+
+
+def test_starts_are_noted(tmp_path):
+    runfolder.claim(tmp_path)
+    for step in (0, 7):
+        runfolder.note_start(tmp_path, make(), step, 2)
+    lines = [json.loads(line) for line in (tmp_path / "logs" / "starts.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 7] and lines[0]["world_size"] == 2
+    assert lines[0]["config"]["optim"]["epochs"] == 3
