@@ -1,0 +1,135 @@
+"""Batches of views, made ahead of the training loop by a thread of our own.
+
+One thread asks the reader for decoded images in the plan's order, a pool makes the views, and a short queue hands them
+to the loop. What is handed over is owned by the receiver: no buffer is used twice. An error anywhere reaches the loop
+as the same exception at its next step; closing joins every thread.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssl_dist.data import views
+from ssl_dist.data.plan import Plan
+from ssl_dist.grid import Grid
+
+AHEAD = 2  # batches that wait in the queue; more only hides stalls longer than two steps
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """views: uint8 [V_local, B_local, 3, S, S] a group; view_ids: int64 [V_local] a group; ids, labels: [B_local]."""
+
+    step: int
+    views: list[Tensor]
+    view_ids: list[Tensor]
+    image_ids: Tensor
+    labels: Tensor
+
+
+class TrainLoader:
+    """Iterate over the batches of steps start .. stop - 1 for one rank of the grid. Use as a context manager."""
+
+    def __init__(self, reader, plan: Plan, specs: list[views.ViewSpec], grid: Grid, rank: int, threads: int, pin: bool):
+        self.reader, self.plan, self.grid, self.rank = reader, plan, grid, rank
+        self.specs = specs
+        self.view_ids = [
+            np.array([spec.first_view + v for v in grid.view_range(rank, spec.num)], np.int64) for spec in specs
+        ]
+        self.threads, self.pin = threads, pin
+        self._queue: queue.Queue = queue.Queue(AHEAD)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def batches(self, start: int, stop: int) -> Iterator[HostBatch]:
+        """The batches of steps start .. stop - 1. One iteration at a time."""
+        assert self._thread is None, "close the loader before it is used again"
+        self._thread = threading.Thread(target=self._produce, args=(start, stop), name="views", daemon=True)
+        self._thread.start()
+        while True:
+            item = self._queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                return
+            yield item
+
+    def close(self) -> None:
+        """Stop the thread and wait for it; batches that wait in the queue are dropped."""
+        self._stop.set()
+        thread, self._thread = self._thread, None
+        while thread is not None and thread.is_alive():
+            self._drain()
+            thread.join(0.05)
+        self._drain()
+        self._stop.clear()
+
+    def _drain(self) -> None:
+        while not self._queue.empty():
+            self._queue.get_nowait()
+
+    def _put(self, item) -> bool:
+        """Hand over, unless the loader is being closed."""
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def _produce(self, start: int, stop: int) -> None:
+        try:
+            with ThreadPoolExecutor(self.threads, "view") as pool:
+                ids = (self.plan.local_ids(step, self.grid, self.rank) for step in range(start, stop))
+                decoded = self.reader.batches(ids)
+                try:
+                    for step, (pixels, heights, widths, image_ids) in enumerate(decoded, start):
+                        if not self._put(self._batch(step, pixels, heights, widths, image_ids, pool)):
+                            return
+                finally:
+                    decoded.close()
+            self._put(None)
+        except BaseException as error:
+            self._put(error)
+
+    def _batch(self, step, pixels, heights, widths, image_ids, pool) -> HostBatch:
+        epoch = step // self.plan.steps_per_epoch
+        made = [
+            torch.from_numpy(
+                views.make_views(
+                    pixels,
+                    heights,
+                    widths,
+                    image_ids,
+                    spec,
+                    view_ids,
+                    self.plan.seed,
+                    epoch,
+                    pool=pool,
+                    threads=self.threads,
+                )
+            )
+            for spec, view_ids in zip(self.specs, self.view_ids, strict=True)
+        ]
+        if self.pin:
+            made = [group.pin_memory() for group in made]
+        return HostBatch(
+            step,
+            made,
+            [torch.from_numpy(view_ids) for view_ids in self.view_ids],
+            torch.from_numpy(np.array(image_ids, np.int64)),
+            torch.from_numpy(np.array(self.reader.labels(image_ids), np.int64)),
+        )
