@@ -1,0 +1,172 @@
+"""What a config means here: all that derives from it before anything is started. `explain` prints it, `train` runs it.
+
+Every mistake that can be seen without starting a rank is found here, so it costs seconds and exit code 2.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from ssl_dist import backbones, grid, methods
+from ssl_dist.clock import Clock
+from ssl_dist.config import Config, Normalize, Section
+from ssl_dist.data import plan, views
+from ssl_dist.data.catalog import facts
+from ssl_dist.data.readers import SplitInfo, open_dataset, read_info, splits_present
+from ssl_dist.dist import Place
+from ssl_dist.errors import UserError
+from ssl_dist.keys import INIT, hash64
+from ssl_dist.methods.base import Info, SSLMethod
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    config: Config
+    place: Place
+    method_class: type[SSLMethod]
+    options: Section
+    split: SplitInfo
+
+    @property
+    def run(self) -> Path:
+        return Path(self.config.run_dir)
+
+    @cached_property
+    def num_views(self) -> int:
+        """K."""
+        given, fixed = self.config.num_views, getattr(self.method_class, "num_views", None)
+        if fixed is None and given is None:
+            raise UserError("views.num = None: this method leaves the number of views to you; set views.num=32, say")
+        if None not in (fixed, given) and fixed != given:
+            raise UserError(
+                f"views.num = {given}: method {self.config.method.name} uses {fixed} views; set views.num=null"
+            )
+        return fixed or given
+
+    @cached_property
+    def specs(self) -> list[views.ViewSpec]:
+        return views.view_specs(self.config.views.groups, self.num_views, self.config.data.image_size)
+
+    @cached_property
+    def grid(self) -> grid.Grid:
+        return grid.choose(
+            self.config.data.view_shards,
+            self.place.size,
+            self.place.local_size,
+            self.config.optim.batch_size,
+            [spec.num for spec in self.specs],
+            self.method_class.free_views,
+            self.config.method.name,
+        )
+
+    @cached_property
+    def plan(self) -> plan.Plan:
+        data, count = self.config.data, self.split.count
+        if data.subset is None:
+            ids = plan.limited(count, data.limit)
+        else:
+            if isinstance(data.subset, str):
+                ids = plan.from_list(data.subset, count)
+            else:
+                everything = np.arange(count, dtype=np.int64)
+                with self.open_reader() as reader:
+                    labels = reader.labels(everything)
+                ids = plan.per_class(everything, labels, data.subset.per_class, data.subset.start)
+            ids = ids[plan.limited(len(ids), data.limit)]
+        return plan.Plan(ids, self.config.optim.batch_size, self.config.seed)
+
+    def clock(self, step: int = 0) -> Clock:
+        """`step` steps into the training. A method that does not train has none ahead of it."""
+        options, per_epoch = self.config.optim, self.plan.steps_per_epoch
+        total = options.steps if options.steps is not None else options.epochs * per_epoch
+        return Clock(step, per_epoch, total if self.method_class.trainable else 0)
+
+    @cached_property
+    def normalize(self) -> Normalize:
+        """Mean and standard deviation of pixels in [0, 1] that views and test images are normalised with."""
+        wanted = self.config.views.normalize
+        if wanted == "dataset":
+            return Normalize(mean=tuple(self.split.mean), std=tuple(self.split.std))
+        return Normalize(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)) if wanted == "none" else wanted
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and images; bf16 is a matter of autocast."""
+        return torch.float64 if self.config.precision == "fp64" else torch.float32
+
+    @property
+    def threads(self) -> int:
+        """Threads that make views on this rank: its share of the cores."""
+        workers = self.config.data.workers
+        return max(1, available_cores() // self.place.local_size) if workers == "auto" else workers
+
+    def open_reader(self):
+        return open_dataset(self.config.data.root, self.split.split, self.config.data.reader, threads=self.threads)
+
+    @cached_property
+    def info(self) -> Info:
+        return Info(
+            num_images=len(self.plan.train_ids),
+            num_classes=len(self.split.classes) if self.split.labelled else 0,
+            view_groups=tuple((spec.num, spec.size) for spec in self.specs),
+            total_epochs=self.clock().total_epochs,
+        )
+
+    def build(self) -> SSLMethod:
+        """The method on its backbone with initial weights: a function of the seed, equal on every rank."""
+        return build_method(self.config, self.method_class, self.options, self.info).to(self.dtype)
+
+
+def build_method(config: Config, method_class: type[SSLMethod], options: Section, info: Info) -> SSLMethod:
+    torch.manual_seed(int(hash64(config.seed, INIT)) & 0x7FFFFFFFFFFFFFFF)
+    backbone = backbones.build(config.backbone.name)
+    refuse_random_layers(backbone, config.backbone.name)
+    return method_class(backbone, info, options)
+
+
+def derive(config: Config, place: Place) -> Blueprint:
+    """The blueprint of `config` for a rank at `place`. Raises `UserError` for everything that can not run."""
+    method_class = methods.find(config.method.name)
+    options = methods.build_options(method_class, config.method.options)
+    backbones.check(config.backbone.name)
+    split_name = config.data.split or natural_split(config)
+    split = read_info(config.data.root, split_name)
+    if method_class.needs_labels and not split.labelled:
+        raise UserError(
+            f"data.split = {split_name!r}: method {config.method.name} needs labels and this split has none; "
+            "choose a labelled split"
+        )
+    blueprint = Blueprint(config, place, method_class, options, split)
+    _ = blueprint.num_views, blueprint.specs, blueprint.grid, blueprint.plan, blueprint.normalize
+    with blueprint.open_reader():
+        pass  # a missing FFCV or a damaged file shows now
+    with torch.device("meta"):
+        blueprint.build()  # what the method or the backbone refuses shows now, and no memory is taken
+    return blueprint
+
+
+def natural_split(config: Config) -> str:
+    """Where a method without labels trains: everything there is; with labels: the training split."""
+    known = facts(config.data.name, splits_present(config.data.root))
+    return known.training if methods.find(config.method.name).needs_labels else known.pretraining
+
+
+def refuse_random_layers(module: nn.Module, name: str) -> None:
+    """Layers that draw from torch's generator would make a resume inexact and the world size matter."""
+    for path, layer in module.named_modules():
+        rate = getattr(layer, "p", getattr(layer, "drop_prob", 0.0))
+        if type(layer).__name__.startswith(("Dropout", "DropPath", "StochasticDepth", "RReLU")) and rate:
+            raise UserError(
+                f"backbone.name = {name!r}: its layer {path} ({type(layer).__name__}) draws random numbers of its own; "
+                "choose a backbone without it"
+            )
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
