@@ -1,0 +1,34 @@
+"""Is a representation alive? Two numbers that fall when it collapses."""
+
+import torch
+from torch import Tensor
+
+MAX_ROWS = 1024  # a sample is enough, and the spectrum of more would cost time at every logged step
+
+
+def _sample(z: Tensor) -> Tensor:
+    rows = z.detach().reshape(-1, z.shape[-1]).float()
+    stride = -(-len(rows) // MAX_ROWS)
+    return torch.nn.functional.normalize(rows[::stride], dim=1)
+
+
+def feature_std(z: Tensor) -> float:
+    """Mean over the D dimensions of the standard deviation of L2-normalised rows, times sqrt(D).
+
+    1 for isotropic features, 0 when all rows are the same (the measure of Chen & He, SimSiam, 2021, scaled).
+    """
+    rows = _sample(z)
+    return float(rows.std(0).mean() * rows.shape[1] ** 0.5)
+
+
+def effective_rank(z: Tensor) -> float:
+    """exp of the entropy of the normalised singular values of centred L2-normalised rows (Roy & Vetterli, 2007).
+
+    Between 1 (one direction is left) and D; 0 when every row is the same.
+    """
+    rows = _sample(z)
+    values = torch.linalg.svdvals(rows - rows.mean(0))
+    if values.sum() <= 1e-6:
+        return 0.0
+    share = values / values.sum()
+    return float(torch.exp(-(share * torch.log(share.clamp_min(1e-12))).sum()))
