@@ -52,6 +52,12 @@ class World:
         assert grid.size == place.size, "the grid must hold every rank"
         self.place, self.grid, self.device = place, grid, device
 
+    def __enter__(self) -> "World":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
     @property
     def is_first(self) -> bool:
         return self.place.rank == 0
@@ -63,7 +69,7 @@ class World:
     # ------------------------------------------------------------------ for methods
 
     def gather_views(self, z_VBD: Tensor, batch: Any = None) -> Tensor:
-        """Representations of the global batch [K, M, D] in canonical (view, image) order, from [V_local, B_local, D]."""
+        """The global batch's representations [K, M, D] in canonical (view, image) order, from [V_local, B_local, D]."""
         return z_VBD if self.alone else _GatherViews.apply(z_VBD, self.grid, self.place.rank)
 
     def gather_images(self, x_B: Tensor, batch: Any = None) -> Tensor:
@@ -161,7 +167,7 @@ def choose_device(place: Place) -> torch.device:
 
 
 def start(place: Place, grid: Grid, timeout: float) -> World:
-    """Join the other ranks (nothing to do for one rank). A rank waits `timeout` seconds for the others, never longer."""
+    """Join the other ranks (nothing to do for one rank). A rank waits `timeout` seconds for the others, no longer."""
     device = choose_device(place)
     if device.type == "cuda":
         torch.cuda.set_device(device)

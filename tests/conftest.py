@@ -35,3 +35,13 @@ def _one_thread():
     yield
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """The folder of the converted handwritten digits (train and test)."""
+    from ssl_dist.data.convert import convert
+
+    root = tmp_path_factory.mktemp("data") / "digits"
+    convert("digits", None, root, workers=1, progress=False)
+    return root

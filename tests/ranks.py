@@ -1,4 +1,4 @@
-"""Real processes for tests: `run(function, size, *arguments)` calls function(rank, size, *arguments) in each of them."""
+"""Real processes for tests: `run(function, size, ...)` calls function(rank, size, ...) in each of them."""
 
 import multiprocessing
 import os
@@ -51,7 +51,8 @@ def run(function, size, tmp_path, *arguments, port=None):
     answers = _context.Queue()
     store = tmp_path / f"store-{len(list(tmp_path.glob('store-*')))}"
     processes = [
-        _context.Process(target=_child, args=(function, rank, size, str(store), answers, arguments, port)) for rank in range(size)
+        _context.Process(target=_child, args=(function, rank, size, str(store), answers, arguments, port))
+        for rank in range(size)
     ]
     for process in processes:
         process.start()

@@ -1,5 +1,7 @@
 """The gradient rule, in real processes: gathered losses and synchronised BatchNorm give one process's gradients."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -37,7 +39,12 @@ def one_process():
     z = net(images.flatten(0, 1)).unflatten(0, (K, M))
     loss = loss_of(z)
     loss.backward()
-    return loss.item(), [p.grad.numpy() for p in net.parameters()], [b.numpy() for b in net.buffers()], z.detach().numpy()
+    return (
+        loss.item(),
+        [p.grad.numpy() for p in net.parameters()],
+        [b.numpy() for b in net.buffers()],
+        z.detach().numpy(),
+    )
 
 
 def step(rank, size, views, share):
@@ -115,7 +122,7 @@ def test_shares_cover_everything_evenly(count, size):
     worlds = [World(Place(r, size, r, size), Grid(size, 1), torch.device("cpu")) for r in range(size)]
     bounds = [world.share(count) for world in worlds]
     assert bounds[0][0] == 0 and bounds[-1][1] == count
-    assert all(a[1] == b[0] for a, b in zip(bounds, bounds[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(bounds))
     assert max(b - a for a, b in bounds) - min(b - a for a, b in bounds) <= 1
 
 

@@ -1,0 +1,225 @@
+"""THE loop. Read `fit` from top to bottom; `Training` is what it works on, the rest serves it."""
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Iterator
+
+import torch
+
+from ssl_dist import checkpoint, config, dist, figures, health, optim, runfolder
+from ssl_dist.blueprint import Blueprint, derive
+from ssl_dist.clock import Clock
+from ssl_dist.config import Config
+from ssl_dist.data import views
+from ssl_dist.data.loader import HostBatch, TrainLoader
+from ssl_dist.data.normalize import normalized
+from ssl_dist.methods.base import Batch, Output
+from ssl_dist.runlog import RunLog
+from ssl_dist.stop import STOPPED, StopRequest
+
+
+def train(wanted: Config) -> int:
+    """Run a training on this rank, or go on with it. Returns 0 when it is complete, 75 when it was asked to stop."""
+    place = dist.Place.from_environment()
+    blueprint = derive(wanted, place)
+    for spec in blueprint.specs:
+        getattr(views, "warm_up", id)(spec)  # compile before the ranks meet, or they wait for one another
+    with (
+        StopRequest() as stop,
+        dist.start(place, blueprint.grid, wanted.timeout) as world,
+        claimed(blueprint, world),
+    ):
+        return fit(Training(blueprint, world), stop)
+
+
+@contextlib.contextmanager
+def claimed(blueprint: Blueprint, world: dist.World) -> Iterator[None]:
+    """The run's folder belongs to this training meanwhile: rank 0 holds the lock and has accepted the config."""
+    locks = []
+
+    def claim() -> None:
+        locks.append(runfolder.claim(blueprint.run))
+        runfolder.accept(blueprint.run, blueprint.config)
+
+    try:
+        world.first(claim)
+        yield
+    finally:
+        for lock in locks:
+            os.close(lock)
+
+
+def fit(run: "Training", stop: StopRequest) -> int:
+    """Train to the end, or to the step at which any rank was asked to stop. Returns the exit code."""
+    clock, method, world, settings = run.clock, run.method, run.world, run.config
+    if clock.done:
+        run.finish(clock)
+        return 0
+    with run.loader() as loader, run.log() as log:
+        for host in waiting(loader.batches(clock.step, clock.total_steps), log):
+            batch = run.to_device(host)
+            redrawn = method.before_step(clock, run.extract, world)
+            optim.reset_state(run.optimizer, redrawn)
+            optim.set_lr(run.optimizer, optim.lr(settings.optim, clock))
+
+            with run.autocast():
+                output: Output = run.wrapped(batch, world)
+            finite = bool(torch.isfinite(output.loss.detach()))
+            stopping, broken = world.any(stop.requested, not finite)
+            if broken:
+                raise NonFiniteLoss(run.diagnosis(clock, output))
+            run.optimizer.zero_grad(set_to_none=True)
+            output.loss.backward()
+            run.optimizer.step()
+
+            clock = clock.after_step()
+            method.after_step(clock)
+            if clock.step == 1 or clock.done or clock.due(settings.log.every_steps):
+                run.write(log, clock, output, host)
+            if stopping or clock.done or clock.due(settings.checkpoint.every_steps, settings.checkpoint.every_epochs):
+                run.save(clock, stop)
+            if log is not None:
+                log.after_step(clock)
+            if stopping and not clock.done:
+                return STOPPED
+    run.finish(clock)
+    return 0
+
+
+class Training:
+    """A method, its optimizer and the step reached, on one rank of a world."""
+
+    def __init__(self, blueprint: Blueprint, world: dist.World):
+        self.blueprint, self.world, self.config = blueprint, world, blueprint.config
+        self.folder = blueprint.run
+        if self.config.deterministic:
+            torch.use_deterministic_algorithms(True)
+        method = blueprint.build()
+        if self.config.channels_last:
+            method.backbone.to(memory_format=torch.channels_last)
+        self.method = world.synchronize_batchnorm(method).to(world.device).train()
+        self.optimizer = None
+        if method.trainable:
+            self.optimizer = optim.build(self.config.optim, [p for p in method.parameters() if p.requires_grad])
+        self.clock = blueprint.clock(self._resume())
+        if world.is_first:
+            runfolder.note_start(self.folder, self.config, self.clock.step, world.place.size)
+        if self.config.compile:
+            method.backbone.compile()
+        self.wrapped = world.wrap(self.method)
+        self._normalize = normalized(blueprint.normalize, blueprint.dtype, world.device)
+
+    def _resume(self) -> int:
+        """Load the newest valid checkpoint, if there is one; returns the steps it has completed."""
+        path = self.world.first(lambda: checkpoint.newest(self.folder))
+        if path is None:
+            return 0
+        state = checkpoint.load(path)
+        checkpoint.restore(self.method, state["method"], path)
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+        return state["step"]
+
+    def loader(self) -> TrainLoader:
+        plan, specs, world = self.blueprint.plan, self.blueprint.specs, self.world
+        pin = world.device.type == "cuda"
+        reader = self.blueprint.open_reader()
+        return TrainLoader(reader, plan, specs, world.grid, world.place.rank, self.blueprint.threads, pin)
+
+    def log(self) -> contextlib.AbstractContextManager:
+        """The run's log on rank 0, None elsewhere."""
+        if not self.world.is_first:
+            return contextlib.nullcontext()
+        title = f"{self.config.method.name} {self.config.backbone.name}"
+        return RunLog(self.folder, self.clock, title, self.config.optim.batch_size, self.blueprint.num_views)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def to_device(self, host: HostBatch) -> Batch:
+        device = self.world.device
+        views_by_group = [self._normalize(group.to(device, non_blocking=True)) for group in host.views]
+        return Batch(
+            views_by_group,
+            [ids.to(device) for ids in host.view_ids],
+            host.image_ids.to(device),
+            host.labels.to(device),
+        )
+
+    def extract(self, *_):
+        """Features of training images for methods that relabel; such methods come with their own issue."""
+        raise NotImplementedError("no method relabels yet")
+
+    def write(self, log: RunLog | None, clock: Clock, output: Output, host: HostBatch) -> None:
+        """Log this step. Every rank takes part, because the loss is averaged over them."""
+        metrics = {"loss": float(self.world.mean(output.loss.detach())), "lr": self.optimizer.param_groups[0]["lr"]}
+        metrics |= {name: float(value) for name, value in output.metrics.items()}
+        if log is None:
+            return
+        if output.representations is not None:
+            metrics["feature_std"] = health.feature_std(output.representations)
+            metrics["effective_rank"] = health.effective_rank(output.representations)
+        log.write(clock, metrics, output.histograms)
+        if clock.step == 1 or clock.due(every_epochs=self.config.log.images_every_epochs):
+            log.pictures(clock, host.views[0])
+        if clock.step == 1:
+            figures.views_grid(self.folder / "views.png", host.views[0].numpy())
+
+    def save(self, clock: Clock, stop: StopRequest) -> None:
+        """Rank 0 writes a checkpoint; the others wait, and a failure there ends all of them."""
+        stop.saving = True
+        self.world.first(lambda: self._save(clock))
+        stop.saving = False
+
+    def _save(self, clock: Clock) -> None:
+        state = {
+            "format": checkpoint.FORMAT,
+            "step": clock.step,
+            "config": config.to_tree(self.config),
+            "method": self.method.state_dict(),
+            "optimizer": {} if self.optimizer is None else self.optimizer.state_dict(),
+            "world_size": self.world.place.size,
+            "versions": checkpoint.versions(),
+            "normalize": config.to_tree(self.blueprint.normalize),
+            "info": dataclasses.asdict(self.blueprint.info),
+        }
+        checkpoint.save(self.folder, state)
+        checkpoint.prune(self.folder, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
+
+    def finish(self, clock: Clock) -> None:
+        """What stands at the end of a run: a checkpoint, also of a method that takes no step, and the loss curve."""
+        self.world.first(lambda: checkpoint.steps(self.folder) or self._save(clock))
+        if self.world.is_first and (self.folder / "metrics.jsonl").exists():
+            figures.loss_curve(self.folder / "loss.png", self.folder / "metrics.jsonl")
+
+    def diagnosis(self, clock: Clock, output: Output) -> str:
+        """Why a non-finite loss ends the run, in one line."""
+        parts = {"loss": float(output.loss.detach())} | {k: float(v) for k, v in output.metrics.items()}
+        terms = ", ".join(f"{name} = {value}" for name, value in parts.items())
+        kept = checkpoint.steps(self.folder)
+        last = (
+            f"the last good checkpoint is {checkpoint.path_of(self.folder, kept[-1])}" if kept else "nothing is saved"
+        )
+        return (
+            f"the loss is not finite at step {clock.step + 1} (rank {self.world.place.rank}: {terms}); {last}; "
+            "lower optim.lr or use precision=fp32"
+        )
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss of some rank was NaN or infinite; nothing was changed by that step."""
+
+
+def waiting(batches: Iterator[HostBatch], log: RunLog | None) -> Iterator[HostBatch]:
+    """The same batches; the time spent waiting for each is told to the log."""
+    iterator = iter(batches)
+    while True:
+        start = time.perf_counter()
+        host = next(iterator, None)
+        if log is not None:
+            log.waited(time.perf_counter() - start)
+        if host is None:
+            return
+        yield host

@@ -1,0 +1,194 @@
+"""The loop on real files: handwritten digits, converted, decoded, augmented, trained on, by one and by two ranks."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ssl_dist import checkpoint, config
+from ssl_dist.errors import UserError
+from tests import ranks
+
+CONFIG = "configs/digits/relational-conv4.yaml"
+
+
+def overrides(data, run, *more):
+    return [
+        f"data.root={data}", f"run_dir={run}", "data.limit=48", "data.reader=arrays", "optim.batch_size=16",
+        "optim.epochs=null", "optim.steps=6", "checkpoint.every_epochs=1", "log.every_steps=2", "timeout=20", *more,
+    ]  # fmt: skip
+
+
+def run_training(data, run, *more):
+    from ssl_dist.train import train
+
+    return train(config.load(CONFIG, overrides(data, run, *more)))
+
+
+def in_ranks(rank, size, data, run, *more):
+    return run_training(data, run, *more)
+
+
+def weights(run):
+    return checkpoint.load(checkpoint.newest(Path(run)))["method"]
+
+
+def fingerprint(run):
+    state = checkpoint.load(checkpoint.newest(Path(run)))
+    digest = hashlib.sha256()
+    for name, value in sorted(state["method"].items()):
+        digest.update(name.encode() + value.numpy().tobytes())
+    for key, entry in sorted(state["optimizer"]["state"].items()):
+        digest.update(str(key).encode() + b"".join(v.numpy().tobytes() for _, v in sorted(entry.items())))
+    return state["step"], digest.hexdigest()
+
+
+def metrics(run):
+    """Lines of metrics.jsonl without what depends on the clock on the wall."""
+    times = ("images_per_s", "views_per_s", "data_wait", "seconds_per_step")
+    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in times} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(digits, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    assert run_training(digits, run) == 0
+    return run
+
+
+def test_a_run_leaves_what_it_should(uninterrupted):
+    run = uninterrupted
+    assert checkpoint.steps(run) == [3, 6]
+    assert [line["step"] for line in metrics(run)] == [1, 2, 4, 6]
+    last = metrics(run)[-1]
+    for name in ("loss", "lr", "accuracy", "accuracy_positive", "accuracy_negative", "feature_std", "effective_rank"):
+        assert name in last
+    assert 0 <= last["accuracy"] <= 100 and last["epoch"] == 2.0
+    for name in ("config.yaml", "views.png", "loss.png", "logs/starts.jsonl", "checkpoints/LAST"):
+        assert (run / name).stat().st_size > 0
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    tags = board.Tags()
+    assert {"train/loss", "train/accuracy", "speed/views_per_s", "speed/data_wait"} <= set(tags["scalars"])
+    assert tags["images"] == ["views"] and any("score" in name for name in tags["histograms"])
+    assert [event.step for event in board.Scalars("train/loss")] == [1, 2, 4, 6]
+    state = checkpoint.load(checkpoint.newest(run))
+    assert state["step"] == 6 and state["world_size"] == 1
+    assert any(name.startswith("backbone.") for name in state["method"])
+
+
+def test_the_same_command_again_is_done_at_once(uninterrupted, digits):
+    before = fingerprint(uninterrupted)
+    assert run_training(digits, uninterrupted) == 0
+    assert fingerprint(uninterrupted) == before
+
+
+def test_resume_is_bit_exact_in_weights_optimizer_and_metrics(uninterrupted, digits, tmp_path):
+    run = tmp_path / "run"
+    run_training(digits, run, "optim.steps=2", "checkpoint.every_steps=1")
+    run_training(digits, run, "optim.steps=5")
+    # what a kill leaves behind: a line of a step that was not saved, torn in the middle
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "loss": 9.9}\n{"step": 7, "lo')
+    run_training(digits, run)
+    assert fingerprint(run) == fingerprint(uninterrupted)
+    wanted = {line["step"]: line for line in metrics(uninterrupted)}
+    assert all(wanted.get(line["step"], line) == line for line in metrics(run))
+    assert metrics(run)[-1] == metrics(uninterrupted)[-1]
+
+
+@pytest.mark.parametrize(
+    "more", [["data.workers=3"], ["data.reader=ffcv"], ["channels_last=false", "log.every_steps=1"]]
+)
+def test_threads_and_readers_do_not_matter(uninterrupted, digits, tmp_path, more):
+    run_training(digits, tmp_path / "run", *more)
+    if "channels_last=false" not in more:
+        assert fingerprint(tmp_path / "run") == fingerprint(uninterrupted)
+    assert metrics(tmp_path / "run")[-1]["loss"] == pytest.approx(metrics(uninterrupted)[-1]["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("shards", ["1", "2"])
+def test_two_ranks_equal_one_in_float64(digits, tmp_path, shards):
+    run_training(digits, tmp_path / "one", "precision=fp64", "optim.steps=3")
+    codes = ranks.launch(
+        in_ranks, 2, tmp_path, digits, tmp_path / "two", "precision=fp64", "optim.steps=3", f"data.view_shards={shards}"
+    )
+    assert codes == [0, 0]
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+    a, b = metrics(tmp_path / "one")[-1], metrics(tmp_path / "two")[-1]
+    assert a["loss"] == pytest.approx(b["loss"], rel=1e-9) and a["accuracy"] == b["accuracy"]
+
+
+def test_bf16_and_compile_free_training_stays_close(uninterrupted, digits, tmp_path):
+    run_training(digits, tmp_path / "run", "precision=bf16", "optim.steps=2")
+    state = weights(tmp_path / "run")
+    assert all(v.dtype in (torch.float32, torch.int64) for v in state.values())
+    wanted = {line["step"]: line for line in metrics(uninterrupted)}
+    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(wanted[1]["loss"], rel=2e-2)
+
+
+def test_random_weights_are_saved_and_done(digits, tmp_path):
+    from ssl_dist.train import train
+
+    settings = config.load("configs/digits/random_weights-conv4.yaml", [f"data.root={digits}", f"run_dir={tmp_path}/r"])
+    assert train(settings) == 0
+    assert checkpoint.steps(tmp_path / "r") == [0]
+    relational = weights_of_first_step(digits, tmp_path)
+    for name, value in weights(tmp_path / "r").items():
+        if "running" not in name and "num_batches" not in name:
+            assert torch.equal(value, relational[name]), "the same seed draws the same backbone for every method"
+
+
+def weights_of_first_step(digits, tmp_path):
+    from ssl_dist.blueprint import derive
+    from ssl_dist.dist import Place
+
+    return derive(config.load(CONFIG, overrides(digits, tmp_path / "none")), Place()).build().state_dict()
+
+
+def test_a_non_finite_loss_ends_the_run_with_step_and_remedy(digits, tmp_path):
+    from ssl_dist.train import NonFiniteLoss
+
+    with pytest.raises(NonFiniteLoss, match=r"not finite at step \d+ .*last good checkpoint.*optim\.lr"):
+        run_training(
+            digits, tmp_path / "run", "optim.name=sgd", "optim.lr=1e38", "checkpoint.every_steps=1", "optim.steps=50"
+        )
+    for step in checkpoint.steps(tmp_path / "run"):
+        assert step < 50
+
+
+def test_another_config_is_refused_before_anything_changes(uninterrupted, digits):
+    before = fingerprint(uninterrupted)
+    with pytest.raises(UserError, match=r"another config: optim\.lr \(there 0\.001, now 0\.5\)"):
+        run_training(digits, uninterrupted, "optim.lr=0.5")
+    assert fingerprint(uninterrupted) == before
+
+
+def test_sigterm_saves_the_step_exits_75_and_resumes_exactly(digits, tmp_path):
+    more = ["optim.steps=60", "checkpoint.every_epochs=null", "log.every_steps=1"]
+    command = [sys.executable, "-m", "ssl_dist", "train", CONFIG, *overrides(digits, tmp_path / "run", *more)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": "."})
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not metrics(tmp_path / "run"):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 75 and "stopping after" in said
+    [step] = checkpoint.steps(tmp_path / "run")
+    assert step < 60, "it ended before the signal came"
+    assert run_training(digits, tmp_path / "run", *more) == 0
+    assert run_training(digits, tmp_path / "whole", *more) == 0
+    assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
