@@ -1,0 +1,102 @@
+"""Evaluate a run: extract the features that are missing or stale, hand them to the evaluators, keep every number."""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ssl_dist import dist, evaluators, features
+from ssl_dist.blueprint import available_cores
+from ssl_dist.data.catalog import facts
+from ssl_dist.data.readers import splits_present
+from ssl_dist.errors import UserError
+from ssl_dist.evaluators import results
+from ssl_dist.features_file import check_pair, read_features
+from ssl_dist.grid import Grid
+
+DATA_KEYS = ("data.name", "data.root", "data.reader")
+
+
+def source_of(encoder: features.Encoder, overrides: dict[str, str]) -> features.Source:
+    """The data set to evaluate on: the run's own unless `data.name`, `data.root` or `data.reader` say otherwise."""
+    data = encoder.config.data
+    return features.Source(
+        overrides.get("data.name", data.name),
+        overrides.get("data.root", data.root),
+        overrides.get("data.reader", data.reader),
+    )
+
+
+def split_overrides(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Overrides of the data set, and those of the evaluators."""
+    data, others = {}, []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key.startswith("data."):
+            if key not in DATA_KEYS or not value:
+                raise UserError(f"override {override!r}: of the data, {', '.join(DATA_KEYS)} can be set here")
+            data[key] = value
+        else:
+            others.append(override)
+    return data, others
+
+
+def extract(weights: Path, splits: Sequence[str], overrides: Sequence[str], out: Path | None) -> list[Path]:
+    """`ssl-dist extract`: features files of `splits` (none: training and evaluation split), alone or under torchrun."""
+    data, others = split_overrides(overrides)
+    if others:
+        raise UserError(f"override {others[0]!r}: of the data, {', '.join(DATA_KEYS)} can be set here")
+    encoder = features.load_encoder(weights)
+    source = source_of(encoder, data)
+    folder = out or weights / "features"
+    if out is None and not weights.is_dir():
+        raise UserError(f"{weights}: is a file; say with --out where its features shall go")
+    place = dist.Place.from_environment()
+    threads = max(1, available_cores() // place.local_size)
+    wanted = splits or _labelled_splits(source)
+    with dist.start(place, Grid(place.size, 1), encoder.config.timeout) as world:
+        return [features.extract(encoder, source, split, folder, world, threads) for split in wanted]
+
+
+def _labelled_splits(source: features.Source) -> list[str]:
+    known = facts(source.name, splits_present(source.root))
+    return [known.training, known.evaluation]
+
+
+def evaluate(run: Path, chosen: Sequence[str], overrides: Sequence[str]) -> list[dict]:
+    """`ssl-dist evaluate`: run evaluators on a run's newest checkpoint; returns what went to results.json."""
+    data, others = split_overrides(overrides)
+    options = evaluators.parse_options(chosen, others)
+    if not run.is_dir():
+        raise UserError(f"{run}: not a run's folder; train first")
+    encoder = features.load_encoder(run)
+    source = source_of(encoder, data)
+    files = []
+    for split in _labelled_splits(source):
+        path = features.path_of(run / "features", source, split)
+        if features.is_fresh(path, encoder):
+            print(f"{path}: fresh", file=sys.stderr)
+        else:
+            reason = "stale (another checkpoint or transform)" if path.exists() else "missing"
+            print(f"{path}: {reason}; extracting", file=sys.stderr)
+            features.extract(
+                encoder,
+                source,
+                split,
+                path.parent,
+                dist.one_process(dist.choose_device(dist.Place())),
+                available_cores(),
+            )
+        files.append(read_features(path))
+    train, test = files
+    check_pair(train, test)
+    records = []
+    for name in chosen:
+        evaluator = evaluators.find(name)
+        start = time.perf_counter()
+        values = evaluator.run(train, test, options[name])
+        print(f"{name}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
+        protocol = evaluators.protocol(evaluator, options[name])
+        records += results.records(values, protocol, test, seed=encoder.config.seed)
+    results.add(run / "results.json", records)
+    return records

@@ -1,0 +1,165 @@
+"""Distributed extraction: every image of a split once, in the order of ids, through a frozen encoder."""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from ssl_dist import blueprint, checkpoint, methods
+from ssl_dist.config import Config, Normalize, validate
+from ssl_dist.data import views
+from ssl_dist.data.normalize import normalized
+from ssl_dist.data.readers import open_dataset
+from ssl_dist.dist import World
+from ssl_dist.errors import UserError
+from ssl_dist.features_file import read_features, write_features
+from ssl_dist.methods.base import Info
+from ssl_dist.progress import Counter
+
+BATCH = 256  # images in a forward pass; without gradients and in evaluation mode its size changes nothing
+LAYER = "output"
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A frozen network with what its input needs and where it comes from."""
+
+    module: nn.Module
+    config: Config
+    normalize: Normalize
+    sha256: str
+    step: int
+
+    @property
+    def transform(self) -> str:
+        """The test transform in words; features made with another one are stale."""
+        size = self.config.data.image_size
+        mean, std = (", ".join(f"{v:g}" for v in values) for values in (self.normalize.mean, self.normalize.std))
+        resize = self.config.data.eval_resize or size
+        return f"short side to {resize}, centre crop {size}, mean ({mean}), std ({std})"
+
+
+def load_encoder(path: Path) -> Encoder:
+    """The encoder in a run's newest checkpoint, or in a checkpoint file. Raises `UserError`."""
+    if path.is_dir():
+        newest = checkpoint.newest(path)
+        if newest is None:
+            raise UserError(f"{path}: holds no checkpoint; train first, or name a run's folder")
+        path = newest
+    state = checkpoint.load(path)
+    settings = validate(Config, state["config"])
+    method_class = methods.find(settings.method.name)
+    options = methods.build_options(method_class, settings.method.options)
+    info = Info(**state["info"])
+    method = blueprint.build_method(settings, method_class, options, info)
+    checkpoint.restore(method, state["method"], path)
+    module = method.encoder().float().eval().requires_grad_(False)
+    normalize = validate(Normalize, state["normalize"])
+    return Encoder(module, settings, normalize, checkpoint.sha256(path), state["step"])
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set to extract from: its name, folder and reader."""
+
+    name: str
+    root: str
+    reader: str
+
+
+def path_of(folder: Path, source: Source, split: str) -> Path:
+    return folder / f"{source.name}-{split}.safetensors"
+
+
+def is_fresh(path: Path, encoder: Encoder) -> bool:
+    """Whether `path` holds what `encoder` would write."""
+    if not path.exists():
+        return False
+    metadata = read_features(path).metadata
+    return metadata["checkpoint"] == encoder.sha256 and metadata["transform"] == encoder.transform
+
+
+def extract(encoder: Encoder, source: Source, split: str, folder: Path, world: World, threads: int) -> Path:
+    """Write the features file of a split: float32 [N, D], one row an image in the order of ids.
+
+    Every rank passes an even range of ids and writes it beside the file; rank 0 joins the parts.
+    """
+    path = path_of(folder, source, split)
+    with open_dataset(source.root, split, source.reader, threads=threads) as reader:
+        info = reader.info
+        low, high = world.share(info.count)
+        title = f"features {source.name} {split}"
+        with Counter(title, high - low, "image", quiet=not world.is_first) as counter:
+            rows = [chunk for chunk in _forward(encoder, reader, low, high, world, threads, counter)]
+        part = np.concatenate(rows) if rows else np.empty((0, 0), np.float32)
+        labels = reader.labels(np.arange(info.count, dtype=np.int64)) if world.is_first else None
+    if world.alone:
+        parts = [part]
+    else:
+        world.first(lambda: folder.mkdir(parents=True, exist_ok=True))
+        _save_part(_part_of(path, world.place.rank), part)
+        world.barrier()
+        ranks = range(world.place.size)
+        parts = [np.load(_part_of(path, rank)) for rank in ranks] if world.is_first else []
+    metadata = {
+        "classes": json.dumps(list(info.classes)),
+        "dataset": source.name,
+        "split": split,
+        "transform": encoder.transform,
+        "checkpoint": encoder.sha256,
+        "step": str(encoder.step),
+        "layer": LAYER,
+        "method": encoder.config.method.name,
+        "backbone": encoder.config.backbone.name,
+    }
+
+    def join() -> None:
+        features = np.concatenate([p for p in parts if len(p)])
+        write_features(path, features, labels, np.arange(info.count, dtype=np.int64), metadata)
+
+    world.first(join)
+    if not world.alone:
+        _part_of(path, world.place.rank).unlink()
+    return path
+
+
+def _part_of(path: Path, rank: int) -> Path:
+    return path.with_name(f".{path.stem}.part-{rank}.npy")
+
+
+def _save_part(path: Path, part: np.ndarray) -> None:
+    with open(path, "wb") as file:
+        np.save(file, part)
+
+
+def _forward(encoder, reader, low: int, high: int, world: World, threads: int, counter) -> Iterator[np.ndarray]:
+    data = encoder.config.data
+    to_input = normalized(encoder.normalize, torch.float32, world.device)
+    module = encoder.module.to(world.device, memory_format=torch.channels_last)
+    batches = (np.arange(start, min(start + BATCH, high), dtype=np.int64) for start in range(low, high, BATCH))
+    with (
+        ThreadPoolExecutor(threads, "view") as pool,
+        torch.inference_mode(),
+        _closing(reader.batches(batches)) as decoded,
+    ):
+        for pixels, heights, widths, ids in decoded:
+            images = views.test_views(
+                pixels, heights, widths, data.image_size, resize=data.eval_resize, pool=pool, threads=threads
+            )
+            features = module(to_input(torch.from_numpy(images).to(world.device)))
+            yield features.flatten(1).float().cpu().numpy()
+            counter.update(len(ids))
+
+
+@contextmanager
+def _closing(generator):
+    try:
+        yield generator
+    finally:
+        generator.close()

@@ -1,0 +1,93 @@
+"""Extraction: each image once, in order, the same at any world size and for any count that nothing divides."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ssl_dist import backbones, config, features, methods
+from ssl_dist.data.readers import open_dataset
+from ssl_dist.dist import one_process
+from ssl_dist.errors import UserError
+from ssl_dist.features_file import read_features
+from tests import ranks
+
+
+@pytest.fixture(scope="module")
+def run(digits, tmp_path_factory):
+    from ssl_dist.train import train
+
+    run = tmp_path_factory.mktemp("runs") / "random"
+    overrides = [f"data.root={digits}", f"run_dir={run}", "data.reader=arrays"]
+    assert train(config.load("configs/digits/random_weights-conv4.yaml", overrides)) == 0
+    return run
+
+
+def source(digits, reader="arrays"):
+    return features.Source("digits", str(digits), reader)
+
+
+def test_features_are_the_encoders_of_every_image_in_order(run, digits, tmp_path):
+    encoder = features.load_encoder(run)
+    path = features.extract(encoder, source(digits), "test", tmp_path, one_process(), threads=1)
+    found = read_features(path)
+    with open_dataset(digits, "test", "arrays") as reader:
+        ids = np.arange(reader.info.count)
+        [(pixels, _, _, _)] = list(reader.batches([ids]))
+        labels = reader.labels(ids)
+        mean, std = torch.tensor(reader.info.mean), torch.tensor(reader.info.std)
+    images = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    with torch.no_grad():
+        expected = encoder.module.eval()(images)
+    np.testing.assert_allclose(found.features, expected.numpy(), rtol=1e-4, atol=1e-5)
+    assert np.array_equal(found.labels, labels) and np.array_equal(found.image_ids, ids)
+    assert found.metadata["checkpoint"] == encoder.sha256 and found.metadata["step"] == "0"
+    assert json.loads(found.metadata["classes"]) == [str(n) for n in range(10)]
+
+
+def in_ranks(rank, size, run, folder, split):
+    from ssl_dist.evaluate import extract
+
+    torch.set_num_threads(1)
+    return [str(p) for p in extract(Path(run), [split], [], Path(folder))]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_any_world_size_writes_the_same_file(run, digits, tmp_path, size):
+    alone = features.extract(features.load_encoder(run), source(digits), "test", tmp_path / "a", one_process(), 1)
+    assert read_features(alone).features.shape[0] % 7, "the count should not divide evenly"
+    ranks.launch(in_ranks, size, tmp_path, run, tmp_path / "b", "test")
+    a, b = read_features(alone), read_features(tmp_path / "b" / alone.name)
+    np.testing.assert_allclose(a.features, b.features, rtol=1e-5, atol=1e-6)
+    assert np.array_equal(a.labels, b.labels) and a.metadata == b.metadata
+    assert [p.name for p in (tmp_path / "b").iterdir()] == [alone.name], "no part is left behind"
+
+
+def test_readers_agree(run, digits, tmp_path):
+    encoder = features.load_encoder(run)
+    files = [
+        features.extract(encoder, source(digits, reader), "test", tmp_path / reader, one_process(), threads)
+        for reader, threads in (("arrays", 1), ("ffcv", 2))
+    ]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_freshness(run, digits, tmp_path):
+    encoder = features.load_encoder(run)
+    path = features.path_of(tmp_path, source(digits), "test")
+    assert not features.is_fresh(path, encoder)
+    features.extract(encoder, source(digits), "test", tmp_path, one_process(), 1)
+    assert features.is_fresh(path, encoder)
+    assert not features.is_fresh(path, features.Encoder(encoder.module, encoder.config, encoder.normalize, "0" * 64, 0))
+
+
+def test_what_is_no_run(tmp_path):
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        features.load_encoder(tmp_path)
+
+
+def test_every_method_and_backbone_is_found_by_name():
+    assert {"relational", "random_weights"} <= set(methods.names())
+    assert backbones.build("conv4").feature_dim == 64
