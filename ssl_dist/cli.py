@@ -1,0 +1,158 @@
+"""The commands. Thin: they read arguments, call one function and turn what it raises into an exit code."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ssl_dist import __version__
+from ssl_dist.errors import UserError
+
+EXIT_CODES = (
+    "exit codes: 0 done; 2 your mistake, one line says which; 75 stopped on request after a checkpoint, run the same "
+    "command again; 1 a fault."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Returns its exit code; argparse exits by itself for a wrong command line (2) and --help (0)."""
+    parsed = _parser().parse_args(arguments)
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        code = parsed.action(parsed)
+    except UserError as error:
+        if first:
+            print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    if first and "SSL_DIST_EXIT_FILE" in os.environ:  # torchrun tells its caller 1 whatever the ranks say
+        Path(os.environ["SSL_DIST_EXIT_FILE"]).write_text(f"{code}\n")
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "ssl-dist",
+        description="Pre-train an image backbone without labels, on one process or many, and evaluate it.",
+        epilog="A first run: bash launch/quickstart.sh. " + EXIT_CODES,
+    )
+    parser.add_argument("--version", action="version", version=f"ssl-dist {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, action, help: str, description: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=description, epilog=EXIT_CODES)
+        sub.set_defaults(action=action)
+        return sub
+
+    sub = command(
+        "convert", _convert, "write a data set as .beton files",
+        "Write <split>.beton for every split of a data set, and dataset.json. A killed conversion "
+        "goes on after the last complete split.",
+    )  # fmt: skip
+    sub.add_argument("dataset", help="cifar10, cifar100, supercifar100, stl10, tiny-imagenet, slimagenet64, imagenet, "
+                     "digits, or folder for images of your own in <split>/<class>/")  # fmt: skip
+    sub.add_argument("--root", type=Path, help="where the images are (torchvision sets are downloaded there)")
+    sub.add_argument("--out", type=Path, help="where to write; becomes data.root (default data/<dataset>)")
+    sub.add_argument("--name", help="name of a folder's data set; a catalog name brings its facts along")
+    sub.add_argument("--max-side", type=int, help="longer images are shrunk to this many pixels (default: catalog)")
+    sub.add_argument("--workers", type=int, help="processes that encode (default: all cores)")
+
+    sub = command(
+        "train", _train, "pre-train, or go on with a run",
+        "Pre-train by a config, alone or under torchrun (launch/torchrun_single.sh). The same command again resumes.",
+    )  # fmt: skip
+    _add_config(sub)
+
+    sub = command(
+        "explain", _explain, "what a config will do",
+        "Print what a config will do, on any number of ranks, without starting anything. Mistakes show here first.",
+    )  # fmt: skip
+    _add_config(sub)
+    sub.add_argument("--world", type=int, default=1, help="ranks (default 1)")
+    sub.add_argument("--ranks-per-node", type=int, help="ranks of a node (default: all on one)")
+
+    sub = command(
+        "extract", _extract, "write features files",
+        "Pass every image of a split through a run's frozen backbone: features/<dataset>-<split>.safetensors. Works "
+        "under torchrun too; the file is the same.",
+    )  # fmt: skip
+    sub.add_argument("weights", type=Path, metavar="RUN|WEIGHTS", help="a run's folder, or one checkpoint file")
+    sub.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="data.root, data.name, data.reader of another set"
+    )
+    sub.add_argument("--out", type=Path, help="folder to write to (default RUN/features)")
+    sub.add_argument("--split", action="append", help="split to extract; may be repeated (default: training and test)")
+
+    sub = command(
+        "evaluate", _evaluate, "measure a run",
+        "Evaluate a run's newest checkpoint and print a table; every number goes to RUN/results.json. Features that "
+        "are missing or stale are extracted first.",
+    )  # fmt: skip
+    sub.add_argument("run", type=Path, metavar="RUN")
+    sub.add_argument("words", nargs="+", metavar="EVALUATOR|key=value",
+                     help="knn, logistic; knn.k=[20,200] sets an option; data.root=... another data set")  # fmt: skip
+
+    sub = command("doctor", _doctor, "what is missing on this machine", "Check this machine and say what mends it.")
+    return parser
+
+
+def _add_config(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("config", help="a YAML file; configs/ holds one for every row of the papers' tables")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.lr=1e-3 data.limit=1000")
+
+
+# Imports stand inside the commands: torch and numba cost seconds that --help need not wait for.
+
+
+def _convert(args) -> int:
+    from ssl_dist.data.convert import convert
+
+    out = args.out or Path("data") / (args.name or args.dataset)
+    convert(args.dataset, args.root, out, name=args.name, max_side=args.max_side, workers=args.workers)
+    print(f"{out}: done; use it with data.root={out}")
+    return 0
+
+
+def _train(args) -> int:
+    from ssl_dist import config
+    from ssl_dist.train import train
+
+    return train(config.load(args.config, args.overrides))
+
+
+def _explain(args) -> int:
+    from ssl_dist import config
+    from ssl_dist.explain import explain
+
+    if args.world < 1:
+        raise UserError(f"--world {args.world}: at least one rank is needed")
+    print(explain(config.load(args.config, args.overrides), args.world, args.ranks_per_node))
+    return 0
+
+
+def _extract(args) -> int:
+    from ssl_dist.evaluate import extract
+
+    for path in extract(args.weights, args.split or [], args.overrides, args.out):
+        print(path)
+    return 0
+
+
+def _evaluate(args) -> int:
+    from ssl_dist.evaluate import evaluate
+    from ssl_dist.evaluators.results import table
+
+    overrides = [word for word in args.words if "=" in word]
+    chosen = [word for word in args.words if "=" not in word]
+    if not chosen:
+        raise UserError(f"evaluate {args.run}: name at least one evaluator, for example knn")
+    print(table(evaluate(args.run, chosen, overrides)))
+    return 0
+
+
+def _doctor(_args) -> int:
+    from ssl_dist.doctor import run
+
+    return run()
