@@ -124,7 +124,8 @@ def newest(run: Path) -> Path | None:
         print(f"WARNING: {path}: {fault}; passing over it to the one before", file=sys.stderr, flush=True)
     if found:
         raise UserError(
-            f"{run / 'checkpoints'}: all {len(found)} checkpoints are damaged; restore one, or remove the folder to begin anew"
+            f"{run / 'checkpoints'}: all {len(found)} checkpoints are damaged; "
+            "restore one, or remove the folder to begin anew"
         )
     return None
 

@@ -35,7 +35,9 @@ class Section(BaseModel):
 class RandomResizedCrop(Section):
     """Crop a random part (Inception crop) and resize it to the view's size; bilinear, antialiased when it shrinks."""
 
-    scale: tuple[PositiveFloat, PositiveFloat] = Field((0.08, 1.0), strict=False, description="share of the image's area")
+    scale: tuple[PositiveFloat, PositiveFloat] = Field(
+        (0.08, 1.0), strict=False, description="share of the image's area"
+    )
     ratio: tuple[PositiveFloat, PositiveFloat] = Field((0.75, 4 / 3), strict=False, description="width / height")
 
     @model_validator(mode="after")
@@ -209,7 +211,9 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise UserError(f"{self.name}: line {key_node.start_mark.line + 1}: key {key!r} stands twice; remove one")
+                raise UserError(
+                    f"{self.name}: line {key_node.start_mark.line + 1}: key {key!r} stands twice; remove one"
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 

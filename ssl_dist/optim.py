@@ -17,9 +17,7 @@ def build(options: Optim, parameters: Iterable[nn.Parameter]) -> torch.optim.Opt
         return torch.optim.Adam(parameters, lr=options.lr, weight_decay=options.weight_decay)
     if options.name == "adamw":
         return torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
-    return torch.optim.SGD(
-        parameters, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
-    )
+    return torch.optim.SGD(parameters, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
 
 
 def lr(options: Optim, clock: Clock) -> float:

@@ -50,7 +50,9 @@ def accept(run: Path, wanted: Config) -> None:
         return
     kept = config.load(path)
     different = [
-        f"{key} (there {old!r}, now {new!r})" for key, old, new in differences(kept, wanted) if not _may_differ(key, kept, old, new)
+        f"{key} (there {old!r}, now {new!r})"
+        for key, old, new in differences(kept, wanted)
+        if not _may_differ(key, kept, old, new)
     ]
     if different:
         raise UserError(
@@ -62,7 +64,9 @@ def accept(run: Path, wanted: Config) -> None:
 def differences(kept: Config, wanted: Config) -> list[tuple[str, object, object]]:
     """Keys (with dots) whose values differ, with both values."""
     old, new = _flat(config.to_tree(kept)), _flat(config.to_tree(wanted))
-    return [(key, old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return [
+        (key, old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
+    ]
 
 
 def _may_differ(key: str, kept: Config, old: object, new: object) -> bool:

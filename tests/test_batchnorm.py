@@ -59,7 +59,9 @@ def test_moments_of_two_ranks_do_not_cancel():
     squares = sum((h.var(0, correction=0) + (h.mean(0) - mean) ** 2) * 8 for h in halves)
     got_mean, got_var, count = second(halves[0], [firsts, squares])
     torch.testing.assert_close(got_mean, halves.flatten(0, 1).mean(0))
-    torch.testing.assert_close(got_var, halves.flatten(0, 1).double().var(0, correction=0).float(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        got_var, halves.flatten(0, 1).double().var(0, correction=0).float(), rtol=1e-3, atol=1e-3
+    )
     assert count == 16
 
 

@@ -18,10 +18,20 @@ def path(tmp_path):
 
 def test_defaults_are_the_papers(path):
     settings = config.load(path)
-    assert (settings.optim.name, settings.optim.lr, settings.optim.batch_size, settings.optim.epochs) == ("adam", 1e-3, 64, 200)
+    assert (settings.optim.name, settings.optim.lr, settings.optim.batch_size, settings.optim.epochs) == (
+        "adam",
+        1e-3,
+        64,
+        200,
+    )
     [group] = settings.views.groups
     assert group.random_resized_crop.scale == (0.08, 1.0)
-    assert (group.color_jitter.p, group.color_jitter.hue, group.grayscale, group.horizontal_flip) == (0.8, 0.2, 0.2, 0.5)
+    assert (group.color_jitter.p, group.color_jitter.hue, group.grayscale, group.horizontal_flip) == (
+        0.8,
+        0.2,
+        0.2,
+        0.5,
+    )
 
 
 def test_overrides_are_yaml_scalars(path):
@@ -77,7 +87,7 @@ def test_missing_key_is_named(path):
 
 def test_a_key_that_stands_twice_is_refused(path):
     path.write_text(MINIMAL + "seed: 1\nseed: 2\n")
-    with pytest.raises(UserError, match="line 4.*'seed' stands twice"):
+    with pytest.raises(UserError, match=r"line 4.*'seed' stands twice"):
         config.load(path)
 
 

@@ -66,7 +66,10 @@ def test_a_scheduled_run_may_not_grow(tmp_path):
 
 
 def test_one_writer_at_a_time_and_the_lock_dies_with_its_owner(tmp_path):
-    code = "import sys,pathlib; from ssl_dist import runfolder; runfolder.claim(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    code = (
+        "import pathlib, sys; from ssl_dist import runfolder\n"
+        "runfolder.claim(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    )
     owner = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": "."},
