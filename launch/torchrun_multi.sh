@@ -1,0 +1,106 @@
+#!/usr/bin/env bash
+# Trains on NPROC ranks of each of NNODES machines. Start it once on every machine, with the same arguments but for
+# NODE_RANK (0 .. NNODES-1). ENDPOINT is host:port of machine 0, the port free there and reachable from the others.
+#
+#   launch/torchrun_multi.sh NNODES NODE_RANK ENDPOINT NPROC CONFIG [key=value ...]
+#   launch/torchrun_multi.sh 2 0 gpu-a:29400 8 configs/cifar10/relational-conv4.yaml      on gpu-a
+#   launch/torchrun_multi.sh 2 1 gpu-a:29400 8 configs/cifar10/relational-conv4.yaml      on gpu-b
+#
+# Stop it with SIGTERM, SIGINT (Ctrl-C) or SIGUSR2: the ranks finish their step, save and end; the same command resumes.
+# Signal the script on every machine: torchrun waits minutes for machines that do not leave with the others.
+#
+# Exit codes: 0 done; 2 a mistake in the arguments or the config; 75 stopped on request after a checkpoint; else a fault.
+#
+# Environment, all optional:
+#   RESTARTS=0          how often torchrun starts the ranks again after a fault; they resume from the last checkpoint
+#   OMP_NUM_THREADS     threads of a rank; default: the cores that this script may use, divided by NPROC
+#   OMP_WAIT_POLICY, GLIBC_TUNABLES      defaults are set below
+#   LOCAL_ADDR          address of this machine, where the others cannot resolve its name
+#   RDZV_ID=ssl_dist    name of the run, where several share an endpoint
+#   PYTHON              interpreter; default: .venv/bin/python of this checkout, else python3
+set -euo pipefail
+
+stop() {
+    printf '%s\n' "$*" >&2
+    exit 2
+}
+
+[ $# -ge 5 ] || stop "usage: launch/torchrun_multi.sh NNODES NODE_RANK ENDPOINT NPROC CONFIG [key=value ...]"
+nnodes=$1 node_rank=$2 endpoint=$3 ranks=$4 config=$5
+shift 5
+[[ $nnodes =~ ^[1-9][0-9]*$ ]] || stop "NNODES=$nnodes: give the number of machines, 1 or more"
+[[ $ranks =~ ^[1-9][0-9]*$ ]] || stop "NPROC=$ranks: give the number of ranks on a machine, 1 or more"
+[[ $node_rank =~ ^[0-9]+$ && $node_rank -lt $nnodes ]] ||
+    stop "NODE_RANK=$node_rank: give the number of this machine, 0 .. $((nnodes - 1))"
+[[ $endpoint =~ ^.+:[0-9]+$ ]] || stop "ENDPOINT=$endpoint: give host:port of machine 0, as in gpu-a:29400"
+
+here=$(dirname "${BASH_SOURCE[0]}")
+python=${PYTHON:-$here/../.venv/bin/python}
+[ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python3
+
+# torchrun turns every exit code of a rank into 1, so mistakes are looked for before it starts.
+what_will_run=$("$python" -m ssl_dist explain "$config" "$@" --world $((nnodes * ranks)))
+is_host=false
+if [ "$node_rank" = 0 ]; then
+    is_host=true
+    printf '%s\n' "$what_will_run"
+fi
+
+if [ -z "${OMP_NUM_THREADS:-}" ]; then # torchrun would set 1
+    cores=$(($(nproc) / ranks))
+    export OMP_NUM_THREADS=$((cores > 0 ? cores : 1))
+fi
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # idle threads sleep instead of spinning on cores that others need
+if getconf GNU_LIBC_VERSION >/dev/null 2>&1; then
+    # else glibc maps and unmaps every activation above 32 MB anew in each step
+    tunables=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592
+    export GLIBC_TUNABLES=${GLIBC_TUNABLES:-$tunables}
+fi
+# After a restart torchrun's shared store still holds the addresses of dead ranks, and gloo would call them.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+export SSL_DIST_EXIT_FILE=$scratch/exit-code # the first rank of this machine writes its exit code here
+
+# A signal is passed on once: torchrun then tells the ranks, waits for their save, and ends what is left after 10 s; a
+# second one would cut that short. INT, HUP and QUIT become TERM, because a background process of a script is deaf to
+# INT and QUIT until torchrun listens.
+signal='' interrupted='' torchrun_pid=''
+# shellcheck disable=SC2317,SC2329 # the traps call it
+pass_on() {
+    interrupted=yes
+    [ -z "$signal" ] || return 0
+    signal=$1
+    [ -z "$torchrun_pid" ] || kill -s "$signal" "$torchrun_pid" 2>/dev/null || true
+}
+trap 'pass_on TERM' TERM INT HUP QUIT
+trap 'pass_on USR2' USR2
+
+# setsid: a Ctrl-C in the terminal reaches this script alone, not torchrun beside it.
+# setpriv: torchrun gets SIGTERM when this script is killed, instead of training on unseen.
+setsid setpriv --pdeathsig TERM "$python" "$here/torchrun.py" \
+    --nnodes "$nnodes" --nproc-per-node "$ranks" --max-restarts "${RESTARTS:-0}" \
+    --rdzv-backend c10d --rdzv-endpoint "$endpoint" --rdzv-conf "is_host=$is_host" --rdzv-id "${RDZV_ID:-ssl_dist}" \
+    ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"} \
+    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2 --shutdown-timeout 10 --log-dir "$scratch/torchrun" \
+    -m ssl_dist train "$config" "$@" &
+torchrun_pid=$!
+[ -z "$signal" ] || kill -s "$signal" "$torchrun_pid" 2>/dev/null || true # one that came before torchrun was there
+
+interrupted=yes
+while [ -n "$interrupted" ]; do # a signal ends the wait, not torchrun
+    interrupted='' code=0
+    wait "$torchrun_pid" || code=$?
+done
+
+[ "$code" != 0 ] || exit 0
+case $(cat "$SSL_DIST_EXIT_FILE" 2>/dev/null) in
+75)
+    echo "stopped on request after a checkpoint; the same command goes on from there (exit code 75)" >&2
+    exit 75
+    ;;
+2) exit 2 ;;
+0) [ -z "$signal" ] || exit 0 ;; # torchrun reports 1 after any signal, also when the ranks were done
+esac
+exit "$code"

@@ -1,0 +1,53 @@
+"""The package: version ranges here, the exact versions that passed the tests in launch/constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+REQUIRES = [
+    "torch>=2.6,<3",  # networks, DDP; 2.6: torch.load defaults to weights_only
+    "torchvision>=0.21,<1",  # data sets, JPEG decoding without FFCV, reference transforms; goes with its torch
+    "numpy>=2.0,<3",  # arrays everywhere; 2.0: opencv-python, which FFCV needs, asks for it
+    "numba>=0.60,<1",  # the compiled view kernel and relation sweep; 0.60: the first for numpy 2
+    "llvmlite>=0.43,<1",  # the few instructions that the kernels give numba in LLVM's own language; goes with its numba
+    "pydantic>=2.10,<3",  # the typed config
+    "pyyaml>=6.0,<7",  # reads and writes the config
+    "safetensors>=0.5,<1",  # the features file and exported weights: tensors without pickle
+    "scikit-learn>=1.5,<2",  # the embedded digits; logistic regression, k-means and t-SNE of the evaluators
+    "scipy>=1.11,<2",  # L-BFGS of the logistic regression
+    "pillow>=10,<14",  # decodes and encodes images in `convert`
+    "matplotlib>=3.8,<4",  # pictures of the views, loss curves, plots of a report
+    "tensorboard>=2.16,<3",  # log of a run; 2.16: the first for numpy 2
+    "tqdm>=4.66,<5",  # progress bars
+    "submitit>=1.5.2,<2",  # sends runs to Slurm
+]
+
+EXTRAS = {
+    # The default reader. An extra, not a requirement: it compiles against the headers of OpenCV and libturbojpeg, and a
+    # machine without them must still work with data.reader=arrays. launch/install.sh brings the headers and this extra.
+    # Exactly 1.0.2: the last release; the reader relies on its internals (traversal order, decoders, page layout).
+    # setuptools: FFCV imports distutils, which left Python's library in 3.12.
+    "ffcv": ["ffcv==1.0.2", "setuptools>=77"],
+    "timm": ["timm>=1.0.9,<2"],  # backbones by the name timm/<name>
+    "test": [
+        "pytest>=8,<10",
+        "pytest-timeout>=2.3,<3",  # a rank that hangs fails its test instead of stopping the whole run
+        "hypothesis>=6.100,<7",  # property tests of the index arithmetic, keys and data plan
+        "ruff>=0.9,<1",  # linter and formatter; part of the test command
+    ],
+}
+
+setup(
+    name="ssl_dist",
+    version=re.search(r'__version__ = "(.+)"', (HERE / "ssl_dist" / "__init__.py").read_text(encoding="utf-8"))[1],
+    description="Self-supervised pre-training of image backbones at any world size, and its evaluation",
+    license="MIT",
+    packages=find_packages(include=["ssl_dist", "ssl_dist.*"]),
+    python_requires=">=3.11",
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["ssl-dist = ssl_dist.cli:main"]},
+)

@@ -1,0 +1,162 @@
+"""The shape of the package: imports point one way, what is wrapped is named in one file, files stay readable."""
+
+import ast
+import importlib.metadata
+import itertools
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "ssl_dist"
+
+# The lowest first. A module may import its own layer and those below. A new one must be given its place here.
+LAYERS = [
+    {"errors", "keys", "clock", "config", "grid"},
+    {"nn", "batchnorm", "dist", "kernels", "progress"},
+    {"methods", "data", "backbones", "optim"},
+    {"checkpoint", "runlog", "runfolder", "blueprint", "health", "stop", "features", "features_file", "figures"},
+    {"train", "evaluators", "evaluate", "report", "explain", "doctor"},
+    {"cli", "__main__", "job"},
+]
+PEERS = {"methods", "data", "backbones", "optim"}  # of one layer, and strangers to each other
+LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
+
+# What only one file may import, because everything else goes through it.
+WRAPPED = {"torch.distributed": "dist.py", "ffcv": "data/ffcv_reader.py"}
+
+LONGEST = 400  # lines; the aim is 250
+
+
+def files():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def dotted(path):
+    """ssl_dist/data/views.py -> ssl_dist.data.views; a package stands for its __init__.py."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(tree, module="", is_package=False):
+    """The dotted names that a file imports, at its top or inside functions; relative ones resolved against `module`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".") if is_package else module.split(".")[:-1]
+                parents = parents[: len(parents) - node.level + 1]
+                base = ".".join([*parents, *([base] if base else [])])
+            # `from ssl_dist import keys` names ssl_dist.keys
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def named(tree, module="", is_package=False):
+    """What a file imports, and every dotted expression in it such as `torch.distributed.barrier`."""
+    yield from imported(tree, module, is_package)
+    yield from (ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+
+
+def part_of(name):
+    """ssl_dist.data.views -> data; None for the package itself (its version) and for other packages."""
+    head, _, rest = name.partition(".")
+    part = rest.split(".")[0]
+    return part if head == "ssl_dist" and part and not part.startswith("__version") else None
+
+
+def breaches(module, names):
+    """The imports of `module` that point the wrong way, as text."""
+    own = part_of(module)
+    if own is None:  # ssl_dist/__init__.py
+        return [f"{module} imports {name}" for name in names if part_of(name)]
+    found = []
+    for name in names:
+        other = part_of(name)
+        if other is None or other == own:
+            continue
+        if other not in LAYER_OF:
+            found.append(f"{module} imports {name}, which has no layer")
+        elif LAYER_OF[other] > LAYER_OF[own]:
+            found.append(f"{module} imports {name} of a higher layer")
+        elif {own, other} <= PEERS:
+            found.append(f"{module} imports {name}, its peer")
+    return found
+
+
+def is_within(name, package):
+    return name == package or name.startswith(package + ".")
+
+
+@pytest.mark.parametrize("path", files(), ids=dotted)
+def test_imports_point_one_way(path):
+    module, is_package = dotted(path), path.name == "__init__.py"
+    own = part_of(module)
+    assert own is None or own in LAYER_OF, f"give {own} a place in LAYERS, in {__file__}"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert breaches(module, list(imported(tree, module, is_package))) == []
+    for wrapped, home in WRAPPED.items():
+        if path != PACKAGE / home:
+            names = {name for name in named(tree, module, is_package) if is_within(name, wrapped)}
+            assert not names, f"{module} names {names}; only {home} may"
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "fault"),
+    [
+        ("ssl_dist.keys", "import ssl_dist.train", "higher layer"),
+        ("ssl_dist.data.views", "from ssl_dist import methods", "peer"),
+        ("ssl_dist.data.views", "def f():\n    from ssl_dist.optim import lr", "peer"),
+        ("ssl_dist.data.views", "from ..methods import base", "peer"),
+        ("ssl_dist.data.views", "from . import color", ""),
+        ("ssl_dist.train", "from ssl_dist import utils", "no layer"),
+        ("ssl_dist.train", "from ssl_dist import __version__, dist", ""),
+        ("ssl_dist", "from ssl_dist.config import Config", "imports"),
+    ],
+)
+def test_a_breach_is_seen(module, line, fault):
+    found = breaches(module, list(imported(ast.parse(line), module)))
+    assert len(found) == bool(fault)
+    assert all(fault in text for text in found)
+
+
+@pytest.mark.parametrize(
+    ("line", "package"),
+    [
+        ("import torch.distributed as dist", "torch.distributed"),
+        ("from torch import distributed", "torch.distributed"),
+        ("from torch.distributed import barrier", "torch.distributed"),
+        ("import torch\ntorch.distributed.barrier()", "torch.distributed"),
+        ("def f():\n    from ffcv.loader import Loader", "ffcv"),
+    ],
+)
+def test_a_wrapped_package_is_seen(line, package):
+    assert any(is_within(name, package) for name in named(ast.parse(line)))
+    assert not any(is_within(name, "ffcv_reader") for name in named(ast.parse(line)))
+
+
+def test_every_package_imported_is_in_setup():
+    """A package that only another one happens to bring would vanish with it."""
+    assignments = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign) and node.targets[0].id in ("REQUIRES", "EXTRAS")
+    }
+    listed = itertools.chain(assignments["REQUIRES"], *assignments["EXTRAS"].values())
+    listed = {re.split(r"[<>=~! \[]", requirement)[0].lower() for requirement in listed}
+    owners = importlib.metadata.packages_distributions()
+    for path in files():
+        for name in imported(ast.parse(path.read_text(encoding="utf-8")), dotted(path), path.name == "__init__.py"):
+            head = name.split(".")[0]
+            if head != "ssl_dist" and head not in sys.stdlib_module_names:
+                distributions = {owner.lower() for owner in owners.get(head, [head])}
+                assert distributions & listed, f"{path.name} imports {head}: add it to setup.py"
+
+
+@pytest.mark.parametrize("path", files(), ids=dotted)
+def test_no_file_is_too_long_to_read(path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= LONGEST, f"{path.name} has {lines} lines: is it still one subject?"
