@@ -19,6 +19,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns its exit code; argparse exits by itself for a wrong command line (2) and --help (0)."""
     parsed = _parser().parse_args(arguments)
     first = os.environ.get("RANK", "0") == "0"
+    # torchrun tells its caller 1 whatever the ranks say, so the first rank of a machine leaves its code in a file.
+    exit_file = os.environ.get("SSL_DIST_EXIT_FILE") if os.environ.get("LOCAL_RANK", "0") == "0" else None
+    if exit_file:
+        Path(exit_file).unlink(missing_ok=True)  # of a start before this one
     try:
         code = parsed.action(parsed)
     except UserError as error:
@@ -27,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = 2
     except KeyboardInterrupt:
         code = 130
-    if first and "SSL_DIST_EXIT_FILE" in os.environ:  # torchrun tells its caller 1 whatever the ranks say
-        Path(os.environ["SSL_DIST_EXIT_FILE"]).write_text(f"{code}\n")
+    if exit_file:
+        Path(exit_file).write_text(f"{code}\n")
     return code
 
 

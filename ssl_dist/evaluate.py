@@ -11,7 +11,7 @@ from ssl_dist.data.catalog import facts
 from ssl_dist.data.readers import splits_present
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators import results
-from ssl_dist.features_file import check_pair, read_features
+from ssl_dist.features_file import Features, check_pair, read_features
 from ssl_dist.grid import Grid
 
 DATA_KEYS = ("data.name", "data.root", "data.reader")
@@ -93,10 +93,21 @@ def evaluate(run: Path, chosen: Sequence[str], overrides: Sequence[str]) -> list
     records = []
     for name in chosen:
         evaluator = evaluators.find(name)
+        protocol = evaluators.protocol(evaluator, options[name])
+        known = [r for r in results.read(run / "results.json") if _is_measured(r, name, protocol, test)]
+        if known:
+            print(f"{name}: in {run / 'results.json'} already", file=sys.stderr)
+            records += known
+            continue
         start = time.perf_counter()
         values = evaluator.run(train, test, options[name])
         print(f"{name}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
-        protocol = evaluators.protocol(evaluator, options[name])
         records += results.records(values, protocol, test, seed=encoder.config.seed)
     results.add(run / "results.json", records)
     return records
+
+
+def _is_measured(record: dict, evaluator: str, protocol: str, test: Features) -> bool:
+    """Whether `record` is what the evaluator would find again."""
+    same = all(record[key] == test.metadata[key] for key in ("dataset", "split", "checkpoint"))
+    return same and record["protocol"] == protocol and record["name"].startswith(evaluator)

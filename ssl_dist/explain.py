@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ssl_dist import backbones, checkpoint, optim
+from ssl_dist import backbones, checkpoint, optim, runfolder
 from ssl_dist.blueprint import Blueprint, derive
 from ssl_dist.config import Config
 from ssl_dist.dist import Place
@@ -13,6 +13,7 @@ def explain(config: Config, world_size: int, ranks_per_node: int | None = None) 
     """A text of `name: value` lines. Raises `UserError` for everything that could not run."""
     place = Place(0, world_size, 0, ranks_per_node or world_size)
     blueprint = derive(config, place)
+    runfolder.check(blueprint.run, config)
     lines = _data(blueprint) | _grid(blueprint) | _training(blueprint) | _memory(blueprint) | _files(blueprint)
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())

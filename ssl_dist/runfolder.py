@@ -41,12 +41,18 @@ def claim(run: Path) -> int:
 
 
 def accept(run: Path, wanted: Config) -> None:
-    """Keep the first config as RUN/config.yaml; refuse a later one that differs in a key that changes the numbers."""
+    """Keep the first config as RUN/config.yaml; refuse a later one as `check` does."""
+    check(run, wanted)
+    if not (run / "config.yaml").exists():
+        checkpoint.write_text(run / "config.yaml", config.dump(wanted))
+
+
+def check(run: Path, wanted: Config) -> None:
+    """Raises `UserError` when the folder holds a run whose config differs in a key that changes the numbers."""
     path = run / "config.yaml"
     if not path.exists():
         if checkpoint.steps(run):
             raise UserError(f"run_dir = {str(run)!r}: holds checkpoints but no config.yaml; choose another folder")
-        checkpoint.write_text(path, config.dump(wanted))
         return
     kept = config.load(path)
     different = [
