@@ -121,9 +121,13 @@ def _convert(args) -> int:
 
 def _train(args) -> int:
     from ssl_dist import config
-    from ssl_dist.train import train
+    from ssl_dist.train import NonFiniteLoss, train
 
-    return train(config.load(args.config, args.overrides))
+    try:
+        return train(config.load(args.config, args.overrides))
+    except NonFiniteLoss as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 def _explain(args) -> int:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 
 STOPPED = 75  # exit code: stopped on request after a checkpoint; start the same command again
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -32,4 +31,3 @@ class StopRequest:
             self._interrupts += 1
             if self._interrupts >= 3 and not self.saving:
                 os._exit(130)
-        os.write(sys.stderr.fileno(), b"stopping after this step\n" if self._interrupts < 2 else b"")

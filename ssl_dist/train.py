@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import sys
 import time
 from collections.abc import Iterator
 
@@ -25,7 +26,7 @@ def train(wanted: Config) -> int:
     place = dist.Place.from_environment()
     blueprint = derive(wanted, place)
     for spec in blueprint.specs:
-        getattr(views, "warm_up", id)(spec)  # compile before the ranks meet, or they wait for one another
+        views.warm_up(spec)  # compile before the ranks meet, or they wait for one another
     with (
         StopRequest() as stop,
         dist.start(place, blueprint.grid, wanted.timeout) as world,
@@ -83,6 +84,8 @@ def fit(run: "Training", stop: StopRequest) -> int:
             if log is not None:
                 log.after_step(clock)
             if stopping and not clock.done:
+                if world.is_first:
+                    print(f"stopping after step {clock.step}, which is saved", file=sys.stderr, flush=True)
                 return STOPPED
     run.finish(clock)
     return 0

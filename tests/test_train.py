@@ -186,7 +186,7 @@ def test_sigterm_saves_the_step_exits_75_and_resumes_exactly(digits, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=30)
-    assert process.returncode == 75 and "stopping after" in said
+    assert process.returncode == 75 and "stopping after step" in said
     [step] = checkpoint.steps(tmp_path / "run")
     assert step < 60, "it ended before the signal came"
     assert run_training(digits, tmp_path / "run", *more) == 0
