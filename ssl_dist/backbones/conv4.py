@@ -1,0 +1,56 @@
+"""The shallow network of relational reasoning (Patacchiola & Storkey 2020, appendix A): four convolutions."""
+
+import torch
+from torch import Tensor, nn
+
+WIDTHS = (8, 16, 32, 64)
+
+
+class Block(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn(self.conv(x)))
+
+
+class Conv4(nn.Module):
+    """Four blocks of convolution, BatchNorm and ReLU; the side is halved after each of the first three.
+
+    Images [N, 3, S, S], S >= 8 -> features [N, 64].
+    """
+
+    feature_dim = WIDTHS[-1]
+
+    def __init__(self):
+        super().__init__()
+        self.layer1 = Block(3, WIDTHS[0])
+        self.layer2 = Block(WIDTHS[0], WIDTHS[1])
+        self.layer3 = Block(WIDTHS[1], WIDTHS[2])
+        self.layer4 = Block(WIDTHS[2], WIDTHS[3])
+        self.pool = nn.AvgPool2d(2)
+        self.global_pool = nn.AdaptiveAvgPool2d(1)
+        initialize(self)
+
+    def features(self, x: Tensor) -> Tensor:
+        """The map before the global pooling, [N, 64, S/8, S/8]."""
+        x = self.pool(self.layer1(x))
+        x = self.pool(self.layer2(x))
+        x = self.pool(self.layer3(x))
+        return self.layer4(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.flatten(self.global_pool(self.features(x)), 1)
+
+
+def initialize(module: nn.Module) -> None:
+    """Convolutions from N(0, 2 / (k * k * out_channels)) (He et al. 2015), BatchNorm 1 and 0."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(layer, nn.BatchNorm2d):
+            nn.init.ones_(layer.weight)
+            nn.init.zeros_(layer.bias)

@@ -1,0 +1,30 @@
+"""Methods by name. A method is a file of this folder: its stem is the name that a config gives."""
+
+import difflib
+import importlib
+import pkgutil
+
+from ssl_dist import config
+from ssl_dist.config import Section
+from ssl_dist.errors import UserError
+from ssl_dist.methods.base import SSLMethod
+
+
+def names() -> list[str]:
+    """Every method there is."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+
+
+def find(name: str) -> type[SSLMethod]:
+    """The class of the method `name`. Raises `UserError` with the nearest name when there is none."""
+    known = names()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"method.name = {name!r}: no such method; {hint}methods: {', '.join(known)}")
+    return importlib.import_module(f"{__name__}.{name}").Method
+
+
+def build_options(method: type[SSLMethod], options: dict) -> Section:
+    """The method's typed options from the config's mapping. Raises `UserError` naming method.options.<key>."""
+    return config.validate(method.Options, options, "method.options.")

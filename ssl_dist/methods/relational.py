@@ -1,0 +1,205 @@
+"""Self-supervised relational reasoning (Patacchiola & Storkey, NeurIPS 2020, arXiv:2006.05849).
+
+K views of every image of a mini-batch are encoded; a relation head scores pairs of representations. Two views of one
+image are a positive pair, views of two images a negative one; the loss is a focal binary cross-entropy over all pairs.
+"""
+
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from ssl_dist.batchnorm import update_running
+from ssl_dist.config import NonNegativeFloat, PositiveInt, Probability, Section
+from ssl_dist.errors import UserError
+from ssl_dist.kernels import relation
+from ssl_dist.methods.base import Batch, Info, Output, SSLMethod
+
+
+class Options(Section):
+    aggregation: Literal["cat", "sum", "mean", "max"] = Field(
+        "cat", description="how the two representations of a pair become the input of the relation head"
+    )
+    gamma: NonNegativeFloat = Field(2.0, description="focusing exponent of the loss; 0: plain binary cross-entropy")
+    alpha: Probability | None = Field(0.5, description="weight of positives, 1 - alpha of negatives; null: 1 for both")
+    hidden: PositiveInt = Field(256, description="hidden units of the relation head")
+
+
+# ---------------------------------------------------------------------------------------------------- pairs
+
+
+def couples(num_views: int, num_images: int) -> np.ndarray:
+    """Pairs of views a < b and the shift of their negatives: int64 [K(K-1)/2, 3], rows (a, b, shift).
+
+    The shift rises by one from couple to couple and begins again at 1 when it reaches M. Raises ValueError when there
+    are no two views.
+    """
+    if num_views < 2:
+        raise ValueError(f"{num_views} views have no pairs")
+    a, b = np.triu_indices(num_views, 1)
+    return np.stack([a, b, 1 + np.arange(len(a)) % max(num_images - 1, 1)], axis=1).astype(np.int64)
+
+
+def unit_rows(
+    num_views: int, num_images: int, lo: int = 0, hi: int | None = None, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The units lo..hi-1 as rows k*M + m of the representations: left, right of the positive pair, right of the
+    negative pair, each int64 [hi - lo]. Unit q*M + m is image m of couple q; it is one positive and one negative pair.
+    """
+    table = torch.tensor(couples(num_views, num_images), device=device)
+    unit = torch.arange(lo, len(table) * num_images if hi is None else hi, device=device)
+    image = unit % num_images
+    a, b, shift = table[unit // num_images].unbind(1)
+    return a * num_images + image, b * num_images + image, b * num_images + (image - shift) % num_images
+
+
+def relation_pairs(num_views: int, num_images: int) -> tuple[Tensor, Tensor, Tensor]:
+    """All pairs in the paper's order: left, right (rows k*M + m) and target (1 positive), each int64 [M(K^2 - K)].
+
+    For every couple of views first its M positive pairs, then its M negative ones.
+    """
+    left, positive, negative = (rows.view(-1, num_images) for rows in unit_rows(num_views, num_images))
+    right = torch.stack([positive, negative], 1)
+    target = torch.tensor([1, 0])[:, None].expand_as(right[0]).expand_as(right)
+    return left[:, None].expand_as(right).flatten(), right.flatten(), target.flatten()
+
+
+def focal_bce(logits: Tensor, target: Tensor, gamma: float = 2.0, alpha: float | None = 0.5) -> Tensor:
+    """Focal binary cross-entropy per element (Lin et al. 2017): weight * (1 - pt)^gamma * BCE, equation 5.
+
+    target holds 0 and 1; pt is the probability given to it; weight is alpha for target 1 and 1 - alpha for 0.
+    """
+    toward = torch.where(target > 0, logits, -logits)
+    loss = -F.logsigmoid(toward)
+    if gamma:
+        loss = loss * torch.exp(gamma * F.logsigmoid(-toward))  # log(1 - pt) does not underflow
+    if alpha is None:
+        return loss
+    return loss * torch.where(target > 0, logits.new_tensor(alpha), logits.new_tensor(1 - alpha))
+
+
+# ---------------------------------------------------------------------------------------------------- head
+
+
+class RelationModule(nn.Module):
+    """Linear, BatchNorm, LeakyReLU, Linear to one logit. Scores pairs of rows of a matrix of representations."""
+
+    def __init__(self, feature_dim: int, hidden: int, aggregation: str):
+        super().__init__()
+        self.aggregation = aggregation
+        self.linear1 = nn.Linear(feature_dim * 2 if aggregation == "cat" else feature_dim, hidden)
+        self.bn1 = nn.BatchNorm1d(hidden)
+        self.act = nn.LeakyReLU(0.01)
+        self.linear2 = nn.Linear(hidden, 1)
+
+    def forward(self, z_ND: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """Logits of the pairs (left, right) of rows of z, [number of pairs]."""
+        if self.aggregation == "max":
+            hidden = F.linear(torch.maximum(z_ND[left], z_ND[right]), self.linear1.weight, self._bias())
+        else:
+            weight_left, weight_right = self._halves()
+            hidden = F.linear(z_ND, weight_left, self._bias())[left] + F.linear(z_ND, weight_right)[right]
+        return self.linear2(self.act(self.bn1(hidden))).squeeze(1)
+
+    def sweep(
+        self, z_ND: Tensor, share: relation.Share, gamma: float, alpha: float | None, reduce
+    ) -> tuple[Tensor, Tensor]:
+        """The share's part of the mean focal loss over all pairs and its logits [2, units], by the fused CPU kernel.
+
+        For training and every aggregation but max. As the BatchNorm takes any shift away, z is centred first.
+        """
+        weight_left, weight_right = self._halves()
+        centre = z_ND.detach().mean(0)
+        centred = z_ND - centre
+        A, B = F.linear(centred, weight_left, self._bias()), F.linear(centred, weight_right)
+        loss, logits, mean, var = relation.relation_loss(
+            A, B, self.bn1, self.act.negative_slope, self.linear2, gamma, alpha, share, reduce
+        )
+        with torch.no_grad():
+            update_running(self.bn1, mean + F.linear(centre, weight_left + weight_right), var, share.num_pairs)
+        return loss, logits
+
+    def _halves(self) -> tuple[Tensor, Tensor]:
+        """The first layer of a pair (i, j) is z_i @ left.T + z_j @ right.T + bias; max does not split so."""
+        weight = self.linear1.weight
+        if self.aggregation == "cat":
+            return weight.chunk(2, dim=1)
+        return (weight / 2, weight / 2) if self.aggregation == "mean" else (weight, weight)
+
+    def _bias(self) -> Tensor:
+        """In training BatchNorm removes the bias of linear1, so that its gradient is 0; computed through the sums it
+        is rounding noise, which Adam makes as large as the learning rate and different for every number of ranks."""
+        bias = self.linear1.bias
+        return bias.detach() + 0 * bias if self.training else bias
+
+
+# ---------------------------------------------------------------------------------------------------- method
+
+
+class Method(SSLMethod):
+    Options = Options
+    free_views = True
+
+    def __init__(self, backbone: nn.Module, info: Info, options: Options):
+        super().__init__(backbone, info, options)
+        if len(info.view_groups) != 1:
+            raise UserError(
+                f"views.groups: relational takes views of one recipe, {len(info.view_groups)} are given; keep one group"
+            )
+        self.num_views = info.view_groups[0][0]
+        if self.num_views < 2:
+            raise UserError(f"views.num = {self.num_views}: relational compares views of an image; give 2 or more")
+        self.relation_module = RelationModule(self.feature_dim, options.hidden, options.aggregation)
+        self.fused = True  # False: torch operations on the CPU too (slower; the two are held together by tests)
+
+    @classmethod
+    def explain(cls, num_views: int, batch_size: int, options: Options) -> dict[str, str]:
+        num_units = num_views * (num_views - 1) // 2 * batch_size
+        loss = f"focal binary cross-entropy, gamma {options.gamma:g}, alpha {options.alpha}"
+        return {"pairs": f"{num_units} positive and {num_units} negative a step ({options.aggregation}), {loss}"}
+
+    @classmethod
+    def warm_up(cls, options: Options, dtype: torch.dtype) -> None:
+        if options.aggregation != "max" and not torch.cuda.is_available():
+            relation.warm_up(dtype)
+
+    def forward(self, batch: Batch, world) -> Output:
+        """This rank scores its even share of the pairs of the whole global batch.
+
+        Metrics: accuracy over all pairs, over positives and over negatives, in percent; a pair is called positive
+        when its probability is above 1/2. Histograms: this rank's probabilities.
+        """
+        z_KMD = world.gather_views(self.represent(batch.views[0]), batch)
+        num_views, num_images, _ = z_KMD.shape
+        if num_images < 2:
+            raise UserError("optim.batch_size = 1: a negative pair needs another image; give 2 or more")
+        num_units = num_views * (num_views - 1) // 2 * num_images
+        lo, hi = world.share(num_units)
+        # The head is a small part of the work and its sums run over all pairs: never in half precision.
+        with torch.autocast(z_KMD.device.type, enabled=False):
+            loss_share, positive, negative = self.relate(z_KMD, lo, hi, world)
+        correct = world.reduce(torch.stack([(positive > 0).sum(), (negative <= 0).sum()]))
+        metrics = {
+            "accuracy": 100 * correct.sum() / (2 * num_units),
+            "accuracy_positive": 100 * correct[0] / num_units,
+            "accuracy_negative": 100 * correct[1] / num_units,
+        }
+        histograms = {"relation_score_positive": positive.sigmoid(), "relation_score_negative": negative.sigmoid()}
+        return Output(world.from_share(loss_share), metrics, histograms, z_KMD.detach())
+
+    def relate(self, z_KMD: Tensor, lo: int, hi: int, world) -> tuple[Tensor, Tensor, Tensor]:
+        """What the units lo..hi-1 add to the mean loss over all pairs; their logits: positives, negatives [hi - lo]."""
+        num_views, num_images, _ = z_KMD.shape
+        head, z_ND, gamma, alpha = self.relation_module, z_KMD.flatten(0, 1), self.options.gamma, self.options.alpha
+        if self.fused and head.training and z_ND.device.type == "cpu" and head.aggregation != "max":
+            share = relation.Share(couples(num_views, num_images), num_images, lo, hi)
+            loss_share, logits = head.sweep(z_ND, share, gamma, alpha, world.reduce)
+            return loss_share, *logits
+        left, positive, negative = unit_rows(num_views, num_images, lo, hi, z_ND.device)
+        logits = head(z_ND, left.repeat(2), torch.cat([positive, negative]))
+        target = torch.arange(2 * (hi - lo), device=z_ND.device) < hi - lo
+        num_pairs = num_views * (num_views - 1) * num_images
+        return focal_bce(logits, target, gamma, alpha).sum() / num_pairs, *logits.detach().chunk(2)

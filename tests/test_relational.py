@@ -1,0 +1,269 @@
+"""Relational reasoning: pairs, loss, the head, and one global batch on any number of ranks, against slow loops."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ssl_dist import methods
+from ssl_dist.dist import one_process
+from ssl_dist.errors import UserError
+from ssl_dist.grid import Grid
+from ssl_dist.methods import relational
+from ssl_dist.methods.base import Batch, Info
+from tests import slow_relation, thread_world
+
+AGGREGATIONS = ("cat", "sum", "mean", "max")
+
+
+class Backbone(nn.Module):
+    """Linear and BatchNorm: wrong statistics or gradients across ranks would show."""
+
+    feature_dim = 6
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.bn = nn.Linear(5, self.feature_dim), nn.BatchNorm1d(self.feature_dim)
+
+    def forward(self, x):
+        return self.bn(self.linear(x))
+
+
+def make(num_views=4, dtype=torch.float64, seed=0, groups=None, **options):
+    torch.manual_seed(seed)
+    info = Info(100, 10, groups or ((num_views, 32),), 1.0)
+    method = relational.Method(Backbone(), info, relational.Options(hidden=16, **options))
+    for module in (method.backbone.bn, method.relation_module.bn1):
+        nn.init.normal_(module.weight)
+        nn.init.normal_(module.bias)
+    return method.to(dtype)
+
+
+def batch_of(views):
+    return Batch([views], [torch.arange(len(views))], torch.arange(views.shape[1]), None)
+
+
+def gradients(method):
+    return {name: p.grad.clone() for name, p in method.named_parameters()}
+
+
+# ---------------------------------------------------------------------------------------------------- pairs
+
+
+@settings(max_examples=40)
+@given(st.integers(2, 7), st.integers(1, 9))
+def test_pairs_are_those_of_the_loop(num_views, num_images):
+    left, right, target = relational.relation_pairs(num_views, num_images)
+    assert left.dtype == right.dtype == torch.int64
+    assert list(zip(left.tolist(), right.tolist(), target.tolist(), strict=True)) == slow_relation.pairs(
+        num_views, num_images
+    )
+
+
+@settings(max_examples=40)
+@given(st.integers(2, 6), st.integers(2, 7), st.data())
+def test_shares_of_units_join_to_all_pairs(num_views, num_images, data):
+    num_units = num_views * (num_views - 1) // 2 * num_images
+    cut = data.draw(st.integers(0, num_units))
+    parts = [relational.unit_rows(num_views, num_images, *ends) for ends in ((0, cut), (cut, num_units))]
+    left, positive, negative = (torch.cat(rows) for rows in zip(*parts, strict=True))
+    wanted = slow_relation.pairs(num_views, num_images)
+    found = [*((*pair, 1) for pair in zip(left.tolist(), positive.tolist(), strict=True)),
+             *((*pair, 0) for pair in zip(left.tolist(), negative.tolist(), strict=True))]  # fmt: skip
+    assert sorted(found) == sorted(wanted)
+    assert torch.all(positive % num_images == left % num_images) and torch.all(
+        negative % num_images != left % num_images
+    )
+
+
+def test_one_view_has_no_pairs():
+    with pytest.raises(ValueError, match="no pairs"):
+        relational.relation_pairs(1, 4)
+
+
+# ---------------------------------------------------------------------------------------------------- loss
+
+
+@settings(max_examples=40)
+@given(st.sampled_from([0.0, 1.0, 2.0, 3.5]), st.sampled_from([None, 0.0, 0.25, 0.5, 1.0]), st.integers(0, 99))
+def test_focal_loss_is_that_of_the_formula(gamma, alpha, seed):
+    torch.manual_seed(seed)
+    logits, target = 5 * torch.randn(20, dtype=torch.float64), torch.randint(0, 2, (20,))
+    pt = torch.where(target == 1, torch.sigmoid(logits), torch.sigmoid(-logits))
+    weight = 1.0 if alpha is None else torch.tensor([1 - alpha, alpha], dtype=torch.float64)[target]
+    wanted = -weight * (1 - pt) ** gamma * torch.log(pt)
+    torch.testing.assert_close(relational.focal_bce(logits, target, gamma, alpha), wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_focal_loss_of_extreme_logits_is_finite(gamma):
+    logits = torch.tensor([-300.0, 300.0, -300.0, 300.0], requires_grad=True)
+    loss = relational.focal_bce(logits, torch.tensor([0, 0, 1, 1]), gamma, 0.5)
+    loss.sum().backward()
+    torch.testing.assert_close(loss.detach(), torch.tensor([0.0, 150.0, 150.0, 0.0]))
+    torch.testing.assert_close(logits.grad, torch.tensor([0.0, 0.5, -0.5, 0.0]))
+
+
+# ---------------------------------------------------------------------------------------------------- method
+
+
+def reference(method, views, gamma=2.0, alpha=0.5):
+    """Loss, logits and gradients of one process, by the slow loops; `method` is not changed but for its gradients."""
+    method = copy.deepcopy(method)
+    z = method.represent(views)
+    loss, logits = slow_relation.loss_and_logits(z, method.relation_module, method.options.aggregation, gamma, alpha)
+    loss.backward()
+    return loss.detach(), logits.detach(), gradients(method), dict(method.named_buffers())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("grid", [Grid(1, 1), Grid(1, 2), Grid(2, 1), Grid(3, 1), Grid(2, 2), Grid(3, 4)], ids=str)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_any_grid_of_ranks_equals_the_loops(aggregation, grid, fused):
+    method = make(4, aggregation=aggregation)
+    views = torch.randn(4, 6, 5, dtype=torch.float64)
+    loss, logits, grads, buffers = reference(method, views)
+
+    def rank(world):
+        own = world.synchronize_batchnorm(copy.deepcopy(method)).train()
+        own.fused = fused
+        of_views, of_images = (f(world.place.rank, n) for f, n in ((grid.view_range, 4), (grid.image_range, 6)))
+        output = own(batch_of(views[of_views.start : of_views.stop, of_images.start : of_images.stop]), world)
+        output.loss.backward()
+        return output, gradients(own), dict(own.named_buffers())
+
+    outputs, all_gradients, all_buffers = zip(*thread_world.run(rank, grid), strict=True)
+    close = {"rtol": 1e-9, "atol": 1e-12}
+    torch.testing.assert_close(torch.stack([o.loss.detach() for o in outputs]).mean(), loss, **close)
+    for name, wanted in grads.items():
+        mean = torch.stack([g[name] for g in all_gradients]).mean(0)  # as DDP does
+        torch.testing.assert_close(mean, wanted, **close, msg=lambda m, n=name: f"{n}: {m}")
+    for ours in all_buffers:
+        for name, wanted in buffers.items():
+            torch.testing.assert_close(ours[name], wanted, **close)
+    scores = logits.view(-1, 2, 6)
+    correct = torch.stack([(scores[:, 0] > 0).double().mean(), (scores[:, 1] <= 0).double().mean()]) * 100
+    for output in outputs:
+        assert output.metrics["accuracy_positive"] == pytest.approx(correct[0].item())
+        assert output.metrics["accuracy_negative"] == pytest.approx(correct[1].item())
+        assert output.metrics["accuracy"] == pytest.approx(correct.mean().item())
+        assert output.representations.shape == (4, 6, 6)
+    for name, wanted in (("positive", scores[:, 0]), ("negative", scores[:, 1])):
+        joined = torch.cat([o.histograms[f"relation_score_{name}"] for o in outputs])
+        torch.testing.assert_close(joined, torch.sigmoid(wanted.flatten()), **close)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("gamma", "alpha"), [(0.0, None), (1.0, 0.25), (3.5, 0.9)])
+def test_gamma_and_alpha_reach_the_loss(gamma, alpha, fused):
+    method = make(3, gamma=gamma, alpha=alpha)
+    method.fused = fused
+    views = torch.randn(3, 5, 5, dtype=torch.float64)
+    loss, _, grads, _ = reference(method, views, gamma, alpha)
+    output = method(batch_of(views), one_process())
+    output.loss.backward()
+    torch.testing.assert_close(output.loss.detach(), loss, rtol=1e-10, atol=0)
+    for name, wanted in grads.items():
+        torch.testing.assert_close(method.get_parameter(name).grad, wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_the_bias_before_the_batchnorm_stays_where_it_is(aggregation):
+    method = make(3, torch.float32, aggregation=aggregation)
+    before = method.relation_module.linear1.bias.detach().clone()
+    adam = torch.optim.Adam(method.parameters(), 1e-2)
+    for _ in range(3):
+        method(batch_of(torch.randn(3, 5, 5)), one_process()).loss.backward()
+        adam.step()
+    assert torch.equal(method.relation_module.linear1.bias, before)
+
+
+def test_half_precision_features_are_scored_in_float32():
+    method, views = make(3, torch.float32), torch.randn(3, 5, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = method(batch_of(views), one_process())
+    assert output.loss.dtype == output.representations.dtype == torch.float32
+    output.loss.backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in method.parameters())
+
+
+def test_tensor_names():
+    names = [n for n in make(4).state_dict() if n.startswith("relation_module.")]
+    assert names == [f"relation_module.{n}" for n in (
+        "linear1.weight", "linear1.bias", "bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var",
+        "bn1.num_batches_tracked", "linear2.weight", "linear2.bias",
+    )]  # fmt: skip
+
+
+def test_it_learns_what_views_share():
+    """Images differ in a direction that their views share; the head finds it within a few steps."""
+    torch.manual_seed(0)
+    method = make(4, torch.float32)
+    adam = torch.optim.Adam(method.parameters(), 1e-2)
+    for _ in range(60):
+        views = 3 * torch.randn(1, 8, 5) + 0.1 * torch.randn(4, 8, 5)
+        adam.zero_grad()
+        output = method(batch_of(views), one_process())
+        output.loss.backward()
+        adam.step()
+    assert output.metrics["accuracy"] > 85
+    positive, negative = (output.histograms[f"relation_score_{kind}"].mean() for kind in ("positive", "negative"))
+    assert positive > negative + 0.2
+
+
+# ---------------------------------------------------------------------------------------------------- mistakes
+
+
+def test_mistakes_are_named():
+    with pytest.raises(UserError, match=r"views\.num = 1.*2 or more"):
+        make(1)
+    with pytest.raises(UserError, match=r"views\.groups.*2 are given"):
+        make(groups=((2, 32), (4, 16)))
+    with pytest.raises(UserError, match=r"optim\.batch_size = 1"):
+        make(2)(batch_of(torch.randn(2, 1, 5, dtype=torch.float64)), one_process())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"gama": 1.0}, ["method.options.gama", "'gamma'"]),
+        ({"aggregation": "concat"}, ["method.options.aggregation", "'cat'"]),
+        ({"alpha": 2.0}, ["method.options.alpha", "weight of positives"]),
+        ({"gamma": -1.0}, ["method.options.gamma"]),
+        ({"hidden": 0}, ["method.options.hidden"]),
+    ],
+)
+def test_wrong_options_name_the_key(options, words):
+    with pytest.raises(UserError) as caught:
+        methods.build_options(methods.find("relational"), options)
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+def test_methods_are_found_by_the_name_of_their_file():
+    assert {"relational", "random_weights"} <= set(methods.names()) and "base" not in methods.names()
+    assert methods.find("relational") is relational.Method
+    for name, expected in (("relationl", "'relational'"), ("base", "random_weights"), ("", "methods: ")):
+        with pytest.raises(UserError) as caught:
+            methods.find(name)
+        assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_options_have_the_papers_defaults():
+    options = methods.build_options(relational.Method, {})
+    assert (options.aggregation, options.gamma, options.alpha, options.hidden) == ("cat", 2.0, 0.5, 256)
+    assert methods.build_options(relational.Method, {"alpha": None}).alpha is None
+    text = relational.Method.explain(32, 64, options)
+    assert "31744 positive" in " ".join(text.values())
+
+
+def test_random_weights_take_no_step_and_no_option():
+    method = methods.find("random_weights")
+    assert not method.trainable
+    backbone = Backbone()
+    built = method(backbone, Info(10, 0, ((1, 32),), 0.0), methods.build_options(method, {}))
+    assert built.encoder() is backbone and all(name.startswith("backbone.") for name in built.state_dict())
+    with pytest.raises(UserError, match=r"method\.options\.x"):
+        methods.build_options(method, {"x": 1})
