@@ -1,0 +1,56 @@
+"""Evaluations of a trained backbone, one file each, found by name: `find("knn")` is ssl_dist/evaluators/knn.py.
+
+An evaluator of features defines
+    PROTOCOL: str                                 a sentence that names the protocol, with {option} where one decides
+    class Options(config.Section)                 documented fields
+    run(train, test, options) -> dict[str, float] features of two splits -> values by name; accuracies in percent
+and needs no edit elsewhere.
+"""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from types import ModuleType
+
+from ssl_dist.config import Section, parse_yaml, validate
+from ssl_dist.errors import UserError
+
+_NO_EVALUATORS = {"accuracy", "results"}
+
+
+def names() -> list[str]:
+    """The evaluators there are, sorted. Nothing is imported to find out."""
+    return sorted({module.name for module in pkgutil.iter_modules(__path__)} - _NO_EVALUATORS)
+
+
+def find(name: str) -> ModuleType:
+    """The evaluator's module. Raises `UserError` with the nearest name for one that does not exist."""
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"unknown evaluator {name!r}: {hint}known: {', '.join(names())}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def parse_options(chosen: Sequence[str], overrides: Sequence[str] = ()) -> dict[str, Section]:
+    """The options of every chosen evaluator, from `evaluator.option=value` overrides (values are YAML).
+
+    Raises `UserError` for an override of an evaluator that was not chosen, an unknown option or a wrong value.
+    """
+    trees: dict[str, dict] = {name: {} for name in chosen}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        name, dot, option = key.partition(".")
+        if not (equals and dot and option):
+            raise UserError(f"override {override!r}: write evaluator.option=value, for example knn.k=[20,200]")
+        if name not in trees:
+            find(name)
+            raise UserError(f"override {override!r}: {name} is not among the evaluators to run: {', '.join(chosen)}")
+        trees[name][option] = parse_yaml(value, f"override {override!r}")
+    return {name: validate(find(name).Options, tree, f"{name}.") for name, tree in trees.items()}
+
+
+def protocol(evaluator: ModuleType, options: Section) -> str:
+    """The sentence that says how the evaluator measured."""
+    return evaluator.PROTOCOL.format(**options.model_dump())

@@ -1,0 +1,110 @@
+"""results.json: every number that was measured on a run, with what it takes to know what it means."""
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ssl_dist.errors import UserError
+from ssl_dist.features_file import Features, replacing
+
+# checkpoint is the SHA-256 of the checkpoint's file, time the moment of measuring (ISO 8601, UTC).
+FIELDS = (
+    "name", "value", "protocol", "dataset", "split", "seed", "method", "backbone", "checkpoint", "step", "time"
+)  # fmt: skip
+_SAME_MEASUREMENT = ("name", "dataset", "split", "protocol", "checkpoint")
+_TYPES = {"value": int | float, "seed": int | None, "step": int}  # the others are text
+
+
+def records(values: dict[str, float], protocol: str, test: Features, seed: int | None) -> list[dict]:
+    """One record for each of an evaluator's values on `test`; seed is the run's, None when it is not known."""
+    known = test.metadata
+    time = datetime.now(UTC).isoformat(timespec="seconds")
+    return [
+        {
+            "name": name,
+            "value": float(value),
+            "protocol": protocol,
+            "dataset": known["dataset"],
+            "split": known["split"],
+            "seed": seed,
+            "method": known["method"],
+            "backbone": known["backbone"],
+            "checkpoint": known["checkpoint"],
+            "step": int(known["step"]),
+            "time": time,
+        }
+        for name, value in values.items()
+    ]
+
+
+def read(path: str | Path) -> list[dict]:
+    """The records in the file; none when there is no file. Raises `UserError` when it is something else."""
+    path = Path(path)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not JSON"
+        raise UserError(f"{path}: cannot be read: {reason}; move it away and evaluate again") from None
+    if not isinstance(found, list) or not all(_is_record(record) for record in found):
+        raise UserError(f"{path}: not a list of results; move it away and evaluate again")
+    return found
+
+
+def add(path: str | Path, new: Sequence[dict]) -> list[dict]:
+    """Merge records into the file (whole or not at all) and return all of them.
+
+    A measurement made again (same name, data set, split, protocol and checkpoint) takes the old one's place. Raises
+    `UserError` when the file is damaged or cannot be written.
+    """
+    if not all(_is_record(record) for record in new):
+        raise ValueError(f"a record needs the fields {', '.join(FIELDS)}")
+    merged = {tuple(record[field] for field in _SAME_MEASUREMENT): record for record in [*read(path), *new]}
+    with replacing(Path(path)) as file:
+        file.write((json.dumps(list(merged.values()), indent=2, ensure_ascii=False) + "\n").encode())
+    return list(merged.values())
+
+
+def table(shown: Sequence[dict]) -> str:
+    """The records as text, one row each, and the protocols below. What is not converged is marked."""
+    shown = [record for record in shown if not (record["name"].endswith("_converged") and record["value"] == 1)]
+    if not shown:
+        return "no results"
+    protocols = list(dict.fromkeys(record["protocol"] for record in shown))
+    rows = [("method", "backbone", "step", "data set", "split", "result", "value", "")]
+    for record in shown:
+        converged = record["name"].endswith("_converged")
+        rows.append(
+            (
+                record["method"],
+                record["backbone"],
+                str(record["step"]),
+                record["dataset"],
+                record["split"],
+                record["name"],
+                "NOT CONVERGED" if converged else f"{record['value']:.2f}",
+                f"[{protocols.index(record['protocol']) + 1}]",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        # Numbers end at one column, words begin at one.
+        cells = [
+            cell.rjust(width) if column in (2, 6) else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "-" * max(map(len, lines)))
+    lines += ["", *(f"[{i}] {protocol}" for i, protocol in enumerate(protocols, 1))]
+    return "\n".join(lines)
+
+
+def _is_record(record: object) -> bool:
+    return (
+        isinstance(record, dict)
+        and set(record) == set(FIELDS)
+        and all(isinstance(record[field], _TYPES.get(field, str)) for field in FIELDS)
+    )

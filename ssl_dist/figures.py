@@ -1,0 +1,133 @@
+"""Pictures of a run as PNG files: its views, its loss, its relation scores. Nothing here touches a display."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ssl_dist.errors import UserError
+
+_LOSS, _BOTH, _POSITIVE, _NEGATIVE = "#1f4e79", "#444444", "#2a8f4c", "#c0504d"
+_GREY = "#666666"
+
+
+def views_grid(path: str | Path, views_VBCHW: np.ndarray, titles: Sequence[str] | None = None) -> None:
+    """The views of each image side by side: uint8 [V, B, 3, S, S], a row for each image, a column for each view.
+
+    titles: one for each column (by default the views' numbers). Small views are magnified without smoothing.
+    """
+    num_views, num_images, _, height, width = views_VBCHW.shape
+    if titles is not None and len(titles) != num_views:
+        raise ValueError(f"{len(titles)} titles for {num_views} views")
+    gap = max(1, width // 16)
+    page = np.full((num_images * (height + gap) - gap, num_views * (width + gap) - gap, 3), 255, np.uint8)
+    for view in range(num_views):
+        for image in range(num_images):
+            top, left = image * (height + gap), view * (width + gap)
+            page[top : top + height, left : left + width] = views_VBCHW[view, image].transpose(1, 2, 0)
+    cell = min(1.0, 24 / num_views)  # inches
+    figure = Figure(figsize=(cell * num_views + 0.5, cell * num_images * height / width + 0.5), dpi=120)
+    figure.set_layout_engine("constrained")
+    axes = figure.add_subplot()
+    axes.imshow(page, interpolation="nearest" if width < 120 * cell else "antialiased")
+    names = titles if titles is not None else [str(view) for view in range(num_views)]
+    axes.set_xticks(width / 2 - 0.5 + (width + gap) * np.arange(num_views), names)
+    axes.set_yticks([])
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0, labelsize=8, labelcolor=_GREY)
+    axes.set_frame_on(False)
+    if titles is None:
+        axes.set_xlabel("view", fontsize=8, color=_GREY)
+        axes.xaxis.set_label_position("top")
+    _save(figure, path)
+
+
+def loss_curve(path: str | Path, metrics_jsonl: str | Path) -> None:
+    """The loss against the epoch; accuracies, where they were logged, on a second axis.
+
+    Raises `UserError` when the file is missing, damaged or holds no loss.
+    """
+    lines = [line for line in _read_metrics(Path(metrics_jsonl)) if "loss" in line and "epoch" in line]
+    if not lines:
+        raise UserError(f"{metrics_jsonl}: holds no loss yet; train for log.every_steps steps at least")
+    figure, axes = _plot()
+    epochs = [line["epoch"] for line in lines]
+    style = {"marker": "."} if len(lines) < 30 else {}
+    axes.plot(epochs, [line["loss"] for line in lines], color=_LOSS, linewidth=1.6, label="loss", **style)
+    axes.set(xlabel="epoch", ylabel="loss")
+    axes.set_xlim(0, None)
+    axes.yaxis.label.set_color(_LOSS)
+    curves = {
+        "accuracy": ("accuracy", _BOTH, "-"),
+        "accuracy_positive": ("accuracy of positives", _POSITIVE, "--"),
+        "accuracy_negative": ("accuracy of negatives", _NEGATIVE, "--"),
+    }
+    known = {name: curve for name, curve in curves.items() if any(name in line for line in lines)}
+    if known:
+        right = axes.twinx()
+        right.spines[["top", "left"]].set_visible(False)
+        for name, (label, color, dashes) in known.items():
+            points = [(line["epoch"], line[name]) for line in lines if name in line]
+            right.plot(*zip(*points, strict=True), color=color, linestyle=dashes, linewidth=1.2, label=label)
+        right.set(ylabel="accuracy (%)")
+        right.set_ylim(None, 100.5)
+        handles = axes.get_lines() + right.get_lines()
+        figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def scores_histogram(path: str | Path, positives: np.ndarray, negatives: np.ndarray) -> None:
+    """How the relation scores of positive and negative pairs spread: arrays of any shape, probabilities or logits."""
+    positives, negatives = np.ravel(positives), np.ravel(negatives)
+    both = np.concatenate([positives, negatives])
+    probabilities = both.min() >= 0 and both.max() <= 1
+    edges = np.linspace(0, 1, 51) if probabilities else np.histogram_bin_edges(both, 50)
+    figure, axes = _plot()
+    for scores, name, color in ((negatives, "negative", _NEGATIVE), (positives, "positive", _POSITIVE)):
+        label = f"{name} pairs ({len(scores):,}), mean {scores.mean():.2f}"
+        percent = np.full(len(scores), 100 / len(scores))
+        axes.hist(scores, edges, weights=percent, color=color, alpha=0.25)
+        axes.hist(scores, edges, weights=percent, color=color, histtype="step", linewidth=1.4, label=label)
+    axes.set(xlabel="relation score" if probabilities else "relation score (logit)", ylabel="share of the pairs (%)")
+    axes.set_xlim(edges[0], edges[-1])
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def _read_metrics(path: Path) -> list[dict]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UserError(f"{path}: cannot be read: {reason}; a run's folder holds metrics.jsonl") from None
+    lines = []
+    # A run that is still going may be in the middle of its last line.
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"{path}: line {number} is not JSON: {line[:40]!r}; remove the line") from None
+    return lines
+
+
+def _plot() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7, 4), dpi=120)
+    figure.set_layout_engine("constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        FigureCanvasAgg(figure).print_png(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}; give a folder that can") from None
