@@ -27,6 +27,7 @@ def train(wanted: Config) -> int:
     blueprint = derive(wanted, place)
     for spec in blueprint.specs:
         views.warm_up(spec)  # compile before the ranks meet, or they wait for one another
+    blueprint.method_class.warm_up(blueprint.options, blueprint.dtype)
     with (
         StopRequest() as stop,
         dist.start(place, blueprint.grid, wanted.timeout) as world,

@@ -81,3 +81,8 @@ def test_bf16_input_keeps_float32_statistics():
     out.float().square().sum().backward()
     assert out.dtype == torch.bfloat16 and x.grad.dtype == torch.bfloat16
     assert ours.running_mean.dtype == torch.float32 and ours.weight.grad.dtype == torch.float32
+
+
+def test_an_empty_share_adds_nothing():
+    mean, var, count = global_moments(torch.empty(0, 3), lambda x: x + torch.full_like(x, 2.0))
+    assert torch.isfinite(mean).all() and torch.isfinite(var).all() and count == 2
