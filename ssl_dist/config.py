@@ -296,7 +296,9 @@ def validate(section: type[BaseModel], tree: dict, prefix: str = "") -> Any:
 
 def _describe(section: type[BaseModel], faults: list[dict], prefix: str) -> str:
     """The first fault in one line. Where a value may be one of several kinds, the kind that got furthest speaks."""
-    paths = [[part for part in fault["loc"] if not _is_union_tag(part)] for fault in faults]
+    paths = [
+        [part for part in fault["loc"] if part in section.model_fields or not _is_union_tag(part)] for fault in faults
+    ]
     related = [i for i, path in enumerate(paths) if path[: len(paths[0])] == paths[0]]
     deepest = max(related, key=lambda i: len(paths[i]))
     fault, path = faults[deepest], paths[deepest]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ssl_dist import dist, evaluators, features
 from ssl_dist.blueprint import available_cores
+from ssl_dist.config import to_tree
 from ssl_dist.data.catalog import facts
 from ssl_dist.data.readers import splits_present
 from ssl_dist.errors import UserError
@@ -94,7 +95,8 @@ def evaluate(run: Path, chosen: Sequence[str], overrides: Sequence[str]) -> list
     for name in chosen:
         evaluator = evaluators.find(name)
         protocol = evaluators.protocol(evaluator, options[name])
-        known = [r for r in results.read(run / "results.json") if _is_measured(r, name, protocol, test)]
+        tree = to_tree(options[name])
+        known = [r for r in results.read(run / "results.json") if _is_measured(r, protocol, tree, test)]
         if known:
             print(f"{name}: in {run / 'results.json'} already", file=sys.stderr)
             records += known
@@ -102,12 +104,12 @@ def evaluate(run: Path, chosen: Sequence[str], overrides: Sequence[str]) -> list
         start = time.perf_counter()
         values = evaluator.run(train, test, options[name])
         print(f"{name}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
-        records += results.records(values, protocol, test, seed=encoder.config.seed)
+        records += results.records(values, protocol, test, seed=encoder.config.seed, options=tree)
     results.add(run / "results.json", records)
     return records
 
 
-def _is_measured(record: dict, evaluator: str, protocol: str, test: Features) -> bool:
+def _is_measured(record: dict, protocol: str, options: dict, test: Features) -> bool:
     """Whether `record` is what the evaluator would find again."""
     same = all(record[key] == test.metadata[key] for key in ("dataset", "split", "checkpoint"))
-    return same and record["protocol"] == protocol and record["name"].startswith(evaluator)
+    return same and record["protocol"] == protocol and record["options"] == options

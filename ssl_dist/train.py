@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ssl_dist import checkpoint, config, dist, figures, health, optim, runfolder
+from ssl_dist import checkpoint, config, dist, health, optim, runfolder
 from ssl_dist.blueprint import Blueprint, derive
 from ssl_dist.clock import Clock
 from ssl_dist.config import Config
@@ -169,6 +169,8 @@ class Training:
         if clock.step == 1 or clock.due(every_epochs=self.config.log.images_every_epochs):
             log.pictures(clock, host.views[0])
         if clock.step == 1:
+            from ssl_dist import figures  # matplotlib takes a second, which only rank 0 need spend
+
             figures.views_grid(self.folder / "views.png", host.views[0].numpy())
 
     def save(self, clock: Clock, stop: StopRequest) -> None:
@@ -196,6 +198,8 @@ class Training:
         """What stands at the end of a run: a checkpoint, also of a method that takes no step, and the loss curve."""
         self.world.first(lambda: checkpoint.steps(self.folder) or self._save(clock))
         if self.world.is_first and (self.folder / "metrics.jsonl").exists():
+            from ssl_dist import figures
+
             figures.loss_curve(self.folder / "loss.png", self.folder / "metrics.jsonl")
 
     def diagnosis(self, clock: Clock, output: Output) -> str:

@@ -25,7 +25,7 @@ METADATA = {
 
 def measured(values, protocol="kNN", **changes):
     test = Features(np.zeros((1, 1), np.float32), np.zeros(1, np.int64), np.zeros(1, np.int64), METADATA | changes)
-    return results.records(values, protocol, test, seed=3)
+    return results.records(values, protocol, test, seed=3, options={"k": [20]})
 
 
 def test_a_record_says_what_the_number_means():
@@ -36,6 +36,7 @@ def test_a_record_says_what_the_number_means():
         "name": "knn20_top1",
         "value": 97.5,
         "protocol": "kNN",
+        "options": {"k": [20]},
         "dataset": "digits",
         "split": "test",
         "seed": 3,

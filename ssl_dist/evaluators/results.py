@@ -8,15 +8,17 @@ from pathlib import Path
 from ssl_dist.errors import UserError
 from ssl_dist.features_file import Features, replacing
 
-# checkpoint is the SHA-256 of the checkpoint's file, time the moment of measuring (ISO 8601, UTC).
+# checkpoint is the SHA-256 of the checkpoint's file, options those of the evaluator, time the moment of measuring
+# (ISO 8601, UTC).
 FIELDS = (
-    "name", "value", "protocol", "dataset", "split", "seed", "method", "backbone", "checkpoint", "step", "time"
+    "name", "value", "protocol", "options", "dataset", "split", "seed",
+    "method", "backbone", "checkpoint", "step", "time",
 )  # fmt: skip
 _SAME_MEASUREMENT = ("name", "dataset", "split", "protocol", "checkpoint")
-_TYPES = {"value": int | float, "seed": int | None, "step": int}  # the others are text
+_TYPES = {"options": dict, "value": int | float, "seed": int | None, "step": int}  # the others are text
 
 
-def records(values: dict[str, float], protocol: str, test: Features, seed: int | None) -> list[dict]:
+def records(values: dict[str, float], protocol: str, test: Features, seed: int | None, options: dict) -> list[dict]:
     """One record for each of an evaluator's values on `test`; seed is the run's, None when it is not known."""
     known = test.metadata
     time = datetime.now(UTC).isoformat(timespec="seconds")
@@ -25,6 +27,7 @@ def records(values: dict[str, float], protocol: str, test: Features, seed: int |
             "name": name,
             "value": float(value),
             "protocol": protocol,
+            "options": options,
             "dataset": known["dataset"],
             "split": known["split"],
             "seed": seed,
