@@ -1,0 +1,196 @@
+"""Time of a training step beside a straightforward port of the official relational-reasoning loop.
+
+    python tools/bench_step.py --data data/cifar10 [--views 32] [--images 64] [--rounds 5] [--steps 6]
+
+The port: torchvision views of PIL images made by two DataLoader workers, K tensors a batch, pairs built by
+concatenation block after block, Linear-BatchNorm-LeakyReLU-Linear, focal BCE, one Adam. Ours: the loop of
+`ssl_dist train` on the same images, eager, fp32, with its own loader. Both read a data set that `ssl-dist convert`
+wrote. Each side is a process of its own; the two take turns in one run, in the default environment and in the one that
+the launch scripts set (allocator and idle threads, which help the port as well). Wall time, medians, ratios.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+TUNED = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592",
+}
+SKIPPED = 3  # steps at the start of a turn that live on batches made ahead
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder that `ssl-dist convert` wrote (CIFAR-10)")
+    parser.add_argument("--views", type=int, default=32)
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--backbone", default="conv4")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=6, help="timed steps a turn")
+    parser.add_argument("--worker", choices=["port", "ours"], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        serve({"port": Port, "ours": Ours}[arguments.worker](arguments))
+        return
+    print(f"{arguments.backbone}, M = {arguments.images}, K = {arguments.views}, fp32, eager; ms per step, medians")
+    for name, extra in {"default environment": {}, "tuned environment": TUNED}.items():
+        environment = {k: v for k, v in os.environ.items() if k not in TUNED} | extra
+        sides = {side: start(side, environment) for side in ("port", "ours")}
+        times: dict[str, list[float]] = {"port": [], "ours": []}
+        for _ in range(arguments.rounds):
+            for side, process in sides.items():
+                process.stdin.write("turn\n")
+                process.stdin.flush()
+                times[side].append(statistics.median(json.loads(process.stdout.readline())))
+        for process in sides.values():
+            process.stdin.close()
+            process.wait()
+        port, ours = (1000 * statistics.median(times[side]) for side in ("port", "ours"))
+        ratios = [p / o for p, o in zip(times["port"], times["ours"], strict=True)]
+        spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
+        print(f"{name}: port {port:.0f}, ours {ours:.0f}, ratio {statistics.median(ratios):.2f} ({spread})")
+
+
+def start(side: str, environment: dict[str, str]) -> subprocess.Popen:
+    command = [sys.executable, __file__, *sys.argv[1:], "--worker", side]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def serve(side) -> None:
+    """A turn for every line on stdin; the seconds of its steps, as JSON, on stdout."""
+    for _ in sys.stdin:
+        print(json.dumps(side.turn()), flush=True)
+
+
+class Port:
+    """The official loop's way of doing it, written plainly."""
+
+    def __init__(self, arguments):
+        import torch
+        from torch import nn
+        from torchvision import transforms
+
+        from ssl_dist import backbones
+        from ssl_dist.data.readers import open_dataset
+
+        self.torch, self.arguments = torch, arguments
+        with open_dataset(arguments.data, "train", "arrays") as reader:
+            import numpy as np
+            from PIL import Image
+
+            ids = np.arange(min(reader.info.count, 4096))
+            [(pixels, _, _, _)] = list(reader.batches([ids]))
+            self.images = [Image.fromarray(image) for image in pixels]
+            jitter = transforms.ColorJitter(0.8, 0.8, 0.8, 0.2)
+            self.transform = transforms.Compose([
+                transforms.RandomResizedCrop(32),
+                transforms.RandomHorizontalFlip(),
+                transforms.RandomApply([jitter], 0.8),
+                transforms.RandomGrayscale(0.2),
+                transforms.ToTensor(),
+                transforms.Normalize(reader.info.mean, reader.info.std),
+            ])  # fmt: skip
+        self.backbone = backbones.build(arguments.backbone)
+        width = 2 * self.backbone.feature_dim
+        self.head = nn.Sequential(nn.Linear(width, 256), nn.BatchNorm1d(256), nn.LeakyReLU(), nn.Linear(256, 1))
+        self.optimizer = torch.optim.Adam([*self.backbone.parameters(), *self.head.parameters()], 1e-3)
+        self.loader = torch.utils.data.DataLoader(
+            self, arguments.images, shuffle=True, num_workers=2, drop_last=True, collate_fn=self.collate
+        )
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return [self.transform(self.images[index]) for _ in range(self.arguments.views)]
+
+    def collate(self, samples):
+        return [self.torch.stack(view) for view in zip(*samples, strict=True)]
+
+    def turn(self) -> list[float]:
+        seconds, last = [], time.perf_counter()
+        for number, views in enumerate(self.loader):
+            self.step(views)
+            now = time.perf_counter()
+            if number >= SKIPPED:
+                seconds.append(now - last)
+            last = now
+            if len(seconds) == self.arguments.steps:
+                break
+        return seconds
+
+    def step(self, views):
+        torch = self.torch
+        features = self.backbone(torch.cat(views)).chunk(len(views))
+        pairs, targets, shift = [], [], 1
+        for a in range(len(views)):
+            for b in range(a + 1, len(views)):
+                pairs.append(torch.cat([features[a], features[b]], 1))
+                pairs.append(torch.cat([features[a], torch.roll(features[b], shift, 0)], 1))
+                targets += [torch.ones(len(features[a])), torch.zeros(len(features[a]))]
+                shift = shift + 1 if shift + 1 < len(features[a]) else 1
+        logits, target = self.head(torch.cat(pairs)).squeeze(1), torch.cat(targets)
+        bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        p = torch.sigmoid(logits)
+        loss = (0.5 * (1 - (target * p + (1 - target) * (1 - p))) ** 2 * bce).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        (torch.round(p) == target).float().mean().item()
+
+
+class Ours:
+    """`ssl_dist.train.fit` itself, stopped after the steps of a turn."""
+
+    def __init__(self, arguments):
+        import tempfile
+
+        from ssl_dist import config
+
+        self.arguments, self.folder = arguments, Path(tempfile.mkdtemp(prefix="bench-step-"))
+        tree = {
+            "run_dir": str(self.folder / "run"),
+            "data": {"name": "cifar10", "root": arguments.data},
+            "views": {"num": arguments.views},
+            "backbone": {"name": arguments.backbone},
+            "optim": {"batch_size": arguments.images, "epochs": None, "steps": 1},
+            "checkpoint": {"every_epochs": None},
+        }
+        self.config = config.validate(config.Config, tree)
+        self.steps = 0
+
+    def turn(self) -> list[float]:
+        from ssl_dist import dist, train
+        from ssl_dist.blueprint import derive
+
+        wanted = SKIPPED + self.arguments.steps
+        changed = self.config.model_copy(
+            update={
+                "optim": self.config.optim.model_copy(update={"steps": wanted}),
+                "run_dir": str(self.folder / f"run-{self.steps}"),
+            }
+        )
+        self.steps += 1
+        run = train.Training(derive(changed, dist.Place()), dist.one_process())
+        ends = []
+        after_step = run.method.after_step
+
+        def note(clock):
+            ends.append(time.perf_counter())
+            return after_step(clock)
+
+        run.method.after_step = note
+        with train.StopRequest() as stop:
+            train.fit(run, stop)
+        return [b - a for a, b in itertools.pairwise(ends)][SKIPPED - 1 :]
+
+
+if __name__ == "__main__":
+    main()
