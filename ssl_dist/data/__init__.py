@@ -1,0 +1,1 @@
+"""From images on disk to batches of views: catalog, conversion, readers, plan, views, loader."""
