@@ -1,0 +1,230 @@
+"""The .beton file: FFCV 1.0.2's format for the two fields `image` (RGB, raw or JPEG) and `label` (int64, -1 unknown).
+
+A file is a header, two field descriptors, one record a sample, pages of data (a sample never crosses a page) and a
+table with the place and size of every sample's data. FFCV reads these files; this module needs nothing but numpy.
+
+Two things go beyond what FFCV's own writer does: samples lie in id order, whatever made them, so equal input gives
+equal bytes; and three of the bytes that pad a record hold a check value of the sample's data (0: none). FFCV ignores
+the padding.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+from numba import njit
+
+from ssl_dist.errors import UserError
+
+JPG, RAW = 0, 1  # FFCV's values of `mode`
+VERSION = 2
+PAGE_SIZE = 1 << 21  # the least FFCV allows, 2 MiB
+INT_FIELD, IMAGE_FIELD = 1, 2  # FFCV's type ids
+
+HEADER = np.dtype(
+    [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"), ("table", "<u8")],
+    align=True,
+)
+FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)])
+SAMPLE = np.dtype(
+    {
+        "names": ["mode", "width", "height", "pointer", "check", "label"],
+        "formats": ["<u1", "<u2", "<u2", "<u8", ("<u1", 3), "<i8"],
+        "offsets": [0, 1, 3, 5, 13, 16],
+        "itemsize": 24,
+    }
+)
+PLACE = np.dtype([("sample_id", "<u8"), ("pointer", "<u8"), ("size", "<u8")])
+
+FIELDS = np.zeros(2, FIELD)
+for _field, _type_id, _name in zip(FIELDS, (IMAGE_FIELD, INT_FIELD), (b"image", b"label"), strict=True):
+    _field["type_id"] = _type_id
+    _field["name"][: len(_name)] = np.frombuffer(_name, np.uint8)
+RECORDS_START = HEADER.itemsize + FIELDS.nbytes
+
+MAX_SIDE = 65535  # sides are 16 bits wide
+
+
+@njit(cache=True, nogil=True)
+def check_value(data):
+    """24 bits from a sample's bytes (uint8 [n]), never 0. A sum weighted by position: loops without a carried
+    product, so it runs at memory speed and costs nothing beside decoding."""
+    plain = np.uint64(0)
+    weighted = np.uint64(0)
+    for i in range(data.size):
+        value = np.uint64(data[i])
+        plain += value
+        weighted += value * np.uint64(i + 1)
+    mixed = (plain * np.uint64(0x9E3779B97F4A7C15)) ^ (weighted * np.uint64(0xD1342543DE82EF95))
+    return (mixed >> np.uint64(32)) % np.uint64(0xFFFFFF) + np.uint64(1)
+
+
+class Digest:
+    """SHA-256 over (label, mode, height, width, size, bytes) of every sample in id order."""
+
+    def __init__(self):
+        self._sha = hashlib.sha256()
+
+    def add(self, label: int, mode: int, height: int, width: int, data) -> None:
+        self._sha.update(struct.pack("<qBHHQ", label, mode, height, width, len(data)))
+        self._sha.update(data)
+
+    def hexdigest(self) -> str:
+        return self._sha.hexdigest()
+
+
+class Writer:
+    """Writes `count` samples in id order to a temporary file beside `path`, which `finish` moves into place.
+
+    Use as a context manager: without `finish` the temporary file is removed. Raises `UserError` when another process
+    is writing the same file; `OSError` (a full disk, say) is left to the caller.
+    """
+
+    def __init__(self, path: Path, count: int, page_size: int = PAGE_SIZE):
+        assert count > 0 and PAGE_SIZE <= page_size < 1 << 32 and page_size & (page_size - 1) == 0
+        self.path, self.count, self.page_size = Path(path), count, page_size
+        self.temporary = self.path.with_name(f".{self.path.name}.tmp")
+        self.digest = Digest()
+        self._records = np.zeros(count, SAMPLE)
+        self._places = np.zeros(count, PLACE)
+        self._next = 0
+        data_start = RECORDS_START + self._records.nbytes
+        self._pointer = -(-data_start // page_size) * page_size
+        # No truncation before the lock is ours: another process may be writing.
+        self._file = open(self.temporary, "ab", buffering=1 << 20)  # noqa: SIM115 - closed by __exit__
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise UserError(f"{self.path}: another process is converting into this folder; wait for it") from None
+        self._file.truncate(0)
+        self._file.write(bytes(self._pointer))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if not self._file.closed:
+            self.temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what could not be flushed belongs to a file that is gone
+                self._file.close()
+
+    def add(self, label: int, mode: int, height: int, width: int, data: bytes) -> None:
+        """Append the next sample. data: a JPEG file, or height * width * 3 bytes."""
+        assert len(data) <= self.page_size and 0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE
+        assert mode == JPG or len(data) == height * width * 3
+        room = self.page_size - self._pointer % self.page_size
+        if len(data) > room:
+            self._file.write(bytes(room))
+            self._pointer += room
+        check = int(check_value(np.frombuffer(data, np.uint8)))
+        self._records[self._next] = (mode, width, height, self._pointer, list(check.to_bytes(3, "little")), label)
+        self._places[self._next] = (self._next, self._pointer, len(data))
+        self._file.write(data)
+        self.digest.add(label, mode, height, width, data)
+        self._pointer += len(data)
+        self._next += 1
+
+    def finish(self) -> str:
+        """Complete the file, put it in its place and return the digest."""
+        assert self._next == self.count
+        padding = -self._pointer % self.page_size  # FFCV reads whole pages
+        self._file.write(bytes(padding))
+        table = self._pointer + padding
+        self._file.write(self._places.tobytes())
+        self._file.flush()
+        header = np.array([(VERSION, len(FIELDS), self.page_size, self.count, table)], HEADER)
+        # A file opened for appending writes at its end only; the front goes through its own handle.
+        with open(self.temporary, "r+b") as front:
+            front.write(header.tobytes() + FIELDS.tobytes() + self._records.tobytes())
+            front.flush()
+            os.fsync(front.fileno())
+        os.replace(self.temporary, self.path)
+        self._file.close()
+        sync_folder(self.path.parent)
+        return self.digest.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Beton:
+    """An open .beton file. Index = image id.
+
+    count; labels int64 [N]; modes uint8 [N]; heights, widths, pointers, sizes int64 [N]; checks int64 [N] (0: none);
+    data uint8 [bytes of the file], mapped. Raises `UserError` for a file that is missing, truncated or foreign.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        records, places = _read_tables(self.path)
+        self.count = len(records)
+        self.labels = records["label"].astype(np.int64)
+        self.modes = records["mode"].copy()
+        self.heights, self.widths, self.pointers = (
+            records[name].astype(np.int64) for name in ("height", "width", "pointer")
+        )
+        self.checks = records["check"].astype(np.int64) @ np.array([1, 1 << 8, 1 << 16])
+        # FFCV's own writer lists the places in the order in which its workers ended.
+        order = np.argsort(places["sample_id"], kind="stable")
+        self.sizes = places["size"][order].astype(np.int64)
+        raw = self.modes == RAW
+        if (
+            (places["sample_id"][order] != np.arange(self.count)).any()
+            or (places["pointer"][order] != records["pointer"]).any()
+            or (self.sizes[raw] != (self.heights * self.widths * 3)[raw]).any()
+            or (self.pointers + self.sizes).max() > self.path.stat().st_size
+        ):
+            raise _refused(self.path, "its tables contradict each other")
+        self.data = np.memmap(self.path, np.uint8, "r")
+
+    def sample(self, image_id: int) -> np.ndarray:
+        """The bytes of one sample, uint8 [size], mapped."""
+        start = self.pointers[image_id]
+        return self.data[start : start + self.sizes[image_id]]
+
+    def samples(self):
+        """(label, mode, height, width, bytes) of every sample in id order, as `Digest.add` takes them."""
+        columns = (self.labels, self.modes, self.heights, self.widths)
+        for image_id in range(self.count):
+            yield (*(int(column[image_id]) for column in columns), self.sample(image_id))
+
+
+def _read_tables(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The records and the places of a file whose frame is sound."""
+    if not path.is_file():
+        raise _refused(path, "there is no such file")
+    size = path.stat().st_size
+    if size < RECORDS_START:
+        raise _refused(path, f"{size} bytes are not a .beton file")
+    with open(path, "rb") as file:
+        header = np.fromfile(file, HEADER, 1)[0]
+        fields = np.fromfile(file, FIELD, 2)
+        count, table, page = int(header["num_samples"]), int(header["table"]), int(header["page_size"])
+        if header["version"] != VERSION or not 0 < header["num_fields"] < 256 or page & (page - 1) or not page:
+            raise _refused(path, "it is not a .beton file of FFCV 1.0")
+        kinds = [(int(field["type_id"]), field["name"].tobytes().rstrip(b"\0").decode("latin-1")) for field in fields]
+        if header["num_fields"] != 2 or kinds != [(IMAGE_FIELD, "image"), (INT_FIELD, "label")]:
+            raise _refused(path, "its fields are not `image` and `label`")
+        if table == 0 or count == 0:
+            raise _refused(path, "its writer did not finish it")
+        expected = table + count * PLACE.itemsize
+        if size != expected:
+            raise _refused(path, f"it has {size} bytes and its header speaks of {expected}: truncated or damaged")
+        records = np.fromfile(file, SAMPLE, count)
+        file.seek(table)
+        return records, np.fromfile(file, PLACE, count)
+
+
+def _refused(path: Path, reason: str) -> UserError:
+    return UserError(f"{path}: {reason}; write it with `ssl-dist convert DATASET --root SOURCE --out {path.parent}`")
