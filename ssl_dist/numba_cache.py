@@ -1,0 +1,48 @@
+"""Where compiled functions are kept between runs.
+
+numba's own cache looks at the file of a compiled function and not at the compiled functions it calls: after a change in
+`color.py` alone, `views.py` would silently go on with the old code. So the cache's folder is named by a digest of all
+files that hold compiled functions, and any change starts a new one.
+"""
+
+import hashlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+
+
+def use() -> None:
+    """Point numba to the folder of these sources, unless NUMBA_CACHE_DIR says otherwise. Call before compiling."""
+    if "NUMBA_CACHE_DIR" in os.environ:
+        return
+    folder = _writable(f"numba-{digest(PACKAGE)}")
+    os.environ["NUMBA_CACHE_DIR"] = str(folder)
+    if "numba" in sys.modules:  # it has read its environment already
+        sys.modules["numba"].config.CACHE_DIR = str(folder)
+
+
+def digest(package: Path) -> str:
+    """Of the sources below `package` that hold compiled functions."""
+    found = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        source = path.read_bytes()
+        if b"njit" in source:
+            found.update(path.relative_to(package).as_posix().encode() + b"\0" + source)
+    return found.hexdigest()[:16]
+
+
+def _writable(name: str) -> Path:
+    """The folder `name` in the first place that can be written: beside the package, the user's cache, the system's."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    for base in (PACKAGE / "__pycache__", home / "ssl_dist", Path(tempfile.gettempdir(), f"ssl_dist-{os.getuid()}")):
+        folder = base / name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK):
+            return folder
+    return Path(tempfile.mkdtemp(prefix="ssl_dist-"))

@@ -1,0 +1,48 @@
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ssl_dist import numba_cache
+
+SHOW = (
+    "import numpy as np; from ssl_dist.data import views; from ssl_dist.config import Views\n"
+    "[spec] = views.view_specs(Views().groups, 2, 8); print(views.draw(spec, 0, 0, 0, 0, 32, 32).crop)"
+)
+
+
+def test_the_digest_follows_every_source_that_compiles(tmp_path):
+    (tmp_path / "a.py").write_text("@njit\n")
+    (tmp_path / "b.py").write_text("plain\n")
+    before = numba_cache.digest(tmp_path)
+    (tmp_path / "b.py").write_text("other\n")
+    assert numba_cache.digest(tmp_path) == before
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "c.py").write_text("@njit\n")
+    assert numba_cache.digest(tmp_path) != before
+
+
+def test_a_cache_that_is_given_is_kept(monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "/given")
+    numba_cache.use()
+    assert os.environ["NUMBA_CACHE_DIR"] == "/given"
+
+
+@pytest.mark.slow
+def test_a_change_in_a_called_file_is_seen(tmp_path):
+    shutil.copytree(numba_cache.PACKAGE, tmp_path / "ssl_dist", ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"} | {"PYTHONPATH": str(tmp_path)}
+
+    def show():
+        return subprocess.run(
+            [sys.executable, "-c", SHOW], capture_output=True, text=True, check=True, env=environment, cwd=tmp_path
+        ).stdout
+
+    first = show()
+    assert show() == first
+    keys = Path(tmp_path, "ssl_dist", "keys.py")
+    keys.write_text(keys.read_text().replace("0xBF58476D1CE4E5B9", "0xBF58476D1CE4E5BB"))
+    assert show() != first
