@@ -59,9 +59,9 @@ def _parser() -> argparse.ArgumentParser:
                      "digits, or folder for images of your own in <split>/<class>/")  # fmt: skip
     sub.add_argument("--root", type=Path, help="where the images are (torchvision sets are downloaded there)")
     sub.add_argument("--out", type=Path, help="where to write; becomes data.root (default data/<dataset>)")
-    sub.add_argument("--name", help="name of a folder's data set; a catalog name brings its facts along")
+    sub.add_argument("--name", help="name of a folder's data set (default: of ROOT); a catalog name brings its facts along")
     sub.add_argument("--max-side", type=int, help="longer images are shrunk to this many pixels (default: catalog)")
-    sub.add_argument("--workers", type=int, help="processes that encode (default: all cores)")
+    sub.add_argument("--workers", type=int, help="threads that encode (default: all cores)")
 
     sub = command(
         "train", _train, "pre-train, or go on with a run",
@@ -113,8 +113,8 @@ def _add_config(sub: argparse.ArgumentParser) -> None:
 def _convert(args) -> int:
     from ssl_dist.data.convert import convert
 
-    out = args.out or Path("data") / (args.name or args.dataset)
-    convert(args.dataset, args.root, out, name=args.name, max_side=args.max_side, workers=args.workers)
+    made = convert(args.dataset, args.root, args.out, name=args.name, max_side=args.max_side, workers=args.workers)
+    out = args.out or Path("data", made.name)
     print(f"{out}: done; use it with data.root={out}")
     return 0
 
