@@ -59,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
                      "digits, or folder for images of your own in <split>/<class>/")  # fmt: skip
     sub.add_argument("--root", type=Path, help="where the images are (torchvision sets are downloaded there)")
     sub.add_argument("--out", type=Path, help="where to write; becomes data.root (default data/<dataset>)")
-    sub.add_argument("--name", help="name of a folder's data set (default: of ROOT); a catalog name brings its facts along")
+    sub.add_argument(
+        "--name", help="name of a folder's data set (default: of ROOT); a catalog name brings its facts along"
+    )
     sub.add_argument("--max-side", type=int, help="longer images are shrunk to this many pixels (default: catalog)")
     sub.add_argument("--workers", type=int, help="threads that encode (default: all cores)")
 

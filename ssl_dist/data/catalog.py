@@ -36,6 +36,7 @@ _HALF = {"paper_mean": (0.5, 0.5, 0.5), "paper_std": (0.5, 0.5, 0.5)}
 _QUARTER = {"paper_mean": (0.5, 0.5, 0.5), "paper_std": (0.25, 0.25, 0.25)}
 _IMAGENET = {"paper_mean": (0.485, 0.456, 0.406), "paper_std": (0.229, 0.224, 0.225)}
 
+# fmt: off
 CATALOG: dict[str, Entry] = {
     "cifar10": Entry(
         "60,000 photos of 32x32 in 10 classes (Krizhevsky 2009); torchvision, downloaded where missing",
@@ -71,6 +72,7 @@ CATALOG: dict[str, Entry] = {
         "digits", "train", "train", "test", 32, 10,
     ),
 }
+# fmt: on
 
 
 @dataclass(frozen=True)
