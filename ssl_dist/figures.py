@@ -80,24 +80,6 @@ def loss_curve(path: str | Path, metrics_jsonl: str | Path) -> None:
     _save(figure, path)
 
 
-def scores_histogram(path: str | Path, positives: np.ndarray, negatives: np.ndarray) -> None:
-    """How the relation scores of positive and negative pairs spread: arrays of any shape, probabilities or logits."""
-    positives, negatives = np.ravel(positives), np.ravel(negatives)
-    both = np.concatenate([positives, negatives])
-    probabilities = both.min() >= 0 and both.max() <= 1
-    edges = np.linspace(0, 1, 51) if probabilities else np.histogram_bin_edges(both, 50)
-    figure, axes = _plot()
-    for scores, name, color in ((negatives, "negative", _NEGATIVE), (positives, "positive", _POSITIVE)):
-        label = f"{name} pairs ({len(scores):,}), mean {scores.mean():.2f}"
-        percent = np.full(len(scores), 100 / len(scores))
-        axes.hist(scores, edges, weights=percent, color=color, alpha=0.25)
-        axes.hist(scores, edges, weights=percent, color=color, histtype="step", linewidth=1.4, label=label)
-    axes.set(xlabel="relation score" if probabilities else "relation score (logit)", ylabel="share of the pairs (%)")
-    axes.set_xlim(edges[0], edges[-1])
-    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
-    _save(figure, path)
-
-
 def _read_metrics(path: Path) -> list[dict]:
     try:
         text = path.read_text(encoding="utf-8")

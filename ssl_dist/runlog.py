@@ -65,11 +65,10 @@ class RunLog:
             self._board.add_histogram(name, values, clock.step)
         self._bar.describe(metrics, speed)
 
-    def pictures(self, clock: Clock, views_VBCHW: torch.Tensor, num_images: int = 8) -> None:
-        """A grid in TensorBoard: a row for each image, a column for each view that this rank holds (uint8)."""
-        rows = views_VBCHW[:, :num_images].transpose(0, 1)
-        grid = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
-        self._board.add_image("views", grid, clock.step)
+    def pictures(self, name: str, clock: Clock, views_VBCHW: np.ndarray) -> None:
+        """A grid in TensorBoard: a row for each image, a column for each of its views (uint8)."""
+        rows = np.concatenate(views_VBCHW, axis=3)
+        self._board.add_image(name, np.concatenate(rows, axis=1), clock.step)
 
 
 def _short(value: float) -> float | int:

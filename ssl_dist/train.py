@@ -79,7 +79,7 @@ def fit(run: "Training", stop: StopRequest) -> int:
             clock = clock.after_step()
             method.after_step(clock)
             if clock.step == 1 or clock.done or clock.due(settings.log.every_steps):
-                run.write(log, clock, output, host)
+                run.write(log, clock, output)
             if stopping or clock.done or clock.due(settings.checkpoint.every_steps, settings.checkpoint.every_epochs):
                 run.save(clock, stop)
             if log is not None:
@@ -156,7 +156,7 @@ class Training:
         """Features of training images for methods that relabel; such methods come with their own issue."""
         raise NotImplementedError("no method relabels yet")
 
-    def write(self, log: RunLog | None, clock: Clock, output: Output, host: HostBatch) -> None:
+    def write(self, log: RunLog | None, clock: Clock, output: Output) -> None:
         """Log this step. Every rank takes part, because the loss is averaged over them."""
         metrics = {"loss": float(self.world.mean(output.loss.detach())), "lr": self.optimizer.param_groups[0]["lr"]}
         metrics |= {name: float(value) for name, value in output.metrics.items()}
@@ -167,11 +167,21 @@ class Training:
             metrics["effective_rank"] = health.effective_rank(output.representations)
         log.write(clock, metrics, output.histograms)
         if clock.step == 1 or clock.due(every_epochs=self.config.log.images_every_epochs):
-            log.pictures(clock, host.views[0])
-        if clock.step == 1:
-            from ssl_dist import figures  # matplotlib takes a second, which only rank 0 need spend
+            self.show_views(log, clock)
 
-            figures.views_grid(self.folder / "views.png", host.views[0].numpy())
+    def show_views(self, log: RunLog, clock: Clock, num_images: int = 8) -> None:
+        """All views of the first images of this step, also those that other ranks hold: TensorBoard and views.png."""
+        from ssl_dist import figures  # matplotlib takes a second, which only rank 0 need spend
+
+        step, plan = clock.step - 1, self.blueprint.plan
+        with self.blueprint.open_reader() as reader:
+            [(pixels, heights, widths, ids)] = reader.batches([plan.global_ids(step)[:num_images]])
+        for number, spec in enumerate(self.blueprint.specs):
+            epoch = step // plan.steps_per_epoch
+            made = views.make_views(pixels, heights, widths, ids, spec, spec.view_ids, plan.seed, epoch)
+            log.pictures(f"views/{number}", clock, made)
+            name = "views.png" if number == 0 else f"views-{number}.png"
+            figures.views_grid(self.folder / name, made)
 
     def save(self, clock: Clock, stop: StopRequest) -> None:
         """Rank 0 writes a checkpoint; the others wait, and a failure there ends all of them."""
