@@ -39,7 +39,7 @@ python=${PYTHON:-$here/../.venv/bin/python}
 [ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python3
 
 # torchrun turns every exit code of a rank into 1, so mistakes are looked for before it starts.
-what_will_run=$("$python" -m ssl_dist explain "$config" "$@" --world $((nnodes * ranks)))
+what_will_run=$("$python" -m ssl_dist explain "$config" "$@" --world $((nnodes * ranks)) --ranks-per-node "$ranks")
 is_host=false
 if [ "$node_rank" = 0 ]; then
     is_host=true

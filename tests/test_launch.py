@@ -64,7 +64,7 @@ def test_wrong_arguments_get_one_line_and_2(command, named, python):
 def test_a_mistake_that_explain_finds_ends_before_torchrun(python):
     answer = run(SINGLE, 2, "c.yaml", "optim.lr=-1", PYTHON=python, EXPLAIN_CODE=2, TORCHRUN="exit 0")
     assert answer.returncode == 2
-    assert (python.parent / "explained").read_text() == "-m ssl_dist explain c.yaml optim.lr=-1 --world 2\n"
+    assert (python.parent / "explained").read_text() == "-m ssl_dist explain c.yaml optim.lr=-1 --world 2 --ranks-per-node 2\n"
     assert not (python.parent / "arguments").exists()
 
 
@@ -95,7 +95,7 @@ def test_one_machine(python):
 def test_one_of_several_machines(python):
     answer = run(MULTI, 3, 1, "gpu-a:29400", 4, "c.yaml", PYTHON=python, TORCHRUN="exit 0")
     assert answer.returncode == 0, answer.stderr
-    assert (python.parent / "explained").read_text().endswith("--world 12\n")
+    assert (python.parent / "explained").read_text().endswith("--world 12 --ranks-per-node 4\n")
     assert "the plan" not in answer.stdout  # machine 0 shows it
     arguments = (python.parent / "arguments").read_text().splitlines()
     for name, value in {"--nnodes": "3", "--rdzv-endpoint": "gpu-a:29400", "--rdzv-conf": "is_host=false"}.items():
