@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ssl_dist.errors import UserError
+
 
 class _Normalize(torch.autograd.Function):
     @staticmethod
@@ -93,6 +95,19 @@ def update_running(module: nn.modules.batchnorm._BatchNorm, mean: Tensor, var: T
     module.num_batches_tracked += 1
     module.running_mean.lerp_(mean.to(module.running_mean.dtype), factor)
     module.running_var.lerp_((var * (count / (count - 1))).to(module.running_var.dtype), factor)
+
+
+PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def refuse_others(module: nn.Module) -> None:
+    """Raises `UserError` for a BatchNorm that does more than normalise: the synchronised one would drop the rest."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and type(layer) not in PLAIN:
+            raise UserError(
+                f"backbone.name: its layer {name.removeprefix('backbone.')} ({type(layer).__name__}) cannot be "
+                "synchronised over several ranks; train on one rank, or choose another backbone"
+            )
 
 
 def synchronize(module: nn.Module, reduce: Callable[[Tensor], Tensor]) -> nn.Module:

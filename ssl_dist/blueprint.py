@@ -3,8 +3,9 @@
 Every mistake that can be seen without starting a rank is found here, so it costs seconds and exit code 2.
 """
 
+import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from ssl_dist.clock import Clock
 from ssl_dist.config import Config, Normalize, Section
 from ssl_dist.data import plan, views
 from ssl_dist.data.catalog import facts
-from ssl_dist.data.readers import SplitInfo, open_dataset, read_info, splits_present
+from ssl_dist.data.readers import SplitInfo, open_dataset, read_info, require_name, splits_present
 from ssl_dist.dist import Place
 from ssl_dist.errors import UserError
 from ssl_dist.keys import INIT, hash64
@@ -80,6 +81,11 @@ class Blueprint:
             ids = ids[plan.limited(len(ids), data.limit)]
         return plan.Plan(ids, self.config.optim.batch_size, self.config.seed)
 
+    @property
+    def data_identity(self) -> dict[str, str]:
+        """What a resume must find again: the samples of the split, and which of them are trained on."""
+        return {"split": self.split.sha256, "ids": hashlib.sha256(self.plan.train_ids.tobytes()).hexdigest()}
+
     def clock(self, step: int = 0) -> Clock:
         """`step` steps into the training. A method that does not train has none ahead of it."""
         options, per_epoch = self.config.optim, self.plan.steps_per_epoch
@@ -114,6 +120,7 @@ class Blueprint:
             num_images=len(self.plan.train_ids),
             num_classes=len(self.split.classes) if self.split.labelled else 0,
             view_groups=tuple((spec.num, spec.size) for spec in self.specs),
+            batch_size=self.config.optim.batch_size,
             total_epochs=self.clock().total_epochs,
         )
 
@@ -126,7 +133,7 @@ def build_method(config: Config, method_class: type[SSLMethod], options: Section
     torch.manual_seed(int(hash64(config.seed, INIT)) & 0x7FFFFFFFFFFFFFFF)
     backbone = backbones.build(config.backbone.name)
     refuse_random_layers(backbone, config.backbone.name)
-    return method_class(backbone, info, options)
+    return method_class(backbone, replace(info, feature_dim=backbone.feature_dim), options)
 
 
 def derive(config: Config, place: Place) -> Blueprint:
@@ -134,6 +141,7 @@ def derive(config: Config, place: Place) -> Blueprint:
     method_class = methods.find(config.method.name)
     options = methods.build_options(method_class, config.method.options)
     backbones.check(config.backbone.name)
+    require_name(config.data.root, config.data.name)
     split_name = config.data.split or natural_split(config)
     split = read_info(config.data.root, split_name)
     if method_class.needs_labels and not split.labelled:
@@ -145,9 +153,21 @@ def derive(config: Config, place: Place) -> Blueprint:
     _ = blueprint.num_views, blueprint.specs, blueprint.grid, blueprint.plan, blueprint.normalize
     with blueprint.open_reader():
         pass  # a missing FFCV or a damaged file shows now
-    with torch.device("meta"):
-        blueprint.build()  # what the method or the backbone refuses shows now, and no memory is taken
+    with torch.device("meta"):  # what the method or the backbone refuses shows now, and no memory is taken
+        method = blueprint.build().eval()
+        for size in {spec.size for spec in blueprint.specs}:
+            _try_size(method, size, blueprint)
     return blueprint
+
+
+def _try_size(method: SSLMethod, size: int, blueprint: Blueprint) -> None:
+    try:
+        method.backbone(torch.empty(1, 3, size, size, dtype=blueprint.dtype))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"data.image_size: views of {size} px do not fit backbone {blueprint.config.backbone.name}: {reason}"
+        ) from None
 
 
 def natural_split(config: Config) -> str:

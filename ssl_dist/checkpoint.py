@@ -15,7 +15,7 @@ from ssl_dist import __version__
 from ssl_dist.errors import UserError
 
 FORMAT = 1
-KEYS = ("format", "step", "config", "method", "optimizer", "world_size", "versions", "normalize", "info")
+KEYS = ("format", "step", "config", "method", "optimizer", "world_size", "versions", "normalize", "info", "data")
 _NAME = re.compile(r"step-(\d{8,})\.pt")
 
 
@@ -100,8 +100,15 @@ def steps(run: Path) -> list[int]:
     return sorted(int(m[1]) for m in map(_NAME.fullmatch, os.listdir(folder)) if m)
 
 
-def prune(run: Path, keep: int, keep_every: int | None) -> None:
-    """Remove all checkpoints but the newest `keep` and those whose step is a multiple of `keep_every`."""
+def prune(run: Path, keep: int, keep_every: int | None, step: int) -> None:
+    """Remove all checkpoints but the newest `keep` and those whose step is a multiple of `keep_every`.
+
+    step: the one just saved. Later ones were passed over as damaged when the run resumed; they are set aside, so that
+    they do not count as newest.
+    """
+    for later in [found for found in steps(run) if found > step]:
+        path = path_of(run, later)
+        path.rename(path.with_name(path.name + ".damaged"))
     for step in steps(run)[:-keep]:
         if keep_every is None or step % keep_every:
             path = path_of(run, step)
@@ -148,7 +155,9 @@ def load(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"checkpoint {path}: not found") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except pickle.UnpicklingError:  # torch's text advises to run whatever the file holds
+        raise UserError(f"checkpoint {path}: not a checkpoint: it holds more than tensors and plain values") from None
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint {path}: not a readable checkpoint: {reason}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT or set(KEYS) - set(state):

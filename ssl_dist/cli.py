@@ -17,7 +17,13 @@ EXIT_CODES = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns its exit code; argparse exits by itself for a wrong command line (2) and --help (0)."""
-    parsed = _parser().parse_args(arguments)
+    parser = _parser()
+    parsed, others = parser.parse_known_args(arguments)
+    # argparse takes no positional arguments after an option; overrides may stand anywhere.
+    if any("=" not in word or word.startswith("-") for word in others) or (others and not hasattr(parsed, "overrides")):
+        parser.error(f"unknown argument: {' '.join(others)}")
+    if others:
+        parsed.overrides += others
     first = os.environ.get("RANK", "0") == "0"
     # torchrun tells its caller 1 whatever the ranks say, so the first rank of a machine leaves its code in a file.
     exit_file = os.environ.get("SSL_DIST_EXIT_FILE") if os.environ.get("LOCAL_RANK", "0") == "0" else None
@@ -26,8 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = parsed.action(parsed)
     except UserError as error:
-        if first:
+        if first or error.met_alone:
             print(f"error: {error}", file=sys.stderr)
+        if error.met_alone:
+            exit_file = os.environ.get("SSL_DIST_EXIT_FILE")
         code = 2
     except KeyboardInterrupt:
         code = 130
@@ -97,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         "are missing or stale are extracted first.",
     )  # fmt: skip
     sub.add_argument("run", type=Path, metavar="RUN")
-    sub.add_argument("words", nargs="+", metavar="EVALUATOR|key=value",
+    sub.add_argument("overrides", nargs="+", metavar="EVALUATOR|key=value",
                      help="knn, logistic; knn.k=[20,200] sets an option; data.root=... another data set")  # fmt: skip
 
     sub = command("doctor", _doctor, "what is missing on this machine", "Check this machine and say what mends it.")
@@ -127,8 +135,9 @@ def _train(args) -> int:
 
     try:
         return train(config.load(args.config, args.overrides))
-    except NonFiniteLoss as error:
-        print(f"error: {error}", file=sys.stderr)
+    except NonFiniteLoss as error:  # on all ranks together
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         return 1
 
 
@@ -138,6 +147,8 @@ def _explain(args) -> int:
 
     if args.world < 1:
         raise UserError(f"--world {args.world}: at least one rank is needed")
+    if args.ranks_per_node is not None and (args.ranks_per_node < 1 or args.world % args.ranks_per_node):
+        raise UserError(f"--ranks-per-node {args.ranks_per_node}: must divide --world {args.world}")
     print(explain(config.load(args.config, args.overrides), args.world, args.ranks_per_node))
     return 0
 
@@ -154,8 +165,8 @@ def _evaluate(args) -> int:
     from ssl_dist.evaluate import evaluate
     from ssl_dist.evaluators.results import table
 
-    overrides = [word for word in args.words if "=" in word]
-    chosen = [word for word in args.words if "=" not in word]
+    overrides = [word for word in args.overrides if "=" in word]
+    chosen = [word for word in args.overrides if "=" not in word]
     if not chosen:
         raise UserError(f"evaluate {args.run}: name at least one evaluator, for example knn")
     print(table(evaluate(args.run, chosen, overrides)))

@@ -20,6 +20,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -75,7 +76,7 @@ class ViewGroup(Section):
 class Normalize(Section):
     """Per-channel mean and standard deviation of pixels in [0, 1]."""
 
-    mean: tuple[float, float, float] = Field(strict=False)
+    mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat] = Field(strict=False)
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(strict=False)
 
 
@@ -118,7 +119,9 @@ class ClassSubset(Section):
 
 
 class Data(Section):
-    name: str = Field(description="data set: an entry of the catalog, or any name for a folder of your own")
+    name: str = Field(
+        pattern=r"^\w[\w.-]*$", description="data set: an entry of the catalog, or a plain word for one of your own"
+    )
     root: str = Field(description="folder with <split>.beton and dataset.json (what `convert --out` wrote)")
     reader: Literal["ffcv", "arrays"] = Field("ffcv", description="ffcv, or arrays: the same pixels without FFCV")
     image_size: PositiveInt = Field(32, description="side of a view in pixels, unless its group says otherwise")
@@ -132,6 +135,12 @@ class Data(Section):
     split: str | None = Field(None, description="null: the method's natural split of this data set")
     subset: ClassSubset | str | None = Field(None, description="{per_class: n, start: m}, or a file with one id a line")
     limit: PositiveInt | None = Field(None, description="train on this many ids, evenly spaced over the split")
+
+    @model_validator(mode="after")
+    def _resize(self):
+        if self.eval_resize is not None and self.eval_resize < self.image_size:
+            raise ValueError(f"eval_resize: {self.eval_resize} must be at least image_size, {self.image_size}")
+        return self
 
 
 class Backbone(Section):
@@ -178,7 +187,7 @@ class Log(Section):
 
 class Config(Section):
     seed: NonNegativeInt = Field(0, description="of everything random")
-    run_dir: str = Field(description="the run's folder; the same command again resumes it")
+    run_dir: str = Field(min_length=1, description="the run's folder; the same command again resumes it")
     data: Data
     views: Views = Field(default_factory=Views)
     backbone: Backbone = Field(default_factory=Backbone)
@@ -188,7 +197,9 @@ class Config(Section):
     channels_last: bool = Field(True, description="memory layout of images; faster on CPU and GPU")
     compile: bool = Field(False, description="torch.compile the backbone (minutes at the start, faster steps)")
     deterministic: bool = Field(False, description="deterministic CUDA kernels, for bit-exact resumes on a GPU")
-    timeout: PositiveFloat = Field(60.0, description="seconds after which a rank that hangs ends the run")
+    timeout: Annotated[float, Field(gt=0, le=86400)] = Field(
+        60.0, description="seconds after which a rank that hangs ends the run"
+    )
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     log: Log = Field(default_factory=Log)
 
@@ -210,6 +221,9 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                line = key_node.start_mark.line + 1
+                raise UserError(f"{self.name}: line {line}: key {key!r} is not a word; keys are names such as optim")
             if key in seen:
                 raise UserError(
                     f"{self.name}: line {key_node.start_mark.line + 1}: key {key!r} stands twice; remove one"
@@ -225,16 +239,20 @@ _Loader.add_implicit_resolver(
 
 def parse_yaml(text: str, source: str) -> Any:
     """One YAML document. Raises `UserError` naming `source` and the line."""
-    loader = _Loader(text)
-    loader.name = source
+    loader = None
     try:
+        loader = _Loader(text)
+        loader.name = source
         return loader.get_single_data()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
-        raise UserError(f"{source}:{line} not valid YAML: {getattr(error, 'problem', error)}") from None
+        raise UserError(
+            f"{source}:{line} not valid YAML: {getattr(error, 'problem', 'a character that is not text')}"
+        ) from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
@@ -296,9 +314,7 @@ def validate(section: type[BaseModel], tree: dict, prefix: str = "") -> Any:
 
 def _describe(section: type[BaseModel], faults: list[dict], prefix: str) -> str:
     """The first fault in one line. Where a value may be one of several kinds, the kind that got furthest speaks."""
-    paths = [
-        [part for part in fault["loc"] if part in section.model_fields or not _is_union_tag(part)] for fault in faults
-    ]
+    paths = [_path(section, fault) for fault in faults]
     related = [i for i, path in enumerate(paths) if path[: len(paths[0])] == paths[0]]
     deepest = max(related, key=lambda i: len(paths[i]))
     fault, path = faults[deepest], paths[deepest]
@@ -307,7 +323,7 @@ def _describe(section: type[BaseModel], faults: list[dict], prefix: str) -> str:
         names = _names_at(section, path[:-1])
         near = difflib.get_close_matches(str(path[-1]), names, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(names)}"
-        return f"unknown key {key} = {fault['input']!r}: {hint}"
+        return f"unknown key {key} = {_show(fault['input'])}: {hint}"
     if fault["type"] == "missing":
         return f"missing key {key}: it must be given"
     message = fault["msg"].removeprefix("Value error, ")
@@ -316,8 +332,24 @@ def _describe(section: type[BaseModel], faults: list[dict], prefix: str) -> str:
     remedy = _meaning(section, path)
     if len(path) == len(paths[0]):
         message = " or ".join(dict.fromkeys(faults[i]["msg"].removeprefix("Value error, ") for i in related))
-    text = f"{key} = {fault['input']!r}: {message[0].lower()}{message[1:]}"
+    text = f"{key} = {_show(fault['input'])}: {message[0].lower()}{message[1:]}"
     return f"{text} ({remedy})" if remedy else text
+
+
+def _show(value: Any) -> str:
+    """A value as the user would write it in YAML."""
+    return {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
+
+
+def _path(section: type[BaseModel], fault: dict) -> list:
+    """The keys that lead to the fault, without the alternatives of unions that pydantic puts between them."""
+    location = fault["loc"]
+    unknown = len(location) - 1 if fault["type"] == "extra_forbidden" else None  # that one is the user's word
+    return [
+        part
+        for i, part in enumerate(location)
+        if i == unknown or part in section.model_fields or not _is_union_tag(part)
+    ]
 
 
 def _is_union_tag(part: Any) -> bool:

@@ -22,6 +22,8 @@ from ssl_dist.grid import Grid
 
 T = TypeVar("T")
 
+warnings.filterwarnings("ignore", ".*find_unused_parameters=True was specified", UserWarning)  # see World.wrap
+
 
 @dataclass(frozen=True)
 class Place:
@@ -51,11 +53,14 @@ class World:
     def __init__(self, place: Place, grid: Grid, device: torch.device):
         assert grid.size == place.size, "the grid must hold every rank"
         self.place, self.grid, self.device = place, grid, device
+        self._agreed: BaseException | None = None  # an error that all ranks raise together
 
     def __enter__(self) -> "World":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, _kind, error: BaseException | None, _traceback) -> None:
+        if isinstance(error, UserError) and error is not self._agreed:
+            error.met_alone = True
         self.close()
 
     @property
@@ -107,12 +112,17 @@ class World:
         with warnings.catch_warnings():
             # torch 2.15 prefers another name for this argument; older versions know only this one.
             warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
-            return nn.parallel.DistributedDataParallel(method, device_ids, broadcast_buffers=False)
+            # Not that any were unused: it keeps DDP from rearranging its buckets after the first backward. A resumed
+            # run would sum its first gradients in another order than the run that was not interrupted.
+            return nn.parallel.DistributedDataParallel(
+                method, device_ids, broadcast_buffers=False, find_unused_parameters=True
+            )
 
     def synchronize_batchnorm(self, module: nn.Module) -> nn.Module:
         """BatchNorm over the global batch, on GPU by torch and on CPU by our twin."""
         if self.alone:
             return module
+        batchnorm.refuse_others(module)
         if self.device.type == "cuda":
             return nn.SyncBatchNorm.convert_sync_batchnorm(module)
         return batchnorm.synchronize(module, self.reduce)
@@ -141,6 +151,7 @@ class World:
                 answer[1] = error
         dist.broadcast_object_list(answer, src=0)
         if answer[1] is not None:
+            self._agreed = answer[1]
             raise answer[1]
         return answer[0]
 

@@ -29,10 +29,11 @@ REQUIRED = {
     "PIL": "decodes images in convert",
     "matplotlib": "pictures and curves",
     "tqdm": "progress bars",
+    "tensorboard": "the log of a run",
+    "scipy": "evaluators",
+    "submitit": "sends runs to Slurm",
 }
 OPTIONAL = {
-    "tensorboard": "without it the log is metrics.jsonl alone",
-    "submitit": "only slurm/submit.py needs it",
     "timm": "only backbones named timm/<name> need it",
 }
 

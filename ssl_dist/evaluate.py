@@ -9,7 +9,7 @@ from ssl_dist import dist, evaluators, features
 from ssl_dist.blueprint import available_cores
 from ssl_dist.config import to_tree
 from ssl_dist.data.catalog import facts
-from ssl_dist.data.readers import splits_present
+from ssl_dist.data.readers import require_name, splits_present
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators import results
 from ssl_dist.features_file import Features, check_pair, read_features
@@ -21,11 +21,13 @@ DATA_KEYS = ("data.name", "data.root", "data.reader")
 def source_of(encoder: features.Encoder, overrides: dict[str, str]) -> features.Source:
     """The data set to evaluate on: the run's own unless `data.name`, `data.root` or `data.reader` say otherwise."""
     data = encoder.config.data
-    return features.Source(
+    source = features.Source(
         overrides.get("data.name", data.name),
         overrides.get("data.root", data.root),
         overrides.get("data.reader", data.reader),
     )
+    require_name(source.root, source.name)
+    return source
 
 
 def split_overrides(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -55,7 +57,7 @@ def extract(weights: Path, splits: Sequence[str], overrides: Sequence[str], out:
     place = dist.Place.from_environment()
     threads = max(1, available_cores() // place.local_size)
     wanted = splits or _labelled_splits(source)
-    with dist.start(place, Grid(place.size, 1), encoder.config.timeout) as world:
+    with dist.start(place, Grid(place.size, 1), features.PATIENCE) as world:
         return [features.extract(encoder, source, split, folder, world, threads) for split in wanted]
 
 
@@ -75,10 +77,10 @@ def evaluate(run: Path, chosen: Sequence[str], overrides: Sequence[str]) -> list
     files = []
     for split in _labelled_splits(source):
         path = features.path_of(run / "features", source, split)
-        if features.is_fresh(path, encoder):
+        if features.is_fresh(path, encoder, source, split):
             print(f"{path}: fresh", file=sys.stderr)
         else:
-            reason = "stale (another checkpoint or transform)" if path.exists() else "missing"
+            reason = "stale (of another checkpoint, transform or data, or damaged)" if path.exists() else "missing"
             print(f"{path}: {reason}; extracting", file=sys.stderr)
             features.extract(
                 encoder,
@@ -111,5 +113,5 @@ def evaluate(run: Path, chosen: Sequence[str], overrides: Sequence[str]) -> list
 
 def _is_measured(record: dict, protocol: str, options: dict, test: Features) -> bool:
     """Whether `record` is what the evaluator would find again."""
-    same = all(record[key] == test.metadata[key] for key in ("dataset", "split", "checkpoint"))
+    same = all(record[key] == test.metadata[key] for key in ("dataset", "split", "data", "checkpoint"))
     return same and record["protocol"] == protocol and record["options"] == options

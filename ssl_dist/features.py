@@ -15,7 +15,7 @@ from ssl_dist import blueprint, checkpoint, methods
 from ssl_dist.config import Config, Normalize, validate
 from ssl_dist.data import views
 from ssl_dist.data.normalize import normalized
-from ssl_dist.data.readers import open_dataset
+from ssl_dist.data.readers import open_dataset, read_info
 from ssl_dist.dist import World
 from ssl_dist.errors import UserError
 from ssl_dist.features_file import read_features, write_features
@@ -24,6 +24,7 @@ from ssl_dist.progress import Counter
 
 BATCH = 256  # images in a forward pass; without gradients and in evaluation mode its size changes nothing
 LAYER = "output"
+PATIENCE = 4 * 3600.0  # seconds that a rank which is done waits for the others; one that dies is noticed at once
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,16 @@ def path_of(folder: Path, source: Source, split: str) -> Path:
     return folder / f"{source.name}-{split}.safetensors"
 
 
-def is_fresh(path: Path, encoder: Encoder) -> bool:
-    """Whether `path` holds what `encoder` would write."""
+def is_fresh(path: Path, encoder: Encoder, source: Source, split: str) -> bool:
+    """Whether `path` holds what `encoder` would write of the split as it is now. A damaged file does not."""
     if not path.exists():
         return False
-    metadata = read_features(path).metadata
-    return metadata["checkpoint"] == encoder.sha256 and metadata["transform"] == encoder.transform
+    try:
+        metadata = read_features(path).metadata
+    except UserError:
+        return False
+    wanted = (encoder.sha256, encoder.transform, read_info(source.root, split).sha256)
+    return (metadata["checkpoint"], metadata["transform"], metadata["data"]) == wanted
 
 
 def extract(encoder: Encoder, source: Source, split: str, folder: Path, world: World, threads: int) -> Path:
@@ -99,18 +104,15 @@ def extract(encoder: Encoder, source: Source, split: str, folder: Path, world: W
             rows = [chunk for chunk in _forward(encoder, reader, low, high, world, threads, counter)]
         part = np.concatenate(rows) if rows else np.empty((0, 0), np.float32)
         labels = reader.labels(np.arange(info.count, dtype=np.int64)) if world.is_first else None
-    if world.alone:
-        parts = [part]
-    else:
+    if not world.alone:
         world.first(lambda: folder.mkdir(parents=True, exist_ok=True))
         _save_part(_part_of(path, world.place.rank), part)
         world.barrier()
-        ranks = range(world.place.size)
-        parts = [np.load(_part_of(path, rank)) for rank in ranks] if world.is_first else []
     metadata = {
         "classes": json.dumps(list(info.classes)),
         "dataset": source.name,
         "split": split,
+        "data": info.sha256,
         "transform": encoder.transform,
         "checkpoint": encoder.sha256,
         "step": str(encoder.step),
@@ -120,12 +122,16 @@ def extract(encoder: Encoder, source: Source, split: str, folder: Path, world: W
     }
 
     def join() -> None:
+        ranks = range(world.place.size)
+        parts = [part] if world.alone else [np.load(_part_of(path, rank), mmap_mode="r") for rank in ranks]
         features = np.concatenate([p for p in parts if len(p)])
         write_features(path, features, labels, np.arange(info.count, dtype=np.int64), metadata)
 
-    world.first(join)
-    if not world.alone:
-        _part_of(path, world.place.rank).unlink()
+    try:
+        world.first(join)
+    finally:
+        if not world.alone:
+            _part_of(path, world.place.rank).unlink(missing_ok=True)
     return path
 
 

@@ -20,8 +20,9 @@ import numpy as np
 
 from ssl_dist.errors import UserError
 
-# classes is a JSON list of names ([] when unknown), checkpoint the SHA-256 of the checkpoint's file.
-METADATA = ("classes", "dataset", "split", "transform", "checkpoint", "step", "layer", "method", "backbone")
+# classes is a JSON list of names ([] when unknown), data the SHA-256 of the split's samples,
+# checkpoint that of the checkpoint's file.
+METADATA = ("classes", "dataset", "split", "data", "transform", "checkpoint", "step", "layer", "method", "backbone")
 _SAME_IN_A_PAIR = ("checkpoint", "layer", "dataset", "transform")
 _DTYPES = {"labels": ("I64", "<i8"), "image_ids": ("I64", "<i8"), "features": ("F32", "<f4")}
 _LONGEST_HEADER = 100_000_000  # the format's own limit

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from ssl_dist import checkpoint, config
+from ssl_dist import checkpoint, config, methods
 from ssl_dist.config import Config
 from ssl_dist.errors import UserError
 
@@ -43,17 +43,17 @@ def claim(run: Path) -> int:
 def accept(run: Path, wanted: Config) -> None:
     """Keep the first config as RUN/config.yaml; refuse a later one as `check` does."""
     check(run, wanted)
-    if not (run / "config.yaml").exists():
+    if not checkpoint.steps(run):  # a start that failed before its first checkpoint binds nobody
         checkpoint.write_text(run / "config.yaml", config.dump(wanted))
 
 
 def check(run: Path, wanted: Config) -> None:
     """Raises `UserError` when the folder holds a run whose config differs in a key that changes the numbers."""
     path = run / "config.yaml"
-    if not path.exists():
-        if checkpoint.steps(run):
-            raise UserError(f"run_dir = {str(run)!r}: holds checkpoints but no config.yaml; choose another folder")
+    if not checkpoint.steps(run):
         return
+    if not path.exists():
+        raise UserError(f"run_dir = {str(run)!r}: holds checkpoints but no config.yaml; choose another folder")
     kept = config.load(path)
     different = [
         f"{key} (there {old!r}, now {new!r})"
@@ -69,10 +69,18 @@ def check(run: Path, wanted: Config) -> None:
 
 def differences(kept: Config, wanted: Config) -> list[tuple[str, object, object]]:
     """Keys (with dots) whose values differ, with both values."""
-    old, new = _flat(config.to_tree(kept)), _flat(config.to_tree(wanted))
+    old, new = _flat(_spelt_out(kept)), _flat(_spelt_out(wanted))
     return [
         (key, old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
     ]
+
+
+def _spelt_out(settings: Config) -> dict:
+    """The config with every option of the method, so that a default counts as itself whether or not it is written."""
+    tree = config.to_tree(settings)
+    method = settings.method
+    tree["method"]["options"] = config.to_tree(methods.build_options(methods.find(method.name), method.options))
+    return tree
 
 
 def _may_differ(key: str, kept: Config, old: object, new: object) -> bool:

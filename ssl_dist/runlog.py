@@ -72,7 +72,7 @@ class RunLog:
 
 
 def _short(value: float) -> float | int:
-    """Seven digits are all that float32 holds; fp64 runs keep what they have in the checkpoint."""
+    """Ten digits: float32 holds seven, and fp64 runs are compared by their checkpoints."""
     return value if isinstance(value, int) else float(np.format_float_positional(value, 10, fractional=False))
 
 

@@ -16,6 +16,7 @@ from ssl_dist.config import Config
 from ssl_dist.data import views
 from ssl_dist.data.loader import HostBatch, TrainLoader
 from ssl_dist.data.normalize import normalized
+from ssl_dist.errors import UserError
 from ssl_dist.methods.base import Batch, Output
 from ssl_dist.runlog import RunLog
 from ssl_dist.stop import STOPPED, StopRequest
@@ -23,6 +24,8 @@ from ssl_dist.stop import STOPPED, StopRequest
 
 def train(wanted: Config) -> int:
     """Run a training on this rank, or go on with it. Returns 0 when it is complete, 75 when it was asked to stop."""
+    if wanted.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     place = dist.Place.from_environment()
     blueprint = derive(wanted, place)
     for spec in blueprint.specs:
@@ -121,6 +124,11 @@ class Training:
         if path is None:
             return 0
         state = checkpoint.load(path)
+        if state["data"] != self.blueprint.data_identity:
+            raise UserError(
+                f"data.root = {self.config.data.root!r}: not the images that {path} was trained on (another conversion "
+                "or another data.subset file); give their folder, or another run_dir"
+            )
         checkpoint.restore(self.method, state["method"], path)
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
@@ -200,9 +208,11 @@ class Training:
             "versions": checkpoint.versions(),
             "normalize": config.to_tree(self.blueprint.normalize),
             "info": dataclasses.asdict(self.blueprint.info),
+            "data": self.blueprint.data_identity,
         }
         checkpoint.save(self.folder, state)
-        checkpoint.prune(self.folder, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
+        kept = self.config.checkpoint
+        checkpoint.prune(self.folder, kept.keep, kept.keep_every, clock.step)
 
     def finish(self, clock: Clock) -> None:
         """What stands at the end of a run: a checkpoint, also of a method that takes no step, and the loss curve."""
@@ -214,20 +224,18 @@ class Training:
 
     def diagnosis(self, clock: Clock, output: Output) -> str:
         """Why a non-finite loss ends the run, in one line."""
-        parts = {"loss": float(output.loss.detach())} | {k: float(v) for k, v in output.metrics.items()}
-        terms = ", ".join(f"{name} = {value}" for name, value in parts.items())
+        parts = {"loss": self.world.mean(output.loss.detach())} | output.metrics
+        terms = ", ".join(f"{name} = {float(value):g}" for name, value in parts.items())
         kept = checkpoint.steps(self.folder)
-        last = (
-            f"the last good checkpoint is {checkpoint.path_of(self.folder, kept[-1])}" if kept else "nothing is saved"
-        )
+        last = f"the newest checkpoint is {checkpoint.path_of(self.folder, kept[-1])}" if kept else "nothing is saved"
         return (
-            f"the loss is not finite at step {clock.step + 1} (rank {self.world.place.rank}: {terms}); {last}; "
-            "lower optim.lr or use precision=fp32"
+            f"the loss is not finite at step {clock.step + 1} ({terms}); {last}; "
+            "begin anew in another run_dir with a lower optim.lr or precision=fp32"
         )
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss of some rank was NaN or infinite; nothing was changed by that step."""
+    """The loss of some rank was NaN or infinite; the optimizer has not taken that step."""
 
 
 def waiting(batches: Iterator[HostBatch], log: RunLog | None) -> Iterator[HostBatch]:

@@ -15,7 +15,7 @@ def state(step, value=0.0):
     nn.init.constant_(net.weight, value)
     return {
         "format": 1, "step": step, "config": {"seed": 0}, "method": net.state_dict(), "optimizer": {}, "world_size": 1,
-        "versions": checkpoint.versions(), "normalize": {}, "info": {},
+        "versions": checkpoint.versions(), "normalize": {}, "info": {}, "data": {},
     }  # fmt: skip
 
 
@@ -60,11 +60,25 @@ def test_all_damaged_is_refused(tmp_path):
 def test_prune_keeps_the_newest_and_every_mth(tmp_path):
     for step in range(1, 8):
         checkpoint.save(tmp_path, state(step))
-    checkpoint.prune(tmp_path, keep=2, keep_every=3)
+    checkpoint.prune(tmp_path, keep=2, keep_every=3, step=7)
     assert checkpoint.steps(tmp_path) == [3, 6, 7]
-    checkpoint.prune(tmp_path, keep=1, keep_every=None)
+    checkpoint.prune(tmp_path, keep=1, keep_every=None, step=7)
     assert checkpoint.steps(tmp_path) == [7]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_newer_one_does_not_push_the_good_ones_out(tmp_path, capsys, keep):
+    for step in (6, 8, 10, 12):
+        checkpoint.save(tmp_path, state(step))
+    for step in (10, 12):
+        checkpoint.path_of(tmp_path, step).write_bytes(b"damaged")
+    assert checkpoint.newest(tmp_path) == checkpoint.path_of(tmp_path, 8)
+    saved = checkpoint.save(tmp_path, state(9))
+    checkpoint.prune(tmp_path, keep, None, step=9)
+    assert checkpoint.steps(tmp_path) == [8, 9][-keep:]
+    capsys.readouterr()
+    assert checkpoint.newest(tmp_path) == saved and capsys.readouterr().err == ""
 
 
 def test_a_failed_write_leaves_nothing_behind_and_spares_the_older(tmp_path):
@@ -96,7 +110,7 @@ def test_foreign_files_are_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match="not a checkpoint of ssl_dist"):
         checkpoint.load(path)
     torch.save(subprocess.Popen, path)
-    with pytest.raises(UserError, match="not a readable checkpoint"):
+    with pytest.raises(UserError, match="more than tensors"):
         checkpoint.load(path)
 
 

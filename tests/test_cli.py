@@ -49,6 +49,9 @@ def few_steps(data, run, *more):
         (["data.subset=/nowhere.txt"], ["data.subset", "/nowhere.txt"]),
         (["data.subset={per_class: 9999}"], ["data.subset", "9999"]),
         (["data.view_shards=2"], ["data.view_shards", "1 (1 image x 1 view shards)"]),
+        (["data.image_size=4"], ["data.image_size", "4 px", "conv4"]),
+        (["optim.batch_size=1"], ["optim.batch_size = 1"]),
+        (["data.name=cifar10"], ["data.name = 'cifar10'", "'digits'"]),
         (["run_dir=/proc/run"], ["run_dir", "/proc/run"]),
     ],
 )
@@ -61,7 +64,18 @@ def test_train_refuses(fails, digits, tmp_path, more, words):
 
 def test_explain_lists_the_splits_that_divide(fails, digits, tmp_path):
     assert "world sizes that do: 1, 2, 4" in fails("explain", *few_steps(digits, tmp_path / "run"), "--world", 3)
+    assert "--ranks-per-node 3" in fails(
+        "explain", *few_steps(digits, tmp_path / "run"), "--world", 4, "--ranks-per-node", 3
+    )
     assert "--world 0" in fails("explain", *few_steps(digits, tmp_path / "run"), "--world", 0)
+
+
+def test_overrides_may_stand_behind_options(digits, tmp_path, capsys):
+    config, *overrides = few_steps(digits, tmp_path / "run")
+    assert cli.main(["explain", config, "--world", "2", *overrides]) == 0
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["explain", config, "--wrld", "2", *overrides])
+    assert exit.value.code == 2 and "--wrld" in capsys.readouterr().err
 
 
 def test_explain_says_what_would_run(digits, tmp_path, capsys):

@@ -16,6 +16,7 @@ from PIL import Image
 
 from ssl_dist.data import manifest
 from ssl_dist.data.beton import JPG, RAW, Beton
+from ssl_dist.data.convert import convert
 from tests.conversions import refusal, run, shown
 from tests.make_images import jpeg, odd_folder, picture, save, simple_folder
 
@@ -206,8 +207,14 @@ def test_another_data_set_is_not_written_over(simple):
     source, out = simple
     message = refusal("folder", source, out, name="other")
     assert "'source'" in message and "'other'" in message
+
+
+def test_a_damaged_dataset_json_is_made_anew(simple):
+    source, out = simple
+    whole = (out / "dataset.json").read_text()
     (out / "dataset.json").write_text("{}")
-    assert "dataset.json" in refusal("folder", source, out)
+    convert("folder", source, out, progress=False)
+    assert (out / "dataset.json").read_text() == whole
 
 
 SLOWLY = """

@@ -11,7 +11,7 @@ from ssl_dist import backbones, config, features, methods
 from ssl_dist.data.readers import open_dataset
 from ssl_dist.dist import one_process
 from ssl_dist.errors import UserError
-from ssl_dist.features_file import read_features
+from ssl_dist.features_file import read_features, write_features
 from tests import ranks
 
 
@@ -65,6 +65,7 @@ def test_any_world_size_writes_the_same_file(run, digits, tmp_path, size):
     assert [p.name for p in (tmp_path / "b").iterdir()] == [alone.name], "no part is left behind"
 
 
+@pytest.mark.requires_ffcv
 def test_readers_agree(run, digits, tmp_path):
     encoder = features.load_encoder(run)
     files = [
@@ -77,10 +78,19 @@ def test_readers_agree(run, digits, tmp_path):
 def test_freshness(run, digits, tmp_path):
     encoder = features.load_encoder(run)
     path = features.path_of(tmp_path, source(digits), "test")
-    assert not features.is_fresh(path, encoder)
+
+    def is_fresh(encoder=encoder):
+        return features.is_fresh(path, encoder, source(digits), "test")
+
+    assert not is_fresh()
     features.extract(encoder, source(digits), "test", tmp_path, one_process(), 1)
-    assert features.is_fresh(path, encoder)
-    assert not features.is_fresh(path, features.Encoder(encoder.module, encoder.config, encoder.normalize, "0" * 64, 0))
+    assert is_fresh()
+    assert not is_fresh(features.Encoder(encoder.module, encoder.config, encoder.normalize, "0" * 64, 0))
+    found = read_features(path)
+    write_features(path, found.features, found.labels, found.image_ids, found.metadata | {"data": "0" * 64})
+    assert not is_fresh(), "features of other samples under the same name"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert not is_fresh(), "a damaged file is extracted again"
 
 
 def test_what_is_no_run(tmp_path):

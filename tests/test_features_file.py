@@ -15,6 +15,7 @@ METADATA = {
     "dataset": "pets",
     "split": "train",
     "transform": "centre crop 32",
+    "data": "cd" * 32,
     "checkpoint": "ab" * 32,
     "step": "12",
     "layer": "output",

@@ -56,7 +56,9 @@ def tensors(prefix):
 
 def make(backbone, num_views, aggregation, hidden, dtype, fused):
     options = relational.Options(aggregation=aggregation, hidden=hidden)
-    method = relational.Method(backbone, Info(100, 10, ((num_views, 32),), 1.0), options).to(dtype)
+    method = relational.Method(backbone, Info(100, 10, ((num_views, 32),), 64, 1.0, backbone.feature_dim), options).to(
+        dtype
+    )
     method.fused = fused
     return method
 

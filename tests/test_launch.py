@@ -64,7 +64,9 @@ def test_wrong_arguments_get_one_line_and_2(command, named, python):
 def test_a_mistake_that_explain_finds_ends_before_torchrun(python):
     answer = run(SINGLE, 2, "c.yaml", "optim.lr=-1", PYTHON=python, EXPLAIN_CODE=2, TORCHRUN="exit 0")
     assert answer.returncode == 2
-    assert (python.parent / "explained").read_text() == "-m ssl_dist explain c.yaml optim.lr=-1 --world 2 --ranks-per-node 2\n"
+    assert (
+        python.parent / "explained"
+    ).read_text() == "-m ssl_dist explain c.yaml optim.lr=-1 --world 2 --ranks-per-node 2\n"
     assert not (python.parent / "arguments").exists()
 
 

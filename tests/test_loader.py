@@ -21,12 +21,13 @@ class Reader:
 
     def __init__(self, fail_at=None):
         self.images = np.random.default_rng(0).integers(0, 256, (N, 12, 10, 3), np.uint8)
-        self.fail_at, self.closed = fail_at, False
+        self.fail_at, self.started, self.closed = fail_at, False, False
 
     def labels(self, ids):
         return ids % 3
 
     def batches(self, ids_per_step):
+        self.started = True
         try:
             for number, ids in enumerate(ids_per_step):
                 if number == self.fail_at:
@@ -34,6 +35,9 @@ class Reader:
                 yield self.images[ids], np.full(len(ids), 12), np.full(len(ids), 10), ids
         finally:
             self.closed = True
+
+    def close(self):
+        assert self.closed or not self.started, "closed while its batches are still being read"
 
 
 def loader(reader=None, grid=None, rank=0, threads=1):

@@ -283,3 +283,14 @@ def test_the_arrays_reader_needs_no_ffcv():
     folder = Path(readers.__file__).parent
     for name in ("readers", "arrays", "beton", "convert", "encode", "manifest"):
         assert "import ffcv" not in (folder / f"{name}.py").read_text().replace("import FfcvReader", "")
+
+
+@pytest.mark.requires_ffcv
+def test_the_types_of_numba_stay_as_they_are(digits):
+    """FFCV would change uint8[::1] in place, and every function compiled for it would be lost."""
+    from numba import types
+
+    before = types.uint8[::1].key
+    with open_dataset(digits, "test", "ffcv") as reader:
+        list(reader.batches([np.arange(2)]))
+    assert types.uint8[::1].key == before and types.uint8[::1].mutable

@@ -32,9 +32,9 @@ class Backbone(nn.Module):
         return self.bn(self.linear(x))
 
 
-def make(num_views=4, dtype=torch.float64, seed=0, groups=None, **options):
+def make(num_views=4, dtype=torch.float64, seed=0, groups=None, batch_size=64, **options):
     torch.manual_seed(seed)
-    info = Info(100, 10, groups or ((num_views, 32),), 1.0)
+    info = Info(100, 10, groups or ((num_views, 32),), batch_size, 1.0, Backbone.feature_dim)
     method = relational.Method(Backbone(), info, relational.Options(hidden=16, **options))
     for module in (method.backbone.bn, method.relation_module.bn1):
         nn.init.normal_(module.weight)
@@ -223,7 +223,7 @@ def test_mistakes_are_named():
     with pytest.raises(UserError, match=r"views\.groups.*2 are given"):
         make(groups=((2, 32), (4, 16)))
     with pytest.raises(UserError, match=r"optim\.batch_size = 1"):
-        make(2)(batch_of(torch.randn(2, 1, 5, dtype=torch.float64)), one_process())
+        make(2, batch_size=1)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_random_weights_take_no_step_and_no_option():
     method = methods.find("random_weights")
     assert not method.trainable
     backbone = Backbone()
-    built = method(backbone, Info(10, 0, ((1, 32),), 0.0), methods.build_options(method, {}))
+    built = method(backbone, Info(10, 0, ((1, 32),), 64, 0.0, backbone.feature_dim), methods.build_options(method, {}))
     assert built.encoder() is backbone and all(name.startswith("backbone.") for name in built.state_dict())
     with pytest.raises(UserError, match=r"method\.options\.x"):
         methods.build_options(method, {"x": 1})

@@ -21,6 +21,25 @@ def make(**changes):
     return config.validate(Config, tree)
 
 
+def trained(run, **changes):
+    """Accept a config and leave a checkpoint behind, which binds the next one."""
+    runfolder.accept(run, make(**changes))
+    (run / "checkpoints" / "step-00000001.pt").touch()
+
+
+def test_a_start_without_a_checkpoint_binds_nobody(tmp_path):
+    runfolder.claim(tmp_path)
+    runfolder.accept(tmp_path, make())
+    runfolder.accept(tmp_path, make(seed=1))
+    assert config.load(tmp_path / "config.yaml").seed == 1
+
+
+def test_a_default_that_is_written_out_is_no_other_config(tmp_path):
+    runfolder.claim(tmp_path)
+    trained(tmp_path)
+    runfolder.accept(tmp_path, make(method={"options": {"gamma": 2.0}}))
+
+
 def test_first_config_is_kept_and_the_same_is_accepted(tmp_path):
     runfolder.claim(tmp_path)
     runfolder.accept(tmp_path, make())
@@ -38,7 +57,7 @@ def test_first_config_is_kept_and_the_same_is_accepted(tmp_path):
 )  # fmt: skip
 def test_what_does_not_change_the_numbers_may_differ(tmp_path, changes):
     runfolder.claim(tmp_path)
-    runfolder.accept(tmp_path, make())
+    trained(tmp_path)
     runfolder.accept(tmp_path, make(**changes))
     assert config.load(tmp_path / "config.yaml") == make(), "config.yaml keeps the first"
 
@@ -53,14 +72,14 @@ def test_what_does_not_change_the_numbers_may_differ(tmp_path, changes):
 )  # fmt: skip
 def test_what_changes_the_numbers_is_refused_by_name(tmp_path, changes, key):
     runfolder.claim(tmp_path)
-    runfolder.accept(tmp_path, make())
+    trained(tmp_path)
     with pytest.raises(UserError, match="another config.*" + key):
         runfolder.accept(tmp_path, make(**changes))
 
 
 def test_a_scheduled_run_may_not_grow(tmp_path):
     runfolder.claim(tmp_path)
-    runfolder.accept(tmp_path, make(optim__schedule="cosine"))
+    trained(tmp_path, optim__schedule="cosine")
     with pytest.raises(UserError, match=r"optim\.epochs"):
         runfolder.accept(tmp_path, make(optim__schedule="cosine", optim__epochs=4))
 

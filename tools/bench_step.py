@@ -178,7 +178,12 @@ class Ours:
             }
         )
         self.steps += 1
-        run = train.Training(derive(changed, dist.Place()), dist.one_process())
+        with dist.one_process() as world, train.claimed(blueprint := derive(changed, dist.Place()), world):
+            return self.steps_of(train.Training(blueprint, world))
+
+    def steps_of(self, run) -> list[float]:
+        from ssl_dist import train
+
         ends = []
         after_step = run.method.after_step
 

@@ -62,7 +62,7 @@ def convert(
     if workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
     encoding = _encoding(entry, max_side)
-    previous = _previous(out, name)
+    previous = _previous(out, name, quiet)
     source = open_source(dataset, Path(root) if root is not None else None)
     uses = facts(name, source.splits)
     if uses.pretraining not in source.splits:
@@ -130,11 +130,15 @@ def _encoding(entry: Entry | None, max_side: int | None) -> Encoding:
     return Encoding(raw_side=min(raw_side, max_side), max_side=max_side, jpeg_quality=JPEG_QUALITY)
 
 
-def _previous(out: Path, name: str) -> Manifest | None:
+def _previous(out: Path, name: str, quiet: bool) -> Manifest | None:
     """What an earlier conversion left in `out`; another data set is not written over."""
     if not (out / manifest.FILE).exists():
         return None
-    previous = manifest.load(out)
+    try:
+        previous = manifest.load(out)
+    except UserError as error:
+        _say(f"{error}; doing so", quiet)
+        return None
     if previous.name != name:
         raise UserError(f"--out {out}: holds the data set {previous.name!r}; choose another folder for {name!r}")
     return previous

@@ -127,6 +127,13 @@ class MappedFile(OSCacheManager):
         self.ptrs, self.sizes = reader.alloc_table["ptr"][order], reader.alloc_table["size"][order]
         self.context = OSCacheContext(self)
 
+    @property
+    def state_type(self):
+        """FFCV's own marks numba's one uint8 array type as read-only for the whole process: functions compiled before
+        are not found any more (a KeyError deep inside numba), and later ones cannot write."""
+        mapped = types.Array(types.uint8, 1, "C", readonly=True)
+        return types.Tuple([mapped, types.uint64[::1], types.uint64[::1]])
+
 
 class WholeImage(SimpleRGBImageDecoder):
     """FFCV operation: decode whole images of any size into a buffer as large as the largest."""

@@ -2,7 +2,7 @@
 
 One thread asks the reader for decoded images in the plan's order, a pool makes the views, and a short queue hands them
 to the loop. What is handed over is owned by the receiver: no buffer is used twice. An error anywhere reaches the loop
-as the same exception at its next step; closing joins every thread.
+as the same exception, behind the batches made before it; closing joins every thread and closes the reader.
 """
 
 import queue
@@ -75,6 +75,7 @@ class TrainLoader:
             thread.join(0.05)
         self._drain()
         self._stop.clear()
+        self.reader.close()
 
     def _drain(self) -> None:
         while not self._queue.empty():

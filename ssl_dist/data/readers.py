@@ -34,11 +34,21 @@ class SplitInfo:
     labelled: bool
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    sha256: str  # of every sample, see `beton.Digest`
 
 
 def splits_present(root: str | Path) -> tuple[str, ...]:
     """Names of the splits below a converted data set's folder. Raises `UserError` without a dataset.json."""
     return tuple(manifest.load(root).splits)
+
+
+def require_name(root: str | Path, name: str) -> None:
+    """Raises `UserError` when the data set below `root` has another name."""
+    found = manifest.load(root).name
+    if found != name:
+        raise UserError(
+            f"data.name = {name!r}: {root} holds the data set {found!r}; set data.name={found}, or data.root"
+        )
 
 
 def read_info(root: str | Path, split: str) -> SplitInfo:
@@ -87,6 +97,7 @@ def _open(root: str | Path, split: str) -> tuple[SplitInfo, Beton]:
         labelled=bool((beton.labels >= 0).all()),
         mean=tuple(found.mean),
         std=tuple(found.std),
+        sha256=said.sha256,
     )
     return info, beton
 

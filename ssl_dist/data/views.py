@@ -3,9 +3,6 @@
 Every parameter of a view is a function of keys.hash64(seed, VIEWS, epoch, image id, view id) and the image's size, so
 no thread, batch, shard or reader can change a pixel. The steps and their order are those of `config.ViewGroup`; the
 pixels equal those of torchvision's transforms on PIL images (what that means: resample.py, color.py).
-
-numba's cache sees only the file in which a function stands: after an edit of resample.py, color.py, views_draw.py or
-keys.py, remove the __pycache__ folders.
 """
 
 from collections.abc import Sequence

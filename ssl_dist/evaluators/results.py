@@ -8,13 +8,13 @@ from pathlib import Path
 from ssl_dist.errors import UserError
 from ssl_dist.features_file import Features, replacing
 
-# checkpoint is the SHA-256 of the checkpoint's file, options those of the evaluator, time the moment of measuring
-# (ISO 8601, UTC).
+# checkpoint is the SHA-256 of the checkpoint's file, data that of the split's samples, options those of the evaluator,
+# time the moment of measuring (ISO 8601, UTC).
 FIELDS = (
-    "name", "value", "protocol", "options", "dataset", "split", "seed",
+    "name", "value", "protocol", "options", "dataset", "split", "data", "seed",
     "method", "backbone", "checkpoint", "step", "time",
 )  # fmt: skip
-_SAME_MEASUREMENT = ("name", "dataset", "split", "protocol", "checkpoint")
+_SAME_MEASUREMENT = ("name", "dataset", "split", "data", "protocol", "checkpoint")
 _TYPES = {"options": dict, "value": int | float, "seed": int | None, "step": int}  # the others are text
 
 
@@ -30,6 +30,7 @@ def records(values: dict[str, float], protocol: str, test: Features, seed: int |
             "options": options,
             "dataset": known["dataset"],
             "split": known["split"],
+            "data": known["data"],
             "seed": seed,
             "method": known["method"],
             "backbone": known["backbone"],

@@ -16,7 +16,9 @@ class Info:
     num_images: int  # images that training sees in an epoch's order
     num_classes: int  # 0 when the data set has no labels
     view_groups: tuple[tuple[int, int], ...]  # (views, side in pixels) of every group, over all ranks
+    batch_size: int  # M, images of the global batch
     total_epochs: float
+    feature_dim: int = 0  # width of the backbone's output; filled in when the backbone is built
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,6 @@ class SSLMethod(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.info = info
-        self.feature_dim: int = backbone.feature_dim
         self.options = options
 
     @classmethod
@@ -91,10 +92,10 @@ class SSLMethod(nn.Module):
         return self.backbone
 
     def represent(self, views_VBCHW: Tensor) -> Tensor:
-        """Representations [V, B, D] of a group's views, all views in one pass, at least float32."""
-        num_views, num_images = views_VBCHW.shape[:2]
-        features = self.backbone(views_VBCHW.flatten(0, 1))
-        return at_least_float32(features).reshape(num_views, num_images, -1)
+        """Representations [V, B, D] of a group's views, at least float32; in one pass, or each view in its own."""
+        if not self.views_together:
+            return at_least_float32(torch.stack([self.backbone(view) for view in views_VBCHW]))
+        return at_least_float32(self.backbone(views_VBCHW.flatten(0, 1)).unflatten(0, views_VBCHW.shape[:2]))
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -152,7 +152,9 @@ class Method(SSLMethod):
         self.num_views = info.view_groups[0][0]
         if self.num_views < 2:
             raise UserError(f"views.num = {self.num_views}: relational compares views of an image; give 2 or more")
-        self.relation_module = RelationModule(self.feature_dim, options.hidden, options.aggregation)
+        if info.batch_size < 2:
+            raise UserError("optim.batch_size = 1: a negative pair needs another image; give 2 or more")
+        self.relation_module = RelationModule(info.feature_dim, options.hidden, options.aggregation)
         self.fused = True  # False: torch operations on the CPU too (slower; the two are held together by tests)
 
     @classmethod
@@ -174,8 +176,6 @@ class Method(SSLMethod):
         """
         z_KMD = world.gather_views(self.represent(batch.views[0]), batch)
         num_views, num_images, _ = z_KMD.shape
-        if num_images < 2:
-            raise UserError("optim.batch_size = 1: a negative pair needs another image; give 2 or more")
         num_units = num_views * (num_views - 1) // 2 * num_images
         lo, hi = world.share(num_units)
         # The head is a small part of the work and its sums run over all pairs: never in half precision.
