@@ -182,6 +182,7 @@ def test_another_config_is_refused_before_anything_changes(uninterrupted, digits
     assert fingerprint(uninterrupted) == before
 
 
+@pytest.mark.slow
 def test_sigterm_saves_the_step_exits_75_and_resumes_exactly(digits, tmp_path):
     more = ["optim.steps=60", "checkpoint.every_epochs=null", "log.every_steps=1"]
     command = [sys.executable, "-m", "ssl_dist", "train", CONFIG, *overrides(digits, tmp_path / "run", *more)]
@@ -200,6 +201,7 @@ def test_sigterm_saves_the_step_exits_75_and_resumes_exactly(digits, tmp_path):
     assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_three_ranks_resume_bit_for_bit(digits, tmp_path):
     more = ["data.limit=48", "optim.batch_size=12", "data.view_shards=1", "checkpoint.every_steps=1"]
     assert ranks.launch(in_ranks, 3, tmp_path, digits, tmp_path / "whole", *more) == [0, 0, 0]
