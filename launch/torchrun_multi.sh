@@ -14,7 +14,7 @@
 # Environment, all optional:
 #   RESTARTS=0          how often torchrun starts the ranks again after a fault; they resume from the last checkpoint
 #   OMP_NUM_THREADS     threads of a rank; default: the cores that this script may use, divided by NPROC
-#   OMP_WAIT_POLICY, GLIBC_TUNABLES      defaults are set below
+#   OMP_WAIT_POLICY, GLIBC_TUNABLES, TORCH_CPP_LOG_LEVEL      defaults are set below
 #   LOCAL_ADDR          address of this machine, where the others cannot resolve its name
 #   RDZV_ID=ssl_dist    name of the run, where several share an endpoint
 #   PYTHON              interpreter; default: .venv/bin/python of this checkout, else python3
@@ -56,6 +56,8 @@ if getconf GNU_LIBC_VERSION >/dev/null 2>&1; then
     tunables=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592
     export GLIBC_TUNABLES=${GLIBC_TUNABLES:-$tunables}
 fi
+# DDP's C++ warns that no parameter was unused; dist.py says why it was asked to look.
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 # After a restart torchrun's shared store still holds the addresses of dead ranks, and gloo would call them.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 

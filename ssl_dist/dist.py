@@ -22,8 +22,6 @@ from ssl_dist.grid import Grid
 
 T = TypeVar("T")
 
-warnings.filterwarnings("ignore", ".*find_unused_parameters=True was specified", UserWarning)  # see World.wrap
-
 
 @dataclass(frozen=True)
 class Place:
