@@ -20,6 +20,16 @@ reader=()
 
 step() { printf '\n== %s\n' "$*"; }
 
+# Finished before, and nothing that the table depends on is newer than it.
+sources=(configs/digits data/digits/dataset.json "$relational/checkpoints/LAST" "$random/checkpoints/LAST")
+is_done() { [ -s "$table" ] && ! find "${sources[@]}" -newer "$table" 2>&1 | grep -q .; }
+
+if is_done; then
+    step "finished before; remove runs/digits-* to do it again"
+    cat "$table"
+    exit 0
+fi
+
 step "1 of 4: the digits as 32x32 images, one .beton file a split"
 ssl-dist convert digits --out data/digits
 
