@@ -12,6 +12,7 @@ import numpy
 import torch
 
 from ssl_dist import __version__
+from ssl_dist.durable import sync_folder
 from ssl_dist.errors import UserError
 
 FORMAT = 1
@@ -55,7 +56,7 @@ def save(run: Path, state: dict[str, Any]) -> Path:
         if isinstance(error, RuntimeError):  # torch reports a failed write as RuntimeError
             raise OSError(f"{path}: cannot be written: {str(error).splitlines()[0]}") from error
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     write_text(path.parent / "LAST", path.name + "\n")
     return path
 
@@ -72,15 +73,7 @@ def write_text(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(path.parent)
 
 
 def _checksum_path(path: Path) -> Path:

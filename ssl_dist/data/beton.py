@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
+from ssl_dist.durable import sync_folder
 from ssl_dist.errors import UserError
 
 JPG, RAW = 0, 1  # FFCV's values of `mode`
@@ -147,15 +148,6 @@ class Writer:
         self._file.close()
         sync_folder(self.path.parent)
         return self.digest.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class Beton:

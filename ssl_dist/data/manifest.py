@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from ssl_dist.config import Section, validate
-from ssl_dist.data.beton import sync_folder
+from ssl_dist.durable import sync_folder
 from ssl_dist.errors import UserError
 
 FILE = "dataset.json"
