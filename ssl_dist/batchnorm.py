@@ -1,98 +1,112 @@
 """Synchronised BatchNorm for CPU tensors: torch's own refuses them. Same parameters, buffers and state keys as torch's.
 
-Statistics run over all ranks, so one rank with the whole batch and many ranks with parts of it compute the same.
-Forward and backward use torch's fused evaluation-mode kernels for the per-element work: with the moments known,
-BatchNorm is an affine map per channel, and its gradient is another one plus two per-channel sums.
+Statistics run over all ranks, so one rank with the whole batch and many ranks with parts of it compute the same. The
+per-channel sums are taken, and travel, in float64, and so are the maps made that are applied to the elements: with the
+moments known, BatchNorm is an affine map per channel, and its gradient is another one.
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ssl_dist.errors import UserError
+from ssl_dist.kernels import moments
 
 
 class _Normalize(torch.autograd.Function):
+    """y = weight xhat + bias with xhat = (x - mean) rstd (Ioffe & Szegedy, 2015); the moments are float64 [C]."""
+
     @staticmethod
     def forward(ctx, x, weight, bias, mean, var, count, eps, reduce):
-        ctx.save_for_backward(x, weight, mean, var, count)
-        ctx.eps, ctx.reduce = eps, reduce
-        return torch.nn.functional.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+        rstd = torch.rsqrt(var + eps)
+        ctx.save_for_backward(x, weight, mean, rstd, count)
+        ctx.reduce = reduce
+        scale = rstd if weight is None else rstd * weight
+        offset = torch.zeros_like(rstd) if bias is None else bias.double()
+        return moments.Elements(x).affine(mean, scale, offset)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
-        x, weight, mean, var, count = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last) if _is_channels_last(x) else grad.contiguous()
-        # With running statistics: grad_x = grad * weight * rstd; sums over this rank's elements for weight and bias.
-        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
-        )
-        sums = ctx.reduce(torch.stack([grad_weight, grad_bias])) / count
-        # The moments depend on every x: grad_x -= weight * rstd * (mean(grad) + xhat * mean(grad * xhat)).
-        rstd = torch.rsqrt(var + ctx.eps)
-        slope = -weight * rstd * rstd * sums[0]
-        offset = -weight * rstd * sums[1] - slope * mean
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        grad_x.add_(torch.addcmul(offset.view(shape), x, slope.view(shape)))
-        return grad_x, grad_weight, grad_bias, None, None, None, None, None
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        x, weight, mean, rstd, count = ctx.saved_tensors
+        elements = moments.Elements(x)
+        grad_bias, products = elements.products(grad, mean)
+        grad_weight = products * rstd
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            # The moments depend on every x: grad_x = weight rstd (grad - mean(grad) - xhat mean(grad xhat)).
+            mean_grad, mean_product = ctx.reduce(torch.stack([grad_bias, grad_weight])) / count
+            scale = rstd if weight is None else rstd * weight
+            grad_x = elements.affine2(grad, mean, -scale * rstd * mean_product, -scale * mean_grad, scale)
+        if weight is None:
+            return grad_x, *[None] * 7
+        return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), *[None] * 5
 
 
 def global_moments(x: Tensor, reduce: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and biased variance per channel (dimension 1) over all ranks, and the number of elements behind them.
 
-    Sums of squares are taken about the rank's own mean and shifted to the global one (Chan, Golub & LeVeque, 1983):
-    nothing cancels, at the price of a second small all-reduce.
+    All float64, as is what `reduce` gets. Sums of squares are taken about the rank's own mean and shifted to the global
+    one (Chan, Golub & LeVeque, 1983): nothing cancels, at the price of a second small all-reduce.
     """
-    count = x.numel() // x.shape[1]
-    mean, var = _local_moments(x) if count else x.new_zeros(2, x.shape[1])  # a share may be empty
-    packed = torch.cat([mean * count, mean.new_tensor([float(count)])])
-    packed = reduce(packed)
+    elements = moments.Elements(x)
+    mean, squares = elements.moments()
+    packed = reduce(nn.functional.pad(mean * elements.count, (0, 1), value=elements.count))
     total = packed[-1]
     global_mean = packed[:-1] / total
-    squares = reduce((var + (mean - global_mean).square()) * count)
+    squares = reduce(squares + (mean - global_mean).square() * elements.count)
     return global_mean, squares / total, total
 
 
-def _local_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance per channel by BatchNorm's own kernel, 5x faster than var_mean over strided channels."""
-    unused = x.new_zeros(2, x.shape[1])
-    return torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0)
+def warm_up(dtype: torch.dtype) -> None:
+    """Compile what a step on tensors of `dtype` calls. Before the ranks meet, or they would wait for one another."""
+    moments.warm_up(dtype)
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """A BatchNorm whose moments are summed over the ranks by `reduce` (an all-reduced sum without gradient)."""
 
     def __init__(self, original: nn.modules.batchnorm._BatchNorm, reduce: Callable[[Tensor], Tensor]):
-        assert original.affine and original.track_running_stats, "only affine BatchNorm with running statistics"
-        super().__init__(original.num_features, original.eps, original.momentum, device="meta")
+        assert original.track_running_stats, "only BatchNorm with running statistics"
+        super().__init__(original.num_features, original.eps, original.momentum, original.affine, device="meta")
         self._parameters = original._parameters
         self._buffers = original._buffers
         self.training = original.training
         self.reduce = reduce
 
+    def __deepcopy__(self, memo: dict) -> "SyncBatchNorm":
+        """A copy that meets the same ranks: copying the bound method `reduce` would copy its world."""
+        memo[id(self.reduce)] = self.reduce
+        clone = memo[id(self)] = type(self).__new__(type(self))
+        clone.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return clone
+
     def _check_input_dim(self, x):
         if x.dim() < 2:
             raise ValueError(f"expected at least 2 dimensions, got {x.dim()}")
+        if x.shape[1] != self.num_features:
+            raise ValueError(f"expected {self.num_features} channels, got {x.shape[1]}")
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
+        self._check_input_dim(x)
         with torch.no_grad():
-            stats = x.to(torch.promote_types(x.dtype, torch.float32))
-            mean, var, count = global_moments(stats, self.reduce)
+            mean, var, count = global_moments(x, self.reduce)
+            if count < 2:  # as torch; the same on every rank
+                raise ValueError(f"expected more than 1 value per channel when training, got {int(count)} on all ranks")
             update_running(self, mean, var, count)
         return _Normalize.apply(x, self.weight, self.bias, mean, var, count, self.eps, self.reduce)
 
 
-def update_running(module: nn.modules.batchnorm._BatchNorm, mean: Tensor, var: Tensor, count: Tensor) -> None:
+def update_running(module: nn.modules.batchnorm._BatchNorm, mean: Tensor, var: Tensor, count: Tensor | int) -> None:
     """Torch's update of the running statistics, from moments over `count` elements; the stored variance is unbiased."""
-    factor = module.momentum
     module.num_batches_tracked += 1
+    # Without a momentum torch keeps the plain mean of all batches.
+    factor = 1 / module.num_batches_tracked.item() if module.momentum is None else module.momentum
     module.running_mean.lerp_(mean.to(module.running_mean.dtype), factor)
     module.running_var.lerp_((var * (count / (count - 1))).to(module.running_var.dtype), factor)
 
@@ -100,10 +114,15 @@ def update_running(module: nn.modules.batchnorm._BatchNorm, mean: Tensor, var: T
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
+def has_twin(layer: nn.Module) -> bool:
+    """Whether the twin does all that `layer` does: it drops what others than torch's own add, and keeps statistics."""
+    return type(layer) in PLAIN and layer.track_running_stats
+
+
 def refuse_others(module: nn.Module) -> None:
-    """Raises `UserError` for a BatchNorm that does more than normalise: the synchronised one would drop the rest."""
+    """Raises `UserError` for a BatchNorm without a twin: its statistics would be those of each rank alone."""
     for name, layer in module.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and type(layer) not in PLAIN:
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not has_twin(layer):
             raise UserError(
                 f"backbone.name: its layer {name.removeprefix('backbone.')} ({type(layer).__name__}) cannot be "
                 "synchronised over several ranks; train on one rank, or choose another backbone"
@@ -111,9 +130,11 @@ def refuse_others(module: nn.Module) -> None:
 
 
 def synchronize(module: nn.Module, reduce: Callable[[Tensor], Tensor]) -> nn.Module:
-    """`module` with every BatchNorm in it replaced by its synchronised twin; parameters and state keys stay."""
+    """`module` with every BatchNorm that has a twin replaced by it; parameters and state keys stay."""
+    if has_twin(module):
+        return SyncBatchNorm(module, reduce)
     for name, child in module.named_children():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+        if has_twin(child):
             setattr(module, name, SyncBatchNorm(child, reduce))
         else:
             synchronize(child, reduce)

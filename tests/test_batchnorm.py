@@ -1,10 +1,18 @@
-"""The CPU twin of SyncBatchNorm against nn.BatchNorm on the whole batch: two ranks are played by two halves."""
+"""The CPU twin of SyncBatchNorm against nn.BatchNorm on the whole batch in float64; ranks are played by threads."""
+
+import copy
+import io
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
-from ssl_dist.batchnorm import SyncBatchNorm, global_moments, synchronize
+from ssl_dist.batchnorm import SyncBatchNorm, global_moments, refuse_others, synchronize, update_running
+from ssl_dist.dist import one_process
+from ssl_dist.errors import UserError
+from ssl_dist.grid import Grid
+from tests import thread_world
 
 
 def alone(x):
@@ -28,8 +36,12 @@ def test_one_rank_equals_torch(shape, channels_last):
         x = x.to(memory_format=torch.channels_last)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     weight = torch.randn(shape, dtype=torch.float64)
-    (theirs(a) * weight).sum().backward()
-    (ours(b) * weight).sum().backward()
+    expected, got = theirs(a), ours(b)
+    # Torch computes x scale + offset: with a mean of 33 std, it loses as many units itself.
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    assert got.stride() == expected.stride()
+    (expected * weight).sum().backward()
+    (got * weight).sum().backward()
     torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-10)
     for p, q in zip(theirs.parameters(), ours.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-10)
@@ -40,29 +52,176 @@ def test_one_rank_equals_torch(shape, channels_last):
     torch.testing.assert_close(ours(x), theirs(x))
 
 
-def test_moments_of_two_ranks_do_not_cancel():
-    halves = torch.randn(2, 8, 3, dtype=torch.float32) + 1e4
-    parts = []  # first pass: collect what each rank would send
+SHAPES = {
+    "matrix": lambda: torch.randn(3000, 6),
+    "long": lambda: torch.randn(64, 6, 50),
+    "contiguous": lambda: torch.randn(64, 6, 16, 16),
+    "channels_last": lambda: torch.randn(64, 6, 16, 16).to(memory_format=torch.channels_last),
+}
 
-    def record(x):
-        parts.append(x.clone())
-        return x
 
-    for half in halves:
-        global_moments(half, record)
-    firsts = parts[0] + parts[2]
+def make(layout, dtype, centre):
+    """Input, the output's gradient, and a BatchNorm, for a mean of `centre` standard deviations."""
+    torch.manual_seed(0)
+    x, grad = SHAPES[layout](), SHAPES[layout]()
+    layer = nn.BatchNorm1d(6) if x.dim() < 4 else nn.BatchNorm2d(6)
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+    return (x + centre).to(dtype), (grad + 0.1).to(dtype), layer.to(dtype)
 
-    def second(half, answers):
-        return global_moments(half, lambda _: answers.pop(0))
 
-    mean = firsts[:-1] / firsts[-1]
-    squares = sum((h.var(0, correction=0) + (h.mean(0) - mean) ** 2) * 8 for h in halves)
-    got_mean, got_var, count = second(halves[0], [firsts, squares])
-    torch.testing.assert_close(got_mean, halves.flatten(0, 1).mean(0))
-    torch.testing.assert_close(
-        got_var, halves.flatten(0, 1).double().var(0, correction=0).float(), rtol=1e-3, atol=1e-3
-    )
-    assert count == 16
+def step(layer, x, grad):
+    """Output, gradients of input, weight and bias, running mean and variance, after a step of a copy of `layer`."""
+    layer, x = copy.deepcopy(layer), x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    y = layer(x)
+    y.backward(grad)
+    return y.detach(), x.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var
+
+
+@pytest.mark.parametrize("layout", SHAPES)
+@pytest.mark.parametrize("centre", [0.0, 3.0, 1e4])
+def test_float32_is_float64_rounded(layout, centre):
+    """Torch's own is up to 1e-3 off for channels_last, and for a mean of 1e4 std in every layout."""
+    x, grad, layer = make(layout, torch.float32, centre)
+    ours = step(SyncBatchNorm(copy.deepcopy(layer), alone), x, grad)
+    theirs = step(copy.deepcopy(layer).double(), x.double(), grad.double())
+    for got, expected in zip(ours, theirs, strict=True):
+        assert got.dtype == torch.float32
+        # 1e-7 is one rounding to float32. At 1e4, float64's reference is itself 1e4 of its units off.
+        torch.testing.assert_close(got.double(), expected, rtol=1e-7, atol=1e-7 if centre < 1e3 else 1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "accuracy"), [(torch.float32, 1.2e-7), (torch.float64, 1e-13)], ids=str)
+@pytest.mark.parametrize("layout", SHAPES)
+@pytest.mark.parametrize("centre", [0.0, 1e4])
+def test_the_split_over_ranks_does_not_show(layout, dtype, accuracy, centre):
+    x, grad, layer = make(layout, dtype, centre)
+    moments = global_moments(x, alone)
+    y, grad_x, grad_weight, grad_bias, *running = step(SyncBatchNorm(copy.deepcopy(layer), alone), x, grad)
+    for bounds in ([0, 20, len(x)], [0, 0, 1, 33, len(x)]):
+
+        def rank(world, bounds=bounds):
+            mine = slice(*bounds[world.place.rank :][:2])
+            twin = SyncBatchNorm(copy.deepcopy(layer), world.reduce)
+            return global_moments(x[mine], world.reduce), step(twin, x[mine], grad[mine])
+
+        everything = thread_world.run(rank, Grid(len(bounds) - 1, 1))
+        for theirs, _ in everything:
+            for got, expected in zip(theirs, moments, strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
+        parts = list(zip(*(results for _, results in everything), strict=True))
+        # Per unit of the mean in std, float64 loses one of its units.
+        close = {"rtol": accuracy, "atol": accuracy * (1 + centre) if dtype == torch.float64 else accuracy}
+        torch.testing.assert_close(torch.cat(parts[0]), y, **close)
+        torch.testing.assert_close(torch.cat(parts[1]), grad_x, **close)
+        size = len(grad.movedim(1, -1).flatten(0, -2)) ** 0.5  # of a sum of numbers of size 1
+        for got, expected in ((sum(parts[2]), grad_weight), (sum(parts[3]), grad_bias)):
+            torch.testing.assert_close(got, expected, rtol=2 * accuracy, atol=2 * close["atol"] * size)
+        for theirs, expected in zip(parts[4:], running, strict=True):
+            for got in theirs:
+                torch.testing.assert_close(got, expected, rtol=accuracy, atol=accuracy)
+
+
+def test_what_travels_is_float64_and_a_step_is_reproducible():
+    x, grad, layer = make("channels_last", torch.float32, 1.0)
+    seen = []
+
+    def reduce(sums):
+        seen.append(sums.dtype)
+        return sums.clone()
+
+    twin = SyncBatchNorm(layer, reduce)
+    first = step(twin, x, grad)
+    assert seen == [torch.float64] * 3
+    for num_threads in (1, 2):
+        torch.set_num_threads(num_threads)
+        assert all(torch.equal(a, b) for a, b in zip(step(twin, x, grad), first, strict=True))
+
+
+@pytest.mark.parametrize("layout", SHAPES)
+def test_the_output_may_be_changed_in_place(layout):
+    x, grad, layer = make(layout, torch.float64, 0.0)
+    twin = SyncBatchNorm(layer, alone)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    torch.relu_(twin(a)).backward(grad)
+    torch.relu(twin(b)).backward(grad)
+    assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize(("momentum", "affine"), [(None, True), (0.3, False)])
+def test_options_of_torch(momentum, affine):
+    theirs = nn.BatchNorm2d(4, eps=0.1, momentum=momentum, affine=affine).double()
+    ours = SyncBatchNorm(copy.deepcopy(theirs), alone)
+    for _ in range(3):
+        a = (torch.randn(6, 4, 3, 3, dtype=torch.float64) * 2 + 1).requires_grad_()
+        b = a.detach().clone().requires_grad_()
+        (theirs(a) ** 3).sum().backward()
+        (ours(b) ** 3).sum().backward()
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-9, atol=1e-10)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-12, atol=0)
+
+
+def test_update_running_takes_an_int_count():
+    layer = nn.BatchNorm1d(2)
+    update_running(layer, torch.tensor([1.0, 2.0]).double(), torch.tensor([3.0, 4.0]).double(), 5)
+    torch.testing.assert_close(layer.running_mean, torch.tensor([0.1, 0.2]))
+    torch.testing.assert_close(layer.running_var, 0.9 + 0.1 * torch.tensor([3.0, 4.0]) * 5 / 4)
+    assert layer.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), "torch"])
+def test_a_copy_is_a_twin_of_its_own(clone):
+    if clone == "torch":
+
+        def clone(module):
+            file = io.BytesIO()
+            torch.save(module, file)
+            return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+    net = synchronize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), one_process().reduce)
+    other = clone(net).double().to(memory_format=torch.channels_last)
+    before = copy.deepcopy(net.state_dict())
+    other(torch.randn(2, 3, 8, 8, dtype=torch.float64)).sum().backward()
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert other[1].num_batches_tracked == 1 and other[1].running_mean.dtype == torch.float64
+    assert net[1].weight.grad is None and other[1].weight.grad is not None
+    net.load_state_dict(other.state_dict())
+    assert net[1].num_batches_tracked == 1
+
+
+def test_a_deep_copy_meets_the_same_ranks():
+    """Copying a bound method copies its object; a world of threads cannot even be copied."""
+
+    def rank(world):
+        net = synchronize(nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2)), world.reduce)
+        other = copy.deepcopy(net)
+        other(torch.full((1, 2), float(world.place.rank)))
+        return other[0].reduce.__self__ is world, other[0].running_mean.tolist()
+
+    assert thread_world.run(rank, Grid(2, 1)) == [(True, pytest.approx([0.05, 0.05]))] * 2
+
+
+def test_wrong_inputs_are_refused_as_torch_does():
+    ours = SyncBatchNorm(nn.BatchNorm1d(4), alone)
+    for shape, message in (((4,), "dimensions"), ((5, 1), "channels"), ((1, 4), "more than 1 value")):
+        with pytest.raises(ValueError, match=message):
+            ours(torch.randn(shape))
+    assert ours.num_batches_tracked == 0
+
+
+def test_layers_without_a_twin_stay_and_are_refused_for_many_ranks():
+    class Gated(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).sigmoid()
+
+    for layer in (Gated(4), nn.BatchNorm2d(4, track_running_stats=False)):
+        net = nn.Sequential(layer)
+        assert synchronize(net, alone)[0] is layer
+        with pytest.raises(UserError, match="cannot be synchronised"):
+            refuse_others(net)
+    assert isinstance(synchronize(nn.BatchNorm2d(4), alone), SyncBatchNorm)
 
 
 def test_synchronize_replaces_every_batchnorm_and_keeps_the_keys():
