@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from ssl_dist import durable
 from ssl_dist.errors import UserError
 
 # classes is a JSON list of names ([] when unknown), data the SHA-256 of the split's samples,
@@ -137,17 +138,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     Raises `UserError` when the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with durable.replacing(path) as file:
+            yield file
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written: {error.strerror}; give a folder that can, with space left"

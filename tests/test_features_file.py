@@ -189,7 +189,7 @@ def test_the_file_is_on_disk_before_it_gets_its_name(path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd)))
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
     write_features(path, *_arrays(), METADATA)
-    assert calls == ["fsync", "replace"]
+    assert calls == ["fsync", "replace", "fsync"], "the file, its name, the folder"
 
 
 def test_an_unwritable_folder_is_the_users_mistake(tmp_path):
