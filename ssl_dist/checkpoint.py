@@ -6,13 +6,13 @@ import pickle
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy
 import torch
 
-from ssl_dist import __version__
-from ssl_dist.durable import sync_folder
+from ssl_dist import __version__, durable
+from ssl_dist.durable import write_text
 from ssl_dist.errors import UserError
 
 FORMAT = 1
@@ -37,52 +37,70 @@ def versions() -> dict[str, str]:
 def save(run: Path, state: dict[str, Any]) -> Path:
     """Write `state` as the checkpoint of its step; whatever happens meanwhile, older checkpoints stay whole.
 
-    The checksum is put in place before the file it belongs to, so that no instant shows a checkpoint without one.
-    Raises OSError (a full disk, say) after removing what it had begun.
+    The checksum is put in place before the file it belongs to, so that no instant shows a checkpoint without one. Where
+    the step has a file already, the checksums of both are there until the old file is replaced. Raises OSError (a full
+    disk, say) after removing what it had begun.
     """
     assert tuple(state) == KEYS, f"a checkpoint holds {KEYS}, not {tuple(state)}"
     path = path_of(run, state["step"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        write_text(_checksum_path(path), f"{sha256(temporary)}  {path.name}\n")
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError):  # torch reports a failed write as RuntimeError
-            raise OSError(f"{path}: cannot be written: {str(error).splitlines()[0]}") from error
-        raise
-    sync_folder(path.parent)
+    with durable.replacing(path) as file:
+        digest = _write(state, file)
+        replaced = (_checksums(path) or []) if path.exists() else []
+        _put_checksums(path, [digest, *replaced])
+    if replaced:
+        _put_checksums(path, [digest])
     write_text(path.parent / "LAST", path.name + "\n")
     return path
 
 
-def write_text(path: Path, text: str) -> None:
-    """Put a small text file in place, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
+def _write(state: dict[str, Any], file: BinaryIO) -> str:
+    """Returns the SHA-256 of what was written."""
+    sink = _Sink(file)
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+        torch.save(state, sink)
+    except RuntimeError:  # torch reports a failed write as one, without its errno
+        if sink.error is None:
+            raise
+        raise sink.error from None
+    durable.sync(file)  # a disk that is full shall be noticed before anything else is written
+    return sink.sha256.hexdigest()
+
+
+class _Sink:
+    """What torch.save writes to, strictly in order: keeps the error of a write, and the SHA-256."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sha256 = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: memoryview) -> int:
+        self.sha256.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        """`durable.sync` does it; torch asks for the method."""
 
 
 def _checksum_path(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _put_checksums(path: Path, digests: list[str]) -> None:
+    write_text(_checksum_path(path), "".join(f"{digest}  {path.name}\n" for digest in digests))
+
+
+def _checksums(path: Path) -> list[str] | None:
+    """The SHA-256 of the file at `path`, as told beside it (two while one is replaced by the other). None: not told."""
+    try:
+        text = _checksum_path(path).read_text(encoding="ascii", errors="replace")
+    except FileNotFoundError:
+        return None
+    return re.findall(r"^([0-9a-f]{64})  ", text, re.MULTILINE)
 
 
 def steps(run: Path) -> list[int]:
@@ -97,16 +115,26 @@ def prune(run: Path, keep: int, keep_every: int | None, step: int) -> None:
     """Remove all checkpoints but the newest `keep` and those whose step is a multiple of `keep_every`.
 
     step: the one just saved. Later ones were passed over as damaged when the run resumed; they are set aside, so that
-    they do not count as newest.
+    they do not count as newest. A checkpoint goes before its checksum: a checksum alone is no damaged checkpoint.
     """
     for later in [found for found in steps(run) if found > step]:
         path = path_of(run, later)
         path.rename(path.with_name(path.name + ".damaged"))
+        _checksum_path(path).unlink(missing_ok=True)
     for step in steps(run)[:-keep]:
         if keep_every is None or step % keep_every:
             path = path_of(run, step)
             path.unlink()
             _checksum_path(path).unlink(missing_ok=True)
+
+
+def remove_leftovers(run: Path) -> None:
+    """Remove what a killed save or prune left. Only for the one writer of the run's folder."""
+    folder = run / "checkpoints"
+    durable.remove_dead(folder)
+    for path in map(folder.joinpath, os.listdir(folder)):
+        if path.suffix == ".sha256" and _NAME.fullmatch(path.stem) and not os.path.lexists(path.with_suffix("")):
+            path.unlink()
 
 
 def newest(run: Path) -> Path | None:
@@ -115,39 +143,94 @@ def newest(run: Path) -> Path | None:
     Raises `UserError` when there are checkpoints and every one of them is damaged: starting again from nothing would
     throw away a training without a word.
     """
-    found = steps(run)
-    for step in reversed(found):
-        path = path_of(run, step)
-        fault = _fault(path)
-        if fault is None:
-            return path
-        print(f"WARNING: {path}: {fault}; passing over it to the one before", file=sys.stderr, flush=True)
-    if found:
+    found = _open_newest(run)
+    if found is None:
+        return None
+    path, file, _ = found
+    file.close()
+    return path
+
+
+def load_newest(run: Path) -> tuple[Path, dict[str, Any], str] | None:
+    """Path, state and SHA-256 of `newest`: all of one file, whatever a training saves and prunes meanwhile."""
+    found = _open_newest(run)
+    if found is None:
+        return None
+    path, file, digest = found
+    with file:
+        return path, _load(path, file), digest
+
+
+def _open_newest(run: Path) -> tuple[Path, BinaryIO, str] | None:
+    """`newest`, opened, with its SHA-256."""
+    faults: dict[Path, str] = {}
+    for path in [path_of(run, step) for step in reversed(steps(run))]:
+        try:
+            file = open(path, "rb")  # noqa: SIM115 - the caller closes it
+        except OSError as error:
+            fault, is_there = f"cannot be read: {error}", os.path.lexists(path)
+        else:
+            digest, fault = _examine(path, file)
+            if not fault:
+                break
+            is_there = durable.is_at(path, file.fileno())
+            file.close()
+        if not is_there:  # a training has just pruned or replaced it, which is no fault: there is a newer one
+            return _open_newest(run)
+        faults[path] = fault
+    else:
+        if not faults:
+            return None
+        path, fault = next(iter(faults.items()))
         raise UserError(
-            f"{run / 'checkpoints'}: all {len(found)} checkpoints are damaged; "
+            f"{path.parent}: all {len(faults)} checkpoints are damaged (the newest, {path.name}: {fault}); "
             "restore one, or remove the folder to begin anew"
         )
-    return None
+    for damaged, fault in faults.items():
+        print(f"WARNING: {damaged}: {fault}; passing over it to the one before", file=sys.stderr, flush=True)
+    return path, file, digest
 
 
-def _fault(path: Path) -> str | None:
+def _examine(path: Path, file: BinaryIO) -> tuple[str, str]:
+    """The SHA-256 of the open file, and what is wrong with it in words (empty: nothing)."""
     try:
-        expected = _checksum_path(path).read_text(encoding="ascii").split()
-    except FileNotFoundError:
-        return "has no checksum beside it"
-    except UnicodeDecodeError:
-        return "its checksum file is damaged"
-    if not expected or sha256(path) != expected[0]:
-        return "its SHA-256 differs from the one beside it (damaged)"
-    return None
+        told = _checksums(path)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return "", f"cannot be read: {error}"
+    if told is None:
+        return digest, "has no checksum beside it"
+    if not told:
+        return digest, "its checksum file is damaged"
+    return digest, "" if digest in told else "its SHA-256 differs from the one beside it (damaged)"
 
 
 def load(path: Path) -> dict[str, Any]:
     """A checkpoint of ours: tensors and plain values only. Raises `UserError` if it is anything else."""
+    with _opened(path) as file:
+        return _load(path, file)
+
+
+def load_hashed(path: Path) -> tuple[dict[str, Any], str]:
+    """Like `load`, with the SHA-256 of the very file that was loaded."""
+    with _opened(path) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return _load(path, file), digest
+
+
+def _opened(path: Path) -> BinaryIO:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return open(path, "rb")
     except FileNotFoundError:
-        raise UserError(f"checkpoint {path}: not found") from None
+        raise UserError(f"checkpoint {path}: not found; name a run's folder or a step-*.pt in it") from None
+    except OSError as error:
+        raise UserError(f"checkpoint {path}: cannot be read: {error.strerror}") from None
+
+
+def _load(path: Path, file: BinaryIO) -> dict[str, Any]:
+    file.seek(0)
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # torch's text advises to run whatever the file holds
         raise UserError(f"checkpoint {path}: not a checkpoint: it holds more than tensors and plain values") from None
     except (RuntimeError, EOFError, ValueError, OSError) as error:

@@ -1,13 +1,27 @@
+import errno
+import hashlib
+import multiprocessing
 import os
+import random
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from torch import nn
 
-from ssl_dist import checkpoint
+from ssl_dist import checkpoint, durable
 from ssl_dist.errors import UserError
+from tests import kills
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "numpy", "pytest", "ssl_dist.checkpoint", "tests.ranks"])
+
+FILES = r"LAST|step-\d{8}\.pt(\.sha256)?"
 
 
 def state(step, value=0.0):
@@ -33,21 +47,63 @@ def test_no_checkpoint_is_none(tmp_path):
     assert checkpoint.newest(tmp_path) is None and checkpoint.steps(tmp_path) == []
 
 
-@pytest.mark.parametrize("harm", ["truncate", "flip", "no checksum"])
-def test_a_damaged_newest_is_passed_over_loudly(tmp_path, capsys, harm):
-    good = checkpoint.save(tmp_path, state(1))
-    bad = checkpoint.save(tmp_path, state(2))
-    data = bytearray(bad.read_bytes())
-    if harm == "truncate":
-        bad.write_bytes(data[:-10])
-    elif harm == "flip":
-        data[len(data) // 2] ^= 1
-        bad.write_bytes(data)
+def value_in(run):
+    """Step and value of the newest checkpoint, which must be of one and the same save."""
+    path, loaded, digest = checkpoint.load_newest(run)
+    assert path == checkpoint.path_of(run, loaded["step"]) == checkpoint.newest(run)
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    return loaded["step"], loaded["method"]["weight"][0, 0].item()
+
+
+def harm(path, how):
+    data = bytearray(path.read_bytes())
+    checksum = path.with_name(path.name + ".sha256")
+    data[len(data) // 2] ^= 1
+    if how == "empty":
+        path.write_bytes(b"")
+    elif how == "half":
+        path.write_bytes(path.read_bytes()[: len(data) // 2])
+    elif how == "bit":
+        path.write_bytes(data)
+    elif how == "no checksum":
+        checksum.unlink()
+    elif how == "garbage checksum":
+        checksum.write_bytes(b"\xff\x00garbage")
+    elif how == "empty checksum":
+        checksum.write_bytes(b"")
+    elif how == "unreadable":
+        path.unlink()
+        path.symlink_to(path)  # a loop, which not even root can open
+    elif how == "forbidden":
+        path.chmod(0)
     else:
-        bad.with_name(bad.name + ".sha256").unlink()
+        path.unlink()
+        path.mkdir()
+
+
+FAULTS = {
+    "empty": "SHA-256 differs", "half": "SHA-256 differs", "bit": "SHA-256 differs",
+    "no checksum": "has no checksum beside it", "garbage checksum": "checksum file is damaged",
+    "empty checksum": "checksum file is damaged", "folder": "cannot be read: .*Is a directory",
+    "unreadable": "cannot be read: .*[Ss]ymbolic links", "forbidden": "cannot be read: .*Permission denied",
+}  # fmt: skip
+ROOT_READS_ALL = pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+
+
+@pytest.mark.parametrize(
+    "how", [pytest.param(how, marks=ROOT_READS_ALL) if how == "forbidden" else how for how in FAULTS]
+)
+def test_a_damaged_newest_is_passed_over_loudly(tmp_path, capsys, how):
+    good = checkpoint.save(tmp_path, state(1, 1.0))
+    bad = checkpoint.save(tmp_path, state(2))
+    harm(bad, how)
     assert checkpoint.newest(tmp_path) == good
-    warning = capsys.readouterr().err
-    assert "WARNING" in warning and bad.name in warning
+    [warning] = capsys.readouterr().err.splitlines()
+    assert re.search(f"^WARNING: {bad}: .*{FAULTS[how]}", warning)
+    assert value_in(tmp_path) == (1, 1.0)
+    harm(good, how)
+    with pytest.raises(UserError, match=f"all 2 checkpoints are damaged .*{bad.name}: .*{FAULTS[how]}"):
+        checkpoint.load_newest(tmp_path)
 
 
 def test_all_damaged_is_refused(tmp_path):
@@ -81,22 +137,265 @@ def test_a_damaged_newer_one_does_not_push_the_good_ones_out(tmp_path, capsys, k
     assert checkpoint.newest(tmp_path) == saved and capsys.readouterr().err == ""
 
 
-def test_a_failed_write_leaves_nothing_behind_and_spares_the_older(tmp_path):
+@pytest.fixture
+def no_fsync(monkeypatch):
+    """For what makes hundreds of saves and cuts no power: disks are slow."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+def prepare(run, *steps_values, damaged=()):
+    for step, value in steps_values:
+        checkpoint.save(run, state(step, value))
+    for step, how in damaged:
+        harm(checkpoint.path_of(run, step), how)
+
+
+def save_and_prune(step, value, keep, keep_every=None):
+    def action(run):
+        checkpoint.save(run, state(step, value))
+        checkpoint.prune(run, keep, keep_every, step)
+
+    return action
+
+
+@pytest.mark.parametrize(
+    ("before", "damaged", "after", "keep"),
+    [
+        ([], [], (1, 1.0), 1),
+        ([(1, 1.0)], [], (2, 2.0), 1),
+        ([(1, 1.0), (2, 2.0), (3, 3.0)], [], (4, 4.0), 2),
+        ([(3, 3.0)], [], (3, 4.0), 1),  # again, over the only one
+        ([(1, 1.0), (3, 3.0)], [(3, "bit")], (3, 4.0), 2),
+        ([(1, 1.0), (3, 3.0)], [(3, "no checksum")], (3, 4.0), 1),
+        ([(1, 1.0), (3, 3.0)], [(3, "garbage checksum")], (3, 4.0), 1),
+        ([(1, 1.0), (5, 5.0), (6, 6.0)], [(5, "half"), (6, "folder")], (3, 3.0), 1),
+    ],
+    ids=["first", "keep 1", "keep 2", "again", "over bit", "over no checksum", "over garbage", "before damaged"],
+)
+def test_no_kill_loses_what_was_saved(tmp_path, capsys, no_fsync, before, damaged, after, keep):
+    """Whatever change of the file system is the last: the newest whole checkpoint is the one before or the new one."""
+    prepared = tmp_path / "prepared"
+    (prepared / "checkpoints").mkdir(parents=True)
+    prepare(prepared, *before, damaged=damaged)
+    old = value_in(prepared) if before else None
+    names = [checkpoint.path_of(prepared, step).name for step, _ in damaged]
+    capsys.readouterr()
+    action = save_and_prune(*after, keep)
+    seen = []
+    for run in kills.every_kill(prepared, tmp_path, action):
+        seen.append(value_in(run) if checkpoint.steps(run) else None)
+        warnings = capsys.readouterr().err.splitlines()
+        assert all(any(name in warning for name in names) for warning in warnings), (
+            "one that was whole counts as damaged"
+        )
+        last = run / "checkpoints" / "LAST"
+        if last.exists() and not damaged:
+            named = last.with_name(last.read_text().strip())
+            assert named == checkpoint.path_of(run, checkpoint.steps(run)[-1]) or seen[-1] == after
+            assert named.exists()
+        checkpoint.remove_leftovers(run)
+        found = {name for name in os.listdir(last.parent) if not name.endswith(".damaged")}
+        assert all(re.fullmatch(FILES, name) for name in found)
+        assert {name.removesuffix(".sha256") for name in found} == found - {n for n in found if n.endswith(".sha256")}
+        action(run)  # the next start does it again
+        assert value_in(run) == after and last.read_text().strip() == checkpoint.path_of(run, after[0]).name
+        assert capsys.readouterr().err == ""
+        checksum = checkpoint.path_of(run, after[0]).with_suffix(".pt.sha256")
+        assert len(checksum.read_text().splitlines()) == 1, "sha256sum -c must hold"
+    assert set(seen) == {old, after} and seen == sorted(seen, key=[old, after].index), "first the old one, then the new"
+
+
+def test_prune_loses_nothing_at_any_kill(tmp_path, capsys, no_fsync):
+    prepared = tmp_path / "prepared"
+    prepare(prepared, *((step, float(step)) for step in range(1, 8)))
+    for run in kills.every_kill(prepared, tmp_path, lambda run: checkpoint.prune(run, 2, 3, 7)):
+        assert {3, 6, 7} <= set(checkpoint.steps(run)) and value_in(run) == (7, 7.0)
+        checkpoint.remove_leftovers(run)
+        assert len(os.listdir(run / "checkpoints")) == 2 * len(checkpoint.steps(run)) + 1
+        for step in checkpoint.steps(run):
+            assert checkpoint.load_hashed(checkpoint.path_of(run, step))[1] in (
+                checkpoint.path_of(run, step).with_suffix(".pt.sha256").read_text()
+            )
+    assert checkpoint.steps(prepared) == list(range(1, 8)) and capsys.readouterr().err == ""
+
+
+def test_only_our_own_leftovers_are_removed(tmp_path):
+    prepare(tmp_path, (1, 1.0))
+    folder = tmp_path / "checkpoints"
+    kept = ["notes.txt", "best.pt", "x.sha256", "best.pt.sha256", "old.tmp", "step-00000001.pt.damaged"]
+    kept += os.listdir(folder)
+    for name in {*kept, "step-00000002.pt.sha256", ".step-00000003.pt.01234567.tmp"} - set(os.listdir(folder)):
+        (folder / name).touch()
+    checkpoint.remove_leftovers(tmp_path)
+    assert sorted(os.listdir(folder)) == sorted(kept)
+
+
+def save_forever(run, saved):
+    """What a training does to the folder, as fast as it can; tells each step that is safe."""
+    torch.set_num_threads(1)
+    held = durable.lock(run / "lock", os.O_RDWR | os.O_CREAT, wait=False)
+    checkpoint.remove_leftovers(run)
+    found = checkpoint.load_newest(run)
+    step = found[1]["step"] if found else 0
+    while held:
+        step += 1
+        save_and_prune(step, float(step), keep=2)(run)
+        saved.send_bytes(str(step).encode())
+
+
+def start_saving(run):
+    (run / "checkpoints").mkdir(exist_ok=True)
+    receiver, sender = _context.Pipe(duplex=False)
+    process = _context.Process(target=save_forever, args=(run, sender))
+    process.start()
+    sender.close()
+    return process, receiver
+
+
+@pytest.mark.slow
+def test_kills_at_any_time(tmp_path, capsys):
+    chance = random.Random(0)
+    reached = 0
+    for _ in range(25):
+        process, saved = start_saving(tmp_path)
+        reached = max(reached, int(saved.recv_bytes()))
+        time.sleep(chance.uniform(0, 0.06))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        try:
+            while True:
+                reached = max(reached, int(saved.recv_bytes()))
+        except EOFError:
+            pass
+        step, value = value_in(tmp_path)
+        assert step in (reached, reached + 1) and value == step
+        assert (tmp_path / "checkpoints" / "LAST").read_text() in {f"step-{s:08d}.pt\n" for s in (step - 1, step)}
+    assert reached > 50, "too few saves for the kills to fall into"
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_a_reader_beside_a_training_that_prunes(tmp_path, capsys):
+    process, saved = start_saving(tmp_path)
+    try:
+        saved.recv_bytes()
+        found = []
+        for _ in range(300):
+            path, loaded, _ = checkpoint.load_newest(tmp_path)
+            assert path == checkpoint.path_of(tmp_path, loaded["step"])
+            assert loaded["method"]["weight"][0, 0].item() == loaded["step"]
+            found.append(loaded["step"])
+            assert process.is_alive()
+    finally:
+        process.kill()
+        process.join()
+    assert found == sorted(found) and found[-1] - found[0] > 20
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("instant", ["listed", "opened", "opened, saved again", "checked"])
+def test_what_a_training_does_while_we_read_is_no_damage(tmp_path, capsys, monkeypatch, instant):
+    """Between any two steps of the reader: the file that it is about to use is pruned or replaced."""
+    prepare(tmp_path, (1, 1.0))
+    hooked = {"listed": "steps", "checked": "_load"}.get(instant, "_checksums")
+    original = getattr(checkpoint, hooked)
+
+    def hook(*arguments):
+        monkeypatch.setattr(checkpoint, hooked, original)
+        answer = original(*arguments) if instant == "listed" else None
+        save_and_prune(1 if instant.endswith("again") else 2, 2.0, keep=1)(tmp_path)
+        return answer or original(*arguments)
+
+    monkeypatch.setattr(checkpoint, hooked, hook)
+    path, loaded, digest = checkpoint.load_newest(tmp_path)
+    assert capsys.readouterr().err == ""
+    if instant == "checked":  # the file that was open is gone, and its bytes are still those that were checked
+        assert (path, loaded["step"], loaded["method"]["weight"][0, 0].item()) == (
+            checkpoint.path_of(tmp_path, 1),
+            1,
+            1.0,
+        )
+        assert not path.exists()
+    else:
+        assert loaded["method"]["weight"][0, 0].item() == 2.0
+        assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+LIMITED = """
+import pathlib, resource, signal, sys
+from tests.test_checkpoint import state
+from ssl_dist import checkpoint
+big = state(2); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+try: checkpoint.save(pathlib.Path(sys.argv[1]), big)
+except OSError as error: print('refused', error.errno, error.filename, error)
+"""
+
+
+@pytest.mark.parametrize("limit", [10, 1000])
+def test_a_failed_write_leaves_nothing_behind_and_spares_the_older(tmp_path, limit):
     old = checkpoint.save(tmp_path, state(1))
-    code = (
-        "import resource, signal, sys, pathlib\n"
-        "sys.path.insert(0, '.')\n"
-        "from tests.test_checkpoint import state\n"
-        "from ssl_dist import checkpoint\n"
-        "big = state(2); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"  # a full disk, seen by the process alone
-        f"try: checkpoint.save(pathlib.Path({str(tmp_path)!r}), big)\n"
-        "except OSError as error: print('refused', error)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.startswith("refused"), done.stderr
-    assert checkpoint.newest(tmp_path) == old
-    assert not list((tmp_path / "checkpoints").glob("*.tmp"))
+    before = os.listdir(old.parent)
+    command = [sys.executable, "-c", LIMITED, str(tmp_path), str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": "."})
+    refused = checkpoint.path_of(tmp_path, 2)
+    assert done.stdout.startswith(f"refused {errno.EFBIG} {refused} "), done.stderr
+    assert done.stdout.count(refused.name) == 2
+    assert checkpoint.newest(tmp_path) == old and os.listdir(old.parent) == before
+
+
+FULL = """
+import sys
+from pathlib import Path
+from tests.test_checkpoint import fill_up
+fill_up(Path(sys.argv[1]))
+"""
+
+
+def fill_up(disk):
+    """Save with every amount of space left, page by page: it succeeds or leaves all as it was."""
+    outcomes = []
+    for pages in range(12):
+        run = disk / "run"
+        prepare(run, (1, 1.0), (2, 2.0))
+        before = sorted(os.listdir(run / "checkpoints"))
+        with open(disk / "filler", "wb") as file:
+            free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - pages * 4096
+            file.write(bytes(free))
+        try:
+            path = checkpoint.save(run, state(3, 3.0))
+        except OSError as error:
+            assert error.errno == errno.ENOSPC and "No space left" in str(error) and error.filename in str(error)
+            if error.filename.endswith("LAST"):  # the checkpoint itself was whole and in place before
+                assert value_in(run) == (3, 3.0)
+                outcomes.append("saved")
+            else:
+                assert "step-00000003.pt" in error.filename and value_in(run) == (2, 2.0)
+                assert sorted(os.listdir(run / "checkpoints")) == before
+                outcomes.append("full")
+        else:
+            assert value_in(run) == (3, 3.0) and path.exists()
+            outcomes.append("saved")
+        shutil.rmtree(run)
+        (disk / "filler").unlink()
+    print(*outcomes)
+
+
+def test_a_disk_that_is_full(tmp_path):
+    if shutil.which("unshare") is None:
+        pytest.skip("unshare (util-linux) is missing, which mounts a small file system for one process alone")
+    mount = 'mount -t tmpfs -o size=1m tmpfs "$0"'
+    alone = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    trial = subprocess.run([*alone, mount, tmp_path], capture_output=True, text=True, check=False)
+    if trial.returncode:
+        pytest.skip(f"a tmpfs may not be mounted here: {trial.stderr.strip()}")
+    done = subprocess.run(
+        [*alone, f'{mount} && exec "$@"', tmp_path, sys.executable, "-c", FULL, tmp_path],
+        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": "."},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {"full", "saved"} == set(done.stdout.split())
 
 
 def test_foreign_files_are_refused_in_one_line(tmp_path):
