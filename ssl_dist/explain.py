@@ -1,12 +1,25 @@
-"""`ssl-dist explain`: what a config will do, on any number of ranks, without starting anything."""
+"""`ssl-dist explain`: what a config will do, on any number of ranks, without starting anything.
+
+Memory is counted, not guessed: forward and backward of the backbone run on torch's meta device, where tensors have a
+size but no bytes, and the largest sum of tensors alive at once is taken. What an allocator keeps unused comes on top: on a CPU the resident memory
+of resnet32, K = 32, M = 64 was 1.0 (one rank) and 1.35 times (four) what is counted here with glibc's own settings, 1.5
+and 2.0 times with those of the launch scripts (tools/bench_memory.py --data data/cifar10 --plain --tuned).
+"""
+
+import weakref
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from ssl_dist import backbones, checkpoint, optim, runfolder
+from ssl_dist import checkpoint, optim, runfolder
 from ssl_dist.blueprint import Blueprint, derive
 from ssl_dist.config import Config
+from ssl_dist.data.loader import AHEAD
 from ssl_dist.dist import Place
+from ssl_dist.grid import Grid, splits
 
 
 def explain(config: Config, world_size: int, ranks_per_node: int | None = None) -> str:
@@ -14,9 +27,10 @@ def explain(config: Config, world_size: int, ranks_per_node: int | None = None) 
     place = Place(0, world_size, 0, ranks_per_node or world_size)
     blueprint = derive(config, place)
     runfolder.check(blueprint.run, config)
-    lines = _data(blueprint) | _grid(blueprint) | _training(blueprint) | _memory(blueprint) | _files(blueprint)
+    memory = Memory.of(blueprint)
+    lines = _data(blueprint) | _grid(blueprint, memory) | _training(blueprint) | _memory(memory) | _files(blueprint)
     width = max(map(len, lines))
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+    return "\n".join(f"{name:<{width}}  {text}".replace("\n", "\n" + " " * (width + 2)) for name, text in lines.items())
 
 
 def _data(b: Blueprint) -> dict[str, str]:
@@ -31,7 +45,10 @@ def _data(b: Blueprint) -> dict[str, str]:
     }
 
 
-def _grid(b: Blueprint) -> dict[str, str]:
+# ---------------------------------------------------------------------------------------------------- who holds what
+
+
+def _grid(b: Blueprint, memory: "Memory") -> dict[str, str]:
     grid, images = b.grid, b.config.optim.batch_size
     groups = " + ".join(f"{s.num} x {s.size} px" for s in b.specs)
     held = " + ".join(f"{s.num // grid.views} x {s.size} px" for s in b.specs)
@@ -41,7 +58,44 @@ def _grid(b: Blueprint) -> dict[str, str]:
         "global batch": f"{images} images, {images * b.num_views} views",
         "ranks": f"{grid.size} = {grid.images} image shard(s) x {grid.views} view shard(s)",
         "each rank": f"{images // grid.images} images, {held} views of each",
-    } | b.method_class.explain(b.num_views, images, b.options)
+        "who holds what": _who(grid) + _where(grid, b.place.local_size),
+        "splits": _splits(b, memory),
+    } | b.method_class.explain(b.num_views, images, b.options, grid.size)
+
+
+def _who(grid: Grid) -> str:
+    if grid.size == 1:
+        return "rank 0 holds everything"
+    if grid.views == 1:
+        return "no two ranks hold the same image"
+    first = [f"{r}-{r + grid.views - 1}" for r in range(0, grid.size, grid.views)]
+    if len(first) > 3:
+        first[1:-1] = [first[1], "..."]
+    return f"ranks {', '.join(first)} hold views of the same images"
+
+
+def _where(grid: Grid, ranks_per_node: int) -> str:
+    if grid.size == ranks_per_node:
+        return ""
+    nodes = f"; {grid.size // ranks_per_node} nodes of {ranks_per_node} ranks"
+    if grid.views == 1:
+        return nodes
+    return f"{nodes}, view shards {'inside a node' if grid.inside(ranks_per_node) else 'spread over several nodes'}"
+
+
+def _splits(b: Blueprint, memory: "Memory") -> str:
+    """Every split that divides, a line each: what data.view_shards can be. Views and the network's memory are the
+    same for all; decoded images are fewer where a rank holds fewer of them."""
+    images, ranks_per_node = b.config.optim.batch_size, b.place.local_size
+    groups = [spec.num for spec in b.specs]
+    rows = [f"{'data.view_shards':>16} {'Wi x Wv':>9} {'images':>7} {'views':>9} {'MiB':>9}  a rank"]
+    for grid in splits(b.place.size, images, groups, b.method_class.free_views):
+        held = "+".join(str(num // grid.views) for num in groups)
+        total = f"{_mib(memory.total(grid)):.1f}"
+        notes = ["chosen"] * (grid == b.grid) + ["over nodes"] * (not grid.inside(ranks_per_node))
+        row = f"{grid.views:>16} {f'{grid.images} x {grid.views}':>9} {images // grid.images:>7} {held:>9} {total:>9}"
+        rows.append(f"{row}  {', '.join(notes)}".rstrip())
+    return "\n".join(rows)
 
 
 def _training(b: Blueprint) -> dict[str, str]:
@@ -57,44 +111,128 @@ def _training(b: Blueprint) -> dict[str, str]:
     }
 
 
-def _memory(b: Blueprint) -> dict[str, str]:
-    """Bytes on one rank: exact for parameters and input, for activations the outputs of the backbone's layers."""
-    grid, config = b.grid, b.config
-    element = 8 if config.precision == "fp64" else 4
-    with torch.device("meta"):
-        backbone = backbones.build(config.backbone.name)
-    parameters = sum(p.numel() for p in backbone.parameters())
-    images = config.optim.batch_size // grid.images
-    inputs = activations = 0
+# ---------------------------------------------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one rank holds, in bytes where not said otherwise; all but decoded images is the same for every split.
+
+    On a GPU `waiting` and the decoded images lie in the host's memory, the rest on the device. Of the loss only the
+    representations are counted: what a method does with them is its own."""
+
+    blueprint: Blueprint
+    parameters: int  # numbers in the backbone
+    feature_dim: int
+    weights: int  # with gradients, the optimizer's state and, on several ranks, the buckets that average gradients
+    waiting: int  # uint8 views: in the queue, of the batch that waits for a place in it, of this step's batch
+    inputs: int  # this step's views as numbers
+    activations: int  # of the backbone, with the gradients in flight, at their largest
+    representations: int  # of all ranks, and their gradient
+
+    @staticmethod
+    def of(b: Blueprint) -> "Memory":
+        element, images, trainable = b.dtype.itemsize, b.config.optim.batch_size, b.method_class.trainable
+        with torch.device("meta"):
+            method = b.build()
+        trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+        copies = 4 if b.config.optim.name in ("adam", "adamw") else 3 if b.config.optim.momentum else 2
+        copies += b.place.size > 1
+        pixels = sum(images * spec.num * 3 * spec.size**2 for spec in b.specs) // b.place.size
+        return Memory(
+            blueprint=b,
+            parameters=sum(p.numel() for p in method.backbone.parameters()),
+            feature_dim=method.backbone.feature_dim,
+            weights=(copies * trained if trainable else sum(p.numel() for p in method.parameters())) * element,
+            waiting=(AHEAD + 2) * pixels if trainable else 0,
+            inputs=pixels * element if trainable else 0,
+            activations=_peak(b, method) if trainable else 0,
+            representations=2 * images * b.num_views * method.backbone.feature_dim * element if trainable else 0,
+        )
+
+    def decoded(self, grid: Grid) -> int:
+        """Two batches of images as the reader hands them over, padded to the largest: one is replaced by the next."""
+        b = self.blueprint
+        images = b.config.optim.batch_size // grid.images if b.method_class.trainable else 0
+        return 2 * images * b.split.max_height * b.split.max_width * 3
+
+    def total(self, grid: Grid) -> int:
+        parts = self.weights, self.waiting, self.inputs, self.activations, self.representations
+        return sum(parts) + self.decoded(grid)
+
+
+def _peak(b: Blueprint, method) -> int:
+    """The most that forward and backward of the backbone hold at once on this rank, beside weights and input."""
+    method.train()
+    half = b.config.precision == "bf16"
+    if half:  # under autocast the layers put out bf16; their float32 weights are counted elsewhere
+        method.backbone.bfloat16()
+    for parameter in method.parameters():  # and so are their gradients
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    views = []
     for spec in b.specs:
-        count = images * spec.num // grid.views
-        inputs += count * 3 * spec.size**2 * element
-        if b.method_class.trainable:
-            activations += count * _activations(backbone, spec.size) * (2 if config.precision == "bf16" else element)
+        num_views, num_images = spec.num // b.grid.views, b.config.optim.batch_size // b.grid.images
+        if not method.views_together or num_views == 1:
+            num_images = max(2, num_images)  # a BatchNorm that knows of no other rank refuses a single value
+        views.append(torch.empty(num_views, num_images, 3, spec.size, spec.size, dtype=b.dtype, device="meta"))
+    with Alive([*method.parameters(), *method.buffers(), *views]) as alive:
+        z = [method.represent(group.bfloat16() if half else group) for group in views]
+        torch.autograd.backward(z, [torch.empty_like(part) for part in z])
+    return alive.peak
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make, from their making until nobody holds them any more.
+
+    Tensors that share a storage count once; those in `known` do not count."""
+
+    def __init__(self, known: list[Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = {t.untyped_storage()._cdata for t in known}
+        self._held: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._hold(tensor.untyped_storage())
+        return made
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        key, num_bytes = storage._cdata, storage.nbytes()
+        if key in self._known or key in self._held:
+            return
+
+        def gone(_):
+            self.now -= num_bytes
+            del self._held[key]
+
+        self._held[key] = weakref.ref(storage, gone)
+        self.now += num_bytes
+        self.peak = max(self.peak, self.now)
+
+
+def _memory(memory: Memory) -> dict[str, str]:
+    b = memory.blueprint
+    parts = {
+        "weights, gradients, optimizer": memory.weights,
+        "decoded images": memory.decoded(b.grid),
+        "waiting views": memory.waiting,
+        "input": memory.inputs,
+        "activations": memory.activations,
+        "representations": memory.representations,
+    }
+    text = ", ".join(f"{name} {_mib(num_bytes):.1f}" for name, num_bytes in parts.items())
     return {
-        "backbone": f"{parameters:,} parameters, {backbone.feature_dim} features",
-        "memory a rank": f"weights and optimizer {_mib(4 * parameters * element)}, input {_mib(inputs)}, "
-        f"activations about {_mib(activations)}",
+        "backbone": f"{memory.parameters:,} parameters, {memory.feature_dim} features",
+        "memory a rank": f"about {_mib(memory.total(b.grid)):.1f} MiB, the allocator's slack not counted:\n{text}",
     }
 
 
-def _activations(backbone: nn.Module, size: int) -> int:
-    """Elements that the leaf layers put out for one image."""
-    total = 0
-
-    def count(_module, _args, output):
-        nonlocal total
-        total += output.numel()
-
-    hooks = [layer.register_forward_hook(count) for layer in backbone.modules() if not list(layer.children())]
-    backbone.eval()(torch.empty(1, 3, size, size, device="meta"))
-    for hook in hooks:
-        hook.remove()
-    return total
-
-
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:.1f} MiB"
+def _mib(num_bytes: int) -> float:
+    return num_bytes / 2**20
 
 
 def _files(b: Blueprint) -> dict[str, str]:

@@ -26,6 +26,10 @@ class Grid:
     def view_shard(self, rank: int) -> int:
         return rank % self.views
 
+    def inside(self, ranks_per_node: int) -> bool:
+        """Whether the ranks that share images always lie on one node."""
+        return ranks_per_node % self.views == 0
+
     def image_range(self, rank: int, batch_size: int) -> range:
         """Positions of the global batch that `rank` holds."""
         count = batch_size // self.images
@@ -66,7 +70,7 @@ def choose(
     """
     possible = splits(world_size, batch_size, group_sizes, free_views)
     if view_shards == "auto":
-        inside = [grid for grid in possible if ranks_per_node % grid.views == 0] or possible
+        inside = [grid for grid in possible if grid.inside(ranks_per_node)] or possible
         if inside:
             return inside[-1]
         wanted = f"{world_size} ranks"
@@ -75,7 +79,7 @@ def choose(
         match = [grid for grid in possible if grid.views == view_shards]
         if match:
             return match[0]
-        if not free_views and view_shards != 1:
+        if possible and not free_views:
             raise UserError(
                 f"data.view_shards = {view_shards}: method {method} needs every view of an image on one rank; "
                 "set data.view_shards=1 or auto"

@@ -69,8 +69,8 @@ class SSLMethod(nn.Module):
         self.options = options
 
     @classmethod
-    def explain(cls, num_views: int, batch_size: int, options: Section) -> dict[str, str]:
-        """What of this method a plan should show, name -> text; for example the pairs of a step."""
+    def explain(cls, num_views: int, batch_size: int, options: Section, world_size: int = 1) -> dict[str, str]:
+        """What of this method a plan should show, name -> text; for example the pairs of a step and those of a rank."""
         return {}
 
     @classmethod

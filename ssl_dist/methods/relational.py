@@ -158,10 +158,18 @@ class Method(SSLMethod):
         self.fused = True  # False: torch operations on the CPU too (slower; the two are held together by tests)
 
     @classmethod
-    def explain(cls, num_views: int, batch_size: int, options: Options) -> dict[str, str]:
+    def explain(cls, num_views: int, batch_size: int, options: Options, world_size: int = 1) -> dict[str, str]:
         num_units = num_views * (num_views - 1) // 2 * batch_size
         loss = f"focal binary cross-entropy, gamma {options.gamma:g}, alpha {options.alpha}"
-        return {"pairs": f"{num_units} positive and {num_units} negative a step ({options.aggregation}), {loss}"}
+        least, most = num_units // world_size, -(-num_units // world_size)
+        share = f"{most}" if least == most else f"{least}-{most}"
+        text = f"{share} positive and as many negative"
+        if options.aggregation == "max" or torch.cuda.is_available():  # pairs x hidden: kept 3 times, 1 in flight
+            text += f"; scoring them takes about {4 * 2 * most * options.hidden * 4 / 2**20:.1f} MiB"
+        return {
+            "pairs": f"{num_units} positive and {num_units} negative a step ({options.aggregation}), {loss}",
+            "pairs a rank": text,
+        }
 
     @classmethod
     def warm_up(cls, options: Options, dtype: torch.dtype) -> None:

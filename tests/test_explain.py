@@ -1,0 +1,184 @@
+"""What explain prints for a small config on several worlds; the memory it counts against tensors of real steps."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from ssl_dist import backbones, config, explain, methods
+from ssl_dist.blueprint import derive
+from ssl_dist.dist import Place
+
+CONFIG = "configs/digits/relational-conv4.yaml"
+
+
+@pytest.fixture
+def load(digits, tmp_path):
+    def run(*overrides):
+        base = [f"data.root={digits}", f"run_dir={tmp_path / 'run'}", "data.reader=arrays"]
+        return config.load(CONFIG, [*base, "optim.batch_size=12", "views.num=8", *overrides])
+
+    return run
+
+
+@pytest.fixture
+def say(load):
+    """The lines of explain by their names; a line that begins with spaces belongs to the name above."""
+
+    def run(world, *overrides, per_node=None):
+        lines, name = {}, None
+        for line in explain.explain(load(*overrides), world, per_node).splitlines():
+            if not line.startswith(" "):
+                name, _, line = re.match(r"(\S+( \S+)*)  +(.*)", line).group(1, 2, 3)
+            lines.setdefault(name, []).append(line.strip())
+        return lines
+
+    return run
+
+
+def memory(settings, world=1):
+    return explain.Memory.of(derive(settings, Place(0, world, 0, world)))
+
+
+# ---------------------------------------------------------------------------------------------------- text
+
+
+@pytest.mark.parametrize(
+    ("world", "per_node", "overrides", "ranks", "each", "who", "pairs"),
+    [
+        (1, None, [], "1 = 1 image shard(s) x 1 view", "12 images, 8 x", "rank 0 holds everything", "336 positive"),
+        (4, None, [], "4 = 1 image shard(s) x 4 view", "12 images, 2 x", "ranks 0-3 hold views of the same", "84 pos"),
+        (4, 2, [], "4 = 2 image shard(s) x 2 view", "6 images, 4 x",
+         "ranks 0-1, 2-3 hold views of the same images; 2 nodes of 2 ranks, view shards inside a node", "84 positive"),
+        (4, 2, ["data.view_shards=4"], "4 = 1 image shard(s) x 4 view", "12 images, 2 x",
+         "ranks 0-3 hold views of the same images; 2 nodes of 2 ranks, view shards spread over several nodes", "84 p"),
+        (6, 1, [], "6 = 6 image shard(s) x 1 view", "2 images, 8 x",
+         "no two ranks hold the same image; 6 nodes of 1 ranks", "56 positive"),
+        (32, None, ["optim.batch_size=64"], "32 = 4 image shard(s) x 8 view", "16 images, 1 x",
+         "ranks 0-7, 8-15, ..., 24-31 hold views", "56 positive"),
+        (16, None, [], "16 = 2 image shard(s) x 8 view", "6 images, 1 x", "ranks 0-7, 8-15 hold views", "21 positive"),
+    ],
+)  # fmt: skip
+def test_who_holds_what(say, world, per_node, overrides, ranks, each, who, pairs):
+    said = say(world, *overrides, per_node=per_node)
+    assert said["ranks"][0].startswith(ranks) and said["each rank"][0].startswith(each)
+    assert said["who holds what"][0].startswith(who) and said["pairs a rank"][0].startswith(pairs)
+
+
+def test_every_split_is_a_line_and_the_chosen_one_is_marked(say):
+    rows = [line.split() for line in say(4, per_node=2)["splits"][1:]]
+    assert [row[:6] for row in rows] == [
+        ["1", "4", "x", "1", "3", "8"], ["2", "2", "x", "2", "6", "4"], ["4", "1", "x", "4", "12", "2"],
+    ]  # fmt: skip
+    assert [row[7:] for row in rows] == [[], ["chosen"], ["over", "nodes"]]
+    assert float(rows[1][6]) == float(say(4, per_node=2)["memory a rank"][0].split()[1])
+
+
+def test_large_worlds_stay_short(say):
+    said = say(64, "optim.batch_size=64", "views.num=64", per_node=8)
+    assert len(said["splits"]) == 8 and sum(map(len, said.values())) < 40
+    assert max(len(line) for lines in said.values() for line in lines) < 160
+
+
+def test_pairs_of_a_rank_are_those_that_it_scores(say):
+    assert say(3, "views.num=3", "optim.batch_size=3")["pairs a rank"] == ["3 positive and as many negative"]
+    method, options = methods.find("relational"), methods.build_options(methods.find("relational"), {})
+    for num_views, batch_size, world in ((5, 7, 4), (2, 3, 8), (32, 64, 3)):
+        units = num_views * (num_views - 1) // 2 * batch_size
+        shares = [(r + 1) * units // world - r * units // world for r in range(world)]
+        text = method.explain(num_views, batch_size, options, world)["pairs a rank"]
+        assert text.startswith(f"{min(shares)}-{max(shares)} positive")
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+
+
+class Net(nn.Module):
+    """A network whose tensors can be counted by hand: images of 8 px."""
+
+    feature_dim = 5
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 5, 3, padding=1, bias=False), nn.BatchNorm2d(5), nn.ReLU(True)
+
+    def forward(self, x):
+        return self.relu(self.bn(self.conv(x))).mean((2, 3))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_a_network_counted_by_hand(load, monkeypatch, precision):
+    monkeypatch.setattr(backbones, "check", lambda name: None)
+    monkeypatch.setattr(backbones, "build", lambda name: Net())
+    counted = memory(load("data.image_size=8", f"precision={precision}"), 2)
+    element, images = {"fp32": 4, "fp64": 8}[precision], 12 * 8 // 2
+    parameters = 3 * 5 * 9 + 2 * 5 + (10 * 256 + 256) + 2 * 256 + (256 + 1)
+    one_map, inputs = images * 5 * 64 * element, images * 3 * 64
+    assert counted.weights == 5 * parameters * element  # adam, and DDP's buckets
+    assert (counted.inputs, counted.waiting) == (inputs * element, 4 * inputs)
+    assert counted.representations == 2 * 12 * 8 * 5 * element
+    # kept: what conv and ReLU put out; in flight: the gradient of ReLU's input, and of BatchNorm's
+    assert 4 * one_map <= counted.activations < 4.1 * one_map
+
+
+def kept_by_autograd(network, images):
+    """Bytes of the tensors that a real forward keeps for the backward, each storage once, without the weights."""
+    known = {t.untyped_storage().data_ptr() for t in [*network.parameters(), *network.buffers(), images]}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = network(images)
+    assert out.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "in_flight"), [("conv4", 32, 0.15), ("resnet8", 32, 0.15), ("resnet32", 32, 0.05)]
+)
+def test_activations_are_what_a_real_step_keeps(load, name, size, in_flight):
+    """On top of them come the gradients in flight: a few maps, so the less the deeper the network is."""
+    counted = memory(load(f"backbone.name={name}", f"data.image_size={size}")).activations
+    real = kept_by_autograd(backbones.build(name).train(), torch.randn(12 * 8, 3, size, size))
+    assert real < counted < (1 + in_flight) * real
+
+
+def test_memory_falls_with_the_ranks_but_not_with_their_split(load):
+    one = memory(load("backbone.name=resnet8"))
+    for shards in (1, 2, 4):
+        four = memory(load("backbone.name=resnet8", f"data.view_shards={shards}"), 4)
+        assert four.activations == pytest.approx(one.activations / 4, rel=0.01)
+        assert (four.inputs, four.waiting) == (one.inputs / 4, one.waiting / 4)
+    held = [four.decoded(explain.Grid(4 // wv, wv)) for wv in (1, 2, 4)]
+    assert held[2] == 4 * held[0] == 2 * held[1] == one.decoded(explain.Grid(1, 1))
+
+
+def test_half_precision_takes_half(load):
+    full, half = (memory(load("backbone.name=resnet8", f"precision={p}")) for p in ("fp32", "bf16"))
+    assert half.activations == pytest.approx(full.activations / 2, rel=0.05)
+    assert (half.weights, half.inputs) == (full.weights, full.inputs)
+
+
+def test_optimizers_differ_in_their_state(load):
+    adam, sgd, plain = (
+        memory(load(*o)).weights
+        for o in (["optim.name=adam"], ["optim.name=sgd"], ["optim.name=sgd", "optim.momentum=0"])
+    )
+    assert adam * 3 == sgd * 4 == plain * 6
+
+
+def test_one_view_of_one_image_can_be_counted(load):
+    """Its last maps are single values, of which a BatchNorm has no statistics where there is one rank."""
+    assert memory(load("optim.batch_size=2", "views.num=2", "data.image_size=8"), 4).activations > 0
+
+
+def test_what_is_not_trained_takes_its_weights(load):
+    counted = memory(load("method.name=random_weights", "method.options={}", "views.num=1"))
+    assert (counted.activations, counted.inputs, counted.waiting) == (0, 0, 0)
+    assert counted.total(explain.Grid(1, 1)) == counted.weights == counted.parameters * 4
