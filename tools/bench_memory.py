@@ -1,0 +1,139 @@
+"""Peak memory of a rank in a real training, for several grids of ranks, beside what `ssl-dist explain` counts.
+
+    python tools/bench_memory.py --data data/cifar10 [--grids 1x1 1x4] [--steps 3] [--plain] [--tuned] [key=value ...]
+
+Every grid (image shards x view shards) is a training of a few steps under launch/torchrun_single.sh in a temporary run
+folder. The kernel keeps each process's largest resident memory (VmHWM), which is read until the ranks end. "imports"
+is that of a process that imports the package with its readers and explains the config; it is taken off. --tuned, the
+default, has the allocator settings of the launch scripts, which keep what is freed; --plain has glibc's own.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MARK = "SSL_DIST_BENCH_MEMORY"  # in the environment of the ranks, so that they are known among all processes
+SETTINGS = ["backbone.name=resnet32", "views.num=32", "optim.batch_size=64", "precision=fp32"]
+ALLOCATORS = {
+    "tuned": {},  # the launch script sets it
+    "plain": {"GLIBC_TUNABLES": "glibc.malloc.check=0"},  # a set variable is left alone, and this one changes nothing
+}
+WORKER = """
+import json, sys
+import ssl_dist.train, ssl_dist.figures, ssl_dist.data.arrays
+from ssl_dist import config, explain
+from ssl_dist.blueprint import derive
+from ssl_dist.dist import Place
+wanted = config.load(sys.argv[1], sys.argv[3:])
+if wanted.data.reader == "ffcv":
+    import ssl_dist.data.ffcv_reader
+size = int(sys.argv[2])
+b = derive(wanted, Place(0, size, 0, size))
+estimate = explain.Memory.of(b).total(b.grid)
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+print(json.dumps([int(status["VmHWM"].split()[0]) / 1024, estimate / 2**20]))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, type=Path, help="folder that `ssl-dist convert` wrote")
+    parser.add_argument("--config", default=str(ROOT / "configs/cifar10/relational-conv4.yaml"))
+    parser.add_argument("--grids", nargs="+", default=["1x1", "1x4"], type=grid, help="Wi x Wv (default 1x1 1x4)")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--plain", action="store_true", help="without the launch scripts' allocator settings")
+    parser.add_argument("--tuned", action="store_true", help="with them; the default, to be named for both")
+    arguments, overrides = parser.parse_known_args()  # overrides may stand behind options
+    unknown = [text for text in overrides if text.startswith("-") or "=" not in text]
+    if unknown:
+        parser.error(f"not a key=value: {unknown[0]}")
+    name = json.loads((arguments.data / "dataset.json").read_text(encoding="utf-8"))["name"]
+    settings = [
+        f"data.root={arguments.data.resolve()}", f"data.name={name}", "optim.epochs=null",
+        f"optim.steps={arguments.steps}", "checkpoint.every_epochs=null", *SETTINGS, *overrides,
+    ]  # fmt: skip
+    allocators = [a for a in ALLOCATORS if getattr(arguments, a)] or ["tuned"]
+    print(f"{arguments.config} {' '.join([*SETTINGS, *overrides])}, {arguments.steps} steps; MiB", flush=True)
+    row = "{:<9} {:>7} {:>8} {:>8} {:>8} {:>12} {:>8} {:>9} {:>8} {:>8}"
+    columns = "allocator", "grid", "largest", "mean", "imports", "largest-imp.", "ratio", "explain", "ratio", "meas/exp"
+    print(row.format(*columns), flush=True)
+    for allocator in allocators:
+        first = None
+        for images, views in arguments.grids:
+            wanted = [*settings, f"data.view_shards={views}"]
+            imports, estimate = before(arguments.config, images * views, wanted)
+            peaks = train(arguments.config, images * views, wanted, ALLOCATORS[allocator])
+            largest = max(peaks)
+            own = largest - imports
+            first = first or (own, estimate)
+            print(row.format(
+                allocator, f"{images}x{views}", f"{largest:.0f}", f"{sum(peaks) / len(peaks):.0f}", f"{imports:.0f}",
+                f"{own:.0f}", f"{own / first[0]:.3f}", f"{estimate:.0f}", f"{estimate / first[1]:.3f}",
+                f"{own / estimate:.2f}",
+            ), flush=True)  # fmt: skip
+
+
+def grid(text: str) -> tuple[int, int]:
+    images, views = map(int, text.split("x"))
+    return images, views
+
+
+def before(config: str, world_size: int, settings: list[str]) -> tuple[float, float]:
+    """MiB of a process that has not begun to train, and what explain counts for a rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", WORKER, config, str(world_size), *settings, f"run_dir={folder}/run"]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"explaining {config} failed with exit code {done.returncode}")
+    imports, estimate = json.loads(done.stdout)
+    return imports, estimate
+
+
+def train(config: str, world_size: int, settings: list[str], environment: dict[str, str]) -> list[float]:
+    """MiB that every rank held at its peak."""
+    mark = uuid.uuid4().hex
+    inherited = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "said"), "w+", encoding="utf-8") as said:
+        process = subprocess.Popen(
+            [ROOT / "launch/torchrun_single.sh", str(world_size), config, *settings, f"run_dir={folder}/run"],
+            env=inherited | {"PYTHON": sys.executable, MARK: mark} | environment, stdout=said, stderr=said,
+        )  # fmt: skip
+        peaks: dict[str, float] = {}
+        try:
+            while process.poll() is None:
+                for rank, mib in ranks(mark):
+                    peaks[rank] = max(peaks.get(rank, 0), mib)
+                time.sleep(0.05)
+        finally:
+            process.terminate()  # where this script is interrupted; torchrun ends its ranks
+            process.wait()
+        if process.returncode or len(peaks) != world_size:
+            said.seek(0)
+            sys.exit(f"{said.read()[-3000:]}\nthe training ended with exit code {process.returncode}")
+    return list(peaks.values())
+
+
+def ranks(mark: str) -> list[tuple[str, float]]:
+    """(rank, VmHWM in MiB) of the processes below the launch script that bears the mark."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            pairs = (entry.partition("=") for entry in (process / "environ").read_text(errors="replace").split("\0"))
+            variables = {name: value for name, _, value in pairs}
+            status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+        except OSError:  # it has ended, or is another user's
+            continue
+        if variables.get(MARK) == mark and "RANK" in variables and "VmHWM" in status:
+            found.append((variables["RANK"], int(status["VmHWM"].split()[0]) / 1024))
+    return found
+
+
+if __name__ == "__main__":
+    main()
