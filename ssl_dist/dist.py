@@ -5,90 +5,69 @@ Gradient rule: `gather_views` and `sum` have a SUM backward, and `wrap` averages
 a loss computed in full on every rank is returned as it is, a rank's share of a sum goes through `from_share`.
 """
 
-import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ssl_dist import batchnorm
-from ssl_dist.errors import UserError
+from ssl_dist import batchnorm, meeting
+from ssl_dist.board import State
+from ssl_dist.errors import Fault, UserError
 from ssl_dist.grid import Grid
+from ssl_dist.place import Place
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where this process stands, as its launcher says; one process alone when there is none."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
-
-    @staticmethod
-    def from_environment() -> "Place":
-        """torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE."""
-        if "RANK" not in os.environ:
-            return Place()
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        try:
-            return Place(*(int(os.environ[name]) for name in names))
-        except (KeyError, ValueError):
-            missing = [name for name in names if not os.environ.get(name, "").isdigit()]
-            raise UserError(f"environment: RANK is set but {missing[0]} is not a number; start with torchrun") from None
 
 
 class World:
     """All ranks of a run, the grid they form, and the few exchanges that methods and the loop need."""
 
-    def __init__(self, place: Place, grid: Grid, device: torch.device):
+    def __init__(self, place: Place, grid: Grid, device: torch.device, state: State | None = None):
         assert grid.size == place.size, "the grid must hold every rank"
         self.place, self.grid, self.device = place, grid, device
-        self._agreed: BaseException | None = None  # an error that all ranks raise together
+        self.state = state or State(place)  # what this rank is doing, for the watchdog and the other ranks
 
     def __enter__(self) -> "World":
         return self
 
     def __exit__(self, _kind, error: BaseException | None, _traceback) -> None:
-        if isinstance(error, UserError) and error is not self._agreed:
-            error.met_alone = True
-        self.close()
+        if isinstance(error, UserError):
+            error.met_alone = not error.agreed
+        if error is None or self.device.type == "cpu":
+            self.close()  # with NCCL this would wait for exchanges that never end; the end of the process frees them
 
     @property
     def is_first(self) -> bool:
-        return self.place.rank == 0
+        return self.place.is_first
 
     @property
     def alone(self) -> bool:
-        return self.place.size == 1
+        return self.place.alone
 
     # ------------------------------------------------------------------ for methods
 
     def gather_views(self, z_VBD: Tensor, batch: Any = None) -> Tensor:
         """The global batch's representations [K, M, D] in canonical (view, image) order, from [V_local, B_local, D]."""
-        return z_VBD if self.alone else _GatherViews.apply(z_VBD, self.grid, self.place.rank)
+        return z_VBD if self.alone else _GatherViews.apply(z_VBD, self)
 
     def gather_images(self, x_B: Tensor, batch: Any = None) -> Tensor:
         """A quantity of the images of the global batch [M, ...] from [B_local, ...]; no gradient."""
-        return x_B if self.alone else _gather(x_B)[:: self.grid.views].flatten(0, 1)
+        return x_B if self.alone else self._gather(x_B)[:: self.grid.views].flatten(0, 1)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over the ranks, with gradient."""
-        return x if self.alone else _Sum.apply(x)
+        return x if self.alone else _Sum.apply(x, self)
 
     def reduce(self, x: Tensor) -> Tensor:
         """The sum over the ranks, without gradient; `x` is not changed."""
         if self.alone:
             return x
         total = x.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
+        with self.state.exchange("all_reduce"):
+            dist.all_reduce(total)
         return total
 
     def share(self, count: int) -> tuple[int, int]:
@@ -117,12 +96,12 @@ class World:
             )
 
     def synchronize_batchnorm(self, module: nn.Module) -> nn.Module:
-        """BatchNorm over the global batch, on GPU by torch and on CPU by our twin."""
-        if self.alone:
-            return module
-        batchnorm.refuse_others(module)
+        """BatchNorm over the global batch: on GPUs torch's, on the CPU our twin, also for one process, so that the
+        arithmetic is the same on any number of ranks."""
+        if not self.alone:
+            batchnorm.refuse_others(module)
         if self.device.type == "cuda":
-            return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+            return module if self.alone else nn.SyncBatchNorm.convert_sync_batchnorm(module)
         return batchnorm.synchronize(module, self.reduce)
 
     def mean(self, x: Tensor) -> Tensor:
@@ -134,32 +113,56 @@ class World:
         if self.alone:
             return list(flags)
         up = torch.tensor([float(flag) for flag in flags], device=self.device)
-        dist.all_reduce(up, dist.ReduceOp.MAX)
-        return [value > 0 for value in up.tolist()]
+        with self.state.exchange("all_reduce"):
+            dist.all_reduce(up, dist.ReduceOp.MAX)
+            return [value > 0 for value in up.tolist()]
 
     def first(self, action: Callable[[], T]) -> T:
-        """What `action` returns on rank 0, on every rank; a `UserError` or `OSError` there is raised on every rank."""
-        if self.alone:
-            return action()
+        """What `action` returns on rank 0, on every rank; a `UserError` or `OSError` there is raised on every rank, the
+        latter as a `Fault`."""
         answer: list[Any] = [None, None]
         if self.is_first:
             try:
                 answer[0] = action()
-            except (UserError, OSError) as error:
+            except UserError as error:
                 answer[1] = error
-        dist.broadcast_object_list(answer, src=0)
+            except OSError as error:
+                what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+                answer[1] = Fault(f"{self.place} at step {self.state.step}: {what}")
+            if answer[1] is not None:
+                answer[1].agreed = True
+        if not self.alone:
+            with self.state.exchange("broadcast"):
+                dist.broadcast_object_list(answer, src=0)
         if answer[1] is not None:
-            self._agreed = answer[1]
             raise answer[1]
         return answer[0]
 
+    def everyone(self, value: T) -> list[T]:
+        """Every rank's plain value, in the order of ranks."""
+        if self.alone:
+            return [value]
+        values: list[Any] = [None] * self.place.size
+        with self.state.exchange("all_gather"):
+            dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         if not self.alone:
-            dist.barrier()
+            with self.state.exchange("barrier"):
+                dist.barrier()
 
     def close(self) -> None:
         if not self.alone and dist.is_initialized():
             dist.destroy_process_group()
+
+    def _gather(self, x: Tensor) -> Tensor:
+        """[W, ...] from every rank's [...]; the shapes are equal by the grid."""
+        flat = x.detach().flatten()
+        out = flat.new_empty(self.place.size * flat.numel())
+        with self.state.exchange("all_gather"):
+            dist.all_gather_into_tensor(out, flat)
+        return out.view(-1, *x.shape)
 
 
 def choose_device(place: Place) -> torch.device:
@@ -175,15 +178,18 @@ def choose_device(place: Place) -> torch.device:
     return torch.device("cuda", place.local_rank)
 
 
-def start(place: Place, grid: Grid, timeout: float) -> World:
-    """Join the other ranks (nothing to do for one rank). A rank waits `timeout` seconds for the others, no longer."""
+def start(
+    place: Place, grid: Grid, state: State | None = None, is_stopping: Callable[[], bool] = lambda: False
+) -> World:
+    """Join the other ranks (nothing to do for one rank); see `meeting.join` for what it raises."""
     device = choose_device(place)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if place.size > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    return World(place, grid, device)
+    world = World(place, grid, device, state)
+    if not world.alone:
+        meeting.join(place, device, is_stopping)
+        meeting.prove(world)
+    return world
 
 
 def one_process(device: torch.device | None = None) -> World:
@@ -191,44 +197,29 @@ def one_process(device: torch.device | None = None) -> World:
     return World(Place(), Grid(1, 1), device or torch.device("cpu"))
 
 
-def _gather(x: Tensor) -> Tensor:
-    """[W, ...] from every rank's [...]; the shapes are equal by the grid."""
-    flat = x.detach().flatten()
-    out = flat.new_empty(dist.get_world_size() * flat.numel())
-    dist.all_gather_into_tensor(out, flat)
-    return out.view(-1, *x.shape)
-
-
 class _GatherViews(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z_VBD, grid: Grid, rank: int):
-        ctx.grid, ctx.rank = grid, rank
+    def forward(ctx, z_VBD, world: World):
+        ctx.world, grid = world, world.grid
         num_views, num_images = z_VBD.shape[:2]
-        parts = _gather(z_VBD).unflatten(0, (grid.images, grid.views))
-        ctx.shape = parts.shape
+        parts = world._gather(z_VBD).unflatten(0, (grid.images, grid.views))
         canonical = parts.movedim((1, 2), (0, 1))  # image shard and image come together, in this order
         return canonical.reshape(grid.views * num_views, grid.images * num_images, *z_VBD.shape[2:])
 
     @staticmethod
     def backward(ctx, grad_KMD):
-        grid = ctx.grid
-        num_views, num_images = ctx.shape[2:4]
-        grad = grad_KMD.clone(memory_format=torch.contiguous_format)  # autograd's buffer may be shared
-        dist.all_reduce(grad)
-        views = slice(grid.view_shard(ctx.rank) * num_views, (grid.view_shard(ctx.rank) + 1) * num_views)
-        images = slice(grid.image_shard(ctx.rank) * num_images, (grid.image_shard(ctx.rank) + 1) * num_images)
-        return grad[views, images].contiguous(), None, None
+        grid, rank = ctx.world.grid, ctx.world.place.rank
+        grad = ctx.world.reduce(grad_KMD)
+        views, images = grid.view_range(rank, grad.shape[0]), grid.image_range(rank, grad.shape[1])
+        return grad[views.start : views.stop, images.start : images.stop].contiguous(), None
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
-        total = x.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
+    def forward(ctx, x, world: World):
+        ctx.world = world
+        return world.reduce(x)
 
     @staticmethod
     def backward(ctx, grad):
-        total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
+        return ctx.world.reduce(grad), None
