@@ -96,7 +96,7 @@ while [ -n "$interrupted" ]; do # a signal ends the wait, not torchrun
     wait "$torchrun_pid" || code=$?
 done
 
-[ "$code" != 0 ] || exit 0
+# Ranks that were stopped or met a mistake tell torchrun 0, which would start them again else.
 case $(cat "$SSL_DIST_EXIT_FILE" 2>/dev/null) in
 75)
     echo "stopped on request after a checkpoint; the same command goes on from there (exit code 75)" >&2

@@ -57,7 +57,7 @@ def extract(weights: Path, splits: Sequence[str], overrides: Sequence[str], out:
     place = dist.Place.from_environment()
     threads = max(1, available_cores() // place.local_size)
     wanted = splits or _labelled_splits(source)
-    with dist.start(place, Grid(place.size, 1), features.PATIENCE) as world:
+    with dist.start(place, Grid(place.size, 1)) as world:
         return [features.extract(encoder, source, split, folder, world, threads) for split in wanted]
 
 

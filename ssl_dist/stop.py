@@ -25,6 +25,10 @@ class StopRequest:
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
+    def request(self) -> None:
+        """Ask from within the program; what the signals do."""
+        self.requested = True
+
     def _handle(self, number, _frame) -> None:
         self.requested = True
         if number == signal.SIGINT:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -9,34 +10,48 @@ from collections.abc import Iterator
 
 import torch
 
-from ssl_dist import checkpoint, config, dist, health, optim, runfolder
+from ssl_dist import batchnorm, checkpoint, config, dist, health, optim, runfolder, watchdog
+from ssl_dist.agreement import agree
 from ssl_dist.blueprint import Blueprint, derive
 from ssl_dist.clock import Clock
 from ssl_dist.config import Config
 from ssl_dist.data import views
 from ssl_dist.data.loader import HostBatch, TrainLoader
 from ssl_dist.data.normalize import normalized
-from ssl_dist.errors import UserError
+from ssl_dist.errors import Fault, UserError
+from ssl_dist.meeting import StoppedWhileWaiting
 from ssl_dist.methods.base import Batch, Output
+from ssl_dist.place import Place
 from ssl_dist.runlog import RunLog
 from ssl_dist.stop import STOPPED, StopRequest
+from ssl_dist.watchdog import Watchdog
 
 
 def train(wanted: Config) -> int:
     """Run a training on this rank, or go on with it. Returns 0 when it is complete, 75 when it was asked to stop."""
     if wanted.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    place = dist.Place.from_environment()
+    place = Place.from_environment()
     blueprint = derive(wanted, place)
     for spec in blueprint.specs:
         views.warm_up(spec)  # compile before the ranks meet, or they wait for one another
     blueprint.method_class.warm_up(blueprint.options, blueprint.dtype)
-    with (
-        StopRequest() as stop,
-        dist.start(place, blueprint.grid, wanted.timeout) as world,
-        claimed(blueprint, world),
-    ):
-        return fit(Training(blueprint, world), stop)
+    if not torch.cuda.is_available():
+        batchnorm.warm_up(blueprint.dtype)
+    with StopRequest() as stop, Watchdog(place, wanted.timeout, stop.request) as dog:
+        try:
+            world = dist.start(place, blueprint.grid, dog.state, lambda: stop.requested)
+        except StoppedWhileWaiting:
+            return STOPPED
+        with world, claimed(blueprint, world):
+            dog.show(blueprint.run / "logs", agree(blueprint, world))
+            run = Training(blueprint, world)
+            if world.is_first:
+                runfolder.note_start(run.folder, wanted, run.clock.step, place.size)
+            dog.log.note(f"{place} of {place.size} (pid {os.getpid()}) begins after step {run.clock.step}")
+            code = fit(run, stop)
+            dog.log.note("stopped on request" if code == STOPPED else "done")
+            return code
 
 
 @contextlib.contextmanager
@@ -56,6 +71,12 @@ def claimed(blueprint: Blueprint, world: dist.World) -> Iterator[None]:
             os.close(lock)
 
 
+class NonFiniteLoss(Fault):
+    """The loss of some rank was NaN or infinite; the optimizer has not taken that step."""
+
+    agreed = True
+
+
 def fit(run: "Training", stop: StopRequest) -> int:
     """Train to the end, or to the step at which any rank was asked to stop. Returns the exit code."""
     clock, method, world, settings = run.clock, run.method, run.world, run.config
@@ -63,7 +84,7 @@ def fit(run: "Training", stop: StopRequest) -> int:
         run.finish(clock)
         return 0
     with run.loader() as loader, run.log() as log:
-        for host in waiting(loader.batches(clock.step, clock.total_steps), log):
+        for host in run.batches(loader, log):
             batch = run.to_device(host)
             redrawn = method.before_step(clock, run.extract, world)
             optim.reset_state(run.optimizer, redrawn)
@@ -111,8 +132,6 @@ class Training:
         if method.trainable:
             self.optimizer = optim.build(self.config.optim, [p for p in method.parameters() if p.requires_grad])
         self.clock = blueprint.clock(self._resume())
-        if world.is_first:
-            runfolder.note_start(self.folder, self.config, self.clock.step, world.place.size)
         if self.config.compile:
             method.backbone.compile()
         self.wrapped = world.wrap(self.method)
@@ -146,6 +165,19 @@ class Training:
             return contextlib.nullcontext()
         title = f"{self.config.method.name} {self.config.backbone.name}"
         return RunLog(self.folder, self.clock, title, self.config.optim.batch_size, self.blueprint.num_views)
+
+    def batches(self, loader: TrainLoader, log: RunLog | None) -> Iterator[HostBatch]:
+        """The batches that are left. The watchdog is told of each step, the log of the time waited for it."""
+        state, iterator = self.world.state, loader.batches(self.clock.step, self.clock.total_steps)
+        state.phase, state.bound = "the first step", watchdog.COMPILING if self.config.compile else watchdog.FIRST_STEP
+        for step in range(self.clock.step + 1, self.clock.total_steps + 1):
+            state.step = step
+            start = time.perf_counter()
+            host = next(iterator)
+            if log is not None:
+                log.waited(time.perf_counter() - start)
+            yield host
+            state.phase, state.bound = "", 0.0
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
@@ -194,7 +226,8 @@ class Training:
     def save(self, clock: Clock, stop: StopRequest) -> None:
         """Rank 0 writes a checkpoint; the others wait, and a failure there ends all of them."""
         stop.saving = True
-        self.world.first(lambda: self._save(clock))
+        with self.world.state.phase_of(f"the save of step {clock.step}", watchdog.SAVE):
+            self.world.first(lambda: self._save(clock))
         stop.saving = False
 
     def _save(self, clock: Clock) -> None:
@@ -210,7 +243,12 @@ class Training:
             "info": dataclasses.asdict(self.blueprint.info),
             "data": self.blueprint.data_identity,
         }
-        checkpoint.save(self.folder, state)
+        try:
+            checkpoint.save(self.folder, state)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{error.strerror}, while saving step {clock.step}; {self._newest()}", error.filename
+            ) from error
         kept = self.config.checkpoint
         checkpoint.prune(self.folder, kept.keep, kept.keep_every, clock.step)
 
@@ -223,29 +261,17 @@ class Training:
             figures.loss_curve(self.folder / "loss.png", self.folder / "metrics.jsonl")
 
     def diagnosis(self, clock: Clock, output: Output) -> str:
-        """Why a non-finite loss ends the run, in one line."""
-        parts = {"loss": self.world.mean(output.loss.detach())} | output.metrics
-        terms = ", ".join(f"{name} = {float(value):g}" for name, value in parts.items())
-        kept = checkpoint.steps(self.folder)
-        last = f"the newest checkpoint is {checkpoint.path_of(self.folder, kept[-1])}" if kept else "nothing is saved"
+        """Why a non-finite loss ends the run, in one line. Every rank takes part."""
+        terms = {"loss": float(output.loss.detach())} | {name: float(v) for name, v in output.metrics.items()}
+        said = self.world.everyone((str(self.world.place), terms))
+        bad = [(name, terms) for name, terms in said if not math.isfinite(terms["loss"])]
+        names = ", ".join(name for name, _ in bad[:4]) + (f" and {len(bad) - 4} more" if len(bad) > 4 else "")
+        values = ", ".join(f"{name} = {value:g}" for name, value in bad[0][1].items())
         return (
-            f"the loss is not finite at step {clock.step + 1} ({terms}); {last}; "
+            f"{names} at step {clock.step + 1}: the loss is not finite ({values}); {self._newest()}; "
             "begin anew in another run_dir with a lower optim.lr or precision=fp32"
         )
 
-
-class NonFiniteLoss(RuntimeError):
-    """The loss of some rank was NaN or infinite; the optimizer has not taken that step."""
-
-
-def waiting(batches: Iterator[HostBatch], log: RunLog | None) -> Iterator[HostBatch]:
-    """The same batches; the time spent waiting for each is told to the log."""
-    iterator = iter(batches)
-    while True:
-        start = time.perf_counter()
-        host = next(iterator, None)
-        if log is not None:
-            log.waited(time.perf_counter() - start)
-        if host is None:
-            return
-        yield host
+    def _newest(self) -> str:
+        kept = checkpoint.steps(self.folder)
+        return f"the newest checkpoint is {checkpoint.path_of(self.folder, kept[-1])}" if kept else "nothing is saved"

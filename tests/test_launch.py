@@ -135,7 +135,9 @@ def test_what_the_user_set_stays(python):
         (None, 1, 1),
         (None, 137, 137),
         ("0", 1, 1),  # rank 0 was done, but another rank failed
-        ("75", 0, 0),  # stopped, started again by torchrun, done
+        ("75", 0, 75),  # what ranks say of a stop or a mistake is 0 to torchrun, or it would start them again
+        ("2", 0, 2),
+        (None, 0, 0),
     ],
 )
 def test_exit_codes(rank, torchrun, code, python):
@@ -200,7 +202,7 @@ if os.environ["LOCAL_RANK"] == "0":
     print(f"rank {rank} ends", file=sys.stderr)
     with open(os.environ["SSL_DIST_EXIT_FILE"], "w") as file:
         file.write(str(code))
-sys.exit(code)
+sys.exit(0 if code in (2, 75) else code)
 """
 
 

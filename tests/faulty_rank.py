@@ -1,0 +1,118 @@
+"""`ssl-dist train` as a rank in which something goes wrong: python tests/faulty_rank.py FAULT FOLDER train CONFIG ...
+
+Rank 1 meets the fault at step 3 and writes the time of it to FOLDER/fault; every rank writes its process id there.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+RANK, AT_STEP = int(os.environ["RANK"]), 3
+
+
+def stuck_in_user_code():
+    time.sleep(1000)
+
+
+def stuck_in_c():
+    ctypes.PyDLL(None).sleep(1000)  # holds the interpreter's lock, so that no Python thread runs
+
+
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def frozen():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def on_fault(folder, action):
+    (folder / "fault").write_text(str(time.time()))
+    action()
+
+
+def in_forward(folder, action):
+    from ssl_dist.methods.relational import Method
+
+    forward = Method.forward
+
+    def faulty(self, batch, world):
+        if RANK == 1 and world.state.step == AT_STEP and not (folder / "fault").exists():
+            on_fault(folder, action)
+        return forward(self, batch, world)
+
+    Method.forward = faulty
+
+
+def skipped_exchange(folder):
+    from ssl_dist.dist import World
+
+    reduce = World.reduce
+
+    def faulty(self, x):
+        asked_by = sys._getframe(1).f_code.co_name
+        if self.state.step == AT_STEP and asked_by == "forward" and not (folder / "fault").exists():
+            on_fault(folder, lambda: None)
+            return x
+        return reduce(self, x)
+
+    if RANK == 1:
+        World.reduce = faulty
+
+
+def not_finite(folder):
+    from ssl_dist.dist import World
+
+    from_share = World.from_share
+
+    def faulty(self, loss_share):
+        if RANK == 1 and self.state.step == AT_STEP:
+            on_fault(folder, lambda: None)
+            loss_share = loss_share * float("nan")
+        return from_share(self, loss_share)
+
+    World.from_share = faulty
+
+
+def loader_exception(folder):
+    from ssl_dist.data.loader import TrainLoader
+
+    batch = TrainLoader._batch
+
+    def faulty(self, step, *arguments):
+        if RANK == 1 and step == AT_STEP - 1:
+            on_fault(folder, lambda: None)
+            raise ValueError("planned failure in the loader")
+        return batch(self, step, *arguments)
+
+    TrainLoader._batch = faulty
+
+
+def stuck_in_the_save(folder):
+    from ssl_dist import watchdog
+    from ssl_dist.train import Training
+
+    watchdog.SAVE = 8.0
+    save = Training._save
+
+    def faulty(self, clock):
+        if clock.step == 4:
+            on_fault(folder, stuck_in_user_code)
+        save(self, clock)
+
+    Training._save = faulty
+
+
+if __name__ == "__main__":
+    from ssl_dist import cli
+
+    fault, folder = sys.argv[1], Path(sys.argv[2])
+    (folder / f"pid-{RANK}").write_text(str(os.getpid()))
+    if fault in ("stuck_in_user_code", "stuck_in_c", "killed", "frozen"):
+        in_forward(folder, globals()[fault])
+    elif fault != "none":
+        globals()[fault](folder)
+    sys.exit(cli.main(sys.argv[3:]))

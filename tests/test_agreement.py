@@ -1,0 +1,70 @@
+"""Ranks that do not belong together are refused before the first step, by all of them and said once."""
+
+import pytest
+
+from ssl_dist import config, dist
+from ssl_dist.blueprint import derive
+from ssl_dist.errors import UserError
+from ssl_dist.place import Place
+from tests import ranks
+from tests.test_train import CONFIG, overrides
+
+
+def agreed(rank, size, data, run, second=(), broken=None):
+    """The name of the start, or what is said instead. `second` are overrides of the second rank."""
+    from ssl_dist import agreement, checkpoint, runfolder
+
+    if rank == 1 and broken == "versions":
+        checkpoint.versions = lambda: {"torch": "1.0"}
+    if rank == 1 and broken == "images":
+        agreement.Blueprint.data_identity = {"split": "other", "ids": "other"}
+    if rank == 1 and broken == "folder":
+        agreement._appears = lambda path: False
+    place = Place.from_environment()
+    more = second if rank == 1 else ()
+    blueprint = derive(config.load(CONFIG, overrides(data, run, *more)), place)
+    with dist.start(place, blueprint.grid) as world:
+        world.first(lambda: runfolder.claim(blueprint.run))
+        try:
+            return agreement.agree(blueprint, world)
+        except UserError as error:
+            assert error.agreed
+            return str(error)
+
+
+def test_a_start_has_one_name_and_leaves_nothing(digits, tmp_path):
+    run = tmp_path / "run"
+    first, second = ranks.launch(agreed, 2, tmp_path, digits, run)
+    assert first == second and len(first) == 16
+    assert sorted(path.name for path in (run / "logs").iterdir()) == ["board", "starts.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("second", "broken", "said"),
+    [
+        (["optim.lr=0.5"], None, r"optim.lr: rank 0 on \S+ has 0.001, rank 1 on \S+ has 0.5; start all ranks with"),
+        (["run_dir=elsewhere"], None, r"run_dir: rank 0 on \S+ has '/\S+', rank 1 on \S+ has '/\S+elsewhere'"),
+        (["data.workers=2"], None, "^[0-9a-f]{16}$"),
+        ([], "versions", r"(numpy|torch|python|ssl_dist): rank 0 on \S+ has "),
+        ([], "images", r"images \(ids\): rank 0"),
+        (
+            [],
+            "folder",
+            r"run_dir = '\S+': rank 1 on \S+ cannot see what rank 0 on \S+ writes there; choose",
+        ),
+    ],
+)
+def test_what_differs_is_named(digits, tmp_path, second, broken, said):
+    import re
+
+    for answer in ranks.launch(agreed, 2, tmp_path, digits, tmp_path / "run", second, broken):
+        assert re.search(said, answer), answer
+
+
+def test_one_process_agrees_with_itself(digits, tmp_path):
+    blueprint = derive(config.load(CONFIG, overrides(digits, tmp_path / "run")), Place())
+    (tmp_path / "run" / "logs").mkdir(parents=True)
+    from ssl_dist.agreement import agree
+
+    with dist.one_process() as world:
+        assert len(agree(blueprint, world)) == 16

@@ -1,0 +1,191 @@
+"""Real faults in one of two real ranks under torchrun: all ranks end in time and say which rank, where and why.
+
+`pytest -s tests/test_faults.py` prints the seconds and what was said.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ssl_dist import checkpoint
+from tests.ranks import free_port
+from tests.test_train import CONFIG, fingerprint, metrics, overrides
+
+ROOT = Path(__file__).parent.parent
+TIMEOUT = 8  # seconds without progress, the run's own
+pytestmark = pytest.mark.slow
+
+
+def torchrun(folder, fault, data, run, *more, restarts=0, ranks=2):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    environment |= {"SSL_DIST_EXIT_FILE": str(folder / "exit-code"), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    command = [
+        sys.executable, str(ROOT / "launch" / "torchrun.py"), "--nproc-per-node", str(ranks),
+        "--max-restarts", str(restarts), "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}",
+        "--local-addr", "127.0.0.1", "--shutdown-timeout", "10", "--log-dir", str(folder / "torchrun"),
+        "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",
+        str(ROOT / "tests" / "faulty_rank.py"), fault, str(folder), "train", CONFIG,
+        *overrides(data, run, f"timeout={TIMEOUT}", "checkpoint.every_steps=2", "checkpoint.every_epochs=null",
+        "log.every_steps=1", *more),
+    ]  # fmt: skip
+    return subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(condition, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.02)
+
+
+def seconds_to_the_end(folder, fault_at=None):
+    """From the fault until no rank is alive."""
+    wait_for(lambda: fault_at or ((folder / "fault").exists() and (folder / "fault").read_text()))
+    pids = [int(path.read_text()) for path in folder.glob("pid-*")]
+    wait_for(lambda: not any(map(is_alive, pids)))
+    return time.time() - (fault_at or float((folder / "fault").read_text()))
+
+
+def said_by_ranks(stderr):
+    return [line for line in stderr.splitlines() if line.startswith(("error:", "WARNING"))]
+
+
+FAULTS = {  # what is said of it
+    "killed": [r"rank 0 on \S+ at step 3: lost rank 1 on \S+ \(pid \d+\) at step 3: no sign of life"],
+    "stuck_in_user_code": [
+        r"rank 1 on \S+ at step 3: no progress for 8 s, at faulty_rank.py:\d+ in stuck_in_user_code",
+        r"rank 0 on \S+ at step 3: rank 1 on \S+ ended at step 3: no progress for 8 s",
+    ],
+    "stuck_in_c": [r"rank 0 on \S+ at step 3: lost rank 1 on \S+ \(pid \d+\) at step 3: no sign of life"],
+    "frozen": [r"rank 0 on \S+ at step 3: lost rank 1 on \S+ \(pid \d+\) at step 3: no sign of life"],
+    "loader_exception": [
+        r"rank 1 on \S+ at step 3: ValueError: planned failure in the loader",
+        r"rank 0 on \S+ at step 3: rank 1 on \S+ ended at step 3: ValueError: planned failure in the loader",
+    ],
+    "skipped_exchange": [
+        r"the ranks disagree, one has skipped an exchange: number \d+ was all_reduce at relational.py:\d+ on rank 0 "
+        r"and all_reduce at train.py:\d+ on rank 1"
+    ],
+    "not_finite": [
+        r"rank 1 on \S+ at step 3: the loss is not finite \(loss = nan, .*\); the newest checkpoint is "
+        r"\S+step-00000002.pt; begin anew"
+    ],
+    "stuck_in_the_save": [
+        r"rank 0 on \S+ at step 4: no progress for 8 s in the save of step 4, at faulty_rank.py:\d+ in stuck",
+        r"rank 1 on \S+ at step 4: rank 0 on \S+ ended at step 4: no progress for 8 s in the save",
+    ],
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_all_ranks_end_in_time_and_name_the_cause(fault, digits, tmp_path):
+    process = torchrun(tmp_path, fault, digits, tmp_path / "run")
+    seconds = seconds_to_the_end(tmp_path)
+    _, stderr = process.communicate(timeout=60)
+    said = said_by_ranks(stderr)
+    print(f"\n{fault}: {seconds:.1f} s\n  " + "\n  ".join(said))
+    assert process.returncode == 1, stderr
+    for pattern in FAULTS[fault]:
+        assert re.search(pattern, "\n".join(said)), f"{pattern!r} not in:\n{stderr}"
+    assert len(said) <= 2
+    assert seconds < TIMEOUT + 10
+    endings = [json.loads(path.read_text()) for path in (tmp_path / "run" / "logs").glob("error-*.json")]
+    assert endings and all(ending["step"] in (3, 4) and ending["host"] for ending in endings)
+    assert any(
+        ending["cause"] in (tmp_path / "run/logs" / f"rank-{ending['rank']}.log").read_text() for ending in endings
+    )
+    assert checkpoint.newest(tmp_path / "run").name == "step-00000002.pt"
+
+
+def test_torchrun_starts_the_ranks_again_and_they_resume_exactly(digits, tmp_path):
+    process = torchrun(tmp_path, "killed", digits, tmp_path / "run", restarts=1)
+    _, stderr = process.communicate(timeout=90)
+    assert process.returncode == 0, stderr
+    starts = [json.loads(line) for line in (tmp_path / "run/logs/starts.jsonl").read_text().splitlines()]
+    assert [start["step"] for start in starts] == [0, 2]
+    [fault] = map(json.loads, (tmp_path / "run/logs/faults.jsonl").read_text().splitlines())
+    assert fault["rank"] == 0 and "lost rank 1" in fault["cause"] and fault["behind"] == 1
+    assert not list((tmp_path / "run/logs").glob("error-*.json")), "the folder shows the present state"
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    assert torchrun(whole, "none", digits, whole / "run").wait(60) == 0
+    assert fingerprint(tmp_path / "run") == fingerprint(whole / "run")
+    assert metrics(tmp_path / "run") == metrics(whole / "run")
+
+
+def begun(run):
+    return (run / "metrics.jsonl").exists() and len(metrics(run)) >= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("SIGTERM", [1]), ("SIGTERM", [0, 1]), ("SIGINT", [1]), ("SIGUSR2", [0]), ("SIGUSR2", [0, 1])]
+)
+def test_a_signal_to_one_rank_or_all_stops_them_after_the_same_step(name, told, digits, tmp_path):
+    run = tmp_path / "run"
+    process = torchrun(tmp_path, "none", digits, run, "optim.steps=3000", "checkpoint.every_steps=null", restarts=3)
+    wait_for(lambda: begun(run))
+    for rank in told:
+        os.kill(int((tmp_path / f"pid-{rank}").read_text()), getattr(signal, name))
+    _, stderr = process.communicate(timeout=60)
+    # 0 to torchrun, or it would start them again; the launch script returns what is in the file
+    assert process.returncode == 0 and (tmp_path / "exit-code").read_text() == "75\n", stderr
+    [step] = checkpoint.steps(run)
+    assert 2 <= step < 3000 and f"stopping after step {step}" in stderr
+    assert metrics(run)[-1]["step"] == step
+    starts = (run / "logs/starts.jsonl").read_text().splitlines()
+    assert len(starts) == 1
+
+
+def test_ranks_whose_torchrun_was_killed_save_and_end(digits, tmp_path):
+    run = tmp_path / "run"
+    process = torchrun(tmp_path, "none", digits, run, "optim.steps=3000", "checkpoint.every_steps=null")
+    wait_for(lambda: begun(run))
+    process.kill()
+    process.wait()
+    seconds = seconds_to_the_end(tmp_path, fault_at=time.time())
+    assert len(checkpoint.steps(run)) == 1 and seconds < TIMEOUT + 10
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder with room for some checkpoints and no more."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2800k", "tmpfs", folder], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"mounting a tmpfs is not permitted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_in_a_save_ends_all_ranks_and_spares_the_older_checkpoints(digits, tmp_path, small_disk):
+    run = small_disk / "run"
+    more = ["optim.steps=12", "checkpoint.every_steps=1", "checkpoint.keep=10", "log.images_every_epochs=100"]
+    process = torchrun(tmp_path, "none", digits, run, *more)
+    _, stderr = process.communicate(timeout=60)
+    [said] = said_by_ranks(stderr)
+    print(f"\nfull disk:\n  {said}")
+    pattern = (
+        r"error: rank 0 on \S+ at step (\d+): \S+step-(\d+).pt: No space left on device, while saving step \1; "
+        r"the newest checkpoint is \S+step-(\d+).pt"
+    )
+    found = re.search(pattern, said)
+    assert process.returncode == 1 and found, stderr
+    assert int(found[1]) == int(found[2]) == int(found[3]) + 1
+    assert checkpoint.newest(run) == checkpoint.path_of(run, int(found[3]))

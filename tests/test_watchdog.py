@@ -1,0 +1,139 @@
+"""The clock of one rank, in real processes. Faults among several ranks: test_faults.py."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+HEAD = """
+import pathlib, sys, time
+from ssl_dist.errors import Fault, UserError
+from ssl_dist.place import Place
+from ssl_dist.watchdog import Watchdog
+
+logs = pathlib.Path(sys.argv[1])
+(logs / "board").mkdir()
+with Watchdog(Place(), timeout=0.5) as dog:
+    state = dog.state
+    dog.show(logs, "s1")
+    state.phase, state.bound = "", 0.0
+    state.step = 3
+    print("begun", flush=True)
+"""
+
+
+def start(folder, body):
+    code = HEAD + textwrap.indent(textwrap.dedent(body), "    ")
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+    )  # fmt: skip
+
+
+def ended(process, seconds=30):
+    out, err = process.communicate(timeout=seconds)
+    return process.returncode, out, err
+
+
+def ending(folder):
+    return json.loads((folder / "error-0.json").read_text())
+
+
+def test_a_rank_without_progress_ends_and_says_where_it_is(tmp_path):
+    code, _, err = ended(start(tmp_path, "time.sleep(60)"))
+    assert code == 1
+    [line] = err.splitlines()
+    assert line.startswith("error: rank 0 on ") and " at step 3: no progress for 0.5 s, at <string>:" in line
+    assert "no progress" in ending(tmp_path)["cause"] and ending(tmp_path)["step"] == 3
+    log = (tmp_path / "rank-0.log").read_text()
+    assert "no progress" in log and "most recent call first" in log, "with the stacks of all threads"
+
+
+def test_steps_are_progress_and_so_is_another_phase(tmp_path):
+    body = """
+    for step in range(4, 12):
+        time.sleep(0.2)
+        state.step = step
+    with state.phase_of("the save", 30.0):
+        time.sleep(1.5)
+    """
+    code, _, err = ended(start(tmp_path, body))
+    assert (code, err) == (0, "") and not (tmp_path / "error-0.json").exists()
+
+
+def test_a_phase_has_its_own_bound(tmp_path):
+    body = """
+    with state.phase_of("the save of step 3", 1.0):
+        time.sleep(60)
+    """
+    code, _, err = ended(start(tmp_path, body))
+    assert code == 1 and "no progress for 1 s in the save of step 3" in err
+
+
+def test_a_suspended_process_has_not_hung(tmp_path):
+    body = """
+    for step in range(4, 24):
+        time.sleep(0.1)
+        state.step = step
+    """
+    process = start(tmp_path, body)
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(2)
+    process.send_signal(signal.SIGCONT)
+    code, _, err = ended(process)
+    assert (code, err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "cause", "shown"),
+    [
+        ("raise ValueError('planned')", 1, "ValueError: planned", "ValueError: planned"),
+        ("raise UserError('optim.lr = -1: no')", 2, "optim.lr = -1: no", "UserError"),
+        ("raise Fault('rank 0 on x at step 3: broken')", 1, "rank 0 on x at step 3: broken", "Fault"),
+    ],
+)
+def test_what_ends_a_rank_is_left_for_the_others(tmp_path, body, code, cause, shown):
+    returned, _, err = ended(start(tmp_path, body))
+    assert returned == 1 and shown in err
+    assert (ending(tmp_path)["cause"], ending(tmp_path)["code"], ending(tmp_path)["behind"]) == (cause, code, None)
+    assert cause in (tmp_path / "rank-0.log").read_text()
+
+
+def test_ranks_hear_that_their_launcher_died(tmp_path):
+    launcher = """
+    import os, subprocess, sys
+    os.environ["TORCHELASTIC_RUN_ID"] = "x"
+    code = '''
+    import pathlib, time
+    from ssl_dist.place import Place
+    from ssl_dist.watchdog import Watchdog
+    told = pathlib.Path({told!r})
+    with Watchdog(Place(), 5.0, lambda: told.write_text("told")):
+        print("begun", flush=True)
+        end = time.monotonic() + 20
+        while not told.exists() and time.monotonic() < end:
+            time.sleep(0.05)
+    '''
+    subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
+    time.sleep(60)
+    """
+    told = tmp_path / "told"
+    code = "import textwrap, time\n" + textwrap.dedent(launcher).replace("{told!r}", repr(str(told)))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+    )  # fmt: skip
+    assert process.stdout.readline() == "begun\n"
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 15
+    while not told.exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
