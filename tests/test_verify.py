@@ -1,0 +1,277 @@
+"""The equality certificate: it holds for all that there is, and each way to break the program turns it red."""
+
+import math
+import os
+import time
+from dataclasses import replace
+from functools import partial
+from typing import Literal
+
+import pytest
+import torch
+
+from ssl_dist import cli, methods, verify, verify_ranks
+from ssl_dist.config import Section
+from ssl_dist.errors import Fault
+from ssl_dist.grid import Grid
+from tests import mutations
+
+CONFIG = "configs/digits/relational-conv4.yaml"
+ALL = {"2x1", "1x2", "4x1", "2x2", "1x4"}
+VIEWS_SHARDED = {"1x2", "2x2", "1x4"}
+
+
+@pytest.fixture
+def relational(digits, tmp_path):
+    """The method with its default options in float64, three steps of two epochs."""
+    return next(verify.cases(tmp_path, CONFIG, [], [f"data.root={digits}", "data.reader=arrays"], steps=3))
+
+
+def different(rows):
+    """The grids on which a row does not hold."""
+    return {verify.say(row.grid) for row in rows if not row.holds}
+
+
+def test_two_ranks_equal_one(relational, tmp_path):
+    rows = verify.certify([relational], tmp_path, sizes=(2,))
+    assert [row.grid for row in rows] == [Grid(2, 1), Grid(1, 2)]
+    assert different(rows) == set(), verify.table(rows)
+    assert all(set(row.figures) == set(verify.KINDS) for row in rows)
+    assert any(row.figures["weights"] > 0 for row in rows), "sums in another order leave some rounding"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", methods.names())
+def test_every_method_is_certified(name, tmp_path):
+    cases = list(verify.cases(tmp_path, names=[name]))
+    rows = verify.certify(cases, tmp_path)
+    assert rows and all(row.holds for row in rows), verify.table(rows)
+    if methods.find(name).trainable:
+        assert {case.config.precision for case in cases} == {"fp64", "fp32"}
+        assert {case.config.optim.steps for case in cases if case.config.precision == "fp64"} == {10}
+    if methods.find(name).free_views:
+        assert {verify.say(row.grid) for row in rows} == ALL
+
+
+# ---------------------------------------------------------------------------------------------------- mutations
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mutation", "grids"),
+    [
+        (mutations.lose_the_backward_sum, ALL),
+        (mutations.shift_a_share, ALL),
+        (mutations.normalize_locally, ALL),
+        (mutations.reuse_a_view_id, VIEWS_SHARDED),
+    ],
+)
+def test_a_broken_program_is_seen(relational, tmp_path, mutation, grids):
+    rows = verify.certify([relational], tmp_path, mutation)
+    print(verify.table(rows))
+    assert different(rows) == grids, verify.table(rows)
+
+
+TOY = '''
+from typing import Literal
+
+from torch import nn
+
+from ssl_dist.config import Section
+from ssl_dist.methods.base import Output, SSLMethod
+
+
+class Options(Section):
+    pull: Literal["all", "class"] = "all"
+
+
+class Method(SSLMethod):
+    """Two views of an image are alike, images differ; or those of two classes, with pull: class."""
+
+    Options = Options
+    num_views = 2
+    needs_labels = True
+
+    def __init__(self, backbone, info, options):
+        super().__init__(backbone, info, options)
+        self.head = nn.Sequential(nn.Linear(info.feature_dim, 8, bias=False), nn.BatchNorm1d(8))
+
+    def forward(self, batch, world):
+        z = self.head(self.represent(batch.views[0]).flatten(0, 1)).unflatten(0, batch.views[0].shape[:2])
+        labels = batch.labels
+        GATHER
+        a, b = z
+        other = labels[:, None] != labels if self.options.pull == "class" else labels[:, None] >= 0
+        return Output((a - b).square().mean() + ((a @ b.T).square() * other).sum() / len(a) ** 2)
+'''
+GATHER = "z, labels = world.gather_views(z, batch), world.gather_images(labels, batch)"
+
+
+@pytest.mark.slow
+def test_a_new_file_is_certified(tmp_path, monkeypatch):
+    (tmp_path / "toy.py").write_text(TOY.replace("GATHER", GATHER))
+    (tmp_path / "local_toy.py").write_text(TOY.replace("GATHER", "pass"))
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    cases = list(verify.cases(tmp_path, names=["toy", "local_toy"], steps=3))
+    rows = verify.certify(cases, tmp_path, partial(mutations.add_methods, tmp_path))
+    said = {(row.case.method, row.case.variant, verify.say(row.grid), row.holds) for row in rows}
+    assert said == {
+        (name, f"pull={pull}", grid, name == "toy")
+        for name in ("toy", "local_toy") for pull in ("all", "class") for grid in ("2x1", "4x1")
+    }, verify.table(rows)  # fmt: skip
+    assert "views are not sharded" in cases[0].note and "verify's own" in cases[0].note
+
+
+# ---------------------------------------------------------------------------------------------------- the measure
+
+
+def tensors(**values):
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+
+
+ONE_PROCESS = tensors(large=[1000.0, 3.0, -4.0], small=[0.5, 0.0, 0.0], zero=[0.0, 0.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, 0.0),
+        ({"large": [1000.0, 3.0, -5.0]}, 1e-3),  # 1 / 1000
+        ({"large": [998.0, 3.0, -4.0]}, 2e-3),
+        ({"small": [0.5, 0.0, 0.25]}, 0.25),  # 0.25 / 1: the floor is a thousandth of 1000
+        ({"zero": [0.0, 1e-6, 0.0]}, 1e-6),
+        ({"zero": [0.0, 1e-6, 0.0], "large": [1000.0, 3.0, -5.0]}, 1e-3),
+        ({"zero": [0.0, math.nan, 0.0]}, math.inf),
+        ({"zero": [0.0, math.inf, 0.0]}, math.inf),
+        ({"small": [0.5, 0.0]}, math.inf),
+        ({"another": [0.0]}, math.inf),
+    ],
+)
+def test_differences_are_found(changed, expected):
+    assert verify_ranks.difference(ONE_PROCESS | tensors(**changed), ONE_PROCESS, math.inf) == pytest.approx(expected)
+
+
+def test_what_is_missing_or_not_comparable_is_different():
+    some = {name: ONE_PROCESS[name] for name in ("large", "small")}
+    assert verify_ranks.difference(some, ONE_PROCESS, math.inf) == math.inf
+    nan = tensors(a=[math.nan])
+    assert verify_ranks.difference(nan, nan, math.inf) == math.inf
+    zero = tensors(a=[0.0])
+    assert verify_ranks.difference(tensors(a=[1e-300]), zero, math.inf) == math.inf  # nothing to compare it with
+    count = {"num_batches_tracked": torch.tensor(7)} | tensors(running_mean=[1e9])
+    assert verify_ranks.difference(count, count, math.inf) == 0.0
+    assert verify_ranks.difference(count | {"num_batches_tracked": torch.tensor(8)}, count, math.inf) == math.inf
+
+
+def test_the_measure_of_float32_is_that_of_the_whole_tensor():
+    one = {"a": torch.full((100,), 1.0)}
+    other = {"a": torch.full((100,), 1.0)}
+    other["a"][3] += 0.125
+    assert verify_ranks.difference(other, one, verify_ranks.NORM["fp32"]) == pytest.approx(0.0125)
+    assert verify_ranks.difference(other, one, verify_ranks.NORM["fp64"]) == pytest.approx(0.125)
+
+
+@pytest.mark.parametrize("kind", verify.KINDS)
+def test_each_bound_counts(relational, kind, capsys, monkeypatch):
+    good = verify.Row(relational, Grid(2, 1), dict.fromkeys(verify.KINDS, 1e-9))
+    assert good.holds
+    for figure in (1.01e-9, math.inf, math.nan):
+        assert not replace(good, figures=good.figures | {kind: figure}).holds
+    bad = replace(good, figures=good.figures | {kind: 1e-8})
+    for rows, code, words in (
+        ([good, good], 0, ("2 of 2 hold",)),
+        ([good, bad], 1, ("DIFFERENT", "1 of 2 hold", "1.0e-08")),
+    ):
+        monkeypatch.setattr(verify, "certify", lambda *_, rows=rows: rows)
+        monkeypatch.setattr(verify, "cases", lambda *_: [relational])
+        assert cli.main(["verify", CONFIG]) == code
+        said = capsys.readouterr().out
+        assert all(word in said for word in (*words, "1e-09", CONFIG)), said
+
+
+# ---------------------------------------------------------------------------------------------------- cases
+
+
+class Choices(Section):
+    kind: Literal["a", "b", "c"] = "b"
+    rate: float = 1.0
+    level: Literal[1, 2] | None = None
+
+
+def test_every_value_of_every_literal_is_tried_once():
+    assert list(verify.variants(Choices())) == [
+        ("kind=b,level=None", []),
+        ("kind=a", ['method.options.kind="a"']),
+        ("kind=c", ['method.options.kind="c"']),
+        ("level=1", ["method.options.level=1"]),
+        ("level=2", ["method.options.level=2"]),
+    ]
+    assert [name for name, _ in verify.variants(Section())] == ["-"]
+
+
+def test_the_cases_of_a_config(digits, tmp_path):
+    words = [f"data.root={digits}", "data.reader=arrays"]
+    cases = list(verify.cases(tmp_path, CONFIG, [], [*words, "method.options.aggregation=max", "seed=5"], steps=4))
+    variants = [f"aggregation={name}" for name in ("max", "cat", "sum", "mean")]
+    assert [(case.variant, case.config.precision) for case in cases] == [
+        (variant, precision) for variant in variants for precision in ("fp64", "fp32")
+    ]
+    for case in cases:
+        assert case.variant == f"aggregation={case.config.method.options['aggregation']}"
+        assert case.config.seed == 5 and case.config.views.num == 4
+        assert case.config.optim.steps == (4 if case.config.precision == "fp64" else 1)
+        assert case.config.data.limit // case.config.optim.batch_size == 2, "four steps must reach a second epoch"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([CONFIG, "--method", "relational"], ["not both"]),
+        ([CONFIG, "other.yaml"], ["one config"]),
+        (["--method", "relatonal"], ["relatonal", "'relational'"]),
+        (["--steps", "0"], ["--steps 0"]),
+        ([CONFIG, "precision=bf16"], ["precision", "itself"]),
+        ([CONFIG, "data.reader=arrays", "data.root=ROOT", "optim.batch_size=6"], ["optim.batch_size = 6", "4 ranks"]),
+        (["nowhere.yaml"], ["nowhere.yaml"]),
+    ],
+)
+def test_verify_refuses(digits, capsys, arguments, words):
+    assert cli.main(["verify", *(word.replace("ROOT", str(digits)) for word in arguments)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert all(word in line for word in words), line
+
+
+# ---------------------------------------------------------------------------------------------------- bad ranks
+
+
+def _second_rank():
+    return os.environ["RANK"] == "1"
+
+
+def fail():
+    if _second_rank():
+        raise ValueError("planted")
+
+
+def die():
+    if _second_rank():
+        os._exit(9)
+
+
+def hang():
+    if _second_rank():
+        time.sleep(600)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "patience", "words"),
+    [
+        (fail, 60, "rank 1 of 2 failed at relational .* 2x1: ValueError: planted"),
+        (die, 60, r"rank 1 of 2 \(exit code 9\) died"),
+        (hang, 3, "no step of any of 2 ranks within 3 s at relational .* 2x1"),
+    ],
+)
+def test_a_rank_that_ends_or_hangs_ends_all(relational, tmp_path, capsys, prepare, patience, words):
+    with pytest.raises(Fault, match=words):
+        verify_ranks.run(2, [relational.job(Grid(2, 1), tmp_path)], prepare, patience=patience)
+    assert ("in fail" in capsys.readouterr().err) == (prepare is fail)
