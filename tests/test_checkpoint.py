@@ -133,6 +133,7 @@ def test_a_damaged_newer_one_does_not_push_the_good_ones_out(tmp_path, capsys, k
     saved = checkpoint.save(tmp_path, state(9))
     checkpoint.prune(tmp_path, keep, None, step=9)
     assert checkpoint.steps(tmp_path) == [8, 9][-keep:]
+    assert not list(saved.parent.glob("step-0000001*.sha256")), "a checksum of nothing"
     capsys.readouterr()
     assert checkpoint.newest(tmp_path) == saved and capsys.readouterr().err == ""
 
@@ -298,12 +299,12 @@ def test_a_reader_beside_a_training_that_prunes(tmp_path, capsys):
 def test_what_a_training_does_while_we_read_is_no_damage(tmp_path, capsys, monkeypatch, instant):
     """Between any two steps of the reader: the file that it is about to use is pruned or replaced."""
     prepare(tmp_path, (1, 1.0))
-    hooked = {"listed": "steps", "checked": "_load"}.get(instant, "_checksums")
+    hooked = {"listed": "steps", "checked": "_examine"}.get(instant, "_checksums")
     original = getattr(checkpoint, hooked)
 
     def hook(*arguments):
         monkeypatch.setattr(checkpoint, hooked, original)
-        answer = original(*arguments) if instant == "listed" else None
+        answer = original(*arguments) if instant in ("listed", "checked") else None
         save_and_prune(1 if instant.endswith("again") else 2, 2.0, keep=1)(tmp_path)
         return answer or original(*arguments)
 
@@ -323,21 +324,23 @@ def test_what_a_training_does_while_we_read_is_no_damage(tmp_path, capsys, monke
 
 
 LIMITED = """
-import pathlib, resource, signal, sys
+import pathlib, resource, signal, sys, torch
 from tests.test_checkpoint import state
 from ssl_dist import checkpoint
-big = state(2); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+big = state(2) | {"optimizer": {"moment": torch.zeros(int(sys.argv[3]))}}
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
 try: checkpoint.save(pathlib.Path(sys.argv[1]), big)
 except OSError as error: print('refused', error.errno, error.filename, error)
 """
 
 
-@pytest.mark.parametrize("limit", [10, 1000])
-def test_a_failed_write_leaves_nothing_behind_and_spares_the_older(tmp_path, limit):
+@pytest.mark.parametrize(("limit", "size"), [(1000, 0), (1000, 60_000), (100_000, 60_000)])
+def test_a_failed_write_leaves_nothing_behind_and_spares_the_older(tmp_path, limit, size):
+    """What fails is the flush of what is buffered, the first write of torch, or a write amid a tensor."""
     old = checkpoint.save(tmp_path, state(1))
     before = os.listdir(old.parent)
-    command = [sys.executable, "-c", LIMITED, str(tmp_path), str(limit)]
+    command = [sys.executable, "-c", LIMITED, str(tmp_path), str(limit), str(size)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": "."})
     refused = checkpoint.path_of(tmp_path, 2)
     assert done.stdout.startswith(f"refused {errno.EFBIG} {refused} "), done.stderr
