@@ -1,6 +1,5 @@
 """A run's folder: who may write it, and with which config. The folder is the run."""
 
-import fcntl
 import json
 import os
 import socket
@@ -8,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from ssl_dist import checkpoint, config, methods
+from ssl_dist import checkpoint, config, durable, methods
 from ssl_dist.config import Config
 from ssl_dist.errors import UserError
 
@@ -17,27 +16,42 @@ FREE = ("run_dir", "data.root", "data.reader", "data.workers", "data.view_shards
 
 
 def claim(run: Path) -> int:
-    """Make the folder and become its one writer. The lock is an flock on the folder itself: it dies with its owner.
+    """Make the folder, become its one writer and remove what a killed one left half done.
 
-    Returns the descriptor that holds the lock. Raises `UserError` when the folder cannot be written or is taken.
+    The lock is an flock on logs/starts.jsonl: it dies with its owner, and as that file is open for writing, NFS keeps
+    it between machines too. Returns the descriptor that holds the lock. Raises `UserError` when the folder cannot be
+    written or is taken.
     """
+    starts = run / "logs" / "starts.jsonl"
     try:
         run.mkdir(parents=True, exist_ok=True)
         if not os.access(run, os.W_OK | os.X_OK):
             raise PermissionError(13, "Permission denied")
         for name in ("checkpoints", "logs", "tensorboard"):
             (run / name).mkdir(exist_ok=True)
-        descriptor = os.open(run, os.O_RDONLY)
+        descriptor = durable.lock(starts, os.O_WRONLY | os.O_APPEND | os.O_CREAT, wait=False)
+    except BlockingIOError:
+        raise UserError(
+            f"run_dir = {str(run)!r}: another process is writing it{_last_start(starts)}; "
+            "wait for it, or choose another run_dir"
+        ) from None
     except OSError as error:
         raise UserError(f"run_dir = {str(run)!r}: cannot be written: {error.strerror}; choose another folder") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(
-            f"run_dir = {str(run)!r}: another process is writing it; wait for it, or choose another run_dir"
-        ) from None
+    durable.remove_dead(run)
+    checkpoint.remove_leftovers(run)
     return descriptor
+
+
+def _last_start(starts: Path) -> str:
+    """Who started last, in words; the one that holds the lock, unless that one has only just begun."""
+    lines = starts.read_text(encoding="utf-8").splitlines()
+    if not lines:
+        return ""
+    try:
+        last = json.loads(lines[-1])
+    except json.JSONDecodeError:  # torn by a kill
+        return ""
+    return f" (the last start noted there: pid {last['pid']} on host {last['host']})"
 
 
 def accept(run: Path, wanted: Config) -> None:
@@ -69,7 +83,7 @@ def check(run: Path, wanted: Config) -> None:
 
 def differences(kept: Config, wanted: Config) -> list[tuple[str, object, object]]:
     """Keys (with dots) whose values differ, with both values."""
-    old, new = _flat(_spelt_out(kept)), _flat(_spelt_out(wanted))
+    old, new = flat(_spelt_out(kept)), flat(_spelt_out(wanted))
     return [
         (key, old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
     ]
@@ -90,14 +104,15 @@ def _may_differ(key: str, kept: Config, old: object, new: object) -> bool:
     return longer and kept.optim.schedule == "constant"
 
 
-def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
+def flat(tree: dict, prefix: str = "") -> dict[str, object]:
+    """Keys with dots and their values."""
+    found: dict[str, object] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
-    return flat
+            found[prefix + key] = value
+    return found
 
 
 def note_start(run: Path, wanted: Config, step: int, world_size: int) -> None:

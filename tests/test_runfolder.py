@@ -1,5 +1,7 @@
+import fcntl
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -94,11 +96,50 @@ def test_one_writer_at_a_time_and_the_lock_dies_with_its_owner(tmp_path):
         env=os.environ | {"PYTHONPATH": "."},
     )  # fmt: skip
     assert owner.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match="another process is writing it"):
+    with pytest.raises(UserError, match="another process is writing it; wait for it"):
+        runfolder.claim(tmp_path)
+    runfolder.note_start(tmp_path, make(), 0, 1)
+    noted = f"another process is writing it .*pid {os.getpid()} on host {socket.gethostname()}"
+    with pytest.raises(UserError, match=noted) as raised:
+        runfolder.claim(tmp_path)
+    assert "\n" not in str(raised.value)
+    with open(tmp_path / "logs" / "starts.jsonl", "a") as file:
+        file.write('{"pid": 1')  # torn by a kill
+    with pytest.raises(UserError, match="another process is writing it; wait for it"):
         runfolder.claim(tmp_path)
     owner.kill()
     owner.wait()
     os.close(runfolder.claim(tmp_path))
+
+
+def test_the_lock_is_one_that_nfs_keeps_between_machines(tmp_path):
+    """NFS turns an flock into a lock of its server only where the file is open for writing, which no folder can be."""
+    held = runfolder.claim(tmp_path)
+    assert os.path.samestat(os.fstat(held), os.stat(tmp_path / "logs" / "starts.jsonl"))
+    assert fcntl.fcntl(held, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+    runfolder.note_start(tmp_path, make(), 0, 1)  # opens and closes the same file
+    with pytest.raises(UserError, match="another process"):
+        runfolder.claim(tmp_path)
+    os.close(held)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoints", "logs", "tensorboard"]
+    assert os.listdir(tmp_path / "logs") == ["starts.jsonl"]
+
+
+def test_the_owner_removes_what_a_killed_one_left(tmp_path):
+    os.close(runfolder.claim(tmp_path))
+    left = [".config.yaml.01234567.tmp", "checkpoints/.step-00000002.pt.89abcdef.tmp"]
+    left += ["checkpoints/step-00000002.pt.sha256"]
+    kept = ["checkpoints/step-00000001.pt", "checkpoints/step-00000001.pt.sha256", ".notes.tmp", "results.json"]
+    for name in left + kept:
+        (tmp_path / name).touch()
+    held = runfolder.claim(tmp_path)
+    assert [name for name in left + kept if (tmp_path / name).exists()] == kept
+    for name in left:
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match="another process"):
+        runfolder.claim(tmp_path)
+    assert all((tmp_path / name).exists() for name in left), "who does not own the folder removes nothing"
+    os.close(held)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
