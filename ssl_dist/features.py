@@ -1,7 +1,7 @@
 """Distributed extraction: every image of a split once, in the order of ids, through a frozen encoder."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ssl_dist import blueprint, checkpoint, methods
+from ssl_dist import blueprint, checkpoint, durable, methods
 from ssl_dist.config import Config, Normalize, validate
 from ssl_dist.data import views
 from ssl_dist.data.normalize import normalized
@@ -49,11 +49,12 @@ class Encoder:
 def load_encoder(path: Path) -> Encoder:
     """The encoder in a run's newest checkpoint, or in a checkpoint file. Raises `UserError`."""
     if path.is_dir():
-        newest = checkpoint.newest(path)
+        newest = checkpoint.load_newest(path)
         if newest is None:
             raise UserError(f"{path}: holds no checkpoint; train first, or name a run's folder")
-        path = newest
-    state = checkpoint.load(path)
+        path, state, digest = newest
+    else:
+        state, digest = checkpoint.load_hashed(path)
     settings = validate(Config, state["config"])
     method_class = methods.find(settings.method.name)
     options = methods.build_options(method_class, settings.method.options)
@@ -62,7 +63,7 @@ def load_encoder(path: Path) -> Encoder:
     checkpoint.restore(method, state["method"], path)
     module = method.encoder().float().eval().requires_grad_(False)
     normalize = validate(Normalize, state["normalize"])
-    return Encoder(module, settings, normalize, checkpoint.sha256(path), state["step"])
+    return Encoder(module, settings, normalize, digest, state["step"])
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def extract(encoder: Encoder, source: Source, split: str, folder: Path, world: W
     Every rank passes an even range of ids and writes it beside the file; rank 0 joins the parts.
     """
     path = path_of(folder, source, split)
+    token = world.first(lambda: _prepare(folder))
     with open_dataset(source.root, split, source.reader, threads=threads) as reader:
         info = reader.info
         low, high = world.share(info.count)
@@ -104,10 +106,6 @@ def extract(encoder: Encoder, source: Source, split: str, folder: Path, world: W
             rows = [chunk for chunk in _forward(encoder, reader, low, high, world, threads, counter)]
         part = np.concatenate(rows) if rows else np.empty((0, 0), np.float32)
         labels = reader.labels(np.arange(info.count, dtype=np.int64)) if world.is_first else None
-    if not world.alone:
-        world.first(lambda: folder.mkdir(parents=True, exist_ok=True))
-        _save_part(_part_of(path, world.place.rank), part)
-        world.barrier()
     metadata = {
         "classes": json.dumps(list(info.classes)),
         "dataset": source.name,
@@ -121,27 +119,34 @@ def extract(encoder: Encoder, source: Source, split: str, folder: Path, world: W
         "backbone": encoder.config.backbone.name,
     }
 
-    def join() -> None:
-        ranks = range(world.place.size)
-        parts = [part] if world.alone else [np.load(_part_of(path, rank), mmap_mode="r") for rank in ranks]
+    def join(parts: Sequence[np.ndarray]) -> None:
         features = np.concatenate([p for p in parts if len(p)])
         write_features(path, features, labels, np.arange(info.count, dtype=np.int64), metadata)
 
-    try:
-        world.first(join)
-    finally:
-        if not world.alone:
-            _part_of(path, world.place.rank).unlink(missing_ok=True)
+    if world.alone:
+        join([part])
+        return path
+    part_paths = [_part_of(path, rank, token) for rank in range(world.place.size)]
+    with durable.temporary(part_paths[world.place.rank]) as file:
+        np.save(file, part)
+        durable.sync(file)  # rank 0 may read it on another node
+        world.barrier()
+        world.first(lambda: join([np.load(part_path, mmap_mode="r") for part_path in part_paths]))
     return path
 
 
-def _part_of(path: Path, rank: int) -> Path:
-    return path.with_name(f".{path.stem}.part-{rank}.npy")
+def _prepare(folder: Path) -> str:
+    """Make the folder, free of what killed extractions left there; returns what the parts of this one are named by."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}; give another --out") from None
+    durable.remove_dead(folder)
+    return durable.new_token()
 
 
-def _save_part(path: Path, part: np.ndarray) -> None:
-    with open(path, "wb") as file:
-        np.save(file, part)
+def _part_of(path: Path, rank: int, token: str) -> Path:
+    return durable.temporary_path(path.with_name(f"{path.stem}.part-{rank}"), token)
 
 
 def _forward(encoder, reader, low: int, high: int, world: World, threads: int, counter) -> Iterator[np.ndarray]:

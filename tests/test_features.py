@@ -1,13 +1,16 @@
 """Extraction: each image once, in order, the same at any world size and for any count that nothing divides."""
 
+import hashlib
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from ssl_dist import backbones, config, features, methods
+from ssl_dist import backbones, checkpoint, config, durable, features, methods
 from ssl_dist.data.readers import open_dataset
 from ssl_dist.dist import one_process
 from ssl_dist.errors import UserError
@@ -58,11 +61,45 @@ def in_ranks(rank, size, run, folder, split):
 def test_any_world_size_writes_the_same_file(run, digits, tmp_path, size):
     alone = features.extract(features.load_encoder(run), source(digits), "test", tmp_path / "a", one_process(), 1)
     assert read_features(alone).features.shape[0] % 7, "the count should not divide evenly"
+    (tmp_path / "b").mkdir()
+    for left in ("digits-test.safetensors", "digits-test.part-0", "digits-test.part-7"):
+        (tmp_path / "b" / f".{left}.01234567.tmp").write_bytes(b"left by an extraction that was killed")
     ranks.launch(in_ranks, size, tmp_path, run, tmp_path / "b", "test")
     a, b = read_features(alone), read_features(tmp_path / "b" / alone.name)
     np.testing.assert_allclose(a.features, b.features, rtol=1e-5, atol=1e-6)
     assert np.array_equal(a.labels, b.labels) and a.metadata == b.metadata
     assert [p.name for p in (tmp_path / "b").iterdir()] == [alone.name], "no part is left behind"
+
+
+def test_what_the_killed_left_is_removed_and_what_the_living_write_is_not(run, digits, tmp_path):
+    encoder = features.load_encoder(run)
+    path = features.path_of(tmp_path, source(digits), "test")
+    dead = [tmp_path / ".digits-test.part-1.01234567.tmp", tmp_path / ".digits-test.safetensors.89abcdef.tmp"]
+    for left in dead:
+        left.touch()
+    with durable.temporary(features._part_of(path, 0, "00000000")) as part:  # of a process that is at it
+        part.write(b"rows")
+        features.extract(encoder, source(digits), "test", tmp_path, one_process(), 1)
+        assert sorted(os.listdir(tmp_path)) == [".digits-test.part-0.00000000.tmp", path.name]
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(run, digits, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"{tmp_path}/file/f: cannot be written: .*give another --out"):
+        features.extract(features.load_encoder(run), source(digits), "test", tmp_path / "file" / "f", one_process(), 1)
+
+
+def test_the_sha256_is_of_the_bytes_that_were_loaded(run, tmp_path, monkeypatch):
+    """Also when a training prunes the checkpoint between the check and the load."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    path = checkpoint.newest(copy)
+    expected = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert features.load_encoder(path).sha256 == expected
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **options: (path.unlink(), load(*args, **options))[1])
+    assert features.load_encoder(copy).sha256 == expected and not path.exists()
 
 
 @pytest.mark.requires_ffcv

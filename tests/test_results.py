@@ -9,6 +9,7 @@ import pytest
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators import results
 from ssl_dist.features_file import Features
+from tests import kills, ranks
 
 METADATA = {
     "classes": "[]",
@@ -69,6 +70,36 @@ def test_a_repeated_measurement_replaces_the_old_one(tmp_path):
     assert [r["value"] for r in merged] == [3.0, 2.0, 4.0, 5.0, 6.0, 7.0, 8.0]
     assert results.read(path) == merged
     assert os.listdir(path.parent) == ["results.json"]
+
+
+def add_one_by_one(rank, size, path):
+    for number in range(10):
+        results.add(path, measured({f"name-{rank}-{number}": float(number)}))
+
+
+def test_processes_at_once_lose_none_of_their_records(tmp_path):
+    path = tmp_path / "run" / "results.json"
+    ranks.launch(add_one_by_one, 8, tmp_path, path)
+    assert {record["name"] for record in results.read(path)} == {f"name-{r}-{n}" for r in range(8) for n in range(10)}
+    assert os.listdir(path.parent) == ["results.json"]
+
+
+def test_old_or_new_records_at_every_kill(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    prepared = tmp_path / "prepared"
+    prepared.mkdir()
+    for before in ([], ["a", "b"]):
+        if before:
+            results.add(prepared / "results.json", measured(dict.fromkeys(before, 1.0)))
+        seen = []
+        for run in kills.every_kill(
+            prepared, tmp_path, lambda run: results.add(run / "results.json", measured({"c": 2.0}))
+        ):
+            seen.append([record["name"] for record in results.read(run / "results.json")])
+            results.add(run / "results.json", measured({"c": 2.0}))
+            assert [record["name"] for record in results.read(run / "results.json")] == [*before, "c"]
+            assert os.listdir(run) == ["results.json"]
+        assert seen == sorted(seen, key=len) and seen[0] == before and seen[-1] == [*before, "c"]
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '[{"name": "x"}]', "[1]", "\xff"])

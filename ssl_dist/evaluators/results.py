@@ -1,10 +1,13 @@
 """results.json: every number that was measured on a run, with what it takes to know what it means."""
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from ssl_dist import durable
 from ssl_dist.errors import UserError
 from ssl_dist.features_file import Features, replacing
 
@@ -43,10 +46,11 @@ def records(values: dict[str, float], protocol: str, test: Features, seed: int |
 
 
 def read(path: str | Path) -> list[dict]:
-    """The records in the file; none when there is no file. Raises `UserError` when it is something else."""
+    """The records in the file; none when there is no file, or an empty one, which `add` makes to lock it before its
+    first record. Raises `UserError` when it is something else."""
     path = Path(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8") or "[]")
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
@@ -65,10 +69,29 @@ def add(path: str | Path, new: Sequence[dict]) -> list[dict]:
     """
     if not all(_is_record(record) for record in new):
         raise ValueError(f"a record needs the fields {', '.join(FIELDS)}")
-    merged = {tuple(record[field] for field in _SAME_MEASUREMENT): record for record in [*read(path), *new]}
-    with replacing(Path(path)) as file:
-        file.write((json.dumps(list(merged.values()), indent=2, ensure_ascii=False) + "\n").encode())
+    path = Path(path)
+    with _locked(path):
+        durable.remove_dead(path.parent)
+        merged = {tuple(record[field] for field in _SAME_MEASUREMENT): record for record in [*read(path), *new]}
+        with replacing(path) as file:
+            file.write((json.dumps(list(merged.values()), indent=2, ensure_ascii=False) + "\n").encode())
     return list(merged.values())
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time: another that reads before we have written would put back the file without our records."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = durable.lock(path, os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror}; give a folder that can, with space left"
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(held)
 
 
 def table(shown: Sequence[dict]) -> str:
