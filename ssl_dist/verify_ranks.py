@@ -30,7 +30,8 @@ from ssl_dist.grid import Grid
 from ssl_dist.methods.base import Output
 from ssl_dist.place import Place
 from ssl_dist.stop import StopRequest
-from ssl_dist.train import Training, fit
+from ssl_dist.train import fit
+from ssl_dist.training import Training
 
 PATIENCE = 300.0  # seconds in which some rank must have taken a step; the first one may have to compile
 FLOOR = 1e-3  # share of the largest tensor of a kind below which a tensor counts as that share

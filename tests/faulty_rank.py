@@ -93,7 +93,7 @@ def loader_exception(folder):
 
 def stuck_in_the_save(folder):
     from ssl_dist import watchdog
-    from ssl_dist.train import Training
+    from ssl_dist.training import Training
 
     watchdog.SAVE = 8.0
     save = Training._save

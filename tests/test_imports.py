@@ -31,7 +31,7 @@ LAYERS = [
         "watchdog",
         "agreement",
     },
-    {"train", "evaluators", "evaluate", "report", "explain", "verify", "verify_ranks", "doctor"},
+    {"training", "train", "evaluators", "evaluate", "report", "explain", "verify", "verify_ranks", "doctor"},
     {"cli", "__main__", "job"},
 ]
 PEERS = {"methods", "data", "backbones", "optim"}  # of one layer, and strangers to each other
