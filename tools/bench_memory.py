@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path, help="folder that `ssl-dist convert` wrote")
     parser.add_argument("--config", default=str(ROOT / "configs/cifar10/relational-conv4.yaml"))
-    parser.add_argument("--grids", nargs="+", default=["1x1", "1x4"], type=grid, help="Wi x Wv (default 1x1 1x4)")
+    parser.add_argument("--grids", nargs="+", default=[(1, 1), (1, 4)], type=grid, help="Wi x Wv (default 1x1 1x4)")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--plain", action="store_true", help="without the launch scripts' allocator settings")
     parser.add_argument("--tuned", action="store_true", help="with them; the default, to be named for both")
