@@ -19,10 +19,10 @@ from ssl_dist.config import Config, Normalize, Section
 from ssl_dist.data import plan, views
 from ssl_dist.data.catalog import facts
 from ssl_dist.data.readers import SplitInfo, open_dataset, read_info, require_name, splits_present
-from ssl_dist.dist import Place
 from ssl_dist.errors import UserError
 from ssl_dist.keys import INIT, hash64
 from ssl_dist.methods.base import Info, SSLMethod
+from ssl_dist.place import Place
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from ssl_dist.errors import UserError
 from ssl_dist.evaluators import results
 from ssl_dist.features_file import Features, check_pair, read_features
 from ssl_dist.grid import Grid
+from ssl_dist.place import Place
+from ssl_dist.watchdog import Watchdog
 
 DATA_KEYS = ("data.name", "data.root", "data.reader")
 
@@ -54,10 +56,13 @@ def extract(weights: Path, splits: Sequence[str], overrides: Sequence[str], out:
     folder = out or weights / "features"
     if out is None and not weights.is_dir():
         raise UserError(f"{weights}: is a file; say with --out where its features shall go")
-    place = dist.Place.from_environment()
+    place = Place.from_environment()
     threads = max(1, available_cores() // place.local_size)
     wanted = splits or _labelled_splits(source)
-    with dist.start(place, Grid(place.size, 1)) as world:
+    with (
+        Watchdog(place, features.STUCK) as dog,
+        dist.start(place, Grid(place.size, 1), dog.state) as world,
+    ):
         return [features.extract(encoder, source, split, folder, world, threads) for split in wanted]
 
 
@@ -87,7 +92,7 @@ def evaluate(run: Path, chosen: Sequence[str], overrides: Sequence[str]) -> list
                 source,
                 split,
                 path.parent,
-                dist.one_process(dist.choose_device(dist.Place())),
+                dist.one_process(dist.choose_device(Place())),
                 available_cores(),
             )
         files.append(read_features(path))

@@ -24,6 +24,7 @@ from ssl_dist.progress import Counter
 
 BATCH = 256  # images in a forward pass; without gradients and in evaluation mode its size changes nothing
 LAYER = "output"
+STUCK = 600.0  # seconds without a batch after which a rank of an extraction ends
 PATIENCE = 4 * 3600.0  # seconds that a rank which is done waits for the others; one that dies is noticed at once
 
 
@@ -102,7 +103,10 @@ def extract(encoder: Encoder, source: Source, split: str, folder: Path, world: W
         info = reader.info
         low, high = world.share(info.count)
         title = f"features {source.name} {split}"
-        with Counter(title, high - low, "image", quiet=not world.is_first) as counter:
+        with (
+            Counter(title, high - low, "image", quiet=not world.is_first) as counter,
+            world.state.phase_of(f"the extraction of {split}", STUCK),
+        ):
             rows = [chunk for chunk in _forward(encoder, reader, low, high, world, threads, counter)]
         part = np.concatenate(rows) if rows else np.empty((0, 0), np.float32)
         labels = reader.labels(np.arange(info.count, dtype=np.int64)) if world.is_first else None
@@ -127,7 +131,8 @@ def extract(encoder: Encoder, source: Source, split: str, folder: Path, world: W
         join([part])
         return path
     part_paths = [_part_of(path, rank, token) for rank in range(world.place.size)]
-    with durable.temporary(part_paths[world.place.rank]) as file:
+    waiting = world.state.phase_of(f"the wait for the other ranks' parts of {split}", PATIENCE)
+    with waiting, durable.temporary(part_paths[world.place.rank]) as file:
         np.save(file, part)
         durable.sync(file)  # rank 0 may read it on another node
         world.barrier()
@@ -166,6 +171,7 @@ def _forward(encoder, reader, low: int, high: int, world: World, threads: int, c
             features = module(to_input(torch.from_numpy(images).to(world.device)))
             yield features.flatten(1).float().cpu().numpy()
             counter.update(len(ids))
+            world.state.step += 1
 
 
 @contextmanager

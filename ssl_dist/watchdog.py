@@ -182,7 +182,7 @@ class Watchdog:
     def _cause(self, said: str) -> tuple[str, int | None, int]:
         board, end = self.board, time.monotonic() + EVIDENCE
         if board is None:
-            return f"lost contact with another rank in start-up ({said})", None, 1
+            return f"lost contact with another rank ({said})", None, 1
         dead_since: dict[int, float] = {}
         while time.monotonic() < end:
             for rank in board.others():

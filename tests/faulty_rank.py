@@ -1,4 +1,4 @@
-"""`ssl-dist train` as a rank in which something goes wrong: python tests/faulty_rank.py FAULT FOLDER train CONFIG ...
+"""`ssl-dist` as a rank in which something goes wrong: python tests/faulty_rank.py FAULT FOLDER train CONFIG ...
 
 Rank 1 meets the fault at step 3 and writes the time of it to FOLDER/fault; every rank writes its process id there.
 """
@@ -104,6 +104,19 @@ def stuck_in_the_save(folder):
         save(self, clock)
 
     Training._save = faulty
+
+
+def killed_in_the_extraction(folder):
+    from ssl_dist import features
+
+    test_views = features.views.test_views
+
+    def faulty(*arguments, **options):
+        if RANK == 1:
+            on_fault(folder, killed)
+        return test_views(*arguments, **options)
+
+    features.views.test_views = faulty
 
 
 if __name__ == "__main__":

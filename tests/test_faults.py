@@ -16,24 +16,27 @@ import pytest
 
 from ssl_dist import checkpoint
 from tests.ranks import free_port
-from tests.test_train import CONFIG, fingerprint, metrics, overrides
+from tests.test_train import CONFIG, fingerprint, metrics, overrides, run_training
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 8  # seconds without progress, the run's own
 pytestmark = pytest.mark.slow
 
 
-def torchrun(folder, fault, data, run, *more, restarts=0, ranks=2):
+def training(data, run, *more):
+    own = [f"timeout={TIMEOUT}", "checkpoint.every_steps=2", "checkpoint.every_epochs=null", "log.every_steps=1"]
+    return ["train", CONFIG, *overrides(data, run, *own, *more)]
+
+
+def torchrun(folder, fault, arguments, restarts=0):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     environment |= {"SSL_DIST_EXIT_FILE": str(folder / "exit-code"), "TORCH_CPP_LOG_LEVEL": "ERROR"}
     command = [
-        sys.executable, str(ROOT / "launch" / "torchrun.py"), "--nproc-per-node", str(ranks),
+        sys.executable, str(ROOT / "launch" / "torchrun.py"), "--nproc-per-node", "2",
         "--max-restarts", str(restarts), "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}",
         "--local-addr", "127.0.0.1", "--shutdown-timeout", "10", "--log-dir", str(folder / "torchrun"),
         "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",
-        str(ROOT / "tests" / "faulty_rank.py"), fault, str(folder), "train", CONFIG,
-        *overrides(data, run, f"timeout={TIMEOUT}", "checkpoint.every_steps=2", "checkpoint.every_epochs=null",
-        "log.every_steps=1", *more),
+        str(ROOT / "tests" / "faulty_rank.py"), fault, str(folder), *map(str, arguments),
     ]  # fmt: skip
     return subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
@@ -77,8 +80,8 @@ FAULTS = {  # what is said of it
         r"rank 0 on \S+ at step 3: rank 1 on \S+ ended at step 3: ValueError: planned failure in the loader",
     ],
     "skipped_exchange": [
-        r"the ranks disagree, one has skipped an exchange: number \d+ was all_reduce at relational.py:\d+ on rank 0 "
-        r"and all_reduce at train.py:\d+ on rank 1"
+        r"the ranks disagree, one has skipped an exchange: number \d+ was all_reduce at \w+.py:\d+ on rank 0 "
+        r"and all_reduce at \w+.py:\d+ on rank 1"
     ],
     "not_finite": [
         r"rank 1 on \S+ at step 3: the loss is not finite \(loss = nan, .*\); the newest checkpoint is "
@@ -93,7 +96,7 @@ FAULTS = {  # what is said of it
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_all_ranks_end_in_time_and_name_the_cause(fault, digits, tmp_path):
-    process = torchrun(tmp_path, fault, digits, tmp_path / "run")
+    process = torchrun(tmp_path, fault, training(digits, tmp_path / "run"))
     seconds = seconds_to_the_end(tmp_path)
     _, stderr = process.communicate(timeout=60)
     said = said_by_ranks(stderr)
@@ -112,7 +115,7 @@ def test_all_ranks_end_in_time_and_name_the_cause(fault, digits, tmp_path):
 
 
 def test_torchrun_starts_the_ranks_again_and_they_resume_exactly(digits, tmp_path):
-    process = torchrun(tmp_path, "killed", digits, tmp_path / "run", restarts=1)
+    process = torchrun(tmp_path, "killed", training(digits, tmp_path / "run"), restarts=1)
     _, stderr = process.communicate(timeout=90)
     assert process.returncode == 0, stderr
     starts = [json.loads(line) for line in (tmp_path / "run/logs/starts.jsonl").read_text().splitlines()]
@@ -122,7 +125,7 @@ def test_torchrun_starts_the_ranks_again_and_they_resume_exactly(digits, tmp_pat
     assert not list((tmp_path / "run/logs").glob("error-*.json")), "the folder shows the present state"
     whole = tmp_path / "whole"
     whole.mkdir()
-    assert torchrun(whole, "none", digits, whole / "run").wait(60) == 0
+    assert torchrun(whole, "none", training(digits, whole / "run")).wait(60) == 0
     assert fingerprint(tmp_path / "run") == fingerprint(whole / "run")
     assert metrics(tmp_path / "run") == metrics(whole / "run")
 
@@ -136,7 +139,9 @@ def begun(run):
 )
 def test_a_signal_to_one_rank_or_all_stops_them_after_the_same_step(name, told, digits, tmp_path):
     run = tmp_path / "run"
-    process = torchrun(tmp_path, "none", digits, run, "optim.steps=3000", "checkpoint.every_steps=null", restarts=3)
+    process = torchrun(
+        tmp_path, "none", training(digits, run, "optim.steps=3000", "checkpoint.every_steps=null"), restarts=3
+    )
     wait_for(lambda: begun(run))
     for rank in told:
         os.kill(int((tmp_path / f"pid-{rank}").read_text()), getattr(signal, name))
@@ -152,7 +157,7 @@ def test_a_signal_to_one_rank_or_all_stops_them_after_the_same_step(name, told, 
 
 def test_ranks_whose_torchrun_was_killed_save_and_end(digits, tmp_path):
     run = tmp_path / "run"
-    process = torchrun(tmp_path, "none", digits, run, "optim.steps=3000", "checkpoint.every_steps=null")
+    process = torchrun(tmp_path, "none", training(digits, run, "optim.steps=3000", "checkpoint.every_steps=null"))
     wait_for(lambda: begun(run))
     process.kill()
     process.wait()
@@ -177,7 +182,7 @@ def small_disk(tmp_path):
 def test_a_full_disk_in_a_save_ends_all_ranks_and_spares_the_older_checkpoints(digits, tmp_path, small_disk):
     run = small_disk / "run"
     more = ["optim.steps=12", "checkpoint.every_steps=1", "checkpoint.keep=10", "log.images_every_epochs=100"]
-    process = torchrun(tmp_path, "none", digits, run, *more)
+    process = torchrun(tmp_path, "none", training(digits, run, *more))
     _, stderr = process.communicate(timeout=60)
     [said] = said_by_ranks(stderr)
     print(f"\nfull disk:\n  {said}")
@@ -189,3 +194,13 @@ def test_a_full_disk_in_a_save_ends_all_ranks_and_spares_the_older_checkpoints(d
     assert process.returncode == 1 and found, stderr
     assert int(found[1]) == int(found[2]) == int(found[3]) + 1
     assert checkpoint.newest(run) == checkpoint.path_of(run, int(found[3]))
+
+
+def test_an_extraction_whose_rank_was_killed_ends(digits, tmp_path):
+    assert run_training(digits, tmp_path / "run", "optim.steps=1") == 0
+    process = torchrun(tmp_path, "killed_in_the_extraction", ["extract", tmp_path / "run"])
+    seconds = seconds_to_the_end(tmp_path)
+    _, stderr = process.communicate(timeout=60)
+    # torchrun tells the other rank to end, which it does at once: an extraction has nothing to save
+    assert process.returncode == 1 and "SIGKILL" in stderr and seconds < TIMEOUT
+    assert not list((tmp_path / "run" / "features").glob("*.safetensors"))
