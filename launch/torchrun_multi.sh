@@ -99,7 +99,7 @@ done
 # Ranks that were stopped or met a mistake tell torchrun 0, which would start them again else.
 case $(cat "$SSL_DIST_EXIT_FILE" 2>/dev/null) in
 75)
-    echo "stopped on request after a checkpoint; the same command goes on from there (exit code 75)" >&2
+    echo "stopped on request; the same command goes on from the last checkpoint (exit code 75)" >&2
     exit 75
     ;;
 2) exit 2 ;;

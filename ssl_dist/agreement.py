@@ -67,6 +67,8 @@ def _token(logs: Path, start: str) -> Path:
 def _begin(logs: Path) -> str:
     """Make place for what this start leaves in RUN/logs, and the file that all ranks must see."""
     (logs / "board").mkdir(exist_ok=True)
+    for record in (logs / "board").iterdir():
+        record.unlink()
     archive_endings(logs)
     for left in logs.glob(".start-*"):
         left.unlink()  # of a start that was killed

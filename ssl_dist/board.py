@@ -6,6 +6,7 @@ survives the death of its owner; a thread adds a pulse now and then and hands th
 one host is compared with another's: a rank is silent when its pulse does not change while somebody looks.
 """
 
+import contextlib
 import json
 import mmap
 import os
@@ -13,7 +14,6 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ RECORD = np.dtype(
     [
         ("start", "S16"),  # of which start of the run; a record of an earlier one is nobody's
         ("host", "S64"),
+        ("machine", "S64"),  # what tells two machines of one name apart, and two views of one machine's processes
         ("pid", "i8"),
         ("launcher", "i8"),  # the process that started the rank
         ("pulse", "i8"),
@@ -36,6 +37,15 @@ RECORD = np.dtype(
     ]
 )
 NUM_SITES = RECORD["sites"].shape[0]
+
+
+def _machine() -> bytes:
+    """The boot of this machine and the numbering of processes that is seen here; containers may share host names."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{boot.read_text().strip()[:36]} {os.stat('/proc/self/ns/pid').st_ino}".encode() if boot.exists() else b""
+
+
+MACHINE = _machine()
 _OWN_FILES = (__file__, str(Path(__file__).with_name("dist.py")))
 
 
@@ -46,8 +56,9 @@ class State:
         self.place = place
         self.phase, self.bound = "", 0.0  # a phase has its own time limit in seconds; none by default
         self.record = np.zeros((), RECORD)
-        self.record["host"] = socket.gethostname().encode()[:64]
+        self.record["host"], self.record["machine"] = socket.gethostname().encode()[:64], MACHINE
         self.record["pid"], self.record["launcher"] = os.getpid(), os.getppid()
+        self._pages: mmap.mmap | None = None
 
     @property
     def step(self) -> int:
@@ -57,7 +68,7 @@ class State:
     def step(self, step: int) -> None:
         self.record["step"] = step
 
-    @contextmanager
+    @contextlib.contextmanager
     def phase_of(self, name: str, bound: float) -> Iterator[None]:
         """Work that takes longer than a step: `bound` seconds instead of the run's timeout."""
         before = self.phase, self.bound
@@ -65,7 +76,7 @@ class State:
         yield
         self.phase, self.bound = before  # after an error it stays, to be named
 
-    @contextmanager
+    @contextlib.contextmanager
     def exchange(self, operation: str) -> Iterator[None]:
         """An exchange with the other ranks; after an error it counts as not ended."""
         number = int(self.record["exchange"]) + 1
@@ -85,8 +96,9 @@ class State:
 
     def pulse(self) -> None:
         self.record["pulse"] += 1
-        if hasattr(self, "_pages"):
-            self._pages.flush()
+        if self._pages is not None:
+            with contextlib.suppress(OSError):  # a file system that is away for a while must not end the watchdog
+                self._pages.flush()
 
 
 def _caller() -> str:
@@ -128,10 +140,10 @@ class Board:
         return [rank for rank in range(self.place.size) if rank != self.place.rank]
 
     def record(self, rank: int) -> np.ndarray | None:
-        """What `rank` shows; None before it has shown anything in this start."""
+        """What `rank` shows; None before it has shown anything in this start, or when it cannot be read now."""
         try:
             data = self.path(rank).read_bytes()
-        except FileNotFoundError:
+        except OSError:
             return None
         if len(data) != RECORD.itemsize:
             return None
@@ -139,12 +151,21 @@ class Board:
         return record if record["start"] == self.start.encode() else None
 
     def ending(self, rank: int) -> Ending | None:
-        """Why `rank` has ended in this start, if it has said so."""
+        """Why `rank` has ended in this start, if it has said so and it can be read now."""
         try:
             found = Ending(**json.loads((self.logs / f"error-{rank}.json").read_text(encoding="utf-8")))
-        except FileNotFoundError:
+        except OSError:
             return None
         return found if found.start == self.start else None
+
+    def endings(self) -> list[Ending]:
+        """What the other ranks have said of their ends; those that name themselves come first."""
+        try:
+            names = set(os.listdir(self.logs))  # makes an NFS client ask the server again
+        except OSError:
+            return []
+        found = [self.ending(rank) for rank in self.others() if f"error-{rank}.json" in names]
+        return sorted((e for e in found if e is not None), key=lambda e: (e.behind is not None, e.rank))
 
     def leave(self, state: State, cause: str, behind: int | None, code: int, traceback: str = "") -> None:
         """Write this rank's ending. The folder may be full or gone: then it is only said."""
@@ -160,17 +181,17 @@ class Board:
             print(f"{self.logs}: the ending of {self.place} was not written: {error.strerror}", file=sys.stderr)
 
     def is_gone(self, rank: int) -> bool:
-        """Whether the process of `rank` has ended, where it is on this host; False: it has not, or who knows."""
+        """Whether the process of `rank` has ended, where it is on this machine; False: it has not, or who knows."""
         record = self.record(rank)
-        if record is None or _text(record["host"]) != socket.gethostname():
+        if record is None or not MACHINE or record["machine"] != MACHINE:
             return False
         stat = _stat(int(record["pid"]))
         return stat is None or stat[0] in "ZX"
 
     def is_sibling(self, rank: int) -> bool:
-        """Whether the process of `rank` lives on this host and has the same launcher as this one."""
+        """Whether the process of `rank` lives on this machine and has the same launcher as this one."""
         record = self.record(rank)
-        if record is None or _text(record["host"]) != socket.gethostname():
+        if record is None or not MACHINE or record["machine"] != MACHINE:
             return False
         stat = _stat(int(record["pid"]))
         return stat is not None and int(stat[1]) == int(record["launcher"]) == os.getppid()
@@ -182,16 +203,11 @@ class Board:
             return f"rank {rank}"
         return f"rank {rank} on {_text(record['host'])} (pid {record['pid']}) at step {record['step']}"
 
-    def silent(self, seconds: float) -> list[int]:
-        """The other ranks whose pulse does not change for `seconds`, which this call takes."""
-        before = {rank: self.record(rank) for rank in self.others()}
-        time.sleep(seconds)
-        after = {rank: self.record(rank) for rank in self.others()}
-        return [
-            rank
-            for rank, record in before.items()
-            if record is not None and after[rank] is not None and after[rank]["pulse"] == record["pulse"]
-        ]
+    def pulses(self) -> dict[int, int]:
+        """The pulses of the other ranks that show something and have not said that they end."""
+        ended = {ending.rank for ending in self.endings()}
+        records = {rank: self.record(rank) for rank in self.others() if rank not in ended}
+        return {rank: int(record["pulse"]) for rank, record in records.items() if record is not None}
 
     def disagreement(self, state: State) -> str | None:
         """An exchange that was not the same one on two ranks, in words; None: there is none among their last."""

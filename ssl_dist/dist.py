@@ -1,4 +1,4 @@
-"""The ranks of a run. The only file that names torch.distributed.
+"""The ranks of a run, and all that they exchange. Besides meeting.py the only file that names torch.distributed.
 
 Gradient rule: `gather_views` and `sum` have a SUM backward, and `wrap` averages gradients over the ranks. So when the
 *mean over the ranks* of the returned loss is the loss of the global batch, the gradients equal those of one process:
@@ -34,8 +34,6 @@ class World:
         return self
 
     def __exit__(self, _kind, error: BaseException | None, _traceback) -> None:
-        if isinstance(error, UserError):
-            error.met_alone = not error.agreed
         if error is None or self.device.type == "cpu":
             self.close()  # with NCCL this would wait for exchanges that never end; the end of the process frees them
 
@@ -108,11 +106,11 @@ class World:
         """The mean over the ranks, without gradient."""
         return self.reduce(x) / self.place.size
 
-    def any(self, *flags: bool) -> list[bool]:
-        """For every flag, whether it is up on any rank. One small all-reduce."""
+    def any(self, *flags: bool | Tensor) -> list[bool]:
+        """For every flag, whether it is up on any rank. One small all-reduce, and the only wait for a GPU in a step."""
+        up = torch.stack([torch.as_tensor(flag, dtype=torch.float32, device=self.device) for flag in flags])
         if self.alone:
-            return list(flags)
-        up = torch.tensor([float(flag) for flag in flags], device=self.device)
+            return [value > 0 for value in up.tolist()]
         with self.state.exchange("all_reduce"):
             dist.all_reduce(up, dist.ReduceOp.MAX)
             return [value > 0 for value in up.tolist()]

@@ -62,6 +62,7 @@ def extract(weights: Path, splits: Sequence[str], overrides: Sequence[str], out:
     with (
         Watchdog(place, features.STUCK) as dog,
         dist.start(place, Grid(place.size, 1), dog.state) as world,
+        dog.reporting(),
     ):
         return [features.extract(encoder, source, split, folder, world, threads) for split in wanted]
 

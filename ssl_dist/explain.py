@@ -19,8 +19,8 @@ from ssl_dist import checkpoint, optim, runfolder
 from ssl_dist.blueprint import Blueprint, derive
 from ssl_dist.config import Config
 from ssl_dist.data.loader import AHEAD
-from ssl_dist.dist import Place
 from ssl_dist.grid import Grid, splits
+from ssl_dist.place import Place
 
 
 def explain(config: Config, world_size: int, ranks_per_node: int | None = None) -> str:

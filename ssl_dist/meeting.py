@@ -19,6 +19,7 @@ from ssl_dist.place import Place
 PATIENCE = 300.0  # seconds in which all ranks must have come; a cold file system takes minutes to import torch
 # Of torch's own waits: longer than any phase of a run, as it is the watchdog that ends ranks which hang.
 NO_LIMIT = timedelta(days=7)
+STOPPING = "stopping"  # key: a rank was asked to stop before all had come
 
 
 class StoppedWhileWaiting(Exception):
@@ -70,27 +71,25 @@ def _await_port(host: str, port: int, end: float, is_stopping: Callable[[], bool
             return
         except OSError as error:
             fault = error
-        _wait(is_stopping, 0.1)
+        if is_stopping():
+            raise StoppedWhileWaiting
+        time.sleep(0.1)
         if time.monotonic() > end:
             raise Fault(f"rank 0 does not answer at {host}:{port} ({fault}): did it start?")
 
 
 def _roll_call(store: dist.Store, place: Place, end: float, is_stopping: Callable[[], bool]) -> None:
-    absent = list(range(place.size))
-    while True:
-        absent = [rank for rank in absent if not store.check([f"here/{rank}"])]
-        if not absent:
-            return
+    everyone = [f"here/{rank}" for rank in range(place.size)]
+    while not store.check(everyone):
+        if is_stopping():
+            store.set(STOPPING, "")
+        if store.check([STOPPING]):
+            raise StoppedWhileWaiting
         if time.monotonic() > end:
-            here = [store.get(f"here/{rank}").decode() for rank in range(place.size) if rank not in absent]
+            absent = [rank for rank, key in enumerate(everyone) if not store.check([key])]
+            here = [store.get(key).decode() for rank, key in enumerate(everyone) if rank not in absent]
             raise Fault(f"{_ranks(absent)} of {place.size} did not come; here are {', '.join(here[:8])}")
-        _wait(is_stopping, 0.02)
-
-
-def _wait(is_stopping: Callable[[], bool], seconds: float) -> None:
-    if is_stopping():
-        raise StoppedWhileWaiting
-    time.sleep(seconds)
+        time.sleep(0.02)
 
 
 def _ranks(numbers: list[int]) -> str:

@@ -14,9 +14,11 @@ class RankLog:
     def __init__(self, place: Place):
         self.place = place
         self._file = None
+        self._crashes_were_shown = False  # by the program that this runs in
 
     def open(self, logs: Path) -> None:
         self._file = open(logs / f"rank-{self.place.rank}.log", "a", encoding="utf-8")  # noqa: SIM115 - kept open
+        self._crashes_were_shown = faulthandler.is_enabled()
         faulthandler.enable(self._file)
 
     def note(self, text: str) -> None:
@@ -37,5 +39,7 @@ class RankLog:
     def close(self) -> None:
         if self._file is not None:
             faulthandler.disable()
+            if self._crashes_were_shown:
+                faulthandler.enable()
             self._file.close()
             self._file = None

@@ -58,7 +58,7 @@ def accept(run: Path, wanted: Config) -> None:
     """Keep the first config as RUN/config.yaml; refuse a later one as `check` does."""
     check(run, wanted)
     if not checkpoint.steps(run):  # a start that failed before its first checkpoint binds nobody
-        checkpoint.write_text(run / "config.yaml", config.dump(wanted))
+        durable.write_text(run / "config.yaml", config.dump(wanted))
 
 
 def check(run: Path, wanted: Config) -> None:

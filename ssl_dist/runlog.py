@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from ssl_dist import checkpoint
 from ssl_dist.clock import Clock
+from ssl_dist.durable import write_text
 from ssl_dist.progress import Progress
 
 
@@ -87,4 +87,4 @@ def cut_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except json.JSONDecodeError:
             continue  # the last line, torn; its step is after the checkpoint's
-    checkpoint.write_text(path, "".join(kept))
+    write_text(path, "".join(kept))

@@ -12,7 +12,7 @@ from ssl_dist.agreement import agree
 from ssl_dist.blueprint import Blueprint, derive
 from ssl_dist.config import Config
 from ssl_dist.data import views
-from ssl_dist.errors import Fault
+from ssl_dist.errors import Fault, UserError
 from ssl_dist.meeting import StoppedWhileWaiting
 from ssl_dist.methods.base import Output
 from ssl_dist.place import Place
@@ -22,7 +22,10 @@ from ssl_dist.watchdog import Watchdog
 
 
 def train(wanted: Config) -> int:
-    """Run a training on this rank, or go on with it. Returns 0 when it is complete, 75 when it was asked to stop."""
+    """Run a training on this rank, or go on with it. Returns 0 when it is complete, 75 when it was asked to stop.
+
+    For the main thread, whose signals it takes meanwhile; a hang ends the whole process.
+    """
     if wanted.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     place = Place.from_environment()
@@ -36,11 +39,16 @@ def train(wanted: Config) -> int:
         try:
             world = dist.start(place, blueprint.grid, dog.state, lambda: stop.requested)
         except StoppedWhileWaiting:
-            print(f"{place}: asked to stop before all ranks had come; nothing has begun", file=sys.stderr, flush=True)
+            if place.local_rank == 0:
+                print("stopped before all ranks had come; nothing has begun", file=sys.stderr, flush=True)
             return STOPPED
-        with world, claimed(blueprint, world):
+        with world, dog.reporting(), claimed(blueprint, world):
             dog.show(blueprint.run / "logs", agree(blueprint, world))
-            run = Training(blueprint, world)
+            try:
+                run = Training(blueprint, world)
+            except UserError as error:
+                error.agreed = True  # config, images and checkpoint are the same on all ranks, so all have met it
+                raise
             if world.is_first:
                 runfolder.note_start(run.folder, wanted, run.clock.step, place.size)
             dog.log.note(f"{place} of {place.size} (pid {os.getpid()}) begins after step {run.clock.step}")
@@ -87,8 +95,7 @@ def fit(run: Training, stop: StopRequest) -> int:
 
             with run.autocast():
                 output: Output = run.wrapped(batch, world)
-            finite = bool(torch.isfinite(output.loss.detach()))
-            stopping, broken = world.any(stop.requested, not finite)
+            stopping, broken = world.any(stop.requested, ~torch.isfinite(output.loss.detach()))
             if broken:
                 raise NonFiniteLoss(run.diagnosis(clock, output))
             run.optimizer.zero_grad(set_to_none=True)

@@ -77,7 +77,8 @@ class Training:
         for step in range(self.clock.step + 1, self.clock.total_steps + 1):
             state.step = step
             start = time.perf_counter()
-            host = next(iterator)
+            with state.phase_of("the wait for images", state.bound):
+                host = next(iterator)
             if log is not None:
                 log.waited(time.perf_counter() - start)
             yield host
@@ -104,14 +105,14 @@ class Training:
         """Log this step. Every rank takes part, because the loss is averaged over them."""
         metrics = {"loss": float(self.world.mean(output.loss.detach())), "lr": self.optimizer.param_groups[0]["lr"]}
         metrics |= {name: float(value) for name, value in output.metrics.items()}
-        if log is None:
-            return
-        if output.representations is not None:
-            metrics["feature_std"] = health.feature_std(output.representations)
-            metrics["effective_rank"] = health.effective_rank(output.representations)
-        log.write(clock, metrics, output.histograms)
+        if log is not None:
+            if output.representations is not None:
+                metrics["feature_std"] = health.feature_std(output.representations)
+                metrics["effective_rank"] = health.effective_rank(output.representations)
+            log.write(clock, metrics, output.histograms)
         if clock.step == 1 or clock.due(every_epochs=self.config.log.images_every_epochs):
-            self.show_views(log, clock)
+            with self.world.state.phase_of("the pictures", watchdog.SAVE):
+                self.world.first(lambda: self.show_views(log, clock))
 
     def show_views(self, log: RunLog, clock: Clock, num_images: int = 8) -> None:
         """All views of the first images of this step, also those that other ranks hold: TensorBoard and views.png."""
@@ -158,8 +159,13 @@ class Training:
 
     def finish(self, clock: Clock) -> None:
         """What stands at the end of a run: a checkpoint, also of a method that takes no step, and the loss curve."""
-        self.world.first(lambda: checkpoint.steps(self.folder) or self._save(clock))
-        if self.world.is_first and (self.folder / "metrics.jsonl").exists():
+        with self.world.state.phase_of("the end of the run", watchdog.SAVE):
+            self.world.first(lambda: self._finish(clock))
+
+    def _finish(self, clock: Clock) -> None:
+        if not checkpoint.steps(self.folder):
+            self._save(clock)
+        if (self.folder / "metrics.jsonl").exists():
             from ssl_dist import figures
 
             figures.loss_curve(self.folder / "loss.png", self.folder / "metrics.jsonl")

@@ -106,6 +106,18 @@ def stuck_in_the_save(folder):
     Training._save = faulty
 
 
+def slow_pictures(folder):
+    from ssl_dist.training import Training
+
+    show_views = Training.show_views
+
+    def slow(self, log, clock):
+        time.sleep(9)
+        show_views(self, log, clock)
+
+    Training.show_views = slow
+
+
 def killed_in_the_extraction(folder):
     from ssl_dist import features
 

@@ -59,23 +59,19 @@ def test_an_exchange_that_fails_counts_as_not_ended(logs):
 def test_records_of_another_start_and_torn_ones_are_nobodys(logs):
     pair(logs, "old")
     board = Board(logs, "new", Place(0, 2))
-    assert board.record(1) is None and board.name(1) == "rank 1" and board.silent(0) == []
+    assert board.record(1) is None and board.name(1) == "rank 1" and board.pulses() == {}
     board.path(1).write_bytes(b"torn")
     assert board.record(1) is None
     assert Board(logs, "new", Place(0, 3)).record(2) is None
 
 
-def test_a_rank_is_silent_when_its_pulse_does_not_change(logs):
+def test_pulses_of_those_that_have_not_ended(logs):
     (_, other), board = pair(logs)
-    assert board.silent(0.01) == [1]
-    import threading
-
-    beating = threading.Event()
-    thread = threading.Thread(target=lambda: [other.pulse() for _ in iter(lambda: beating.wait(0.01), True)])
-    thread.start()
-    assert board.silent(0.3) == []
-    beating.set()
-    thread.join()
+    assert board.pulses() == {1: 0}
+    other.pulse()
+    assert board.pulses() == {1: 1}
+    Board(logs, "s1", Place(1, 2)).leave(other, "it broke", None, 1)
+    assert board.pulses() == {}, "who has said that it ends is not silent"
 
 
 def test_a_rank_whose_process_has_ended_is_gone(logs):
@@ -92,8 +88,8 @@ def test_a_rank_whose_process_has_ended_is_gone(logs):
         pass
     process.wait()
     assert board.is_gone(1)
-    other.record["host"] = b"elsewhere"
-    assert not board.is_gone(1), "nobody can tell from another host"
+    other.record["machine"] = b"elsewhere"
+    assert not board.is_gone(1), "nobody can tell from another machine, even one of the same name"
 
 
 def test_a_skipped_exchange_is_found_by_its_number(logs):
@@ -141,3 +137,12 @@ def test_phases(logs):
     with pytest.raises(OSError), state.phase_of("the save", 9.0):
         raise OSError
     assert state.phase == "the save", "named in what is said of the error"
+
+
+def test_endings_that_name_themselves_come_first(logs):
+    place = [Place(rank, 4) for rank in range(4)]
+    for rank, behind in ((1, 2), (2, None), (3, 2)):
+        Board(logs, "s1", place[rank]).leave(State(place[rank]), f"of {rank}", behind, 1)
+    assert [ending.rank for ending in Board(logs, "s1", place[0]).endings()] == [2, 1, 3]
+    assert Board(logs, "s2", place[0]).endings() == []
+    assert Board(logs / "gone", "s1", place[0]).endings() == []

@@ -28,11 +28,11 @@ def training(data, run, *more):
     return ["train", CONFIG, *overrides(data, run, *own, *more)]
 
 
-def torchrun(folder, fault, arguments, restarts=0):
+def torchrun(folder, fault, arguments, restarts=0, ranks=2):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     environment |= {"SSL_DIST_EXIT_FILE": str(folder / "exit-code"), "TORCH_CPP_LOG_LEVEL": "ERROR"}
     command = [
-        sys.executable, str(ROOT / "launch" / "torchrun.py"), "--nproc-per-node", "2",
+        sys.executable, str(ROOT / "launch" / "torchrun.py"), "--nproc-per-node", str(ranks),
         "--max-restarts", str(restarts), "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}",
         "--local-addr", "127.0.0.1", "--shutdown-timeout", "10", "--log-dir", str(folder / "torchrun"),
         "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",
@@ -112,6 +112,26 @@ def test_all_ranks_end_in_time_and_name_the_cause(fault, digits, tmp_path):
         ending["cause"] in (tmp_path / "run/logs" / f"rank-{ending['rank']}.log").read_text() for ending in endings
     )
     assert checkpoint.newest(tmp_path / "run").name == "step-00000002.pt"
+
+
+@pytest.mark.parametrize("fault", ["killed", "frozen", "stuck_in_user_code"])
+def test_four_ranks_blame_the_one_that_is_to_blame(fault, digits, tmp_path):
+    process = torchrun(tmp_path, fault, training(digits, tmp_path / "run", "data.view_shards=2"), ranks=4)
+    seconds = seconds_to_the_end(tmp_path)
+    _, stderr = process.communicate(timeout=60)
+    said = said_by_ranks(stderr)
+    print(f"\n{fault}, 4 ranks: {seconds:.1f} s\n  " + "\n  ".join(said))
+    assert process.returncode == 1 and len(said) >= 1
+    for line in said:
+        who, cause = re.fullmatch(r"error: (rank \d) on \S+ at step \d+: (.*)", line).groups()
+        assert cause.startswith(("lost rank 1 on", "rank 1 on")) or (who == "rank 1" and "no progress" in cause), line
+    assert seconds < TIMEOUT + 10
+
+
+def test_pictures_that_take_long_are_no_fault(digits, tmp_path):
+    process = torchrun(tmp_path, "slow_pictures", training(digits, tmp_path / "run", "timeout=3"))
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
 
 
 def test_torchrun_starts_the_ranks_again_and_they_resume_exactly(digits, tmp_path):

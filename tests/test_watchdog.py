@@ -19,7 +19,7 @@ from ssl_dist.watchdog import Watchdog
 
 logs = pathlib.Path(sys.argv[1])
 (logs / "board").mkdir()
-with Watchdog(Place(), timeout=0.5) as dog:
+with Watchdog(Place(), timeout=0.5) as dog, dog.reporting():
     state = dog.state
     dog.show(logs, "s1")
     state.phase, state.bound = "", 0.0
@@ -67,6 +67,31 @@ def test_steps_are_progress_and_so_is_another_phase(tmp_path):
     assert (code, err) == (0, "") and not (tmp_path / "error-0.json").exists()
 
 
+def test_a_file_system_that_fails_does_not_end_the_watch(tmp_path):
+    body = """
+    class Pages:
+        def flush(self):
+            raise OSError(116, "Stale file handle")
+    state._pages = Pages()
+    time.sleep(60)
+    """
+    code, _, err = ended(start(tmp_path, body))
+    assert code == 1 and "no progress" in err
+
+
+def test_a_phase_is_not_shorter_than_the_timeout(tmp_path):
+    body = """
+    with state.phase_of("a short phase", 0.1):
+        time.sleep(0.3)
+    """
+    assert ended(start(tmp_path, body))[0] == 0
+
+
+def test_the_line_that_waits_is_named_not_the_library(tmp_path):
+    code, _, err = ended(start(tmp_path, "import queue; queue.Queue().get()"))
+    assert code == 1 and "at <string>:" in err and "; raise timeout if a step may take that long" in err
+
+
 def test_a_phase_has_its_own_bound(tmp_path):
     body = """
     with state.phase_of("the save of step 3", 1.0):
@@ -94,7 +119,7 @@ def test_a_suspended_process_has_not_hung(tmp_path):
 @pytest.mark.parametrize(
     ("body", "code", "cause", "shown"),
     [
-        ("raise ValueError('planned')", 1, "ValueError: planned", "ValueError: planned"),
+        ("raise ValueError('planned')", 1, "ValueError: planned", "error: rank 0 on"),
         ("raise UserError('optim.lr = -1: no')", 2, "optim.lr = -1: no", "UserError"),
         ("raise Fault('rank 0 on x at step 3: broken')", 1, "rank 0 on x at step 3: broken", "Fault"),
     ],
@@ -137,3 +162,31 @@ def test_ranks_hear_that_their_launcher_died(tmp_path):
     while not told.exists():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("own", "inside", "others", "is_behind"),
+    [
+        (5, False, [6, 6], True),  # the others have gone on
+        (5, False, [5, 5], True),  # in user code, as far as can be seen
+        (5, True, [6, 5], False),  # a ring may end on one rank before another
+        (5, True, [5, 4], False),
+        (5, False, [5, 4], False),  # waits for a GPU, which waits for the one that is behind
+        (5, False, [4, 4], False),
+        (5, False, [6, 4], False),
+    ],
+)
+def test_who_is_behind(tmp_path, own, inside, others, is_behind):
+    from ssl_dist.board import Board, State
+    from ssl_dist.place import Place
+    from ssl_dist.watchdog import Watchdog
+
+    (tmp_path / "board").mkdir()
+    for rank, number in enumerate(others, 1):
+        state = State(Place(rank, 3))
+        state.record["exchange"] = number
+        state.move_to(Board(tmp_path, "s1", Place(rank, 3)).path(rank), "s1")
+    dog = Watchdog(Place(0, 3), 60.0)
+    dog.board = Board(tmp_path, "s1", Place(0, 3))
+    dog.state.record["exchange"], dog.state.record["inside"] = own, inside
+    assert dog._is_behind() == is_behind
