@@ -5,6 +5,7 @@
 #   bash launch/install.sh
 #   PYTHON=/usr/bin/python3.12 bash launch/install.sh    another interpreter (3.11 or newer)
 #   WITHOUT_FFCV=1 bash launch/install.sh                no FFCV and no system headers: works with data.reader=arrays
+#   WITH_SLURM=1 bash launch/install.sh                  also Slurm, for tests/cluster.py; goes on where it cannot
 #
 # Exit codes: 0 ready; 2 something is missing that this script cannot install (it is named, with the command); 1 a fault.
 set -euo pipefail
@@ -71,21 +72,37 @@ missing_packages() {
     pkg-config --exists libturbojpeg 2>/dev/null || echo libturbojpeg0-dev
 }
 
+# What the tests' own cluster needs (tests/cluster.py); all of it when a part is not there.
+missing_slurm() {
+    local name packages="slurmctld slurmd slurm-client munge iproute2"
+    for name in slurmctld slurmd sbatch munged ip; do
+        (PATH=$PATH:/usr/sbin:/sbin && command -v "$name" >/dev/null) || { echo "$packages" && return; }
+    done
+}
+
+# Returns 1 where it cannot, with the reason in $why, which ends with the first argument: what else to do.
 install_packages() {
-    local as_root=() by_hand="apt-get update && apt-get install -y --no-install-recommends $*"
-    local otherwise="or leave FFCV and its headers out: WITHOUT_FFCV=1, then data.reader=arrays"
-    command -v apt-get >/dev/null ||
-        stop "missing: $* (the names of Debian, but there is no apt-get here): install them by hand, $otherwise"
+    local otherwise=$1 as_root=()
+    shift
+    local by_hand="apt-get update && apt-get install -y --no-install-recommends $*"
+    if ! command -v apt-get >/dev/null; then
+        why="missing: $* (the names of Debian, but there is no apt-get here): install them by hand, $otherwise"
+        return 1
+    fi
     if [ "$(id -u)" != 0 ]; then
         as_root=(sudo)
         [ -t 0 ] || as_root=(sudo -n) # nobody there to type a password
-        "${as_root[@]}" true 2>/dev/null || stop "missing: $*; have root run: $by_hand; $otherwise"
+        if ! "${as_root[@]}" true 2>/dev/null; then
+            why="missing: $*; have root run: $by_hand; $otherwise"
+            return 1
+        fi
     fi
     say "system packages, through apt-get${as_root[*]:+ and sudo}: $*"
     local apt=("${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=120)
-    if ! { "${apt[@]}" update && "${apt[@]}" install -y --no-install-recommends "$@"; } >"$log" 2>&1; then
+    if ! { "${apt[@]}" update && "${apt[@]}" install -y --no-install-recommends "$@"; } >"$log" 2>&1 9<&-; then # a daemon that comes along must not get the lock
         tail -n 15 "$log" >&2
-        stop "missing: $*; apt-get failed (its last lines are above); have root run: $by_hand; $otherwise"
+        why="missing: $*; apt-get failed (its last lines are above); have root run: $by_hand; $otherwise"
+        return 1
     fi
 }
 
@@ -102,13 +119,21 @@ if ! flock --nonblock 9; then
     say "waiting for another set-up of this checkout"
     flock 9
 fi
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+
+# Apart from the rest: neither the stamp nor the exit code knows of it, and nobody is asked for a password.
+if [ -n "${WITH_SLURM:-}" ]; then
+    read -ra missing < <(missing_slurm) || true
+    if [ ${#missing[@]} -gt 0 ]; then
+        install_packages "or go on without: the tests that start a Slurm cluster are skipped" "${missing[@]}" </dev/null ||
+            say "$why"
+    fi
+fi
 if is_usable && [ "$(cat "$stamp" 2>/dev/null)" = "$(recipe)" ]; then
     say "nothing to do, .venv is complete"
     exit 0
 fi
-
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
 
 if [ -n "${PYTHON:-}" ]; then
     is_new_enough "$PYTHON" || stop "PYTHON=$PYTHON is not Python 3.11 or newer; name another one or unset it"
@@ -124,7 +149,8 @@ if [ -z "$python" ] && command -v python3 >/dev/null; then
 fi
 mapfile -t missing < <(missing_packages "$python")
 if [ ${#missing[@]} -gt 0 ]; then
-    install_packages "${missing[@]}"
+    install_packages "or leave FFCV and its headers out: WITHOUT_FFCV=1, then data.reader=arrays" "${missing[@]}" ||
+        stop "$why"
     python=${python:-$(find_python)}
     [ -n "$python" ] || stop "apt-get brought $(python3 --version); install Python 3.11 or newer and name it with PYTHON="
     mapfile -t missing < <(missing_packages "$python")

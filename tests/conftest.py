@@ -8,6 +8,9 @@ import sys
 import hypothesis
 import pytest
 
+from tests.cluster import Cluster, why_not
+from tests.network_cluster import NetworkCluster, why_no_network
+
 # Read when a test first imports torch or numpy, and inherited by every process that a test starts.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
@@ -51,3 +54,34 @@ def digits(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "digits"
     convert("digits", None, root, workers=1, progress=False)
     return root
+
+
+@pytest.fixture(scope="session")
+def _cluster(tmp_path_factory):
+    yield from _started(Cluster, why_not(), tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def _network_cluster(tmp_path_factory):
+    yield from _started(NetworkCluster, why_no_network(), tmp_path_factory)
+
+
+def _started(kind, obstacle, tmp_path_factory):
+    if obstacle:
+        pytest.skip(obstacle)
+    with kind(tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(_cluster):
+    """A Slurm cluster of two nodes (tests/cluster.py); after the test no job runs and both nodes are there."""
+    yield _cluster
+    _cluster.clear()
+
+
+@pytest.fixture
+def network_cluster(_network_cluster):
+    """The same with a network whose links can be cut."""
+    yield _network_cluster
+    _network_cluster.clear()

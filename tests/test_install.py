@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 TOOLS = ["bash", "cat", "cp", "dirname", "env", "flock", "grep", "head", "mkdir", "mktemp", "rm", "sha256sum", "tail",
          "touch"]  # fmt: skip
 EVERYTHING = ["python3.11-venv", "python3.11-dev", "g++", "pkg-config", "libopencv-dev", "libturbojpeg0-dev"]
+SLURM = "slurmctld slurmd slurm-client munge iproute2"
 PKG_CONFIG_NAMES = {"libopencv-dev": "opencv4", "libturbojpeg0-dev": "libturbojpeg"}
 
 
@@ -245,3 +246,49 @@ def test_without_ffcv_no_headers_are_needed(machine):
     answer = machine.install(WITHOUT_FFCV=1)
     assert answer.returncode == 0, answer.stderr
     assert "--editable .[timm,test]" in machine.noted() and "ffcv" not in machine.noted()
+
+
+def test_slurm_is_brought_for_the_tests_alone(equipped):
+    """Also where the rest is complete: that was, perhaps, set up by quickstart.sh."""
+    equipped.put_apt()
+    assert equipped.install().returncode == 0
+    assert "apt-get" not in equipped.noted()
+    equipped.log.write_text("")
+    answer = equipped.install(WITH_SLURM=1)
+    assert answer.returncode == 0 and answer.stdout.endswith("nothing to do, .venv is complete\n")
+    assert equipped.noted().splitlines()[1:] == [
+        f"0 apt-get -q -o DPkg::Lock::Timeout=120 install -y --no-install-recommends {SLURM}"
+    ]
+    assert "nothing to do" in equipped.install().stdout  # the stamp is the same with and without
+
+
+def test_slurm_that_is_there_is_not_installed(equipped):
+    for name in ("slurmctld", "slurmd", "sbatch", "munged", "ip"):
+        script(equipped.bin / name, "exit 9")
+    assert equipped.install(WITH_SLURM=1).returncode == 0
+    assert "apt-get" not in equipped.noted()
+    (equipped.bin / "sbatch").unlink()
+    assert f"missing: {SLURM}" in equipped.install(WITH_SLURM=1).stdout
+
+
+@pytest.mark.parametrize("obstacle", ["no apt-get", "no rights", "no network"])
+def test_without_slurm_the_set_up_goes_on(obstacle, equipped):
+    if obstacle != "no apt-get":
+        equipped.put_apt()
+    if obstacle == "no rights":
+        equipped.put_user(1000, sudo="false")
+    if obstacle == "no network":
+        script(equipped.bin / "apt-get", "echo 'E: no network' >&2; exit 100")
+    answer = equipped.install(WITH_SLURM=1)
+    assert answer.returncode == 0 and answer.stdout.endswith("install: done, .venv is complete\n"), answer.stderr
+    (line,) = [line for line in answer.stdout.splitlines() if "missing" in line]
+    assert SLURM in line and line.endswith("or go on without: the tests that start a Slurm cluster are skipped")
+    assert ("E: no network" in answer.stderr) == (obstacle == "no network")
+
+
+def test_a_daemon_that_a_package_starts_does_not_keep_the_lock(equipped):
+    script(equipped.bin / "apt-get", f"{shutil.which('sleep')} 5 >/dev/null 2>&1 &")
+    start = time.monotonic()
+    assert equipped.install(WITH_SLURM=1).returncode == 0
+    assert "waiting" not in equipped.install().stdout
+    assert time.monotonic() - start < 5
