@@ -1,4 +1,4 @@
-"""Is a representation alive? Two numbers that fall when it collapses."""
+"""Is a representation alive? Two numbers that fall when it collapses, and are NaN when it is not finite."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,8 @@ MAX_ROWS = 1024  # a sample is enough, and the spectrum of more would cost time 
 
 
 def _sample(z: Tensor) -> Tensor:
-    rows = z.detach().reshape(-1, z.shape[-1]).float()
+    rows = z.detach().reshape(-1, z.shape[-1])
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # a float64 need not fit into a float32
     stride = -(-len(rows) // MAX_ROWS)
     return torch.nn.functional.normalize(rows[::stride], dim=1)
 
@@ -27,6 +28,8 @@ def effective_rank(z: Tensor) -> float:
     Between 1 (one direction is left) and D; 0 when every row is the same.
     """
     rows = _sample(z)
+    if not torch.isfinite(rows).all():
+        return float("nan")  # the decomposition would raise; the loop's own check says what is wrong
     values = torch.linalg.svdvals(rows - rows.mean(0))
     if values.sum() <= 1e-6:
         return 0.0
