@@ -14,12 +14,13 @@ class RankLog:
     def __init__(self, place: Place):
         self.place = place
         self._file = None
-        self._crashes_were_shown = False  # by the program that this runs in
+        self._shows_crashes = False
 
     def open(self, logs: Path) -> None:
         self._file = open(logs / f"rank-{self.place.rank}.log", "a", encoding="utf-8")  # noqa: SIM115 - kept open
-        self._crashes_were_shown = faulthandler.is_enabled()
-        faulthandler.enable(self._file)
+        if not faulthandler.is_enabled():  # else the program that this runs in has its own way
+            faulthandler.enable(self._file)
+            self._shows_crashes = True
 
     def note(self, text: str) -> None:
         """One entry of the file. A full disk must not hide the fault that is being noted."""
@@ -38,8 +39,7 @@ class RankLog:
 
     def close(self) -> None:
         if self._file is not None:
-            faulthandler.disable()
-            if self._crashes_were_shown:
-                faulthandler.enable()
+            if self._shows_crashes:
+                faulthandler.disable()
             self._file.close()
             self._file = None

@@ -178,7 +178,8 @@ class Watchdog:
 
     def _end(self, cause: str, silent: list[int]) -> None:
         """End this process now: its main thread may never come back."""
-        faulthandler.dump_traceback_later(5, exit=True)  # nor may a file system or a pipe that is written to below
+        # Nor may a file system or a pipe that is written to below.
+        faulthandler.dump_traceback_later(5, exit=True, file=sys.__stderr__)
         self._leave(cause, silent[0] if silent else None, 1, agreed=False)
         print(f"error: {self.where()}: {cause}", file=sys.stderr, flush=True)
         self.log.stacks()
