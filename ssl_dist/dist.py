@@ -5,6 +5,7 @@ Gradient rule: `gather_views` and `sum` have a SUM backward, and `wrap` averages
 a loss computed in full on every rank is returned as it is, a rank's share of a sum goes through `from_share`.
 """
 
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -168,6 +169,8 @@ def choose_device(place: Place) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
+    if count == 1 < place.local_size <= int(os.environ.get("SLURM_GPUS_ON_NODE", 0)):
+        return torch.device("cuda", 0)  # srun --gpus-per-task shows every rank its own GPU alone
     if count < place.local_size:
         raise UserError(
             f"{place.local_size} ranks on this node but {count} GPUs are visible; start {count} ranks, "

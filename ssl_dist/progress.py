@@ -32,7 +32,7 @@ class Progress:
             left = (now - start) / max(1, clock.step - first) * (clock.total_steps - clock.step)
             print(
                 f"{self.title}: step {clock.step}/{clock.total_steps}, epoch {clock.epochs_done:.1f}/"
-                f"{clock.total_epochs:g}, {_duration(left)} left{self._text}",
+                f"{clock.total_epochs:g}, {duration(left)} left{self._text}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -71,12 +71,13 @@ class Counter:
             return
         self._last_line = now
         rate = self._done / max(now - self._start, 1e-9)
-        left = _duration((self.total - self._done) / max(rate, 1e-9))
+        left = duration((self.total - self._done) / max(rate, 1e-9))
         line = f"{self.title}: {self._done}/{self.total}, {rate:.4g} {self.unit}s/s, {left} left"
         print(line, file=sys.stderr, flush=True)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

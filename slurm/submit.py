@@ -1,0 +1,66 @@
+"""Sends trainings to Slurm, and says how they are.
+
+    python slurm/submit.py train CONFIG [key=value ...] --nodes 2 --gpus-per-node 8 --time 24:00:00 --partition gpu
+    python slurm/submit.py train CONFIG --nodes 2 --tasks-per-node 4 --seeds 0 1 2 --then knn logistic
+    python slurm/submit.py train CONFIG ... --dry-run           prints the batch script and submits nothing
+    python slurm/submit.py train CONFIG ... --cluster local     the same job object here, without Slurm
+    python slurm/submit.py status [RUN ...]                     a line a job
+
+What a site always wants stands in a small YAML that the user keeps (slurm/site.yaml shows every key): --site FILE, or
+the file that SSL_DIST_SLURM names. Options on the command line come before it. A training that is asked to stop (time
+limit, preemption) saves and is queued again; one that crashes is, at most `crashes` times; a cancelled one never.
+Exit codes: 0 submitted; 2 a mistake, named before anything is submitted.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ssl_dist.errors import UserError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    train = verbs.add_parser("train", help="submit a training")
+    train.add_argument("config")
+    train.add_argument("overrides", nargs="*", metavar="key=value")
+    size = train.add_mutually_exclusive_group()
+    size.add_argument("--gpus-per-node", type=int, help="GPUs of a node, and a rank on each")
+    size.add_argument("--tasks-per-node", type=int, help="ranks of a node, on its CPUs")
+    train.add_argument("--nodes", type=int)
+    train.add_argument("--time", help="HH:MM:SS, or D-HH:MM:SS")
+    for name in ("partition", "account", "qos", "constraint"):
+        train.add_argument(f"--{name}")
+    train.add_argument("--cpus-per-task", type=int)
+    train.add_argument("--mem-gb", type=float, help="memory of a node")
+    train.add_argument("--seeds", type=int, nargs="+", help="a job array with an element a seed: run_dir-seed<N>")
+    train.add_argument("--then", nargs="+", metavar="EVALUATOR|key=value", help="evaluate when the training is done")
+    train.add_argument("--site", type=Path, default=os.environ.get("SSL_DIST_SLURM"), help="YAML of the site")
+    train.add_argument("--cluster", choices=("slurm", "local"), default="slurm")
+    train.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
+    status = verbs.add_parser("status", help="a line a job")
+    status.add_argument("runs", nargs="*", type=Path, help="run folders (default: all in runs/)")
+    options, others = parser.parse_known_args()
+    if any("=" not in word or word.startswith("-") for word in others) or (others and options.verb != "train"):
+        parser.error(f"unknown argument: {' '.join(others)}")
+    try:
+        if options.verb == "status":
+            from ssl_dist import slurm_status
+
+            print(slurm_status.table(options.runs))
+            return 0
+        from ssl_dist import slurm_submit
+
+        options.overrides += others
+        return slurm_submit.train(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""What a Slurm task runs: a command of `ssl-dist`, with the rank's place taken from srun.
+
+`python -m ssl_dist.job train CONFIG ...` under srun is what slurm/train.sbatch starts; submitit starts a `Job`.
+"""
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ssl_dist import cli
+from ssl_dist.errors import UserError
+from ssl_dist.stop import STOPPED
+
+# Where Slurm reserves no port: by the job's number, above torchrun's 29500 and below what clients are given.
+FIRST_PORT, NUM_PORTS = 29600, 3000
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command as an importable object: what submitit pickles is this class's name and some words."""
+
+    arguments: tuple[str, ...]
+
+    def __call__(self) -> int:
+        """Runs in a task's process. Any exit code but 0 ends that process, and the batch script sees it."""
+        code = run(self.arguments)
+        if code:
+            sys.exit(code)  # submitit lets SystemExit pass
+        return code
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command in this task; returns its exit code."""
+    # Until training listens there is nothing to save. submitit's own handlers would requeue from within one task.
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, lambda *_: os._exit(STOPPED))
+    signal.signal(signal.SIGCONT, signal.SIG_DFL)
+    os.environ |= environment(os.environ)
+    return cli.main(arguments)
+
+
+def environment(slurm: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would set, from what srun or submitit's local executor sets; nothing where a launcher has set it or
+    there is none of them.
+
+    Raises `UserError` where tasks are not spread evenly over the nodes, or the first node's name is not known.
+    """
+    if "RANK" in slurm:
+        return {}
+    if slurm.get("SUBMITIT_EXECUTOR") == "local":
+        rank, size = slurm["SUBMITIT_LOCAL_GLOBALID"], slurm["SUBMITIT_LOCAL_NTASKS"]
+        here = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+        number = int(slurm["SUBMITIT_LOCAL_JOB_ID"])
+        return here | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(FIRST_PORT + number % NUM_PORTS)}
+    if "SLURM_PROCID" not in slurm:
+        return {}
+    size, nodes = int(slurm["SLURM_NTASKS"]), int(slurm["SLURM_NNODES"])
+    if size % nodes:
+        raise UserError(f"--tasks-per-node: {size} tasks on {nodes} nodes: give every node as many as the others")
+    if size > 1 and "MASTER_ADDR" not in slurm:
+        raise UserError(
+            "environment: MASTER_ADDR is not set; the batch script sets it to the first of "
+            '`scontrol show hostnames "$SLURM_JOB_NODELIST"` (see slurm/train.sbatch)'
+        )
+    return {
+        "RANK": slurm["SLURM_PROCID"],
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": slurm["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(size // nodes),
+        "MASTER_PORT": str(port(slurm)),
+    }
+
+
+def port(slurm: Mapping[str, str]) -> int:
+    """The port at which rank 0 waits: the first that Slurm reserved for this step (srun --resv-ports), else one by the
+    job's number, so that jobs on one node do not meet."""
+    reserved = re.match(r"\d+", slurm.get("SLURM_STEP_RESV_PORTS", ""))
+    return int(reserved[0]) if reserved else FIRST_PORT + int(slurm["SLURM_JOB_ID"]) % NUM_PORTS
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

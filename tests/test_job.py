@@ -1,0 +1,187 @@
+"""The rank's place from srun's environment, the site's file, the batch scripts."""
+
+import argparse
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ssl_dist import dist, job, slurm_submit
+from ssl_dist.errors import UserError
+from ssl_dist.place import Place
+
+ROOT = Path(__file__).parent.parent
+SRUN = {
+    "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "77",
+    "MASTER_ADDR": "node-a",
+}  # fmt: skip
+
+
+def test_environment_of_a_task():
+    found = job.environment(SRUN)
+    assert found == {
+        "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_PORT": "29677",
+    }  # fmt: skip
+    assert job.environment({}) == {}, "no srun"
+    assert job.environment(SRUN | {"RANK": "0"}) == {}, "torchrun inside of a job"
+
+
+def test_a_port_of_its_own_for_every_job():
+    assert job.port({"SLURM_STEP_RESV_PORTS": "21003-21004", "SLURM_JOB_ID": "1"}) == 21003
+    ports = {job.port({"SLURM_JOB_ID": str(number)}) for number in range(500, 1500)}
+    assert len(ports) == 1000 and min(ports) > 29500 and max(ports) < 32768
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [({"SLURM_NTASKS": "7"}, "7 tasks on 2 nodes"), ({"MASTER_ADDR": None}, "MASTER_ADDR is not set")],
+)
+def test_what_cannot_be(changed, said):
+    slurm = {name: value for name, value in (SRUN | changed).items() if value is not None}
+    with pytest.raises(UserError, match=said):
+        job.environment(slurm)
+
+
+def test_a_signal_before_training_listens_asks_for_another_start():
+    code = "import os, signal; from ssl_dist import cli, job\n"
+    code += "cli.main = lambda _: os.kill(os.getpid(), signal.SIGUSR2)\n"
+    code += "job.run(['train'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
+    assert done.returncode == 75
+
+
+def test_any_code_but_0_ends_the_tasks_process(monkeypatch):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGCONT)]
+    monkeypatch.setattr(job.cli, "main", lambda arguments: {"good": 0, "bad": 2}[arguments[0]])
+    try:
+        assert job.Job(("good",))() == 0
+        with pytest.raises(SystemExit, match="2"):
+            job.Job(("bad",))()
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGUSR2, signal.SIGCONT), before, strict=True):
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("place", "visible", "on_node", "chosen"),
+    [
+        (Place(5, 8, 1, 4), 4, None, "cuda:1"),  # torchrun, or srun that shows all GPUs to every task
+        (Place(5, 8, 1, 4), 1, "4", "cuda:0"),  # srun --gpus-per-task=1: a task sees its own
+        (Place(5, 8, 1, 4), 1, None, None),
+        (Place(5, 8, 1, 4), 1, "1", None),  # four ranks would share one GPU
+        (Place(5, 8, 1, 4), 0, None, "cpu"),
+    ],
+)
+def test_the_gpu_of_a_rank(monkeypatch, place, visible, on_node, chosen):
+    monkeypatch.setattr(dist.torch.cuda, "is_available", lambda: visible > 0)
+    monkeypatch.setattr(dist.torch.cuda, "device_count", lambda: visible)
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
+    if on_node:
+        monkeypatch.setenv("SLURM_GPUS_ON_NODE", on_node)
+    if chosen is None:
+        with pytest.raises(UserError, match="4 ranks on this node but 1 GPU"):
+            dist.choose_device(place)
+    else:
+        assert str(dist.choose_device(place)) == chosen
+
+
+# ---------------------------------------------------------------------------------------------------- the site
+
+
+def test_the_example_of_a_site_names_every_key():
+    site = slurm_submit.read_site(ROOT / "slurm" / "site.yaml", {})
+    text = (ROOT / "slurm" / "site.yaml").read_text()
+    assert all(f"\n{name}: " in text for name in slurm_submit.Site.model_fields)
+    assert site.ranks_per_node == 8
+
+
+def test_options_come_before_the_site(tmp_path):
+    file = tmp_path / "site.yaml"
+    file.write_text("partition: gpu\ngpus_per_node: 8\n")
+    site = slurm_submit.read_site(file, {"tasks_per_node": 3, "partition": None, "verb": "train"})
+    assert (site.partition, site.tasks_per_node, site.gpus_per_node, site.ranks_per_node) == ("gpu", 3, None, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("partitoin: x", "partitoin.*partition"),
+        ("- a", "must be a mapping"),
+        ("time: soon", "time"),
+        ("a: [", "YAML"),
+    ],
+)
+def test_a_sites_mistakes(tmp_path, text, said):
+    file = tmp_path / "site.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=said):
+        slurm_submit.read_site(file, {})
+
+
+# ---------------------------------------------------------------------------------------------------- the script
+
+
+@pytest.mark.parametrize(
+    ("time", "minutes"), [("00:10:00", 10), ("24:00:00", 1440), ("2-01:30:00", 2970), ("00:00:30", 1)]
+)
+def test_script(tmp_path, time, minutes):
+    site = slurm_submit.Site(
+        partition="gpu", nodes=2, gpus_per_node=8, cpus_per_task=4, mem_gb=1.5, time=time, setup=["module load x"],
+        sbatch={"exclude": "n3"},
+    )  # fmt: skip
+    lines = slurm_submit.executor(site, tmp_path / "%A", "name").script().splitlines()
+    for line in (
+        "--partition=gpu", "--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=4",
+        "--mem=1536MB", f"--time={minutes}", "--requeue", "--exclude=n3", "--signal=USR2@120", "--job-name=name",
+        "--open-mode=append",
+    ):  # fmt: skip
+        assert f"#SBATCH {line}" in lines
+    [srun] = [number for number, line in enumerate(lines) if line.startswith("srun ")]
+    assert lines.index("module load x") < srun
+    assert lines[srun:].index('exit "$code"') > 0 and "--kill-on-bad-exit=0 --wait=30" in lines[srun]
+
+
+def test_the_plain_script_says_the_same(tmp_path):
+    plain = (ROOT / "slurm" / "train.sbatch").read_text()
+    shared = slurm_submit.setup_lines(slurm_submit.Site()) + slurm_submit.teardown_lines(3, tmp_path)
+    for line in shared:
+        line = line.replace(f"{tmp_path}/", "").replace("-le 3 ]", '-le "${CRASHES:-3}" ]')
+        assert line.replace("  # ", " # ") in plain, line
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "crashes", "again"),
+    [
+        (0, "RUNNING", 0, False), (75, "RUNNING", 0, True), (75, "RUNNING", 9, True), (75, "CANCELLED", 0, False),
+        (1, "RUNNING", 0, True), (137, "RUNNING", 2, True), (1, "RUNNING", 3, False), (1, "CANCELLED", 0, False),
+        (2, "RUNNING", 0, False), (75, "PREEMPTED", 0, False),
+    ],
+)  # fmt: skip
+def test_what_is_queued_again(tmp_path, code, state, crashes, again):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, body in {
+        "scontrol": f'[ "$1" = show ] && echo "JobId=7 JobState={state} x=y" || echo "$*" >>{tmp_path}/asked',
+        "sleep": "true",
+    }.items():
+        (tools / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tools / name).chmod(0o755)
+    (tmp_path / "crashes-7.txt").write_text("crash\n" * crashes)
+    script = "\n".join([f"(exit {code})", *slurm_submit.teardown_lines(3, tmp_path)])
+    environment = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, check=False)
+    asked = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
+    assert done.returncode == code and asked == ("requeue 7\n" if again else "")
+
+
+def test_the_job_that_submitit_pickles_is_a_name_and_words():
+    import pickletools
+
+    import cloudpickle
+
+    operations = list(pickletools.genops(cloudpickle.dumps(job.Job(("train", "config.yaml")))))
+    names = {argument for operation, argument, _ in operations if isinstance(argument, str)}
+    assert {"ssl_dist.job", "Job", "train", "config.yaml"} <= names
+    assert argparse.__name__ not in names
