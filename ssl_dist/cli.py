@@ -130,6 +130,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--steps", type=int, default=10, help="optimizer steps in float64 (default 10); one in float32")
 
+    sub = command(
+        "report", _report, "compare runs, over seeds",
+        "Print the results of several runs as one table: mean ± standard deviation over seeds of what they share.",
+    )  # fmt: skip
+    sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders with a results.json (evaluate)")
+
     sub = command("doctor", _doctor, "what is missing on this machine", "Check this machine and say what mends it.")
     return parser
 
@@ -198,6 +204,13 @@ def _verify(args) -> int:
     if len(files) > 1:
         raise UserError(f"verify {' '.join(files)}: one config at a time")
     return verify(files[0] if files else None, args.method, overrides, args.steps)
+
+
+def _report(args) -> int:
+    from ssl_dist import report
+
+    print(report.table(report.over_seeds(args.runs)))
+    return 0
 
 
 def _doctor(_args) -> int:
