@@ -167,8 +167,11 @@ class Ours:
         self.steps = 0
 
     def turn(self) -> list[float]:
-        from ssl_dist import dist, train
+        from ssl_dist import dist
         from ssl_dist.blueprint import derive
+        from ssl_dist.place import Place
+        from ssl_dist.train import claimed
+        from ssl_dist.training import Training
 
         wanted = SKIPPED + self.arguments.steps
         changed = self.config.model_copy(
@@ -178,11 +181,12 @@ class Ours:
             }
         )
         self.steps += 1
-        with dist.one_process() as world, train.claimed(blueprint := derive(changed, dist.Place()), world):
-            return self.steps_of(train.Training(blueprint, world))
+        with dist.one_process() as world, claimed(blueprint := derive(changed, Place()), world):
+            return self.steps_of(Training(blueprint, world))
 
     def steps_of(self, run) -> list[float]:
-        from ssl_dist import train
+        from ssl_dist.stop import StopRequest
+        from ssl_dist.train import fit
 
         ends = []
         after_step = run.method.after_step
@@ -192,8 +196,8 @@ class Ours:
             return after_step(clock)
 
         run.method.after_step = note
-        with train.StopRequest() as stop:
-            train.fit(run, stop)
+        with StopRequest() as stop:
+            fit(run, stop)
         return [b - a for a, b in itertools.pairwise(ends)][SKIPPED - 1 :]
 
 
