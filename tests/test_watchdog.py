@@ -62,6 +62,9 @@ def test_steps_are_progress_and_so_is_another_phase(tmp_path):
         state.step = step
     with state.phase_of("the save", 30.0):
         time.sleep(1.5)
+    for phase in ("the wait for images", "", "the wait for images"):
+        state.phase = phase
+        time.sleep(0.3)
     """
     code, _, err = ended(start(tmp_path, body))
     assert (code, err) == (0, "") and not (tmp_path / "error-0.json").exists()
@@ -103,15 +106,18 @@ def test_a_phase_has_its_own_bound(tmp_path):
 
 def test_a_suspended_process_has_not_hung(tmp_path):
     body = """
-    for step in range(4, 24):
-        time.sleep(0.1)
+    for step in range(4, 14):
+        for _ in range(4):  # a sleep that ends while the process is stopped leaves most of the step to be taken
+            time.sleep(0.08)
         state.step = step
     """
     process = start(tmp_path, body)
     assert process.stdout.readline() == "begun\n"
-    process.send_signal(signal.SIGSTOP)
-    time.sleep(2)
-    process.send_signal(signal.SIGCONT)
+    for _ in range(4):
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(1)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.3)
     code, _, err = ended(process)
     assert (code, err) == (0, "")
 
