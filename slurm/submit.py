@@ -2,6 +2,7 @@
 
     python slurm/submit.py train CONFIG [key=value ...] --nodes 2 --gpus-per-node 8 --time 24:00:00 --partition gpu
     python slurm/submit.py train CONFIG --nodes 2 --tasks-per-node 4 --seeds 0 1 2 --then knn logistic
+    python slurm/submit.py train CONFIG ... --sweep optim.lr=[1e-3,3e-3] views.num=[4,8]
     python slurm/submit.py train CONFIG ... --dry-run           prints the batch script and submits nothing
     python slurm/submit.py train CONFIG ... --cluster local     the same job object here, without Slurm
     python slurm/submit.py status [RUN ...]                     a line a job
@@ -38,6 +39,7 @@ def main() -> int:
     train.add_argument("--cpus-per-task", type=int)
     train.add_argument("--mem-gb", type=float, help="memory of a node")
     train.add_argument("--seeds", type=int, nargs="+", help="a job array with an element a seed: run_dir-seed<N>")
+    train.add_argument("--sweep", nargs="+", metavar="key=[a,b]", help="every combination is an element of the array")
     train.add_argument("--then", nargs="+", metavar="EVALUATOR|key=value", help="evaluate when the training is done")
     train.add_argument("--site", type=Path, default=os.environ.get("SSL_DIST_SLURM"), help="YAML of the site")
     train.add_argument("--cluster", choices=("slurm", "local"), default="slurm")

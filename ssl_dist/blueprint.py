@@ -4,7 +4,6 @@ Every mistake that can be seen without starting a rank is found here, so it cost
 """
 
 import hashlib
-import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -109,7 +108,7 @@ class Blueprint:
     def threads(self) -> int:
         """Threads that make views on this rank: its share of the cores."""
         workers = self.config.data.workers
-        return max(1, available_cores() // self.place.local_size) if workers == "auto" else workers
+        return self.place.cores if workers == "auto" else workers
 
     def open_reader(self):
         return open_dataset(self.config.data.root, self.split.split, self.config.data.reader, threads=self.threads)
@@ -185,8 +184,3 @@ def refuse_random_layers(module: nn.Module, name: str) -> None:
                 f"backbone.name = {name!r}: its layer {path} ({type(layer).__name__}) draws random numbers of its own; "
                 "choose a backbone without it"
             )
-
-
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

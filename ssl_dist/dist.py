@@ -18,7 +18,7 @@ from ssl_dist import batchnorm, meeting
 from ssl_dist.board import State
 from ssl_dist.errors import Fault, UserError
 from ssl_dist.grid import Grid
-from ssl_dist.place import Place
+from ssl_dist.place import BY_SRUN, Place
 
 T = TypeVar("T")
 
@@ -169,7 +169,8 @@ def choose_device(place: Place) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    if count == 1 < place.local_size <= int(os.environ.get("SLURM_GPUS_ON_NODE", 0)):
+    on_node = int(os.environ.get("SLURM_GPUS_ON_NODE", 0)) if BY_SRUN in os.environ else 0
+    if count == 1 < place.local_size <= on_node:
         return torch.device("cuda", 0)  # srun --gpus-per-task shows every rank its own GPU alone
     if count < place.local_size:
         raise UserError(

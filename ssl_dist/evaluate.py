@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssl_dist import dist, evaluators, features
-from ssl_dist.blueprint import available_cores
 from ssl_dist.config import to_tree
 from ssl_dist.data.catalog import facts
 from ssl_dist.data.readers import require_name, splits_present
@@ -57,7 +56,7 @@ def extract(weights: Path, splits: Sequence[str], overrides: Sequence[str], out:
     if out is None and not weights.is_dir():
         raise UserError(f"{weights}: is a file; say with --out where its features shall go")
     place = Place.from_environment()
-    threads = max(1, available_cores() // place.local_size)
+    threads = place.cores
     wanted = splits or _labelled_splits(source)
     with (
         Watchdog(place, features.STUCK) as dog,
@@ -94,7 +93,7 @@ def evaluate(run: Path, chosen: Sequence[str], overrides: Sequence[str]) -> list
                 split,
                 path.parent,
                 dist.one_process(dist.choose_device(Place())),
-                available_cores(),
+                Place().cores,
             )
         files.append(read_features(path))
     train, test = files

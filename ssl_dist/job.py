@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ssl_dist import cli
 from ssl_dist.errors import UserError
+from ssl_dist.place import BY_SRUN
 from ssl_dist.stop import STOPPED
 
 # Where Slurm reserves no port: by the job's number, above torchrun's 29500 and below what clients are given.
@@ -34,28 +35,25 @@ class Job:
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command in this task; returns its exit code."""
-    # Until training listens there is nothing to save. submitit's own handlers would requeue from within one task.
+    is_training = list(arguments[:1]) == ["train"]
     for number in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, lambda *_: os._exit(STOPPED))
+        # Until training listens there is nothing to save. submitit's own handlers would requeue from within one task.
+        signal.signal(number, (lambda *_: os._exit(STOPPED)) if is_training else signal.SIG_DFL)
     signal.signal(signal.SIGCONT, signal.SIG_DFL)
-    os.environ |= environment(os.environ)
+    try:
+        os.environ |= environment(os.environ)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
     return cli.main(arguments)
 
 
 def environment(slurm: Mapping[str, str]) -> dict[str, str]:
-    """What torchrun would set, from what srun or submitit's local executor sets; nothing where a launcher has set it or
-    there is none of them.
+    """What torchrun would set, from what srun sets; nothing where a launcher has set it or there is no srun.
 
     Raises `UserError` where tasks are not spread evenly over the nodes, or the first node's name is not known.
     """
-    if "RANK" in slurm:
-        return {}
-    if slurm.get("SUBMITIT_EXECUTOR") == "local":
-        rank, size = slurm["SUBMITIT_LOCAL_GLOBALID"], slurm["SUBMITIT_LOCAL_NTASKS"]
-        here = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
-        number = int(slurm["SUBMITIT_LOCAL_JOB_ID"])
-        return here | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(FIRST_PORT + number % NUM_PORTS)}
-    if "SLURM_PROCID" not in slurm:
+    if "RANK" in slurm or "SLURM_PROCID" not in slurm:
         return {}
     size, nodes = int(slurm["SLURM_NTASKS"]), int(slurm["SLURM_NNODES"])
     if size % nodes:
@@ -66,6 +64,7 @@ def environment(slurm: Mapping[str, str]) -> dict[str, str]:
             '`scontrol show hostnames "$SLURM_JOB_NODELIST"` (see slurm/train.sbatch)'
         )
     return {
+        BY_SRUN: "1",
         "RANK": slurm["SLURM_PROCID"],
         "WORLD_SIZE": str(size),
         "LOCAL_RANK": slurm["SLURM_LOCALID"],
@@ -76,9 +75,11 @@ def environment(slurm: Mapping[str, str]) -> dict[str, str]:
 
 def port(slurm: Mapping[str, str]) -> int:
     """The port at which rank 0 waits: the first that Slurm reserved for this step (srun --resv-ports), else one by the
-    job's number, so that jobs on one node do not meet."""
+    job's number, so that jobs on one node do not meet; another one at every start, in case it is taken."""
     reserved = re.match(r"\d+", slurm.get("SLURM_STEP_RESV_PORTS", ""))
-    return int(reserved[0]) if reserved else FIRST_PORT + int(slurm["SLURM_JOB_ID"]) % NUM_PORTS
+    if reserved:
+        return int(reserved[0])
+    return FIRST_PORT + (int(slurm["SLURM_JOB_ID"]) + 97 * int(slurm.get("SLURM_RESTART_COUNT", 0))) % NUM_PORTS
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from ssl_dist.errors import UserError
 
+BY_SRUN = "SSL_DIST_BY_SRUN"  # in the environment of ranks that srun has started, each with cores and GPUs of its own
+
 
 @dataclass(frozen=True)
 class Place:
@@ -36,5 +38,17 @@ class Place:
     def alone(self) -> bool:
         return self.size == 1
 
+    @property
+    def cores(self) -> int:
+        """The cores of this rank: what srun gave it, else its share of those that this process may use."""
+        if BY_SRUN in os.environ and "SLURM_CPUS_PER_TASK" in os.environ:
+            return int(os.environ["SLURM_CPUS_PER_TASK"])
+        return max(1, available_cores() // self.local_size)
+
     def __str__(self) -> str:
         return f"rank {self.rank} on {socket.gethostname()}"
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

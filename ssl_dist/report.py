@@ -1,53 +1,64 @@
 """`ssl-dist report RUN RUN ...`: the results of several runs in one table, mean ± standard deviation over seeds."""
 
 import statistics
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from ssl_dist import config, runfolder
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators import results
 
-SAME = ("method", "backbone", "step", "dataset", "split", "name", "protocol")  # what a seed may not change
+SAME = ("method", "backbone", "step", "dataset", "split", "data", "name", "protocol")  # what a seed may not change
 
 
 def over_seeds(runs: Sequence[Path]) -> list[dict]:
-    """One record for every number that the runs have measured alike, in the order of their first mention: what is in
-    `SAME`, mean, std (of the sample, n - 1; None for one seed) and seeds. Raises `UserError` for a run without
-    results, and for two runs that have the same seed.
+    """One record for every number that runs of one config, but for the seed, have measured alike: what is in `SAME`,
+    `run` (the first run's name), mean, std (of the sample, n - 1; None for one seed) and seeds.
+
+    Raises `UserError` for a run without results, and for two runs of one config that have the same seed.
     """
-    groups: dict[tuple, dict[int | None, float]] = defaultdict(dict)
+    groups: dict[tuple, dict[int, tuple[Path, float]]] = {}
     for run in runs:
-        records = results.read(run / "results.json")
-        if not records:
-            raise UserError(f"{run}: holds no results; run `ssl-dist evaluate {run} knn` first")
-        newest = {(r["name"], r["dataset"], r["split"], r["protocol"]): r for r in records}  # a later one is the newer
-        for record in newest.values():
-            values = groups[tuple(record[key] for key in SAME)]
+        settings, records = _read(run)
+        for record in records:
+            values = groups.setdefault((settings, *(record[key] for key in SAME)), {})
             if record["seed"] in values:
-                raise UserError(f"{run}: seed {record['seed']} was given twice; name every run once")
-            values[record["seed"]] = record["value"]
-    return [
-        dict(zip(SAME, key, strict=True))
-        | {
-            "mean": statistics.fmean(values.values()),
-            "std": statistics.stdev(values.values()) if len(values) > 1 else None,
-            "seeds": sorted(values),
-        }
-        for key, values in groups.items()
-    ]
+                raise UserError(f"{run}: has the seed, {record['seed']}, and the config of {values[record['seed']][0]}")
+            values[record["seed"]] = run, record["value"]
+    found = []
+    for (_, *key), by_seed in groups.items():
+        values = [value for _, value in by_seed.values()]
+        std = statistics.stdev(values) if len(values) > 1 else None
+        first = next(iter(by_seed.values()))[0]
+        more = {"run": first.name, "mean": statistics.fmean(values), "std": std, "seeds": sorted(by_seed)}
+        found.append(dict(zip(SAME, key, strict=True)) | more)
+    return found
+
+
+def _read(run: Path) -> tuple[str, list[dict]]:
+    """What two runs that differ in their seed only have in common, and the run's newest numbers."""
+    records = results.read(run / "results.json")
+    if not records:
+        raise UserError(f"{run}: holds no results; run `ssl-dist evaluate {run} knn` first")
+    newest: dict[tuple, dict] = {}
+    for record in sorted(records, key=lambda record: record["time"]):
+        newest[record["name"], record["dataset"], record["split"], record["protocol"]] = record
+    tree = runfolder.flat(config.to_tree(config.load(run / "config.yaml")))
+    kept = {key: value for key, value in tree.items() if key != "seed" and not key.startswith(runfolder.FREE)}
+    shown = [record for record in newest.values() if not record["name"].endswith("_converged") or not record["value"]]
+    return repr(kept), shown
 
 
 def table(records: list[dict]) -> str:
     """A line a number, with its protocols as footnotes."""
     protocols = list(dict.fromkeys(record["protocol"] for record in records))
-    head = ("method", "backbone", "step", "data set", "split", "result", "mean ± std", "seeds", "")
+    head = ("run", "method", "backbone", "step", "data set", "split", "result", "mean ± std", "seeds", "")
     rows = [head] + [
         (
-            record["method"], record["backbone"], str(record["step"]), record["dataset"], record["split"],
-            record["name"], _value(record), str(len(record["seeds"])), f"[{protocols.index(record['protocol']) + 1}]",
+            *(str(r[key]) for key in ("run", "method", "backbone", "step", "dataset", "split", "name")),
+            _value(r), str(len(r["seeds"])), f"[{protocols.index(r['protocol']) + 1}]",
         )
-        for record in records
+        for r in records
     ]  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -14,6 +14,8 @@ from ssl_dist.errors import UserError
 # What may differ between two starts of one run: none of these changes the numbers.
 FREE = ("run_dir", "data.root", "data.reader", "data.workers", "data.view_shards", "checkpoint", "log", "timeout")
 
+PATIENCE = 120.0  # seconds
+
 
 def claim(run: Path) -> int:
     """Make the folder, become its one writer and remove what a killed one left half done.
@@ -29,7 +31,7 @@ def claim(run: Path) -> int:
             raise PermissionError(13, "Permission denied")
         for name in ("checkpoints", "logs", "tensorboard"):
             (run / name).mkdir(exist_ok=True)
-        descriptor = durable.lock(starts, os.O_WRONLY | os.O_APPEND | os.O_CREAT, wait=False)
+        descriptor = _lock(starts)
     except BlockingIOError:
         raise UserError(
             f"run_dir = {str(run)!r}: another process is writing it{_last_start(starts)}; "
@@ -40,6 +42,18 @@ def claim(run: Path) -> int:
     durable.remove_dead(run)
     checkpoint.remove_leftovers(run)
     return descriptor
+
+
+def _lock(starts: Path) -> int:
+    """A job that Slurm has started again waits for the ranks of its former start, which may still be ending."""
+    end = time.monotonic() + (PATIENCE if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0)
+    while True:
+        try:
+            return durable.lock(starts, os.O_WRONLY | os.O_APPEND | os.O_CREAT, wait=False)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(0.5)
 
 
 def _last_start(starts: Path) -> str:

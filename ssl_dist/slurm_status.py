@@ -19,6 +19,8 @@ def table(runs: Sequence[Path]) -> str:
     if shutil.which("scontrol") is None:
         raise UserError("scontrol: not found; run this on a machine of the cluster")
     notes = [run / "slurm" / "jobs.jsonl" for run in runs] or sorted(Path("runs").glob("*/slurm/jobs.jsonl"))
+    if not notes:
+        raise UserError("runs/*/slurm: no job was submitted from here; name the runs")
     for note in notes:
         if not note.exists():
             raise UserError(f"{note.parent.parent}: no job of this run was submitted from here")
@@ -54,9 +56,9 @@ def _row(run: Path, job: str, kind: str) -> tuple[str, ...]:
 def _progress(run: Path) -> tuple[str, str, str, str]:
     """Step, epoch, images a second and the time left, from the last line of metrics.jsonl and the config."""
     try:
-        line = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
-        last, settings = json.loads(line), config.load(run / "config.yaml")
-    except (FileNotFoundError, IndexError, json.JSONDecodeError):  # nothing yet, or a line that is being written
+        whole = (run / "metrics.jsonl").read_text(encoding="utf-8").rpartition("\n")[0]  # one may be half written
+        last, settings = json.loads(whole.splitlines()[-1]), config.load(run / "config.yaml")
+    except (FileNotFoundError, IndexError, UserError):  # nothing yet
         return "", "", "", ""
     optim = settings.optim
     total = optim.steps or round(optim.epochs * last["step"] / last["epoch"])

@@ -6,24 +6,31 @@ the state of the job are known: 75 (asked to stop, saved) always, a crash at mos
 """
 
 import argparse
+import contextlib
+import itertools
 import json
+import os
+import secrets
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import submitit
-from pydantic import Field
+from pydantic import Field, model_validator
+from submitit.helpers import clean_env
 from submitit.slurm.slurm import SlurmExecutor
 
-from ssl_dist import config, evaluators, runfolder
+from ssl_dist import config, durable, evaluators, runfolder
+from ssl_dist import job_here as here
 from ssl_dist.blueprint import derive
 from ssl_dist.config import Config, NonNegativeInt, PositiveFloat, PositiveInt
 from ssl_dist.errors import UserError
+from ssl_dist.evaluate import split_overrides
 from ssl_dist.job import Job
 from ssl_dist.place import Place
 from ssl_dist.section import Section, parse_yaml, validate
@@ -48,6 +55,21 @@ class Site(Section):
     crashes: NonNegativeInt = Field(3, description="how often a job that crashed is queued again")
     setup: list[str] = Field(default_factory=list, description="shell lines before the start: modules, variables")
     sbatch: dict[str, str | int | bool] = Field(default_factory=dict, description="more options of sbatch")
+
+    @model_validator(mode="after")
+    def _time_to_train(self):
+        if self.seconds <= 2 * self.signal_seconds:
+            raise ValueError(
+                f"time: {self.time} must be more than twice signal_seconds, {self.signal_seconds}: the training would "
+                "be told to save before it has begun"
+            )
+        return self
+
+    @property
+    def seconds(self) -> int:
+        days, _, clock = self.time.rpartition("-")
+        hours, minutes, seconds = map(int, clock.split(":"))
+        return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
     @property
     def ranks_per_node(self) -> int:
@@ -80,8 +102,10 @@ def setup_lines(site: Site) -> list[str]:
     """What the batch script does before srun. The settings are those of launch/torchrun_multi.sh, for its reasons."""
     return [
         *site.setup,
+        "unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE  # of where this was submitted",
         'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-        "export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}",
+        "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not take it from sbatch",
+        "export OMP_NUM_THREADS=$SRUN_CPUS_PER_TASK OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}",
         "export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.mmap_threshold=4294967296:"
         "glibc.malloc.trim_threshold=8589934592}",
         "export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}",
@@ -92,15 +116,30 @@ def setup_lines(site: Site) -> list[str]:
 
 def teardown_lines(crashes: int, folder: Path) -> list[str]:
     """What the batch script does after srun; crashes are counted in a file of `folder`. A job that was cancelled or
-    preempted is not RUNNING any more: the one stays away, the other Slurm itself queues again."""
+    preempted is not RUNNING any more: the one stays away, the other Slurm itself queues again.
+
+    An element of an array is named by its number in the array: the last one's own job number is that of the array.
+    """
     return [
         "code=$?  # the highest of all tasks",
-        f"log={shlex.quote(str(folder))}/crashes-$SLURM_JOB_ID.txt",
-        'state=$(scontrol show job -o "$SLURM_JOB_ID" | grep -o "JobState=[A-Z]*")',
-        'if [ "$code" != 0 ] && [ "$code" != 2 ] && [ "$state" = JobState=RUNNING ]; then',
+        "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} job=${job:-$SLURM_JOB_ID}",
+        f"log={shlex.quote(str(folder))}/crashes-$job.txt",
+        "again() {  # Slurm's controller may be away for a while",
+        '    for _ in 1 2 3 4 5 6; do scontrol requeue "$job" && sleep 60 && return; sleep 10; done',
+        "}",
+        'if [ "$code" != 0 ] && [ "$code" != 2 ]; then',
+        "    for _ in 1 2 3 4 5 6; do",
+        '        state=$(scontrol show job -o "$job" | grep -o "JobState=[A-Z]*") && break',
+        "        sleep 10",
+        "    done",
         '    [ "$code" = 75 ] || echo "$(date) exit code $code" >>"$log"',
-        f'    if [ "$code" = 75 ] || [ "$(wc -l <"$log")" -le {crashes} ]; then',
-        '        echo "exit code $code: queued again" && scontrol requeue "$SLURM_JOB_ID" && sleep 60',
+        '    if [ "$state" != JobState=RUNNING ]; then',
+        '        echo "exit code $code: not queued again from here: ${state:-no answer from Slurm}"',
+        f'    elif [ "$code" = 75 ] || [ "$(wc -l <"$log")" -le {crashes} ]; then',
+        '        echo "exit code $code: queued again"',
+        "        again",
+        "    else",
+        '        echo "exit code $code: not queued again after as many crashes: $log"',
         "    fi",
         "fi",
         'exit "$code"',
@@ -118,32 +157,28 @@ class Executor(SlurmExecutor):
         return self._make_submission_file_text(self._submitit_command_str, "dry-run")
 
 
-def executor(site: Site, folder: Path, name: str, **parameters) -> Executor:
+def executor(site: Site, folder: Path, name: str, **more) -> Executor:
+    """submitit's executor with what the site wants; `more` are further options of sbatch."""
     made = Executor(folder)
-    limit = site.time.split("-")
-    hours, minutes, seconds = map(int, limit[-1].split(":"))
-    days = int(limit[0]) if len(limit) == 2 else 0
-    wanted = {
-        "job_name": name,
-        "partition": site.partition,
-        "account": site.account,
-        "qos": site.qos,
-        "constraint": site.constraint,
-        "nodes": site.nodes,
-        "ntasks_per_node": site.ranks_per_node,
-        "gpus_per_node": site.gpus_per_node,
-        "cpus_per_task": site.cpus_per_task,
-        "mem": None if site.mem_gb is None else f"{int(site.mem_gb * 1024)}MB",
-        "time": ((days * 24 + hours) * 60 + minutes) + (seconds > 0),
-        "signal_delay_s": site.signal_seconds,
-        "setup": setup_lines(site),
-        "teardown": teardown_lines(site.crashes, folder.parent),
-        "stderr_to_stdout": True,
-        "srun_args": ["--kill-on-bad-exit=0", "--wait=30"],  # the others have 30 s to say which one failed
-        "additional_parameters": {"requeue": True, **site.sbatch},
-        "wckey": None,
-    } | parameters
-    made.update_parameters(**wanted)
+    made.update_parameters(
+        job_name=name,
+        partition=site.partition,
+        account=site.account,
+        qos=site.qos,
+        constraint=site.constraint,
+        nodes=site.nodes,
+        ntasks_per_node=site.ranks_per_node,
+        gpus_per_node=site.gpus_per_node,
+        cpus_per_task=site.cpus_per_task,
+        mem=None if site.mem_gb is None else f"{int(site.mem_gb * 1024)}MB",
+        time=-(-site.seconds // 60),
+        setup=setup_lines(site),
+        teardown=teardown_lines(site.crashes, folder.parent),
+        stderr_to_stdout=True,
+        srun_args=["--kill-on-bad-exit=0", "--wait=30"],  # the others have 30 s to say which one failed
+        additional_parameters={"requeue": True, "signal": f"USR2@{site.signal_seconds}", **site.sbatch, **more},
+        wckey=None,
+    )
     return made
 
 
@@ -153,63 +188,116 @@ def executor(site: Site, folder: Path, name: str, **parameters) -> Executor:
 def train(options: argparse.Namespace) -> int:
     """`submit.py train`: check everything that can be checked here, then submit; prints a line a job."""
     site = read_site(options.site, vars(options))
-    seeds = options.seeds or [None]
-    wanted = [_of_seed(options.config, options.overrides, seed) for seed in seeds]
-    for settings, _ in wanted:
+    wanted = variants(options.config, options.overrides, options.seeds or [], options.sweep or [])
+    for settings in wanted:
         place = Place(0, site.nodes * site.ranks_per_node, 0, site.ranks_per_node)
         blueprint = derive(settings, place)
-        _ = blueprint.grid
         runfolder.check(blueprint.run, settings)
-    if options.then:
-        chosen = [word for word in options.then if "=" not in word]
-        if not chosen:
-            raise UserError(f"--then {' '.join(options.then)}: name at least one evaluator, for example knn")
-        evaluators.parse_options(chosen, [word for word in options.then if "=" in word])
-    base = Path(config.load(options.config, options.overrides).run_dir)
-    folder = base / "slurm" if options.seeds is None else base.with_name(base.name + "-seeds") / "slurm"
-    jobs = [Job(tuple(arguments)) for _, arguments in wanted]
+    _check_evaluation(options.then)
     if options.cluster == "local":
-        return _run_here(site, folder, jobs, [Path(settings.run_dir) for settings, _ in wanted], options.then)
-    made = executor(site, (folder / "%A").absolute(), base.name)
-    if len(jobs) > 1:
-        made.parameters["map_count"] = len(jobs)  # of the script that is shown and tried; submitit sets its own
+        return here.run_all(site.nodes, site.ranks_per_node, wanted, options.then)
+    name = Path(config.load(options.config, options.overrides).run_dir).name
+    folder = _folder(wanted, name)
+    made = executor(site, folder / "%A", name)
+    made.parameters["map_count"] = len(wanted) if len(wanted) > 1 else None  # of the script that is shown and tried
     if options.dry_run:
         print(made.script())
         return 0
     _try(made.script())
-    made.parameters.pop("map_count", None)
-    with made.batch():
-        submitted = [made.submit(job) for job in jobs]
-    for job, (settings, _) in zip(submitted, wanted, strict=True):
-        _note(settings, job.job_id, "train")
-        (job.paths.folder / f"{job.job_id}_config.yaml").write_text(config.dump(settings), encoding="utf-8")
-        print(f"job {job.job_id}: {settings.run_dir}")
-    for job, (settings, _) in zip(submitted, wanted, strict=True):
-        if options.then:
-            _evaluate_after(site, folder, job.job_id, settings, options.then)
+    if options.then:
+        _try(_evaluator(site, folder, wanted[0]).script())
+    made.parameters.pop("map_count")
+    with _outside_of_jobs():
+        numbers = _submit(made, [_training(folder, settings) for settings in wanted])
+        for number, settings in zip(numbers, wanted, strict=True):
+            _note(settings, number, "train")
+            print(f"job {number}: {settings.run_dir}", flush=True)
+        for number, settings in zip(numbers, wanted, strict=True) if options.then else ():
+            evaluation = Job(("evaluate", settings.run_dir, *options.then))
+            [after] = _submit(_evaluator(site, folder, settings, f"afterok:{number}"), [evaluation])
+            _note(settings, after, "evaluate")
+            print(f"job {after}: {' '.join(options.then)} of {settings.run_dir}, after job {number}", flush=True)
     return 0
 
 
-def _of_seed(path: str, overrides: list[str], seed: int | None) -> tuple[Config, list[str]]:
-    """The config of one training and the arguments of its command."""
-    more = list(overrides)
-    if seed is not None:
-        if seed < 0:
-            raise UserError(f"--seeds {seed}: a seed is 0 or more")
-        more += [f"seed={seed}", f"run_dir={config.load(path, overrides).run_dir}-seed{seed}"]
-    settings = config.load(path, more)
-    return settings, ["train", str(Path(path).absolute()), *more]
+@contextlib.contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """What a job sets for its own steps must not reach one that is submitted from it; where Slurm is, it must."""
+    conf = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
+    with clean_env():
+        os.environ |= conf
+        yield
 
 
-def _evaluate_after(site: Site, folder: Path, job_id: str, settings: Config, then: list[str]) -> None:
+def _check_evaluation(then: list[str] | None) -> None:
+    if then is None:
+        return
+    chosen = [word for word in then if "=" not in word]
+    if not chosen:
+        raise UserError(f"--then {' '.join(then)}: name at least one evaluator, for example knn")
+    _, others = split_overrides([word for word in then if "=" in word])
+    evaluators.parse_options(chosen, others)
+
+
+def _folder(wanted: list[Config], name: str) -> Path:
+    """Where scripts and logs go: RUN/slurm, and for several runs <run_dir>-array/slurm beside them."""
+    run = Path(wanted[0].run_dir).absolute()
+    return run / "slurm" if len(wanted) == 1 else run.with_name(f"{name}-array") / "slurm"
+
+
+def _training(folder: Path, settings: Config) -> Job:
+    """The job trains by a copy of the resolved config: what is edited meanwhile is another training."""
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    path = folder / f"config-{Path(settings.run_dir).name}-{stamp}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    durable.write_text(path, config.dump(settings))
+    return Job(("train", str(path)))
+
+
+def _evaluator(site: Site, folder: Path, settings: Config, dependency: str | None = None) -> Executor:
     """One task, started when the training has ended well; Slurm cancels it when the training fails."""
     one = site.model_copy(update={"nodes": 1, "tasks_per_node": 1, "gpus_per_node": site.gpus_per_node and 1})
-    more = {"requeue": True, "kill-on-invalid-dep": "yes", **site.sbatch}
-    name = f"{Path(settings.run_dir).name}-evaluate"
-    made = executor(one, (folder / "%A").absolute(), name, dependency=f"afterok:{job_id}", additional_parameters=more)
-    job = made.submit(Job(("evaluate", settings.run_dir, *then)))
-    _note(settings, job.job_id, "evaluate")
-    print(f"job {job.job_id}: {' '.join(then)} of {settings.run_dir}, after job {job_id}")
+    more = {} if dependency is None else {"dependency": dependency, "kill-on-invalid-dep": "yes"}
+    return executor(one, folder / "%A", f"{Path(settings.run_dir).name}-evaluate", **more)
+
+
+def _submit(made: Executor, jobs: list[Job]) -> list[str]:
+    """The numbers of the new jobs; several are an array. Raises `UserError` with Slurm's reason."""
+    try:
+        with made.batch():
+            submitted = [made.submit(job) for job in jobs]
+        return [job.job_id for job in submitted]
+    except submitit.core.utils.FailedJobError as error:
+        raise UserError(f"sbatch refuses the job: {str(error).strip().splitlines()[-1]}") from None
+
+
+def variants(path: str, overrides: list[str], seeds: list[int], sweep: list[str]) -> list[Config]:
+    """The config for every choice of a seed and of a value of each `key=[value, value]` in `sweep`, each with a run_dir
+    of its own, named by what was chosen; the config itself where there is nothing to choose."""
+    axes = [_axis(word) for word in sweep] + ([("seed", seeds)] if seeds else [])
+    run = Path(config.load(path, overrides).run_dir)
+    if axes and not run.name:
+        raise UserError(f"run_dir = {str(run)!r}: has no name that a seed could be added to")
+    found = []
+    for values in itertools.product(*(values for _, values in axes)):
+        chosen = [(key, value) for (key, _), value in zip(axes, values, strict=True)]
+        name = "".join(f"-{key.rpartition('.')[2]}{value}".replace("/", "-") for key, value in chosen)
+        more = [f"{key}={json.dumps(value)}" for key, value in chosen]
+        found.append(
+            config.load(path, [*overrides, *more, f"run_dir={json.dumps(str(run.with_name(run.name + name)))}"])
+        )
+    runs = [settings.run_dir for settings in found]
+    if len(set(runs)) < len(runs):
+        raise UserError("--seeds, --sweep: a value is given twice; name every one once")
+    return found
+
+
+def _axis(word: str) -> tuple[str, list]:
+    key, _, text = word.partition("=")
+    values = parse_yaml(text, f"--sweep {word}") if text else None
+    if not isinstance(values, list) or not values or any(isinstance(value, list | dict) for value in values):
+        raise UserError(f"--sweep {word}: write key=[value, value], for example optim.lr=[1e-3,3e-3]")
+    return key, values
 
 
 def _try(script: str) -> None:
@@ -233,20 +321,3 @@ def _note(settings: Config, job_id: str, kind: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps({"job": job_id, "kind": kind, "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z")}) + "\n")
-
-
-def _run_here(site: Site, folder: Path, jobs: list[Job], runs: list[Path], then: list[str] | None) -> int:
-    """The same job objects in processes of this machine, one job after another."""
-    if site.nodes > 1:
-        raise UserError(f"--nodes {site.nodes}: with --cluster local there is one node, this machine")
-    for job, run in zip(jobs, runs, strict=True):
-        for step, tasks in [(job, site.ranks_per_node)] + ([(Job(("evaluate", str(run), *then)), 1)] if then else []):
-            made = submitit.AutoExecutor(folder / "local-%j", cluster="local")
-            made.update_parameters(tasks_per_node=tasks, timeout_min=365 * 24 * 60)
-            here = made.submit(step)
-            print(f"{' '.join(step.arguments[:2])}: {here.paths.folder}", file=sys.stderr, flush=True)
-            code = here._process.wait()
-            if code:
-                print(here.stderr() or here.stdout() or "", file=sys.stderr)
-                return code
-    return 0

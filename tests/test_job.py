@@ -23,6 +23,7 @@ def test_environment_of_a_task():
     found = job.environment(SRUN)
     assert found == {
         "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_PORT": "29677",
+        "SSL_DIST_BY_SRUN": "1",
     }  # fmt: skip
     assert job.environment({}) == {}, "no srun"
     assert job.environment(SRUN | {"RANK": "0"}) == {}, "torchrun inside of a job"
@@ -31,6 +32,7 @@ def test_environment_of_a_task():
 def test_a_port_of_its_own_for_every_job():
     assert job.port({"SLURM_STEP_RESV_PORTS": "21003-21004", "SLURM_JOB_ID": "1"}) == 21003
     ports = {job.port({"SLURM_JOB_ID": str(number)}) for number in range(500, 1500)}
+    assert job.port({"SLURM_JOB_ID": "1"}) != job.port({"SLURM_JOB_ID": "1", "SLURM_RESTART_COUNT": "1"})
     assert len(ports) == 1000 and min(ports) > 29500 and max(ports) < 32768
 
 
@@ -52,6 +54,29 @@ def test_a_signal_before_training_listens_asks_for_another_start():
     assert done.returncode == 75
 
 
+def test_a_signal_to_an_evaluation_is_no_stop_after_a_save():
+    code = "import os, signal; from ssl_dist import cli, job\n"
+    code += "cli.main = lambda _: os.kill(os.getpid(), signal.SIGUSR2)\n"
+    code += "job.run(['evaluate'])"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == -signal.SIGUSR2
+
+
+def test_uneven_tasks_are_a_users_mistake():
+    slurm = SRUN | {"SLURM_NTASKS": "7", "PATH": "/bin:/usr/bin"}
+    command = [sys.executable, "-m", "ssl_dist.job", "train", "x.yaml"]
+    done = subprocess.run(command, cwd=ROOT, env=slurm, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: --tasks-per-node: 7 tasks on 2 nodes"), done.stderr
+
+
+def test_cores_of_a_rank(monkeypatch):
+    cores = Place(0, 1, 0, 1).cores
+    assert Place(0, 4, 0, 4).cores == max(1, cores // 4)
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")
+    assert Place(0, 4, 0, 4).cores == max(1, cores // 4), "torchrun in a job"
+    monkeypatch.setenv("SSL_DIST_BY_SRUN", "1")
+    assert Place(0, 4, 0, 4).cores == 6
+
+
 def test_any_code_but_0_ends_the_tasks_process(monkeypatch):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGCONT)]
     monkeypatch.setattr(job.cli, "main", lambda arguments: {"good": 0, "bad": 2}[arguments[0]])
@@ -69,7 +94,7 @@ def test_any_code_but_0_ends_the_tasks_process(monkeypatch):
     [
         (Place(5, 8, 1, 4), 4, None, "cuda:1"),  # torchrun, or srun that shows all GPUs to every task
         (Place(5, 8, 1, 4), 1, "4", "cuda:0"),  # srun --gpus-per-task=1: a task sees its own
-        (Place(5, 8, 1, 4), 1, None, None),
+        (Place(5, 8, 1, 4), 1, None, None),  # torchrun in a job with CUDA_VISIBLE_DEVICES=0
         (Place(5, 8, 1, 4), 1, "1", None),  # four ranks would share one GPU
         (Place(5, 8, 1, 4), 0, None, "cpu"),
     ],
@@ -77,9 +102,10 @@ def test_any_code_but_0_ends_the_tasks_process(monkeypatch):
 def test_the_gpu_of_a_rank(monkeypatch, place, visible, on_node, chosen):
     monkeypatch.setattr(dist.torch.cuda, "is_available", lambda: visible > 0)
     monkeypatch.setattr(dist.torch.cuda, "device_count", lambda: visible)
-    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", on_node or "4")
+    monkeypatch.delenv("SSL_DIST_BY_SRUN", raising=False)
     if on_node:
-        monkeypatch.setenv("SLURM_GPUS_ON_NODE", on_node)
+        monkeypatch.setenv("SSL_DIST_BY_SRUN", "1")
     if chosen is None:
         with pytest.raises(UserError, match="4 ranks on this node but 1 GPU"):
             dist.choose_device(place)
@@ -124,7 +150,7 @@ def test_a_sites_mistakes(tmp_path, text, said):
 
 
 @pytest.mark.parametrize(
-    ("time", "minutes"), [("00:10:00", 10), ("24:00:00", 1440), ("2-01:30:00", 2970), ("00:00:30", 1)]
+    ("time", "minutes"), [("00:10:00", 10), ("24:00:00", 1440), ("2-01:30:00", 2970), ("00:05:30", 6)]
 )
 def test_script(tmp_path, time, minutes):
     site = slurm_submit.Site(
@@ -159,21 +185,28 @@ def test_the_plain_script_says_the_same(tmp_path):
         (2, "RUNNING", 0, False), (75, "PREEMPTED", 0, False),
     ],
 )  # fmt: skip
-def test_what_is_queued_again(tmp_path, code, state, crashes, again):
+@pytest.mark.parametrize("array", [{}, {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}])
+@pytest.mark.parametrize("failures", [0, 2])
+def test_what_is_queued_again(tmp_path, code, state, crashes, again, array, failures):
+    """The controller does not answer the first `failures` questions of each kind."""
+    job_name = "5_2" if array else "7"
     tools = tmp_path / "bin"
     tools.mkdir()
     for name, body in {
-        "scontrol": f'[ "$1" = show ] && echo "JobId=7 JobState={state} x=y" || echo "$*" >>{tmp_path}/asked',
+        "scontrol": f"""
+            echo >>{tmp_path}/$1; [ $(wc -l <{tmp_path}/$1) -gt {failures} ] || exit 1
+            if [ $1 = show ]; then [ $4 = {job_name} ] && echo "JobId=7 JobState={state} x=y"
+            else echo "$*" >>{tmp_path}/asked; fi""",
         "sleep": "true",
     }.items():
         (tools / name).write_text(f"#!/bin/sh\n{body}\n")
         (tools / name).chmod(0o755)
-    (tmp_path / "crashes-7.txt").write_text("crash\n" * crashes)
+    (tmp_path / f"crashes-{job_name}.txt").write_text("crash\n" * crashes)
     script = "\n".join([f"(exit {code})", *slurm_submit.teardown_lines(3, tmp_path)])
-    environment = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    environment = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "7"} | array
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, check=False)
     asked = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
-    assert done.returncode == code and asked == ("requeue 7\n" if again else "")
+    assert done.returncode == code and asked == (f"requeue {job_name}\n" if again else "")
 
 
 def test_the_job_that_submitit_pickles_is_a_name_and_words():
@@ -185,3 +218,21 @@ def test_the_job_that_submitit_pickles_is_a_name_and_words():
     names = {argument for operation, argument, _ in operations if isinstance(argument, str)}
     assert {"ssl_dist.job", "Job", "train", "config.yaml"} <= names
     assert argparse.__name__ not in names
+
+
+def test_seeds_and_sweeps():
+    file = str(ROOT / "configs" / "digits" / "relational-conv4.yaml")
+    [alone] = slurm_submit.variants(file, ["run_dir=runs/x/"], [], [])
+    assert alone.run_dir == "runs/x"
+    found = slurm_submit.variants(file, ["run_dir=runs/x/"], [0, 7], ["optim.lr=[1e-3, 3e-3]"])
+    assert [(c.run_dir, c.optim.lr, c.seed) for c in found] == [
+        ("runs/x-lr0.001-seed0", 1e-3, 0), ("runs/x-lr0.001-seed7", 1e-3, 7),
+        ("runs/x-lr0.003-seed0", 3e-3, 0), ("runs/x-lr0.003-seed7", 3e-3, 7),
+    ]  # fmt: skip
+    names = slurm_submit.variants(file, [], [], ["method.options.aggregation=[cat, sum]"])
+    assert [c.run_dir for c in names] == [f"runs/digits-relational-conv4-aggregation{name}" for name in ("cat", "sum")]
+    for seeds, sweep in (([1, 1], []), ([], ["optim.lr=[1, 1]"])):
+        with pytest.raises(UserError, match="given twice"):
+            slurm_submit.variants(file, [], seeds, sweep)
+    with pytest.raises(UserError, match="seed"):
+        slurm_submit.variants(file, [], [-1], [])

@@ -4,18 +4,20 @@ import statistics
 
 import pytest
 
-from ssl_dist import report
+from ssl_dist import config, report
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators import results
 
 
-def run_with(folder, seed, value, **changes):
+def run_with(folder, seed, value, lr=1e-3, **changes):
     record = {
         "name": "knn5_top1", "value": value, "protocol": "kNN", "options": {}, "dataset": "digits", "split": "test",
         "data": "d", "seed": seed, "method": "relational", "backbone": "conv4", "checkpoint": f"c{seed}", "step": 20,
         "time": "2030-01-01T00:00:00+00:00",
     } | changes  # fmt: skip
     folder.mkdir(exist_ok=True)
+    tree = {"run_dir": str(folder), "seed": seed, "data": {"name": "digits", "root": "x"}, "optim": {"lr": lr}}
+    (folder / "config.yaml").write_text(config.dump(config.validate(config.Config, tree)))
     results.add(folder / "results.json", [record])
     return folder
 
@@ -40,16 +42,32 @@ def test_what_differs_is_not_averaged(tmp_path):
     assert "±" not in report.table(records).split("\n", 2)[2]
 
 
+def test_another_config_is_no_other_seed(tmp_path):
+    runs = [run_with(tmp_path / "a", 0, 90.0), run_with(tmp_path / "b", 1, 50.0, lr=0.1)]
+    assert [(r["run"], r["mean"], r["seeds"]) for r in report.over_seeds(runs)] == [("a", 90.0, [0]), ("b", 50.0, [1])]
+
+
+def test_other_samples_are_not_averaged(tmp_path):
+    runs = [run_with(tmp_path / "a", 0, 90.0), run_with(tmp_path / "b", 1, 50.0, data="another version")]
+    assert len(report.over_seeds(runs)) == 2
+
+
+def test_convergence_is_no_result(tmp_path):
+    run = run_with(tmp_path / "a", 0, 1.0, name="logistic_converged")
+    run_with(tmp_path / "a", 0, 90.0)
+    assert [r["name"] for r in report.over_seeds([run])] == ["knn5_top1"]
+
+
 def test_the_newest_checkpoint_of_a_run_counts(tmp_path):
     run = run_with(tmp_path / "a", 0, 90.0)
-    run_with(tmp_path / "a", 0, 95.0, checkpoint="later", step=40)
+    run_with(tmp_path / "a", 0, 95.0, checkpoint="later", step=40, time="2030-01-02T00:00:00+00:00")
     [record] = report.over_seeds([run])
     assert (record["mean"], record["step"]) == (95.0, 40)
 
 
 def test_mistakes(tmp_path):
     run = run_with(tmp_path / "a", 0, 90.0)
-    with pytest.raises(UserError, match="seed 0 was given twice"):
+    with pytest.raises(UserError, match="has the seed, 0, and the config of"):
         report.over_seeds([run, run])
     with pytest.raises(UserError, match="holds no results; run `ssl-dist evaluate"):
         report.over_seeds([tmp_path / "none"])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssl_dist import checkpoint
+from ssl_dist import checkpoint, config
 from tests.processes import send, until
 from tests.test_train import CONFIG, fingerprint, metrics, overrides, run_training, weights
 
@@ -77,10 +77,12 @@ def test_two_nodes_equal_one_process(two_nodes, digits, tmp_path):
     one, two = weights(tmp_path / "one"), weights(two_nodes)
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
-    assert starts(two_nodes)[0]["world_size"] == 2 and len({start["host"] for start in starts(two_nodes)}) == 1
+    assert starts(two_nodes)[0]["world_size"] == 2
     [folder] = (two_nodes / "slurm").glob("[0-9]*")
     left = sorted(path.name.partition("_")[2] for path in folder.iterdir())
-    assert {"0_log.out", "1_log.out", "config.yaml", "submission.sh"} <= set(left), left
+    assert {"0_log.out", "1_log.out", "submission.sh"} <= set(left), left
+    [kept] = (two_nodes / "slurm").glob("config-*.yaml")
+    assert config.load(kept) == config.load(two_nodes / "config.yaml")
 
 
 def test_usr2_saves_and_the_job_is_queued_again_and_finishes(cluster, two_nodes, digits, tmp_path):
@@ -169,6 +171,28 @@ def test_seeds_are_an_array_and_each_is_evaluated(cluster, digits, tmp_path):
     assert "±" in cluster.run(sys.executable, "-m", "ssl_dist", "report", *runs, PYTHONPATH=ROOT)
     told = cluster.run(*SUBMIT, "status", *runs, cwd=tmp_path)
     assert len(re.findall(r"COMPLETED", told)) == 4 and told.count("20/20") == 2, told
+
+
+def test_every_element_of_an_array_is_queued_again(cluster, digits, tmp_path):
+    """The last one has the array's own job number."""
+    words = training(digits, tmp_path / "run", "optim.steps=60", "precision=fp32", "data.view_shards=1")
+    jobs = submit(cluster, tmp_path, *words, *TWO_NODES, "--seeds", "0", "1")
+    runs = [tmp_path / f"run-seed{seed}" for seed in (0, 1)]
+    for job, run in zip(jobs, runs, strict=True):
+        has_begun(cluster, job, run, steps=2)
+    cluster.signal(jobs[0].partition("_")[0], "USR2")
+    for job, run in zip(jobs, runs, strict=True):
+        cluster.wait(job, "COMPLETED", restarts=1, deadline=150)
+        assert len(starts(run)) == 2 and starts(run)[1]["step"] > 0 and checkpoint.steps(run)[-1] == 60
+
+
+def test_what_is_edited_later_is_another_training(cluster, digits, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text((ROOT / CONFIG).read_text())
+    words = ["train", str(file), *training(digits, tmp_path / "run", "optim.steps=5")[2:]]
+    [job] = submit(cluster, tmp_path, *words, *TWO_NODES, "--partition", "main")
+    file.write_text("nonsense")
+    cluster.wait(job, "COMPLETED", deadline=90)
 
 
 def test_a_failing_training_cancels_its_evaluation(cluster, digits, tmp_path):
@@ -264,7 +288,11 @@ def test_a_cut_link_ends_both_sides_and_only_the_next_start_writes(network_clust
         (["--nodes", "3", "--tasks-per-node", "1"], "3 ranks cannot share"),
         (["--then", "knn.k=[5]"], "name at least one evaluator"),
         (["--then", "nn"], "did you mean 'knn'"),
-        (["--seeds", "-1"], "--seeds -1"),
+        (["--seeds", "-1"], "seed"),
+        (["--seeds", "1", "1"], "name every one once"),
+        (["--time", "00:04:00"], "must be more than twice signal_seconds"),
+        (["--sweep", "optim.lr"], "write key=.value, value."),
+        (["--sweep", "optim.rl=[1,2]"], "optim.rl"),
         (["--time", "soon"], "time"),
         (["--site", "none.yaml"], "--site none.yaml: cannot be read"),
         (["data.view_shards=3"], "data.view_shards"),
@@ -296,6 +324,25 @@ def test_without_slurm(digits, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["submit.py", *words, "--dry-run"])
     assert runpy.run_path(SUBMIT[1])["main"]() == 0 and "#SBATCH --nodes=2" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 75)])
+def test_here_signals_reach_the_ranks_and_codes_come_back(digits, tmp_path, number, code):
+    run = tmp_path / "run"
+    words = [*training(digits, run, "optim.steps=3000"), "--tasks-per-node", "2", "--cluster", "local"]
+    process = subprocess.Popen([*SUBMIT, *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    until(lambda: step_of(run) > 2, "a beginning")
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code and "stopping after step" in said and "Traceback" not in said
+    assert checkpoint.steps(run)
+
+
+def test_here_a_failure_is_a_failure_and_nothing_follows(digits, tmp_path):
+    words = training(digits, tmp_path / "run", "optim.name=sgd", "optim.lr=1e38")
+    more = ["--tasks-per-node", "2", "--cluster", "local", "--then", "knn"]
+    done = subprocess.run([*SUBMIT, *words, *more], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "the loss is not finite" in done.stderr and "features" not in done.stderr
 
 
 def test_the_same_job_here(digits, tmp_path):
