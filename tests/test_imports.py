@@ -32,7 +32,7 @@ LAYERS = [
         "agreement",
     },
     {"training", "train", "evaluators", "evaluate", "report", "explain", "verify", "verify_ranks", "doctor"},
-    {"cli", "__main__", "job", "job_here", "slurm_submit", "slurm_status"},
+    {"cli", "__main__", "job", "job_here", "slurm_script", "slurm_submit", "slurm_status"},
 ]
 PEERS = {"methods", "data", "backbones", "optim"}  # of one layer, and strangers to each other
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ssl_dist import dist, job, slurm_submit
+from ssl_dist import dist, job, slurm_script, slurm_submit
 from ssl_dist.errors import UserError
 from ssl_dist.place import Place
 
@@ -117,16 +117,16 @@ def test_the_gpu_of_a_rank(monkeypatch, place, visible, on_node, chosen):
 
 
 def test_the_example_of_a_site_names_every_key():
-    site = slurm_submit.read_site(ROOT / "slurm" / "site.yaml", {})
+    site = slurm_script.read_site(ROOT / "slurm" / "site.yaml", {})
     text = (ROOT / "slurm" / "site.yaml").read_text()
-    assert all(f"\n{name}: " in text for name in slurm_submit.Site.model_fields)
+    assert all(f"\n{name}: " in text for name in slurm_script.Site.model_fields)
     assert site.ranks_per_node == 8
 
 
 def test_options_come_before_the_site(tmp_path):
     file = tmp_path / "site.yaml"
     file.write_text("partition: gpu\ngpus_per_node: 8\n")
-    site = slurm_submit.read_site(file, {"tasks_per_node": 3, "partition": None, "verb": "train"})
+    site = slurm_script.read_site(file, {"tasks_per_node": 3, "partition": None, "verb": "train"})
     assert (site.partition, site.tasks_per_node, site.gpus_per_node, site.ranks_per_node) == ("gpu", 3, None, 3)
 
 
@@ -143,7 +143,7 @@ def test_a_sites_mistakes(tmp_path, text, said):
     file = tmp_path / "site.yaml"
     file.write_text(text)
     with pytest.raises(UserError, match=said):
-        slurm_submit.read_site(file, {})
+        slurm_script.read_site(file, {})
 
 
 # ---------------------------------------------------------------------------------------------------- the script
@@ -153,11 +153,11 @@ def test_a_sites_mistakes(tmp_path, text, said):
     ("time", "minutes"), [("00:10:00", 10), ("24:00:00", 1440), ("2-01:30:00", 2970), ("00:05:30", 6)]
 )
 def test_script(tmp_path, time, minutes):
-    site = slurm_submit.Site(
+    site = slurm_script.Site(
         partition="gpu", nodes=2, gpus_per_node=8, cpus_per_task=4, mem_gb=1.5, time=time, setup=["module load x"],
         sbatch={"exclude": "n3"},
     )  # fmt: skip
-    lines = slurm_submit.executor(site, tmp_path / "%A", "name").script().splitlines()
+    lines = slurm_script.executor(site, tmp_path / "%A", "name").script().splitlines()
     for line in (
         "--partition=gpu", "--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=4",
         "--mem=1536MB", f"--time={minutes}", "--requeue", "--exclude=n3", "--signal=USR2@120", "--job-name=name",
@@ -171,7 +171,7 @@ def test_script(tmp_path, time, minutes):
 
 def test_the_plain_script_says_the_same(tmp_path):
     plain = (ROOT / "slurm" / "train.sbatch").read_text()
-    shared = slurm_submit.setup_lines(slurm_submit.Site()) + slurm_submit.teardown_lines(3, tmp_path)
+    shared = slurm_script.setup_lines(slurm_script.Site()) + slurm_script.teardown_lines(3, tmp_path)
     for line in shared:
         line = line.replace(f"{tmp_path}/", "").replace("-le 3 ]", '-le "${CRASHES:-3}" ]')
         assert line.replace("  # ", " # ") in plain, line
@@ -202,7 +202,7 @@ def test_what_is_queued_again(tmp_path, code, state, crashes, again, array, fail
         (tools / name).write_text(f"#!/bin/sh\n{body}\n")
         (tools / name).chmod(0o755)
     (tmp_path / f"crashes-{job_name}.txt").write_text("crash\n" * crashes)
-    script = "\n".join([f"(exit {code})", *slurm_submit.teardown_lines(3, tmp_path)])
+    script = "\n".join([f"(exit {code})", *slurm_script.teardown_lines(3, tmp_path)])
     environment = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "7"} | array
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, check=False)
     asked = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
