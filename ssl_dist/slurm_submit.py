@@ -117,8 +117,11 @@ def variants(path: str, overrides: list[str], seeds: list[int], sweep: list[str]
     """The config for every choice of a seed and of a value of each `key=[value, value]` in `sweep`, each with a run_dir
     of its own, named by what was chosen; the config itself where there is nothing to choose."""
     axes = [_axis(word) for word in sweep] + ([("seed", seeds)] if seeds else [])
-    run = Path(config.load(path, overrides).run_dir)
-    if axes and not run.name:
+    alone = config.load(path, overrides)
+    if not axes:
+        return [alone]
+    run = Path(alone.run_dir)
+    if not run.name:
         raise UserError(f"run_dir = {str(run)!r}: has no name that a seed could be added to")
     found = []
     for values in itertools.product(*(values for _, values in axes)):

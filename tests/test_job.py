@@ -223,7 +223,10 @@ def test_the_job_that_submitit_pickles_is_a_name_and_words():
 def test_seeds_and_sweeps():
     file = str(ROOT / "configs" / "digits" / "relational-conv4.yaml")
     [alone] = slurm_submit.variants(file, ["run_dir=runs/x/"], [], [])
-    assert alone.run_dir == "runs/x"
+    assert alone.run_dir == "runs/x/"
+    assert slurm_submit.variants(file, ["run_dir=."], [], [])[0].run_dir == "."
+    with pytest.raises(UserError, match="no name that a seed"):
+        slurm_submit.variants(file, ["run_dir=."], [1], [])
     found = slurm_submit.variants(file, ["run_dir=runs/x/"], [0, 7], ["optim.lr=[1e-3, 3e-3]"])
     assert [(c.run_dir, c.optim.lr, c.seed) for c in found] == [
         ("runs/x-lr0.001-seed0", 1e-3, 0), ("runs/x-lr0.001-seed7", 1e-3, 7),
