@@ -20,6 +20,7 @@ PATIENCE = 300.0  # seconds in which all ranks must have come; a cold file syste
 # Of torch's own waits: longer than any phase of a run, as it is the watchdog that ends ranks which hang.
 NO_LIMIT = timedelta(days=7)
 STOPPING = "stopping"  # key: a rank was asked to stop before all had come
+GIVING_UP = "giving-up"  # key: what is said when one has waited too long
 
 
 class StoppedWhileWaiting(Exception):
@@ -80,16 +81,31 @@ def _await_port(host: str, port: int, end: float, is_stopping: Callable[[], bool
 
 def _roll_call(store: dist.Store, place: Place, end: float, is_stopping: Callable[[], bool]) -> None:
     everyone = [f"here/{rank}" for rank in range(place.size)]
-    while not store.check(everyone):
-        if is_stopping():
-            store.set(STOPPING, "")
-        if store.check([STOPPING]):
-            raise StoppedWhileWaiting
-        if time.monotonic() > end:
-            absent = [rank for rank, key in enumerate(everyone) if not store.check([key])]
-            here = [store.get(key).decode() for rank, key in enumerate(everyone) if rank not in absent]
-            raise Fault(f"{_ranks(absent)} of {place.size} did not come; here are {', '.join(here[:8])}")
-        time.sleep(0.02)
+    try:
+        while not store.check(everyone):
+            if is_stopping():
+                store.set(STOPPING, "")
+            elif time.monotonic() > end:
+                absent = [rank for rank, key in enumerate(everyone) if not store.check([key])]
+                here = [store.get(key).decode() for rank, key in enumerate(everyone) if rank not in absent]
+                text = f"{_ranks(absent)} of {place.size} did not come; here are {', '.join(here[:8])}"
+                store.set(GIVING_UP, text)
+            if store.check([STOPPING]):
+                _let_others_read(place)
+                raise StoppedWhileWaiting
+            if store.check([GIVING_UP]):
+                text = store.get(GIVING_UP).decode()
+                _let_others_read(place)
+                raise Fault(text)
+            time.sleep(0.02)
+    except dist.DistNetworkError:
+        raise Fault(f"{place}: rank 0 has left while other ranks were still coming") from None
+
+
+def _let_others_read(place: Place) -> None:
+    """The store ends with the first rank."""
+    if place.is_first:
+        time.sleep(1)
 
 
 def _ranks(numbers: list[int]) -> str:
