@@ -39,6 +39,7 @@ def test_a_start_has_one_name_and_leaves_nothing(digits, tmp_path):
     assert sorted(path.name for path in (run / "logs").iterdir()) == ["board", "starts.jsonl"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("second", "broken", "said"),
     [

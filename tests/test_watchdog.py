@@ -55,6 +55,7 @@ def test_a_rank_without_progress_ends_and_says_where_it_is(tmp_path):
     assert "no progress" in log and "most recent call first" in log, "with the stacks of all threads"
 
 
+@pytest.mark.slow
 def test_steps_are_progress_and_so_is_another_phase(tmp_path):
     body = """
     for step in range(4, 12):
@@ -104,6 +105,7 @@ def test_a_phase_has_its_own_bound(tmp_path):
     assert code == 1 and "no progress for 1 s in the save of step 3" in err
 
 
+@pytest.mark.slow
 def test_a_suspended_process_has_not_hung(tmp_path):
     body = """
     for step in range(4, 14):
