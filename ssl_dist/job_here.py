@@ -11,7 +11,6 @@ from ssl_dist import config
 from ssl_dist.config import Config
 from ssl_dist.errors import UserError
 from ssl_dist.job import FIRST_PORT, NUM_PORTS
-from ssl_dist.stop import STOPPED
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
@@ -33,8 +32,8 @@ def run_all(nodes: int, ranks: int, trainings: list[Config], then: list[str] | N
 
 
 def run(arguments: list[str], ranks: int) -> int:
-    """The command in `ranks` processes, which hear the signals that this one gets. Returns their highest exit code, 75
-    before others: that of ranks which were stopped together."""
+    """The command in `ranks` processes, which hear the signals that this one gets. Returns their highest exit code, as
+    srun does; a killed rank counts as 128 and the signal's number."""
     shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
     shared["MASTER_PORT"] = str(FIRST_PORT + os.getpid() % NUM_PORTS)
     shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
@@ -61,5 +60,4 @@ def run(arguments: list[str], ranks: int) -> int:
             process.kill()
         for number, handler in former.items():
             signal.signal(number, handler)
-    codes = [code if code >= 0 else 128 - code for code in codes]
-    return STOPPED if codes and set(codes) == {STOPPED} else max(codes, default=0)
+    return max(code if code >= 0 else 128 - code for code in codes)

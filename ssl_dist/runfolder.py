@@ -14,7 +14,7 @@ from ssl_dist.errors import UserError
 # What may differ between two starts of one run: none of these changes the numbers.
 FREE = ("run_dir", "data.root", "data.reader", "data.workers", "data.view_shards", "checkpoint", "log", "timeout")
 
-PATIENCE = 120.0  # seconds
+PATIENCE = 120.0  # seconds in which the ranks of a former start have ended: the default timeout, 10 s and a margin
 
 
 def claim(run: Path) -> int:
