@@ -47,3 +47,16 @@ def image(fixture, net):
     shape = tuple(int(n) for n in fixture[f"{net}/input_shape"])
     values = 1.7 * u(int(fixture[f"{net}/input_formula_i"]), math.prod(shape), scale(fixture))
     return values.float().reshape(shape)
+
+
+def fill(module, s):
+    """Fill a module in the order of its own state_dict, as the spec of such a network would say; returns it."""
+    layers = dict(module.named_modules())
+    tensors = {}
+    for i, (name, tensor) in enumerate(module.state_dict().items()):
+        path, _, kind = name.rpartition(".")
+        normalizes = isinstance(layers[path], torch.nn.modules.batchnorm._BatchNorm)
+        kind = f"bn_{kind}" if normalizes and kind in ("weight", "bias") else kind
+        tensors[name] = value(i, list(tensor.shape), kind, s).to(tensor.dtype)
+    module.load_state_dict(tensors)
+    return module

@@ -13,20 +13,28 @@ LARGE = ["resnet18", "resnet34", "resnet50", "resnet101"]
 
 
 @pytest.mark.parametrize("name", backbones.names())
-def test_features_are_flat_and_as_wide_as_said(name):
+def test_features_and_maps_are_as_wide_as_said(name):
     with torch.device("meta"):
         backbone = backbones.build(name).eval()
         for size in (32, 64):
             images = torch.empty(2, 3, size, size)
             assert backbone(images).shape == (2, backbone.feature_dim)
-            assert backbone.features(images).shape[:2] == (2, backbone.feature_dim)
+            features, maps = backbone.forward_stages(images)
+            assert features.shape == (2, backbone.feature_dim)
+            assert {stage: one.shape[1] for stage, one in maps.items()} == backbone.stages
+            assert list(maps) == list(backbone.stages)
+            sides = [one.shape[2] for one in maps.values()]
+            assert sides == sorted(sides, reverse=True) and all(one.ndim == 4 for one in maps.values())
 
 
 @pytest.mark.parametrize("name", ["conv4", "resnet8", "resnet18"])
-def test_the_output_is_the_mean_of_the_map(name):
-    backbone = backbones.build(name).eval()
+def test_the_output_is_the_mean_of_the_last_map_of_the_same_pass(name):
+    backbone = backbones.build(name)
     images = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(backbone(images), backbone.features(images).mean((2, 3)))
+    features, maps = backbone.forward_stages(images)
+    assert torch.equal(features, backbone(images))  # in training mode: the statistics of the batch
+    torch.testing.assert_close(features, list(maps.values())[-1].mean((2, 3)))
+    assert all(one.min() >= 0 for one in maps.values())  # after a ReLU, which no later layer undoes in place
 
 
 @pytest.mark.parametrize("name", LARGE)

@@ -1,4 +1,4 @@
-"""Networks of the official relational reasoning code, tensor for tensor: tests/golden/backbones.npz."""
+"""Networks of the official codes, tensor for tensor: tests/golden/backbones.npz, and a map of baselines.npz."""
 
 import functools
 import os
@@ -14,6 +14,7 @@ from tests import golden_fill
 
 FOLDER = Path(os.environ.get("SSL_DIST_GOLDEN", Path(__file__).parent / "golden"))
 GOLDEN = dict(np.load(FOLDER / "backbones.npz"))
+BASELINES = dict(np.load(FOLDER / "baselines.npz"))
 NETS = sorted(key.split("/")[0] for key in GOLDEN if re.fullmatch(r"rr_\w+/spec", key))
 TYPES = {"f32": torch.float32, "f64": torch.float64}
 # relative to the largest magnitude of the array: outputs, gradients (deep networks amplify rounding), statistics
@@ -26,6 +27,10 @@ def name_of(net):
 
 def build(net):
     return backbones.build(name_of(net))
+
+
+def last_map(backbone):
+    return lambda x: list(backbone.forward_stages(x)[1].values())[-1]
 
 
 @functools.cache
@@ -66,7 +71,7 @@ def test_outputs_gradients_and_statistics(net, dtype):
     backbone = build(net)
     backbone.load_state_dict(filled(net))
     backbone.to(TYPES[dtype])
-    network = backbone.features if net.endswith("noflatten") else backbone
+    network = last_map(backbone) if net.endswith("noflatten") else backbone
     x = golden_fill.image(GOLDEN, net).to(TYPES[dtype])
     backbone.eval()
     close(network(x), f"{net}/{dtype}/eval_out", forward)
@@ -87,3 +92,16 @@ def test_outputs_gradients_and_statistics(net, dtype):
             close(buffer, f"{net}/{dtype}/bn_after/{name}", statistics)
             checked += 1
     assert checked == sum(key.startswith((f"{net}/{dtype}/grad_norm/", f"{net}/{dtype}/bn_after/")) for key in GOLDEN)
+
+
+@pytest.mark.parametrize("key", sorted(key for key in BASELINES if re.fullmatch(r"dim/encoder_\w+/input", key)))
+def test_the_first_map_is_the_one_of_deep_infomax(key):
+    net = key.split("/")[1]
+    backbone = backbones.build(net.removeprefix("encoder_")).eval()
+    golden_fill.fill(backbone, golden_fill.scale(BASELINES))
+    features, maps = backbone.forward_stages(torch.from_numpy(BASELINES[key]))
+    stage, first = next(iter(maps.items()))
+    for ours, name in ((features, "y"), (first, "M")):
+        wanted = torch.from_numpy(BASELINES[f"dim/{net}/f32/{name}"])
+        assert (ours - wanted).abs().max() <= 1e-5 * wanted.abs().max(), name
+    assert [backbone.feature_dim, backbone.stages[stage]] == BASELINES[f"dim/{net}/y_size_M_channels"].tolist()

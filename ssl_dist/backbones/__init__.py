@@ -1,4 +1,4 @@
-"""Backbones by name: images [N, 3, S, S] -> features [N, D], D in the attribute `feature_dim`.
+"""Backbones by name: images [N, 3, S, S] -> features [N, D], with the maps of their stages; see `base.Backbone`.
 
 Initial weights are drawn from torch's global generator, which the caller seeds.
 """

@@ -1,7 +1,8 @@
 """The shallow network of relational reasoning (Patacchiola & Storkey 2020, appendix A): four convolutions."""
 
-import torch
 from torch import Tensor, nn
+
+from ssl_dist.backbones.base import Backbone
 
 WIDTHS = (8, 16, 32, 64)
 
@@ -17,7 +18,7 @@ class Block(nn.Module):
         return self.relu(self.bn(self.conv(x)))
 
 
-class Conv4(nn.Module):
+class Conv4(Backbone):
     """Four blocks of convolution, BatchNorm and ReLU; the side is halved after each of the first three.
 
     Images [N, 3, S, S], S >= 8 -> features [N, 64].
@@ -27,23 +28,21 @@ class Conv4(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.stages = {f"layer{i}": width for i, width in enumerate(WIDTHS, 1)}
         self.layer1 = Block(3, WIDTHS[0])
         self.layer2 = Block(WIDTHS[0], WIDTHS[1])
         self.layer3 = Block(WIDTHS[1], WIDTHS[2])
         self.layer4 = Block(WIDTHS[2], WIDTHS[3])
         self.pool = nn.AvgPool2d(2)
-        self.global_pool = nn.AdaptiveAvgPool2d(1)
         initialize(self)
 
-    def features(self, x: Tensor) -> Tensor:
-        """The map before the global pooling, [N, 64, S/8, S/8]."""
-        x = self.pool(self.layer1(x))
-        x = self.pool(self.layer2(x))
-        x = self.pool(self.layer3(x))
-        return self.layer4(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.flatten(self.global_pool(self.features(x)), 1)
+    def steps(self):
+        return [
+            ("layer1", self.layer1),
+            ("layer2", lambda x: self.layer2(self.pool(x))),
+            ("layer3", lambda x: self.layer3(self.pool(x))),
+            ("layer4", lambda x: self.layer4(self.pool(x))),
+        ]
 
 
 def initialize(module: nn.Module) -> None:

@@ -4,9 +4,9 @@ Unlike He et al., a shortcut that changes the shape is a 1x1 convolution with Ba
 the official code of Patacchiola & Storkey (2020).
 """
 
-import torch
 from torch import Tensor, nn
 
+from ssl_dist.backbones.base import Backbone
 from ssl_dist.backbones.conv4 import initialize
 
 DEPTHS = (8, 20, 32, 56)
@@ -32,7 +32,7 @@ class Block(nn.Module):
         return self.relu(self.bn2(self.conv2(x)) + shortcut)
 
 
-class SmallResNet(nn.Module):
+class SmallResNet(Backbone):
     """Three stages of (depth - 2) / 6 blocks with 16, 32 and 64 channels; images [N, 3, S, S] -> features [N, 64]."""
 
     feature_dim = 64
@@ -42,22 +42,22 @@ class SmallResNet(nn.Module):
         num_blocks, rest = divmod(depth - 2, 6)
         if rest or num_blocks < 1:
             raise ValueError(f"depth {depth} is not 6n + 2")
+        self.stages = {"stem": 16, "layer1": 16, "layer2": 32, "layer3": 64}
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU(inplace=True)
         self.layer1 = _stage(16, 16, num_blocks, stride=1)
         self.layer2 = _stage(16, 32, num_blocks, stride=2)
         self.layer3 = _stage(32, 64, num_blocks, stride=2)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
         initialize(self)
 
-    def features(self, x: Tensor) -> Tensor:
-        """The map before the global pooling, [N, 64, S/4, S/4]."""
-        x = self.relu(self.bn1(self.conv1(x)))
-        return self.layer3(self.layer2(self.layer1(x)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.flatten(self.avgpool(self.features(x)), 1)
+    def steps(self):
+        return [
+            ("stem", lambda x: self.relu(self.bn1(self.conv1(x)))),
+            ("layer1", self.layer1),
+            ("layer2", self.layer2),
+            ("layer3", self.layer3),
+        ]
 
 
 def _stage(in_channels: int, out_channels: int, num_blocks: int, stride: int) -> nn.Sequential:
