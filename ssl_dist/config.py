@@ -144,18 +144,31 @@ class MethodSection(Section):
 
 
 class Optim(Section):
-    name: Literal["adam", "adamw", "sgd"] = "adam"
-    lr: PositiveFloat = Field(1e-3, description="learning rate at its highest")
+    name: Literal["adam", "adamw", "sgd", "lars"] = "adam"
+    lr: PositiveFloat = Field(1e-3, description="learning rate at its highest, for a batch of `lr_batch` images")
+    lr_batch: PositiveInt | None = Field(
+        None, description="the rate is lr * batch_size / lr_batch (LARS recipes: 256); null: lr as it stands"
+    )
     batch_size: PositiveInt = Field(64, description="M, images of the global batch over all ranks")
     epochs: PositiveInt | None = Field(200, description="length of the training; null when `steps` is given")
     steps: PositiveInt | None = Field(None, description="length in optimizer steps; null when `epochs` is given")
-    weight_decay: NonNegativeFloat = 0.0
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of sgd")
+    weight_decay: NonNegativeFloat = Field(0.0, description="lars: of weights only, not of biases and BatchNorm")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of sgd and lars")
     warmup_epochs: NonNegativeFloat = Field(0.0, description="linear rise of the rate from 0, in (fractional) epochs")
     schedule: Literal["constant", "cosine", "step"] = Field("constant", description="of the rate, after the warm-up")
+    lr_final: Probability = Field(0.0, description="schedule cosine: where the rate ends, as a share of its highest")
     milestones: list[Probability] = Field(
-        default_factory=lambda: [0.5, 0.75], description="schedule step: the rate falls to a tenth at these shares"
+        default_factory=lambda: [0.5, 0.75],
+        description="schedule step: the rate falls to a tenth at these shares of the training",
     )
+    milestone_epochs: list[NonNegativeFloat] | None = Field(
+        None, description="schedule step: falls after these epochs, in place of `milestones`; null: milestones"
+    )
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate at its highest, for this batch size."""
+        return self.lr if self.lr_batch is None else self.lr * self.batch_size / self.lr_batch
 
     @model_validator(mode="after")
     def _length(self):

@@ -7,6 +7,7 @@ with glibc's own settings, 1.11 to 1.15 and 1.23 times with those of the launch 
 tools/bench_memory.py --data data/cifar10 --plain --tuned
 """
 
+import math
 import weakref
 from dataclasses import dataclass
 
@@ -103,8 +104,12 @@ def _training(b: Blueprint) -> dict[str, str]:
     if not b.method_class.trainable:
         return {"training": "none: the weights are written as they are drawn"}
     clock, options = b.clock(), b.config.optim
-    points = [0, clock.total_steps // 4, clock.total_steps // 2, clock.total_steps - 1]
-    rates = ", ".join(f"{optim.lr(options, b.clock(step)):.3g} at step {step}" for step in dict.fromkeys(points))
+    last = clock.total_steps - 1
+    points = {0, clock.total_steps // 4, clock.total_steps // 2, last}
+    points.add(min(last, math.ceil(options.warmup_epochs * clock.steps_per_epoch)))
+    if options.schedule == "step":
+        points |= {min(last, step) for step in optim.milestones(options, clock)}
+    rates = ", ".join(f"{optim.lr(options, b.clock(step)):.3g} at step {step}" for step in sorted(points))
     return {
         "length": f"{clock.total_steps} steps = {clock.total_epochs:g} epochs of {clock.steps_per_epoch} steps",
         "optimizer": f"{options.name}, {options.schedule}, rate {rates}",
@@ -137,7 +142,8 @@ class Memory:
         with torch.device("meta"):
             method = b.build()
         trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
-        copies = 4 if b.config.optim.name in ("adam", "adamw") else 3 if b.config.optim.momentum else 2
+        name = b.config.optim.name
+        copies = 4 if name in ("adam", "adamw") else 3 if name == "lars" or b.config.optim.momentum else 2
         copies += b.place.size > 1
         pixels = sum(images * spec.num * 3 * spec.size**2 for spec in b.specs) // b.place.size
         return Memory(

@@ -8,11 +8,22 @@ from torch import nn
 
 from ssl_dist.clock import Clock
 from ssl_dist.config import Optim
+from ssl_dist.lars import LARS
 
 
 def build(options: Optim, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer named by the config over one group of parameters; the rate is set before every step."""
+    """The optimizer named by the config; the rate is set before every step.
+
+    One group of parameters; for lars a second one, of the 1-d parameters (biases, BatchNorm), which have neither weight
+    decay nor adaptation.
+    """
     parameters = list(parameters)
+    if options.name == "lars":
+        groups = [
+            {"params": [p for p in parameters if p.ndim != 1], "weight_decay": options.weight_decay},
+            {"params": [p for p in parameters if p.ndim == 1], "adapt": False},
+        ]
+        return LARS(groups, lr=options.lr, momentum=options.momentum)
     if options.name == "adam":
         return torch.optim.Adam(parameters, lr=options.lr, weight_decay=options.weight_decay)
     if options.name == "adamw":
@@ -23,18 +34,28 @@ def build(options: Optim, parameters: Iterable[nn.Parameter]) -> torch.optim.Opt
 def lr(options: Optim, clock: Clock) -> float:
     """The learning rate of the step that follows `clock.step` completed steps.
 
-    A linear warm-up from 0 over `warmup_epochs`; then constant, cosine to 0 at the end (Loshchilov & Hutter, 2017,
-    without restarts), or a fall to a tenth at every milestone.
+    A linear warm-up over `warmup_epochs`, 0 at the very first step; then constant, half a cosine down to `lr_final`
+    times the peak (Loshchilov & Hutter, 2017, without restarts), or a fall to a tenth at every milestone.
     """
     warmup = options.warmup_epochs * clock.steps_per_epoch
     if clock.step < warmup:
-        return options.lr * clock.step / warmup
+        return options.peak_lr * clock.step / warmup
     if options.schedule == "cosine":
         progress = (clock.step - warmup) / max(1.0, clock.total_steps - warmup)
-        return options.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        falling = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return options.peak_lr * (options.lr_final + (1 - options.lr_final) * falling)
     if options.schedule == "step":
-        return options.lr * 0.1 ** sum(clock.progress >= share for share in options.milestones)
-    return options.lr
+        return options.peak_lr * 0.1 ** sum(clock.step >= milestone for milestone in milestones(options, clock))
+    return options.peak_lr
+
+
+def milestones(options: Optim, clock: Clock) -> list[int]:
+    """The steps from which on the rate is lower, under schedule step. 0.07 of 100 steps is step 7, not 8."""
+    if options.milestone_epochs is not None:
+        steps = [epoch * clock.steps_per_epoch for epoch in options.milestone_epochs]
+    else:
+        steps = [share * clock.total_steps for share in options.milestones]
+    return [math.ceil(round(step, 6)) for step in steps]
 
 
 def set_lr(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -91,6 +91,14 @@ def test_pairs_of_a_rank_are_those_that_it_scores(say):
         assert text.startswith(f"{min(shares)}-{max(shares)} positive")
 
 
+def test_rates_are_shown_where_they_turn(say):
+    steps = ["optim.epochs=null", "optim.steps=40", "optim.lr=0.5", "optim.lr_batch=6"]
+    [line] = say(1, *steps, "optim.schedule=step", "optim.milestones=[0.7]")["optimizer"]
+    assert line == "adam, step, rate 1 at step 0, 1 at step 10, 1 at step 20, 0.1 at step 28, 0.1 at step 39"
+    [line] = say(1, *steps, "optim.name=lars", "optim.warmup_epochs=0.1")["optimizer"]
+    assert re.search(r"^lars, constant, rate 0 at step 0, .*, 1 at step 12, ", line), line
+
+
 # ---------------------------------------------------------------------------------------------------- memory
 
 
@@ -166,11 +174,11 @@ def test_half_precision_takes_half(load):
 
 
 def test_optimizers_differ_in_their_state(load):
-    adam, sgd, plain = (
+    adam, sgd, lars, plain = (
         memory(load(*o)).weights
-        for o in (["optim.name=adam"], ["optim.name=sgd"], ["optim.name=sgd", "optim.momentum=0"])
+        for o in (["optim.name=adam"], ["optim.name=sgd"], ["optim.name=lars"], ["optim.name=sgd", "optim.momentum=0"])
     )
-    assert adam * 3 == sgd * 4 == plain * 6
+    assert adam * 3 == sgd * 4 == lars * 4 == plain * 6
 
 
 def test_one_view_of_one_image_can_be_counted(load):

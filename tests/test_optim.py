@@ -30,7 +30,30 @@ def test_step_falls_at_the_milestones():
     assert values[49] == 1.0 and values[50] == pytest.approx(0.1) and values[75] == pytest.approx(0.01)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("adam", "Adam"), ("adamw", "AdamW"), ("sgd", "SGD")])
+def test_step_may_fall_after_epochs():
+    values = rates(Optim(lr=1.0, schedule="step", milestone_epochs=[2, 3.5]))
+    assert values[19] == 1.0 and values[20] == pytest.approx(0.1)
+    assert values[34] == pytest.approx(0.1) and values[35] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("share", [0.07, 0.14, 0.28, 0.55, 0.56, 0.57])  # 100 times these is above the whole number
+def test_a_milestone_is_not_late_for_rounding(share):
+    values = rates(Optim(lr=1.0, schedule="step", milestones=[share]))
+    assert values.count(1.0) == round(100 * share)
+
+
+def test_cosine_ends_at_its_share():
+    values = rates(Optim(lr=2.0, schedule="cosine", lr_final=0.25), total=10**6, per_epoch=10)
+    assert values[0] == 2.0 and values[-1] == pytest.approx(0.5, abs=1e-9)
+
+
+def test_the_rate_is_scaled_by_the_batch():
+    assert set(rates(Optim(lr=0.5, lr_batch=256, batch_size=2048))) == {4.0}
+    warm = rates(Optim(lr=0.5, lr_batch=256, batch_size=64, warmup_epochs=2.0, schedule="step", milestones=[0.5]))
+    assert warm[10] == pytest.approx(0.0625) and warm[20] == 0.125 and warm[50] == pytest.approx(0.0125)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adam", "Adam"), ("adamw", "AdamW"), ("sgd", "SGD"), ("lars", "LARS")])
 def test_build(name, kind):
     layer = nn.Linear(2, 2)
     optimizer = optim.build(Optim(name=name, lr=0.25, weight_decay=0.5), layer.parameters())
@@ -47,3 +70,58 @@ def test_reset_state_forgets_only_what_was_redrawn():
     optim.reset_state(optimizer, [a])
     assert a not in optimizer.state and b in optimizer.state
     optimizer.step()
+
+
+def reference_lars(p, gradients, lr, decay, momentum, adapt):
+    """The update written out for one tensor of plain numbers."""
+    p, m = list(p), [0.0] * len(p)
+    for gradient in gradients:
+        g = [g + decay * x for g, x in zip(gradient, p, strict=True)]
+        p_norm, g_norm = (math.sqrt(sum(x * x for x in v)) for v in (p, g))
+        factor = 0.001 * p_norm / g_norm if adapt and p_norm and g_norm else 1.0
+        m = [momentum * old + factor * new for old, new in zip(m, g, strict=True)]
+        p = [x - lr * step for x, step in zip(p, m, strict=True)]
+    return p
+
+
+@pytest.mark.parametrize("start", [[1.0, -2.0, 0.5, 3.0], [0.0, 0.0, 0.0, 0.0]])
+def test_lars_is_what_its_docstring_says(start):
+    weight = nn.Parameter(torch.tensor(start, dtype=torch.float64).view(2, 2))
+    bias = nn.Parameter(torch.tensor(start, dtype=torch.float64))
+    optimizer = optim.build(Optim(name="lars", lr=0.5, weight_decay=0.1, momentum=0.8), [bias, weight])
+    gradients = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gradients[1] = 0
+    for gradient in gradients:
+        weight.grad, bias.grad = gradient.view(2, 2).clone(), gradient.clone()
+        optimizer.step()
+    expected = reference_lars(start, gradients.tolist(), 0.5, 0.1, 0.8, adapt=True)
+    assert weight.detach().flatten().tolist() == pytest.approx(expected, rel=1e-12)
+    expected = reference_lars(start, gradients.tolist(), 0.5, 0.0, 0.8, adapt=False)
+    assert bias.detach().tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_lars_resumes_exactly():
+    def make():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        return net, optim.build(Optim(name="lars", lr=0.5, weight_decay=0.1), net.parameters())
+
+    def step(net, optimizer, seed):
+        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        optimizer.step()
+
+    whole, first, second = make(), make(), make()
+    for seed in range(4):
+        step(*whole, seed)
+    for seed in range(2):
+        step(*first, seed)
+    second[0].load_state_dict(first[0].state_dict())
+    state = first[1].state_dict()
+    assert all(isinstance(v, torch.Tensor) for entry in state["state"].values() for v in entry.values())
+    second[1].load_state_dict(state)
+    for seed in range(2, 4):
+        step(*second, seed)
+    for name, tensor in whole[0].state_dict().items():
+        assert torch.equal(tensor, second[0].state_dict()[name]), name
