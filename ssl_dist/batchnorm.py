@@ -5,8 +5,10 @@ per-channel sums are taken, and travel, in float64, and so are the maps made tha
 moments known, BatchNorm is an affine map per channel, and its gradient is another one.
 """
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
@@ -139,3 +141,76 @@ def synchronize(module: nn.Module, reduce: Callable[[Tensor], Tensor]) -> nn.Mod
         else:
             synchronize(child, reduce)
     return module
+
+
+# ---------------------------------------------------------------------------------------------------- views alone
+
+_view: ContextVar[int | None] = ContextVar("view", default=None)
+
+
+@contextlib.contextmanager
+def one_view(view_id: int) -> Iterator[None]:
+    """Meanwhile networks see the images of one view alone, and so does their BatchNorm."""
+    token = _view.set(view_id)
+    try:
+        yield
+    finally:
+        _view.reset(token)
+
+
+class ViewColumns:
+    """BatchNorm where views pass one at a time and are spread over ranks: the grid's columns work on other views.
+
+    In a pass of one view the moments are those of the ranks of the column, which hold that view. Running statistics
+    take the views one after the other, so each pass leaves its own here and `settle` applies all of them, in the order
+    of views, on every rank: what one process would have done. Passes outside of `one_view` are left as they are.
+    """
+
+    def __init__(self, module: nn.Module, to_column: Callable[[nn.Module], Callable[[], None]]):
+        """to_column: makes a layer meet the ranks of its column only, and returns what undoes it."""
+        self.layers = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+        self.to_column = to_column
+        self.passes: dict[nn.Module, list[tuple[int, Tensor, Tensor]]] = {layer: [] for layer in self.layers}
+        self._undo: dict[nn.Module, Callable[[], None]] = {}
+        for layer in self.layers:
+            layer.register_forward_pre_hook(self._before)
+            layer.register_forward_hook(self._after)
+
+    def _before(self, layer: nn.Module, _inputs) -> None:
+        if _view.get() is None or not layer.training:
+            return
+        statistics, momentum, restore = (layer.running_mean, layer.running_var), layer.momentum, self.to_column(layer)
+        # Fresh buffers and a momentum of 1: after the pass they hold the statistics of this view alone.
+        layer.running_mean, layer.running_var, layer.momentum = *(torch.zeros_like(s) for s in statistics), 1.0
+
+        def undo() -> None:
+            self.passes[layer].append((_view.get(), layer.running_mean, layer.running_var))
+            layer.running_mean, layer.running_var, layer.momentum = *statistics, momentum
+            layer.num_batches_tracked -= 1
+            restore()
+
+        self._undo[layer] = undo
+
+    def _after(self, layer: nn.Module, _inputs, _output) -> None:
+        if layer in self._undo:
+            self._undo.pop(layer)()
+
+    @torch.no_grad()
+    def settle(self, gather_columns: Callable[[Tensor], Tensor]) -> None:
+        """Update the running statistics by the passes since the last time.
+
+        gather_columns: a tensor of this rank -> those of one rank of every column [columns, ...].
+        """
+        for layer in self.layers:
+            if not self.passes[layer]:
+                continue
+            ids, means, variances = zip(*self.passes[layer], strict=True)
+            self.passes[layer].clear()
+            own = torch.stack([torch.stack(means), torch.stack(variances)], 1).double()  # [passes, 2, channels]
+            numbered = torch.cat([own.new_tensor(ids)[:, None], own.flatten(1)], 1)
+            everything = gather_columns(numbered).flatten(0, 1)
+            for row in everything[torch.argsort(everything[:, 0], stable=True)]:
+                mean, var = row[1:].to(layer.running_mean.dtype).chunk(2)
+                layer.num_batches_tracked += 1
+                layer.running_mean.lerp_(mean, layer.momentum)
+                layer.running_var.lerp_(var, layer.momentum)

@@ -21,6 +21,7 @@ from ssl_dist.data.readers import SplitInfo, open_dataset, read_info, require_na
 from ssl_dist.errors import UserError
 from ssl_dist.keys import INIT, hash64
 from ssl_dist.methods.base import Info, SSLMethod
+from ssl_dist.nn import key_dropout
 from ssl_dist.place import Place
 
 
@@ -121,6 +122,8 @@ class Blueprint:
             view_groups=tuple((spec.num, spec.size) for spec in self.specs),
             batch_size=self.config.optim.batch_size,
             total_epochs=self.clock().total_epochs,
+            steps_per_epoch=self.plan.steps_per_epoch,
+            seed=self.config.seed,
         )
 
     def build(self) -> SSLMethod:
@@ -131,8 +134,10 @@ class Blueprint:
 def build_method(config: Config, method_class: type[SSLMethod], options: Section, info: Info) -> SSLMethod:
     torch.manual_seed(int(hash64(config.seed, INIT)) & 0x7FFFFFFFFFFFFFFF)
     backbone = backbones.build(config.backbone.name)
+    key_dropout(backbone)
     refuse_random_layers(backbone, config.backbone.name)
-    return method_class(backbone, replace(info, feature_dim=backbone.feature_dim), options)
+    stages = dict(getattr(backbone, "stages", {}))  # timm's networks name none
+    return method_class(backbone, replace(info, feature_dim=backbone.feature_dim, stages=stages), options)
 
 
 def derive(config: Config, place: Place) -> Blueprint:

@@ -62,11 +62,12 @@ class World:
 
     def reduce(self, x: Tensor) -> Tensor:
         """The sum over the ranks, without gradient; `x` is not changed."""
-        if self.alone:
-            return x
+        return x if self.alone else self._reduce(x)
+
+    def _reduce(self, x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
         total = x.detach().clone(memory_format=torch.contiguous_format)
         with self.state.exchange("all_reduce"):
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=group)
         return total
 
     def share(self, count: int) -> tuple[int, int]:
@@ -102,6 +103,31 @@ class World:
         if self.device.type == "cuda":
             return module if self.alone else nn.SyncBatchNorm.convert_sync_batchnorm(module)
         return batchnorm.synchronize(module, self.reduce)
+
+    def view_columns(self, module: nn.Module) -> batchnorm.ViewColumns | None:
+        """For a method whose views pass alone, after `synchronize_batchnorm`. None: every rank holds all views."""
+        if self.grid.views == 1:
+            return None
+        groups = []
+        for column in range(self.grid.views):  # every rank takes part in the making of every group
+            with self.state.exchange("new_group"):
+                groups.append(dist.new_group(list(range(column, self.place.size, self.grid.views))))
+        group = groups[self.grid.view_shard(self.place.rank)]
+
+        def to_column(layer: nn.Module) -> Callable[[], None]:
+            name, own = ("process_group", group) if self.device.type == "cuda" else ("reduce", in_column)
+            before = getattr(layer, name)
+            setattr(layer, name, own)
+            return lambda: setattr(layer, name, before)
+
+        def in_column(x: Tensor) -> Tensor:
+            return self._reduce(x, group)
+
+        return batchnorm.ViewColumns(module, to_column)
+
+    def gather_columns(self, x: Tensor) -> Tensor:
+        """[columns, ...] from every rank's [...]: those of the ranks that hold the first images; no gradient."""
+        return self._gather(x)[: self.grid.views]
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean over the ranks, without gradient."""

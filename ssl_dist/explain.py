@@ -21,6 +21,7 @@ from ssl_dist.blueprint import Blueprint, derive
 from ssl_dist.config import Config
 from ssl_dist.data.loader import AHEAD
 from ssl_dist.grid import Grid, splits
+from ssl_dist.methods.base import Batch
 from ssl_dist.place import Place
 
 
@@ -177,14 +178,15 @@ def _peak(b: Blueprint, method) -> int:
     for parameter in method.parameters():  # and so are their gradients
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    views = []
-    for spec in b.specs:
-        num_views, num_images = spec.num // b.grid.views, b.config.optim.batch_size // b.grid.images
-        if not method.views_together or num_views == 1:
-            num_images = max(2, num_images)  # a BatchNorm that knows of no other rank refuses a single value
-        views.append(torch.empty(num_views, num_images, 3, spec.size, spec.size, dtype=b.dtype, device="meta"))
+    num_images = b.config.optim.batch_size // b.grid.images
+    if not method.views_together or min(spec.num for spec in b.specs) == b.grid.views:
+        num_images = max(2, num_images)  # a BatchNorm that knows of no other rank refuses a single value
+    shapes = [(spec.num // b.grid.views, num_images, 3, spec.size, spec.size) for spec in b.specs]
+    views = [torch.empty(shape, dtype=b.dtype, device="meta") for shape in shapes]
+    view_ids = [torch.from_numpy(spec.view_ids[: shape[0]].copy()) for spec, shape in zip(b.specs, shapes, strict=True)]
     with Alive([*method.parameters(), *method.buffers(), *views]) as alive:
-        z = [method.represent(group.bfloat16() if half else group) for group in views]
+        passed = [group.bfloat16() if half else group for group in views]
+        z = method.represent(Batch(passed, view_ids, torch.arange(num_images), torch.full((num_images,), -1)))
         torch.autograd.backward(z, [torch.empty_like(part) for part in z])
     return alive.peak
 

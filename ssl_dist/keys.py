@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 
 # What a key is for is one of its words, so that two uses with the same seed never share a stream.
-ORDER, VIEWS, INIT = 1, 2, 3
+ORDER, VIEWS, INIT, METHOD, DROPOUT, RELABEL, LABELLED = range(1, 8)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _ODD = np.uint64(0xD1342543DE82EF95)
@@ -59,3 +59,38 @@ def hash64(*words: int) -> np.uint64:
 def permutation(key: np.uint64, n: int) -> np.ndarray:
     """A permutation of range(n), int64 [n], uniform over keys: the order of n draws of the key."""
     return np.argsort(_draws(key, n), kind="stable").astype(np.int64)
+
+
+def uniforms(key: np.uint64, count: int) -> np.ndarray:
+    """Draws 0 .. count - 1 of `key`: float64 [count] in [0, 1)."""
+    return (_draws(key, count) >> np.uint64(11)) * 2.0**-53
+
+
+@njit(cache=True, nogil=True)
+def _fold_rows(key, firsts, seconds, out):
+    for i in range(len(firsts)):
+        first = fold(key, firsts[i])
+        for j in range(len(seconds)):
+            out[i, j] = fold(first, seconds[j])
+
+
+def row_keys(key: np.uint64, firsts: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """The keys of (*words of `key`, firsts[i], seconds[j]): uint64 [len(firsts), len(seconds)]."""
+    out = np.empty((len(firsts), len(seconds)), np.uint64)
+    _fold_rows(key, *(np.ascontiguousarray(words, np.int64) for words in (firsts, seconds)), out)
+    return out
+
+
+def uniform_rows(key: np.uint64, ids: np.ndarray, width: int) -> np.ndarray:
+    """float64 [len(ids), width] in [0, 1): row i is a function of `key` and ids[i] alone."""
+    out = np.empty((len(ids), width))
+    _uniform_rows(key, np.ascontiguousarray(ids, np.int64), out)
+    return out
+
+
+@njit(cache=True, nogil=True)
+def _uniform_rows(key, ids, out):
+    for i in range(len(ids)):
+        row = fold(key, ids[i])
+        for n in range(out.shape[1]):
+            out[i, n] = uniform(row, n)

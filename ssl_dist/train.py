@@ -14,7 +14,6 @@ from ssl_dist.config import Config
 from ssl_dist.data import views
 from ssl_dist.errors import Fault, UserError
 from ssl_dist.meeting import StoppedWhileWaiting
-from ssl_dist.methods.base import Output
 from ssl_dist.place import Place
 from ssl_dist.stop import STOPPED, StopRequest
 from ssl_dist.training import Training
@@ -89,12 +88,11 @@ def fit(run: Training, stop: StopRequest) -> int:
     with run.loader() as loader, run.log() as log:
         for host in run.batches(loader, log):
             batch = run.to_device(host)
-            redrawn = method.before_step(clock, run.extract, world)
+            redrawn = method.before_step(clock, run.extract_at(clock), world)
             optim.reset_state(run.optimizer, redrawn)
             optim.set_lr(run.optimizer, optim.lr(settings.optim, clock))
 
-            with run.autocast():
-                output: Output = run.wrapped(batch, world)
+            output = run.forward(batch)
             stopping, broken = world.any(stop.requested, ~torch.isfinite(output.loss.detach()))
             if broken:
                 raise NonFiniteLoss(run.diagnosis(clock, output))

@@ -4,18 +4,20 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
+from torch import nn
 
-from ssl_dist import checkpoint, config, dist, health, optim, watchdog
+from ssl_dist import checkpoint, config, dist, health, optim, relabel, watchdog
 from ssl_dist.blueprint import Blueprint
 from ssl_dist.clock import Clock
 from ssl_dist.data import views
 from ssl_dist.data.loader import HostBatch, TrainLoader
 from ssl_dist.data.normalize import normalized
 from ssl_dist.errors import UserError
-from ssl_dist.methods.base import Batch, Output
+from ssl_dist.methods.base import Batch, Output, Rows
 from ssl_dist.runlog import RunLog
 from ssl_dist.stop import StopRequest
 
@@ -32,6 +34,7 @@ class Training:
         if self.config.channels_last:
             method.backbone.to(memory_format=torch.channels_last)
         self.method = world.synchronize_batchnorm(method).to(world.device).train()
+        self.columns = None if method.views_together else world.view_columns(self.method)
         self.optimizer = None
         if method.trainable:
             self.optimizer = optim.build(self.config.optim, [p for p in method.parameters() if p.requires_grad])
@@ -95,11 +98,27 @@ class Training:
             [ids.to(device) for ids in host.view_ids],
             host.image_ids.to(device),
             host.labels.to(device),
+            torch.from_numpy(np.searchsorted(self.blueprint.plan.train_ids, host.image_ids.numpy())).to(device),
+            host.step,
         )
 
-    def extract(self, *_):
-        """Features of training images for methods that relabel; such methods come with their own issue."""
-        raise NotImplementedError("no method relabels yet")
+    def forward(self, batch: Batch) -> Output:
+        with self.autocast():
+            output = self.wrapped(batch, self.world)
+        if self.columns is not None:
+            self.columns.settle(self.world.gather_columns)
+        return output
+
+    def extract_at(self, clock: Clock) -> Callable[..., Rows]:
+        """The `extract` that a method's `before_step` gets; `relabel.outputs` says what it takes and returns."""
+
+        def extract(network: nn.Module, augmented: bool = False, training: bool = False) -> Rows:
+            with self.autocast():
+                return relabel.outputs(
+                    self.blueprint, self.world, self._normalize, clock.step, network, augmented, training
+                )
+
+        return extract
 
     def write(self, log: RunLog | None, clock: Clock, output: Output) -> None:
         """Log this step. Every rank takes part, because the loss is averaged over them."""

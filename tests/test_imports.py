@@ -25,6 +25,7 @@ LAYERS = [
         "health",
         "stop",
         "features",
+        "relabel",
         "features_file",
         "figures",
         "ranklog",

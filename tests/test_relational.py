@@ -113,7 +113,7 @@ def test_focal_loss_of_extreme_logits_is_finite(gamma):
 def reference(method, views, gamma=2.0, alpha=0.5):
     """Loss, logits and gradients of one process, by the slow loops; `method` is not changed but for its gradients."""
     method = copy.deepcopy(method)
-    z = method.represent(views)
+    [z] = method.represent(batch_of(views))
     loss, logits = slow_relation.loss_and_logits(z, method.relation_module, method.options.aggregation, gamma, alpha)
     loss.backward()
     return loss.detach(), logits.detach(), gradients(method), dict(method.named_buffers())

@@ -97,7 +97,7 @@ class Method(SSLMethod):
         self.head = nn.Sequential(nn.Linear(info.feature_dim, 8, bias=False), nn.BatchNorm1d(8))
 
     def forward(self, batch, world):
-        z = self.head(self.represent(batch.views[0]).flatten(0, 1)).unflatten(0, batch.views[0].shape[:2])
+        [z] = self.represent(batch, lambda images: self.head(self.backbone(images)))
         labels = batch.labels
         GATHER
         a, b = z
@@ -120,6 +120,66 @@ def test_a_new_file_is_certified(tmp_path, monkeypatch):
         for name in ("toy", "local_toy") for pull in ("all", "class") for grid in ("2x1", "4x1")
     }, verify.table(rows)  # fmt: skip
     assert "views are not sharded" in cases[0].note and "verify's own" in cases[0].note
+
+
+ALONE = '''
+import torch
+from torch import nn
+from ssl_dist.config import Section
+from ssl_dist.methods.base import Output, SSLMethod
+from ssl_dist.nn import KeyedDropout
+
+
+class Options(Section):
+    pass
+
+
+class Method(SSLMethod):
+    """Every view passes alone; views of an image are alike and images differ. Starts from means of all images."""
+
+    Options = Options
+    free_views = True
+    views_together = TOGETHER
+
+    def __init__(self, backbone, info, options):
+        super().__init__(backbone, info, options)
+        self.num_views = sum(num for num, _ in info.view_groups)
+        self.head = nn.Sequential(
+            nn.Linear(info.feature_dim, 8, bias=False), nn.BatchNorm1d(8), KeyedDropout(0.25, 0), nn.Linear(8, 8)
+        )
+
+    def forward(self, batch, world):
+        z_KMD = self.gathered(batch, world, lambda images: self.head(self.backbone(images)))
+        centre = z_KMD.mean(0)
+        return Output((z_KMD - centre).square().mean() - 0.1 * centre.std(0).mean(), representations=z_KMD)
+'''
+ALONE_CONFIG = """
+run_dir: none
+data: {name: digits, root: none}
+views:
+  groups:
+    - {num: 2, random_resized_crop: {}}
+    - {num: 2, size: 24, random_resized_crop: {scale: [0.2, 0.6]}}
+    - {num: 2, horizontal_flip: 0.5}
+optim: {batch_size: 16, epochs: 1}
+method: {name: NAME}
+"""
+
+
+@pytest.mark.slow
+def test_views_that_pass_alone_or_together_may_be_sharded(tmp_path, monkeypatch):
+    """Groups of two sizes, dropout, BatchNorm of one view or of all of one size, on every grid."""
+    for name, together in (("alone", "False"), ("together", "True")):
+        (tmp_path / f"{name}.py").write_text(ALONE.replace("TOGETHER", together))
+        (tmp_path / f"{name}-conv4.yaml").write_text(ALONE_CONFIG.replace("NAME", name))
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    monkeypatch.setattr(verify, "CONFIGS", tmp_path)
+    cases = list(verify.cases(tmp_path, names=["alone", "together"], steps=3))
+    rows = verify.certify(cases, tmp_path, partial(mutations.add_methods, tmp_path))
+    assert len(rows) == 2 * 2 * 4, "no grid of four view shards: every group has two views"
+    assert all(row.holds for row in rows), verify.table(rows)
+    alone, together = (float(torch.load(tmp_path / f"pages-{n}" / "1.pt")["loss"]["loss"]) for n in (0, 2))
+    assert alone != together
 
 
 # ---------------------------------------------------------------------------------------------------- the measure

@@ -1,12 +1,19 @@
 """What a method is: a module that turns a batch of views into a loss. Everything here is paper-independent."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ssl_dist.batchnorm import one_view
 from ssl_dist.config import Section
+from ssl_dist.keys import DROPOUT, hash64, row_keys
+from ssl_dist.nn import KeyedDropout, keyed_rows
 
 
 @dataclass(frozen=True)
@@ -19,6 +26,9 @@ class Info:
     batch_size: int  # M, images of the global batch
     total_epochs: float
     feature_dim: int = 0  # width of the backbone's output; filled in when the backbone is built
+    stages: dict[str, int] = field(default_factory=dict)  # the backbone's feature maps: name -> channels; filled in too
+    steps_per_epoch: int = 1
+    seed: int = 0  # for draws of the method's own, see keys.py
 
 
 @dataclass(frozen=True)
@@ -26,13 +36,26 @@ class Batch:
     """This rank's part of the global batch, normalised, on the device.
 
     views: one tensor a group, [V_local, B_local, 3, S, S]; view_ids: one int64 [V_local] a group, counted over all
-    groups; image_ids, labels: int64 [B_local], label -1 = unknown.
+    groups; image_ids, labels, positions: int64 [B_local], label -1 = unknown. A position, 0 .. info.num_images - 1, is
+    the row of an image in what a method keeps of every image. step: steps completed before this one.
     """
 
     views: list[Tensor]
     view_ids: list[Tensor]
     image_ids: Tensor
     labels: Tensor
+    positions: Tensor | None = None
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """This rank's part of all training images, as `extract` returns it: their positions int64 [n], in rising order, and
+    a network's output for them [n, D], at least float32. All ranks together hold every position once; which rank
+    holds which depends on how many there are."""
+
+    positions: Tensor
+    values: Tensor
 
 
 @dataclass
@@ -91,11 +114,52 @@ class SSLMethod(nn.Module):
         """The network whose output evaluation reads: images [N, 3, S, S] -> features [N, D]."""
         return self.backbone
 
-    def represent(self, views_VBCHW: Tensor) -> Tensor:
-        """Representations [V, B, D] of a group's views, at least float32; in one pass, or each view in its own."""
+    # ------------------------------------------------------------------ passing views
+
+    def represent(self, batch: Batch, network: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+        """Representations [V_local, B_local, D] of every group's views, at least float32.
+
+        network: images [N, 3, S, S] -> [N, D], the backbone by default. Views of one size pass it together, whatever
+        group they are of, or each view in a pass of its own (`views_together`).
+        """
+        network = network or self.backbone
         if not self.views_together:
-            return at_least_float32(torch.stack([self.backbone(view) for view in views_VBCHW]))
-        return at_least_float32(self.backbone(views_VBCHW.flatten(0, 1)).unflatten(0, views_VBCHW.shape[:2]))
+            return [
+                torch.stack([self._alone(batch, network, v, i) for v, i in zip(views, ids, strict=True)])
+                for views, ids in zip(batch.views, batch.view_ids, strict=True)
+            ]
+        found: dict[int, Tensor] = {}
+        for size in dict.fromkeys(group.shape[-1] for group in batch.views):
+            members = [g for g, group in enumerate(batch.views) if group.shape[-1] == size]
+            views = torch.cat([batch.views[g] for g in members]) if len(members) > 1 else batch.views[members[0]]
+            with self.keyed(batch, torch.cat([batch.view_ids[g] for g in members])):
+                z = at_least_float32(network(views.flatten(0, 1)).unflatten(0, views.shape[:2]))
+            found |= zip(members, z.split([len(batch.views[g]) for g in members]), strict=True)
+        return [found[g] for g in range(len(batch.views))]
+
+    def _alone(self, batch: Batch, network: Callable[[Tensor], Tensor], images: Tensor, view_id: Tensor) -> Tensor:
+        with self.keyed(batch, view_id[None]), one_view(int(view_id)):
+            return at_least_float32(network(images))
+
+    def gathered(self, batch: Batch, world, network: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Representations [K, M, D] of the global batch, views in the order of their ids; see `represent`."""
+        return torch.cat([world.gather_views(z, batch) for z in self.represent(batch, network)])
+
+    @contextlib.contextmanager
+    def keyed(self, batch: Batch, view_ids: Tensor) -> Iterator[None]:
+        """Around a pass of the rows (view, image), view-major: names them for layers that draw, such as dropout."""
+        if not self._draws:
+            yield
+            return
+        key = hash64(self.info.seed, DROPOUT, batch.step)
+        keys = row_keys(key, view_ids.cpu().numpy(), batch.image_ids.cpu().numpy())
+        with keyed_rows(torch.from_numpy(keys.view(np.int64).ravel())):
+            yield
+
+    @cached_property
+    def _draws(self) -> bool:
+        """Whether any layer draws; names cost a little."""
+        return any(isinstance(layer, KeyedDropout) for layer in self.modules())
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -182,7 +182,7 @@ class Method(SSLMethod):
         Metrics: accuracy over all pairs, over positives and over negatives, in percent; a pair is called positive
         when its probability is above 1/2. Histograms: this rank's probabilities.
         """
-        z_KMD = world.gather_views(self.represent(batch.views[0]), batch)
+        z_KMD = self.gathered(batch, world)
         num_views, num_images, _ = z_KMD.shape
         num_units = num_views * (num_views - 1) // 2 * num_images
         lo, hi = world.share(num_units)

@@ -1,0 +1,127 @@
+"""Pieces of networks that several methods share."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+
+def mlp(dims: Sequence[int], last_bias: bool = False, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    """A projector: Linear, BatchNorm, activation for every width but the last, then Linear. dims: at least [in, out].
+
+    Hidden layers have no bias: the BatchNorm that follows removes it, and what rounding leaves of its gradient would
+    differ from one number of ranks to another.
+    """
+    assert len(dims) >= 2, dims
+    layers: list[nn.Module] = []
+    for dim_in, dim_out in pairwise(dims[:-1]):
+        layers += [nn.Linear(dim_in, dim_out, bias=False), nn.BatchNorm1d(dim_out), activation()]
+    return nn.Sequential(*layers, nn.Linear(dims[-2], dims[-1], bias=last_bias))
+
+
+@torch.no_grad()
+def ema_update(target: nn.Module, online: nn.Module, decay: float) -> None:
+    """target = decay * target + (1 - decay) * online, for every parameter and floating-point buffer; integers are left.
+
+    decay 0 copies.
+    """
+    ours = [*target.parameters(), *target.buffers()]
+    theirs = [*online.parameters(), *online.buffers()]
+    for mean, value in zip(ours, theirs, strict=True):
+        if mean.is_floating_point():
+            mean.lerp_(value, 1 - decay)
+
+
+# ---------------------------------------------------------------------------------------------------- dropout
+
+_rows: ContextVar[Tensor | None] = ContextVar("rows", default=None)
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
+_MULTIPLY = (-4658895280553007687, -7723592293110705685)  # of SplitMix64's finaliser
+_SHIFTS = (30, 27, 31)
+
+
+@contextlib.contextmanager
+def keyed_rows(keys: Tensor | None) -> Iterator[None]:
+    """Meanwhile row n of every batch that passes a network draws its dropout from keys[n] (int64 [N])."""
+    token = _rows.set(keys)
+    try:
+        yield
+    finally:
+        _rows.reset(token)
+
+
+def _mix64(z: Tensor) -> Tensor:
+    """SplitMix64's finaliser on int64, which torch computes modulo 2**64; its right shift keeps the sign, so mask."""
+    for shift, factor in zip(_SHIFTS, (*_MULTIPLY, None), strict=True):
+        z = z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))
+        if factor is not None:
+            z = z * factor
+    return z
+
+
+def _uniform(layer: int, shape: torch.Size, device: torch.device) -> Tensor:
+    """Draws float64 [N, ...] in [0, 1): a function of each row's key, the layer and the place in the row alone."""
+    keys = _rows.get()
+    assert keys is not None, "a network with dropout passes images inside SSLMethod.keyed"
+    assert len(keys) == shape[0], (len(keys), shape)
+    of_layer = _mix64(keys.to(device) + (layer + 1) * _GOLDEN)
+    place = torch.arange(1, shape[1:].numel() + 1, device=device)
+    bits = _mix64(of_layer[:, None] + place * _GOLDEN)
+    return (((bits >> 11) & ((1 << 53) - 1)).double() / 2**53).view(shape)
+
+
+class KeyedDropout(nn.Module):
+    """Dropout (Srivastava et al., 2014) whose mask is a function of (seed, step, layer, view, image): see `keyed_rows`.
+
+    In evaluation it does nothing, as torch's.
+    """
+
+    def __init__(self, p: float, layer: int):
+        super().__init__()
+        self.p, self.layer = p, layer
+
+    def shape(self, x: Tensor) -> torch.Size:
+        return x.shape
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        kept = _uniform(self.layer, self.shape(x), x.device) >= self.p
+        return x * kept.to(x.dtype) / (1 - self.p)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, layer={self.layer}"
+
+
+class KeyedDropPath(KeyedDropout):
+    """Stochastic depth (Huang et al., 2016): a residual branch is dropped for whole rows."""
+
+    def shape(self, x: Tensor) -> torch.Size:
+        return torch.Size([len(x)] + [1] * (x.dim() - 1))
+
+
+def key_dropout(network: nn.Module) -> None:
+    """Replace every dropout of torch, torchvision and timm in `network` by its keyed twin, numbered in order."""
+    number = 0
+    for parent in list(network.modules()):
+        for name, layer in list(parent.named_children()):
+            kind, rate = _twin(layer)
+            if kind is not None:
+                setattr(parent, name, kind(rate, number))
+                number += 1
+
+
+def _twin(layer: nn.Module) -> tuple[type[KeyedDropout] | None, float]:
+    if type(layer) is nn.Dropout:
+        return KeyedDropout, layer.p
+    if type(layer) is StochasticDepth and layer.mode == "row":
+        return KeyedDropPath, layer.p
+    if type(layer).__name__ == "DropPath" and getattr(layer, "scale_by_keep", False):  # timm's, without importing it
+        return KeyedDropPath, layer.drop_prob or 0.0
+    return None, 0.0
