@@ -15,7 +15,7 @@ from torch import nn
 from ssl_dist import backbones, grid, methods
 from ssl_dist.clock import Clock
 from ssl_dist.config import Config, Normalize, Section
-from ssl_dist.data import plan, views
+from ssl_dist.data import labels, plan, views
 from ssl_dist.data.catalog import facts
 from ssl_dist.data.readers import SplitInfo, open_dataset, read_info, require_name, splits_present
 from ssl_dist.errors import UserError
@@ -32,6 +32,7 @@ class Blueprint:
     method_class: type[SSLMethod]
     options: Section
     split: SplitInfo
+    labels: np.ndarray | None = None  # int64 [images of the split], where they are not the split's own
 
     @property
     def run(self) -> Path:
@@ -75,16 +76,19 @@ class Blueprint:
                 ids = plan.from_list(data.subset, count)
             else:
                 everything = np.arange(count, dtype=np.int64)
-                with self.open_reader() as reader:
-                    labels = reader.labels(everything)
-                ids = plan.per_class(everything, labels, data.subset.per_class, data.subset.start)
+                with self._open() as reader:  # classes are the split's own, whatever labels are given
+                    classes = reader.labels(everything)
+                ids = plan.per_class(everything, classes, data.subset.per_class, data.subset.start)
             ids = ids[plan.limited(len(ids), data.limit)]
         return plan.Plan(ids, self.config.optim.batch_size, self.config.seed)
 
     @property
     def data_identity(self) -> dict[str, str]:
-        """What a resume must find again: the samples of the split, and which of them are trained on."""
-        return {"split": self.split.sha256, "ids": hashlib.sha256(self.plan.train_ids.tobytes()).hexdigest()}
+        """What a resume must find again: the samples of the split, which of them are trained on, and given labels."""
+        identity = {"split": self.split.sha256, "ids": hashlib.sha256(self.plan.train_ids.tobytes()).hexdigest()}
+        if self.labels is not None:
+            identity["labels"] = hashlib.sha256(self.labels.tobytes()).hexdigest()
+        return identity
 
     def clock(self, step: int = 0) -> Clock:
         """`step` steps into the training. A method that does not train has none ahead of it."""
@@ -112,6 +116,12 @@ class Blueprint:
         return self.place.cores if workers == "auto" else workers
 
     def open_reader(self):
+        reader = self._open()
+        if self.labels is not None:
+            reader.replace_labels(self.labels)
+        return reader
+
+    def _open(self):
         return open_dataset(self.config.data.root, self.split.split, self.config.data.reader, threads=self.threads)
 
     @cached_property
@@ -147,14 +157,24 @@ def derive(config: Config, place: Place) -> Blueprint:
     backbones.check(config.backbone.name)
     require_name(config.data.root, config.data.name)
     split_name = config.data.split or natural_split(config)
-    split = read_info(config.data.root, split_name)
+    split, given = read_info(config.data.root, split_name), None
+    if config.data.labels is not None:
+        given = labels.read(config.data.labels.file, config.data.labels.column, split.count)
+        split = replace(split, classes=tuple(map(str, range(given.max() + 1))), labelled=bool((given >= 0).any()))
     if method_class.needs_labels and not split.labelled:
         raise UserError(
             f"data.split = {split_name!r}: method {config.method.name} needs labels and this split has none; "
             "choose a labelled split"
         )
-    blueprint = Blueprint(config, place, method_class, options, split)
+    blueprint = Blueprint(config, place, method_class, options, split, given)
     _ = blueprint.num_views, blueprint.specs, blueprint.grid, blueprint.plan, blueprint.normalize
+    train_ids = blueprint.plan.train_ids
+    if given is not None and method_class.needs_labels and (given[train_ids] < 0).any():
+        missing = train_ids[given[train_ids] < 0]
+        raise UserError(
+            f"data.labels.file: {config.data.labels.file} has no label for {len(missing)} of the images to train on, "
+            f"image {missing[0]} for one; add them, or choose the others by data.subset"
+        )
     with blueprint.open_reader():
         pass  # a missing FFCV or a damaged file shows now
     with torch.device("meta"):  # what the method or the backbone refuses shows now, and no memory is taken

@@ -109,6 +109,13 @@ class ClassSubset(Section):
     start: NonNegativeInt = 0
 
 
+class LabelsFile(Section):
+    """Labels in the place of the split's own: CSV with the columns image_id, label[, label ...]."""
+
+    file: str
+    column: NonNegativeInt = Field(0, description="which of the label columns, counted from 0")
+
+
 class Data(Section):
     name: str = Field(
         pattern=r"^\w[\w.-]*$", description="data set: an entry of the catalog, or a plain word for one of your own"
@@ -126,6 +133,9 @@ class Data(Section):
     split: str | None = Field(None, description="null: the method's natural split of this data set")
     subset: ClassSubset | str | None = Field(None, description="{per_class: n, start: m}, or a file with one id a line")
     limit: PositiveInt | None = Field(None, description="train on this many ids, evenly spaced over the split")
+    labels: LabelsFile | None = Field(
+        None, description="{file: labels.csv, column: 0}: labels for the training instead of the split's own"
+    )
 
     @model_validator(mode="after")
     def _resize(self):

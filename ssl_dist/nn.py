@@ -69,7 +69,7 @@ def _uniform(layer: int, shape: torch.Size, device: torch.device) -> Tensor:
     keys = _rows.get()
     assert keys is not None, "a network with dropout passes images inside SSLMethod.keyed"
     assert len(keys) == shape[0], (len(keys), shape)
-    of_layer = _mix64(keys.to(device) + (layer + 1) * _GOLDEN)
+    of_layer = _mix64(keys.to(device) + torch.tensor(layer + 1, device=device) * _GOLDEN)
     place = torch.arange(1, shape[1:].numel() + 1, device=device)
     bits = _mix64(of_layer[:, None] + place * _GOLDEN)
     return (((bits >> 11) & ((1 << 53) - 1)).double() / 2**53).view(shape)

@@ -110,6 +110,7 @@ class Reader:
         self.info = info
         self._beton: Beton | None = beton
         self._threads = threads
+        self._labels: np.ndarray | None = None
         self._helpers: weakref.WeakSet[ThreadPoolExecutor] = weakref.WeakSet()
 
     def _decode(self, ids: np.ndarray, pixels: np.ndarray) -> None:
@@ -119,7 +120,13 @@ class Reader:
 
     def labels(self, ids: np.ndarray) -> np.ndarray:
         """int64 [n], -1 unknown."""
-        return self._open_file().labels[self._checked(ids)]
+        own = self._open_file().labels
+        return (own if self._labels is None else self._labels)[self._checked(ids)]
+
+    def replace_labels(self, labels: np.ndarray) -> None:
+        """From now on `labels` answers from these, int64 [N]."""
+        assert labels.shape == (self.info.count,), labels.shape
+        self._labels = labels
 
     def batches(self, ids_per_step: Iterable[np.ndarray]) -> Iterator[Batch]:
         """One batch an entry of `ids_per_step` (which may be endless; it is read one entry at a time).

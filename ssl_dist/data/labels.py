@@ -1,0 +1,44 @@
+"""Labels from a text file in the place of a split's own: pseudo-labels that a method has made, or anybody's."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from ssl_dist.errors import UserError
+
+
+def read(path: str | Path, column: int, count: int) -> np.ndarray:
+    """int64 [count], -1 for images that the file does not list.
+
+    The file: CSV, a first line of names (image_id, then one or more label columns), then a line an image with its id
+    and a whole number >= 0 a column; `column` counts the label columns from 0. Raises `UserError` naming the line.
+    """
+    labels = np.full(count, -1, np.int64)
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = csv.reader(file)
+            names = next(rows, [])
+            if len(names) < 2 or names[0] != "image_id":
+                raise _fault(path, 1, "must name its columns: image_id,label")
+            if column >= len(names) - 1:
+                raise UserError(
+                    f"data.labels.column = {column}: {path} has {len(names) - 1} label column(s), counted from 0"
+                )
+            for number, row in enumerate(rows, 2):
+                if len(row) != len(names) or not all(word.isascii() and word.isdigit() for word in row):
+                    raise _fault(path, number, f"must be {len(names)} whole numbers")
+                image_id = int(row[0])
+                if image_id >= count:
+                    raise _fault(path, number, f"image {image_id} is not in the split's 0..{count - 1}")
+                if labels[image_id] >= 0:
+                    raise _fault(path, number, f"image {image_id} stands twice")
+                labels[image_id] = int(row[1 + column])
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"data.labels.file = {str(path)!r}: cannot be read: {reason}") from None
+    return labels
+
+
+def _fault(path: str | Path, line: int, what: str) -> UserError:
+    return UserError(f"data.labels.file: {path} line {line}: {what}")

@@ -1,0 +1,96 @@
+"""Outputs for all training images: every position once, the same on any number of ranks, in both modes."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ssl_dist import config
+from ssl_dist.blueprint import derive
+from ssl_dist.clock import Clock
+from ssl_dist.dist import World
+from ssl_dist.nn import KeyedDropout
+from ssl_dist.place import Place
+from ssl_dist.training import Training
+from tests import ranks
+
+CONFIG = "configs/digits/relational-conv4.yaml"
+LIMIT, BATCH = 54, 12  # four batches of 12 and a tail of 6
+
+
+def make(data, run, place):
+    wanted = [f"data.root={data}", f"run_dir={run}", f"data.limit={LIMIT}", "data.reader=arrays", "precision=fp64"]
+    wanted += [f"optim.batch_size={BATCH}", "data.view_shards=1", "data.eval_resize=36"]
+    blueprint = derive(config.load(CONFIG, wanted), place)
+    run = Training(blueprint, World(place, blueprint.grid, torch.device("cpu")))
+    run.method.backbone.layer4.add_module("drop", KeyedDropout(0.5, 0))
+    relu = run.method.backbone.layer4.relu
+    run.method.backbone.layer4.relu = nn.Sequential(relu, run.method.backbone.layer4.drop)
+    return run
+
+
+def outputs(rank, size, data, run, kinds):
+    """For every kind of extraction: positions and values of this rank, then the running mean of the first layer."""
+    training = make(data, run, Place(rank, size, rank, size))
+    extract = training.extract_at(Clock(7, 4, 100))
+    found = []
+    for augmented, in_training in kinds:
+        training.method.train()
+        rows = extract(training.method.backbone, augmented=augmented, training=in_training)
+        assert training.method.training and training.method.backbone.training
+        mean = training.method.backbone.layer1.bn.running_mean
+        found.append((rows.positions.numpy(), rows.values.numpy(), mean.numpy().copy()))
+    return found
+
+
+KINDS = [(False, False), (True, False), (False, True), (True, True)]
+
+
+def join(parts):
+    positions, values, means = (np.concatenate(column) for column in zip(*parts, strict=True))
+    assert sorted(positions.tolist()) == list(range(LIMIT)), "every position once"
+    return values[np.argsort(positions)], means.reshape(len(parts), -1)
+
+
+@pytest.fixture(scope="module")
+def one_process(digits, tmp_path_factory):
+    return outputs(0, 1, digits, tmp_path_factory.mktemp("run") / "run", KINDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_any_number_of_ranks_gives_the_same(size, one_process, digits, tmp_path):
+    found = ranks.run(outputs, size, tmp_path, digits, tmp_path / "run", KINDS)
+    for kind, whole in enumerate(one_process):
+        values, means = join([rank[kind] for rank in found])
+        wanted, [mean] = join([whole])
+        np.testing.assert_allclose(values, wanted, rtol=0, atol=1e-12 * np.abs(wanted).max())
+        np.testing.assert_allclose(means, np.broadcast_to(mean, means.shape), rtol=1e-12)
+
+
+def test_the_modes_differ_and_only_training_moves_statistics(one_process):
+    values = [value for _, value, _ in one_process]
+    for i in range(4):
+        for j in range(i):
+            assert np.abs(values[i] - values[j]).max() > 1e-3, (i, j)
+    means = [mean for _, _, mean in one_process]
+    assert (means[0] == 0).all() and (means[1] == 0).all() and (means[2] != 0).any()
+
+
+def test_the_test_transform_is_that_of_extraction(one_process, digits, tmp_path):
+    """In evaluation mode without augmentation: exactly what the features file would hold, row by row."""
+    run = make(digits, tmp_path / "run", Place())
+    from ssl_dist.data.views import test_views
+
+    with run.blueprint.open_reader() as reader:
+        [(pixels, heights, widths, _)] = reader.batches([run.blueprint.plan.train_ids])
+    images = test_views(pixels, heights, widths, 32, resize=36)
+    with torch.no_grad():
+        wanted = run.method.backbone.eval()(run._normalize(torch.from_numpy(images)))
+    np.testing.assert_allclose(one_process[0][1], wanted.numpy(), rtol=1e-12)
+
+
+def test_augmented_views_depend_on_the_step(digits, tmp_path):
+    run = make(digits, tmp_path / "run", Place())
+    at = [run.extract_at(Clock(step, 4, 100))(run.method.backbone, augmented=True).values for step in (1, 1, 2)]
+    assert torch.equal(at[0], at[1]) and not torch.equal(at[0], at[2])
