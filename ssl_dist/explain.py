@@ -131,7 +131,7 @@ class Memory:
     blueprint: Blueprint
     parameters: int  # numbers in the backbone
     feature_dim: int
-    weights: int  # with gradients, the optimizer's state and, on several ranks, the buckets that average gradients
+    weights: int  # those trained with gradients, optimizer state and, on several ranks, buckets that average gradients
     waiting: int  # uint8 views: in the queue, of the batch that waits for a place in it, of this step's batch
     inputs: int  # this step's views as numbers
     activations: int  # of the backbone, with the gradients in flight, at their largest
@@ -142,6 +142,7 @@ class Memory:
         element, images, trainable = b.dtype.itemsize, b.config.optim.batch_size, b.method_class.trainable
         with torch.device("meta"):
             method = b.build()
+        everything = sum(p.numel() for p in method.parameters())
         trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
         name = b.config.optim.name
         copies = 4 if name in ("adam", "adamw") else 3 if name == "lars" or b.config.optim.momentum else 2
@@ -151,7 +152,7 @@ class Memory:
             blueprint=b,
             parameters=sum(p.numel() for p in method.backbone.parameters()),
             feature_dim=method.backbone.feature_dim,
-            weights=(copies * trained if trainable else sum(p.numel() for p in method.parameters())) * element,
+            weights=(everything + (copies - 1) * trained * trainable) * element,
             waiting=(AHEAD + 2) * pixels if trainable else 0,
             inputs=pixels * element if trainable else 0,
             activations=_peak(b, method) if trainable else 0,

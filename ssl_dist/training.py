@@ -32,7 +32,7 @@ class Training:
             torch.use_deterministic_algorithms(True)
         method = blueprint.build()
         if self.config.channels_last:
-            method.backbone.to(memory_format=torch.channels_last)
+            method.to(memory_format=torch.channels_last)
         self.method = world.synchronize_batchnorm(method).to(world.device).train()
         self.columns = None if method.views_together else world.view_columns(self.method)
         self.optimizer = None
