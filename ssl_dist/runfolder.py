@@ -115,7 +115,7 @@ def _may_differ(key: str, kept: Config, old: object, new: object) -> bool:
     if any(key == name or key.startswith(name + ".") for name in FREE):
         return True
     longer = key in ("optim.epochs", "optim.steps") and None not in (old, new) and new >= old
-    return longer and kept.optim.schedule == "constant"
+    return longer and kept.optim.schedule == "constant" and not methods.find(kept.method.name).fixed_length
 
 
 def flat(tree: dict, prefix: str = "") -> dict[str, object]:

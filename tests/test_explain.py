@@ -190,3 +190,10 @@ def test_what_is_not_trained_takes_its_weights(load):
     counted = memory(load("method.name=random_weights", "method.options={}", "views.num=1"))
     assert (counted.activations, counted.inputs, counted.waiting) == (0, 0, 0)
     assert counted.total(explain.Grid(1, 1)) == counted.weights == counted.parameters * 4
+
+
+def test_a_frozen_copy_takes_its_weights_alone(load):
+    """The target network of an average: neither gradient nor optimizer state."""
+    counted = memory(load("method.name=relic", "method.options={hidden: 16, dim: 8}", "views.num=2"))
+    network = counted.parameters + 64 * 16 + 16 * 8
+    assert counted.weights == 4 * (4 * (network + 2) + network)  # and temperature and bias

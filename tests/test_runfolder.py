@@ -79,11 +79,12 @@ def test_what_changes_the_numbers_is_refused_by_name(tmp_path, changes, key):
         runfolder.accept(tmp_path, make(**changes))
 
 
-def test_a_scheduled_run_may_not_grow(tmp_path):
+@pytest.mark.parametrize("scheduled", [{"optim__schedule": "cosine"}, {"method__name": "relic"}])
+def test_a_scheduled_run_may_not_grow(tmp_path, scheduled):
     runfolder.claim(tmp_path)
-    trained(tmp_path, optim__schedule="cosine")
+    trained(tmp_path, **scheduled)
     with pytest.raises(UserError, match=r"optim\.epochs"):
-        runfolder.accept(tmp_path, make(optim__schedule="cosine", optim__epochs=4))
+        runfolder.accept(tmp_path, make(**scheduled, optim__epochs=4))
 
 
 def test_one_writer_at_a_time_and_the_lock_dies_with_its_owner(tmp_path):

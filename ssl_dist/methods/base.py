@@ -82,6 +82,7 @@ class SSLMethod(nn.Module):
     trainable: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
     free_views: ClassVar[bool] = False  # K is the user's choice, so views may be spread over the ranks
+    fixed_length: ClassVar[bool] = False  # a schedule of its own spans the training, which may not grow later
 
     num_views: int
 

@@ -1,0 +1,199 @@
+"""ReLIC: representation learning via invariant causal mechanisms (Mitrovic et al., ICLR 2021, arXiv:2010.07922).
+
+An online network tells, from its view of an image, the target network's view of the same image from those of the other
+images of the batch (an instance task), and does so with like certainty in either direction (the invariance). The target
+is a moving average of the online network. As in Relic v2 (Tomasev et al., 2022, arXiv:2201.05119) global views pass
+both networks and smaller local views the online one; the learnt temperature and the sigmoid loss are those of SigLIP
+(Zhai et al., 2023, arXiv:2303.15343).
+"""
+
+import copy
+import math
+from dataclasses import replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from ssl_dist.config import FiniteFloat, NonNegativeFloat, PositiveFloat, PositiveInt, Probability, Section
+from ssl_dist.errors import UserError
+from ssl_dist.methods.base import Batch, Info, Output, SSLMethod
+from ssl_dist.nn import ema_update
+
+COPIES = 2  # the target is a copy of the online network after this many first steps, an average from then on
+DEFAULTS = {"softmax": (0.0, 5.0, 0.0), "sigmoid": (math.log(10), 15.0, -10.0)}  # log_tau, max_tau, bias
+
+
+class Options(Section):
+    loss: Literal["softmax", "sigmoid"] = Field(
+        "softmax", description="instance task: the image out of the batch (InfoNCE), or yes or no per pair (SigLIP)"
+    )
+    alpha: NonNegativeFloat = Field(1.0, description="weight of the invariance")
+    gamma: Probability = Field(0.995, description="share of the target that its first average keeps; rises to 1")
+    log_tau: FiniteFloat | None = Field(
+        None, description="initial logarithm of the factor on cosines; null: 0, log 10 with sigmoid"
+    )
+    max_tau: PositiveFloat | None = Field(None, description="largest factor; null: 5, 15 with sigmoid")
+    bias: FiniteFloat | None = Field(None, description="initial summand of the logits; null: 0, -10 with sigmoid")
+    hidden: PositiveInt = Field(512, description="hidden units of the head")
+    dim: PositiveInt = Field(64, description="width of the embeddings")
+    pairing: Literal["distinct", "official"] = Field(
+        "distinct",
+        description="distinct: the online network sees each view once; official: the global views twice, the second "
+        "time as if they were local ones, as the authors' code does",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- losses
+
+
+def logits(online_ND: Tensor, target_ND: Tensor, log_tau: Tensor, bias: Tensor, max_tau: float) -> Tensor:
+    """[N, N]: cosine of online row i and target row j, times a learnt factor, plus a learnt bias.
+
+    The factor exp(log_tau) stops at max_tau, and above it log_tau has no gradient.
+    """
+    cosines = F.normalize(online_ND, dim=1) @ F.normalize(target_ND, dim=1).T
+    return cosines * log_tau.exp().clamp(0, max_tau) + bias
+
+
+def instance_loss(logits_NN: Tensor, kind: str) -> Tensor:
+    """The instance task, row i's answer being column i.
+
+    softmax: mean cross-entropy of the rows. sigmoid: -1/N sum_ij log sigmoid(+-Z_ij), + on the diagonal.
+    """
+    if kind == "softmax":
+        return F.cross_entropy(logits_NN, torch.arange(len(logits_NN), device=logits_NN.device))
+    sign = 2 * torch.eye(len(logits_NN), dtype=logits_NN.dtype, device=logits_NN.device) - 1
+    return -F.logsigmoid(sign * logits_NN).sum() / len(logits_NN)
+
+
+def invariance_loss(logits_NN: Tensor) -> Tensor:
+    """1/N sum_i KL(p2_i || p1_i): p1 the softmax of row i, p2 that of column i. Both have gradients."""
+    towards_target, towards_online = logits_NN.log_softmax(1), logits_NN.T.log_softmax(1)
+    return F.kl_div(towards_target, towards_online, reduction="batchmean", log_target=True)
+
+
+# ---------------------------------------------------------------------------------------------------- moving average
+
+
+def cosine_gamma(k: int, total: int, base: float) -> float:
+    """1 - (1 - base)(cos(pi k / total) + 1) / 2, computed in float32 as by the authors."""
+    return float(1 - (1 - torch.tensor(base)) * (torch.cos(torch.tensor(math.pi * k / total)) + 1) / 2)
+
+
+def gamma_of(step: int, total: int, base: float) -> float:
+    """Share of the target that the average after step number `step` (the first is 0) keeps; 0: it becomes a copy.
+
+    The authors schedule gamma after each average for the next one, so the first average keeps `base`.
+    """
+    if step < COPIES:
+        return 0.0
+    return cosine_gamma(step - 1 if step > COPIES else 0, total, base)
+
+
+# ---------------------------------------------------------------------------------------------------- method
+
+
+class Method(SSLMethod):
+    """views.groups: the global views (2 in the paper), then, if any, the local ones, smaller and any number."""
+
+    Options = Options
+    free_views = True
+    views_together = False
+    fixed_length = True  # gamma
+
+    def __init__(self, backbone: nn.Module, info: Info, options: Options):
+        super().__init__(backbone, info, options)
+        if len(info.view_groups) > 2:
+            raise UserError(
+                f"views.groups: relic takes global views and local ones, {len(info.view_groups)} groups are given; "
+                "keep two"
+            )
+        if info.view_groups[0][0] < 2:
+            raise UserError("views.groups[0].num = 1: relic compares global views of an image; give 2")
+        if info.batch_size < 2:
+            raise UserError("optim.batch_size = 1: relic tells an image from others of the batch; give 2 or more")
+        self.num_views = sum(num for num, _ in info.view_groups)
+        self.head = nn.Sequential(
+            nn.Linear(info.feature_dim, options.hidden, bias=False),
+            nn.ReLU(),
+            nn.Linear(options.hidden, options.dim, bias=False),
+        )
+        self.target_backbone = copy.deepcopy(backbone).requires_grad_(False)
+        self.target_head = copy.deepcopy(self.head).requires_grad_(False)
+        given = (options.log_tau, options.max_tau, options.bias)
+        log_tau, self.max_tau, bias = (
+            default if value is None else value for value, default in zip(given, DEFAULTS[options.loss], strict=True)
+        )
+        self.log_tau, self.bias = nn.Parameter(torch.tensor(log_tau)), nn.Parameter(torch.tensor(bias))
+        self.total = round(info.steps_per_epoch * (info.total_epochs + 2)) - 1  # the steps in which gamma would reach 1
+
+    @classmethod
+    def explain(cls, num_views: int, batch_size: int, options: Options, world_size: int = 1) -> dict[str, str]:
+        return {
+            "instance task": f"1 of {batch_size} images, {options.loss} loss, invariance x {options.alpha:g}",
+            "target": f"a copy for {COPIES} steps, then a moving average from gamma {options.gamma:g} on",
+        }
+
+    def encoder(self) -> nn.Module:
+        return self.target_backbone
+
+    def forward(self, batch: Batch, world) -> Output:
+        """Metrics: the terms of the loss, factor and bias of the logits, gamma of the coming average, and the share of
+        images that are found, in percent; each a mean over the pairs of a target view and an online view."""
+        with torch.no_grad():
+            target_GMD = self.gathered(self._globals(batch), world, lambda x: self.target_head(self.target_backbone(x)))
+        online_VMD = self.gathered(self._online(batch), world, lambda x: self.head(self.backbone(x)))
+        with torch.autocast(online_VMD.device.type, enabled=False):
+            loss, metrics = self.compare(online_VMD, target_GMD)
+        metrics |= {
+            "temperature": self.log_tau.detach().exp().clamp(0, self.max_tau),
+            "bias": self.bias.detach(),
+            "gamma": gamma_of(batch.step, self.total, self.options.gamma),
+        }
+        return Output(loss, metrics, representations=online_VMD.detach())
+
+    def _globals(self, batch: Batch) -> Batch:
+        return replace(batch, views=batch.views[:1], view_ids=batch.view_ids[:1])
+
+    def _online(self, batch: Batch) -> Batch:
+        """What passes the online network: every view, in the official pairing after the global views once more."""
+        if self.options.pairing == "distinct":
+            return batch
+        num_global = self.info.view_groups[0][0]
+        again = [batch.view_ids[0], *(ids + num_global for ids in batch.view_ids)]
+        return replace(batch, views=[batch.views[0], *batch.views], view_ids=again)
+
+    def compare(self, online_VMD: Tensor, target_GMD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss over all pairs of a target and an online view but those of one global view, and the metrics.
+
+        Online views are in the order of `_online`, so that the first G are the global ones.
+        """
+        # A bias shifts all logits alike, which no softmax sees: its gradient is 0, computed rounding noise, which Adam
+        # makes as large as the learning rate and different for every number of ranks.
+        bias = self.bias if self.options.loss == "sigmoid" else self.bias.detach() + 0 * self.bias
+        instance, invariance, accuracy = [], [], []
+        for g, target_MD in enumerate(target_GMD):
+            for v, online_MD in enumerate(online_VMD):
+                if v == g:
+                    continue
+                z_MM = logits(online_MD, target_MD, self.log_tau, bias, self.max_tau)
+                instance.append(instance_loss(z_MM, self.options.loss))
+                invariance.append(invariance_loss(z_MM))
+                found = z_MM.detach().argmax(1) == torch.arange(len(z_MM), device=z_MM.device)
+                accuracy.append(100 * found.to(z_MM.dtype).mean())
+        names = ("instance", "invariance", "accuracy")
+        means = dict(zip(names, (torch.stack(v).mean() for v in (instance, invariance, accuracy)), strict=True))
+        loss = means["instance"] + self.options.alpha * means["invariance"]
+        return loss, {name: value.detach() for name, value in means.items()}
+
+    def after_step(self, clock) -> None:
+        """The target follows the online network, running statistics included (step: clock.step - 1)."""
+        gamma = gamma_of(clock.step - 1, self.total, self.options.gamma)
+        for target, online in ((self.target_backbone, self.backbone), (self.target_head, self.head)):
+            if gamma == 0:
+                target.load_state_dict(online.state_dict())  # integers too
+            else:
+                ema_update(target, online, gamma)
