@@ -143,18 +143,17 @@ class Blueprint:
 
 def build_method(config: Config, method_class: type[SSLMethod], options: Section, info: Info) -> SSLMethod:
     torch.manual_seed(int(hash64(config.seed, INIT)) & 0x7FFFFFFFFFFFFFFF)
-    backbone = backbones.build(config.backbone.name)
+    backbone = backbones.build(config.backbone.name, config.backbone.zero_init_residual)
     key_dropout(backbone)
     refuse_random_layers(backbone, config.backbone.name)
-    stages = dict(getattr(backbone, "stages", {}))  # timm's networks name none
-    return method_class(backbone, replace(info, feature_dim=backbone.feature_dim, stages=stages), options)
+    return method_class(backbone, replace(info, feature_dim=backbone.feature_dim, stages=backbone.stages), options)
 
 
 def derive(config: Config, place: Place) -> Blueprint:
     """The blueprint of `config` for a rank at `place`. Raises `UserError` for everything that can not run."""
     method_class = methods.find(config.method.name)
     options = methods.build_options(method_class, config.method.options)
-    backbones.check(config.backbone.name)
+    backbones.check(config.backbone.name, config.backbone.zero_init_residual)
     require_name(config.data.root, config.data.name)
     split_name = config.data.split or natural_split(config)
     split, given = read_info(config.data.root, split_name), None

@@ -146,6 +146,9 @@ class Data(Section):
 
 class Backbone(Section):
     name: str = Field("conv4", description="see `ssl-dist explain`; anything in timm as timm/<name>")
+    zero_init_residual: bool = Field(
+        False, description="residual blocks of resnet18 to resnet200 begin as the identity (SFRIK and VICReg do it)"
+    )
 
 
 class MethodSection(Section):

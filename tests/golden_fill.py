@@ -7,9 +7,10 @@ import torch
 
 
 def u(i, count, s):
-    """count values in [-1, 1) for tensor number i."""
-    j = torch.arange(count, dtype=torch.int64)
-    return 2 * ((1009 * (i + 1) + 37 * j + 11 * j * j + s) % 10007).double() / 10007 - 1
+    """count values in [-1, 1) for tensor number i; as j counts modulo 10007, they repeat."""
+    j = torch.arange(min(count, 10007), dtype=torch.int64)
+    once = 2 * ((1009 * (i + 1) + 37 * j + 11 * j * j + s) % 10007).double() / 10007 - 1
+    return once.repeat(-(-count // 10007))[:count]
 
 
 def value(i, shape, kind, s):

@@ -1,5 +1,6 @@
 """Backbones by name: shapes, names of tensors, initial weights, and what a wrong name gets."""
 
+import re
 import sys
 
 import pytest
@@ -10,13 +11,16 @@ from ssl_dist import backbones
 from ssl_dist.errors import UserError
 
 LARGE = ["resnet18", "resnet34", "resnet50", "resnet101"]
+EFFICIENT = ["efficientnet_b0", "efficientnet_v2_s"]
+SIZES = {"alexnet": (223, 254)}  # others: 32 and 64 px
 
 
-@pytest.mark.parametrize("name", backbones.names())
+# Of the deepest and the widest one each will do.
+@pytest.mark.parametrize("name", [name for name in backbones.names() if not re.search(r"(34|101|200)x|x[45]_", name)])
 def test_features_and_maps_are_as_wide_as_said(name):
     with torch.device("meta"):
         backbone = backbones.build(name).eval()
-        for size in (32, 64):
+        for size in SIZES.get(name, (32, 64)):
             images = torch.empty(2, 3, size, size)
             assert backbone(images).shape == (2, backbone.feature_dim)
             features, maps = backbone.forward_stages(images)
@@ -27,14 +31,92 @@ def test_features_and_maps_are_as_wide_as_said(name):
             assert sides == sorted(sides, reverse=True) and all(one.ndim == 4 for one in maps.values())
 
 
-@pytest.mark.parametrize("name", ["conv4", "resnet8", "resnet18"])
-def test_the_output_is_the_mean_of_the_last_map_of_the_same_pass(name):
+MAPS = [
+    # backbone, size, whether its features are the mean of the last map, whether its maps come out of a ReLU
+    ("conv4", 32, True, True),
+    ("resnet8", 32, True, True),
+    ("resnet18", 32, True, True),
+    ("resnet18_small_stem", 32, True, True),
+    ("resnetv2_50", 32, True, False),
+    ("efficientnet_b0", 32, True, False),
+    ("alexnet", 224, False, True),
+]
+
+
+@pytest.mark.parametrize(("name", "size", "is_mean", "is_rectified"), MAPS)
+def test_features_and_maps_are_of_one_pass(name, size, is_mean, is_rectified):
     backbone = backbones.build(name)
-    images = torch.randn(2, 3, 32, 32)
-    features, maps = backbone.forward_stages(images)
-    assert torch.equal(features, backbone(images))  # in training mode: the statistics of the batch
-    torch.testing.assert_close(features, list(maps.values())[-1].mean((2, 3)))
-    assert all(one.min() >= 0 for one in maps.values())  # after a ReLU, which no later layer undoes in place
+    for layer in backbone.modules():
+        if type(layer).__name__ in ("Dropout", "StochasticDepth"):
+            layer.p = 0.0
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        features, maps = backbone.forward_stages(images)
+        assert torch.equal(features, backbone(images))  # in training mode: the statistics of the batch
+        untouched = backbone.forward_stages(images)[1]
+    if is_mean:
+        torch.testing.assert_close(features, list(maps.values())[-1].mean((2, 3)))
+    assert all(torch.equal(one, untouched[stage]) for stage, one in maps.items())
+    for stage, one in maps.items():  # a later layer that works in place would undo this
+        assert (one.min() >= 0) == is_rectified, stage
+
+
+def test_a_small_stem_keeps_the_side():
+    with torch.device("meta"):
+        images = torch.empty(1, 3, 32, 32)
+        sides = [one.shape[-1] for one in backbones.build("resnet18_small_stem").forward_stages(images)[1].values()]
+    assert sides == [32, 32, 16, 8, 4]
+
+
+def test_all_widths_of_a_wide_resnet_are_multiplied():
+    with torch.device("meta"):
+        plain, wide = backbones.build("resnet50"), backbones.build("resnet50x2")
+    assert wide.stages == {stage: 2 * channels for stage, channels in plain.stages.items()}
+    for name, tensor in plain.state_dict().items():
+        if tensor.ndim == 4:
+            factors = [a / b for a, b in zip(wide.state_dict()[name].shape, tensor.shape, strict=True)]
+            assert factors == [2, 1 if name == "conv1.weight" else 2, 1, 1], name
+
+
+@pytest.mark.parametrize("size", [32, 222, 255])
+def test_alexnet_says_which_images_it_takes(size):
+    with torch.device("meta"), pytest.raises(ValueError, match=f"223 to 254 px.*not {size} x {size}"):
+        backbones.build("alexnet")(torch.empty(1, 3, size, size))
+
+
+def test_alexnets_biases_before_a_batchnorm_learn_nothing_and_matter_to_nothing():
+    backbone = backbones.build("alexnet").train()
+    for layer in backbone.modules():
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0.0
+    images = torch.randn(3, 3, 224, 224)
+    features = backbone(images)
+    features.square().mean().backward()
+    convolutions = [layer for layer in backbone.features if isinstance(layer, torch.nn.Conv2d)]
+    for layer in convolutions:
+        assert layer.bias.grad.count_nonzero() == 0 and layer.weight.grad.count_nonzero() > 0
+        torch.nn.init.constant_(layer.bias, 0.1)
+    torch.testing.assert_close(backbone(images), features, rtol=1e-3, atol=1e-5)
+    means = [layer.running_mean for layer in backbone.features if isinstance(layer, torch.nn.BatchNorm2d)]
+    assert all(mean.abs().max() > 0.005 for mean in means)  # in training the bias reached the statistics
+    backbone.eval()
+    with torch.no_grad():
+        before = backbone(images)
+        torch.nn.init.constant_(convolutions[0].bias, 1.0)
+        assert not torch.allclose(backbone(images), before)  # in evaluation it counts
+
+
+@pytest.mark.parametrize("name", EFFICIENT)
+def test_efficientnets_are_torchvisions_without_the_classifier(name):
+    ours, theirs = backbones.build(name).eval(), getattr(torchvision.models, name)().eval()
+    theirs.classifier = torch.nn.Identity()
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images))
+    of_torchvision = torchvision.ops.StochasticDepth
+    kinds = [[type(layer) for layer in net.modules() if isinstance(layer, of_torchvision)] for net in (ours, theirs)]
+    assert kinds[0] == kinds[1] and set(kinds[0]) == {of_torchvision}
 
 
 @pytest.mark.parametrize("name", LARGE)
@@ -53,7 +135,7 @@ def test_a_large_resnet_computes_what_torchvisions_does():
     torch.testing.assert_close(ours(images), theirs(images))
 
 
-@pytest.mark.parametrize("name", ["conv4", "resnet56", "resnet34"])
+@pytest.mark.parametrize("name", ["conv4", "resnet56", "resnet34", "alexnet"])
 def test_initial_weights_have_the_spread_of_he_et_al(name):
     torch.manual_seed(0)
     backbone = backbones.build(name)
@@ -63,9 +145,11 @@ def test_initial_weights_have_the_spread_of_he_et_al(name):
             # four standard errors of a standard deviation
             spread = 4 * wanted / (2 * layer.weight.numel()) ** 0.5
             assert abs(float(layer.weight.detach().std()) - wanted) < spread, path
-            assert layer.bias is None
+            assert layer.bias is None or torch.all(layer.bias == 0)
         if isinstance(layer, torch.nn.BatchNorm2d):
             assert torch.all(layer.weight == 1) and torch.all(layer.bias == 0), path
+        if isinstance(layer, torch.nn.Linear):  # SeLa's AlexNet
+            assert abs(float(layer.weight.detach().std()) - 0.01) < 1e-4 and torch.all(layer.bias == 0), path
 
 
 def test_weights_follow_the_seed_of_the_caller():
@@ -78,7 +162,14 @@ def test_weights_follow_the_seed_of_the_caller():
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("resent8", "'resnet8'"), ("conv", "'conv4'"), ("zzz", "timm/<name>"), ("resnet9", "resnet32, resnet56")],
+    [
+        ("resent8", "'resnet8'"),
+        ("conv", "'conv4'"),
+        ("zzz", "timm/<name>"),
+        ("resnet9", "resnet32, resnet56"),
+        ("resnet50x3", "x2, x4 or x5"),
+        ("alexnets", "'alexnet'"),
+    ],
 )
 def test_a_wrong_name_gets_the_nearest_and_the_list(name, expected):
     for function in (backbones.check, backbones.build):
@@ -87,12 +178,23 @@ def test_a_wrong_name_gets_the_nearest_and_the_list(name, expected):
         assert name in str(caught.value) and expected in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_timm():
+@pytest.mark.parametrize("name", ["conv4", "alexnet", "efficientnet_b0", "timm/resnet18"])
+def test_an_option_that_a_backbone_has_not_is_refused(name):
+    with pytest.raises(UserError, match=f"zero_init_residual = true: backbone {name} has no such option"):
+        backbones.build(name, zero_init_residual=True)
+
+
+# the second widens its features at the end, the third has a submodule of the name stages
+@pytest.mark.parametrize("name", ["timm/resnet18", "timm/mobilenetv3_small_050", "timm/convnext_atto"])
+def test_timm(name):
     pytest.importorskip("timm")
-    with torch.device("meta"):
-        for name in ("timm/resnet18", "timm/mobilenetv3_small_050"):  # the second widens its features at the end
-            backbone = backbones.build(name).eval()
-            assert backbone(torch.empty(2, 3, 64, 64)).shape == (2, backbone.feature_dim)
+    backbone = backbones.build(name).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        features, maps = backbone.forward_stages(images)
+        assert features.shape == (2, backbone.feature_dim) and torch.equal(features, backbone(images))
+    assert {stage: one.shape[1] for stage, one in maps.items()} == backbone.stages != {}
+    assert all(tensor.startswith("model.") for tensor in backbone.state_dict())
     with pytest.raises(UserError, match="'timm/resnet18'"):
         backbones.check("timm/resent18")
 

@@ -50,6 +50,8 @@ def few_steps(data, run, *more):
         (["data.subset={per_class: 9999}"], ["data.subset", "9999"]),
         (["data.view_shards=2"], ["data.view_shards", "1 (1 image x 1 view shards)"]),
         (["data.image_size=4"], ["data.image_size", "4 px", "conv4"]),
+        (["backbone.name=alexnet"], ["data.image_size", "32 px", "alexnet takes images of 223 to 254 px"]),
+        (["backbone.zero_init_residual=true"], ["backbone.zero_init_residual", "conv4"]),
         (["optim.batch_size=1"], ["optim.batch_size = 1"]),
         (["data.name=cifar10"], ["data.name = 'cifar10'", "'digits'"]),
         (["run_dir=/proc/run"], ["run_dir", "/proc/run"]),

@@ -105,7 +105,7 @@ def test_rates_are_shown_where_they_turn(say):
 class Net(nn.Module):
     """A network whose tensors can be counted by hand: images of 8 px."""
 
-    feature_dim = 5
+    feature_dim, stages = 5, ()
 
     def __init__(self):
         super().__init__()
@@ -117,8 +117,8 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 def test_a_network_counted_by_hand(load, monkeypatch, precision):
-    monkeypatch.setattr(backbones, "check", lambda name: None)
-    monkeypatch.setattr(backbones, "build", lambda name: Net())
+    monkeypatch.setattr(backbones, "check", lambda *_: None)
+    monkeypatch.setattr(backbones, "build", lambda *_: Net())
     counted = memory(load("data.image_size=8", f"precision={precision}"), 2)
     element, images = {"fp32": 4, "fp64": 8}[precision], 12 * 8 // 2
     parameters = 3 * 5 * 9 + 2 * 5 + (10 * 256 + 256) + 2 * 256 + (256 + 1)

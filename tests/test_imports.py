@@ -31,6 +31,7 @@ LAYERS = [
         "ranklog",
         "watchdog",
         "agreement",
+        "weights",
     },
     {"training", "train", "evaluators", "evaluate", "report", "explain", "verify", "verify_ranks", "doctor"},
     {"cli", "__main__", "job", "job_here", "slurm_script", "slurm_submit", "slurm_status"},

@@ -4,20 +4,34 @@ Initial weights are drawn from torch's global generator, which the caller seeds.
 """
 
 import difflib
+import re
 from functools import partial
 
-from torch import nn
-
-from ssl_dist.backbones import resnet, resnet_small
+from ssl_dist.backbones import efficientnet, resnet, resnet_small
+from ssl_dist.backbones.alexnet import AlexNet
+from ssl_dist.backbones.base import Backbone
 from ssl_dist.backbones.conv4 import Conv4
+from ssl_dist.backbones.resnetv2 import ResNetV2
+from ssl_dist.backbones.timm_model import TimmModel, timm_package
 from ssl_dist.errors import UserError
 
 _TIMM = "timm/"
+WIDTHS = (2, 4, 5)
 
 _BUILDERS = {
     "conv4": Conv4,
     **{f"resnet{depth}": partial(resnet_small.SmallResNet, depth) for depth in resnet_small.DEPTHS},
     **{f"resnet{depth}": partial(resnet.ResNet, depth) for depth in resnet.LAYERS},
+    **{f"resnet{depth}x{width}": partial(resnet.ResNet, depth, width) for depth in resnet.LAYERS for width in WIDTHS},
+    "resnetv2_50": ResNetV2,
+    "alexnet": AlexNet,
+    **{name: partial(efficientnet.EfficientNet, name) for name in efficientnet.BUILDERS},
+}
+_SMALL_STEM = "_small_stem"
+_BUILDERS |= {
+    name + _SMALL_STEM: partial(builder, small_stem=True)
+    for name, builder in _BUILDERS.items()
+    if isinstance(builder, partial) and builder.func is resnet.ResNet
 }
 
 
@@ -26,35 +40,37 @@ def names() -> list[str]:
     return list(_BUILDERS)
 
 
-def check(name: str) -> None:
-    """Raises `UserError` with the nearest name when there is no backbone `name`; builds nothing."""
+def check(name: str, zero_init_residual: bool = False) -> None:
+    """Raises `UserError` with the nearest name when there is no backbone `name`, or when it has not the option; builds
+    nothing."""
     if name.startswith(_TIMM):
-        known = [_TIMM + model for model in _timm().list_models()]
+        known = [_TIMM + model for model in timm_package().list_models()]
         rest = "ssl_dist.backbones.names() and timm.list_models() list them"
     else:
         known = names()
-        rest = f"backbones: {', '.join(known)}, and timm/<name> for those of timm"
+        plain = [one for one in known if not re.search(rf"\dx\d|{_SMALL_STEM}", one)]
+        rest = (
+            f"backbones: {', '.join(plain)}, and timm/<name> for those of timm; those from resnet18 to resnet200 also "
+            f"as resnet18x2, x4 or x5 (wide) and with {_SMALL_STEM} (for images of 32 px)"
+        )
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(f"backbone.name = {name!r}: no such backbone; {hint}{rest}")
+    if zero_init_residual and not _is_resnet(name):
+        raise UserError(
+            f"backbone.zero_init_residual = true: backbone {name} has no such option (resnet18 to resnet200 have); "
+            "set it to false"
+        )
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, zero_init_residual: bool = False) -> Backbone:
     """The backbone `name` with initial weights. Raises `UserError` when there is none."""
-    check(name)
-    if not name.startswith(_TIMM):
-        return _BUILDERS[name]()
-    model = _timm().create_model(name.removeprefix(_TIMM), pretrained=False, num_classes=0)
-    # Some models widen their features in a last layer before the classifier.
-    model.feature_dim = getattr(model, "head_hidden_size", None) or model.num_features
-    return model
+    check(name, zero_init_residual)
+    if name.startswith(_TIMM):
+        return TimmModel(name.removeprefix(_TIMM))
+    return _BUILDERS[name](zero_init_residual=True) if zero_init_residual else _BUILDERS[name]()
 
 
-def _timm():
-    """timm, which is no requirement and takes seconds to import."""
-    try:
-        import timm
-    except ImportError:
-        raise UserError("backbone.name = timm/...: timm is not installed; pip install timm") from None
-    return timm
+def _is_resnet(name: str) -> bool:
+    return getattr(_BUILDERS.get(name), "func", None) is resnet.ResNet

@@ -1,28 +1,54 @@
-"""torchvision's residual networks without their classifier: its tensor names, minus fc, and its initialisation."""
+"""Residual networks (He et al. 2016) without their classifier: torchvision's blocks, tensor names and initialisation.
+
+SFRIK, VICReg, relational reasoning's resnet34, ReLIC and SeLa's ResNetV1 all compute what these do.
+"""
 
 from torch import nn
-from torchvision.models import resnet as torchvision_resnet
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from ssl_dist.backbones.base import Backbone
+from ssl_dist.backbones.conv4 import initialize
 
 LAYERS = {
     18: (BasicBlock, (2, 2, 2, 2)),
     34: (BasicBlock, (3, 4, 6, 3)),
     50: (Bottleneck, (3, 4, 6, 3)),
     101: (Bottleneck, (3, 4, 23, 3)),
+    200: (Bottleneck, (3, 24, 36, 3)),
 }
 
 
-class ResNet(Backbone, torchvision_resnet.ResNet):
-    """ResNet-`depth` with the stem for large images; images [N, 3, S, S] -> features [N, 512 or 2048]."""
+class ResNet(Backbone):
+    """ResNet-`depth`; images [N, 3, S, S] -> features [N, D], D = 512 or 2048 times `width`.
 
-    def __init__(self, depth: int):
-        super().__init__(*LAYERS[depth])
-        self.feature_dim = self.fc.in_features
-        self.fc = nn.Identity()
-        widths = [self.feature_dim >> halvings for halvings in (3, 2, 1, 0)]
-        self.stages = {"stem": 64} | {f"layer{i}": width for i, width in enumerate(widths, 1)}
+    width: factor of all channels, those of the stem too (as SFRIK and VICReg do; torchvision's wide networks widen
+    less). small_stem: a 3x3 convolution of stride 1 and no max-pooling, for images of 32 px (ReLIC, SimCLR).
+    zero_init_residual: every block begins as the identity, as its last BatchNorm's weight is 0 (SFRIK, VICReg).
+    """
+
+    def __init__(self, depth: int, width: int = 1, small_stem: bool = False, zero_init_residual: bool = False):
+        super().__init__()
+        block, numbers = LAYERS[depth]
+        channels = 64 * width
+        if small_stem:
+            self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        else:
+            self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(3, stride=2, padding=1)
+        self.stages = {"stem": channels}
+        for number, num_blocks in enumerate(numbers):
+            planes = 64 * width << number
+            layer = _stage(block, channels, planes, num_blocks, stride=1 if number == 0 else 2)
+            self.add_module(f"layer{number + 1}", layer)
+            channels = self.stages[f"layer{number + 1}"] = planes * block.expansion
+        self.feature_dim = channels
+        initialize(self)
+        if zero_init_residual:
+            for module in self.modules():
+                if isinstance(module, block):
+                    nn.init.zeros_((module.bn3 if block is Bottleneck else module.bn2).weight)
 
     def steps(self):
         return [
@@ -32,3 +58,14 @@ class ResNet(Backbone, torchvision_resnet.ResNet):
             ("layer3", self.layer3),
             ("layer4", self.layer4),
         ]
+
+
+def _stage(block, in_channels: int, planes: int, num_blocks: int, stride: int) -> nn.Sequential:
+    out_channels = planes * block.expansion
+    downsample = None
+    if stride != 1 or in_channels != out_channels:
+        downsample = nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+        )
+    first = block(in_channels, planes, stride, downsample)
+    return nn.Sequential(first, *(block(out_channels, planes) for _ in range(num_blocks - 1)))

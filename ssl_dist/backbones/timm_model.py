@@ -1,0 +1,44 @@
+"""Any network of timm by its name. timm is no requirement and takes seconds to import."""
+
+from torch import Tensor
+
+from ssl_dist.backbones.base import Backbone
+from ssl_dist.errors import UserError
+
+
+class TimmModel(Backbone):
+    """timm's network `name` without its classifier; images [N, 3, S, S] -> features [N, D].
+
+    The network is the submodule `model`, so its tensors are timm's with `model.` before their names. The stages are
+    those of timm's feature_info; a network that timm gives no intermediate maps of has none.
+    """
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.model = timm_package().create_model(name, pretrained=False, num_classes=0)
+        # Some models widen their features in a last layer before the classifier.
+        self.feature_dim = getattr(self.model, "head_hidden_size", None) or self.model.num_features
+        self.stages = {}
+        if hasattr(self.model, "forward_intermediates"):
+            self.stages = {info["module"]: info["num_chs"] for info in _feature_info(self.model)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+    def forward_stages(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        last, maps = self.model.forward_intermediates(x)
+        return self.model.forward_head(last), dict(zip(self.stages, maps, strict=True))
+
+
+def _feature_info(model) -> list[dict]:
+    info = model.feature_info
+    return info if isinstance(info, list) else list(info.info)
+
+
+def timm_package():
+    """timm. Raises `UserError` when it is not installed."""
+    try:
+        import timm
+    except ImportError:
+        raise UserError("backbone.name = timm/...: timm is not installed; pip install timm") from None
+    return timm
