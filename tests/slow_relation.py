@@ -24,13 +24,19 @@ def aggregate(x, y, how):
     }[how]()
 
 
-def loss_and_logits(z_KMD, head, how, gamma, alpha):
-    """Mean focal loss over all pairs and their logits; `head` is a RelationModule on one process, in training."""
+def loss_and_logits(z_KMD, head, how, gamma, alpha, labels=None):
+    """Mean focal loss over all pairs and their logits; `head` is a RelationModule on one process, in training, or None
+    for the dot product. labels: of the images, None for those that are not known."""
     num_views, num_images, _ = z_KMD.shape
+    labels = labels or [None] * num_images
     rows, table = z_KMD.flatten(0, 1), pairs(num_views, num_images)
-    stacked = torch.stack([aggregate(rows[i], rows[j], how) for i, j, _ in table])
-    logits = nn.Sequential(head.linear1, head.bn1, head.act, head.linear2)(stacked).squeeze(1)
-    target = torch.tensor([y for _, _, y in table], dtype=logits.dtype)
+    if head is None:
+        logits = torch.stack([rows[i].dot(rows[j]) for i, j, _ in table])
+    else:
+        stacked = torch.stack([aggregate(rows[i], rows[j], how) for i, j, _ in table])
+        logits = nn.Sequential(head.linear1, head.bn1, head.act, head.linear2)(stacked).squeeze(1)
+    of_class = [y or labels[i % num_images] == labels[j % num_images] is not None for i, j, y in table]
+    target = torch.tensor(of_class, dtype=logits.dtype)
     p = torch.sigmoid(logits)
     pt = p * target + (1 - p) * (1 - target)
     weight = 1 if alpha is None else alpha * target + (1 - alpha) * (1 - target)

@@ -107,7 +107,8 @@ def test_head(aggregation, case, dtype, path):
 
     def relate():
         num_units = num_views * (num_views - 1) // 2 * num_images
-        loss, *logits = method.relate(features.view(num_views, num_images, -1), 0, num_units, one_process())
+        unknown = torch.full((num_images,), -1)
+        loss, logits, _ = method.relate(features.view(num_views, num_images, -1), unknown, 0, num_units, one_process())
         return loss, in_pair_order(*logits, num_images)
 
     method.eval()

@@ -32,6 +32,12 @@ class Problem:
         nn.init.normal_(self.bn.bias)
         self.A, self.B = (torch.randn(num_views * num_images, hidden, dtype=dtype) for _ in range(2))
         self.num_units = num_views * (num_views - 1) // 2 * num_images
+        # three classes, and images whose label is not known; without the seed's draw: no labels at all
+        self.labels = torch.randint(-1, 3, (num_images,)) if seed % 3 else torch.full((num_images,), -1)
+
+    def share(self, lo=0, hi=None):
+        hi = self.num_units if hi is None else hi
+        return Share(couples(*self.sizes), self.sizes[1], lo, hi, self.labels.numpy())
 
     def leaves(self):
         return [x.detach().clone().requires_grad_() for x in (
@@ -45,7 +51,8 @@ class Problem:
         h = torch.cat([A[left] + B[positive], A[left] + B[negative]])
         y = nn.functional.batch_norm(h, None, None, weight, bias, True, 0.0, self.bn.eps)
         logits = (nn.functional.leaky_relu(y, 0.01) @ w[0] + c).view(2, -1)
-        target = torch.tensor([[1], [0]]).expand_as(logits)
+        one, other = (self.labels[rows % self.sizes[1]] for rows in (left, negative))
+        target = torch.stack([torch.ones_like(left), ((one == other) & (one >= 0)).long()])
         loss = focal_bce(logits, target, self.gamma, self.alpha).mean()
         gradients = torch.autograd.grad(loss, leaves)
         return loss.detach(), logits.detach(), gradients, h.detach().mean(0), h.detach().var(0, correction=0)
@@ -54,7 +61,7 @@ class Problem:
         leaves = A, B, weight, bias, w, c = self.leaves()
         bn, last = nn.BatchNorm1d(A.shape[1]), nn.Linear(A.shape[1], 1)
         bn.weight, bn.bias, last.weight, last.bias = map(nn.Parameter, (weight, bias, w, c))
-        share = Share(couples(*self.sizes), self.sizes[1], lo, self.num_units if hi is None else hi)
+        share = self.share(lo, hi)
         loss, logits, mean, var = relation_loss(A, B, bn, 0.01, last, self.gamma, self.alpha, share, reduce)
         loss.backward()
         gradients = [A.grad, B.grad, *(p.grad for p in (bn.weight, bn.bias, last.weight, last.bias))]
@@ -173,7 +180,7 @@ def test_a_batchnorm_weight_of_zero_divides_nothing():
 
 def test_backward_scales_and_can_run_twice():
     problem = Problem(3, 4, 8)
-    share = Share(couples(3, 4), 4, 0, problem.num_units)
+    share = problem.share()
     A, B = problem.A.requires_grad_(), problem.B
     loss, *_ = relation_loss(A, B, problem.bn, 0.01, problem.last, 2.0, 0.5, share, lambda x: x)
     (one,) = torch.autograd.grad(loss, A, retain_graph=True)

@@ -36,14 +36,14 @@ def make(num_views=4, dtype=torch.float64, seed=0, groups=None, batch_size=64, *
     torch.manual_seed(seed)
     info = Info(100, 10, groups or ((num_views, 32),), batch_size, 1.0, Backbone.feature_dim)
     method = relational.Method(Backbone(), info, relational.Options(hidden=16, **options))
-    for module in (method.backbone.bn, method.relation_module.bn1):
+    for module in (m for m in method.modules() if isinstance(m, nn.BatchNorm1d)):
         nn.init.normal_(module.weight)
         nn.init.normal_(module.bias)
     return method.to(dtype)
 
 
-def batch_of(views):
-    return Batch([views], [torch.arange(len(views))], torch.arange(views.shape[1]), None)
+def batch_of(views, labels=None):
+    return Batch([views], [torch.arange(len(views))], torch.arange(views.shape[1]), labels)
 
 
 def gradients(method):
@@ -188,6 +188,87 @@ def test_half_precision_features_are_scored_in_float32():
     assert output.loss.dtype == output.representations.dtype == torch.float32
     output.loss.backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in method.parameters())
+
+
+@pytest.mark.parametrize("grid", [Grid(1, 1), Grid(2, 2), Grid(3, 4)], ids=str)
+@pytest.mark.parametrize("head", ["dot_product", "encoder"])
+def test_the_ablations_score_by_dot_products(head, grid):
+    method, views = make(4, head=head), torch.randn(4, 6, 5, dtype=torch.float64)
+    alone = copy.deepcopy(method)
+    network = nn.Sequential(alone.backbone, *([alone.encoding] if head == "encoder" else []))
+    z = network(views.flatten(0, 1)).unflatten(0, (4, 6))
+    assert z.shape[2] == (64 if head == "encoder" else Backbone.feature_dim)
+    loss, logits = slow_relation.loss_and_logits(z, None, "", 2.0, 0.5)
+    loss.backward()
+
+    def rank(world):
+        own = world.synchronize_batchnorm(copy.deepcopy(method)).train()
+        of_views, of_images = (f(world.place.rank, n) for f, n in ((grid.view_range, 4), (grid.image_range, 6)))
+        output = own(batch_of(views[of_views.start : of_views.stop, of_images.start : of_images.stop]), world)
+        output.loss.backward()
+        return output, gradients(own)
+
+    outputs, all_gradients = zip(*thread_world.run(rank, grid), strict=True)
+    close = {"rtol": 1e-9, "atol": 1e-12}
+    torch.testing.assert_close(torch.stack([o.loss.detach() for o in outputs]).mean(), loss.detach(), **close)
+    for name, wanted in gradients(alone).items():
+        torch.testing.assert_close(torch.stack([g[name] for g in all_gradients]).mean(0), wanted, **close)
+    assert outputs[0].metrics["accuracy_positive"] == pytest.approx(
+        (logits.view(-1, 2, 6)[:, 0] > 0).double().mean().item() * 100
+    )
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("grid", [Grid(1, 1), Grid(2, 2)], ids=str)
+def test_known_labels_make_positive_pairs(grid, fused):
+    """labelled: 1 for the loop, so that all labels but the unknown ones count; then a share of them, drawn by key."""
+    views, labels = torch.randn(4, 6, 5, dtype=torch.float64), torch.tensor([0, 1, 0, -1, -1, 0])
+    method = make(4, labelled=1.0)
+    alone = copy.deepcopy(method)
+    [z] = alone.represent(batch_of(views))
+    known = [None if label < 0 else int(label) for label in labels]
+    loss, logits = slow_relation.loss_and_logits(z, alone.relation_module, "cat", 2.0, 0.5, known)
+    loss.backward()
+
+    def rank(world):
+        own = world.synchronize_batchnorm(copy.deepcopy(method)).train()
+        own.fused = fused
+        of_views, of_images = (f(world.place.rank, n) for f, n in ((grid.view_range, 4), (grid.image_range, 6)))
+        part = slice(of_images.start, of_images.stop)
+        output = own(batch_of(views[of_views.start : of_views.stop, part], labels[part]), world)
+        output.loss.backward()
+        return output, gradients(own)
+
+    outputs, all_gradients = zip(*thread_world.run(rank, grid), strict=True)
+    close = {"rtol": 1e-9, "atol": 1e-12}
+    torch.testing.assert_close(torch.stack([o.loss.detach() for o in outputs]).mean(), loss.detach(), **close)
+    for name, wanted in gradients(alone).items():
+        torch.testing.assert_close(torch.stack([g[name] for g in all_gradients]).mean(0), wanted, **close)
+    pairs = slow_relation.pairs(4, 6)
+    positive = torch.tensor([y or known[i % 6] == known[j % 6] is not None for i, j, y in pairs], dtype=torch.bool)
+    assert positive.sum() > len(pairs) // 2
+    metrics = outputs[0].metrics
+    assert metrics["positive_share"] == pytest.approx(100 * positive.double().mean().item())
+    right = (logits > 0) == positive
+    assert metrics["accuracy"] == pytest.approx(100 * right.double().mean().item())
+    assert metrics["accuracy_negative"] == pytest.approx(100 * right[~positive].double().mean().item())
+
+
+def test_which_labels_are_known_is_drawn_by_image():
+    labels = torch.zeros(4000, dtype=torch.int64)
+    batch = Batch([], [], torch.arange(4000), labels)
+    known = make(4, labelled=0.25)._known(batch)
+    assert set(known.tolist()) == {-1, 0} and (known == 0).double().mean().item() == pytest.approx(0.25, abs=0.03)
+    half = Batch([], [], torch.arange(2000, 4000), labels[:2000])
+    assert torch.equal(make(4, labelled=0.25)._known(half), known[2000:])
+    more = make(4, labelled=0.5)._known(batch)
+    assert ((more == 0) | (known == -1)).all(), "a larger share holds the smaller one"
+
+
+def test_labels_that_there_are_not_are_refused():
+    info = Info(100, 0, ((4, 32),), 64, 1.0, Backbone.feature_dim)
+    with pytest.raises(UserError, match=r"labelled = 0.1: some images of this split have no label"):
+        relational.Method(Backbone(), info, relational.Options(labelled=0.1))
 
 
 def test_tensor_names():

@@ -30,6 +30,9 @@ class ThreadWorld(World):
     def sum(self, x):
         return _Sum.apply(x, self)
 
+    def gather_images(self, x_B, batch=None):
+        return torch.cat(self._exchange(x_B)[:: self.grid.views])
+
     def gather_views(self, z_VBD, batch=None):
         return _Gather.apply(z_VBD, self)
 

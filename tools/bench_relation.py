@@ -50,7 +50,8 @@ def official(method: Method, z_KMD: torch.Tensor) -> torch.Tensor:
 def ours(method: Method, z_KMD: torch.Tensor, fused: bool) -> torch.Tensor:
     num_views, num_images, _ = z_KMD.shape
     method.fused = fused
-    return method.relate(z_KMD, 0, num_views * (num_views - 1) // 2 * num_images, one_process())[0]
+    unknown = torch.full((num_images,), -1)
+    return method.relate(z_KMD, unknown, 0, num_views * (num_views - 1) // 2 * num_images, one_process())[0]
 
 
 def cpu_time(side, method: Method, z_KMD: torch.Tensor) -> tuple[float, float]:

@@ -1,7 +1,8 @@
 """The relation head on a CPU: forward and gradient in a few sweeps over the pairs, nothing of size pairs x hidden.
 
 Row k*M + m is view k of image m. A *couple* q is two views a < b with a shift s; its *unit* q*M + m is one positive
-pair, (a, m) with (b, m), and one negative pair, (a, m) with (b, m - s mod M). The first layer of the head splits over
+pair, (a, m) with (b, m), and one negative pair, (a, m) with (b, m - s mod M), whose target is 1 where the labels of its
+two images are known and equal. The first layer of the head splits over
 the members of a pair p = (i, j), h_p = A_i + B_j, with A and B computed once per row. In training the rest is
 
     x_p = (h_p - mu) r,  r = 1 / sqrt(var + eps)      BatchNorm over all P pairs of all ranks, per hidden unit
@@ -41,12 +42,14 @@ from ssl_dist.kernels import relation_loops as loops
 
 
 class Share(NamedTuple):
-    """Units lo..hi-1 of the couples int64 [Q, 3] (view a, view b, shift), of `num_images` units each."""
+    """Units lo..hi-1 of the couples int64 [Q, 3] (view a, view b, shift), of `num_images` units each. A unit's second
+    pair is positive, too, where the labels int64 [M] of its images are equal and known (not -1)."""
 
     couples: np.ndarray
     num_images: int
     lo: int
     hi: int
+    labels: np.ndarray
 
     @property
     def num_pairs(self) -> int:
@@ -116,7 +119,7 @@ def relation(A: np.ndarray, B: np.ndarray, head: Head, share: Share, reduce: Cal
     _over_images(loops.normalize, M, M, A, B, (r * g).astype(dtype), (e - mean * r * g).astype(dtype), ya, yb)
     logits, d = np.empty((2, 2, share.hi - share.lo), dtype)
     fa, totals, slope = np.zeros_like(A), np.zeros((M, 2)), dtype.type(head.slope)
-    last_layer = (head.w, dtype.type(head.c), slope, head.gamma, head.weights)
+    last_layer = (head.w, dtype.type(head.c), slope, head.gamma, head.weights, share.labels)
     _over_images(loops.sweep_left, M, *plan, ya, yb, *last_layer, logits, d, fa, totals)
     fb, pair_ya, sums = np.zeros_like(A), np.zeros_like(A), np.zeros_like(sums)
     _over_images(loops.sweep_right, M, *plan, share.by_right, A, B, ya, yb, slope, d, fa, fb, pair_ya, sums)
@@ -182,4 +185,4 @@ def warm_up(dtype: torch.dtype) -> None:
     """Compile the sweeps for matrices of `dtype`: seconds the first time, then read from numba's cache."""
     rows, vector = np.zeros((4, 1), torch.empty((), dtype=dtype).numpy().dtype), np.ones(1)
     head = Head(*[vector.astype(rows.dtype)] * 3, 0.0, 1e-5, 0.01, 2.0, (1.0, 1.0))
-    relation(rows, rows, head, Share(np.array([[0, 1, 1]]), 2, 0, 2), lambda x: x)
+    relation(rows, rows, head, Share(np.array([[0, 1, 1]]), 2, 0, 2, np.array([-1, -1])), lambda x: x)

@@ -72,7 +72,9 @@ def _focal(t, sign, gamma):
 
 
 @_compile()
-def sweep_left(first, last, couples, num_images, lo, hi, ya, yb, w, c, slope, gamma, weights, logits, d, fa, totals):
+def sweep_left(
+    first, last, couples, num_images, lo, hi, ya, yb, w, c, slope, gamma, weights, labels, logits, d, fa, totals
+):
     """Images first..last-1 on the left: logits and d [2, units] (positives, negatives), FA, totals[m] = loss, dc."""
     hidden, cast, num_pairs = w.shape[0], w.dtype.type, 2.0 * len(couples) * num_images
     for q in range(lo // num_images, (hi + num_images - 1) // num_images):
@@ -87,10 +89,12 @@ def sweep_left(first, last, couples, num_images, lo, hi, ya, yb, w, c, slope, ga
                 y = a[h] + negative[h]
                 t_n += max(y, slope * y) * w[h]
             loss_p, d_p = _focal(np.float64(t_p), 1.0, gamma)
-            loss_n, d_n = _focal(np.float64(t_n), -1.0, gamma)
+            same = labels[m] >= 0 and labels[m] == labels[other]
+            loss_n, d_n = _focal(np.float64(t_n), 1.0 if same else -1.0, gamma)
+            weight_n = weights[0] if same else weights[1]
             d_p *= weights[0] / num_pairs
-            d_n *= weights[1] / num_pairs
-            totals[m, 0] += (weights[0] * loss_p + weights[1] * loss_n) / num_pairs
+            d_n *= weight_n / num_pairs
+            totals[m, 0] += (weights[0] * loss_p + weight_n * loss_n) / num_pairs
             totals[m, 1] += d_p + d_n
             unit = q * num_images + m - lo
             logits[0, unit], logits[1, unit] = t_p, t_n

@@ -2,6 +2,9 @@
 
 K views of every image of a mini-batch are encoded; a relation head scores pairs of representations. Two views of one
 image are a positive pair, views of two images a negative one; the loss is a focal binary cross-entropy over all pairs.
+
+Semi-supervised: where the labels of both images of a negative pair are known and equal, the pair is positive. Ablations
+(`head`): the score of a pair is the dot product of its representations, or of what an encoder makes of each of them.
 """
 
 from typing import Literal
@@ -16,7 +19,11 @@ from ssl_dist.batchnorm import update_running
 from ssl_dist.config import NonNegativeFloat, PositiveInt, Probability, Section
 from ssl_dist.errors import UserError
 from ssl_dist.kernels import relation
+from ssl_dist.keys import LABELLED, hash64, uniform_rows
 from ssl_dist.methods.base import Batch, Info, Output, SSLMethod
+from ssl_dist.nn import mlp
+
+ENCODING = 64  # dimensions of the encoder's output, as of the SimCLR baseline's head in the same paper
 
 
 class Options(Section):
@@ -25,7 +32,15 @@ class Options(Section):
     )
     gamma: NonNegativeFloat = Field(2.0, description="focusing exponent of the loss; 0: plain binary cross-entropy")
     alpha: Probability | None = Field(0.5, description="weight of positives, 1 - alpha of negatives; null: 1 for both")
-    hidden: PositiveInt = Field(256, description="hidden units of the relation head")
+    hidden: PositiveInt = Field(256, description="hidden units of the relation head, or of the encoder")
+    head: Literal["relation", "encoder", "dot_product"] = Field(
+        "relation",
+        description="what scores a pair: the relation head on both representations; or a dot product, of what an MLP "
+        "to 64 dimensions makes of each (encoder) or of the representations themselves",
+    )
+    labelled: Probability = Field(
+        0.0, description="semi-supervised: share of the images (drawn by key) whose label makes further positive pairs"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- pairs
@@ -90,6 +105,7 @@ class RelationModule(nn.Module):
     def __init__(self, feature_dim: int, hidden: int, aggregation: str):
         super().__init__()
         self.aggregation = aggregation
+        self.can_sweep = aggregation != "max"
         self.linear1 = nn.Linear(feature_dim * 2 if aggregation == "cat" else feature_dim, hidden)
         self.bn1 = nn.BatchNorm1d(hidden)
         self.act = nn.LeakyReLU(0.01)
@@ -136,6 +152,15 @@ class RelationModule(nn.Module):
         return bias.detach() + 0 * bias if self.training else bias
 
 
+class DotProduct(nn.Module):
+    """The ablation of the head: the score of a pair is the dot product of its rows."""
+
+    can_sweep = False
+
+    def forward(self, z_ND: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        return (z_ND[left] * z_ND[right]).sum(1)
+
+
 # ---------------------------------------------------------------------------------------------------- method
 
 
@@ -154,7 +179,17 @@ class Method(SSLMethod):
             raise UserError(f"views.num = {self.num_views}: relational compares views of an image; give 2 or more")
         if info.batch_size < 2:
             raise UserError("optim.batch_size = 1: a negative pair needs another image; give 2 or more")
-        self.relation_module = RelationModule(info.feature_dim, options.hidden, options.aggregation)
+        if options.labelled and not info.num_classes:
+            raise UserError(
+                f"method.options.labelled = {options.labelled:g}: some images of this split have no label; choose a "
+                "labelled one by data.split, or give data.labels"
+            )
+        if options.head == "relation":
+            self.relation_module = RelationModule(info.feature_dim, options.hidden, options.aggregation)
+        else:
+            self.relation_module = DotProduct()
+        if options.head == "encoder":
+            self.encoding = mlp([info.feature_dim, options.hidden, ENCODING], activation=nn.LeakyReLU)
         self.fused = True  # False: torch operations on the CPU too (slower; the two are held together by tests)
 
     @classmethod
@@ -182,32 +217,50 @@ class Method(SSLMethod):
         Metrics: accuracy over all pairs, over positives and over negatives, in percent; a pair is called positive
         when its probability is above 1/2. Histograms: this rank's probabilities.
         """
-        z_KMD = self.gathered(batch, world)
+        network = self.backbone
+        if self.options.head == "encoder":
+            network = lambda images: self.encoding(self.backbone(images))  # noqa: E731
+        z_KMD = self.gathered(batch, world, network)
         num_views, num_images, _ = z_KMD.shape
+        labels_M = torch.full((num_images,), -1, device=z_KMD.device)
+        if self.options.labelled:
+            labels_M = world.gather_images(self._known(batch), batch)
         num_units = num_views * (num_views - 1) // 2 * num_images
         lo, hi = world.share(num_units)
         # The head is a small part of the work and its sums run over all pairs: never in half precision.
         with torch.autocast(z_KMD.device.type, enabled=False):
-            loss_share, positive, negative = self.relate(z_KMD, lo, hi, world)
-        correct = world.reduce(torch.stack([(positive > 0).sum(), (negative <= 0).sum()]))
+            loss_share, logits, target = self.relate(z_KMD, labels_M, lo, hi, world)
+        right = (logits > 0) == target
+        counts = torch.stack([right[target].sum(), target.sum(), right[~target].sum(), (~target).sum()])
+        right_positive, num_positive, right_negative, num_negative = world.reduce(counts)
         metrics = {
-            "accuracy": 100 * correct.sum() / (2 * num_units),
-            "accuracy_positive": 100 * correct[0] / num_units,
-            "accuracy_negative": 100 * correct[1] / num_units,
+            "accuracy": 100 * (right_positive + right_negative) / (2 * num_units),
+            "accuracy_positive": 100 * right_positive / num_positive,
+            "accuracy_negative": 100 * right_negative / num_negative,  # NaN when labels leave no negative pair
         }
-        histograms = {"relation_score_positive": positive.sigmoid(), "relation_score_negative": negative.sigmoid()}
+        if self.options.labelled:
+            metrics["positive_share"] = 100 * num_positive / (2 * num_units)
+        score = logits.sigmoid()
+        histograms = {"relation_score_positive": score[target], "relation_score_negative": score[~target]}
         return Output(world.from_share(loss_share), metrics, histograms, z_KMD.detach())
 
-    def relate(self, z_KMD: Tensor, lo: int, hi: int, world) -> tuple[Tensor, Tensor, Tensor]:
-        """What the units lo..hi-1 add to the mean loss over all pairs; their logits: positives, negatives [hi - lo]."""
+    def _known(self, batch: Batch) -> Tensor:
+        """Labels int64 [B_local] of the images whose label is given to the method, -1 for the others."""
+        draws = uniform_rows(hash64(self.info.seed, LABELLED), batch.image_ids.cpu().numpy(), 1)[:, 0]
+        given = torch.from_numpy(draws < self.options.labelled).to(batch.labels.device)
+        return torch.where(given, batch.labels, -1)
+
+    def relate(self, z_KMD: Tensor, labels_M: Tensor, lo: int, hi: int, world) -> tuple[Tensor, Tensor, Tensor]:
+        """What the units lo..hi-1 add to the mean loss over all pairs; logits and targets (bool) of their pairs, [2,
+        hi - lo]: row 0 views of one image, row 1 views of two."""
         num_views, num_images, _ = z_KMD.shape
         head, z_ND, gamma, alpha = self.relation_module, z_KMD.flatten(0, 1), self.options.gamma, self.options.alpha
-        if self.fused and head.training and z_ND.device.type == "cpu" and head.aggregation != "max":
-            share = relation.Share(couples(num_views, num_images), num_images, lo, hi)
-            loss_share, logits = head.sweep(z_ND, share, gamma, alpha, world.reduce)
-            return loss_share, *logits
         left, positive, negative = unit_rows(num_views, num_images, lo, hi, z_ND.device)
-        logits = head(z_ND, left.repeat(2), torch.cat([positive, negative]))
-        target = torch.arange(2 * (hi - lo), device=z_ND.device) < hi - lo
+        one, other = labels_M[left % num_images], labels_M[negative % num_images]
+        target = torch.stack([torch.ones_like(left, dtype=torch.bool), (one == other) & (one >= 0)])
+        if self.fused and head.can_sweep and head.training and z_ND.device.type == "cpu":
+            share = relation.Share(couples(num_views, num_images), num_images, lo, hi, labels_M.numpy())
+            return *head.sweep(z_ND, share, gamma, alpha, world.reduce), target
+        logits = head(z_ND, left.repeat(2), torch.cat([positive, negative])).view(2, -1)
         num_pairs = num_views * (num_views - 1) * num_images
-        return focal_bce(logits, target, gamma, alpha).sum() / num_pairs, *logits.detach().chunk(2)
+        return focal_bce(logits, target, gamma, alpha).sum() / num_pairs, logits.detach(), target
