@@ -18,9 +18,12 @@ class ThreadWorld(World):
 
     def _exchange(self, x):
         """Every rank's tensor, in the order of ranks."""
-        self._table[self.place.rank] = x.detach().clone()
+        return [tensor.clone() for tensor in self.everyone(x.detach().clone())]
+
+    def everyone(self, value):
+        self._table[self.place.rank] = value
         self._barrier.wait(TIMEOUT)
-        everything = [tensor.clone() for tensor in self._table]
+        everything = list(self._table)
         self._barrier.wait(TIMEOUT)
         return everything
 

@@ -1,0 +1,131 @@
+"""SeLa: self-labelling via simultaneous clustering and representation learning (Asano, Rupprecht & Vedaldi, ICLR 2020,
+arXiv:1911.05371).
+
+The network is trained to predict labels that it gives the images itself. From time to time all images are labelled anew
+by the optimal transport from the images to clusters of equal size (equations 4 to 8, by Sinkhorn-Knopp); in between the
+loss is the cross-entropy with the labels (equation 2), the mean over heads that each have labels of their own.
+"""
+
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from ssl_dist.clock import Clock
+from ssl_dist.config import PositiveFloat, PositiveInt, Section
+from ssl_dist.errors import UserError
+from ssl_dist.kernels.sinkhorn import sinkhorn_knopp
+from ssl_dist.methods.base import Batch, Info, Output, Rows, SSLMethod, at_least_float32
+from ssl_dist.pseudolabels import PseudoLabels
+
+BLOCK = 2**26  # bytes of activations and of scores in float64 that are made at once
+
+
+class Options(Section):
+    clusters: PositiveInt = Field(3000, description="K, labels of every head")
+    heads: PositiveInt = Field(1, description="linear heads on the backbone, each with labels of its own")
+    lamb: PositiveFloat = Field(25.0, description="lambda of the transport: labels follow the network more closely")
+    tolerance: PositiveFloat = Field(0.1, description="Sinkhorn-Knopp ends at this error, a sum over all images")
+    relabelings: PositiveInt = Field(
+        100, description="times for new labels over the training; the first at its start, the last after its end"
+    )
+    schedule: Literal["quadratic", "linear"] = Field(
+        "quadratic", description="of these times: dense at the start, or even (the paper's CIFAR)"
+    )
+    relabel: Literal["all", "one"] = Field(
+        "all", description="heads that get new labels at a time: all, or that of the epoch's number (the paper's CIFAR)"
+    )
+    labels_from: Literal["augmented", "test"] = Field(
+        "augmented", description="images behind new labels: views through the network in training mode, or test images"
+    )
+
+
+def relabel_times(total_epochs: float, count: int, schedule: str) -> np.ndarray:
+    """When new labels are due, in epochs, rising, float64 [count]. The official code's times for a training that ends
+    after `total_epochs`: the last lies behind the end."""
+    share = np.linspace(0, 1, count)
+    return (total_epochs + 0.01) * share**2 if schedule == "quadratic" else (total_epochs + 1.0001) * share
+
+
+def relabel_steps(times: np.ndarray, steps_per_epoch: float) -> np.ndarray:
+    """The steps before which labels are made, int64 [len(times)], rising: the first step at each time or after it, and
+    the next one when that step has its turn already."""
+    order = np.arange(len(times))
+    return np.maximum.accumulate(np.ceil(times * steps_per_epoch).astype(np.int64) - order) + order
+
+
+def heads_loss(logits_HBK: list[Tensor], labels_HB: Tensor) -> Tensor:
+    """Cross-entropy per image, the mean over the heads, [B]."""
+    losses = [F.cross_entropy(z, y, reduction="none") for z, y in zip(logits_HBK, labels_HB, strict=True)]
+    return torch.stack(losses).mean(0)
+
+
+class Method(SSLMethod):
+    Options = Options
+    num_views = 1
+
+    def __init__(self, backbone: nn.Module, info: Info, options: Options):
+        super().__init__(backbone, info, options)
+        if not 2 <= options.clusters <= info.num_images:
+            raise UserError(
+                f"method.options.clusters = {options.clusters}: give 2 or more, and no more than the images, "
+                f"{info.num_images}"
+            )
+        self.heads = nn.ModuleList(nn.Linear(info.feature_dim, options.clusters) for _ in range(options.heads))
+        self.labels = PseudoLabels(options.heads, info.num_images, options.clusters, info.seed)
+        self.register_buffer("sinkhorn", torch.zeros(2))  # of the last relabeling: iterations of a head, error
+
+    @classmethod
+    def explain(cls, num_views: int, batch_size: int, options: Options, world_size: int = 1) -> dict[str, str]:
+        return {
+            "labels": f"{options.heads} head(s) x {options.clusters} clusters, {options.relabelings} relabelings",
+            "a relabeling": f"holds {8 * options.clusters / 1024:.1f} KiB of scores and a feature vector an image",
+        }
+
+    def before_step(self, clock: Clock, extract, world) -> list[nn.Parameter]:
+        """New labels when they are due: a function of the step, so nothing is kept of the schedule."""
+        times = relabel_times(clock.total_epochs, self.options.relabelings, self.options.schedule)
+        if clock.step in relabel_steps(times, clock.steps_per_epoch):
+            network = {"augmented": self.options.labels_from == "augmented"}
+            rows = extract(self.backbone, **network, training=network["augmented"])
+            heads = range(len(self.heads))
+            self.relabel([clock.epoch % len(heads)] if self.options.relabel == "one" else heads, rows, world)
+        return []
+
+    @torch.no_grad()
+    def relabel(self, heads, rows: Rows, world) -> None:
+        """Give these heads new labels, one after the other: the scores of one head are what memory is needed for."""
+        options, features = self.options, rows.values.flatten(1)
+        scores = features.new_empty(len(features), options.clusters, dtype=torch.float64)
+        size = max(1, BLOCK // (8 * max(features.shape[1], options.clusters)))
+        labels, iterations, worst = [], 0, 0.0
+        for head in heads:
+            weight, bias = self.heads[head].weight.double(), self.heads[head].bias.double()
+            for start in range(0, len(features), size):
+                part = slice(start, start + size)
+                torch.addmm(bias, features[part].double(), weight.T, out=scores[part])
+            found = sinkhorn_knopp(
+                scores, self.info.num_images, options.lamb, options.tolerance, world, f"of head {head}"
+            )
+            labels.append(found.labels)
+            iterations, worst = iterations + found.iterations, max(worst, found.error)
+        self.labels.replace(heads, labels, rows.positions, world)
+        self.sinkhorn.copy_(torch.tensor([iterations / len(labels), worst], dtype=torch.float64))
+
+    def forward(self, batch: Batch, world) -> Output:
+        """Metrics: the share of images whose label the heads predict, in percent, and what the last relabeling was."""
+        [z_VBD] = self.represent(batch)
+        logits_HBK = [at_least_float32(head(z_VBD.flatten(0, 1))) for head in self.heads]
+        labels_HB = self.labels.of(batch.positions)
+        correct = torch.stack([z.detach().argmax(1) for z in logits_HBK]) == labels_HB
+        metrics = {
+            "accuracy": 100 * world.mean(correct.double().mean()),
+            "sinkhorn_iterations": self.sinkhorn[0].clone(),
+            "sinkhorn_error": self.sinkhorn[1].clone(),
+        }
+        # Ranks hold equally many images, so the mean of their means is that of the global batch.
+        loss = heads_loss(logits_HBK, labels_HB).mean()
+        return Output(loss, metrics | self.labels.metrics(), {}, z_VBD.detach())

@@ -1,0 +1,151 @@
+"""Sinkhorn-Knopp against slow loops, on any number of ranks, and where the plain iteration makes NaN."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import logsumexp
+
+from ssl_dist.dist import one_process
+from ssl_dist.errors import Fault
+from ssl_dist.grid import Grid
+from ssl_dist.kernels import sinkhorn
+from tests import thread_world
+
+
+def slow(P, lamb, tolerance):
+    """The plain iteration on probabilities [N, K], as the official code writes it: labels, error, iterations."""
+    num_rows, num_columns = P.shape
+    A = P.T**lamb
+    c, error, count = np.full(num_rows, 1 / num_rows), math.inf, 0
+    while error > tolerance:
+        r = (1 / num_columns) / (A @ c)
+        new = (1 / num_rows) / (r @ A)
+        if count % 10 == 0:
+            error = np.abs(c / new - 1).sum()
+        c, count = new, count + 1
+    return (A * r[:, None] * c).argmax(0), error, count
+
+
+def slow_in_logarithms(scores, lamb, tolerance):
+    """The same on logits, in logarithms, where nothing can underflow."""
+    num_rows, num_columns = scores.shape
+    M = lamb * (scores - logsumexp(scores, 1, keepdims=True))
+    c, error, count = np.full(num_rows, -math.log(num_rows)), math.inf, 0
+    while error > tolerance:
+        r = -math.log(num_columns) - logsumexp(M + c[:, None], 0)
+        new = -math.log(num_rows) - logsumexp(M + r, 1)
+        if count % 10 == 0:
+            error = np.abs(np.expm1(c - new)).sum()
+        c, count = new, count + 1
+    return (M + r).argmax(1), error, count
+
+
+def logits(num_rows, num_columns, seed=0, spread=3.0):
+    return spread * np.random.default_rng(seed).standard_normal((num_rows, num_columns))
+
+
+def run(scores, lamb=10.0, tolerance=0.1, world=None, num_rows=None):
+    scores = torch.tensor(scores)
+    return scores, sinkhorn.sinkhorn_knopp(scores, num_rows or len(scores), lamb, tolerance, world or one_process(), "")
+
+
+@settings(max_examples=30)
+@given(st.integers(2, 60), st.integers(2, 12), st.sampled_from([1.0, 5.0, 10.0]), st.integers(0, 99))
+def test_labels_error_and_iterations_are_those_of_the_loop(num_rows, num_columns, lamb, seed):
+    x = logits(num_rows, num_columns, seed, spread=1.0)
+    labels, error, iterations = slow(np.exp(x - logsumexp(x, 1, keepdims=True)), lamb, 0.1)
+    _, made = run(x, lamb)
+    assert (made.labels.tolist(), made.iterations) == (labels.tolist(), iterations)
+    assert made.error == pytest.approx(error, rel=1e-6, abs=1e-12)
+    _, shifted = run(x + np.arange(num_rows)[:, None], lamb)  # logits: a row may be shifted
+    assert torch.equal(shifted.labels, made.labels) and shifted.iterations == iterations
+
+
+def test_the_transport_gives_every_row_and_every_cluster_its_share():
+    A, made = run(logits(200, 7), 25.0, tolerance=1e-9)
+    Q = made.rows[:, None] * A * made.columns
+    torch.testing.assert_close(Q.sum(0), torch.full((7,), 1 / 7, dtype=Q.dtype), rtol=1e-9, atol=0)
+    torch.testing.assert_close(Q.sum(1), torch.full((200,), 1 / 200, dtype=Q.dtype), rtol=1e-12, atol=0)
+    assert made.labels.bincount().min() >= 200 // 7 - 2
+
+
+@pytest.mark.parametrize(
+    ("name", "lamb", "spread", "offset"),
+    [("peaked", 25.0, 12.0, 0.0), ("dead clusters", 25.0, 2.0, -60.0), ("a living cluster", 25.0, 2.0, 60.0),
+     ("large lambda", 300.0, 1.0, 0.0), ("flat", 25.0, 0.001, 0.0)],
+)  # fmt: skip
+def test_nothing_underflows(name, lamb, spread, offset):
+    """Where p^lambda is 0 in float64: the labels are those of the iteration in logarithms."""
+    x = logits(40, 5, spread=spread)
+    x[:, :2] += [offset, 1.5 * offset]
+    labels, error, iterations = slow_in_logarithms(x, lamb, 0.1)
+    _, made = run(x, lamb)
+    assert (made.labels.tolist(), made.iterations) == (labels.tolist(), iterations)
+    assert made.error == pytest.approx(error, rel=1e-4, abs=1e-9)
+    if offset < 0:
+        with np.errstate(all="ignore"):
+            assert np.isnan(slow(np.exp(x - logsumexp(x, 1, keepdims=True)), lamb, 0.1)[1]), "the official loop's end"
+
+
+def test_scores_beyond_float64_still_give_every_cluster_images():
+    _, made = run(logits(300, 10, spread=300.0), 25.0)
+    assert math.isfinite(made.error) and made.error <= 0.1
+    assert made.labels.bincount(minlength=10).min() > 10
+
+
+def _of_rank(world, x, lamb, bounds):
+    own = slice(*bounds[world.place.rank : world.place.rank + 2])
+    return run(x[own], lamb, world=world, num_rows=len(x))[1]
+
+
+@pytest.mark.parametrize("bounds", [(0, 30, 60), (0, 1, 60), (0, 0, 60), (0, 20, 40, 60), (0, 15, 30, 45, 60)])
+def test_any_number_of_ranks_makes_the_same_labels(bounds):
+    """Rows split evenly and unevenly; one rank has none."""
+    x = logits(60, 9)
+    _, alone = run(x, 25.0)
+    parts = thread_world.run(lambda world: _of_rank(world, x, 25.0, bounds), Grid(len(bounds) - 1, 1))
+    assert torch.equal(torch.cat([part.labels for part in parts]), alone.labels)
+    for part in parts:
+        assert part.iterations == alone.iterations and part.error == pytest.approx(alone.error, rel=1e-9)
+        assert torch.equal(part.columns, parts[0].columns)
+
+
+def test_blocks_do_not_matter(monkeypatch):
+    x = logits(60, 9)
+    A, made = run(x)
+    monkeypatch.setitem(sinkhorn.BLOCK, "cpu", 7 * 9 * 8)
+    B, again = run(x)
+    assert torch.equal(made.labels, again.labels) and made.iterations == again.iterations
+    torch.testing.assert_close(A, B, rtol=1e-12, atol=0)
+
+
+def test_the_scores_are_worked_on_in_place():
+    scores = torch.tensor(logits(50, 4))
+    before = scores.data_ptr(), scores.clone()
+    sinkhorn.sinkhorn_knopp(scores, 50, 10.0, 0.1, one_process(), "")
+    assert scores.data_ptr() == before[0] and not torch.equal(scores, before[1])
+    assert scores.amax(1).eq(1).all() and scores.amax(0).eq(1).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_scores_that_are_not_finite_end_the_run_on_all_ranks(bad):
+    x = logits(60, 9)
+    x[3, 4] = bad
+    ends = thread_world.run(lambda world: _fault(lambda: _of_rank(world, x, 25.0, (0, 30, 60))), Grid(2, 1))
+    assert all("not finite" in str(end) and end.agreed for end in ends)
+
+
+def test_a_transport_without_an_end_is_a_fault(monkeypatch):
+    monkeypatch.setattr(sinkhorn, "PATIENCE", 20)
+    end = _fault(lambda: run(logits(200, 7), tolerance=0.0))
+    assert "after 21 iterations" in str(end) and "tolerance" in str(end)
+
+
+def _fault(action):
+    with pytest.raises(Fault) as caught:
+        action()
+    return caught.value
