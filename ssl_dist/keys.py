@@ -66,6 +66,12 @@ def uniforms(key: np.uint64, count: int) -> np.ndarray:
     return (_draws(key, count) >> np.uint64(11)) * 2.0**-53
 
 
+def normals(key: np.uint64, count: int) -> np.ndarray:
+    """Draws of the standard normal distribution, float64 [count] (Box & Muller, 1958)."""
+    first, second = uniforms(key, 2 * count).reshape(2, count)
+    return np.sqrt(-2 * np.log1p(-first)) * np.cos(2 * np.pi * second)
+
+
 @njit(cache=True, nogil=True)
 def _fold_rows(key, firsts, seconds, out):
     for i in range(len(firsts)):
