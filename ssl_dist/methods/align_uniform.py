@@ -1,0 +1,65 @@
+"""Alignment and uniformity on the hypersphere (Wang & Isola, ICML 2020, arXiv:2005.10242).
+
+Two views of every image of a mini-batch are embedded on the unit sphere. The loss draws the two embeddings of an image
+together and spreads the images over the sphere, like charges that repel each other by a Gaussian potential. The
+defaults are those of the SFRIK paper (arXiv:2208.00789), where the method is called AUH.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from ssl_dist.config import NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from ssl_dist.errors import UserError
+from ssl_dist.methods.base import Batch, Info, Output, SSLMethod
+from ssl_dist.nn import mlp
+
+
+class Options(Section):
+    projector: list[PositiveInt] = Field(
+        default_factory=lambda: [8192, 8192, 8192],
+        min_length=1,
+        description="widths of the projector's layers; the last is that of the embeddings",
+    )
+    sim_coeff: NonNegativeFloat = Field(
+        3000.0, description="weight of the alignment, a mean over dimensions: it goes with the embedding's width"
+    )
+    unif_coeff: NonNegativeFloat = Field(1.0, description="weight of the uniformity")
+    scale: PositiveFloat = Field(2.5, description="t of the potential exp(-t |x - y|^2)")
+
+
+def uniformity(z_MD: Tensor, scale: float) -> Tensor:
+    """log mean_{i != j} exp(-scale |z_i - z_j|^2) of unit rows (section 4.1.2); |z_i - z_j|^2 = 2 - 2 <z_i, z_j>."""
+    exponents = -2 * scale * (1 - z_MD @ z_MD.T)
+    exponents.fill_diagonal_(-math.inf)
+    num_images = len(z_MD)
+    return exponents.flatten().logsumexp(0) - math.log(num_images * (num_images - 1))
+
+
+class Method(SSLMethod):
+    Options = Options
+    num_views = 2
+    views_together = False
+
+    def __init__(self, backbone: nn.Module, info: Info, options: Options):
+        super().__init__(backbone, info, options)
+        if info.batch_size < 2:
+            raise UserError("optim.batch_size = 1: uniformity needs another image; give 2 or more")
+        self.projector = mlp([info.feature_dim, *options.projector])
+
+    def embed(self, images: Tensor) -> Tensor:
+        return self.projector(self.backbone(images))
+
+    def forward(self, batch: Batch, world) -> Output:
+        """The loss is small work on [M, M] and computed in full on every rank. Metrics: the unweighted terms."""
+        z_KMD = self.gathered(batch, world, self.embed)
+        with torch.autocast(z_KMD.device.type, enabled=False):
+            x_MD, y_MD = F.normalize(z_KMD, dim=-1)
+            alignment = F.mse_loss(x_MD, y_MD)
+            spread = (uniformity(x_MD, self.options.scale) + uniformity(y_MD, self.options.scale)) / 2
+        loss = self.options.sim_coeff * alignment + self.options.unif_coeff * spread
+        metrics = {"alignment": alignment.detach(), "uniformity": spread.detach()}
+        return Output(loss, metrics, representations=z_KMD.detach())

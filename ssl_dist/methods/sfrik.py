@@ -1,0 +1,153 @@
+"""SFRIK: self-supervised learning with rotation-invariant kernels (Zheng, Puy, Riccietti, Perez & Gribonval, ICLR 2023,
+arXiv:2208.00789).
+
+Views of every image of a mini-batch are embedded on the unit sphere of q dimensions. The loss draws the embeddings of
+an image together and brings the distribution of each view's embeddings close to the uniform one, measured by the
+maximum mean discrepancy of a kernel psi(<x, y>) that does not change when the sphere is turned: a sum of Legendre
+polynomials up to a truncation order L.
+
+One form covers the official three. General views are compared with every other view:
+    two views      general [0]       reg_small true
+    OBoW           general [0]       the whole image first, then crops and patches; regularised all or only the image
+    SwAV           general [0, 1]    the large crops first, then the small ones; regularised all or only the large ones
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.polynomial import Polynomial
+from pydantic import Field
+from torch import Tensor, nn
+
+from ssl_dist.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Section
+from ssl_dist.errors import UserError
+from ssl_dist.methods.base import Batch, Info, Output, SSLMethod
+from ssl_dist.nn import mlp
+
+
+class Options(Section):
+    projector: list[PositiveInt] = Field(
+        default_factory=lambda: [8192, 8192, 8192],
+        min_length=1,
+        description="widths of the projector's layers; the last is q, that of the embeddings",
+    )
+    sim_coeff: NonNegativeFloat = Field(
+        4000.0, description="weight of the invariance, a mean over dimensions: 4000 for q = 8192, 40000 for 32768"
+    )
+    mmd_coeff: NonNegativeFloat = Field(1.0, description="weight of the discrepancy from the uniform distribution")
+    weights: list[NonNegativeFloat] = Field(
+        default_factory=lambda: [1.0, 40.0, 40.0],
+        min_length=1,
+        description="of the Legendre polynomials of degree 1, 2, ... L in the kernel",
+    )
+    general: list[NonNegativeInt] = Field(
+        default_factory=lambda: [0],
+        min_length=1,
+        description="views, counted over all groups, that the others are compared with; SwAV's form: [0, 1]",
+    )
+    reg_small: bool = Field(True, description="regularise the distribution of every view; false: of the general ones")
+
+
+# ---------------------------------------------------------------------------------------------------- kernel
+
+
+def legendre(dim: int, degree: int) -> Polynomial:
+    """The Legendre polynomial of a degree >= 1 in `dim` >= 2 dimensions; 1 at t = 1.
+
+    By the recurrence (k + dim - 2) P_{k+1} = (2k + dim - 2) t P_k - k P_{k-1} from P_0 = 1, P_1 = t.
+    """
+    before, now = Polynomial([1.0]), Polynomial([0.0, 1.0])
+    for k in range(1, degree):
+        before, now = now, ((2 * k + dim - 2) * Polynomial([0.0, 1.0]) * now - k * before) / (k + dim - 2)
+    return now
+
+
+def kernel(dim: int, weights: list[float]) -> list[float]:
+    """Coefficients c_0 .. c_L of psi(t) = sum_k weights[k-1] P_k(t) = sum_k c_k t^k."""
+    coefficients = np.zeros(len(weights) + 1)
+    for degree, weight in enumerate(weights, 1):
+        coefficients[: degree + 1] += weight * legendre(dim, degree).coef
+    return coefficients.tolist()
+
+
+def polynomial(t: Tensor, coefficients: list[float]) -> Tensor:
+    """sum_k coefficients[k] t^k, by Horner's rule."""
+    *others, value = coefficients
+    for c in reversed(others):
+        value = value * t + c
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------- losses
+
+
+def discrepancy(z_MD: Tensor, weights: list[float], lo: int = 0, hi: int | None = None) -> Tensor:
+    """What the rows lo..hi-1 of the Gram matrix add to mean_{i, j} psi(<z_i, z_j>) of unit rows z, i = j included.
+
+    This is the squared maximum mean discrepancy from the uniform distribution on the sphere. Nothing is larger than
+    the Gram matrix.
+    """
+    gram = z_MD[lo:hi] @ z_MD.T
+    return polynomial(gram, kernel(z_MD.shape[1], weights)).sum() / len(z_MD) ** 2
+
+
+def invariance(z_KMD: Tensor, general: list[int]) -> Tensor:
+    """The mean over general views g and the other views v of mean (z_g - z_v)^2, over images and dimensions."""
+    others = [(g, v) for g in general for v in range(len(z_KMD)) if v != g]
+    return sum(F.mse_loss(z_KMD[g], z_KMD[v]) for g, v in others) / len(others)
+
+
+# ---------------------------------------------------------------------------------------------------- method
+
+
+class Method(SSLMethod):
+    Options = Options
+    free_views = True
+
+    def __init__(self, backbone: nn.Module, info: Info, options: Options):
+        super().__init__(backbone, info, options)
+        self.num_views = sum(num for num, _ in info.view_groups)
+        if self.num_views < 2:
+            raise UserError(f"views.num = {self.num_views}: sfrik compares views of an image; give 2 or more")
+        if max(options.general) >= self.num_views or len(set(options.general)) < len(options.general):
+            raise UserError(
+                f"method.options.general = {options.general}: give different numbers of the views, "
+                f"which are 0 to {self.num_views - 1}"
+            )
+        if options.projector[-1] < 2:
+            raise UserError(
+                "method.options.projector: the last width is 1, and there is no such sphere; give 2 or more"
+            )
+        # As in the official code: two views pass one after the other, of multicrop all of one size together.
+        self.views_together = self.num_views > 2
+        self.projector = mlp([info.feature_dim, *options.projector])
+
+    @classmethod
+    def explain(cls, num_views: int, batch_size: int, options: Options, world_size: int = 1) -> dict[str, str]:
+        regularised = num_views if options.reg_small else len(options.general)
+        weights = ", ".join(f"{w:g}" for w in options.weights)
+        rows, mib = -(-batch_size // world_size), batch_size * 4 / 2**20
+        return {
+            "kernel": f"L = {len(options.weights)}, weights {weights}; on {regularised} of {num_views} views",
+            "Gram matrices": f"{rows} of {batch_size} rows a rank, {rows * mib:.1f} MiB for each view and degree; "
+            f"all embeddings {num_views * options.projector[-1] * mib:.1f} MiB",
+        }
+
+    def embed(self, images: Tensor) -> Tensor:
+        return self.projector(self.backbone(images))
+
+    def forward(self, batch: Batch, world) -> Output:
+        """Every rank takes its even share of the rows of the Gram matrices. Metrics: the unweighted terms."""
+        embeddings = self.gathered(batch, world, self.embed)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            similar, share = self.terms(embeddings, *world.share(embeddings.shape[1]))
+        loss = self.options.sim_coeff * similar + self.options.mmd_coeff * world.from_share(share)
+        metrics = {"invariance": similar.detach(), "discrepancy": world.reduce(share.detach())}
+        return Output(loss, metrics, representations=embeddings.detach())
+
+    def terms(self, embeddings_KMD: Tensor, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+        """The invariance, and what rows lo..hi-1 of the Gram matrices add to the discrepancy."""
+        z_KMD, options = F.normalize(embeddings_KMD, dim=-1), self.options
+        regularised = range(self.num_views) if options.reg_small else options.general
+        share = sum(discrepancy(z_KMD[v], options.weights, lo, hi) for v in regularised) / len(regularised)
+        return invariance(z_KMD, options.general), share

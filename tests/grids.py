@@ -1,0 +1,62 @@
+"""One method on a grid of ranks that are threads, as the training loop would run it."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ssl_dist.methods.base import Batch, Output
+from tests import thread_world
+
+
+class Backbone(nn.Module):
+    """Linear and BatchNorm: wrong statistics or gradients across ranks would show."""
+
+    feature_dim = 6
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.bn = nn.Linear(5, self.feature_dim, bias=False), nn.BatchNorm1d(self.feature_dim)
+
+    def forward(self, x):
+        return self.bn(self.linear(x))
+
+
+@dataclass
+class Found:
+    loss: Tensor  # of the global batch
+    gradients: dict[str, Tensor]  # averaged over the ranks, as DDP does
+    buffers: list[dict[str, Tensor]]  # of every rank
+    outputs: list[Output]
+
+
+def batch_of(*groups):
+    """One rank's batch of views [V, B, inputs], a tensor a group."""
+    ids = torch.arange(sum(map(len, groups))).split([len(group) for group in groups])
+    return Batch(list(groups), list(ids), torch.arange(groups[0].shape[1]), None)
+
+
+def gradients(method):
+    return {name: p.grad.clone() for name, p in method.named_parameters()}
+
+
+def run(method, grid, *groups):
+    """The step of a copy of `method` on every rank."""
+    num_images = groups[0].shape[1]
+
+    def rank(world):
+        own = world.synchronize_batchnorm(copy.deepcopy(method)).train()
+        images = slice(*_ends(grid.image_range(world.place.rank, num_images)))
+        local = [group[slice(*_ends(grid.view_range(world.place.rank, len(group)))), images] for group in groups]
+        output = own(batch_of(*local), world)
+        output.loss.backward()
+        return output, gradients(own), dict(own.named_buffers())
+
+    outputs, of_ranks, buffers = zip(*thread_world.run(rank, grid), strict=True)
+    mean = {name: torch.stack([g[name] for g in of_ranks]).mean(0) for name in of_ranks[0]}
+    return Found(torch.stack([o.loss.detach() for o in outputs]).mean(), mean, list(buffers), list(outputs))
+
+
+def _ends(places):
+    return places.start, places.stop
