@@ -153,12 +153,15 @@ class RelationModule(nn.Module):
 
 
 class DotProduct(nn.Module):
-    """The ablation of the head: the score of a pair is the dot product of its rows."""
+    """The ablation of the head: the score of a pair is the dot product of its rows, over the root of their width.
+
+    Without the root, sums over many rectified features saturate the sigmoid before the first step.
+    """
 
     can_sweep = False
 
     def forward(self, z_ND: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        return (z_ND[left] * z_ND[right]).sum(1)
+        return (z_ND[left] * z_ND[right]).sum(1) / z_ND.shape[1] ** 0.5
 
 
 # ---------------------------------------------------------------------------------------------------- method
