@@ -1,0 +1,133 @@
+"""Every method, stopped and resumed: weights, buffers, optimizer and metrics are bit for bit those of a run that went
+through. A new file in ssl_dist/methods is tested here by its configs/digits/<name>-conv4.yaml, without an edit."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ssl_dist import checkpoint, config, methods
+from ssl_dist.blueprint import derive
+from ssl_dist.dist import one_process
+from ssl_dist.place import Place
+from ssl_dist.stop import STOPPED
+from ssl_dist.train import claimed, fit
+from ssl_dist.training import Training
+
+TRAINED = [name for name in methods.names() if methods.find(name).trainable]
+STEPS = 24  # two epochs of ten steps and a part of the third
+TIMES = ("images_per_s", "views_per_s", "data_wait", "seconds_per_step")
+
+
+class StopAfter:
+    """A StopRequest that comes up in the step after which `step` steps are completed."""
+
+    def __init__(self, training, step):
+        self.left, self.saving = step - training.clock.step, False
+
+    @property
+    def requested(self):
+        self.left -= 1
+        return self.left == 0
+
+
+class Watched(Training):
+    """The real training, which notes before which steps the method looked at all images."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.relabelled = set()
+
+    def extract_at(self, clock):
+        extract = super().extract_at(clock)
+
+        def noted(*arguments, **options):
+            self.relabelled.add(clock.step)
+            return extract(*arguments, **options)
+
+        return noted
+
+
+def settings(name, digits, run, precision):
+    return config.load(
+        f"configs/digits/{name}-conv4.yaml",
+        [
+            f"data.root={digits}", f"run_dir={run}", "data.limit=168", "data.reader=arrays", "data.workers=1",
+            "optim.batch_size=16", "optim.epochs=null", f"optim.steps={STEPS}", f"precision={precision}",
+            "checkpoint.every_epochs=null", "log.every_steps=1", "compile=false",
+        ],
+    )  # fmt: skip
+
+
+def train(wanted, until, session):
+    """Go on with the run until `until` steps are completed; the steps before which the method relabelled.
+
+    session: a number of which nothing may depend, the seed of torch's and numpy's own generators.
+    """
+    blueprint, world = derive(wanted, Place()), one_process()
+    with claimed(blueprint, world):
+        training = Watched(blueprint, world)
+        torch.manual_seed(session), np.random.seed(session)
+        assert fit(training, StopAfter(training, until)) == (0 if until == STEPS else STOPPED)
+    return training.relabelled
+
+
+def stops(relabelled):
+    """Half-way; and for a method that relabels, right before its last relabelling and between the last two."""
+    found = {STEPS // 2}
+    later = sorted(step for step in relabelled if step > 0)
+    if later:
+        *_, before, last = 0, *later
+        found |= {last, (before + last) // 2} - {0}
+    return sorted(found)
+
+
+def final(run):
+    """Everything of the last checkpoint that a step depends on, name -> tensor or number."""
+    state = checkpoint.load(checkpoint.newest(run))
+    assert state["step"] == STEPS
+    kept = {f"method.{name}": value for name, value in state["method"].items()}
+    for number, entry in state["optimizer"]["state"].items():
+        kept |= {f"optimizer.{number}.{name}": value for name, value in entry.items()}
+    for group in state["optimizer"]["param_groups"]:
+        kept |= {f"optimizer.{name}": value for name, value in group.items()}
+    return kept
+
+
+def metrics(run):
+    """Of every step, as text, in which a NaN is equal to itself."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: json.dumps({key: v for key, v in line.items() if key not in TIMES}) for line in lines}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_resumed_run_is_the_uninterrupted_one(name, precision, digits, tmp_path):
+    whole, parts = (settings(name, digits, tmp_path / run, precision) for run in ("whole", "parts"))
+    relabelled = train(whole, STEPS, session=0)
+    for session, until in enumerate([*stops(relabelled), STEPS], start=1):
+        relabelled -= train(parts, until, session)
+        assert checkpoint.steps(Path(parts.run_dir))[-1] == until
+    assert not relabelled, f"the resumed run did not relabel before steps {relabelled}"
+    one, other = final(Path(whole.run_dir)), final(Path(parts.run_dir))
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        same = torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key]
+        assert same, f"{key} differs"
+    assert metrics(Path(whole.run_dir)) == metrics(Path(parts.run_dir))
+    assert list(metrics(Path(whole.run_dir))) == list(range(1, STEPS + 1))
+
+
+def test_where_a_run_is_stopped():
+    assert stops(set()) == [12]
+    assert stops({0}) == [12]
+    assert stops({0, 10, 20}) == [12, 15, 20]
+    assert stops({0, 4}) == [2, 4, 12]
+
+
+def test_every_method_has_its_config():
+    missing = [name for name in methods.names() if not Path(f"configs/digits/{name}-conv4.yaml").exists()]
+    assert not missing
