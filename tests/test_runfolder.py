@@ -79,7 +79,9 @@ def test_what_changes_the_numbers_is_refused_by_name(tmp_path, changes, key):
         runfolder.accept(tmp_path, make(**changes))
 
 
-@pytest.mark.parametrize("scheduled", [{"optim__schedule": "cosine"}, {"method__name": "relic"}])
+@pytest.mark.parametrize(
+    "scheduled", [{"optim__schedule": "cosine"}, {"method__name": "relic"}, {"method__name": "sela"}]
+)
 def test_a_scheduled_run_may_not_grow(tmp_path, scheduled):
     runfolder.claim(tmp_path)
     trained(tmp_path, **scheduled)

@@ -66,6 +66,7 @@ def heads_loss(logits_HBK: list[Tensor], labels_HB: Tensor) -> Tensor:
 class Method(SSLMethod):
     Options = Options
     num_views = 1
+    fixed_length = True  # the relabelings
 
     def __init__(self, backbone: nn.Module, info: Info, options: Options):
         super().__init__(backbone, info, options)
