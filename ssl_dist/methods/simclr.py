@@ -1,0 +1,93 @@
+"""SimCLR (Chen, Kornblith, Norouzi & Hinton, ICML 2020, arXiv:2002.05709).
+
+Two views of every image are encoded and projected. To every view, all 2M - 1 others are candidates, and the other view
+of its image, the partner, shall be the most similar one.
+"""
+
+import math
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from ssl_dist.config import PositiveFloat, PositiveInt, Section
+from ssl_dist.errors import UserError
+from ssl_dist.methods.base import Batch, Info, Output, SSLMethod
+from ssl_dist.nn import mlp
+
+
+class Options(Section):
+    loss: Literal["nt_xent", "log_of_mean"] = Field(
+        "nt_xent",
+        description="nt_xent: minus the mean log probability of the partner, as in the paper; log_of_mean: minus the "
+        "log of its mean probability, as in the official code of relational reasoning",
+    )
+    temperature: PositiveFloat = Field(0.5, description="what cosine similarities are divided by")
+    projector: Annotated[list[PositiveInt], Field(min_length=1)] = Field(
+        default_factory=lambda: [256, 64], description="widths of the projector's layers, the embedding's the last"
+    )
+    activation: Literal["relu", "leaky_relu"] = Field("relu", description="between the projector's layers")
+    last_bias: bool = Field(False, description="whether the projector's last layer has a bias")
+
+
+ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU}
+
+
+def candidates(z_ND: Tensor, temperature: float, lo: int = 0, hi: int | None = None) -> tuple[Tensor, Tensor]:
+    """For the anchors lo..hi-1: cosine similarity to each of the N rows, divided by the temperature, [hi - lo, N], -inf
+    to itself; and the row of the partner, [hi - lo].
+
+    z: N = 2M embeddings, view-major, so that rows i and i + M are the two views of an image.
+    """
+    unit, rows = F.normalize(z_ND, dim=1), torch.arange(len(z_ND), device=z_ND.device)
+    anchors = rows[lo:hi]
+    logits = unit[anchors] @ unit.T / temperature
+    return logits.masked_fill(anchors[:, None] == rows, -torch.inf), (anchors + len(rows) // 2) % len(rows)
+
+
+def nt_xent(log_probability_N: Tensor) -> Tensor:
+    """The normalised temperature-scaled cross-entropy (equation 1) from every anchor's log probability of its partner,
+    which is the softmax over its candidates."""
+    return -log_probability_N.mean()
+
+
+def log_of_mean(log_probability_N: Tensor) -> Tensor:
+    """Minus the log of the mean probability; anchors that find their partner weigh more than in `nt_xent`."""
+    return math.log(len(log_probability_N)) - torch.logsumexp(log_probability_N, 0)
+
+
+LOSSES = {"nt_xent": nt_xent, "log_of_mean": log_of_mean}
+
+
+class Method(SSLMethod):
+    Options = Options
+    num_views = 2
+
+    def __init__(self, backbone: nn.Module, info: Info, options: Options):
+        super().__init__(backbone, info, options)
+        if info.batch_size < 2:
+            raise UserError("optim.batch_size = 1: simclr compares a view with those of other images; give 2 or more")
+        self.projector = mlp([info.feature_dim, *options.projector], options.last_bias, ACTIVATIONS[options.activation])
+
+    @classmethod
+    def explain(cls, num_views: int, batch_size: int, options: Options, world_size: int = 1) -> dict[str, str]:
+        rows = num_views * batch_size
+        loss = f"{options.loss}, temperature {options.temperature:g}"
+        return {"similarities": f"{rows} x {rows} a step, {-(-rows // world_size)} x {rows} a rank; {loss}"}
+
+    def forward(self, batch: Batch, world) -> Output:
+        """This rank compares its even share of the views with all those of the global batch.
+
+        Metrics: accuracy, how often the partner is the most similar candidate, in percent.
+        """
+        z_ND = self.gathered(batch, world, lambda images: self.projector(self.backbone(images))).flatten(0, 1)
+        lo, hi = world.share(len(z_ND))
+        with torch.autocast(z_ND.device.type, enabled=False):  # exponentials of similarities: never in half precision
+            logits, partner = candidates(z_ND, self.options.temperature, lo, hi)
+            share = -F.cross_entropy(logits, partner, reduction="none")
+            log_probability = world.sum(F.pad(share, (lo, len(z_ND) - hi)))  # one number an anchor, now on every rank
+            loss = LOSSES[self.options.loss](log_probability)
+        correct = world.reduce((logits.detach().argmax(1) == partner).sum())
+        return Output(loss, {"accuracy": 100 * correct / len(z_ND)}, representations=z_ND.detach())

@@ -1,0 +1,136 @@
+"""SimCLR's two losses against loops written from the paper, on one rank and on several."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssl_dist import methods
+from ssl_dist.dist import one_process
+from ssl_dist.errors import UserError
+from ssl_dist.grid import Grid
+from ssl_dist.methods import simclr
+from ssl_dist.methods.base import Info
+from tests import grids
+
+EXACT = {"rtol": 1e-9, "atol": 1e-12}
+
+
+def make(dtype=torch.float64, batch_size=6, **options):
+    torch.manual_seed(0)
+    info = Info(100, 0, ((2, 32),), batch_size, 1.0, grids.Backbone.feature_dim)
+    return simclr.Method(grids.Backbone(), info, simclr.Options(**({"projector": [8, 7]} | options))).to(dtype).train()
+
+
+def views(dtype=torch.float64):
+    return torch.randn(2, 6, 5, dtype=dtype, generator=torch.Generator().manual_seed(1))
+
+
+def slow_probabilities(z_ND, temperature):
+    """Every view's probability of its partner among all other views."""
+    n = len(z_ND)
+    cosine = [[z_ND[i] @ z_ND[j] / (z_ND[i].norm() * z_ND[j].norm()) for j in range(n)] for i in range(n)]
+    partners = [(i + n // 2) % n for i in range(n)]
+    return [
+        (cosine[i][partners[i]] / temperature).exp()
+        / sum((cosine[i][j] / temperature).exp() for j in range(n) if j != i)
+        for i in range(n)
+    ], [max((j for j in range(n) if j != i), key=lambda j: cosine[i][j]) == partners[i] for i in range(n)]
+
+
+def slow_loss(z_ND, kind, temperature):
+    p, _ = slow_probabilities(z_ND, temperature)
+    return -sum(x.log() for x in p) / len(p) if kind == "nt_xent" else -(sum(p) / len(p)).log()
+
+
+def reference(method, both):
+    method = copy.deepcopy(method)
+    z_ND = method.projector(method.backbone(both.flatten(0, 1)))
+    loss = slow_loss(z_ND, method.options.loss, method.options.temperature)
+    loss.backward()
+    right = slow_probabilities(z_ND.detach(), method.options.temperature)[1]
+    return loss.detach(), 100 * sum(right) / len(right), grids.gradients(method), dict(method.named_buffers())
+
+
+@pytest.mark.parametrize("grid", [Grid(1, 1), Grid(2, 1), Grid(3, 1)], ids=str)
+@pytest.mark.parametrize("loss", simclr.LOSSES)
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.1, "activation": "leaky_relu", "last_bias": True}], ids=str)
+def test_any_number_of_ranks_equals_the_loops(grid, loss, options):
+    method, both = make(loss=loss, **options), views()
+    wanted, accuracy, gradients, buffers = reference(method, both)
+    found = grids.run(method, grid, both)
+    torch.testing.assert_close(found.loss, wanted, **EXACT)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found.gradients[name], gradient, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
+    for output, ours in zip(found.outputs, found.buffers, strict=True):
+        assert float(output.metrics["accuracy"]) == pytest.approx(accuracy)
+        assert output.representations.shape == (12, 7)
+        torch.testing.assert_close(output.loss.detach(), wanted, **EXACT)
+        for name, buffer in buffers.items():
+            torch.testing.assert_close(ours[name], buffer, **EXACT)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 6), st.data())
+def test_shares_of_anchors_join(num_images, data):
+    z = torch.randn(2 * num_images, 4, dtype=torch.float64)
+    cut = data.draw(st.integers(0, len(z)))
+    whole = simclr.candidates(z, 0.2)
+    parts = [simclr.candidates(z, 0.2, *ends) for ends in ((0, cut), (cut, len(z)))]
+    for joined, wanted in zip(map(torch.cat, zip(*parts, strict=True)), whole, strict=True):
+        torch.testing.assert_close(joined, wanted, **EXACT)
+
+
+@pytest.mark.parametrize("loss", simclr.LOSSES)
+@pytest.mark.parametrize("temperature", [1e-3, 1e3])
+def test_extreme_temperatures_are_finite(loss, temperature):
+    """exp(1 / temperature) is infinite in either precision."""
+    z = torch.randn(12, 5, requires_grad=True)
+    logits, partner = simclr.candidates(z, temperature)
+    value = simclr.LOSSES[loss](-F.cross_entropy(logits, partner, reduction="none"))
+    value.backward()
+    assert value.isfinite() and z.grad.isfinite().all()
+    if temperature == 1e3:
+        assert value.item() == pytest.approx(math.log(11), abs=1e-2)
+
+
+def test_half_precision_is_scored_in_float32():
+    method = make(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = method(grids.batch_of(views(torch.float32)), one_process())
+    assert output.loss.dtype == output.representations.dtype == torch.float32
+    output.loss.backward()
+    assert all(p.grad.isfinite().all() for p in method.parameters())
+
+
+@pytest.mark.parametrize("loss", simclr.LOSSES)
+def test_it_learns_what_views_share(loss):
+    torch.manual_seed(0)
+    method = make(torch.float32, loss=loss)
+    adam = torch.optim.Adam(method.parameters(), 1e-2)
+    for _ in range(60):
+        batch = 3 * torch.randn(1, 8, 5) + 0.1 * torch.randn(2, 8, 5)
+        adam.zero_grad()
+        output = method(grids.batch_of(batch), one_process())
+        output.loss.backward()
+        adam.step()
+    assert output.metrics["accuracy"] > 85
+
+
+def test_options():
+    options = methods.build_options(simclr.Method, {})
+    assert (options.loss, options.temperature, options.projector) == ("nt_xent", 0.5, [256, 64])
+    assert "256 x 256 a step, 64 x 256 a rank" in simclr.Method.explain(2, 128, options, 4)["similarities"]
+    for wrong in ({"los": "nt_xent"}, {"loss": "infonce"}, {"temperature": 0.0}, {"projector": []}):
+        with pytest.raises(UserError, match=f"method.options.{next(iter(wrong))}"):
+            methods.build_options(simclr.Method, wrong)
+    with pytest.raises(UserError, match=r"optim\.batch_size = 1"):
+        make(batch_size=1)
+    assert [name for name in make(last_bias=True).state_dict() if "projector" in name] == [
+        "projector.0.weight", "projector.1.weight", "projector.1.bias", "projector.1.running_mean",
+        "projector.1.running_var", "projector.1.num_batches_tracked", "projector.3.weight", "projector.3.bias",
+    ]  # fmt: skip
