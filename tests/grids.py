@@ -31,25 +31,27 @@ class Found:
     outputs: list[Output]
 
 
-def batch_of(*groups):
-    """One rank's batch of views [V, B, inputs], a tensor a group."""
+def batch_of(*groups, labels=None, images=None):
+    """One rank's batch of views [V, B, inputs], a tensor a group; images: their ids, 0, 1, ... by default."""
     ids = torch.arange(sum(map(len, groups))).split([len(group) for group in groups])
-    return Batch(list(groups), list(ids), torch.arange(groups[0].shape[1]), None)
+    images = torch.arange(groups[0].shape[1]) if images is None else images
+    return Batch(list(groups), list(ids), images, labels, images)
 
 
 def gradients(method):
     return {name: p.grad.clone() for name, p in method.named_parameters()}
 
 
-def run(method, grid, *groups):
-    """The step of a copy of `method` on every rank."""
+def run(method, grid, *groups, labels=None):
+    """The step of a copy of `method` on every rank. labels: of the images of the global batch."""
     num_images = groups[0].shape[1]
 
     def rank(world):
         own = world.synchronize_batchnorm(copy.deepcopy(method)).train()
         images = slice(*_ends(grid.image_range(world.place.rank, num_images)))
         local = [group[slice(*_ends(grid.view_range(world.place.rank, len(group)))), images] for group in groups]
-        output = own(batch_of(*local), world)
+        own_labels = None if labels is None else labels[images]
+        output = own(batch_of(*local, labels=own_labels, images=torch.arange(num_images)[images]), world)
         output.loss.backward()
         return output, gradients(own), dict(own.named_buffers())
 

@@ -1,0 +1,56 @@
+"""Supervised classification, the upper end of every table: cross-entropy on the labels of the training split.
+
+With pseudo-labels in place of the labels (`data.labels`) and `rotation` it is the retraining of self-labelling (Asano,
+Rupprecht & Vedaldi, ICLR 2020, arXiv:1911.05371): the label is told from the upright image and, as a second task, the
+turn from the image turned by quarters (methods/rotation.py).
+"""
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from ssl_dist.config import Section
+from ssl_dist.errors import UserError
+from ssl_dist.methods.base import Batch, Info, Output, SSLMethod
+from ssl_dist.methods.rotation import TURNS, turn_targets, turned
+
+
+class Options(Section):
+    rotation: bool = Field(False, description="also tell by how many quarters an image is turned; both losses weigh 1")
+
+
+class Method(SSLMethod):
+    Options = Options
+    needs_labels = True
+    num_views = 1
+
+    def __init__(self, backbone: nn.Module, info: Info, options: Options):
+        super().__init__(backbone, info, options)
+        if info.num_classes < 1:
+            raise UserError("data.split: supervised needs labels and there are none; choose a labelled split")
+        self.classifier = nn.Linear(info.feature_dim, info.num_classes)
+        if options.rotation:
+            self.rotation_classifier = nn.Linear(info.feature_dim, TURNS)
+
+    def represent(self, batch: Batch, network=None) -> list[Tensor]:
+        """Of every image [1, B_local, D]; with rotation of its four turns, [4, B_local, D], the upright ones first."""
+        return super().represent(turned(batch) if self.options.rotation else batch, network)
+
+    def forward(self, batch: Batch, world) -> Output:
+        """Metrics: accuracy of the labels in percent; with rotation the accuracy of the turns and both losses too."""
+        h_VBD = self.represent(batch)[0]
+        logits = self.classifier(h_VBD[0])
+        loss = F.cross_entropy(logits, batch.labels)
+        metrics = {"accuracy": _accuracy(logits, batch.labels, world)}
+        if self.options.rotation:
+            turns, target = self.rotation_classifier(h_VBD.flatten(0, 1)), turn_targets(h_VBD.shape[1], h_VBD.device)
+            rotation_loss = F.cross_entropy(turns, target)
+            metrics["accuracy_rotation"] = _accuracy(turns, target, world)
+            metrics |= {"loss_labels": world.mean(loss.detach()), "loss_rotation": world.mean(rotation_loss.detach())}
+            loss = loss + rotation_loss
+        return Output(loss, metrics, representations=world.gather_images(h_VBD[0].detach()))
+
+
+def _accuracy(logits: Tensor, target: Tensor, world) -> Tensor:
+    """Of all ranks, which hold equally many rows, in percent."""
+    return 100 * world.mean((logits.argmax(1) == target).double().mean())

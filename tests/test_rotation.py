@@ -1,0 +1,156 @@
+"""RotationNet: the turns against index arithmetic, its step and that of SeLa's retraining on any number of ranks."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ssl_dist import methods
+from ssl_dist.dist import one_process
+from ssl_dist.errors import UserError
+from ssl_dist.grid import Grid
+from ssl_dist.methods import rotation, supervised
+from ssl_dist.methods.base import Info
+from ssl_dist.nn import KeyedDropout
+from tests import grids
+
+EXACT = {"rtol": 1e-9, "atol": 1e-12}
+GRIDS = [Grid(1, 1), Grid(2, 1), Grid(3, 1)]
+
+
+class Backbone(nn.Module):
+    """Tells turns apart, and one image of the batch from another only by its BatchNorm."""
+
+    feature_dim = 6
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6)
+        self.dropout = KeyedDropout(dropout, 0) if dropout else nn.Identity()
+
+    def forward(self, x):
+        return self.dropout(F.relu(self.bn(self.conv(x)))).flatten(2).max(2).values
+
+
+def make(module, dtype=torch.float64, num_classes=4, dropout=0.0, **options):
+    torch.manual_seed(0)
+    info = Info(100, num_classes, ((1, 5),), 6, 1.0, Backbone.feature_dim)
+    return module.Method(Backbone(dropout), info, module.Options(**options)).to(dtype).train()
+
+
+def images(dtype=torch.float64):
+    return torch.randn(1, 6, 3, 5, 5, dtype=dtype, generator=torch.Generator().manual_seed(1))
+
+
+LABELS = torch.tensor([0, 3, 1, 1, 2, 0])
+
+
+def slow_turns(image):
+    """Row r, column c of a quarter turn counter-clockwise shows row c, column S - 1 - r."""
+    side = image.shape[-1]
+    turned = torch.empty_like(image)
+    for r in range(side):
+        for c in range(side):
+            turned[:, r, c] = image[:, c, side - 1 - r]
+    return turned
+
+
+def reference(method, batch, labels=None):
+    """Loss and gradients of one process with the passes and means written out."""
+    method = copy.deepcopy(method)
+    turns = [list(batch[0])]
+    for _ in range(3):
+        turns.append([slow_turns(image) for image in turns[-1]])
+    h = method.backbone(torch.stack([image for turn in turns for image in turn]))
+    n = batch.shape[1]
+    if isinstance(method, rotation.Method):
+        parts = {"rotation": -method.classifier(h).log_softmax(1)[torch.arange(4 * n), torch.arange(4 * n) // n].mean()}
+    else:
+        turn = -method.rotation_classifier(h).log_softmax(1)[torch.arange(4 * n), torch.arange(4 * n) // n].mean()
+        parts = {"labels": -method.classifier(h[:n]).log_softmax(1)[torch.arange(n), labels].mean(), "rotation": turn}
+    loss = sum(parts.values())
+    loss.backward()
+    return loss.detach(), parts, grids.gradients(method), dict(method.named_buffers())
+
+
+def test_turns_are_counter_clockwise():
+    image = torch.arange(9.0).view(1, 1, 3, 3)
+    assert rotation.quarter_turns(image)[1, 0, 0].tolist() == [[2, 5, 8], [1, 4, 7], [0, 3, 6]]
+    batch = images()
+    turned = rotation.quarter_turns(batch[0])
+    for turn in range(3):
+        for image, after in zip(turned[turn], turned[turn + 1], strict=True):
+            assert torch.equal(slow_turns(image), after)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_any_number_of_ranks_equals_one(grid):
+    method = make(rotation)
+    loss, _, gradients, buffers = reference(method, images())
+    found = grids.run(method, grid, images())
+    _compare(found, loss, gradients, buffers)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_retraining_on_labels_and_turns(grid):
+    method = make(supervised, rotation=True)
+    loss, parts, gradients, buffers = reference(method, images(), LABELS)
+    found = grids.run(method, grid, images(), labels=LABELS)
+    _compare(found, loss, gradients, buffers)
+    for output in found.outputs:
+        for name, part in parts.items():
+            torch.testing.assert_close(output.metrics[f"loss_{name}"], part.detach(), **EXACT)
+
+
+def _compare(found, loss, gradients, buffers):
+    torch.testing.assert_close(found.loss, loss, **EXACT)
+    for name, wanted in gradients.items():
+        torch.testing.assert_close(found.gradients[name], wanted, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
+    for output, ours in zip(found.outputs, found.buffers, strict=True):
+        assert output.representations.shape == (6, 6)
+        assert torch.equal(output.metrics["accuracy"], found.outputs[0].metrics["accuracy"])
+        for name, wanted in buffers.items():
+            torch.testing.assert_close(ours[name], wanted, **EXACT)
+
+
+@pytest.mark.parametrize("module", [rotation, supervised])
+def test_dropout_knows_the_turns(module):
+    """Each turn of an image has a mask of its own, and any number of ranks has the same ones."""
+    method = make(module, dropout=0.5, **({"rotation": True} if module is supervised else {}))
+    one, three = (grids.run(method, grid, images(), labels=LABELS) for grid in (Grid(1, 1), Grid(3, 1)))
+    torch.testing.assert_close(one.loss, three.loss, **EXACT)
+    same = torch.randn(3, 5, 5, dtype=torch.float64)
+    same = (same + same.rot90(1, (1, 2)) + same.rot90(2, (1, 2)) + same.rot90(3, (1, 2)))[None, None]  # looks the same
+    h = method.represent(grids.batch_of(same.expand(1, 2, -1, -1, -1)))[0]
+    assert not torch.equal(h[0], h[1])
+
+
+def test_accuracy_counts_every_turn():
+    method = make(rotation)
+    with torch.no_grad():
+        method.classifier.weight.zero_()
+        method.classifier.bias.copy_(torch.tensor([0.0, 0.0, 1.0, 0.0]))
+    output = method(grids.batch_of(images()), one_process())
+    assert float(output.metrics["accuracy"]) == 25
+
+
+def test_it_learns_turns():
+    torch.manual_seed(0)
+    method = make(rotation, torch.float32)
+    adam = torch.optim.Adam(method.parameters(), 1e-2)
+    picture = torch.randn(1, 1, 3, 5, 5)
+    for _ in range(80):
+        adam.zero_grad()
+        output = method(grids.batch_of(picture + 0.1 * torch.randn(1, 8, 3, 5, 5)), one_process())
+        output.loss.backward()
+        adam.step()
+    assert output.metrics["accuracy"] > 90
+
+
+def test_options():
+    options = methods.build_options(rotation.Method, {})
+    assert "512 images" in rotation.Method.explain(1, 128, options, 4)["rotations"]
+    with pytest.raises(UserError, match=r"method\.options\.x"):
+        methods.build_options(rotation.Method, {"x": 1})
