@@ -1,0 +1,184 @@
+"""Deep InfoMax (Hjelm et al., ICLR 2019, arXiv:1808.06670).
+
+The features y of an image shall share information with the map M of an early layer: small networks T score pairs (y, M)
+of one image against pairs of two images, place by place (local) and as a whole (global). A third network tells y from
+draws of a uniform prior.
+"""
+
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from ssl_dist.config import NonNegativeFloat, PositiveInt, Section
+from ssl_dist.errors import UserError
+from ssl_dist.keys import METHOD, hash64, uniform_rows
+from ssl_dist.methods.base import Batch, Info, Output, SSLMethod, at_least_float32
+
+
+class Options(Section):
+    alpha: NonNegativeFloat = Field(0.0, description="weight of the global term; 0: left out")
+    beta: NonNegativeFloat = Field(1.0, description="weight of the local term; 0: left out")
+    gamma: NonNegativeFloat = Field(0.1, description="weight of the prior term; 0: left out")
+    hidden: PositiveInt = Field(256, description="hidden units of the local and the global network")
+    prior: Literal["cooperative", "adversarial"] = Field(
+        "cooperative",
+        description="cooperative: the backbone lowers the prior term as its network does, as in the official code of "
+        "relational reasoning; adversarial: it raises it, as in the paper's equation 7",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- losses
+
+
+def jensen_shannon(scores: Tensor) -> Tensor:
+    """Minus the Jensen-Shannon estimate of mutual information (equation 4) from scores T [..., 2]: of pairs of one
+    image and of pairs of two images. Means run over all entries."""
+    joint, marginal = scores.unbind(-1)
+    return F.softplus(-joint).mean() + F.softplus(marginal).mean()
+
+
+def prior_matching(drawn: Tensor, encoded: Tensor) -> Tensor:
+    """Minus the objective of equation 7 from the logits of D for draws of the prior and for features."""
+    return -(F.logsigmoid(drawn).mean() + F.logsigmoid(-encoded).mean())
+
+
+# ---------------------------------------------------------------------------------------------------- networks
+
+
+def pair_scores(last: nn.Linear, hidden: Tensor) -> Tensor:
+    """The last layer's scores [..., 2] from hidden units [..., 2, H] of two pairs that share a map.
+
+    The gradients of the two kinds of pairs nearly cancel. Written as one score and what the other differs by, they do
+    so place by place, before they are summed, and torch's sum is a tree where a matrix product adds row after row:
+    float32 keeps its digits.
+    """
+    one, other = hidden.unbind(-2)
+    score = (one * last.weight[0]).sum(-1) + last.bias
+    return torch.stack([score, score + ((other - one) * last.weight[0]).sum(-1)], -1)
+
+
+class LocalNet(nn.Module):
+    """Scores every place of a map against features: linear layers of (map, features) to `hidden`, `hidden` and 1."""
+
+    def __init__(self, feature_dim: int, channels: int, hidden: int):
+        super().__init__()
+        self.l0 = nn.Linear(channels + feature_dim, hidden)
+        self.l1 = nn.Linear(hidden, hidden)
+        self.l2 = nn.Linear(hidden, 1)
+
+    def forward(self, maps_BCHW: Tensor, y_B2D: Tensor) -> Tensor:
+        """Scores [B, H, W, 2] of each map with two features."""
+        of_map, of_y = self.l0.weight.tensor_split([maps_BCHW.shape[1]], 1)
+        hidden = F.linear(maps_BCHW.movedim(1, -1), of_map, self.l0.bias)[:, :, :, None]
+        hidden = F.relu(hidden + F.linear(y_B2D, of_y)[:, None, None])
+        return pair_scores(self.l2, F.relu(self.l1(hidden)))
+
+
+class GlobalNet(nn.Module):
+    """Scores a whole map against features: 3x3 convolutions to 64 and 32, pooled to 16x16; linear layers of (features,
+    map) to `hidden`, `hidden` and 1."""
+
+    def __init__(self, feature_dim: int, channels: int, hidden: int):
+        super().__init__()
+        self.c0 = nn.Conv2d(channels, 64, 3)
+        self.c1 = nn.Conv2d(64, 32, 3)
+        self.pool = nn.AdaptiveAvgPool2d(16)
+        self.l0 = nn.Linear(feature_dim + 32 * 16 * 16, hidden)
+        self.l1 = nn.Linear(hidden, hidden)
+        self.l2 = nn.Linear(hidden, 1)
+
+    def forward(self, maps_BCHW: Tensor, y_B2D: Tensor) -> Tensor:
+        """Scores [B, 2] of each map with two features."""
+        of_y, of_map = self.l0.weight.tensor_split([y_B2D.shape[-1]], 1)
+        whole = self.pool(self.c1(F.relu(self.c0(maps_BCHW)))).flatten(1)
+        hidden = F.relu(F.linear(whole, of_map, self.l0.bias)[:, None] + F.linear(y_B2D, of_y))
+        return pair_scores(self.l2, F.relu(self.l1(hidden)))
+
+
+class PriorNet(nn.Module):
+    """The logit that a vector [B, D] was drawn from the prior, [B, 1]."""
+
+    def __init__(self, feature_dim: int):
+        super().__init__()
+        self.l0 = nn.Linear(feature_dim, 512)
+        self.l1 = nn.Linear(512, 128)
+        self.l2 = nn.Linear(128, 1)
+
+    def forward(self, y_BD: Tensor) -> Tensor:
+        return self.l2(F.relu(self.l1(F.relu(self.l0(y_BD)))))
+
+
+# ---------------------------------------------------------------------------------------------------- method
+
+
+class Method(SSLMethod):
+    Options = Options
+    num_views = 1
+
+    def __init__(self, backbone: nn.Module, info: Info, options: Options):
+        super().__init__(backbone, info, options)
+        if not info.stages:
+            raise UserError(
+                "backbone.name: infomax needs maps of an early layer and this backbone gives none; try conv4"
+            )
+        if info.batch_size < 2:
+            raise UserError("optim.batch_size = 1: infomax pairs an image with another one; give 2 or more")
+        if not (options.alpha or options.beta or options.gamma):
+            raise UserError("method.options.beta = 0: every term is left out; give alpha, beta or gamma a weight")
+        # The first map, as in the official code of relational reasoning.
+        self.stage, channels = next(iter(info.stages.items()))
+        # A network whose weight is 0 would be parameters without gradients.
+        self.global_net = GlobalNet(info.feature_dim, channels, options.hidden) if options.alpha else None
+        self.local_net = LocalNet(info.feature_dim, channels, options.hidden) if options.beta else None
+        self.prior_net = PriorNet(info.feature_dim) if options.gamma else None
+
+    @classmethod
+    def warm_up(cls, options: Options, dtype: torch.dtype) -> None:
+        uniform_rows(hash64(0), np.zeros(1, np.int64), 1)
+
+    def forward(self, batch: Batch, world) -> Output:
+        """Metrics: the terms of the loss before they are weighted."""
+        with self.keyed(batch, batch.view_ids[0]):
+            y, maps = self.backbone.forward_stages(batch.views[0][0])
+        y = at_least_float32(y)
+        terms = self.terms(y, self.of_image_before(y, batch, world), maps[self.stage], self.drawn(batch, y))
+        metrics = {f"loss_{name}": world.mean(term.detach()) for name, term in terms.items()}
+        return Output(self.weighted(terms), metrics, representations=world.gather_images(y.detach()))
+
+    def terms(self, y_BD: Tensor, y_before_BD: Tensor, maps_BCHW: Tensor, drawn_BD: Tensor) -> dict[str, Tensor]:
+        """The terms of the loss that have a weight, by name: means over this rank's images, which are equally many on
+        every rank."""
+        y_B2D = torch.stack([y_BD, y_before_BD], 1)
+        terms = {}
+        if self.global_net is not None:
+            terms["global"] = jensen_shannon(self.global_net(maps_BCHW, y_B2D))
+        if self.local_net is not None:
+            terms["local"] = jensen_shannon(self.local_net(maps_BCHW, y_B2D))
+        if self.prior_net is not None:
+            # Twice its constant copy minus y: the value of y, the opposite gradient.
+            encoded = y_BD if self.options.prior == "cooperative" else 2 * y_BD.detach() - y_BD
+            terms["prior"] = prior_matching(self.prior_net(drawn_BD), self.prior_net(encoded))
+        return terms
+
+    def weighted(self, terms: dict[str, Tensor]) -> Tensor:
+        weights = {"global": self.options.alpha, "local": self.options.beta, "prior": self.options.gamma}
+        return sum(weights[name] * term for name, term in terms.items())
+
+    def of_image_before(self, y_BD: Tensor, batch: Batch, world) -> Tensor:
+        """The features of the image before each one in the global batch, the last before the first.
+
+        The pairs of two images are those of the official code, (y, map of the next image), named by their map: features
+        travel between the ranks, and maps, which are much larger, stay.
+        """
+        everyone = world.gather_views(y_BD[None], batch)[0]
+        own = (world.gather_images(batch.image_ids) == batch.image_ids[:, None]).int().argmax(1)
+        return everyone.roll(1, 0)[own]
+
+    def drawn(self, batch: Batch, like: Tensor) -> Tensor:
+        """Draws of the prior, uniform in [0, 1): for every image a function of the seed, the step and the image."""
+        key = hash64(self.info.seed, METHOD, batch.step)
+        return torch.from_numpy(uniform_rows(key, batch.image_ids.cpu().numpy(), like.shape[1])).to(like)
