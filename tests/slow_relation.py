@@ -31,7 +31,7 @@ def loss_and_logits(z_KMD, head, how, gamma, alpha, labels=None):
     labels = labels or [None] * num_images
     rows, table = z_KMD.flatten(0, 1), pairs(num_views, num_images)
     if head is None:
-        logits = torch.stack([rows[i].dot(rows[j]) / len(rows[i]) ** 0.5 for i, j, _ in table])
+        logits = torch.stack([rows[i].dot(rows[j]) / len(rows[i]) for i, j, _ in table])
     else:
         stacked = torch.stack([aggregate(rows[i], rows[j], how) for i, j, _ in table])
         logits = nn.Sequential(head.linear1, head.bn1, head.act, head.linear2)(stacked).squeeze(1)
