@@ -11,57 +11,22 @@ import yaml
 from pydantic import Field, model_validator
 
 from ssl_dist.errors import UserError
-from ssl_dist.section import Section, parse_yaml, sections_along, to_tree, validate
-
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-
+from ssl_dist.section import (
+    FiniteFloat,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Section,
+    parse_yaml,
+    sections_along,
+    to_tree,
+    validate,
+)
+from ssl_dist.view_recipe import ColorJitter, Interpolation, RandomResizedCrop, ViewGroup
 
 # ---------------------------------------------------------------------------------------------------- views
-
-
-class RandomResizedCrop(Section):
-    """Crop a random part (Inception crop) and resize it to the view's size; bilinear, antialiased when it shrinks."""
-
-    scale: tuple[PositiveFloat, PositiveFloat] = Field(
-        (0.08, 1.0), strict=False, description="share of the image's area"
-    )
-    ratio: tuple[PositiveFloat, PositiveFloat] = Field((0.75, 4 / 3), strict=False, description="width / height")
-
-    @model_validator(mode="after")
-    def _ordered(self):
-        if self.scale[0] > self.scale[1] or self.scale[1] > 1:
-            raise ValueError(f"scale: [{self.scale[0]}, {self.scale[1]}] must rise and end at 1 at most")
-        if self.ratio[0] > self.ratio[1]:
-            raise ValueError(f"ratio: [{self.ratio[0]}, {self.ratio[1]}] must rise")
-        return self
-
-
-class ColorJitter(Section):
-    """Brightness, contrast, saturation and hue in a random order, as torchvision's ColorJitter."""
-
-    p: Probability = Field(0.8, description="probability that the view is jittered at all")
-    brightness: NonNegativeFloat = Field(0.8, description="factor from [max(0, 1-b), 1+b]")
-    contrast: NonNegativeFloat = Field(0.8, description="factor from [max(0, 1-c), 1+c]")
-    saturation: NonNegativeFloat = Field(0.8, description="factor from [max(0, 1-s), 1+s]")
-    hue: Annotated[float, Field(ge=0, le=0.5)] = Field(0.2, description="shift from [-h, h], in turns of the wheel")
-
-
-class ViewGroup(Section):
-    """A recipe shared by `num` views of one size. The steps are applied in the order in which they stand here."""
-
-    num: PositiveInt | None = Field(None, description="views of this recipe; null: views.num (one group only)")
-    size: PositiveInt | None = Field(None, description="side in pixels; null: data.image_size")
-    random_resized_crop: RandomResizedCrop | None = Field(
-        None, description="null: the whole image is resized (short side) and centre-cropped to the view's size"
-    )
-    horizontal_flip: Probability = Field(0.0, description="probability of a left-right flip")
-    color_jitter: ColorJitter | None = None
-    grayscale: Probability = Field(0.0, description="probability that the view loses its colour")
 
 
 class Normalize(Section):
@@ -126,6 +91,7 @@ class Data(Section):
     eval_resize: PositiveInt | None = Field(
         None, description="evaluation resizes the short side to this before the centre crop; null: to image_size"
     )
+    eval_interpolation: Interpolation = Field("bilinear", description="of that resize")
     view_shards: Literal["auto"] | PositiveInt = Field(
         "auto", description="ranks over which the views of an image are spread (Wv); the images take the rest"
     )

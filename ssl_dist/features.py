@@ -44,7 +44,8 @@ class Encoder:
         size = self.config.data.image_size
         mean, std = (", ".join(f"{v:g}" for v in values) for values in (self.normalize.mean, self.normalize.std))
         resize = self.config.data.eval_resize or size
-        return f"short side to {resize}, centre crop {size}, mean ({mean}), std ({std})"
+        cubic = " bicubic" if self.config.data.eval_interpolation == "bicubic" else ""
+        return f"short side to {resize}{cubic}, centre crop {size}, mean ({mean}), std ({std})"
 
 
 def load_encoder(path: Path) -> Encoder:
@@ -166,7 +167,14 @@ def _forward(encoder, reader, low: int, high: int, world: World, threads: int, c
     ):
         for pixels, heights, widths, ids in decoded:
             images = views.test_views(
-                pixels, heights, widths, data.image_size, resize=data.eval_resize, pool=pool, threads=threads
+                pixels,
+                heights,
+                widths,
+                data.image_size,
+                resize=data.eval_resize,
+                interpolation=data.eval_interpolation,
+                pool=pool,
+                threads=threads,
             )
             features = module(to_input(torch.from_numpy(images).to(world.device)))
             yield features.flatten(1).float().cpu().numpy()

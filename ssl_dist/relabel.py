@@ -58,7 +58,14 @@ def outputs(
             else:
                 data = blueprint.config.data
                 made = views.test_views(
-                    pixels, heights, widths, spec.size, _resize(data, spec.size), pool=pool, threads=blueprint.threads
+                    pixels,
+                    heights,
+                    widths,
+                    spec.size,
+                    _resize(data, spec.size),
+                    data.eval_interpolation,
+                    pool=pool,
+                    threads=blueprint.threads,
                 )
             keys = row_keys(hash64(plan.seed, DROPOUT, RELABEL, step), np.zeros(1, np.int64), ids)
             # Every batch has its own time limit; with training mode the other ranks' part of it is waited for, too.

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "ssl_dist"
 
 # The lowest first. A module may import its own layer and those below. A new one must be given its place here.
 LAYERS = [
-    {"errors", "keys", "clock", "section", "config", "grid", "numba_cache", "durable", "place", "lars"},
+    {"errors", "keys", "clock", "section", "config", "grid", "view_recipe", "numba_cache", "durable", "place", "lars"},
     {"nn", "pseudolabels", "batchnorm", "board", "meeting", "dist", "kernels", "progress"},
     {"methods", "data", "backbones", "optim"},
     {

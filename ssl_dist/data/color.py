@@ -1,9 +1,9 @@
 """Colour steps on one view, uint8 [3, N] (planes of N pixels), in place.
 
-All but hue equal Pillow bit for bit (ImageEnhance and convert("L")): a blend is computed in float32 and truncated, the
-luminance is 16-bit fixed point. Hue follows torchvision's tensor kernel (rotation in a real-valued HSV space,
-truncated) up to one level; Pillow's own works in an 8-bit HSV space and is coarser. Every step rounds to 8 bits, as a
-chain of Pillow calls does.
+All but hue equal Pillow bit for bit (ImageEnhance, convert("L"), ImageOps.solarize): a blend is computed in float32
+and truncated, the luminance is 16-bit fixed point. Hue follows torchvision's tensor kernel (rotation in a real-valued
+HSV space, truncated) up to one level; Pillow's own works in an 8-bit HSV space and is coarser. Every step rounds to 8
+bits, as a chain of Pillow calls does.
 """
 
 import numpy as np
@@ -106,3 +106,11 @@ def to_gray(rgb):
         red[i] = gray
         green[i] = gray
         blue[i] = gray
+
+
+@njit(cache=True, nogil=True)
+def solarize(rgb, threshold):
+    """Levels from `threshold` (0 to 255) on are inverted, as ImageOps.solarize does."""
+    levels = rgb.reshape(rgb.size)
+    for i in range(levels.shape[0]):
+        levels[i] = 255 - levels[i] if levels[i] >= threshold else levels[i]

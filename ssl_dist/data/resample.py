@@ -1,10 +1,10 @@
-"""Antialiased bilinear resampling of 8-bit RGB images, bit for bit as Pillow does it.
+"""Antialiased bilinear and bicubic resampling of 8-bit RGB images, bit for bit as Pillow does it.
 
-Pillow resamples rows, rounds to 8 bits, resamples columns and rounds again, with a triangle filter whose weights are
-integers of 22 fractional bits (libImaging/Resample.c). Here each axis is planned once and both passes are loops over
-integers; a flip of the result and a crop out of it cost nothing, they only change the plan. (Pillow 13 takes the
-columns first when the height shrinks by more than twice as many pixels as the width; those results may differ from
-these by a level or two.)
+Pillow resamples rows, rounds to 8 bits, resamples columns and rounds again, with a triangle or a cubic filter whose
+weights are integers of 22 fractional bits (libImaging/Resample.c). Here each axis is planned once and both passes are
+loops over integers; a flip of the result and a crop out of it cost nothing, they only change the plan. (Pillow 13 takes
+the columns first when the height shrinks by more than twice as many pixels as the width; those results may differ from
+these by a level or two, and bicubic ones by more at hard edges, where the filter overshoots and the first pass clips.)
 """
 
 import math
@@ -23,7 +23,7 @@ U, I = np.uint64, np.int32  # noqa: E741 - unsigned indices spare the test for n
 class Work(NamedTuple):
     """Buffers of one thread, reused for every image it resizes to S x S pixels out of at most Hmax x Wmax."""
 
-    triangle: np.ndarray  # float64 [max taps], the filter at one result pixel
+    filter: np.ndarray  # float64 [max taps], the filter at one result pixel
     x_plan: tuple[np.ndarray, np.ndarray]  # first source pixel uint64 [S]; weights uint64 [S, taps], flat
     y_plan: tuple[np.ndarray, np.ndarray]
     packed: np.ndarray  # uint64 [Wmax + max taps, 2], flat: a row of pixels as (red and green, blue)
@@ -32,16 +32,19 @@ class Work(NamedTuple):
 
 
 @njit(cache=True, inline="always")
-def new_work(max_height, max_width, size):
-    """Buffers for `resize_crop`. The spare pixels after a row and rows after an image are read with weight 0 only."""
-    taps = math.ceil(2 * max(max_height / size, max_width / size, 1.0))
+def new_work(max_height, max_width, kept_height, kept_width, shortest, bicubic):
+    """Buffers for a resize to sides of `shortest` pixels or more, of which kept_height x kept_width are kept.
+
+    The spare pixels after a row and rows after an image are read with weight 0 only.
+    """
+    taps = math.ceil((4 if bicubic else 2) * max(max_height / shortest, max_width / shortest, 1.0))
     return Work(
         np.empty(taps),
-        (np.empty(size, np.uint64), np.empty(size * taps, np.uint64)),
-        (np.empty(size, np.uint64), np.empty(size * taps, np.uint64)),
+        (np.empty(kept_width, np.uint64), np.empty(kept_width * taps, np.uint64)),
+        (np.empty(kept_height, np.uint64), np.empty(kept_height * taps, np.uint64)),
         np.empty((max_width + taps) * 2, np.uint64),
-        np.empty(3 * (max_height + taps) * size, np.uint8),
-        np.empty(size, np.int32),
+        np.empty(3 * (max_height + taps) * kept_width, np.uint8),
+        np.empty(kept_width, np.int32),
     )
 
 
@@ -65,19 +68,34 @@ def _level(typingctx, total):
     return types.uint8(types.int32), generate
 
 
+@njit(cache=True, inline="always")
+def _clip(total):
+    """The 8-bit level of a sum of weighted pixels that may be out of range."""
+    return min(max(total >> BITS, 0), 255)
+
+
+@njit(cache=True, inline="always")
+def _cubic(x):
+    """Pillow's bicubic filter (a = -1/2) at the distance x >= 0; 0 from 2 on."""
+    if x < 1:
+        return (1.5 * x - 2.5) * x * x + 1.0
+    return (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5 if x < 2 else 0.0
+
+
 @njit(cache=True, nogil=True, error_model="numpy")
-def plan_axis(in_len, resized_len, offset, mirror, triangle, plan):
+def plan_axis(in_len, resized_len, offset, mirror, bicubic, filter, plan):
     """Plan of an axis: resize `in_len` pixels to `resized_len`, of which S from `offset` on are kept.
 
     Fills plan: start [S], the first source pixel of each result pixel, and weights [S, T], both mirrored left-right
     where `mirror`. Returns T, the number of source pixels that every result pixel reads; those beyond `in_len`
-    have weight 0.
+    have weight 0, as have all of a result pixel outside 0 .. resized_len - 1.
     """
     start, weights = plan
     size = start.shape[0]
     scale = in_len / resized_len
-    support = max(scale, 1.0)
-    inverse = 1.0 / support
+    stretch = max(scale, 1.0)
+    support = stretch * (2.0 if bicubic else 1.0)
+    inverse = 1.0 / stretch
     taps = math.ceil(2 * support)
     for x in range(size):
         center = (x + offset + 0.5) * scale
@@ -85,22 +103,38 @@ def plan_axis(in_len, resized_len, offset, mirror, triangle, plan):
         slot = size - 1 - x if mirror else x
         start[slot] = first
         total = 0.0
-        for t in range(taps):
-            inside = first + t < in_len
-            triangle[t] = max(1.0 - abs((first + t - center + 0.5) * inverse), 0.0) if inside else 0.0
-            total += triangle[t]
-        for t in range(taps):
-            weights[slot * taps + t] = int(0.5 + triangle[t] / total * (1 << BITS))
+        if bicubic:
+            for t in range(taps):
+                inside = first + t < in_len
+                filter[t] = _cubic(abs((first + t - center + 0.5) * inverse)) if inside else 0.0
+                total += filter[t]
+            for t in range(taps):
+                weight = filter[t] / total * (1 << BITS)
+                weights[slot * taps + t] = int(weight + 0.5 if weight > 0 else weight - 0.5)
+        else:
+            for t in range(taps):
+                inside = first + t < in_len
+                filter[t] = max(1.0 - abs((first + t - center + 0.5) * inverse), 0.0) if inside else 0.0
+                total += filter[t]
+            for t in range(taps):
+                weights[slot * taps + t] = int(0.5 + filter[t] / total * (1 << BITS))
+    if offset < 0 or offset + size > resized_len:
+        for x in range(size):
+            if x + offset < 0 or x + offset >= resized_len:
+                slot = size - 1 - x if mirror else x
+                start[slot] = 0 if x + offset < 0 else in_len - 1
+                weights[slot * taps : (slot + 1) * taps] = 0
     return taps
 
 
 @njit(cache=True, nogil=True)
-def resample_rows(image, stride, origin, width, first_row, num_rows, plan, taps, packed, rows):
+def resample_rows(image, stride, origin, width, first_row, num_rows, plan, taps, bicubic, packed, rows):
     """Horizontal pass over rows first_row .. first_row + num_rows - 1 of a crop, into the same rows of `rows`.
 
     image: uint8, flat, `stride` bytes a row; the crop begins at byte `origin` and is `width` pixels wide. rows: uint8
     [3, R, S], flat. Two channels share one 64-bit product: 8-bit pixels times weights that add up to 2**22 stay below
-    2**32. Indices into flat arrays because slices in the loops would be counted references.
+    2**32. The sums of a bicubic filter may be negative: then the low one has borrowed from the high one, and both need
+    clipping. Indices into flat arrays because slices in the loops would be counted references.
     """
     start, weights = plan
     size, plane = U(start.shape[0]), U(rows.shape[0] // 3)
@@ -112,7 +146,18 @@ def resample_rows(image, stride, origin, width, first_row, num_rows, plan, taps,
             byte += U(3)
         red = r * size
         green, blue = red + plane, red + plane + plane
-        if taps == 2:
+        if bicubic:
+            for x in range(size):
+                j, rg, b = U(2) * start[x], U(HALF | HALF << 32), U(HALF)
+                for k in range(x * U(taps), (x + U(1)) * U(taps)):
+                    rg += packed[j] * weights[k]
+                    b += packed[j + U(1)] * weights[k]
+                    j += U(2)
+                low = np.int64(I(rg))
+                rows[red + x] = _clip(low)
+                rows[green + x] = _clip((np.int64(rg) - low) >> 32)
+                rows[blue + x] = _clip(np.int64(b))
+        elif taps == 2:
             for x in range(size):
                 j, near, far = U(2) * start[x], weights[U(2) * x], weights[U(2) * x + U(1)]
                 rg = U(HALF | HALF << 32) + packed[j] * near + packed[j + U(2)] * far
@@ -133,52 +178,80 @@ def resample_rows(image, stride, origin, width, first_row, num_rows, plan, taps,
 
 
 @njit(cache=True, nogil=True)
-def resample_columns(rows, plan, taps, sums, out):
-    """Vertical pass: rows uint8 [3, R, S], flat -> out uint8 [3, S, S], flat."""
+def resample_columns(rows, plan, taps, bicubic, sums, out):
+    """Vertical pass: rows uint8 [3, R, W], flat -> out uint8 [3, S, W], flat; W is the length of `sums`."""
     start, weights = plan
-    size, plane = U(start.shape[0]), U(rows.shape[0] // 3)
+    size, width, plane = U(start.shape[0]), U(sums.shape[0]), U(rows.shape[0] // 3)
     for c in range(U(3)):
         for y in range(size):
-            row = c * plane + start[y] * size
-            to = (c * size + y) * size
+            row = c * plane + start[y] * width
+            to = (c * size + y) * width
             if taps == 2:
                 near, far = I(weights[U(2) * y]), I(weights[U(2) * y + U(1)])
-                for x in range(size):
+                for x in range(width):
                     total = _multiply_add(I(HALF), I(rows[row + x]), near)
-                    out[to + x] = _level(_multiply_add(total, I(rows[row + size + x]), far))
+                    out[to + x] = _level(_multiply_add(total, I(rows[row + width + x]), far))
             else:
-                for x in range(size):
+                for x in range(width):
                     sums[x] = I(HALF)
                 for t in range(U(taps)):
                     weight = I(weights[y * U(taps) + t])
-                    for x in range(size):
+                    for x in range(width):
                         sums[x] = _multiply_add(sums[x], I(rows[row + x]), weight)
-                    row += size
-                for x in range(size):
-                    out[to + x] = _level(sums[x])
+                    row += width
+                if bicubic:
+                    for x in range(width):
+                        out[to + x] = _clip(sums[x])
+                else:
+                    for x in range(width):
+                        out[to + x] = _level(sums[x])
 
 
 @njit(cache=True, inline="always")
-def resize_crop(image, crop, flip, resize, work, out):
+def proportional(short_side, height, width):
+    """Height and width with the short side resized to `short_side` and the long one in proportion, rounded down."""
+    new_height = short_side if height <= width else int(short_side * height / width)
+    new_width = short_side if width <= height else int(short_side * width / height)
+    return new_height, new_width
+
+
+@njit(cache=True, inline="always")
+def resize_crop(image, crop, resized, corner, flip, bicubic, work, out):
     """The crop (top, left, height, width) of image uint8 [H, W, 3] -> out uint8 [3, S, S], mirrored where `flip`.
 
-    resize 0: the crop is resized to S x S. resize n >= S: its short side is resized to n, the long one in proportion
-    (rounded down), and the central S x S pixels are kept, as by torchvision's Resize and CenterCrop.
+    The crop is resized to `resized` (height, width), of which the S x S pixels from `corner` (top, left) on are kept;
+    those outside are black.
     """
     top, left, height, width = crop
-    size = out.shape[1]
-    new_height, new_width = size, size
-    if resize > 0:
-        new_height = resize if height <= width else int(resize * height / width)
-        new_width = resize if width <= height else int(resize * width / height)
-    x_offset, y_offset = round((new_width - size) / 2), round((new_height - size) / 2)
     upright = np.bool_(False)  # for the literal numba would compile plan_axis a second time
-    x_taps = plan_axis(width, new_width, x_offset, flip, work.triangle, work.x_plan)
-    y_taps = plan_axis(height, new_height, y_offset, upright, work.triangle, work.y_plan)
+    x_taps = plan_axis(width, resized[1], corner[1], flip, bicubic, work.filter, work.x_plan)
+    y_taps = plan_axis(height, resized[0], corner[0], upright, bicubic, work.filter, work.y_plan)
     first_row = int(work.y_plan[0][0])
-    num_rows = min(int(work.y_plan[0][size - 1]) + y_taps, height) - first_row
+    num_rows = min(int(work.y_plan[0][out.shape[1] - 1]) + y_taps, height) - first_row
     stride = 3 * image.shape[1]
     origin = top * stride + 3 * left
     flat = image.reshape(image.size)
-    resample_rows(flat, stride, origin, width, first_row, num_rows, work.x_plan, x_taps, work.packed, work.rows)
-    resample_columns(work.rows, work.y_plan, y_taps, work.sums, out.reshape(out.size))
+    resample_rows(
+        flat, stride, origin, width, first_row, num_rows, work.x_plan, x_taps, bicubic, work.packed, work.rows
+    )
+    resample_columns(work.rows, work.y_plan, y_taps, bicubic, work.sums, out.reshape(out.size))
+
+
+@njit(cache=True, nogil=True)
+def resize_image(image, height, width, resized, bicubic):
+    """The first height x width pixels of image uint8 [H, W, 3] -> uint8 [resized height, resized width, 3]."""
+    new_height, new_width = resized
+    work = new_work(height, width, new_height, new_width, min(new_height, new_width), bicubic)
+    planes = np.empty((3, new_height * new_width), np.uint8)
+    x_taps = plan_axis(width, new_width, 0, False, bicubic, work.filter, work.x_plan)
+    y_taps = plan_axis(height, new_height, 0, False, bicubic, work.filter, work.y_plan)
+    flat = image.reshape(image.size)
+    stride = 3 * image.shape[1]
+    resample_rows(flat, stride, 0, width, 0, height, work.x_plan, x_taps, bicubic, work.packed, work.rows)
+    resample_columns(work.rows, work.y_plan, y_taps, bicubic, work.sums, planes.reshape(planes.size))
+    out = np.empty((new_height, new_width, 3), np.uint8)
+    pixels = out.reshape(new_height * new_width, 3)
+    for i in range(new_height * new_width):
+        for c in range(3):
+            pixels[i, c] = planes[c, i]
+    return out

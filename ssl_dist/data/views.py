@@ -1,8 +1,8 @@
 """K views of decoded images: one compiled function, uint8 in and uint8 out, that runs without the GIL.
 
 Every parameter of a view is a function of keys.hash64(seed, VIEWS, epoch, image id, view id) and the image's size, so
-no thread, batch, shard or reader can change a pixel. The steps and their order are those of `config.ViewGroup`; the
-pixels equal those of torchvision's transforms on PIL images (what that means: resample.py, color.py).
+no thread, batch, shard or reader can change a pixel. The steps and their order are those of `view_recipe.ViewGroup`;
+the pixels equal those of torchvision's transforms on PIL images (what that means: resample.py, color.py, blur.py).
 """
 
 from collections.abc import Sequence
@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from numba import njit
 
-from ssl_dist.config import ViewGroup
-from ssl_dist.data import color, resample
-from ssl_dist.data.views_draw import RESIZE, ViewParameters, draw_parameters, numeric_recipe
+from ssl_dist.data import render, resample
+from ssl_dist.data.views_draw import ViewParameters, draw_parameters, numeric_recipe
 from ssl_dist.errors import UserError
-from ssl_dist.keys import VIEWS, fold, hash64
+from ssl_dist.keys import VIEWS, hash64
+from ssl_dist.view_recipe import Interpolation, Resize, ViewGroup
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +27,7 @@ class ViewSpec:
     num: int
     first_view: int
     params: np.ndarray
+    resize: Resize | None = None  # of an image before random resized crops are taken out of it
 
     def __post_init__(self):
         self.params.flags.writeable = False
@@ -46,42 +46,27 @@ def view_specs(groups: Sequence[ViewGroup], num_views: int, image_size: int) -> 
     if sum(nums) != num_views:
         raise UserError(f"views.groups: num adds up to {sum(nums)}, but {num_views} views are wanted; change either")
     specs, first = [], 0
-    for group, num in zip(groups, nums, strict=True):
+    for n, (group, num) in enumerate(zip(groups, nums, strict=True)):
         size = image_size if group.size is None else group.size
-        specs.append(ViewSpec(size, num, first, numeric_recipe(group, resize=size)))
+        _check_sizes(group, size, f"views.groups.{n}")
+        before = group.resize if group.random_resized_crop is not None else None
+        specs.append(ViewSpec(size, num, first, numeric_recipe(group, size), before))
         first += num
     return specs
 
 
-@njit(cache=True, inline="always")
-def _render(image, resize, drawn, work, out):
-    """One view of image uint8 [H, W, 3] with the parameters drawn -> out uint8 [3, S, S]."""
-    resample.resize_crop(image, drawn.crop, drawn.flip, resize, work, out)
-    rgb = out.reshape(3, out.shape[1] * out.shape[2])
-    if drawn.jitter:
-        for step in drawn.order:
-            if step == 0 and drawn.brightness != 1:
-                color.adjust_brightness(rgb, np.float32(drawn.brightness))
-            elif step == 1 and drawn.contrast != 1:
-                color.adjust_contrast(rgb, np.float32(drawn.contrast))
-            elif step == 2 and drawn.saturation != 1:
-                color.adjust_saturation(rgb, np.float32(drawn.saturation))
-            elif step == 3 and drawn.hue != 0:
-                color.adjust_hue(rgb, np.float32(drawn.hue))
-    if drawn.grayscale:
-        color.to_gray(rgb)
-
-
-@njit(cache=True, nogil=True)
-def _make_range(pixels, heights, widths, ids, view_ids, recipe, epoch_key, out, lo, hi):
-    """The views of images lo .. hi - 1 into out uint8 [V, B, 3, S, S]."""
-    work = resample.new_work(pixels.shape[1], pixels.shape[2], out.shape[3])
-    resize = int(recipe[RESIZE])
-    for b in range(lo, hi):
-        image_key = fold(epoch_key, ids[b])
-        for v in range(view_ids.shape[0]):
-            drawn = draw_parameters(recipe, fold(image_key, view_ids[v]), heights[b], widths[b])
-            _render(pixels[b], resize, drawn, work, out[v, b])
+def _check_sizes(group: ViewGroup, size: int, name: str) -> None:
+    resize, padding = group.resize, group.padded_crop.padding if group.padded_crop is not None else 0
+    if resize is not None and group.random_resized_crop is None and resize.short_side + 2 * padding < size:
+        raise UserError(
+            f"{name}.resize.short_side = {resize.short_side}: with a padding of {padding} px smaller than the crop of "
+            f"{size} px; raise it, or lower the group's size"
+        )
+    kernel = group.gaussian_blur.kernel if group.gaussian_blur is not None else None
+    if kernel is not None and kernel // 2 >= size:
+        raise UserError(
+            f"{name}.gaussian_blur.kernel = {kernel}: too large for views of {size} px; {2 * size - 1} fits"
+        )
 
 
 def _read_only(array, dtype):
@@ -123,14 +108,33 @@ def make_views(
     assert np.min(widths) >= 1 and np.max(widths) <= pixels.shape[2], (widths, pixels.shape)
     pixels = _read_only(pixels, np.uint8)
     heights, widths, ids, view_ids = (_read_only(a, np.int64) for a in (heights, widths, ids, view_ids))
-    arguments = (pixels, heights, widths, ids, view_ids, spec.params, hash64(seed, VIEWS, epoch), out)
+    arguments = (spec, pixels, heights, widths, ids, view_ids, hash64(seed, VIEWS, epoch), out)
     if pool is None:
-        _make_range(*arguments, 0, num_images)
+        _make_slice(*arguments, 0, num_images)
         return out
     edges = [num_images * i // threads for i in range(threads + 1)]
-    for job in [pool.submit(_make_range, *arguments, lo, hi) for lo, hi in pairwise(edges) if lo < hi]:
+    for job in [pool.submit(_make_slice, *arguments, lo, hi) for lo, hi in pairwise(edges) if lo < hi]:
         job.result()
     return out
+
+
+def _make_slice(spec, pixels, heights, widths, ids, view_ids, epoch_key, out, lo, hi):
+    """The views of images lo .. hi - 1."""
+    pixels, heights, widths, ids = pixels[lo:hi], heights[lo:hi], widths[lo:hi], ids[lo:hi]
+    if spec.resize is None:
+        render.make_range(pixels, heights, widths, ids, view_ids, spec.params, epoch_key, out, lo)
+        return
+    for b in range(hi - lo):  # image by image, because one that is very long becomes large
+        image = _resized(pixels[b], heights[b], widths[b], spec.resize)
+        sides = (_read_only([side], np.int64) for side in image.shape[:2])
+        render.make_range(image[None], *sides, ids[b : b + 1], view_ids, spec.params, epoch_key, out, lo + b)
+
+
+def _resized(image, height, width, resize):
+    """The first height x width pixels of image uint8 [H, W, 3] resized, uint8 [H', W', 3]."""
+    sides = resample.proportional(resize.short_side, int(height), int(width))
+    bicubic = resize.interpolation == "bicubic"
+    return _read_only(resample.resize_image(image, int(height), int(width), sides, bicubic), np.uint8)
 
 
 def test_views(
@@ -139,19 +143,22 @@ def test_views(
     widths: np.ndarray,
     size: int,
     resize: int | None = None,
+    interpolation: Interpolation = "bilinear",
     out: np.ndarray | None = None,
     pool: ThreadPoolExecutor | None = None,
     threads: int = 1,
 ) -> np.ndarray:
     """The one view for evaluation, uint8 [B, 3, S, S]: short side to `resize` (null: size), then the centre crop.
 
-    Equals torchvision's Resize(resize) and CenterCrop(size) on a PIL image; an image of size x size stays as it is.
+    Equals torchvision's Resize(resize, interpolation) and CenterCrop(size) on a PIL image; an image of size x size
+    stays as it is.
     Raises `UserError` when resize < size.
     """
     resize = size if resize is None else resize
     if resize < size:
         raise UserError(f"resize = {resize}: must be at least the size of the centre crop, {size}")
-    spec = ViewSpec(size, 1, 0, numeric_recipe(ViewGroup(), resize))  # a recipe with nothing random in it
+    group = ViewGroup(resize=Resize(short_side=resize, interpolation=interpolation))  # nothing random in it
+    spec = ViewSpec(size, 1, 0, numeric_recipe(group, size))
     ids = np.zeros(len(pixels), np.int64)
     out = None if out is None else out[None]
     return make_views(pixels, heights, widths, ids, spec, spec.view_ids, 0, 0, out, pool, threads)[0]
@@ -159,18 +166,18 @@ def test_views(
 
 def draw(spec: ViewSpec, seed: int, epoch: int, image_id: int, view_id: int, height: int, width: int) -> ViewParameters:
     """The parameters that `make_views` uses for this view of an image of height x width pixels."""
+    if spec.resize is not None:
+        height, width = resample.proportional(spec.resize.short_side, height, width)
     return draw_parameters(spec.params, hash64(seed, VIEWS, epoch, image_id, view_id), height, width)
-
-
-@njit(cache=True, nogil=True)
-def _apply(image, resize, drawn, out):
-    _render(image, resize, drawn, resample.new_work(image.shape[0], image.shape[1], out.shape[1]), out)
 
 
 def apply(image: np.ndarray, spec: ViewSpec, parameters: ViewParameters) -> np.ndarray:
     """The view uint8 [3, S, S] of image uint8 [H, W, 3] with these parameters, by the kernel's own code."""
-    top, left, height, width = (int(n) for n in parameters.crop)
     assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, (image.dtype, image.shape)
+    image = _read_only(image, np.uint8)
+    if spec.resize is not None:
+        image = _resized(image, image.shape[0], image.shape[1], spec.resize)
+    top, left, height, width = (int(n) for n in parameters.crop)
     assert top >= 0 and height > 0 and top + height <= image.shape[0], (parameters.crop, image.shape)
     assert left >= 0 and width > 0 and left + width <= image.shape[1], (parameters.crop, image.shape)
     drawn = ViewParameters(
@@ -180,9 +187,12 @@ def apply(image: np.ndarray, spec: ViewSpec, parameters: ViewParameters) -> np.n
         *(float(factor) for factor in parameters[3:7]),
         tuple(int(step) for step in parameters.order),
         bool(parameters.grayscale),
+        tuple(int(n) for n in parameters.corner),
+        float(parameters.sigma),
+        bool(parameters.solarize),
     )
     out = np.empty((3, spec.size, spec.size), np.uint8)
-    _apply(_read_only(image, np.uint8), int(spec.params[RESIZE]), drawn, out)
+    render.make_one(image, spec.params, drawn, out)
     return out
 
 

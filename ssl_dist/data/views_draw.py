@@ -2,8 +2,8 @@
 
 A recipe is a float64 array with one slot per number (the constants below). Every draw is `keys.uniform(key, n)` of
 the view's key with the fixed number n given here, so a recipe that lacks a step leaves the draws of the others alone.
-The distributions are those of torchvision's RandomResizedCrop, RandomHorizontalFlip, ColorJitter under RandomApply,
-and RandomGrayscale.
+The distributions are those of torchvision's RandomResizedCrop, RandomCrop, RandomHorizontalFlip, ColorJitter and
+GaussianBlur under RandomApply, RandomGrayscale and RandomSolarize.
 """
 
 import math
@@ -12,12 +12,25 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from ssl_dist.config import ViewGroup
+from ssl_dist.data.resample import proportional
 from ssl_dist.keys import uniform
+from ssl_dist.view_recipe import Resize, ViewGroup
 
-# Slots of a recipe. RESIZE: 0 = random resized crop; n > 0 = the short side becomes n pixels, then a centre crop.
-RESIZE, SCALE, RATIO, FLIP, JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAYSCALE = 0, 1, 3, 5, 6, 7, 9, 11, 13, 15
-SLOTS = 16  # SCALE, RATIO and the four of the jitter take two slots: lowest, highest
+# Slots of a recipe. SCALE, RATIO, LOG_RATIO, the four of the jitter and SIGMA take two slots: lowest, highest.
+SIZE, BICUBIC = 0, 1  # of the view; whether the resize to it is bicubic
+CROP, SCALE, RATIO, LOG_RATIO = 2, 3, 5, 7
+RESIZE, PADDING = 9, 10  # without a random resized crop: pixels of the resized image's short side
+FLIP = 11
+JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE = 12, 13, 15, 17, 19
+GRAYSCALE = 21
+BLUR, SIGMA, KERNEL = 22, 23, 25  # KERNEL 0: Pillow's blur
+SOLARIZE, THRESHOLD = 26, 27
+ORDER = 28  # four slots: the steps below in the order in which they run
+SLOTS = 32
+
+CENTRE, RANDOM, PADDED = 0, 1, 2  # what CROP may be
+ORDERED = ("color_jitter", "grayscale", "gaussian_blur", "solarize")
+NO_STEP, COLOR_JITTER, TO_GRAY, GAUSSIAN_BLUR, SOLARIZATION = 0, 1, 2, 3, 4  # what ORDER may hold
 
 # Numbers of the draws. The crop's try t uses DRAW_CROP + 4 t + (0 area, 1 ratio, 2 top, 3 left).
 CROP_TRIES = 10
@@ -27,12 +40,16 @@ DRAW_JITTER = 41
 DRAW_FACTORS = 42  # brightness, contrast, saturation, hue
 DRAW_ORDER = 46  # three exchanges
 DRAW_GRAYSCALE = 49
+DRAW_CORNER = 50  # top, left of the padded crop
+DRAW_BLUR = 52
+DRAW_SIGMA = 53
+DRAW_SOLARIZE = 54
 
 
 class ViewParameters(NamedTuple):
-    """What is done to one view, in this order. A factor of 1 (hue: 0) stands for a step that is left out."""
+    """What is done to one view. A factor of 1 (hue, sigma: 0) stands for a step that is left out."""
 
-    crop: tuple[int, int, int, int]  # top, left, height, width in pixels of the source
+    crop: tuple[int, int, int, int]  # top, left, height, width in pixels of the source, after a resize that precedes it
     flip: bool
     jitter: bool  # whether the next five are applied
     brightness: float
@@ -41,17 +58,31 @@ class ViewParameters(NamedTuple):
     hue: float  # turns of the wheel, [-0.5, 0.5]
     order: tuple[int, int, int, int]  # a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue
     grayscale: bool
+    corner: tuple[int, int] = (0, 0)  # of a padded crop: top, left in the resized image; negative in the padding
+    sigma: float = 0.0  # of the blur, pixels
+    solarize: bool = False
 
 
-def numeric_recipe(group: ViewGroup, resize: int) -> np.ndarray:
-    """The recipe float64 [SLOTS] of a group; `resize` is the short side of a group without a random crop."""
+def numeric_recipe(group: ViewGroup, size: int) -> np.ndarray:
+    """The recipe float64 [SLOTS] of a group whose views have sides of `size` pixels.
+
+    A resize that precedes a random resized crop is not in it: `make_views` does it once for all views of an image.
+    """
     recipe = np.zeros(SLOTS)
     recipe[BRIGHTNESS:HUE] = 1.0
-    recipe[RESIZE] = resize
-    if group.random_resized_crop is not None:
-        recipe[RESIZE] = 0
-        recipe[SCALE : SCALE + 2] = group.random_resized_crop.scale
-        recipe[RATIO : RATIO + 2] = group.random_resized_crop.ratio
+    recipe[SIZE] = size
+    resize, crop = group.resize or Resize(short_side=size), group.random_resized_crop
+    recipe[BICUBIC] = (crop or resize).interpolation == "bicubic"
+    if crop is not None:
+        recipe[CROP] = RANDOM
+        recipe[SCALE : SCALE + 2] = crop.scale
+        recipe[RATIO : RATIO + 2] = crop.ratio
+        recipe[LOG_RATIO : LOG_RATIO + 2] = [math.log(ratio) for ratio in crop.ratio]
+    else:
+        recipe[RESIZE] = resize.short_side
+    if group.padded_crop is not None:
+        recipe[CROP] = PADDED
+        recipe[PADDING] = group.padded_crop.padding
     recipe[FLIP] = group.horizontal_flip
     jitter = group.color_jitter
     if jitter is not None:
@@ -61,6 +92,13 @@ def numeric_recipe(group: ViewGroup, resize: int) -> np.ndarray:
             recipe[slot : slot + 2] = max(0.0, 1.0 - strength), 1.0 + strength
         recipe[HUE : HUE + 2] = -jitter.hue, jitter.hue
     recipe[GRAYSCALE] = group.grayscale
+    if group.gaussian_blur is not None:
+        recipe[BLUR] = group.gaussian_blur.p
+        recipe[SIGMA : SIGMA + 2] = group.gaussian_blur.sigma
+        recipe[KERNEL] = group.gaussian_blur.kernel or 0
+    if group.solarize is not None:
+        recipe[SOLARIZE : SOLARIZE + 2] = group.solarize.p, group.solarize.threshold
+    recipe[ORDER : ORDER + len(group.order)] = [1 + ORDERED.index(step) for step in group.order]
     return recipe
 
 
@@ -73,11 +111,10 @@ def _between(recipe, slot, u):
 def _draw_crop(recipe, key, height, width):
     """The crop of RandomResizedCrop.get_params: ten tries, then the largest central crop within the ratio's range."""
     area = height * width
-    log_low, log_high = math.log(recipe[RATIO]), math.log(recipe[RATIO + 1])
     for attempt in range(CROP_TRIES):
         n = DRAW_CROP + 4 * attempt
         target = area * _between(recipe, SCALE, uniform(key, n))
-        ratio = math.exp(log_low + (log_high - log_low) * uniform(key, n + 1))
+        ratio = math.exp(_between(recipe, LOG_RATIO, uniform(key, n + 1)))
         w = round(math.sqrt(target * ratio))
         h = round(math.sqrt(target / ratio))
         if 0 < w <= width and 0 < h <= height:
@@ -92,16 +129,48 @@ def _draw_crop(recipe, key, height, width):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-@njit(cache=True, nogil=True)
-def draw_parameters(recipe, key, height, width):
-    """The parameters of the view with this key of an image of height x width pixels."""
-    crop = (0, 0, height, width)
-    if recipe[RESIZE] == 0:
-        crop = _draw_crop(recipe, key, height, width)
-    order = np.arange(4)  # shuffled by Fisher and Yates' exchanges
+@njit(cache=True, inline="always")
+def _draw_order(key):
+    """A permutation of 0, 1, 2, 3 by Fisher and Yates' exchanges; an array would cost more than all the draws."""
+    order = 0x3210  # four bits a place
     for i in range(3):
         j = i + int(uniform(key, DRAW_ORDER + i) * (4 - i))
-        order[i], order[j] = order[j], order[i]
+        change = (order >> 4 * j & 15) - (order >> 4 * i & 15)
+        order += (change << 4 * i) - (change << 4 * j)
+    return order & 15, order >> 4 & 15, order >> 8 & 15, order >> 12
+
+
+@njit(cache=True, inline="always")
+def resized(recipe, height, width):
+    """Height and width that a crop of height x width pixels is resized to, before S x S pixels of it are kept."""
+    if recipe[CROP] == RANDOM:
+        return int(recipe[SIZE]), int(recipe[SIZE])
+    return proportional(int(recipe[RESIZE]), height, width)
+
+
+@njit(cache=True, nogil=True)
+def _draw_corner(recipe, key, height, width):
+    """The top left corner of RandomCrop's window in the image resized and padded; in the padding it is negative."""
+    new_height, new_width = resized(recipe, height, width)
+    padding, size = int(recipe[PADDING]), int(recipe[SIZE])
+    top = int(uniform(key, DRAW_CORNER) * (new_height + 2 * padding - size + 1)) - padding
+    left = int(uniform(key, DRAW_CORNER + 1) * (new_width + 2 * padding - size + 1)) - padding
+    return top, left
+
+
+@njit(cache=True, nogil=True)
+def draw_parameters(recipe, key, height, width):
+    """The parameters of the view with this key of an image of height x width pixels, after a resize before a crop."""
+    crop, corner = (0, 0, height, width), (0, 0)
+    if recipe[CROP] == RANDOM:
+        crop = _draw_crop(recipe, key, height, width)
+    elif recipe[CROP] == PADDED:
+        corner = _draw_corner(recipe, key, height, width)
+    sigma, solarize = 0.0, False
+    if recipe[BLUR] > 0 and uniform(key, DRAW_BLUR) < recipe[BLUR]:
+        sigma = _between(recipe, SIGMA, uniform(key, DRAW_SIGMA))
+    if recipe[SOLARIZE] > 0:
+        solarize = uniform(key, DRAW_SOLARIZE) < recipe[SOLARIZE]
     return ViewParameters(
         crop,
         uniform(key, DRAW_FLIP) < recipe[FLIP],
@@ -110,6 +179,9 @@ def draw_parameters(recipe, key, height, width):
         _between(recipe, CONTRAST, uniform(key, DRAW_FACTORS + 1)),
         _between(recipe, SATURATION, uniform(key, DRAW_FACTORS + 2)),
         _between(recipe, HUE, uniform(key, DRAW_FACTORS + 3)),
-        (order[0], order[1], order[2], order[3]),
+        _draw_order(key),
         uniform(key, DRAW_GRAYSCALE) < recipe[GRAYSCALE],
+        corner,
+        sigma,
+        solarize,
     )

@@ -1,0 +1,265 @@
+"""Pixels and draws of the steps beside the first four: resizes, bicubic, padded crops, blur, solarize, their order."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy import stats
+from torchvision import transforms
+from torchvision.transforms import functional
+
+from ssl_dist.data import views
+from ssl_dist.errors import UserError
+from ssl_dist.section import validate
+from ssl_dist.view_recipe import ViewGroup
+from tests.view_reference import columns_first, noise, planes, reference, rows_first
+
+ALPHA = 1e-4
+BICUBIC = functional.InterpolationMode.BICUBIC
+
+
+def group_of(**recipe):
+    return validate(ViewGroup, recipe)
+
+
+def spec_of(group, num=1, size=16):
+    return views.view_specs([group], num, size)[0]
+
+
+def identity(height, width):
+    return views.ViewParameters((0, 0, height, width), False, False, 1.0, 1.0, 1.0, 0.0, (0, 1, 2, 3), False)
+
+
+# ------------------------------------------------------------------------------------------------- pixels
+
+# Every recipe without hue and without torchvision's blur equals Pillow bit for bit.
+JITTER = {"p": 0.8, "hue": 0.0}
+RECIPES = {
+    "bicubic crop": {"random_resized_crop": {"interpolation": "bicubic"}, "horizontal_flip": 0.5},
+    "resize, then crop": {"resize": {"short_side": 40}, "random_resized_crop": {"scale": [0.2, 1.0]}},
+    "bicubic resize, then crop": {
+        "resize": {"short_side": 20, "interpolation": "bicubic"},
+        "random_resized_crop": {},
+        "horizontal_flip": 0.5,
+    },
+    "resize and centre": {"resize": {"short_side": 30}, "horizontal_flip": 0.5},
+    "bicubic resize and centre": {"resize": {"short_side": 24, "interpolation": "bicubic"}, "horizontal_flip": 0.5},
+    "padded": {"padded_crop": {"padding": 4}, "horizontal_flip": 0.5},
+    "padded, smaller": {
+        "resize": {"short_side": 12, "interpolation": "bicubic"},
+        "padded_crop": {"padding": 7},
+        "horizontal_flip": 0.5,
+    },
+    "padded, larger": {"resize": {"short_side": 40}, "padded_crop": {"padding": 3}},
+    "far padded": {"padded_crop": {"padding": 50}, "horizontal_flip": 0.5},
+    "blur": {"gaussian_blur": {"p": 0.7, "sigma": [0.1, 5.0]}, "horizontal_flip": 0.5},
+    "solarize": {"solarize": {"p": 0.5, "threshold": 127}},
+    "vicreg": {
+        "random_resized_crop": {"interpolation": "bicubic"},
+        "horizontal_flip": 0.5,
+        "color_jitter": JITTER,
+        "grayscale": 0.2,
+        "gaussian_blur": {"p": 0.5},
+        "solarize": {"p": 0.3},
+    },
+    "another order": {
+        "random_resized_crop": {},
+        "color_jitter": JITTER,
+        "grayscale": 0.5,
+        "gaussian_blur": {"p": 0.5},
+        "solarize": {"p": 0.5},
+        "order": ["solarize", "gaussian_blur", "grayscale", "color_jitter"],
+    },
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@settings(max_examples=25)
+@given(st.integers(0, 2**32), st.integers(1, 90), st.integers(1, 90), st.sampled_from([1, 24, 64]))
+def test_drawn_views_equal_pillows(name, seed, height, width, size):
+    """The parameters are the kernel's own draws, on images from one pixel to a narrow strip, larger and smaller."""
+    group = group_of(**RECIPES[name])
+    try:
+        spec = spec_of(group, 4, size)
+    except UserError:
+        return  # a crop larger than the resized image
+    image = noise(seed, height, width)
+    sides = np.array([height]), np.array([width])
+    got = views.make_views(image[None], *sides, np.array([7]), spec, spec.view_ids, seed, 3)
+    for view_id in spec.view_ids:
+        drawn = views.draw(spec, seed, 3, 7, int(view_id), height, width)
+        np.testing.assert_array_equal(got[view_id, 0], reference(image, group, size, drawn))
+        np.testing.assert_array_equal(got[view_id, 0], views.apply(image, spec, drawn))
+
+
+@settings(max_examples=60)
+@given(*[st.integers(1, 200)] * 2, st.integers(1, 80), st.booleans(), st.integers(0, 99))
+def test_bicubic_resizes_equal_pillows(height, width, size, flip, seed):
+    image = noise(seed, height, width)
+    spec = spec_of(group_of(random_resized_crop={"interpolation": "bicubic"}), 1, size)
+    got = views.apply(image, spec, identity(height, width)._replace(flip=flip))
+    turn = functional.hflip if flip else lambda x: x
+    rows = turn(rows_first(Image.fromarray(image), size, size, "bicubic"))
+    np.testing.assert_array_equal(got, planes(rows))
+    if not columns_first(height, width, size, size):
+        plain = functional.resize(Image.fromarray(image), [size, size], BICUBIC)
+        np.testing.assert_array_equal(got, planes(turn(plain)))
+
+
+def test_bicubic_weights_below_zero_are_clipped():
+    """Black beside white: the filter rings on both sides, and every channel alone."""
+    image = np.zeros((12, 12, 3), np.uint8)
+    image[:, 6:, 0] = 255
+    image[6:, :, 1] = 255
+    image[3:5, 3:5, 2] = 255
+    spec = spec_of(group_of(random_resized_crop={"interpolation": "bicubic"}), 1, 29)
+    got = views.apply(image, spec, identity(12, 12))
+    np.testing.assert_array_equal(got, planes(rows_first(Image.fromarray(image), 29, 29, "bicubic")))
+
+
+@pytest.mark.parametrize(("resize", "interpolation"), [(32, "bicubic"), (45, "bicubic"), (45, "bilinear")])
+def test_the_test_transform_with_either_interpolation(resize, interpolation):
+    image = noise(3, 50, 61)
+    sides = np.array([50]), np.array([61])
+    got = views.test_views(image[None], *sides, 32, resize=resize, interpolation=interpolation)[0]
+    plain = functional.resize(Image.fromarray(image), resize, functional.InterpolationMode(interpolation))
+    np.testing.assert_array_equal(got, planes(functional.center_crop(plain, [32, 32])))
+
+
+@pytest.mark.parametrize("threshold", [0, 127, 128, 255])
+def test_solarize_equals_pillow(threshold):
+    image = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    spec = spec_of(group_of(solarize={"threshold": threshold}))
+    got = views.apply(image, spec, identity(16, 16)._replace(solarize=True))
+    np.testing.assert_array_equal(got, planes(functional.solarize(Image.fromarray(image), threshold)))
+
+
+def test_order_matters():
+    image = noise(4, 16, 16)
+    steps = {"gaussian_blur": {}, "solarize": {}, "color_jitter": {}, "grayscale": 1.0}
+    drawn = identity(16, 16)._replace(jitter=True, saturation=0.3, hue=0.2, grayscale=True, sigma=1.5, solarize=True)
+    orders = [
+        ["color_jitter", "grayscale", "gaussian_blur", "solarize"],
+        ["grayscale", "color_jitter", "gaussian_blur", "solarize"],
+        ["color_jitter", "grayscale", "solarize", "gaussian_blur"],
+    ]
+    made = [views.apply(image, spec_of(group_of(order=order, **steps)), drawn) for order in orders]
+    assert all((a != b).any() for a, b in zip(made, made[1:] + made[:1], strict=True))
+    default = views.apply(image, spec_of(group_of(**steps)), drawn)
+    np.testing.assert_array_equal(default, made[0])
+
+
+def test_threads_padding_and_splits_change_nothing_after_a_resize():
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (7, 40, 50, 3), dtype=np.uint8)
+    heights, widths, ids = generator.integers(5, 41, 7), generator.integers(5, 51, 7), np.arange(7) + 90
+    spec = spec_of(group_of(**RECIPES["bicubic resize, then crop"]), 3)
+    expected = views.make_views(pixels, heights, widths, ids, spec, spec.view_ids, 1, 0)
+    for b in range(7):
+        one = np.ascontiguousarray(pixels[b : b + 1, : heights[b], : widths[b]])
+        sides = heights[b : b + 1], widths[b : b + 1]
+        got = views.make_views(one, *sides, ids[b : b + 1], spec, spec.view_ids[1:], 1, 0)
+        np.testing.assert_array_equal(got[:, 0], expected[1:, b])
+
+
+# ------------------------------------------------------------------------------------------------- draws
+
+DRAWS = 6000
+
+
+def drawn_parameters(spec, height, width):
+    return [views.draw(spec, 11, 4, n // 3, n % 3, height, width) for n in range(DRAWS)]
+
+
+def test_the_draws_of_the_first_steps_are_what_they_were():
+    """A number of a draw that changed would change every run."""
+    spec = spec_of(group_of(random_resized_crop={}, horizontal_flip=0.5, color_jitter={}, grayscale=0.2))
+    drawn = views.draw(spec, 1, 2, 3, 4, 48, 64)
+    assert drawn.crop == (0, 16, 42, 45)
+    assert (drawn.flip, drawn.jitter, drawn.order, drawn.grayscale) == (True, True, (0, 1, 2, 3), False)
+    factors = (0.5342700916127636, 1.744240892515574, 0.9963621481878461, -0.11843474209403144)
+    assert drawn[3:7] == pytest.approx(factors, rel=1e-12)
+    assert views.draw(spec, 9, 2, 7, 1, 48, 64).order == (3, 0, 2, 1)
+
+
+@pytest.mark.parametrize("extra", ["gaussian_blur", "solarize", "padded_crop"])
+def test_a_further_step_leaves_the_other_draws_alone(extra):
+    recipe = {"horizontal_flip": 0.5, "color_jitter": {}, "grayscale": 0.2}
+    plain, more = spec_of(group_of(**recipe)), spec_of(group_of(**recipe, **{extra: {}}))
+    for n in range(50):
+        few, many = (views.draw(spec, 0, 0, n, 1, 30, 40) for spec in (plain, more))
+        assert few[:9] == many[:9]
+
+
+@pytest.mark.parametrize(("height", "width", "size", "padding"), [(32, 32, 32, 4), (32, 41, 32, 4), (40, 32, 32, 0)])
+def test_padded_crops_are_distributed_as_torchvisions(height, width, size, padding):
+    spec = spec_of(group_of(padded_crop={"padding": padding}, resize={"short_side": 32}), 3, size)
+    ours = np.array([drawn.corner for drawn in drawn_parameters(spec, height, width)]) + padding
+    torch.manual_seed(0)
+    image = torch.zeros(1, height + 2 * padding, width + 2 * padding)
+    theirs = np.array([transforms.RandomCrop.get_params(image, (size, size))[:2] for _ in range(DRAWS)])
+    for column in range(2):
+        values = np.union1d(ours[:, column], theirs[:, column])
+        table = np.array([[np.count_nonzero(s[:, column] == v) for v in values] for s in (ours, theirs)])
+        assert len(values) == 1 or stats.chi2_contingency(table).pvalue > ALPHA
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 1.0])
+def test_blur_and_solarize_happen_with_their_probability_and_independently(probability):
+    blur = {"p": probability, "sigma": [0.1, 2.0]}
+    spec = spec_of(group_of(gaussian_blur=blur, solarize={"p": probability}, horizontal_flip=0.5))
+    drawn = drawn_parameters(spec, 32, 32)
+    happened = np.array([(d.sigma > 0, d.solarize, d.flip) for d in drawn])
+    for count in happened.sum(0)[:2]:
+        assert stats.binomtest(int(count), DRAWS, probability).pvalue > ALPHA
+    if 0 < probability < 1:
+        assert np.abs(np.corrcoef(happened.T) - np.eye(3)).max() < 0.06
+    sigmas = [d.sigma for d in drawn if d.sigma > 0]
+    assert not sigmas or stats.kstest(sigmas, stats.uniform(0.1, 1.9).cdf).pvalue > ALPHA
+
+
+# ------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ({"gaussian_blur": {"kernel": 4}}, ["gaussian_blur.kernel", "4", "odd"]),
+        ({"gaussian_blur": {"sigma": [2.0, 0.1]}}, ["gaussian_blur.sigma", "[2.0, 0.1]", "rise"]),
+        ({"gaussian_blur": {"sigma": [0.0, 0.1]}}, ["gaussian_blur.sigma", "0.0", "greater than 0"]),
+        ({"gaussian_blur": {"p": 2}}, ["gaussian_blur.p", "2"]),
+        ({"solarize": {"threshold": 256}}, ["solarize.threshold", "256", "255"]),
+        ({"resize": {}}, ["resize.short_side"]),
+        ({"resize": {"short_side": 0}}, ["resize.short_side", "0"]),
+        ({"resize": {"short_side": 9, "interpolation": "cubic"}}, ["resize.interpolation", "cubic", "bicubic"]),
+        ({"padded_crop": {"padding": -1}}, ["padded_crop.padding", "-1"]),
+        ({"padded_crop": {}, "random_resized_crop": {}}, ["padded_crop", "random_resized_crop", "leave one"]),
+        ({"order": ["grayscale", "grayscale"]}, ["order", "grayscale", "twice"]),
+        ({"grayscale": 0.2, "order": ["color_jitter"]}, ["order", "leaves out grayscale"]),
+        ({"order": ["horizontal_flip"]}, ["order", "horizontal_flip", "color_jitter"]),
+    ],
+)
+def test_mistakes_get_one_line_with_key_value_and_remedy(recipe, words):
+    with pytest.raises(UserError) as raised:
+        group_of(**recipe)
+    message = str(raised.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ({"resize": {"short_side": 15}}, ["views.groups.0.resize.short_side = 15", "16", "raise it"]),
+        ({"resize": {"short_side": 7}, "padded_crop": {"padding": 4}}, ["short_side = 7", "16"]),
+        ({"gaussian_blur": {"kernel": 33}}, ["views.groups.0.gaussian_blur.kernel = 33", "31 fits"]),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(recipe, words):
+    with pytest.raises(UserError) as raised:
+        spec_of(group_of(**recipe))
+    for word in words:
+        assert word in str(raised.value), raised.value
