@@ -15,7 +15,7 @@ from torch import nn
 
 from ssl_dist.dist import World, choose_device, one_process
 from ssl_dist.grid import Grid
-from ssl_dist.methods import align_uniform, sfrik, vicreg
+from ssl_dist.methods import align_uniform, sfrik, simclr, vicreg
 from ssl_dist.methods.base import Batch, Info
 from ssl_dist.nn import mlp
 from ssl_dist.place import Place
@@ -41,11 +41,12 @@ OPTIONS = {
     "auh_sim_coeff": "sim_coeff",
     "auh_unif_coeff": "unif_coeff",
     "auh_scale": "scale",
+    "simclr_temp": "temperature",
     "vicreg_sim_coeff": "sim_coeff",
     "vicreg_std_coeff": "std_coeff",
     "vicreg_cov_coeff": "cov_coeff",
 }
-METHODS = {"sfrik": sfrik, "auh": align_uniform, "vicreg": vicreg}
+METHODS = {"sfrik": sfrik, "auh": align_uniform, "vicreg": vicreg, "simclr": simclr}
 TWOPROC = sorted({key.split("/")[2] for key in SFRIK if key.startswith("twoproc/f64/")} & METHODS.keys())
 
 
@@ -90,7 +91,7 @@ def leaves(prefix, names, dtype):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("case", [name for name in TWO if "batch_size_arg" not in TWO[name] and "simclr" not in name])
+@pytest.mark.parametrize("case", [name for name in TWO if "batch_size_arg" not in TWO[name]])
 def test_two_views(case, dtype):
     x, y = leaves("two", "xy", dtype)
     output = run(METHODS[case.split("_")[0]], TWO[case], [torch.stack([x, y])])
