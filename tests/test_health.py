@@ -35,3 +35,13 @@ def test_float64_beyond_float32():
 def test_a_sample_is_taken_from_many_rows():
     z = torch.randn(5 * MAX_ROWS, 4, generator=torch.Generator().manual_seed(0))
     assert effective_rank(z) == effective_rank(z[::5])
+
+
+def test_more_dimensions_than_rows():
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(30, 5, generator=generator) @ torch.randn(5, 200, generator=generator)
+    turn = torch.linalg.qr(torch.randn(200, 200, generator=generator))[0]
+    narrow = z @ turn[:, :30] @ turn[:, :30].T  # of 30 dimensions, but for the turn
+    assert effective_rank(narrow @ turn) == pytest.approx(effective_rank(narrow @ turn[:, :30]), rel=1e-3)
+    assert effective_rank(z[:1].expand(30, 200)) == 0
+    assert effective_rank(torch.linspace(-1, 1, 30)[:, None] * z[:1]) == pytest.approx(1, abs=1e-3)
