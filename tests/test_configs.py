@@ -1,0 +1,37 @@
+"""Every file of configs/: it loads, its method and backbone can be built, and it says how to run it."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssl_dist import config, methods
+from ssl_dist.blueprint import build_method
+from ssl_dist.data.views import view_specs
+from ssl_dist.methods.base import Info
+
+FILES = sorted(Path("configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to("configs")))
+def test_config_can_be_built(path):
+    settings = config.load(path)
+    method_class = methods.find(settings.method.name)
+    options = methods.build_options(method_class, settings.method.options)
+    fixed = getattr(method_class, "num_views", None)
+    assert fixed is None or settings.num_views in (None, fixed)
+    specs = view_specs(settings.views.groups, settings.num_views or fixed, settings.data.image_size)
+    groups = tuple((spec.num, spec.size) for spec in specs)
+    info = Info(10**5, 0 if settings.data.name == "stl10" else 1000, groups, settings.optim.batch_size, 1.0)
+    with torch.device("meta"):
+        build_method(settings, method_class, options, info)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to("configs")))
+def test_config_says_how_it_is_run(path):
+    settings, text = config.load(path), path.read_text(encoding="utf-8")
+    assert re.match(rf"# (bash launch/torchrun_single\.sh \d+|ssl-dist train) {path}\b", text), text.splitlines()[0]
+    method, backbone = path.stem.split("-")[:2]
+    assert (settings.method.name, settings.backbone.name) == (method, backbone)
+    assert settings.run_dir == "runs/" + "-".join([path.parent.name, path.stem])
