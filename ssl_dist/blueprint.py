@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ssl_dist import backbones, grid, methods
+from ssl_dist import backbones, grid, methods, weights
 from ssl_dist.clock import Clock
 from ssl_dist.config import Config, Normalize, Section
 from ssl_dist.data import labels, plan, views
@@ -84,11 +84,26 @@ class Blueprint:
 
     @property
     def data_identity(self) -> dict[str, str]:
-        """What a resume must find again: the samples of the split, which of them are trained on, and given labels."""
+        """What a resume must find again: the samples of the split, which of them are trained on, and what labels and
+        weights were given."""
         identity = {"split": self.split.sha256, "ids": hashlib.sha256(self.plan.train_ids.tobytes()).hexdigest()}
         if self.labels is not None:
             identity["labels"] = hashlib.sha256(self.labels.tobytes()).hexdigest()
+        if self.given_weights is not None:
+            identity["weights"] = self.given_weights.sha256
         return identity
+
+    @cached_property
+    def given_weights(self) -> weights.Weights | None:
+        """What is in the file that the backbone begins from, without its tensors. None: it begins from random ones."""
+        path, name = self.config.backbone.weights, self.config.backbone.name
+        if path is None:
+            return None
+        if not Path(path).is_file():
+            raise UserError(f"backbone.weights = {path!r}: not a file; give one, or null to begin from random weights")
+        with torch.device("meta"):
+            backbone = backbones.build(name)
+        return replace(weights.fit(backbone, name, Path(path)), tensors={})
 
     def clock(self, step: int = 0) -> Clock:
         """`step` steps into the training. A method that does not train has none ahead of it."""
@@ -99,10 +114,7 @@ class Blueprint:
     @cached_property
     def normalize(self) -> Normalize:
         """Mean and standard deviation of pixels in [0, 1] that views and test images are normalised with."""
-        wanted = self.config.views.normalize
-        if wanted == "dataset":
-            return Normalize(mean=tuple(self.split.mean), std=tuple(self.split.std))
-        return Normalize(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)) if wanted == "none" else wanted
+        return normalization(self.config, self.split)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -137,15 +149,24 @@ class Blueprint:
         )
 
     def build(self) -> SSLMethod:
-        """The method on its backbone with initial weights: a function of the seed, equal on every rank."""
-        return build_method(self.config, self.method_class, self.options, self.info).to(self.dtype)
+        """The method on its backbone with initial weights, equal on every rank: a function of the seed, and the
+        backbone's of `backbone.weights` where given."""
+        given = self.config.backbone.weights
+        return build_method(
+            self.config, self.method_class, self.options, self.info, None if given is None else Path(given)
+        ).to(self.dtype)
 
 
-def build_method(config: Config, method_class: type[SSLMethod], options: Section, info: Info) -> SSLMethod:
+def build_method(
+    config: Config, method_class: type[SSLMethod], options: Section, info: Info, given: Path | None = None
+) -> SSLMethod:
+    """The method on its backbone, which begins from the file `given`. On the meta device no file is read."""
     torch.manual_seed(int(hash64(config.seed, INIT)) & 0x7FFFFFFFFFFFFFFF)
     backbone = backbones.build(config.backbone.name, config.backbone.zero_init_residual)
     key_dropout(backbone)
     refuse_random_layers(backbone, config.backbone.name)
+    if given is not None and not next(backbone.parameters()).is_meta:
+        backbone.load_state_dict(weights.fit(backbone, config.backbone.name, given).tensors)
     return method_class(backbone, replace(info, feature_dim=backbone.feature_dim, stages=backbone.stages), options)
 
 
@@ -166,7 +187,14 @@ def derive(config: Config, place: Place) -> Blueprint:
             "choose a labelled split"
         )
     blueprint = Blueprint(config, place, method_class, options, split, given)
-    _ = blueprint.num_views, blueprint.specs, blueprint.grid, blueprint.plan, blueprint.normalize
+    _ = (
+        blueprint.num_views,
+        blueprint.specs,
+        blueprint.grid,
+        blueprint.plan,
+        blueprint.normalize,
+        blueprint.given_weights,
+    )
     train_ids = blueprint.plan.train_ids
     if given is not None and method_class.needs_labels and (given[train_ids] < 0).any():
         missing = train_ids[given[train_ids] < 0]
@@ -179,18 +207,25 @@ def derive(config: Config, place: Place) -> Blueprint:
     with torch.device("meta"):  # what the method or the backbone refuses shows now, and no memory is taken
         method = blueprint.build().eval()
         for size in {spec.size for spec in blueprint.specs}:
-            _try_size(method, size, blueprint)
+            try_size(method.backbone, size, config.backbone.name)
     return blueprint
 
 
-def _try_size(method: SSLMethod, size: int, blueprint: Blueprint) -> None:
+def normalization(config: Config, split: SplitInfo) -> Normalize:
+    """What `views.normalize` means for images of `split`."""
+    wanted = config.views.normalize
+    if wanted == "dataset":
+        return Normalize(mean=tuple(split.mean), std=tuple(split.std))
+    return Normalize(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)) if wanted == "none" else wanted
+
+
+def try_size(backbone: nn.Module, size: int, name: str) -> None:
+    """Raises `UserError` when the backbone, on the meta device and called `name`, takes no images of `size` px."""
     try:
-        method.backbone(torch.empty(1, 3, size, size, dtype=blueprint.dtype))
+        backbone(torch.empty(1, 3, size, size, dtype=next(backbone.parameters()).dtype))
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"data.image_size: views of {size} px do not fit backbone {blueprint.config.backbone.name}: {reason}"
-        ) from None
+        raise UserError(f"data.image_size: views of {size} px do not fit backbone {name}: {reason}") from None
 
 
 def natural_split(config: Config) -> str:

@@ -237,7 +237,10 @@ def _load(path: Path, file: BinaryIO) -> dict[str, Any]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint {path}: not a readable checkpoint: {reason}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT or set(KEYS) - set(state):
-        raise UserError(f"checkpoint {path}: not a checkpoint of ssl_dist (format {FORMAT})")
+        raise UserError(
+            f"checkpoint {path}: not a checkpoint of ssl_dist (format {FORMAT}); for weights of another program say "
+            "backbone.name=... too"
+        )
     return state
 
 

@@ -100,12 +100,14 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "extract", _extract, "write features files",
         "Pass every image of a split through a run's frozen backbone: features/<dataset>-<split>.safetensors. Works "
-        "under torchrun too; the file is the same.",
+        "under torchrun too; the file is the same. Weights of others need backbone.name, data.name and data.root.",
     )  # fmt: skip
     sub.add_argument("weights", type=Path, metavar="RUN|WEIGHTS", help="a run's folder, or one checkpoint file")
     sub.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="data.root, data.name, data.reader of another set"
-    )
+        "overrides", nargs="*", metavar="key=value",
+        help="data.root, data.name, data.reader of another set; for weights of others also backbone.name, "
+        "data.image_size, data.eval_resize, views.normalize",
+    )  # fmt: skip
     sub.add_argument("--out", type=Path, help="folder to write to (default RUN/features)")
     sub.add_argument("--split", action="append", help="split to extract; may be repeated (default: training and test)")
 
@@ -135,6 +137,15 @@ def _parser() -> argparse.ArgumentParser:
         "Print the results of several runs as one table: mean ± standard deviation over seeds of what they share.",
     )  # fmt: skip
     sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders with a results.json (evaluate)")
+
+    sub = command(
+        "export", _export, "write a run's backbone for other programs",
+        "Write the encoder of a run's newest checkpoint, by the names that torchvision, timm or the official code of "
+        "relational reasoning (seed) load.",
+    )  # fmt: skip
+    sub.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or one checkpoint file")
+    sub.add_argument("--format", required=True, choices=["torchvision", "timm", "seed"])
+    sub.add_argument("--out", type=Path, required=True, help="file to write (safetensors; seed: of torch.save)")
 
     sub = command("doctor", _doctor, "what is missing on this machine", "Check this machine and say what mends it.")
     return parser
@@ -210,6 +221,14 @@ def _report(args) -> int:
     from ssl_dist import report
 
     print(report.table(report.over_seeds(args.runs)))
+    return 0
+
+
+def _export(args) -> int:
+    from ssl_dist.export import export
+
+    line = export(args.run, args.format, args.out)
+    print(f"{args.out}: written; load it with\n{line}")
     return 0
 
 

@@ -115,6 +115,9 @@ class Backbone(Section):
     zero_init_residual: bool = Field(
         False, description="residual blocks of resnet18 to resnet200 begin as the identity (SFRIK and VICReg do it)"
     )
+    weights: str | None = Field(
+        None, description="file to begin from: of torchvision, timm or an official code; null: random weights"
+    )
 
 
 class MethodSection(Section):
@@ -207,6 +210,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise UserError(f"config {path}: must be a mapping of sections (data, views, method, ...); see configs/")
+    return overridden(tree, overrides)
+
+
+def overridden(tree: dict, overrides: Sequence[str]) -> Config:
+    """The config in `tree` with `key.sub=value` overrides, which change `tree` too. Raises `UserError`."""
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:

@@ -5,10 +5,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssl_dist import dist, evaluators, features
+from ssl_dist import config, dist, evaluators, features
 from ssl_dist.config import to_tree
 from ssl_dist.data.catalog import facts
-from ssl_dist.data.readers import require_name, splits_present
+from ssl_dist.data.readers import read_info, require_name, splits_present
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators import results
 from ssl_dist.features_file import Features, check_pair, read_features
@@ -17,6 +17,8 @@ from ssl_dist.place import Place
 from ssl_dist.watchdog import Watchdog
 
 DATA_KEYS = ("data.name", "data.root", "data.reader")
+# What must be told, or may be, of weights of others: their files do not.
+OTHERS_KEYS = (*DATA_KEYS, "data.image_size", "data.eval_resize", "views.normalize", "backbone.name")
 
 
 def source_of(encoder: features.Encoder, overrides: dict[str, str]) -> features.Source:
@@ -47,15 +49,21 @@ def split_overrides(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]
 
 def extract(weights: Path, splits: Sequence[str], overrides: Sequence[str], out: Path | None) -> list[Path]:
     """`ssl-dist extract`: features files of `splits` (none: training and evaluation split), alone or under torchrun."""
-    data, others = split_overrides(overrides)
-    if others:
-        raise UserError(f"override {others[0]!r}: of the data, {', '.join(DATA_KEYS)} can be set here")
-    encoder = features.load_encoder(weights)
-    source = source_of(encoder, data)
     folder = out or weights / "features"
     if out is None and not weights.is_dir():
         raise UserError(f"{weights}: is a file; say with --out where its features shall go")
     place = Place.from_environment()
+    if any(word.startswith("backbone.") for word in overrides):
+        encoder, note = _of_others(weights, overrides)
+        if place.rank == 0:
+            print(note, file=sys.stderr, flush=True)
+        source = source_of(encoder, {})
+    else:
+        data, others = split_overrides(overrides)
+        if others:
+            raise UserError(f"override {others[0]!r}: of the data, {', '.join(DATA_KEYS)} can be set here")
+        encoder = features.load_encoder(weights)
+        source = source_of(encoder, data)
     threads = place.cores
     wanted = splits or _labelled_splits(source)
     with (
@@ -64,6 +72,17 @@ def extract(weights: Path, splits: Sequence[str], overrides: Sequence[str], out:
         dog.reporting(),
     ):
         return [features.extract(encoder, source, split, folder, world, threads) for split in wanted]
+
+
+def _of_others(path: Path, overrides: Sequence[str]) -> tuple[features.Encoder, str]:
+    """The encoder in a file of another program, and a line on how it was read. The file's name stands for a method."""
+    for override in overrides:
+        if override.partition("=")[0] not in OTHERS_KEYS:
+            raise UserError(f"override {override!r}: of weights of others, {', '.join(OTHERS_KEYS)} can be set")
+    settings = config.overridden({"run_dir": str(path.parent), "method": {"name": path.name}, "data": {}}, overrides)
+    require_name(settings.data.root, settings.data.name)
+    training = facts(settings.data.name, splits_present(settings.data.root)).training
+    return features.load_others(path, settings, read_info(settings.data.root, training))
 
 
 def _labelled_splits(source: features.Source) -> list[str]:

@@ -57,6 +57,7 @@ def _grid(b: Blueprint, memory: "Memory") -> dict[str, str]:
     held = " + ".join(f"{s.num // grid.views} x {s.size} px" for s in b.specs)
     return {
         "method": f"{b.config.method.name} on {b.config.backbone.name}",
+        **({} if b.given_weights is None else {"weights": b.given_weights.note}),
         "views": f"{groups} of each image",
         "global batch": f"{images} images, {images * b.num_views} views",
         "ranks": f"{grid.size} = {grid.images} image shard(s) x {grid.views} view shard(s)",

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from ssl_dist import blueprint, checkpoint, durable, methods
+from ssl_dist import backbones, blueprint, checkpoint, durable, methods, weights
 from ssl_dist.config import Config, Normalize, validate
 from ssl_dist.data import views
 from ssl_dist.data.normalize import normalized
-from ssl_dist.data.readers import open_dataset, read_info
+from ssl_dist.data.readers import SplitInfo, open_dataset, read_info
 from ssl_dist.dist import World
 from ssl_dist.errors import UserError
 from ssl_dist.features_file import read_features, write_features
-from ssl_dist.methods.base import Info
+from ssl_dist.methods.base import Info, SSLMethod
 from ssl_dist.progress import Counter
 
 BATCH = 256  # images in a forward pass; without gradients and in evaluation mode its size changes nothing
@@ -50,6 +50,11 @@ class Encoder:
 
 def load_encoder(path: Path) -> Encoder:
     """The encoder in a run's newest checkpoint, or in a checkpoint file. Raises `UserError`."""
+    return load_method(path)[1]
+
+
+def load_method(path: Path) -> tuple[SSLMethod, Encoder]:
+    """The method in a run's newest checkpoint, or in a checkpoint file, and its encoder. Raises `UserError`."""
     if path.is_dir():
         newest = checkpoint.load_newest(path)
         if newest is None:
@@ -65,7 +70,22 @@ def load_encoder(path: Path) -> Encoder:
     checkpoint.restore(method, state["method"], path)
     module = method.encoder().float().eval().requires_grad_(False)
     normalize = validate(Normalize, state["normalize"])
-    return Encoder(module, settings, normalize, digest, state["step"])
+    return method, Encoder(module, settings, normalize, digest, state["step"])
+
+
+def load_others(path: Path, settings: Config, split: SplitInfo) -> tuple[Encoder, str]:
+    """The encoder in a file of another program, and a line on how the file was read. Raises `UserError`.
+
+    settings: the backbone, the size of images and how they are normalised ("dataset": as `split` tells).
+    """
+    name = settings.backbone.name
+    backbone = backbones.build(name)
+    found = weights.fit(backbone, name, path)
+    with torch.device("meta"):
+        blueprint.try_size(backbones.build(name).eval(), settings.data.image_size, name)
+    backbone.load_state_dict(found.tensors)
+    module = backbone.float().eval().requires_grad_(False)
+    return Encoder(module, settings, blueprint.normalization(settings, split), found.sha256, 0), found.note
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,11 @@ from ssl_dist.config import Config
 from ssl_dist.errors import UserError
 
 # What may differ between two starts of one run: none of these changes the numbers.
-FREE = ("run_dir", "data.root", "data.reader", "data.workers", "data.view_shards", "checkpoint", "log", "timeout")
+# The file backbone.weights may lie elsewhere: its SHA-256 is compared with the checkpoint's.
+FREE = (
+    "run_dir", "data.root", "data.reader", "data.workers", "data.view_shards", "backbone.weights", "checkpoint", "log",
+    "timeout",
+)  # fmt: skip
 
 PATIENCE = 120.0  # seconds in which the ranks of a former start have ended: the default timeout, 10 s and a margin
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -31,6 +32,8 @@ class Training:
         if self.config.deterministic:
             torch.use_deterministic_algorithms(True)
         method = blueprint.build()
+        if blueprint.given_weights is not None and world.is_first:
+            print(f"backbone.weights: {blueprint.given_weights.note}", file=sys.stderr, flush=True)
         if self.config.channels_last:
             method.to(memory_format=torch.channels_last)
         self.method = world.synchronize_batchnorm(method).to(world.device).train()
@@ -50,7 +53,13 @@ class Training:
         if path is None:
             return 0
         state = checkpoint.load(path)
-        if state["data"] != self.blueprint.data_identity:
+        identity = self.blueprint.data_identity
+        if state["data"].get("weights") != identity.get("weights"):
+            raise UserError(
+                f"backbone.weights = {self.config.backbone.weights!r}: not the file that {path} began from; give that "
+                "one, or another run_dir"
+            )
+        if state["data"] != identity:
             raise UserError(
                 f"data.root = {self.config.data.root!r}: not the images that {path} was trained on (another conversion "
                 "or another data.subset file); give their folder, or another run_dir"

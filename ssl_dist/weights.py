@@ -1,17 +1,186 @@
 """Weights of others: files of the official codes, torchvision and timm, read without running any code from them.
 
-A file is a state_dict, or a dictionary that holds one. Its tensors go by the names of the network that wrote them; the
-namings known here lead from a backbone's own names to those.
+A file is a state_dict, or a dictionary that holds one (`CONTAINERS`). The backbone's tensors lie in it under a prefix
+(`PREFIXES`), by the names of the program that wrote it (`NAMINGS`). All combinations are tried, so nobody need say
+which program it was.
 """
 
+import hashlib
+import pickle
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ssl_dist.errors import UserError
+
 # Where a tensor's own name starts with the first, it starts with the second in the file.
+TORCHVISION: dict[str, str] = {}  # and every backbone of one official code alone
+TIMM = {"model.": ""}
 SELA = {"conv1.": "features.0.", "bn1.": "features.1."} | {f"layer{i}.": f"features.{i + 3}." for i in (1, 2, 3, 4)}
 RELIC = {"conv1.": "0.", "bn1.": "1."} | {f"layer{i}.": f"{i + 3}." for i in (1, 2, 3, 4)} | {"features.": "0."}
 
+NAMINGS = (
+    ("the backbone's own names", TORCHVISION),
+    ("timm's names", TIMM),
+    ("SeLa's names", SELA),
+    ("ReLIC's names", RELIC),
+)
 
-def renamed(name: str, prefixes: dict[str, str]) -> str:
+# The key of a dictionary that holds the state_dict, and who saves it so.
+CONTAINERS = {
+    "backbone": "as relational reasoning saves it",
+    "state_dict": "as SeLa saves it",
+    "model": "as SFRIK and VICReg save it",
+}
+
+# What stands before the backbone's names: in SFRIK and VICReg; in ReLIC, whose evaluation reads the target; in ReLIC's
+# encoder with its head.
+PREFIXES = ("", "backbone.", "target_encoder.0.", "0.")
+
+KNOWN = (
+    "a state_dict of torchvision, timm, SFRIK, VICReg, SeLa or ReLIC, or a dictionary with one under "
+    "backbone (relational reasoning), state_dict (SeLa) or model (SFRIK, VICReg)"
+)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A backbone's tensors by its own names, found in a file. format: the file's, in words; unused: names in the file
+    of what is no part of the backbone; sha256: of the file."""
+
+    path: Path
+    format: str
+    tensors: dict[str, Tensor]
+    unused: list[str]
+    sha256: str
+
+    @property
+    def note(self) -> str:
+        """One line: what was read, and what was left."""
+        shown = ", ".join(self.unused[:8]) + (f" and {len(self.unused) - 8} more" if len(self.unused) > 8 else "")
+        return f"{self.path}: {self.format}; not used: {shown or 'nothing'}"
+
+
+def fit(backbone: nn.Module, name: str, path: Path) -> Weights:
+    """The tensors of `backbone`, which is called `name`, in the file at `path`, shapes checked; it is left as it is.
+
+    Every tensor must be there, but for BatchNorm's counts of batches, which old files lack: they become 0. Raises
+    `UserError`.
+    """
+    tree, sha256 = read(path)
+    own = backbone.state_dict()
+    container, found = _state_dict(path, tree)
+    hits, best = -1, None
+    for prefix in PREFIXES:
+        for title, naming in NAMINGS:
+            theirs = {tensor: prefix + renamed(tensor, naming) for tensor in own}
+            count = sum(tensor in found for tensor in theirs.values())
+            if count > hits:
+                hits, best = count, (f"{container}, {title}", theirs)
+    words, theirs = best
+    if hits == 0:
+        seen = ", ".join(list(found)[:4])
+        raise UserError(f"{path}: holds no tensor of backbone {name}; it holds {seen}, ...; known are {KNOWN}")
+    tensors = {}
+    for tensor, wanted in own.items():
+        if theirs[tensor] in found:
+            tensors[tensor] = found[theirs[tensor]]
+        elif tensor.endswith(".num_batches_tracked"):
+            tensors[tensor] = torch.zeros((), dtype=torch.int64)
+        else:
+            missing = sum(one not in found for one in theirs.values() if not one.endswith("num_batches_tracked"))
+            raise UserError(
+                f"{path}: lacks {theirs[tensor]} of backbone {name} ({missing} of its {len(own)} tensors are missing; "
+                f"read as: {words}); give the backbone.name that the file was trained with"
+            )
+        if tensors[tensor].shape != wanted.shape:
+            raise UserError(
+                f"{path}: {theirs[tensor]} has shape {list(tensors[tensor].shape)}, in backbone {name} "
+                f"{list(wanted.shape)}; give the backbone.name that the file was trained with"
+            )
+    return Weights(path, words, tensors, sorted(found.keys() - theirs.values()), sha256)
+
+
+def renamed(name: str, prefixes: Mapping[str, str]) -> str:
     """`name` with the first of the prefixes that it starts with replaced."""
     for own, theirs in prefixes.items():
         if name.startswith(own):
             return theirs + name.removeprefix(own)
     return name
+
+
+def read(path: Path) -> tuple[Any, str]:
+    """What a .safetensors file or one of torch.save holds, tensors and plain values only, and the file's SHA-256.
+
+    Raises `UserError` when it holds anything else; nothing in it is run.
+    """
+    try:
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            # safetensors begins with the length of its header in 8 bytes, torch's files with PK or a pickle's protocol
+            is_safetensors = file.read(9)[8:] == b"{"
+            file.seek(0)
+            return (safetensors.torch.load(file.read()) if is_safetensors else _unpickled(file)), sha256
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"the object {named[1]}" if named else "something else than tensors and plain values"
+        raise UserError(
+            f"{path}: not read, for it holds {what}, which could run code; save its state_dict alone where you trust it"
+        ) from None
+    except _OF_DAMAGED_FILES as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: no weights that torch or safetensors can read: {reason}") from None
+
+
+# What torch and safetensors raise over bytes that are not theirs.
+_OF_DAMAGED_FILES = (
+    SafetensorError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
+    struct.error,
+)  # fmt: skip
+
+
+def _unpickled(file: BinaryIO) -> Any:
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _state_dict(path: Path, tree: Any) -> tuple[str, dict[str, Tensor]]:
+    """The state_dict in what a file holds, and that it is one in words. Wrappers (DataParallel, torch.compile) leave
+    their word in names; it is taken out."""
+    if _is_state_dict(tree):
+        return "a state_dict", _unwrapped(tree)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: holds a {type(tree).__name__}; known are {KNOWN}")
+    keys = ", ".join(map(str, list(tree)[:8]))
+    if {"format", "method", "config"} <= set(tree):
+        raise UserError(
+            f"{path}: a checkpoint of ssl_dist; extract reads it without backbone.*, and for backbone.weights "
+            "`ssl-dist export RUN --format torchvision` writes its encoder (or --format timm, seed)"
+        )
+    for key, words in CONTAINERS.items():
+        if _is_state_dict(tree.get(key)):
+            return f"a dictionary of {keys} ({words})", _unwrapped(tree[key])
+    raise UserError(f"{path}: an unknown dictionary of {keys}; known are {KNOWN}")
+
+
+def _is_state_dict(tree: Any) -> bool:
+    return (
+        isinstance(tree, dict)
+        and len(tree) > 0
+        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in tree.items())
+    )
+
+
+def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    wrappers = ("module", "_orig_mod")
+    return {".".join(part for part in key.split(".") if part not in wrappers): value for key, value in tensors.items()}

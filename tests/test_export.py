@@ -1,0 +1,124 @@
+"""Exported backbones load strictly in torchvision, timm and the official code's networks, and compute the same."""
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+
+from ssl_dist import backbones, checkpoint, cli, config, weights
+from ssl_dist.features import load_encoder
+from ssl_dist.train import train
+from tests import golden_fill
+
+
+@pytest.fixture
+def run_of(digits, tmp_path):
+    """Makes a run whose backbone has weights that nothing draws; returns its folder."""
+
+    def make(backbone, method="random_weights", *more):
+        torch.manual_seed(5)
+        network = backbones.build(backbone)
+        if not backbone.startswith("timm/"):
+            golden_fill.fill(network, 5)  # statistics of BatchNorm that are none of a beginning
+        torch.save(network.state_dict(), tmp_path / "filled.pth")
+        run = tmp_path / f"{method}-{backbone.replace('/', '-')}"
+        overrides = [
+            f"data.root={digits}", f"run_dir={run}", "data.reader=arrays", f"backbone.name={backbone}",
+            f"backbone.weights={tmp_path / 'filled.pth'}", *more,
+        ]  # fmt: skip
+        assert train(config.load(f"configs/digits/{method}-conv4.yaml", overrides)) == 0
+        return run
+
+    return make
+
+
+def export(run, form, out, capsys):
+    """Exports by the command; returns the Python that it says loads the file."""
+    capsys.readouterr()
+    assert cli.main(["export", str(run), "--format", form, "--out", str(out)]) == 0
+    first, line = capsys.readouterr().out.strip().split("\n")
+    assert str(out) in first
+    return line
+
+
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "efficientnet_b0"])
+def test_torchvision_loads_it_and_computes_the_same(run_of, tmp_path, capsys, name):
+    run, out = run_of(name), tmp_path / "out" / "model.safetensors"
+    line = export(run, "torchvision", out, capsys)
+    scope = {"torch": torch, "torchvision": torchvision, "safetensors": safetensors}
+    exec(line, scope)
+    with torch.no_grad():
+        torch.testing.assert_close(scope["model"].eval()(IMAGES), load_encoder(run).module(IMAGES))
+    # and back: the file is one that we read
+    backbone = backbones.build(name)
+    found = weights.fit(backbone, name, out)
+    assert found.unused == []
+    _, state, digest = checkpoint.load_newest(run)
+    assert all(torch.equal(tensor, state["method"][f"backbone.{key}"]) for key, tensor in found.tensors.items())
+    with safetensors.safe_open(out, "pt") as file:
+        assert file.metadata() == {"format": "pt", "backbone": name, "method": "random_weights", "checkpoint": digest}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm/convnext_atto"])
+def test_timm_loads_it_and_computes_the_same(run_of, tmp_path, capsys, name):
+    timm = pytest.importorskip("timm")
+    run, out = run_of(name), tmp_path / "model.safetensors"
+    line = export(run, "timm", out, capsys)
+    scope = {"timm": timm, "safetensors": safetensors}
+    exec(line, scope)
+    with torch.no_grad():
+        torch.testing.assert_close(scope["model"].eval()(IMAGES), load_encoder(run).module(IMAGES))
+    assert weights.fit(backbones.build(name), name, out).unused == []
+
+
+def test_the_lists_of_each_librarys_networks_are_right():
+    """Whatever is promised has the library's tensors, strictly; the rest is tested above for a few."""
+    from ssl_dist.export import OF_TIMM, OF_TORCHVISION
+
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        for name in OF_TORCHVISION:
+            theirs = getattr(torchvision.models, name)()
+            theirs.fc = theirs.classifier = torch.nn.Identity()
+            theirs.load_state_dict(backbones.build(name).state_dict(), assign=True)
+        for name in OF_TIMM:
+            timm.create_model(name, num_classes=0).load_state_dict(backbones.build(name).state_dict(), assign=True)
+
+
+def test_the_seeds_form_has_the_backbone_and_the_relation_head(run_of, tmp_path, capsys):
+    run, out = (
+        run_of("conv4", "relational", "data.limit=32", "optim.epochs=1", "optim.batch_size=16"),
+        tmp_path / "s.tar",
+    )
+    line = export(run, "seed", out, capsys)
+    content = torch.load(out, weights_only=True)
+    assert content.keys() == {"backbone", "relation"}
+    scope = {"torch": torch, "backbone": backbones.build("conv4").eval()}
+    exec(line, scope)
+    with torch.no_grad():
+        torch.testing.assert_close(scope["backbone"](IMAGES), load_encoder(run).module(IMAGES))
+    _, state, _ = checkpoint.load_newest(run)
+    head = {key: state["method"][f"relation_module.{key}"] for key in content["relation"]}
+    names = ("linear1.weight", "bn1.running_var", "linear2.bias")
+    assert all(name in head for name in names) and all(torch.equal(t, head[k]) for k, t in content["relation"].items())
+    assert weights.fit(scope["backbone"], "conv4", out).format == (
+        "a dictionary of backbone, relation (as relational reasoning saves it), the backbone's own names"
+    )
+
+
+def test_a_backbone_that_the_library_has_not_is_refused(run_of, tmp_path, capsys):
+    for name in ("conv4", "resnet18_small_stem"):
+        run = run_of(name)
+        for form in ("torchvision", "timm"):
+            capsys.readouterr()
+            assert cli.main(["export", str(run), "--format", form, "--out", str(tmp_path / "file")]) == 2
+            error = capsys.readouterr().err
+            assert f"no network with the tensors of backbone {name}" in error and error.count("\n") == 1
+            assert "--format seed" in error and not (tmp_path / "file").exists()
+    assert cli.main(["export", str(run), "--format", "seed", "--out", "/proc/file"]) == 2
+    assert "/proc/file: cannot be written" in capsys.readouterr().err
+    assert cli.main(["export", str(tmp_path / "none"), "--format", "seed", "--out", str(tmp_path / "file")]) == 2
+    assert "not found" in capsys.readouterr().err
