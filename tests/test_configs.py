@@ -23,7 +23,8 @@ def test_config_can_be_built(path):
     assert fixed is None or settings.num_views in (None, fixed)
     specs = view_specs(settings.views.groups, settings.num_views or fixed, settings.data.image_size)
     groups = tuple((spec.num, spec.size) for spec in specs)
-    info = Info(10**5, 0 if settings.data.name == "stl10" else 1000, groups, settings.optim.batch_size, 1.0)
+    labelled = settings.data.name != "stl10" or method_class.needs_labels
+    info = Info(10**5, 1000 if labelled else 0, groups, settings.optim.batch_size, 1.0)
     with torch.device("meta"):
         build_method(settings, method_class, options, info)
 

@@ -31,7 +31,7 @@ class Backbone(nn.Module):
         self.dropout = KeyedDropout(dropout, 0) if dropout else nn.Identity()
 
     def forward(self, x):
-        return self.dropout(F.relu(self.bn(self.conv(x)))).flatten(2).max(2).values
+        return self.dropout(F.relu(self.bn(self.conv(x))).flatten(2).max(2).values)
 
 
 def make(module, dtype=torch.float64, num_classes=4, dropout=0.0, **options):
@@ -72,7 +72,7 @@ def reference(method, batch, labels=None):
         parts = {"labels": -method.classifier(h[:n]).log_softmax(1)[torch.arange(n), labels].mean(), "rotation": turn}
     loss = sum(parts.values())
     loss.backward()
-    return loss.detach(), parts, grids.gradients(method), dict(method.named_buffers())
+    return loss.detach(), parts, h[:n].detach(), grids.gradients(method), dict(method.named_buffers())
 
 
 def test_turns_are_counter_clockwise():
@@ -88,28 +88,28 @@ def test_turns_are_counter_clockwise():
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_any_number_of_ranks_equals_one(grid):
     method = make(rotation)
-    loss, _, gradients, buffers = reference(method, images())
+    loss, _, upright, gradients, buffers = reference(method, images())
     found = grids.run(method, grid, images())
-    _compare(found, loss, gradients, buffers)
+    _compare(found, loss, upright, gradients, buffers)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_retraining_on_labels_and_turns(grid):
     method = make(supervised, rotation=True)
-    loss, parts, gradients, buffers = reference(method, images(), LABELS)
+    loss, parts, upright, gradients, buffers = reference(method, images(), LABELS)
     found = grids.run(method, grid, images(), labels=LABELS)
-    _compare(found, loss, gradients, buffers)
+    _compare(found, loss, upright, gradients, buffers)
     for output in found.outputs:
         for name, part in parts.items():
             torch.testing.assert_close(output.metrics[f"loss_{name}"], part.detach(), **EXACT)
 
 
-def _compare(found, loss, gradients, buffers):
+def _compare(found, loss, upright, gradients, buffers):
     torch.testing.assert_close(found.loss, loss, **EXACT)
     for name, wanted in gradients.items():
         torch.testing.assert_close(found.gradients[name], wanted, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
     for output, ours in zip(found.outputs, found.buffers, strict=True):
-        assert output.representations.shape == (6, 6)
+        torch.testing.assert_close(output.representations, upright, **EXACT)
         assert torch.equal(output.metrics["accuracy"], found.outputs[0].metrics["accuracy"])
         for name, wanted in buffers.items():
             torch.testing.assert_close(ours[name], wanted, **EXACT)
@@ -121,10 +121,12 @@ def test_dropout_knows_the_turns(module):
     method = make(module, dropout=0.5, **({"rotation": True} if module is supervised else {}))
     one, three = (grids.run(method, grid, images(), labels=LABELS) for grid in (Grid(1, 1), Grid(3, 1)))
     torch.testing.assert_close(one.loss, three.loss, **EXACT)
-    same = torch.randn(3, 5, 5, dtype=torch.float64)
-    same = (same + same.rot90(1, (1, 2)) + same.rot90(2, (1, 2)) + same.rot90(3, (1, 2)))[None, None]  # looks the same
-    h = method.represent(grids.batch_of(same.expand(1, 2, -1, -1, -1)))[0]
+    plain = torch.rand(1, 2, 3, 1, 1, dtype=torch.float64).expand(-1, -1, -1, 5, 5)  # looks the same from all sides
+    h = method.represent(grids.batch_of(plain))[0]
     assert not torch.equal(h[0], h[1])
+    assert torch.equal(
+        *make(module, **({"rotation": True} if module is supervised else {})).represent(grids.batch_of(plain))[0][:2]
+    )
 
 
 def test_accuracy_counts_every_turn():

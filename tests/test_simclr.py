@@ -27,7 +27,10 @@ def make(dtype=torch.float64, batch_size=6, **options):
 
 
 def views(dtype=torch.float64):
-    return torch.randn(2, 6, 5, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    """Alike enough that some views find their partners and some do not."""
+    generator = torch.Generator().manual_seed(1)
+    shared, own = (torch.randn(n, 6, 5, dtype=dtype, generator=generator) for n in (1, 2))
+    return shared + 0.4 * own
 
 
 def slow_probabilities(z_ND, temperature):
@@ -62,6 +65,7 @@ def reference(method, both):
 def test_any_number_of_ranks_equals_the_loops(grid, loss, options):
     method, both = make(loss=loss, **options), views()
     wanted, accuracy, gradients, buffers = reference(method, both)
+    assert 0 < accuracy < 100
     found = grids.run(method, grid, both)
     torch.testing.assert_close(found.loss, wanted, **EXACT)
     for name, gradient in gradients.items():
@@ -103,6 +107,7 @@ def test_half_precision_is_scored_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         output = method(grids.batch_of(views(torch.float32)), one_process())
     assert output.loss.dtype == output.representations.dtype == torch.float32
+    assert output.loss.item() == pytest.approx(slow_loss(output.representations, "nt_xent", 0.5).item(), rel=1e-6)
     output.loss.backward()
     assert all(p.grad.isfinite().all() for p in method.parameters())
 
@@ -130,6 +135,7 @@ def test_options():
             methods.build_options(simclr.Method, wrong)
     with pytest.raises(UserError, match=r"optim\.batch_size = 1"):
         make(batch_size=1)
+    assert isinstance(make(activation="leaky_relu").projector[2], torch.nn.LeakyReLU)
     assert [name for name in make(last_bias=True).state_dict() if "projector" in name] == [
         "projector.0.weight", "projector.1.weight", "projector.1.bias", "projector.1.running_mean",
         "projector.1.running_var", "projector.1.num_batches_tracked", "projector.3.weight", "projector.3.bias",
