@@ -130,7 +130,7 @@ class Method(SSLMethod):
         return {
             "kernel": f"L = {len(options.weights)}, weights {weights}; on {regularised} of {num_views} views",
             "Gram matrices": f"{rows} of {batch_size} rows a rank, {rows * mib:.1f} MiB for each view and degree; "
-            f"all embeddings {num_views * options.projector[-1] * mib:.1f} MiB",
+            f"all embeddings {num_views * options.projector[-1] * mib:.1f} MiB, the loss at its peak 5 times that",
         }
 
     def embed(self, images: Tensor) -> Tensor:
