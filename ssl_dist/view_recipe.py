@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from ssl_dist.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Section
 
 Interpolation = Literal["bilinear", "bicubic"]
+Level = Annotated[int, Field(ge=0, le=255)]
 OrderedStep = Literal["color_jitter", "grayscale", "gaussian_blur", "solarize"]
 
 
@@ -38,6 +39,23 @@ class PaddedCrop(Section):
     """Surround the image with black pixels and crop a random part of the view's size, without resizing it."""
 
     padding: NonNegativeInt = Field(4, description="black pixels on each of the four sides")
+
+
+class Affine(Section):
+    """Turn, shift, scale and shear the view about its middle, bilinear, black outside: torchvision's RandomAffine."""
+
+    p: Probability = Field(0.5, description="probability that the view is moved at all")
+    degrees: Annotated[float, Field(ge=0, le=180)] = Field(18.0, description="turn from [-d, d] degrees")
+    translate: tuple[Probability, Probability] = Field(
+        (0.1, 0.1), strict=False, description="right and down, from [-t, t] of the side, in whole pixels"
+    )
+    scale: tuple[PositiveFloat, PositiveFloat] = Field((0.9, 1.1), strict=False, description="factor of the size")
+    shear: Annotated[float, Field(ge=0, lt=90)] = Field(10.0, description="of the x axis, from [-s, s] degrees")
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        _check_rising(self, "scale")
+        return self
 
 
 class ColorJitter(Section):
@@ -73,14 +91,43 @@ class Solarize(Section):
     """Invert the levels from a threshold on."""
 
     p: Probability = Field(0.2, description="probability that the view is solarized")
-    threshold: Annotated[int, Field(ge=0, le=255)] = Field(128, description="levels from this one on are inverted")
+    threshold: Level = Field(128, description="levels from this one on are inverted")
+
+
+class Erasing(Section):
+    """Paint a random rectangle in one colour, as torchvision's RandomErasing."""
+
+    p: Probability = Field(0.5, description="probability that a part is erased")
+    scale: tuple[PositiveFloat, PositiveFloat] = Field(
+        (0.02, 0.33), strict=False, description="share of the view's area"
+    )
+    ratio: tuple[PositiveFloat, PositiveFloat] = Field((0.3, 3.3), strict=False, description="height / width")
+    fill: tuple[Level, Level, Level] = Field(
+        (0, 0, 0), strict=False, description="levels of red, green, blue; 255 * mean is 0 after the normalisation"
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        _check_rising(self, "scale")
+        _check_rising(self, "ratio")
+        return self
+
+
+class GridPatches(Section):
+    """The views are different patches of one image, which the steps before this one have made (OBoW, CVPR 2021).
+
+    The patches are num of the 3 x 3 cells of a grid over it, each moved by random amounts; the same for no two views.
+    """
+
+    side: PositiveInt = Field(256, description="side in pixels of the image that the patches are cut out of")
+    jitter: NonNegativeInt = Field(24, description="a patch moves by 0 .. jitter pixels right and down in its cell")
 
 
 class ViewGroup(Section):
     """A recipe shared by `num` views of one size. The steps run in the order in which they stand here.
 
     Those from color_jitter to solarize run in the order that `order` gives. A paper that flips last is served by the
-    flip after the crop: mirroring commutes with every later step.
+    flip after the crop: mirroring commutes with the later steps (with an affine one in distribution).
     """
 
     num: PositiveInt | None = Field(None, description="views of this recipe; null: views.num (one group only)")
@@ -94,6 +141,10 @@ class ViewGroup(Section):
     )
     padded_crop: PaddedCrop | None = Field(None, description="instead of random_resized_crop")
     horizontal_flip: Probability = Field(0.0, description="probability of a left-right flip")
+    quarter_turns: Annotated[list[Literal[0, 1, 2, 3]], Field(min_length=1)] = Field(
+        default_factory=lambda: [0], description="the view is turned counter-clockwise by one of these right angles"
+    )
+    affine: Affine | None = None
     color_jitter: ColorJitter | None = None
     grayscale: Probability = Field(0.0, description="probability that the view loses its colour")
     gaussian_blur: GaussianBlur | None = None
@@ -102,6 +153,9 @@ class ViewGroup(Section):
         default_factory=lambda: list(get_args(OrderedStep)),
         description="of color_jitter, grayscale, gaussian_blur and solarize; what the recipe lacks may be left out",
     )
+
+    erasing: Erasing | None = None
+    grid_patches: GridPatches | None = None
 
     @model_validator(mode="after")
     def _fit(self):

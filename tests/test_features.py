@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,21 @@ def test_features_are_the_encoders_of_every_image_in_order(run, digits, tmp_path
     assert np.array_equal(found.labels, labels) and np.array_equal(found.image_ids, ids)
     assert found.metadata["checkpoint"] == encoder.sha256 and found.metadata["step"] == "0"
     assert json.loads(found.metadata["classes"]) == [str(n) for n in range(10)]
+
+
+def test_the_resize_of_evaluation_reaches_the_features_and_their_file(run, digits, tmp_path):
+    encoder, read = features.load_encoder(run), {}
+    for interpolation in ("bilinear", "bicubic"):
+        data = encoder.config.data.model_copy(update={"eval_resize": 40, "eval_interpolation": interpolation})
+        other = replace(encoder, config=encoder.config.model_copy(update={"data": data}))
+        path = features.extract(other, source(digits), "test", tmp_path / interpolation, one_process(), threads=1)
+        assert features.is_fresh(path, other, source(digits), "test")
+        assert not features.is_fresh(path, encoder, source(digits), "test")
+        read[interpolation] = read_features(path)
+    transforms = [read[interpolation].metadata["transform"] for interpolation in read]
+    assert transforms[0].startswith("short side to 40, centre crop 32, ")
+    assert transforms[1].startswith("short side to 40 bicubic, centre crop 32, ")
+    assert np.abs(read["bilinear"].features - read["bicubic"].features).max() > 1e-4
 
 
 def in_ranks(rank, size, run, folder, split):

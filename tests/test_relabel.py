@@ -20,7 +20,12 @@ LIMIT, BATCH = 54, 12  # four batches of 12 and a tail of 6
 
 def make(data, run, place):
     wanted = [f"data.root={data}", f"run_dir={run}", f"data.limit={LIMIT}", "data.reader=arrays", "precision=fp64"]
-    wanted += [f"optim.batch_size={BATCH}", "data.view_shards=1", "data.eval_resize=36"]
+    wanted += [
+        f"optim.batch_size={BATCH}",
+        "data.view_shards=1",
+        "data.eval_resize=36",
+        "data.eval_interpolation=bicubic",
+    ]
     blueprint = derive(config.load(CONFIG, wanted), place)
     run = Training(blueprint, World(place, blueprint.grid, torch.device("cpu")))
     run.method.backbone.layer4.add_module("drop", KeyedDropout(0.5, 0))
@@ -84,7 +89,7 @@ def test_the_test_transform_is_that_of_extraction(one_process, digits, tmp_path)
 
     with run.blueprint.open_reader() as reader:
         [(pixels, heights, widths, _)] = reader.batches([run.blueprint.plan.train_ids])
-    images = test_views(pixels, heights, widths, 32, resize=36)
+    images = test_views(pixels, heights, widths, 32, resize=36, interpolation="bicubic")
     with torch.no_grad():
         wanted = run.method.backbone.eval()(run._normalize(torch.from_numpy(images)))
     np.testing.assert_allclose(one_process[0][1], wanted.numpy(), rtol=1e-12)

@@ -64,6 +64,31 @@ RECIPES = {
         "gaussian_blur": {"p": 0.5},
         "solarize": {"p": 0.3},
     },
+    "quarter turns": {"quarter_turns": [0, 1, 2, 3], "horizontal_flip": 0.5},
+    "finetune": {
+        "horizontal_flip": 0.5,
+        "affine": {},
+        "erasing": {"scale": [0.111, 0.111], "ratio": [1, 1], "fill": [128, 127, 3]},
+    },
+    "far moved": {"affine": {"p": 1.0, "degrees": 180, "translate": [0.9, 0.2], "scale": [0.1, 4.0], "shear": 70}},
+    "patches": {
+        "random_resized_crop": {"scale": [0.6, 1.0]},
+        "color_jitter": JITTER,
+        "grayscale": 0.2,
+        "horizontal_flip": 0.5,
+        "grid_patches": {"side": 80, "jitter": 11},
+    },
+    "patches with every step": {
+        "resize": {"short_side": 70},
+        "padded_crop": {"padding": 9},
+        "horizontal_flip": 0.5,
+        "quarter_turns": [1, 2],
+        "affine": {},
+        "gaussian_blur": {},
+        "solarize": {},
+        "erasing": {},
+        "grid_patches": {"side": 70, "jitter": 0},
+    },
     "another order": {
         "random_resized_crop": {},
         "color_jitter": JITTER,
@@ -184,7 +209,7 @@ def test_the_draws_of_the_first_steps_are_what_they_were():
     assert views.draw(spec, 9, 2, 7, 1, 48, 64).order == (3, 0, 2, 1)
 
 
-@pytest.mark.parametrize("extra", ["gaussian_blur", "solarize", "padded_crop"])
+@pytest.mark.parametrize("extra", ["gaussian_blur", "solarize", "padded_crop", "affine", "erasing"])
 def test_a_further_step_leaves_the_other_draws_alone(extra):
     recipe = {"horizontal_flip": 0.5, "color_jitter": {}, "grayscale": 0.2}
     plain, more = spec_of(group_of(**recipe)), spec_of(group_of(**recipe, **{extra: {}}))
@@ -220,6 +245,118 @@ def test_blur_and_solarize_happen_with_their_probability_and_independently(proba
     assert not sigmas or stats.kstest(sigmas, stats.uniform(0.1, 1.9).cdf).pvalue > ALPHA
 
 
+def same_distribution(ours, theirs):
+    """Kolmogorov-Smirnov for numbers on a scale, chi-square for whole numbers with few values."""
+    values = np.union1d(ours, theirs)
+    if len(values) > 500:
+        return stats.ks_2samp(ours, theirs).pvalue > ALPHA
+    table = np.array([[np.count_nonzero(sample == value) for value in values] for sample in (ours, theirs)])
+    table = table[:, table.sum(0) >= 10]
+    return table.shape[1] == 1 or stats.chi2_contingency(table).pvalue > ALPHA
+
+
+def test_affine_draws_are_distributed_as_torchvisions():
+    affine = {"p": 1.0, "degrees": 18.0, "translate": [0.1, 0.2], "scale": [0.9, 1.3], "shear": 10.0}
+    spec = spec_of(group_of(affine=affine), 3, 40)
+    ours = np.array([drawn.affine for drawn in drawn_parameters(spec, 30, 50)])
+    torch.manual_seed(0)
+    draw = transforms.RandomAffine(18.0, (0.1, 0.2), (0.9, 1.3), 10.0)
+    theirs = [draw.get_params(draw.degrees, draw.translate, draw.scale, draw.shear, [40, 40]) for _ in range(DRAWS)]
+    theirs = np.array([(angle, *shift, scale, shear[0]) for angle, shift, scale, shear in theirs])
+    for column in range(5):
+        assert same_distribution(ours[:, column], theirs[:, column]), column
+    assert np.abs(np.corrcoef(ours.T) - np.eye(5)).max() < 0.06
+
+
+@pytest.mark.parametrize(
+    ("size", "scale", "ratio"),
+    [
+        (96, (0.111, 0.111), (1.0, 1.0)),
+        (32, (0.02, 0.33), (0.3, 3.3)),
+        (16, (0.5, 1.2), (0.3, 3.3)),
+        (8, (1, 1), (1, 1)),
+    ],
+)
+def test_erased_rectangles_are_distributed_as_torchvisions(size, scale, ratio):
+    spec = spec_of(group_of(erasing={"p": 1.0, "scale": scale, "ratio": ratio}), 3, size)
+    ours = np.array([drawn.erased for drawn in drawn_parameters(spec, 40, 30)])
+    torch.manual_seed(0)
+    image = torch.zeros(3, size, size)
+    draws = [transforms.RandomErasing.get_params(image, scale, ratio, [0.0]) for _ in range(DRAWS)]
+    theirs = np.array([(0, 0, 0, 0) if v is image else (i, j, h, w) for i, j, h, w, v in draws])
+    for column in range(4):
+        assert same_distribution(ours[:, column], theirs[:, column]), ("top", "left", "height", "width")[column]
+    assert (ours[:, 0] + ours[:, 2] <= size).all() and (ours[:, 1] + ours[:, 3] <= size).all()
+
+
+@pytest.mark.parametrize("turns", [[0], [2], [0, 1, 2, 3], [1, 3], [0, 0, 1]])
+def test_quarter_turns_are_drawn_evenly_from_their_list(turns):
+    spec = spec_of(group_of(quarter_turns=turns), 3)
+    drawn = np.array([d.turns for d in drawn_parameters(spec, 32, 32)])
+    expected = np.bincount(turns, minlength=4) / len(turns)
+    counts = np.bincount(drawn, minlength=4)
+    assert (counts[expected == 0] == 0).all()
+    present = expected > 0
+    assert present.sum() == 1 or stats.chisquare(counts[present], DRAWS * expected[present]).pvalue > ALPHA
+
+
+def test_affine_and_erasing_happen_with_their_probability_and_independently():
+    spec = spec_of(group_of(affine={"p": 0.3}, erasing={"p": 0.6}, gaussian_blur={"p": 0.5}))
+    drawn = drawn_parameters(spec, 32, 32)
+    happened = np.array([(d.affine != (0, 0, 0, 1, 0), d.erased[2] > 0, d.sigma > 0) for d in drawn])
+    for count, probability in zip(happened.sum(0), (0.3, 0.6, 0.5), strict=True):
+        assert stats.binomtest(int(count), DRAWS, probability).pvalue > ALPHA
+    assert np.abs(np.corrcoef(happened.T) - np.eye(3)).max() < 0.06
+
+
+# ------------------------------------------------------------------------------------------------- patches
+
+
+def patch_group(num=5, side=64, jitter=8, **recipe):
+    return group_of(num=num, grid_patches={"side": side, "jitter": jitter}, **recipe)
+
+
+def test_patches_of_an_image_are_cells_of_one_picture_chosen_without_replacement():
+    """View ids count through the groups; the picture hangs on the image and the group, the patch on the view."""
+    groups = [group_of(num=2), patch_group(9, 64, 0, random_resized_crop={}, color_jitter={}, horizontal_flip=0.5)]
+    _, spec = views.view_specs(groups, 11, 20)
+    cells = set()
+    for image_id in range(3):
+        drawn = [views.draw(spec, 0, 0, image_id, int(v), 90, 80) for v in spec.view_ids]
+        assert len({d._replace(patch=(0, 0)) for d in drawn}) == 1
+        assert sorted(d.patch for d in drawn) == [(i * 22, j * 22) for i in range(3) for j in range(3)]
+        cells.add(tuple(d.patch for d in drawn))
+    assert len(cells) == 3
+
+
+def test_patches_are_distributed_as_the_official_ones():
+    """Offset (side - patch - jitter) // 2 from cell to cell, and 0 .. jitter more, in all nine cells alike."""
+    (spec,) = views.view_specs([patch_group(5, 64, 9)], 5, 20)
+    patches = np.array([[views.draw(spec, 1, 2, n, v, 40, 40).patch for v in range(5)] for n in range(DRAWS)])
+    step = (64 - 20 - 9) // 2
+    offsets = patches.reshape(-1, 2)
+    cells = np.minimum(offsets // step, 2)
+    assert stats.chisquare(np.bincount(cells[:, 0] * 3 + cells[:, 1])).pvalue > ALPHA
+    within = offsets - cells * step
+    assert within.min() == 0 and within.max() == 9
+    for axis in range(2):
+        assert stats.chisquare(np.bincount(within[:, axis])).pvalue > ALPHA
+    assert abs(np.corrcoef(within.T)[0, 1]) < 0.06
+    first = cells.reshape(DRAWS, 5, 2)[:, 0]
+    assert stats.chisquare(np.bincount(first[:, 0] * 3 + first[:, 1])).pvalue > ALPHA
+
+
+def test_shards_of_patches_are_those_of_all_views():
+    pixels, sides = noise(0, 50, 60)[None].repeat(3, 0), (np.array([50, 30, 50]), np.array([60, 60, 20]))
+    recipe = {"random_resized_crop": {}, "color_jitter": {}, "resize": {"short_side": 70}}
+    _, spec = views.view_specs([group_of(num=2), patch_group(6, **recipe)], 8, 24)
+    ids = np.array([5, 6, 7])
+    expected = views.make_views(pixels, *sides, ids, spec, spec.view_ids, 3, 4)
+    for chosen in (slice(0, 2), slice(2, 6)):
+        got = views.make_views(pixels, *sides, ids, spec, spec.view_ids[chosen], 3, 4)
+        np.testing.assert_array_equal(got, expected[chosen])
+
+
 # ------------------------------------------------------------------------------------------------- mistakes
 
 
@@ -238,6 +375,15 @@ def test_blur_and_solarize_happen_with_their_probability_and_independently(proba
         ({"padded_crop": {}, "random_resized_crop": {}}, ["padded_crop", "random_resized_crop", "leave one"]),
         ({"order": ["grayscale", "grayscale"]}, ["order", "grayscale", "twice"]),
         ({"grayscale": 0.2, "order": ["color_jitter"]}, ["order", "leaves out grayscale"]),
+        ({"affine": {"shear": 90}}, ["affine.shear", "90", "less than 90"]),
+        ({"affine": {"scale": [0, 1]}}, ["affine.scale", "0", "greater than 0"]),
+        ({"affine": {"translate": [0.1, 1.1]}}, ["affine.translate", "1.1"]),
+        ({"affine": {"scale": [2, 1]}}, ["affine.scale", "[2.0, 1.0]", "rise"]),
+        ({"erasing": {"fill": [0, 0, 256]}}, ["erasing.fill", "256", "255"]),
+        ({"erasing": {"ratio": [2, 1]}}, ["erasing.ratio", "[2.0, 1.0]", "rise"]),
+        ({"quarter_turns": []}, ["quarter_turns", "at least 1"]),
+        ({"quarter_turns": [4]}, ["quarter_turns", "4", "3"]),
+        ({"grid_patches": {"jitter": -1}}, ["grid_patches.jitter", "-1"]),
         ({"order": ["horizontal_flip"]}, ["order", "horizontal_flip", "color_jitter"]),
     ],
 )
@@ -255,11 +401,14 @@ def test_mistakes_get_one_line_with_key_value_and_remedy(recipe, words):
     [
         ({"resize": {"short_side": 15}}, ["views.groups.0.resize.short_side = 15", "16", "raise it"]),
         ({"resize": {"short_side": 7}, "padded_crop": {"padding": 4}}, ["short_side = 7", "16"]),
+        ({"num": 10, "grid_patches": {}}, ["views.groups.0.num = 10", "9 patches"]),
+        ({"grid_patches": {"side": 39}}, ["grid_patches.side = 39", "16 px", "40"]),
+        ({"grid_patches": {"side": 40}, "resize": {"short_side": 30}}, ["resize.short_side = 30", "40"]),
         ({"gaussian_blur": {"kernel": 33}}, ["views.groups.0.gaussian_blur.kernel = 33", "31 fits"]),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(recipe, words):
     with pytest.raises(UserError) as raised:
-        spec_of(group_of(**recipe))
+        spec_of(group_of(**recipe), recipe.get("num", 1))
     for word in words:
         assert word in str(raised.value), raised.value

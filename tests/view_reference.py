@@ -62,7 +62,13 @@ def geometry(image, group, size, drawn):
             view = functional.crop(functional.pad(view, padding), top, left, size, size)
         else:
             view = functional.center_crop(view, [size, size])
-    return functional.hflip(view) if drawn.flip else view
+    view = functional.hflip(view) if drawn.flip else view
+    view = view.rotate(90 * drawn.turns)
+    angle, *shift, scale, shear = drawn.affine
+    if group.affine is not None and drawn.affine != (0.0, 0.0, 0.0, 1.0, 0.0):
+        shift, bilinear = [int(n) for n in shift], functional.InterpolationMode.BILINEAR
+        view = functional.affine(view, angle, shift, scale, [shear, 0.0], bilinear, 0)
+    return view
 
 
 def jitter(view, drawn):
@@ -87,7 +93,8 @@ def blur(view, kernel, sigma):
 
 def reference(image, group, size, drawn):
     """The view uint8 [3, S, S] of image uint8 [H, W, 3]."""
-    view = geometry(Image.fromarray(image), group, size, drawn)
+    grid = group.grid_patches
+    view = geometry(Image.fromarray(image), group, grid.side if grid else size, drawn)
     for step in group.order:
         if step == "color_jitter" and drawn.jitter:
             view = jitter(view, drawn)
@@ -97,4 +104,11 @@ def reference(image, group, size, drawn):
             view = blur(view, group.gaussian_blur.kernel, drawn.sigma)
         elif step == "solarize" and drawn.solarize:
             view = functional.solarize(view, group.solarize.threshold)
-    return planes(view)
+    view = torch.from_numpy(planes(view).copy())
+    top, left, height, width = drawn.erased
+    if height > 0:
+        fill = torch.tensor(group.erasing.fill, dtype=torch.uint8)[:, None, None]
+        view = functional.erase(view, top, left, height, width, fill)
+    if grid:
+        view = functional.crop(view, *drawn.patch, size, size)
+    return view.numpy()

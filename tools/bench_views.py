@@ -3,14 +3,16 @@
     OMP_NUM_THREADS=1 python tools/bench_views.py
     OMP_NUM_THREADS=1 python tools/bench_views.py --images FOLDER --rounds 15
 
-Both sides get the same decoded images and the same recipe (random resized crop, flip, colour jitter, grayscale: the
-defaults of `views.groups`) and give uint8 CHW pixels; reading, decoding and normalising are left out. Each round times
-both, one after the other, by the CPU time of this one thread; the table holds the medians of all rounds, so that a
-busy machine slows both sides alike. Two cases: 32 px views of 32 x 32 images, 224 px views of 500 x 400 images. The
-images are noise made smooth, or, with --images, the image files of a folder (resized to those two shapes).
+Both sides get the same decoded images and the same recipe and give uint8 CHW pixels; reading, decoding and normalising
+are left out. Each round times both, one after the other, by the CPU time of this one thread; the table holds the
+medians of all rounds, so that a busy machine slows both sides alike. Four cases: the defaults of `views.groups` (random
+resized crop, flip, colour jitter, grayscale) at 32 px of 32 x 32 images and at 224 px of 500 x 400 images; VICReg's two
+views (bicubic, Pillow's blur, solarize) at 224 px; ReLIC's global views (torchvision's blur of 3 x 3 pixels, solarize)
+at 32 px. The images are noise made smooth, or, with --images, the image files of a folder (resized to the two shapes).
 """
 
 import argparse
+import random
 import statistics
 import sys
 import time
@@ -18,12 +20,32 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from torchvision import transforms
 
-from ssl_dist.config import ViewGroup, Views
+from ssl_dist.config import ViewGroup, Views, validate
 from ssl_dist.data import views
 
+STEPS = {"horizontal_flip": 0.5, "grayscale": 0.2}
+VICREG = {"random_resized_crop": {"interpolation": "bicubic"}, **STEPS}
+VICREG["color_jitter"] = {"p": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
+RECIPES = {
+    "default": [{"num": 1, "random_resized_crop": {}, "color_jitter": {}, **STEPS}],
+    "VICReg": [
+        {"num": 1, **VICREG, "gaussian_blur": {"p": 1.0}},
+        {"num": 1, **VICREG, "gaussian_blur": {"p": 0.1}, "solarize": {"p": 0.2}},
+    ],
+    "ReLIC": [
+        {
+            "num": 1,
+            "random_resized_crop": {"scale": [0.1, 1.0]},
+            "color_jitter": {},
+            **STEPS,
+            "gaussian_blur": {"p": 1.0, "kernel": 3},
+            "solarize": {"p": 0.2, "threshold": 127},
+        }
+    ],
+}
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
@@ -46,18 +68,27 @@ def read_folder(folder: Path, count: int, height: int, width: int) -> np.ndarray
     return np.stack([np.asarray(Image.open(path).convert("RGB").resize((width, height))) for path in paths])
 
 
+def torchvision_blur(kernel: int | None, sigma: tuple[float, float]):
+    if kernel is not None:
+        return transforms.GaussianBlur(kernel, sigma)
+    return lambda image: image.filter(ImageFilter.GaussianBlur(random.uniform(*sigma)))
+
+
 def torchvision_pipeline(group: ViewGroup, size: int) -> transforms.Compose:
-    crop, jitter = group.random_resized_crop, group.color_jitter
+    crop, jitter, blur = group.random_resized_crop, group.color_jitter, group.gaussian_blur
     strengths = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
-    return transforms.Compose(
-        [
-            transforms.RandomResizedCrop(size, scale=crop.scale, ratio=crop.ratio),
-            transforms.RandomHorizontalFlip(group.horizontal_flip),
-            transforms.RandomApply([transforms.ColorJitter(*strengths)], p=jitter.p),
-            transforms.RandomGrayscale(group.grayscale),
-            transforms.PILToTensor(),
-        ]
-    )
+    interpolation = transforms.InterpolationMode(crop.interpolation)
+    steps = [
+        transforms.RandomResizedCrop(size, scale=crop.scale, ratio=crop.ratio, interpolation=interpolation),
+        transforms.RandomHorizontalFlip(group.horizontal_flip),
+        transforms.RandomApply([transforms.ColorJitter(*strengths)], p=jitter.p),
+        transforms.RandomGrayscale(group.grayscale),
+    ]
+    if blur is not None:
+        steps.append(transforms.RandomApply([torchvision_blur(blur.kernel, blur.sigma)], p=blur.p))
+    if group.solarize is not None:
+        steps.append(transforms.RandomSolarize(group.solarize.threshold, group.solarize.p))
+    return transforms.Compose([*steps, transforms.PILToTensor()])
 
 
 def seconds(function) -> float:
@@ -66,28 +97,36 @@ def seconds(function) -> float:
     return time.thread_time() - begin
 
 
-def compare(pixels: np.ndarray, size: int, num_views: int, pil_images: int, rounds: int) -> tuple[float, float, float]:
-    """Views per CPU-second of torchvision and of the kernel, and the median ratio of the rounds."""
-    group = Views().groups[0]
-    (spec,) = views.view_specs([group], num_views, size)
+def compare(pixels, name: str, size: int, num_views: int, pil_images: int, rounds: int) -> tuple[float, float, float]:
+    """Views per CPU-second of torchvision and of the kernel, and the median ratio of the rounds.
+
+    pixels uint8 [N, H, W, 3]. The groups of the recipe `name` share the `num_views` views of an image.
+    """
+    groups = validate(Views, {"groups": RECIPES[name]}).groups
+    groups = [group.model_copy(update={"num": num_views // len(groups)}) for group in groups]
+    specs = views.view_specs(groups, num_views, size)
     count, height, width = pixels.shape[:3]
     heights, widths, ids = np.full(count, height), np.full(count, width), np.arange(count)
-    out = np.empty((num_views, count, 3, size, size), np.uint8)
-    transform = torchvision_pipeline(group, size)
+    outs = [np.empty((spec.num, count, 3, size, size), np.uint8) for spec in specs]
+    pipelines = [torchvision_pipeline(group, size) for group in groups]
     sources = [Image.fromarray(image) for image in pixels[:pil_images]]
-    views.warm_up(spec)
+
+    def by_torchvision():
+        for pipeline in pipelines:
+            for source in sources:
+                pipeline(source)
+
+    def by_kernel(epoch):
+        for spec, out in zip(specs, outs, strict=True):
+            views.make_views(pixels, heights, widths, ids, spec, spec.view_ids, seed=0, epoch=epoch, out=out)
 
     torchvision_rates, kernel_rates = [], []
+    views.warm_up(specs[0])
     for epoch in range(rounds):
         torch.manual_seed(epoch)
-        taken = seconds(lambda: [transform(source) for source in sources])
-        torchvision_rates.append(len(sources) / taken)
-        taken = seconds(
-            lambda epoch=epoch: views.make_views(
-                pixels, heights, widths, ids, spec, spec.view_ids, seed=0, epoch=epoch, out=out
-            )
-        )
-        kernel_rates.append(count * num_views / taken)
+        random.seed(epoch)
+        torchvision_rates.append(len(sources) * len(pipelines) / seconds(by_torchvision))
+        kernel_rates.append(count * num_views / seconds(lambda epoch=epoch: by_kernel(epoch)))
     ratios = [kernel / pil for kernel, pil in zip(kernel_rates, torchvision_rates, strict=True)]
     return statistics.median(torchvision_rates), statistics.median(kernel_rates), statistics.median(ratios)
 
@@ -99,15 +138,17 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
-    print(f"{'views':24s} {'torchvision PIL':>16s} {'kernel':>10s} {'ratio':>7s}   (views per CPU-second, medians)")
-    # source height and width, view size, images, views of each, images of torchvision's side
-    for height, width, size, count, num_views, pil_images in ((32, 32, 32, 128, 32, 512), (400, 500, 224, 16, 4, 16)):
+    print(f"{'views':32s} {'torchvision PIL':>16s} {'kernel':>10s} {'ratio':>7s}   (views per CPU-second, medians)")
+    # recipe, source height and width, view size, images, views of each, images of torchvision's side
+    small, large = (32, 32, 32, 128, 32, 512), (400, 500, 224, 16, 4, 16)
+    for name, case in (("default", small), ("default", large), ("VICReg", large), ("ReLIC", small)):
+        height, width, size, count, num_views, pil_images = case
         if arguments.images:
             pixels = read_folder(arguments.images, count, height, width)
         else:
             pixels = smooth_noise(count, height, width)
-        pil, kernel, ratio = compare(pixels, size, num_views, pil_images, arguments.rounds)
-        print(f"{f'{size} px of {width} x {height}':24s} {pil:16,.0f} {kernel:10,.0f} {ratio:6.1f}x")
+        pil, kernel, ratio = compare(pixels, name, size, num_views, pil_images, arguments.rounds)
+        print(f"{f'{name}, {size} px of {width} x {height}':32s} {pil:16,.0f} {kernel:10,.0f} {ratio:6.1f}x")
 
 
 if __name__ == "__main__":

@@ -141,7 +141,8 @@ def blur_as_torchvision(view, sigma, kernel, work):
         total = F(total + weights[k])
     for k in range(kernel):
         weights[k] /= total
-    source[:] = levels
+    for i in range(levels.shape[0]):
+        source[i] = levels[i]
     for first in range(0, levels.shape[0], size * size):
         for y in range(size):
             for x in range(size):

@@ -3,14 +3,16 @@
 import numpy as np
 from numba import njit
 
-from ssl_dist.data import blur, color, resample
+from ssl_dist.data import blur, color, geometry, resample
 from ssl_dist.data.views_draw import (
     BICUBIC,
     CENTRE,
     COLOR_JITTER,
     CROP,
+    FILL,
     GAUSSIAN_BLUR,
     KERNEL,
+    NOT_MOVED,
     ORDER,
     RANDOM,
     RESIZE,
@@ -57,6 +59,10 @@ def _render(image, recipe, drawn, work, blur_work, out):
         corner = (round((height - size) / 2), round((width - size) / 2))
     bicubic = recipe[BICUBIC] != 0
     resample.resize_crop(image, drawn.crop, (height, width), corner, drawn.flip, bicubic, work, out)
+    if drawn.turns > 0:
+        geometry.turn(out, drawn.turns, blur_work.first)
+    if drawn.affine != NOT_MOVED:
+        geometry.move(out, drawn.affine, blur_work.first)
     rgb = out.reshape(3, size * size)
     for place in range(ORDER, ORDER + 4):
         step = recipe[place]
@@ -71,6 +77,8 @@ def _render(image, recipe, drawn, work, blur_work, out):
                 blur.blur_as_pillow(out, drawn.sigma, blur_work)
         elif step == SOLARIZATION and drawn.solarize:
             color.solarize(rgb, int(recipe[THRESHOLD]))
+    if drawn.erased[2] > 0:
+        geometry.erase(out, drawn.erased, recipe[FILL], recipe[FILL + 1], recipe[FILL + 2])
 
 
 @njit(cache=True, nogil=True)

@@ -68,10 +68,18 @@ def _level(typingctx, total):
     return types.uint8(types.int32), generate
 
 
-@njit(cache=True, inline="always")
-def _clip(total):
-    """The 8-bit level of a sum of weighted pixels that may be out of range."""
-    return min(max(total >> BITS, 0), 255)
+@intrinsic
+def _clipped_level(typingctx, total):
+    """The 8-bit level of a sum of weighted pixels that may be out of range, in 32 bits, too."""
+
+    def generate(context, builder, signature, arguments):
+        lowest, highest = (Constant(IntType(32), level) for level in (0, 255))
+        level = builder.ashr(arguments[0], Constant(IntType(32), BITS))
+        level = builder.select(builder.icmp_signed("<", level, lowest), lowest, level)
+        level = builder.select(builder.icmp_signed(">", level, highest), highest, level)
+        return builder.trunc(level, IntType(8))
+
+    return types.uint8(types.int32), generate
 
 
 @njit(cache=True, inline="always")
@@ -123,7 +131,8 @@ def plan_axis(in_len, resized_len, offset, mirror, bicubic, filter, plan):
             if x + offset < 0 or x + offset >= resized_len:
                 slot = size - 1 - x if mirror else x
                 start[slot] = 0 if x + offset < 0 else in_len - 1
-                weights[slot * taps : (slot + 1) * taps] = 0
+                for t in range(taps):
+                    weights[slot * taps + t] = 0
     return taps
 
 
@@ -153,10 +162,10 @@ def resample_rows(image, stride, origin, width, first_row, num_rows, plan, taps,
                     rg += packed[j] * weights[k]
                     b += packed[j + U(1)] * weights[k]
                     j += U(2)
-                low = np.int64(I(rg))
-                rows[red + x] = _clip(low)
-                rows[green + x] = _clip((np.int64(rg) - low) >> 32)
-                rows[blue + x] = _clip(np.int64(b))
+                low = I(rg)
+                rows[red + x] = _clipped_level(low)
+                rows[green + x] = _clipped_level(I((rg - U(np.int64(low))) >> U(32)))
+                rows[blue + x] = _clipped_level(I(b))
         elif taps == 2:
             for x in range(size):
                 j, near, far = U(2) * start[x], weights[U(2) * x], weights[U(2) * x + U(1)]
@@ -201,7 +210,7 @@ def resample_columns(rows, plan, taps, bicubic, sums, out):
                     row += width
                 if bicubic:
                     for x in range(width):
-                        out[to + x] = _clip(sums[x])
+                        out[to + x] = _clipped_level(sums[x])
                 else:
                     for x in range(width):
                         out[to + x] = _level(sums[x])

@@ -12,8 +12,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from ssl_dist.data import render, resample
-from ssl_dist.data.views_draw import ViewParameters, draw_parameters, numeric_recipe
+from ssl_dist.data import geometry, render, resample
+from ssl_dist.data.views_draw import PATCH, SIZE, ViewParameters, draw_parameters, draw_patch, numeric_recipe
 from ssl_dist.errors import UserError
 from ssl_dist.keys import VIEWS, hash64
 from ssl_dist.view_recipe import Interpolation, Resize, ViewGroup
@@ -33,6 +33,16 @@ class ViewSpec:
         self.params.flags.writeable = False
 
     @property
+    def patches(self) -> bool:
+        """Whether the views are patches of one image, which the recipe makes for the first view's key."""
+        return self.params[PATCH] > 0
+
+    @property
+    def side(self) -> int:
+        """Of what the recipe makes, in pixels: the view, or the image that patches are cut out of."""
+        return int(self.params[SIZE])
+
+    @property
     def view_ids(self) -> np.ndarray:
         """int64 [num], counted over all groups."""
         return np.arange(self.first_view, self.first_view + self.num, dtype=np.int64)
@@ -48,14 +58,24 @@ def view_specs(groups: Sequence[ViewGroup], num_views: int, image_size: int) -> 
     specs, first = [], 0
     for n, (group, num) in enumerate(zip(groups, nums, strict=True)):
         size = image_size if group.size is None else group.size
-        _check_sizes(group, size, f"views.groups.{n}")
+        _check_sizes(group, num, size, f"views.groups.{n}")
         before = group.resize if group.random_resized_crop is not None else None
         specs.append(ViewSpec(size, num, first, numeric_recipe(group, size), before))
         first += num
     return specs
 
 
-def _check_sizes(group: ViewGroup, size: int, name: str) -> None:
+def _check_sizes(group: ViewGroup, num: int, size: int, name: str) -> None:
+    grid = group.grid_patches
+    if grid is not None:
+        if num > 9:
+            raise UserError(f"{name}.num = {num}: a grid has 9 patches; lower it, or make a further group")
+        if grid.side < size + grid.jitter:
+            raise UserError(
+                f"{name}.grid_patches.side = {grid.side}: patches of {size} px that move by {grid.jitter} need more; "
+                f"raise it to {size + grid.jitter} at least"
+            )
+        size = grid.side
     resize, padding = group.resize, group.padded_crop.padding if group.padded_crop is not None else 0
     if resize is not None and group.random_resized_crop is None and resize.short_side + 2 * padding < size:
         raise UserError(
@@ -121,13 +141,22 @@ def make_views(
 def _make_slice(spec, pixels, heights, widths, ids, view_ids, epoch_key, out, lo, hi):
     """The views of images lo .. hi - 1."""
     pixels, heights, widths, ids = pixels[lo:hi], heights[lo:hi], widths[lo:hi], ids[lo:hi]
-    if spec.resize is None:
+    if spec.resize is None and not spec.patches:
         render.make_range(pixels, heights, widths, ids, view_ids, spec.params, epoch_key, out, lo)
         return
     for b in range(hi - lo):  # image by image, because one that is very long becomes large
-        image = _resized(pixels[b], heights[b], widths[b], spec.resize)
-        sides = (_read_only([side], np.int64) for side in image.shape[:2])
-        render.make_range(image[None], *sides, ids[b : b + 1], view_ids, spec.params, epoch_key, out, lo + b)
+        image, image_id = pixels[b], ids[b : b + 1]
+        sides = heights[b : b + 1], widths[b : b + 1]
+        if spec.resize is not None:
+            image = _resized(image, heights[b], widths[b], spec.resize)
+            sides = tuple(_read_only([side], np.int64) for side in image.shape[:2])
+        if not spec.patches:
+            render.make_range(image[None], *sides, image_id, view_ids, spec.params, epoch_key, out, lo + b)
+            continue
+        whole = np.empty((1, 1, 3, spec.side, spec.side), np.uint8)
+        first = _read_only([spec.first_view], np.int64)
+        render.make_range(image[None], *sides, image_id, first, spec.params, epoch_key, whole, 0)
+        geometry.cut_patches(whole[0, 0], spec.params, epoch_key, ids[b], spec.first_view, view_ids, out, lo + b)
 
 
 def _resized(image, height, width, resize):
@@ -168,7 +197,9 @@ def draw(spec: ViewSpec, seed: int, epoch: int, image_id: int, view_id: int, hei
     """The parameters that `make_views` uses for this view of an image of height x width pixels."""
     if spec.resize is not None:
         height, width = resample.proportional(spec.resize.short_side, height, width)
-    return draw_parameters(spec.params, hash64(seed, VIEWS, epoch, image_id, view_id), height, width)
+    key = hash64(seed, VIEWS, epoch, image_id, spec.first_view if spec.patches else view_id)
+    drawn = draw_parameters(spec.params, key, height, width)
+    return drawn._replace(patch=draw_patch(spec.params, key, view_id - spec.first_view)) if spec.patches else drawn
 
 
 def apply(image: np.ndarray, spec: ViewSpec, parameters: ViewParameters) -> np.ndarray:
@@ -190,13 +221,18 @@ def apply(image: np.ndarray, spec: ViewSpec, parameters: ViewParameters) -> np.n
         tuple(int(n) for n in parameters.corner),
         float(parameters.sigma),
         bool(parameters.solarize),
+        int(parameters.turns),
+        tuple(float(number) for number in parameters.affine),
+        tuple(int(n) for n in parameters.erased),
+        tuple(int(n) for n in parameters.patch),
     )
-    out = np.empty((3, spec.size, spec.size), np.uint8)
+    out = np.empty((3, spec.side, spec.side), np.uint8)
     render.make_one(image, spec.params, drawn, out)
-    return out
+    top, left = drawn.patch
+    return out[:, top : top + spec.size, left : left + spec.size]
 
 
 def warm_up(spec: ViewSpec) -> None:
-    """Compile the kernel, or load it from numba's cache, in the calling thread (10 s of CPU, once on a machine)."""
+    """Compile the kernel, or load it from numba's cache, in the calling thread (15 s of CPU, once on a machine)."""
     one = np.ones(1, np.int64)
     make_views(np.zeros((1, 1, 1, 3), np.uint8), one, one, one, spec, spec.view_ids[:1], 0, 0)

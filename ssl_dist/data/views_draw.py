@@ -3,7 +3,7 @@
 A recipe is a float64 array with one slot per number (the constants below). Every draw is `keys.uniform(key, n)` of
 the view's key with the fixed number n given here, so a recipe that lacks a step leaves the draws of the others alone.
 The distributions are those of torchvision's RandomResizedCrop, RandomCrop, RandomHorizontalFlip, ColorJitter and
-GaussianBlur under RandomApply, RandomGrayscale and RandomSolarize.
+GaussianBlur and RandomAffine under RandomApply, RandomGrayscale, RandomSolarize and RandomErasing.
 """
 
 import math
@@ -17,7 +17,7 @@ from ssl_dist.keys import uniform
 from ssl_dist.view_recipe import Resize, ViewGroup
 
 # Slots of a recipe. SCALE, RATIO, LOG_RATIO, the four of the jitter and SIGMA take two slots: lowest, highest.
-SIZE, BICUBIC = 0, 1  # of the view; whether the resize to it is bicubic
+SIZE, BICUBIC = 0, 1  # of the view, or the image that patches are cut out of; whether the resize to it is bicubic
 CROP, SCALE, RATIO, LOG_RATIO = 2, 3, 5, 7
 RESIZE, PADDING = 9, 10  # without a random resized crop: pixels of the resized image's short side
 FLIP = 11
@@ -26,14 +26,18 @@ GRAYSCALE = 21
 BLUR, SIGMA, KERNEL = 22, 23, 25  # KERNEL 0: Pillow's blur
 SOLARIZE, THRESHOLD = 26, 27
 ORDER = 28  # four slots: the steps below in the order in which they run
-SLOTS = 32
+TURNS, TURN = 32, 33  # how many values there are to draw from, and up to four of them
+AFFINE, DEGREES, RIGHT, DOWN, ZOOM, SHEAR = 37, 38, 40, 42, 44, 46
+ERASING, ERASED_SCALE, ERASED_LOG_RATIO, FILL = 48, 49, 51, 53
+PATCH, PATCH_JITTER = 56, 57  # PATCH: the side of the view that is cut out, 0: none is
+SLOTS = 58
 
 CENTRE, RANDOM, PADDED = 0, 1, 2  # what CROP may be
 ORDERED = ("color_jitter", "grayscale", "gaussian_blur", "solarize")
 NO_STEP, COLOR_JITTER, TO_GRAY, GAUSSIAN_BLUR, SOLARIZATION = 0, 1, 2, 3, 4  # what ORDER may hold
 
 # Numbers of the draws. The crop's try t uses DRAW_CROP + 4 t + (0 area, 1 ratio, 2 top, 3 left).
-CROP_TRIES = 10
+CROP_TRIES = ERASING_TRIES = 10
 DRAW_CROP = 0
 DRAW_FLIP = 40
 DRAW_JITTER = 41
@@ -44,6 +48,16 @@ DRAW_CORNER = 50  # top, left of the padded crop
 DRAW_BLUR = 52
 DRAW_SIGMA = 53
 DRAW_SOLARIZE = 54
+DRAW_TURN = 55
+DRAW_AFFINE = 56
+DRAW_MOVE = 57  # degrees, right, down, scale, shear
+DRAW_ERASING = 62
+DRAW_ERASED = 63  # a try takes four: area, ratio, top, left
+DRAW_CELLS = 103  # eight exchanges
+DRAW_PATCH = 111  # a cell takes two: down, right
+
+
+NOT_MOVED = (0.0, 0.0, 0.0, 1.0, 0.0)
 
 
 class ViewParameters(NamedTuple):
@@ -61,6 +75,10 @@ class ViewParameters(NamedTuple):
     corner: tuple[int, int] = (0, 0)  # of a padded crop: top, left in the resized image; negative in the padding
     sigma: float = 0.0  # of the blur, pixels
     solarize: bool = False
+    turns: int = 0  # right angles, counter-clockwise
+    affine: tuple[float, float, float, float, float] = NOT_MOVED  # degrees, pixels right and down, scale, shear
+    erased: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, left, height, width; nothing where the height is 0
+    patch: tuple[int, int] = (0, 0)  # top, left of a grid's patch
 
 
 def numeric_recipe(group: ViewGroup, size: int) -> np.ndarray:
@@ -70,6 +88,9 @@ def numeric_recipe(group: ViewGroup, size: int) -> np.ndarray:
     """
     recipe = np.zeros(SLOTS)
     recipe[BRIGHTNESS:HUE] = 1.0
+    if group.grid_patches is not None:
+        recipe[PATCH : PATCH + 2] = size, group.grid_patches.jitter
+        size = group.grid_patches.side
     recipe[SIZE] = size
     resize, crop = group.resize or Resize(short_side=size), group.random_resized_crop
     recipe[BICUBIC] = (crop or resize).interpolation == "bicubic"
@@ -98,6 +119,21 @@ def numeric_recipe(group: ViewGroup, size: int) -> np.ndarray:
         recipe[KERNEL] = group.gaussian_blur.kernel or 0
     if group.solarize is not None:
         recipe[SOLARIZE : SOLARIZE + 2] = group.solarize.p, group.solarize.threshold
+    recipe[TURNS] = len(group.quarter_turns)
+    recipe[TURN : TURN + len(group.quarter_turns)] = group.quarter_turns
+    affine, erasing = group.affine, group.erasing
+    if affine is not None:
+        recipe[AFFINE] = affine.p
+        recipe[DEGREES : DEGREES + 2] = -affine.degrees, affine.degrees
+        for slot, share in zip((RIGHT, DOWN), affine.translate, strict=True):
+            recipe[slot : slot + 2] = -share * size, share * size
+        recipe[ZOOM : ZOOM + 2] = affine.scale
+        recipe[SHEAR : SHEAR + 2] = -affine.shear, affine.shear
+    if erasing is not None:
+        recipe[ERASING] = erasing.p
+        recipe[ERASED_SCALE : ERASED_SCALE + 2] = erasing.scale
+        recipe[ERASED_LOG_RATIO : ERASED_LOG_RATIO + 2] = [math.log(ratio) for ratio in erasing.ratio]
+        recipe[FILL : FILL + 3] = erasing.fill
     recipe[ORDER : ORDER + len(group.order)] = [1 + ORDERED.index(step) for step in group.order]
     return recipe
 
@@ -130,14 +166,17 @@ def _draw_crop(recipe, key, height, width):
 
 
 @njit(cache=True, inline="always")
-def _draw_order(key):
-    """A permutation of 0, 1, 2, 3 by Fisher and Yates' exchanges; an array would cost more than all the draws."""
-    order = 0x3210  # four bits a place
-    for i in range(3):
-        j = i + int(uniform(key, DRAW_ORDER + i) * (4 - i))
+def _shuffled(key, n, count):
+    """0 .. count - 1 in an order drawn by Fisher and Yates' exchanges, from draw n on.
+
+    Four bits a place, the first one lowest: an array would cost more than all the draws.
+    """
+    order = 0x876543210
+    for i in range(count - 1):
+        j = i + int(uniform(key, n + i) * (count - i))
         change = (order >> 4 * j & 15) - (order >> 4 * i & 15)
         order += (change << 4 * i) - (change << 4 * j)
-    return order & 15, order >> 4 & 15, order >> 8 & 15, order >> 12
+    return order
 
 
 @njit(cache=True, inline="always")
@@ -159,6 +198,32 @@ def _draw_corner(recipe, key, height, width):
 
 
 @njit(cache=True, nogil=True)
+def _draw_affine(recipe, key):
+    """The parameters of RandomAffine.get_params."""
+    return (
+        _between(recipe, DEGREES, uniform(key, DRAW_MOVE)),
+        float(round(_between(recipe, RIGHT, uniform(key, DRAW_MOVE + 1)))),
+        float(round(_between(recipe, DOWN, uniform(key, DRAW_MOVE + 2)))),
+        _between(recipe, ZOOM, uniform(key, DRAW_MOVE + 3)),
+        _between(recipe, SHEAR, uniform(key, DRAW_MOVE + 4)),
+    )
+
+
+@njit(cache=True, nogil=True)
+def _draw_erased(recipe, key):
+    """The rectangle of RandomErasing.get_params: ten tries, then nothing; it is lower and narrower than the view."""
+    size = int(recipe[SIZE])
+    for attempt in range(ERASING_TRIES):
+        n = DRAW_ERASED + 4 * attempt
+        area = size * size * _between(recipe, ERASED_SCALE, uniform(key, n))
+        ratio = math.exp(_between(recipe, ERASED_LOG_RATIO, uniform(key, n + 1)))
+        h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if h < size and w < size:
+            return int(uniform(key, n + 2) * (size - h + 1)), int(uniform(key, n + 3) * (size - w + 1)), h, w
+    return 0, 0, 0, 0
+
+
+@njit(cache=True, nogil=True)
 def draw_parameters(recipe, key, height, width):
     """The parameters of the view with this key of an image of height x width pixels, after a resize before a crop."""
     crop, corner = (0, 0, height, width), (0, 0)
@@ -166,11 +231,19 @@ def draw_parameters(recipe, key, height, width):
         crop = _draw_crop(recipe, key, height, width)
     elif recipe[CROP] == PADDED:
         corner = _draw_corner(recipe, key, height, width)
+    order = _shuffled(key, DRAW_ORDER, 4)
     sigma, solarize = 0.0, False
     if recipe[BLUR] > 0 and uniform(key, DRAW_BLUR) < recipe[BLUR]:
         sigma = _between(recipe, SIGMA, uniform(key, DRAW_SIGMA))
     if recipe[SOLARIZE] > 0:
         solarize = uniform(key, DRAW_SOLARIZE) < recipe[SOLARIZE]
+    turn, affine, erased = TURN, NOT_MOVED, (0, 0, 0, 0)
+    if recipe[TURNS] > 1:
+        turn += int(uniform(key, DRAW_TURN) * recipe[TURNS])
+    if recipe[AFFINE] > 0 and uniform(key, DRAW_AFFINE) < recipe[AFFINE]:
+        affine = _draw_affine(recipe, key)
+    if recipe[ERASING] > 0 and uniform(key, DRAW_ERASING) < recipe[ERASING]:
+        erased = _draw_erased(recipe, key)
     return ViewParameters(
         crop,
         uniform(key, DRAW_FLIP) < recipe[FLIP],
@@ -179,9 +252,24 @@ def draw_parameters(recipe, key, height, width):
         _between(recipe, CONTRAST, uniform(key, DRAW_FACTORS + 1)),
         _between(recipe, SATURATION, uniform(key, DRAW_FACTORS + 2)),
         _between(recipe, HUE, uniform(key, DRAW_FACTORS + 3)),
-        _draw_order(key),
+        (order & 15, order >> 4 & 15, order >> 8 & 15, order >> 12 & 15),
         uniform(key, DRAW_GRAYSCALE) < recipe[GRAYSCALE],
         corner,
         sigma,
         solarize,
+        int(recipe[turn]),
+        affine,
+        erased,
+        (0, 0),
     )
+
+
+@njit(cache=True, nogil=True)
+def draw_patch(recipe, key, n):
+    """Top and left of the n-th patch of a grid; `key` is that of the group's first view, which all its views share."""
+    cell = _shuffled(key, DRAW_CELLS, 9) >> 4 * n & 15
+    step = (int(recipe[SIZE]) - int(recipe[PATCH]) - int(recipe[PATCH_JITTER])) // 2
+    choices = int(recipe[PATCH_JITTER]) + 1
+    down = int(uniform(key, DRAW_PATCH + 2 * cell) * choices)
+    right = int(uniform(key, DRAW_PATCH + 2 * cell + 1) * choices)
+    return cell // 3 * step + down, cell % 3 * step + right
