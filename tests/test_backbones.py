@@ -107,6 +107,44 @@ def test_alexnets_biases_before_a_batchnorm_learn_nothing_and_matter_to_nothing(
         assert not torch.allclose(backbone(images), before)  # in evaluation it counts
 
 
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("conv4", 32), ("resnet8", 32), ("resnet18", 64), ("resnetv2_50", 64), *((n, 64) for n in EFFICIENT)],
+)
+def test_no_gradient_is_mere_rounding(name, size):
+    """Where the exact gradient is 0, a computed one of 1e-18 would become a step of Adam."""
+    torch.manual_seed(0)
+    backbone = backbones.build(name).double().train()
+    for layer in backbone.modules():
+        if isinstance(layer, torchvision.ops.StochasticDepth):
+            layer.p = 0.0
+    features = backbone(torch.randn(8, 3, size, size).double())
+    (features * torch.randn_like(features)).mean().backward()
+    largest = {path: float(p.grad.abs().max()) for path, p in backbone.named_parameters()}
+    typical = sorted(largest.values())[len(largest) // 2]
+    assert [path for path, value in largest.items() if 0 < value < 1e-8 * typical] == []
+
+
+@pytest.mark.parametrize("name", EFFICIENT)
+def test_only_biases_without_effect_are_held(name):
+    """Moving them changes no output of training mode. Others are free: a 3x3 convolution sees a shift at the border."""
+    torch.manual_seed(0)
+    backbone = backbones.build(name).double().train()
+    for layer in backbone.modules():
+        if isinstance(layer, torchvision.ops.StochasticDepth):
+            layer.p = 0.0
+    images = torch.randn(4, 3, 64, 64).double()
+    features = backbone(images)
+    features.square().mean().backward()
+    held = [p for p in backbone.parameters() if p.grad.count_nonzero() == 0]
+    lasts = [p for path, p in backbone.named_parameters() if re.search(r"block\.\d\.1\.bias", path)]
+    assert held and (len(held) < len(lasts))
+    with torch.no_grad():
+        for bias in held:
+            bias += torch.randn_like(bias)
+        torch.testing.assert_close(backbone(images), features)
+
+
 @pytest.mark.parametrize("name", EFFICIENT)
 def test_efficientnets_are_torchvisions_without_the_classifier(name):
     ours, theirs = backbones.build(name).eval(), getattr(torchvision.models, name)().eval()

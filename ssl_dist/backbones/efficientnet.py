@@ -3,8 +3,12 @@
 Their StochasticDepth layers are torchvision's own.
 """
 
+from collections.abc import Iterator
+
+import torch
 from torch import nn
 from torchvision.models import efficientnet
+from torchvision.models.efficientnet import FusedMBConv, MBConv
 
 from ssl_dist.backbones.base import Backbone
 
@@ -29,9 +33,25 @@ class EfficientNet(Backbone):
         names = ["stem", *(f"stage{number}" for number in range(1, len(inner))), "head"]
         widths = [_width(layer) for layer in (*inner, last)]
         self.stages = dict(zip(names, widths, strict=True))
+        for bias in _biases_without_effect(self.features):
+            bias.register_hook(torch.zeros_like)
 
     def steps(self):
         return list(zip(self.stages, self.features, strict=True))
+
+
+def _biases_without_effect(features: nn.Sequential) -> Iterator[nn.Parameter]:
+    """The last bias of a block whose output meets 1x1 convolutions with BatchNorm alone, which removes the shift.
+
+    Its gradient is 0. Computed through the sums it is rounding noise, which Adam makes as large as the learning rate
+    and different for every number of ranks. The output of a block with a residual connection carries the shifts of
+    the blocks before it on.
+    """
+    removed = True  # by the head, which is such a convolution
+    for block in reversed([m for m in features.modules() if isinstance(m, MBConv | FusedMBConv)]):
+        if removed:
+            yield block.block[-1][1].bias
+        removed = block.block[0][0].kernel_size == (1, 1) and (removed or not block.use_res_connect)
 
 
 def _width(layer: nn.Module) -> int:
