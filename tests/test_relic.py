@@ -3,6 +3,7 @@
 import copy
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ssl_dist import methods
+from ssl_dist import config, methods
 from ssl_dist.clock import Clock
 from ssl_dist.dist import one_process
 from ssl_dist.errors import UserError
@@ -352,6 +353,25 @@ def test_it_learns_what_views_share(loss):
         method.after_step(Clock(step + 1, 3, 150))
         found.append(float(output.metrics["accuracy"]))
     assert sum(found[-10:]) / 10 > 75 and sum(found[:3]) / 3 < 60
+
+
+# ---------------------------------------------------------------------------------------------------- configs
+
+ROWS = [path for path in sorted(Path("configs").rglob("relic-*.yaml")) if "resnet" in path.name]
+
+
+@pytest.mark.parametrize("path", ROWS, ids=str)
+def test_the_configs_views_are_those_of_the_authors(path):
+    """Local views of 3/7 of the side; the blur's kernel by the full side; only global views are solarized."""
+    settings = config.load(path)
+    size, (global_views, local_views) = settings.data.image_size, settings.views.groups
+    assert (global_views.num, local_views.num) == (2, 4) and global_views.size is None
+    assert local_views.size == int(size * 3 / 7) == {32: 13, 64: 27, 96: 41, 192: 82}[size]
+    kernel = {32: 3, 64: 7, 96: 9, 192: 19}[size]
+    for group in (global_views, local_views):
+        assert group.gaussian_blur.kernel == kernel and group.gaussian_blur.p == 1
+    assert global_views.solarize.threshold == 127 and local_views.solarize is None
+    assert settings.views.normalize == "none"
 
 
 # ---------------------------------------------------------------------------------------------------- mistakes
