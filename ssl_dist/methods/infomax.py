@@ -137,6 +137,13 @@ class Method(SSLMethod):
         self.prior_net = PriorNet(info.feature_dim) if options.gamma else None
 
     @classmethod
+    def explain(cls, num_views: int, batch_size: int, options: Options, world_size: int = 1) -> dict[str, str]:
+        weights = f"global {options.alpha:g}, local {options.beta:g}, prior {options.gamma:g} ({options.prior})"
+        return {
+            "pairs": f"features and maps, {batch_size} of one image and {batch_size} of two a step; weights {weights}"
+        }
+
+    @classmethod
     def warm_up(cls, options: Options, dtype: torch.dtype) -> None:
         uniform_rows(hash64(0), np.zeros(1, np.int64), 1)
 
