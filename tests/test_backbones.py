@@ -9,6 +9,7 @@ import torchvision
 
 from ssl_dist import backbones
 from ssl_dist.errors import UserError
+from ssl_dist.nn import KeyedDropPath, key_dropout, keyed_rows
 
 LARGE = ["resnet18", "resnet34", "resnet50", "resnet101"]
 EFFICIENT = ["efficientnet_b0", "efficientnet_v2_s"]
@@ -107,6 +108,16 @@ def test_alexnets_biases_before_a_batchnorm_learn_nothing_and_matter_to_nothing(
         assert not torch.allclose(backbone(images), before)  # in evaluation it counts
 
 
+def with_keyed_depth(name):
+    """In training mode, float64; where stochastic depth is on, it drops half of the rows, so that it does in each."""
+    backbone = backbones.build(name).double().train()
+    key_dropout(backbone)
+    for layer in backbone.modules():
+        if isinstance(layer, KeyedDropPath) and layer.p:
+            layer.p = 0.5
+    return backbone
+
+
 @pytest.mark.parametrize(
     ("name", "size"),
     [("conv4", 32), ("resnet8", 32), ("resnet18", 64), ("resnetv2_50", 64), *((n, 64) for n in EFFICIENT)],
@@ -114,11 +125,9 @@ def test_alexnets_biases_before_a_batchnorm_learn_nothing_and_matter_to_nothing(
 def test_no_gradient_is_mere_rounding(name, size):
     """Where the exact gradient is 0, a computed one of 1e-18 would become a step of Adam."""
     torch.manual_seed(0)
-    backbone = backbones.build(name).double().train()
-    for layer in backbone.modules():
-        if isinstance(layer, torchvision.ops.StochasticDepth):
-            layer.p = 0.0
-    features = backbone(torch.randn(8, 3, size, size).double())
+    backbone = with_keyed_depth(name)
+    with keyed_rows(torch.arange(8)):
+        features = backbone(torch.randn(8, 3, size, size).double())
     (features * torch.randn_like(features)).mean().backward()
     largest = {path: float(p.grad.abs().max()) for path, p in backbone.named_parameters()}
     typical = sorted(largest.values())[len(largest) // 2]
@@ -129,12 +138,10 @@ def test_no_gradient_is_mere_rounding(name, size):
 def test_only_biases_without_effect_are_held(name):
     """Moving them changes no output of training mode. Others are free: a 3x3 convolution sees a shift at the border."""
     torch.manual_seed(0)
-    backbone = backbones.build(name).double().train()
-    for layer in backbone.modules():
-        if isinstance(layer, torchvision.ops.StochasticDepth):
-            layer.p = 0.0
-    images = torch.randn(4, 3, 64, 64).double()
-    features = backbone(images)
+    backbone = with_keyed_depth(name)
+    images, rows = torch.randn(4, 3, 64, 64).double(), torch.arange(4)
+    with keyed_rows(rows):
+        features = backbone(images)
     features.square().mean().backward()
     held = [p for p in backbone.parameters() if p.grad.count_nonzero() == 0]
     lasts = [p for path, p in backbone.named_parameters() if re.search(r"block\.\d\.1\.bias", path)]
@@ -142,7 +149,8 @@ def test_only_biases_without_effect_are_held(name):
     with torch.no_grad():
         for bias in held:
             bias += torch.randn_like(bias)
-        torch.testing.assert_close(backbone(images), features)
+        with keyed_rows(rows):
+            torch.testing.assert_close(backbone(images), features)
 
 
 @pytest.mark.parametrize("name", EFFICIENT)

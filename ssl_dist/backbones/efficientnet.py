@@ -45,11 +45,12 @@ def _biases_without_effect(features: nn.Sequential) -> Iterator[nn.Parameter]:
 
     Its gradient is 0. Computed through the sums it is rounding noise, which Adam makes as large as the learning rate
     and different for every number of ranks. The output of a block with a residual connection carries the shifts of
-    the blocks before it on.
+    the blocks before it on. Its own shift, where stochastic depth drops it for some of the images, is not the same for
+    all of them, and has an effect.
     """
     removed = True  # by the head, which is such a convolution
     for block in reversed([m for m in features.modules() if isinstance(m, MBConv | FusedMBConv)]):
-        if removed:
+        if removed and not (block.use_res_connect and block.stochastic_depth.p):
             yield block.block[-1][1].bias
         removed = block.block[0][0].kernel_size == (1, 1) and (removed or not block.use_res_connect)
 
