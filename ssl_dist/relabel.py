@@ -16,6 +16,7 @@ from ssl_dist.nn import keyed_rows
 from ssl_dist.progress import Counter
 
 BATCH = 256  # images of a rank's pass in evaluation mode, where its size changes nothing
+PHASE = "the outputs for new labels"
 STUCK = 600.0  # seconds without a batch after which a rank ends
 
 
@@ -43,6 +44,7 @@ def outputs(
     title = f"outputs of {count} images"
     quiet = not world.is_first or count < 20_000  # a few seconds' work needs no bar inside the training's
     with (
+        world.state.phase_of(PHASE, STUCK),
         blueprint.open_reader() as reader,
         ThreadPoolExecutor(blueprint.threads, "view") as pool,
         Counter(title, len(positions), "image", quiet) as counter,
@@ -68,15 +70,17 @@ def outputs(
                     threads=blueprint.threads,
                 )
             keys = row_keys(hash64(plan.seed, DROPOUT, RELABEL, step), np.zeros(1, np.int64), ids)
-            # Every batch has its own time limit; with training mode the other ranks' part of it is waited for, too.
-            with world.state.phase_of("the outputs for new labels", STUCK), keyed_rows(_as_tensor(keys)):
+            with keyed_rows(_as_tensor(keys)):
                 found = at_least_float32(network(to_input(torch.from_numpy(made).to(world.device))))
             if values is None:
                 values = found.new_empty(len(positions), *found.shape[1:])
             values[done : done + len(found)] = found
             done += len(found)
+            world.state.phase = f"{PHASE}, of image {done}"  # another name: the time limit is that of a batch
             counter.update(len(found))
     network.train(mode)
+    with world.state.phase_of(f"{PHASE}, of the other ranks", STUCK):
+        world.barrier()  # one that reads from a slower disk may be far behind
     return Rows(torch.from_numpy(positions).to(world.device), values)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_dist import config
+from ssl_dist import config, relabel
 from ssl_dist.blueprint import derive
 from ssl_dist.clock import Clock
 from ssl_dist.dist import World
@@ -99,3 +99,29 @@ def test_augmented_views_depend_on_the_step(digits, tmp_path):
     run = make(digits, tmp_path / "run", Place())
     at = [run.extract_at(Clock(step, 4, 100))(run.method.backbone, augmented=True).values for step in (1, 1, 2)]
     assert torch.equal(at[0], at[1]) and not torch.equal(at[0], at[2])
+
+
+def test_the_watchdog_sees_a_new_phase_every_batch_wherever_it_looks(digits, tmp_path, monkeypatch):
+    """Its time limit is of a batch: reading and making views are in it, and no two batches have one phase."""
+    run = make(digits, tmp_path / "run", Place())
+    state, seen = run.world.state, []
+    make_test_views = relabel.views.test_views
+
+    def views(*arguments, **options):
+        seen.append((state.phase, state.bound))
+        return make_test_views(*arguments, **options)
+
+    def network(images):
+        seen.append((state.phase, state.bound))
+        return images.flatten(1)
+
+    monkeypatch.setattr(relabel, "BATCH", 20)
+    monkeypatch.setattr(relabel.views, "test_views", views)
+    state.phase, state.bound = "the first step", 300.0
+    module = nn.Identity()
+    module.forward = network
+    run.extract_at(Clock(0, 4, 100))(module)
+    assert {bound for _, bound in seen} == {relabel.STUCK}
+    made, passed = seen[::2], seen[1::2]
+    assert made == passed and len(set(made)) == len(made) == 3
+    assert (state.phase, state.bound) == ("the first step", 300.0)

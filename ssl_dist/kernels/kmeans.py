@@ -32,11 +32,13 @@ def whiten(x_ND: Tensor, dim_out: int, world) -> Tensor:
     covariance = world.reduce(centred.T @ centred) / count
     axes = covariance.new_zeros(len(covariance), dim_out)
     first, last = world.share(1)
-    if last > first:  # one rank alone: two machines may disagree on the sign of an axis
-        variances, axes = torch.linalg.eigh(covariance)
-        floor = (FLOOR * variances[-1]).clamp_min(torch.finfo(variances.dtype).tiny)
-        axes = axes[:, -dim_out:] / variances[-dim_out:].clamp_min(floor).sqrt()
-    return F.normalize(centred @ world.reduce(axes.contiguous()))
+    with world.state.phase_of("whitening", STUCK):  # thousands of dimensions take a CPU a minute
+        if last > first:  # one rank alone: two machines may disagree on the sign of an axis
+            variances, axes = torch.linalg.eigh(covariance)
+            floor = (FLOOR * variances[-1]).clamp_min(torch.finfo(variances.dtype).tiny)
+            axes = axes[:, -dim_out:] / variances[-dim_out:].clamp_min(floor).sqrt()
+        axes = world.reduce(axes.contiguous())
+    return F.normalize(centred @ axes)
 
 
 @torch.no_grad()
