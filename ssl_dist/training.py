@@ -104,7 +104,7 @@ class Training:
         views_by_group = [self._normalize(group.to(device, non_blocking=True)) for group in host.views]
         return Batch(
             views_by_group,
-            [ids.to(device) for ids in host.view_ids],
+            host.view_ids,  # their numbers are asked for before each pass, which must not wait for the device
             host.image_ids.to(device),
             host.labels.to(device),
             torch.from_numpy(np.searchsorted(self.blueprint.plan.train_ids, host.image_ids.numpy())).to(device),

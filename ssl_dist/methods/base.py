@@ -33,7 +33,7 @@ class Info:
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's part of the global batch, normalised, on the device.
+    """This rank's part of the global batch, normalised, on the device (only the view_ids are on the host).
 
     views: one tensor a group, [V_local, B_local, 3, S, S]; view_ids: one int64 [V_local] a group, counted over all
     groups; image_ids, labels, positions: int64 [B_local], label -1 = unknown. A position, 0 .. info.num_images - 1, is

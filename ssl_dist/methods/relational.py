@@ -235,7 +235,7 @@ class Method(SSLMethod):
         with torch.autocast(z_KMD.device.type, enabled=False):
             loss_share, logits, target = self.relate(z_KMD, labels_M, lo, hi, world)
         right = (logits > 0) == target
-        counts = torch.stack([right[target].sum(), target.sum(), right[~target].sum(), (~target).sum()])
+        counts = torch.stack([(right & target).sum(), target.sum(), (right & ~target).sum(), (~target).sum()])
         right_positive, num_positive, right_negative, num_negative = world.reduce(counts)
         metrics = {
             "accuracy": 100 * (right_positive + right_negative) / (2 * num_units),
@@ -244,8 +244,10 @@ class Method(SSLMethod):
         }
         if self.options.labelled:
             metrics["positive_share"] = 100 * num_positive / (2 * num_units)
-        score = logits.sigmoid()
-        histograms = {"relation_score_positive": score[target], "relation_score_negative": score[~target]}
+        positive, negative = score = logits.sigmoid()
+        if self.options.labelled:  # the sizes of these depend on the labels: a GPU is waited for
+            positive, negative = score[target], score[~target]
+        histograms = {"relation_score_positive": positive, "relation_score_negative": negative}
         return Output(world.from_share(loss_share), metrics, histograms, z_KMD.detach())
 
     def _known(self, batch: Batch) -> Tensor:

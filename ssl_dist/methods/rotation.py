@@ -26,8 +26,7 @@ def quarter_turns(images_BCSS: Tensor) -> Tensor:
 
 def turned(batch: Batch) -> Batch:
     """A batch whose views are the quarter turns of the one view of `batch`."""
-    turns = torch.arange(TURNS, device=batch.view_ids[0].device)
-    return replace(batch, views=[quarter_turns(batch.views[0][0])], view_ids=[turns])
+    return replace(batch, views=[quarter_turns(batch.views[0][0])], view_ids=[torch.arange(TURNS)])
 
 
 def turn_targets(num_images: int, device: torch.device | str = "cpu") -> Tensor:
