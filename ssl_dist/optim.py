@@ -14,14 +14,14 @@ from ssl_dist.lars import LARS
 def build(options: Optim, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer named by the config; the rate is set before every step.
 
-    One group of parameters; for lars a second one, of the 1-d parameters (biases, BatchNorm), which have neither weight
-    decay nor adaptation.
+    One group of parameters; for lars a second one, of biases, BatchNorm and scalars such as a learnt temperature, which
+    have neither weight decay nor adaptation.
     """
     parameters = list(parameters)
     if options.name == "lars":
         groups = [
-            {"params": [p for p in parameters if p.ndim != 1], "weight_decay": options.weight_decay},
-            {"params": [p for p in parameters if p.ndim == 1], "adapt": False},
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": options.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "adapt": False},
         ]
         return LARS(groups, lr=options.lr, momentum=options.momentum)
     if options.name == "adam":

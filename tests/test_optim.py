@@ -100,6 +100,15 @@ def test_lars_is_what_its_docstring_says(start):
     assert bias.detach().tolist() == pytest.approx(expected, rel=1e-12)
 
 
+def test_lars_leaves_scalars_as_it_leaves_biases():
+    """A learnt temperature has no direction whose length could be compared, and must not decay towards 1."""
+    scalar, weight = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.ones(2, 2))
+    optimizer = optim.build(Optim(name="lars", lr=0.5, weight_decay=0.1), [scalar, weight])
+    scalar.grad, weight.grad = torch.tensor(3.0), torch.ones(2, 2)
+    optimizer.step()
+    assert scalar.item() == 2.0 - 0.5 * 3.0
+
+
 def test_lars_resumes_exactly():
     def make():
         torch.manual_seed(0)
