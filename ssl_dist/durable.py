@@ -1,5 +1,6 @@
 """Files put in place whole or not at all, whatever instant a process is killed at; what a killed one leaves behind."""
 
+import errno
 import fcntl
 import os
 import re
@@ -16,8 +17,11 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes `path`'s place when the block ends well, and leaves no trace when it does not.
 
-    Raises OSError with the name of the file, also where the system gives none (a full disk).
+    Raises OSError with the name of the file, also where the system gives none (a full disk), and for what is there
+    and is no regular file: root would put a file in the place of /dev/null.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is there and is not a regular file", str(path))
     name = temporary_path(path, new_token())
     try:
         with temporary(name) as file:

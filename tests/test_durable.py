@@ -50,6 +50,24 @@ def test_what_fails_leaves_no_trace(tmp_path, error):
         assert error.filename == str(path) and str(path) in str(error)
 
 
+def test_what_is_no_regular_file_stays(tmp_path):
+    """Root could rename over /dev/null."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file") as raised, durable.replacing(tmp_path / "pipe") as file:
+        file.write(b"new")
+    assert raised.value.filename == str(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo() and os.listdir(tmp_path) == ["pipe"]
+
+
+def test_a_link_is_replaced_and_what_it_led_to_stays(tmp_path):
+    (tmp_path / "old").write_text("old")
+    for link, aim in (("x", "old"), ("y", "nothing")):
+        (tmp_path / link).symlink_to(tmp_path / aim)
+        durable.write_text(tmp_path / link, "new")
+        assert (tmp_path / link).read_text() == "new" and not (tmp_path / link).is_symlink()
+    assert (tmp_path / "old").read_text() == "old"
+
+
 def test_an_error_that_names_a_file_keeps_its_name(tmp_path):
     with pytest.raises(FileNotFoundError) as raised, durable.replacing(tmp_path / "x"):
         os.stat(tmp_path / "other")
