@@ -14,6 +14,7 @@ import torch
 from ssl_dist import __version__, durable
 from ssl_dist.durable import write_text
 from ssl_dist.errors import UserError
+from ssl_dist.weights import OF_DAMAGED_FILES
 
 FORMAT = 1
 KEYS = ("format", "step", "config", "method", "optimizer", "world_size", "versions", "normalize", "info", "data")
@@ -233,7 +234,7 @@ def _load(path: Path, file: BinaryIO) -> dict[str, Any]:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # torch's text advises to run whatever the file holds
         raise UserError(f"checkpoint {path}: not a checkpoint: it holds more than tensors and plain values") from None
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except (*OF_DAMAGED_FILES, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint {path}: not a readable checkpoint: {reason}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT or set(KEYS) - set(state):

@@ -9,6 +9,7 @@ import hashlib
 import pickle
 import re
 import struct
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,22 @@ def fit(backbone: nn.Module, name: str, path: Path) -> Weights:
                 f"{path}: {theirs[tensor]} has shape {list(tensors[tensor].shape)}, in backbone {name} "
                 f"{list(wanted.shape)}; give the backbone.name that the file was trained with"
             )
+        _check(path, theirs[tensor], tensors[tensor], wanted)
     return Weights(path, words, tensors, sorted(found.keys() - theirs.values()), sha256)
+
+
+def _check(path: Path, name: str, tensor: Tensor, wanted: Tensor) -> None:
+    """Raises `UserError` for a tensor whose values cannot be taken over, or should not."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        kind = "meta" if tensor.is_meta else "quantized" if tensor.is_quantized else tensor.layout
+        fault = f"is no dense tensor with values ({kind})"
+    elif wanted.is_floating_point() and not tensor.is_floating_point():
+        fault = f"is of {tensor.dtype}, not of floating point"
+    elif not torch.isfinite(tensor).all():
+        fault = "holds values that are not finite"
+    else:
+        return
+    raise UserError(f"{path}: {name} {fault}; save the network's state_dict anew, or give another file")
 
 
 def renamed(name: str, prefixes: Mapping[str, str]) -> str:
@@ -138,20 +154,21 @@ def read(path: Path) -> tuple[Any, str]:
         raise UserError(
             f"{path}: not read, for it holds {what}, which could run code; save its state_dict alone where you trust it"
         ) from None
-    except _OF_DAMAGED_FILES as error:
+    except OF_DAMAGED_FILES as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: no weights that torch or safetensors can read: {reason}") from None
 
 
 # What torch and safetensors raise over bytes that are not theirs.
-_OF_DAMAGED_FILES = (
+OF_DAMAGED_FILES = (
     SafetensorError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
     struct.error,
 )  # fmt: skip
 
 
 def _unpickled(file: BinaryIO) -> Any:
-    return torch.load(file, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings(action="ignore"):  # torch's, of pickles that it then refuses
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _state_dict(path: Path, tree: Any) -> tuple[str, dict[str, Tensor]]:

@@ -1,6 +1,7 @@
 """Files of the official codes, torchvision and timm: read into a backbone, or refused in one line and never run."""
 
 import json
+import math
 import os
 import pickle
 import random
@@ -208,6 +209,15 @@ def test_files_that_are_no_weights_of_the_backbone(tmp_path):
     assert "lacks layer3.conv.weight of backbone conv4 (1 of its 24 tensors are missing" in line
     line = refused(tensors | {"layer2.bn.bias": torch.zeros(17)})
     assert "layer2.bn.bias has shape [17], in backbone conv4 [16]" in line
+    name, other = "layer1.conv.weight", tensors["layer1.conv.weight"]
+    for bad, words in (
+        (other.to_sparse(), "is no dense tensor with values (torch.sparse_coo)"),
+        (other.to("meta"), "is no dense tensor with values (meta)"),
+        (other.long(), "is of torch.int64, not of floating point"),
+        (other.cfloat(), "is of torch.complex64, not of floating point"),
+        (other * math.nan, "holds values that are not finite"),
+    ):
+        assert f"{name} {words}" in refused(tensors | {name: bad})
     line = refused({"format": 1, "method": {}, "config": {}})
     assert "a checkpoint of ssl_dist" in line and "ssl-dist export" in line
     for content in (b"", b"no weights at all", b"PK\x03\x04 torn", b"\x10\0\0\0\0\0\0\0{ not json", b"\x80\x02."):
