@@ -16,9 +16,12 @@ def _sample(z: Tensor) -> Tensor:
 def feature_std(z: Tensor) -> float:
     """Mean over the D dimensions of the standard deviation of L2-normalised rows, times sqrt(D).
 
-    1 for isotropic features, 0 when all rows are the same (the measure of Chen & He, SimSiam, 2021, scaled).
+    1 for isotropic features, 0 when all rows are the same, NaN of a single row (the measure of Chen & He, SimSiam,
+    2021, scaled).
     """
     rows = _sample(z)
+    if len(rows) < 2:
+        return float("nan")
     return float(rows.std(0).mean() * rows.shape[1] ** 0.5)
 
 

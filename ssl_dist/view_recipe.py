@@ -8,6 +8,8 @@ from ssl_dist.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, Po
 
 Interpolation = Literal["bilinear", "bicubic"]
 Level = Annotated[int, Field(ge=0, le=255)]
+# Smaller ones blur nothing and are no divisor; Pillow's buffers grow with larger ones.
+Sigma = Annotated[float, Field(ge=0.01, le=1000)]
 OrderedStep = Literal["color_jitter", "grayscale", "gaussian_blur", "solarize"]
 
 
@@ -72,7 +74,7 @@ class GaussianBlur(Section):
     """Blur with a Gaussian whose standard deviation is drawn evenly from a range."""
 
     p: Probability = Field(0.5, description="probability that the view is blurred")
-    sigma: tuple[PositiveFloat, PositiveFloat] = Field(
+    sigma: tuple[Sigma, Sigma] = Field(
         (0.1, 2.0), strict=False, description="range of the standard deviation in pixels"
     )
     kernel: PositiveInt | None = Field(

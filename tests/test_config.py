@@ -54,6 +54,7 @@ def test_exponents_are_numbers(path, text):
         ("optim.lr=-1", ["optim.lr", "-1", "greater than 0"]),
         ("optim.lr=.nan", ["optim.lr", "nan"]),
         ("optim.batch_size=2.5", ["optim.batch_size", "2.5", "integer"]),
+        ("optim.batch_size=99999999999999999999", ["optim.batch_size = 99999999999999999999", "1000000000"]),
         ("optim.batch_size=true", ["optim.batch_size = true", "integer"]),
         ("precision=fp16", ["precision", "fp16", "fp64", "bf16"]),
         ("data.view_shards=0", ["data.view_shards", "0", "auto"]),

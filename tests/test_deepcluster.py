@@ -28,9 +28,9 @@ class Backbone(nn.Module):
         return self.linear(x)
 
 
-def make(seed=0, num_classes=0, feature_dim=6, num_images=IMAGES, **options):
+def make(seed=0, num_classes=0, feature_dim=6, num_images=IMAGES, batch_size=12, **options):
     torch.manual_seed(seed)
-    info = Info(num_images, num_classes, ((1, 5),), 12, 4.0, feature_dim, steps_per_epoch=4, seed=seed)
+    info = Info(num_images, num_classes, ((1, 5),), batch_size, 4.0, feature_dim, steps_per_epoch=4, seed=seed)
     options = deepcluster.Options(**{"clusters": 5, "hidden": 8, **options})
     return deepcluster.Method(Backbone(feature_dim), info, options).double().train()
 
@@ -161,6 +161,7 @@ def test_ten_clusters_for_every_class():
         ({"clusters": None, "num_classes": 5}, f"clusters = 50: .*{IMAGES}"),
         ({"components": 7}, "components = 7: .*features, 6"),
         ({"num_images": 6}, "components = 6: .*fewer components"),
+        ({"batch_size": 1}, "optim.batch_size = 1: "),
     ],
 )
 def test_what_makes_no_sense_is_refused(options, words):

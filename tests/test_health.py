@@ -1,6 +1,7 @@
 """The two numbers by which a collapse is seen."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -25,6 +26,11 @@ def test_what_is_not_finite_gives_nan_and_no_error(value):
     z = torch.ones(8, 4)
     z[3, 2] = value
     assert math.isnan(effective_rank(z)) and math.isnan(feature_std(z))
+
+
+def test_one_row_has_no_spread():
+    with warnings.catch_warnings(action="error"):
+        assert math.isnan(feature_std(torch.ones(1, 4))) and effective_rank(torch.ones(1, 4)) == 0
 
 
 def test_float64_beyond_float32():

@@ -365,7 +365,9 @@ def test_shards_of_patches_are_those_of_all_views():
     [
         ({"gaussian_blur": {"kernel": 4}}, ["gaussian_blur.kernel", "4", "odd"]),
         ({"gaussian_blur": {"sigma": [2.0, 0.1]}}, ["gaussian_blur.sigma", "[2.0, 0.1]", "rise"]),
-        ({"gaussian_blur": {"sigma": [0.0, 0.1]}}, ["gaussian_blur.sigma", "0.0", "greater than 0"]),
+        ({"gaussian_blur": {"sigma": [0.0, 0.1]}}, ["gaussian_blur.sigma", "0.0", "greater than or equal to 0.01"]),
+        ({"gaussian_blur": {"sigma": [1e-300, 0.1]}}, ["gaussian_blur.sigma", "1e-300", "0.01"]),
+        ({"gaussian_blur": {"sigma": [1.0, 1e9]}}, ["gaussian_blur.sigma", "1000000000.0", "1000"]),
         ({"gaussian_blur": {"p": 2}}, ["gaussian_blur.p", "2"]),
         ({"solarize": {"threshold": 256}}, ["solarize.threshold", "256", "255"]),
         ({"resize": {}}, ["resize.short_side"]),
