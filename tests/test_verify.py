@@ -275,12 +275,16 @@ def test_every_value_of_every_literal_is_tried_once():
 def test_the_cases_of_a_config(digits, tmp_path):
     words = [f"data.root={digits}", "data.reader=arrays"]
     cases = list(verify.cases(tmp_path, CONFIG, [], [*words, "method.options.aggregation=max", "seed=5"], steps=4))
-    variants = [f"aggregation={name}" for name in ("max", "cat", "sum", "mean")]
+    variants = ["aggregation=max,head=relation", *(f"aggregation={name}" for name in ("cat", "sum", "mean"))]
+    variants += ["head=encoder", "head=dot_product"]
     assert [(case.variant, case.config.precision) for case in cases] == [
         (variant, precision) for variant in variants for precision in ("fp64", "fp32")
     ]
     for case in cases:
-        assert case.variant == f"aggregation={case.config.method.options['aggregation']}"
+        chosen = case.config.method.options
+        for choice in case.variant.split(","):
+            name, _, value = choice.partition("=")
+            assert chosen.get(name, "relation") == value
         assert case.config.seed == 5 and case.config.views.num == 4
         assert case.config.optim.steps == (4 if case.config.precision == "fp64" else 1)
         assert case.config.data.limit // case.config.optim.batch_size == 2, "four steps must reach a second epoch"
