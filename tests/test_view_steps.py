@@ -1,5 +1,9 @@
 """Pixels and draws of the steps beside the first four: resizes, bicubic, padded crops, blur, solarize, their order."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -414,3 +418,29 @@ def test_sizes_that_do_not_fit_are_refused(recipe, words):
         spec_of(group_of(**recipe), recipe.get("num", 1))
     for word in words:
         assert word in str(raised.value), raised.value
+
+
+# ------------------------------------------------------------------------------------------------- bounds
+
+EVERYWHERE = """
+import numpy as np
+from tests.test_view_steps import RECIPES, UserError, group_of, noise, spec_of, views
+
+for recipe in RECIPES.values():
+    for size in (1, 24, 64):
+        try:
+            spec = spec_of(group_of(**recipe), 3, size)
+        except UserError:
+            continue
+        for height, width in ((1, 1), (1, 150), (150, 1), (2, 90), (64, 64), (97, 31)):
+            pixels, sides = noise(0, height, width)[None], (np.array([height]), np.array([width]))
+            for seed in range(6):
+                views.make_views(pixels, *sides, np.array([7]), spec, spec.view_ids, seed, 3)
+"""
+
+
+@pytest.mark.slow
+def test_no_index_of_the_kernel_leaves_its_array(tmp_path):
+    """Compiled with checks of all indices, which the kernel lacks otherwise."""
+    environment = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", EVERYWHERE], check=True, env=environment)
