@@ -116,9 +116,9 @@ class Erasing(Section):
 
 
 class GridPatches(Section):
-    """The views are different patches of one image, which the steps before this one have made (OBoW, CVPR 2021).
+    """The views are patches of one image, which the steps before this one have made (OBoW, Gidaris et al., CVPR 2021).
 
-    The patches are num of the 3 x 3 cells of a grid over it, each moved by random amounts; the same for no two views.
+    They are `num` of the 3 x 3 cells of a grid over it, all different, each moved by random amounts.
     """
 
     side: PositiveInt = Field(256, description="side in pixels of the image that the patches are cut out of")
@@ -143,7 +143,7 @@ class ViewGroup(Section):
     )
     padded_crop: PaddedCrop | None = Field(None, description="instead of random_resized_crop")
     horizontal_flip: Probability = Field(0.0, description="probability of a left-right flip")
-    quarter_turns: Annotated[list[Literal[0, 1, 2, 3]], Field(min_length=1)] = Field(
+    quarter_turns: Annotated[list[Literal[0, 1, 2, 3]], Field(min_length=1, max_length=4)] = Field(
         default_factory=lambda: [0], description="the view is turned counter-clockwise by one of these right angles"
     )
     affine: Affine | None = None
@@ -155,7 +155,6 @@ class ViewGroup(Section):
         default_factory=lambda: list(get_args(OrderedStep)),
         description="of color_jitter, grayscale, gaussian_blur and solarize; what the recipe lacks may be left out",
     )
-
     erasing: Erasing | None = None
     grid_patches: GridPatches | None = None
 

@@ -388,6 +388,7 @@ def test_shards_of_patches_are_those_of_all_views():
         ({"erasing": {"fill": [0, 0, 256]}}, ["erasing.fill", "256", "255"]),
         ({"erasing": {"ratio": [2, 1]}}, ["erasing.ratio", "[2.0, 1.0]", "rise"]),
         ({"quarter_turns": []}, ["quarter_turns", "at least 1"]),
+        ({"quarter_turns": [0, 0, 0, 0, 1]}, ["quarter_turns", "at most 4"]),
         ({"quarter_turns": [4]}, ["quarter_turns", "4", "3"]),
         ({"grid_patches": {"jitter": -1}}, ["grid_patches.jitter", "-1"]),
         ({"order": ["horizontal_flip"]}, ["order", "horizontal_flip", "color_jitter"]),

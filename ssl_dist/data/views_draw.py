@@ -2,8 +2,8 @@
 
 A recipe is a float64 array with one slot per number (the constants below). Every draw is `keys.uniform(key, n)` of
 the view's key with the fixed number n given here, so a recipe that lacks a step leaves the draws of the others alone.
-The distributions are those of torchvision's RandomResizedCrop, RandomCrop, RandomHorizontalFlip, ColorJitter and
-GaussianBlur and RandomAffine under RandomApply, RandomGrayscale, RandomSolarize and RandomErasing.
+The distributions are those of torchvision's RandomResizedCrop, RandomCrop, RandomHorizontalFlip, RandomGrayscale,
+RandomSolarize and RandomErasing, and of ColorJitter, GaussianBlur and RandomAffine under RandomApply.
 """
 
 import math
@@ -35,6 +35,7 @@ SLOTS = 58
 CENTRE, RANDOM, PADDED = 0, 1, 2  # what CROP may be
 ORDERED = ("color_jitter", "grayscale", "gaussian_blur", "solarize")
 NO_STEP, COLOR_JITTER, TO_GRAY, GAUSSIAN_BLUR, SOLARIZATION = 0, 1, 2, 3, 4  # what ORDER may hold
+NOT_MOVED = (0.0, 0.0, 0.0, 1.0, 0.0)  # what an affine step that is left out has drawn
 
 # Numbers of the draws. The crop's try t uses DRAW_CROP + 4 t + (0 area, 1 ratio, 2 top, 3 left).
 CROP_TRIES = ERASING_TRIES = 10
@@ -55,9 +56,6 @@ DRAW_ERASING = 62
 DRAW_ERASED = 63  # a try takes four: area, ratio, top, left
 DRAW_CELLS = 103  # eight exchanges
 DRAW_PATCH = 111  # a cell takes two: down, right
-
-
-NOT_MOVED = (0.0, 0.0, 0.0, 1.0, 0.0)
 
 
 class ViewParameters(NamedTuple):
