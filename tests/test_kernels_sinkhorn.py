@@ -123,12 +123,49 @@ def test_blocks_do_not_matter(monkeypatch):
     torch.testing.assert_close(A, B, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 3, 4, 5, 30, 31])
+def test_the_compiled_half_step_is_that_of_torch(monkeypatch, num_rows):
+    """Rows that fill no group of four, pieces that are not full, and threads that change nothing."""
+    monkeypatch.setattr(sinkhorn, "PIECE", 6)
+    torch.manual_seed(0)
+    A, before = torch.rand(num_rows, 7, dtype=torch.float64), torch.rand(num_rows, dtype=torch.float64)
+    r, made = torch.rand(7, dtype=torch.float64), []
+    for half_step, num_threads in ((sinkhorn._by_blocks, 1), (sinkhorn._by_loops, 1), (sinkhorn._by_loops, 3)):
+        torch.set_num_threads(num_threads)
+        c = before.clone()
+        made.append((half_step(A, c, r, 40), c))
+    new = 1 / (40 * (A @ r))
+    for sums, c in made:
+        torch.testing.assert_close(c, new, rtol=1e-13, atol=0)
+        torch.testing.assert_close(sums[:-1], new @ A, rtol=1e-13, atol=0)
+        torch.testing.assert_close(sums[-1], (before / new - 1).abs().sum(), rtol=1e-13, atol=0)
+    assert torch.equal(made[1][0], made[2][0]) and torch.equal(made[1][1], made[2][1])
+
+
+def test_the_way_of_gpus_makes_the_same_labels(monkeypatch):
+    x = logits(60, 9)
+    _, made = run(x)
+    monkeypatch.setattr(sinkhorn, "_by_loops", sinkhorn._by_blocks)
+    _, again = run(x)
+    assert torch.equal(made.labels, again.labels) and made.iterations == again.iterations
+
+
 def test_the_scores_are_worked_on_in_place():
     scores = torch.tensor(logits(50, 4))
     before = scores.data_ptr(), scores.clone()
     sinkhorn.sinkhorn_knopp(scores, 50, 10.0, 0.1, one_process(), "")
     assert scores.data_ptr() == before[0] and not torch.equal(scores, before[1])
     assert scores.amax(1).eq(1).all() and scores.amax(0).eq(1).all()
+
+
+def test_the_watchdog_hears_of_every_ten_iterations():
+    """A phase that changes counts as progress, however long the whole takes."""
+    world, heard = one_process(), []
+    reduce, world.reduce = world.reduce, lambda x: heard.append((world.state.phase, world.state.bound)) or reduce(x)
+    _, made = run(logits(60, 9), 25.0, world=world)
+    phases = [phase for phase, bound in heard if bound == sinkhorn.STUCK]
+    assert len(phases) == made.iterations > 30 and len({*phases}) == (made.iterations - 1) // 10 + 1
+    assert all(phase.startswith("Sinkhorn-Knopp") for phase in phases) and world.state.phase == ""
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

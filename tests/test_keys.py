@@ -48,6 +48,12 @@ def test_uniform_is_uniform():
     assert abs(np.corrcoef(neighbours[1:], neighbours[:-1])[0, 1]) < 0.05
 
 
+def test_normals_are_normal():
+    draws = keys.normals(keys.hash64(4), 4000)
+    assert np.isfinite(draws).all() and stats.kstest(draws, "norm").pvalue > 0.01
+    assert np.array_equal(keys.normals(keys.hash64(4), 4000), draws) and keys.normals(keys.hash64(4), 0).shape == (0,)
+
+
 @pytest.mark.parametrize("n", [0, 1, 2, 1000])
 def test_permutation_is_one(n):
     order = keys.permutation(keys.hash64(1), n)

@@ -2,20 +2,27 @@
 
 The transport is Q = diag(c) P^lambda diag(r), with rows that sum to 1/N and columns that sum to 1/K (Cuturi, 2013).
 Each rank holds the rows of its images; only the sums of the K columns and the error are exchanged (and the columns'
-largest entries once), and the rows are read once an iteration, a block that fits the cache at a time. What it needs is
-the array of scores itself, float64, in place: a million images x 3,000 clusters are 24 GB over all ranks together.
+largest entries once). What it needs is the array of scores itself, float64, in place: a million images x 3,000
+clusters are 24 GB over all ranks together. An iteration reads it once: as soon as a row has its new scale it is added,
+scaled, to the sums of the columns.
 """
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 
+import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
 from ssl_dist.errors import Fault
 
-BLOCK = {"cpu": 2**20, "cuda": 2**26}  # bytes of a block of rows: what a core's cache holds; on a GPU to fill it
+BLOCK = {"cpu": 2**22, "cuda": 2**26}  # bytes of a block of rows: what the caches hold; on a GPU to fill it
+PIECE = 1024  # rows whose sums are taken by one thread; they are added in order, so threads change no result
 FLOOR = -600.0  # logarithm of the smallest entry, where the largest of its row and column is 1; float64 ends at -708
 CHECK = 10  # iterations from one look at the error to the next, as in the official code
 PATIENCE = 100_000  # iterations without an end
@@ -51,18 +58,19 @@ def sinkhorn_knopp(scores_NK: Tensor, num_rows: int, lamb: float, tolerance: flo
     num_columns = scores_NK.shape[1]
     c = _exponentials(scores_NK, lamb, world)
     c /= world.reduce(c.sum())
-    sums = scores_NK.new_zeros(num_columns + 1)  # of the columns; the last is the error
+    sums = scores_NK.new_zeros(num_columns)
     for part, block in _blocks(scores_NK):
-        sums[:-1] += c[part] @ block
+        sums += c[part] @ block
     sums = world.reduce(sums)
-    iterations, error = 0, math.inf
+    half_step = _by_loops if scores_NK.device.type == "cpu" else _by_blocks
+    iterations = 0
     while True:
         with world.state.phase_of(f"Sinkhorn-Knopp {title}, iteration {iterations}", STUCK):
             for _ in range(1 if iterations == 0 else CHECK):
-                r = 1 / (num_columns * sums[:-1])
-                sums = world.reduce(_half_step(scores_NK, c, r, num_rows))
+                r = 1 / (num_columns * sums)
+                sums, error = world.reduce(half_step(scores_NK, c, r, num_rows)).split([num_columns, 1])
                 iterations += 1
-            error = float(sums[-1])
+        error = float(error)
         if not math.isfinite(error):
             raise _agreed(f"Sinkhorn-Knopp {title}: the scores are not finite; lower optim.lr")
         if error <= tolerance:
@@ -98,15 +106,68 @@ def _exponentials(scores_NK: Tensor, lamb: float, world) -> Tensor:
     return (divisors + lamb * math.log(scores_NK.shape[1]) / 2).clamp(FLOOR, -FLOOR).exp()
 
 
-def _half_step(scores_NK: Tensor, c: Tensor, r: Tensor, num_rows: int) -> Tensor:
-    """Replace c by (1/N) / sum_k r P^lambda; returns the new sums of c P^lambda and of |c / c' - 1|, [K + 1]."""
-    sums = scores_NK.new_zeros(scores_NK.shape[1] + 1)
-    for part, block in _blocks(scores_NK):
+def _by_blocks(A_NK: Tensor, c: Tensor, r: Tensor, num_rows: int) -> Tensor:
+    """Replace c by c' = (1/N) / (A r), in place; returns [K + 1] the sums of c' A over rows, and of |c / c' - 1|."""
+    sums = A_NK.new_zeros(A_NK.shape[1] + 1)
+    for part, block in _blocks(A_NK):
         new = 1 / (num_rows * (block @ r))
-        sums[-1] += (c[part] / new - 1).abs().sum()
         sums[:-1] += new @ block
+        sums[-1] += (c[part] / new - 1).abs().sum()
         c[part] = new
     return sums
+
+
+def _by_loops(A_NK: Tensor, c: Tensor, r: Tensor, num_rows: int) -> Tensor:
+    """The same on the CPU, on as many threads as torch uses."""
+    num_pieces = -(-len(A_NK) // PIECE)
+    sums = np.zeros((num_pieces, A_NK.shape[1] + 1))
+    num_threads = max(1, min(torch.get_num_threads(), num_pieces))
+    bounds = [t * num_pieces // num_threads for t in range(num_threads + 1)]
+    arguments = A_NK.numpy(), c.numpy(), r.numpy(), num_rows, PIECE, sums
+    parts = [_pool(torch.get_num_threads()).submit(_half_step, *span, *arguments) for span in pairwise(bounds)]
+    for part in parts:
+        part.result()
+    return torch.from_numpy(sums.sum(0))
+
+
+@lru_cache(maxsize=1)
+def _pool(num_threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="sinkhorn")
+
+
+# Sums may be reordered, which is what vectorises them. NaN and infinity keep their meaning.
+@njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+def _half_step(first, last, A, c, r, num_rows, size, sums):
+    """Pieces first..last-1 of `size` rows; four rows at a time, so that r and the sums are read a fourth as often."""
+    for piece in range(first, last):
+        own, end = sums[piece], min((piece + 1) * size, len(A))
+        for n in range(piece * size, end, 4):
+            # Behind the end stands the last row again, with the scale 0.
+            n1, n2, n3 = min(n + 1, end - 1), min(n + 2, end - 1), min(n + 3, end - 1)
+            row0, row1, row2, row3 = A[n], A[n1], A[n2], A[n3]
+            q0 = q1 = q2 = q3 = 0.0
+            for k in range(len(r)):
+                q0 += row0[k] * r[k]
+                q1 += row1[k] * r[k]
+                q2 += row2[k] * r[k]
+                q3 += row3[k] * r[k]
+            for i, q in enumerate((q0, q1, q2, q3)):
+                if n + i < end:
+                    new = 1.0 / (num_rows * q)
+                    own[-1] += abs(c[n + i] / new - 1.0)
+                    c[n + i] = new
+            c0 = c[n]
+            c1 = c[n1] if n + 1 < end else 0.0
+            c2 = c[n2] if n + 2 < end else 0.0
+            c3 = c[n3] if n + 3 < end else 0.0
+            for k in range(len(r)):
+                own[k] += (c0 * row0[k] + c1 * row1[k]) + (c2 * row2[k] + c3 * row3[k])
+
+
+def warm_up() -> None:
+    """Compile the loops: seconds the first time, then read from numba's cache."""
+    one = torch.ones(1, 2, dtype=torch.float64)
+    _by_loops(one, one[:, 0].clone(), one[0].clone(), 1)
 
 
 def _agreed(text: str) -> Fault:

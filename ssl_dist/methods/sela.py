@@ -4,6 +4,10 @@ arXiv:1911.05371).
 The network is trained to predict labels that it gives the images itself. From time to time all images are labelled anew
 by the optimal transport from the images to clusters of equal size (equations 4 to 8, by Sinkhorn-Knopp); in between the
 loss is the cross-entropy with the labels (equation 2), the mean over heads that each have labels of their own.
+
+The labels come from views of the images through the network in training mode, dropout and batch statistics at work:
+that is how the official code, and so the published numbers, were made. `labels_from: test` takes test images in
+evaluation mode. The times of relabelings are spread over the whole training: one that is made longer has others.
 """
 
 from typing import Literal
@@ -17,7 +21,7 @@ from torch import Tensor, nn
 from ssl_dist.clock import Clock
 from ssl_dist.config import PositiveFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
-from ssl_dist.kernels.sinkhorn import sinkhorn_knopp
+from ssl_dist.kernels import sinkhorn
 from ssl_dist.methods.base import Batch, Info, Output, Rows, SSLMethod, at_least_float32
 from ssl_dist.pseudolabels import PseudoLabels
 
@@ -86,6 +90,11 @@ class Method(SSLMethod):
             "a relabeling": f"holds {8 * options.clusters / 1024:.1f} KiB of scores and a feature vector an image",
         }
 
+    @classmethod
+    def warm_up(cls, options: Options, dtype: torch.dtype) -> None:
+        if not torch.cuda.is_available():
+            sinkhorn.warm_up()
+
     def before_step(self, clock: Clock, extract, world) -> list[nn.Parameter]:
         """New labels when they are due: a function of the step, so nothing is kept of the schedule."""
         times = relabel_times(clock.total_epochs, self.options.relabelings, self.options.schedule)
@@ -108,7 +117,7 @@ class Method(SSLMethod):
             for start in range(0, len(features), size):
                 part = slice(start, start + size)
                 torch.addmm(bias, features[part].double(), weight.T, out=scores[part])
-            found = sinkhorn_knopp(
+            found = sinkhorn.sinkhorn_knopp(
                 scores, self.info.num_images, options.lamb, options.tolerance, world, f"of head {head}"
             )
             labels.append(found.labels)

@@ -1,0 +1,138 @@
+"""New labels of SeLa by Sinkhorn-Knopp: time of an iteration and peak memory, on one process and on several.
+
+    python tools/bench_sinkhorn.py [--images 100000] [--clusters 3000] [--processes 1 2] [--rounds 5]
+
+The features of all images are random; a head makes scores of them and Sinkhorn-Knopp works on these in place, as in a
+training. "plain" is the iteration as the official code writes it, with numpy, on one process: two passes over the
+array in place of one. Each takes a turn in every round, in processes of its own with one thread each. Time: wall and
+CPU, of an iteration, medians over the rounds (CPU: of a process). Memory: the largest resident size, less that before
+there were features; "counted": features and scores, 4 D + 8 K bytes an image, over the processes.
+"""
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import socket
+import statistics
+import time
+from pathlib import Path
+
+ITERATIONS = 11  # of a turn
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=100_000, help="N")
+    parser.add_argument("--clusters", type=int, default=3000, help="K")
+    parser.add_argument("--features", type=int, default=256, help="D")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    os.environ |= dict.fromkeys(THREADS, "1")
+    sides = {"plain": (plain, 1)} | {f"ours, {size} process(es)": (ours, size) for size in arguments.processes}
+    turns = {name: [] for name in sides}
+    for _ in range(arguments.rounds):
+        for name, (side, size) in sides.items():
+            turns[name].append(in_processes(side, size, arguments))
+    print(f"N = {arguments.images}, K = {arguments.clusters}, D = {arguments.features}, {arguments.rounds} rounds")
+    print(f"{'':<22} {'wall ms':>8} {'CPU ms':>8} {'peak MiB':>9} {'counted':>8}")
+    counted = arguments.images * (4 * arguments.features + 8 * arguments.clusters) / 2**20
+    for name, (_, size) in sides.items():
+        wall, cpu, peak = (statistics.median(max(rank[i] for rank in turn) for turn in turns[name]) for i in range(3))
+        print(f"{name:<22} {1000 * wall:>8.0f} {1000 * cpu:>8.0f} {peak:>9.0f} {counted / size:>8.0f}", flush=True)
+
+
+def in_processes(side, size: int, arguments) -> list[tuple[float, float, float]]:
+    """Of every process: wall and CPU seconds of an iteration, peak MiB."""
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [context.Process(target=rank_of, args=(side, r, size, port, arguments, answers)) for r in range(size)]
+    for rank in ranks:
+        rank.start()
+    found = [answers.get(timeout=3600) for _ in ranks]
+    for rank in ranks:
+        rank.join()
+    return found
+
+
+def rank_of(side, rank: int, size: int, port: int, arguments, answers) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+    answers.put(side(rank, size, arguments))
+
+
+def peak() -> float:
+    """The largest resident size of this process until now, in MiB (the kernel's own count)."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 1024
+
+
+def ours(rank: int, size: int, arguments) -> tuple[float, float, float]:
+    import torch
+
+    from ssl_dist import dist
+    from ssl_dist.grid import Grid
+    from ssl_dist.methods import sela
+    from ssl_dist.methods.base import Info, Rows
+    from ssl_dist.place import Place
+
+    class Enough(Exception):
+        pass
+
+    class Clocked(dist.World):
+        """Ends the work after some iterations, each of which asks for one sum."""
+
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.stamps = []
+
+        def reduce(self, x):
+            total = super().reduce(x)
+            if len(x.shape):
+                self.stamps.append((time.perf_counter(), time.process_time()))
+            if len(self.stamps) > ITERATIONS:
+                raise Enough
+            return total
+
+    torch.set_num_threads(1)
+    sela.Method.warm_up(sela.Options(), torch.float32)
+    place = Place(rank, size, rank, size)
+    dist.start(place, Grid(size, 1))
+    world = Clocked(place, Grid(size, 1), torch.device("cpu"))
+    info = Info(arguments.images, 0, ((1, 32),), size, 1.0, arguments.features)
+    method = sela.Method(torch.nn.Identity(), info, sela.Options(clusters=arguments.clusters, tolerance=1e-12))
+    before = peak()
+    lo, hi = world.share(arguments.images)
+    features = torch.randn(hi - lo, arguments.features).relu_()
+    with contextlib.suppress(Enough):
+        method.relabel([0], Rows(torch.arange(lo, hi), features), world)
+    wall, cpu = zip(*world.stamps, strict=True)
+    return (wall[-1] - wall[0]) / ITERATIONS, (cpu[-1] - cpu[0]) / ITERATIONS, peak() - before
+
+
+def plain(rank: int, size: int, arguments) -> tuple[float, float, float]:
+    import numpy as np
+
+    before, draw = peak(), np.random.default_rng(0)
+    features = np.maximum(draw.standard_normal((arguments.images, arguments.features), np.float32), 0)
+    weight = draw.standard_normal((arguments.features, arguments.clusters)) / 16
+    scores = features @ weight
+    scores -= scores.max(1, keepdims=True)
+    np.exp(scores, out=scores)
+    scores /= scores.sum(1, keepdims=True)
+    P = scores.T
+    P **= 25
+    c = np.full((arguments.images, 1), 1 / arguments.images)
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(ITERATIONS):
+        r = (1 / arguments.clusters) / (P @ c)
+        c = (1 / arguments.images) / (r.T @ P).T
+    return (time.perf_counter() - wall) / ITERATIONS, (time.process_time() - cpu) / ITERATIONS, peak() - before
+
+
+if __name__ == "__main__":
+    main()
