@@ -147,6 +147,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--format", required=True, choices=["torchvision", "timm", "seed"])
     sub.add_argument("--out", type=Path, required=True, help="file to write (safetensors; seed: of torch.save)")
 
+    sub = command(
+        "labels", _labels, "write the labels that a run gave its images",
+        "Write the labels that a run's method gave its training images to a CSV file: image_id, label_0, ... They are "
+        "labels for another run by data.labels={file: FILE, column: 0}.",
+    )  # fmt: skip
+    sub.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or one checkpoint file")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="data.root, data.reader: where the images are")
+    sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write")
+
     sub = command("doctor", _doctor, "what is missing on this machine", "Check this machine and say what mends it.")
     return parser
 
@@ -229,6 +238,13 @@ def _export(args) -> int:
 
     line = export(args.run, args.format, args.out)
     print(f"{args.out}: written; load it with\n{line}")
+    return 0
+
+
+def _labels(args) -> int:
+    from ssl_dist.label_export import export_labels
+
+    print(export_labels(args.run, args.out, args.overrides))
     return 0
 
 

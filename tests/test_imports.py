@@ -33,7 +33,19 @@ LAYERS = [
         "agreement",
         "weights",
     },
-    {"training", "train", "evaluators", "evaluate", "export", "report", "explain", "verify", "verify_ranks", "doctor"},
+    {
+        "training",
+        "train",
+        "evaluators",
+        "evaluate",
+        "export",
+        "report",
+        "explain",
+        "verify",
+        "verify_ranks",
+        "doctor",
+        "label_export",
+    },
     {"cli", "__main__", "job", "job_here", "slurm_script", "slurm_submit", "slurm_status"},
 ]
 PEERS = {"methods", "data", "backbones", "optim"}  # of one layer, and strangers to each other

@@ -40,5 +40,12 @@ def read(path: str | Path, column: int, count: int) -> np.ndarray:
     return labels
 
 
+def text(image_ids: np.ndarray, labels: np.ndarray) -> str:
+    """Such a file: image_ids int64 [n], labels whole numbers [columns, n], named label_0, label_1, ..."""
+    names = ["image_id", *(f"label_{column}" for column in range(len(labels)))]
+    rows = np.column_stack([image_ids, *labels]).tolist()
+    return "".join(",".join(map(str, row)) + "\n" for row in [names, *rows])
+
+
 def _fault(path: str | Path, line: int, what: str) -> UserError:
     return UserError(f"data.labels.file: {path} line {line}: {what}")
