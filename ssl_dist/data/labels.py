@@ -7,16 +7,19 @@ import numpy as np
 
 from ssl_dist.errors import UserError
 
+LONGEST = 6  # digits of a label: a classifier has an output for every number up to the largest
+
 
 def read(path: str | Path, column: int, count: int) -> np.ndarray:
     """int64 [count], -1 for images that the file does not list.
 
     The file: CSV, a first line of names (image_id, then one or more label columns), then a line an image with its id
-    and a whole number >= 0 a column; `column` counts the label columns from 0. Raises `UserError` naming the line.
+    and a whole number of 0 to 999,999 a column; `column` counts the label columns from 0. Raises `UserError` that names
+    the line.
     """
     labels = np.full(count, -1, np.int64)
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file)
             names = next(rows, [])
             if len(names) < 2 or names[0] != "image_id":
@@ -28,6 +31,8 @@ def read(path: str | Path, column: int, count: int) -> np.ndarray:
             for number, row in enumerate(rows, 2):
                 if len(row) != len(names) or not all(word.isascii() and word.isdigit() for word in row):
                     raise _fault(path, number, f"must be {len(names)} whole numbers")
+                if len(row[0]) > 18 or len(row[1 + column]) > LONGEST:
+                    raise _fault(path, number, f"a label has {LONGEST} digits at most, an id 18")
                 image_id = int(row[0])
                 if image_id >= count:
                     raise _fault(path, number, f"image {image_id} is not in the split's 0..{count - 1}")

@@ -56,12 +56,13 @@ def sinkhorn_knopp(scores_NK: Tensor, num_rows: int, lamb: float, tolerance: flo
     """
     assert scores_NK.dtype == torch.float64, scores_NK.dtype
     num_columns = scores_NK.shape[1]
-    c = _exponentials(scores_NK, lamb, world)
-    c /= world.reduce(c.sum())
-    sums = scores_NK.new_zeros(num_columns)
-    for part, block in _blocks(scores_NK):
-        sums += c[part] @ block
-    sums = world.reduce(sums)
+    with world.state.phase_of(f"the exponentials {title}", STUCK):
+        c = _exponentials(scores_NK, lamb, world)
+        c /= world.reduce(c.sum())
+        sums = scores_NK.new_zeros(num_columns)
+        for part, block in _blocks(scores_NK):
+            sums += c[part] @ block
+        sums = world.reduce(sums)
     half_step = _by_loops if scores_NK.device.type == "cpu" else _by_blocks
     iterations = 0
     while True:

@@ -115,4 +115,4 @@ class Method(SSLMethod):
         correct = (logits_BK.detach().argmax(1) == labels_B).double().mean()
         metrics = {"accuracy": 100 * world.mean(correct), "cluster_distance": self.distance.clone()}
         loss = world.from_share(loss_share / world.reduce(weight_share))
-        return Output(loss, metrics | self.labels.metrics(), {}, z_VBD.detach())
+        return Output(loss, metrics | self.labels.metrics(), {}, world.gather_images(z_VBD[0].detach(), batch))

@@ -116,7 +116,8 @@ class Method(SSLMethod):
             weight, bias = self.heads[head].weight.double(), self.heads[head].bias.double()
             for start in range(0, len(features), size):
                 part = slice(start, start + size)
-                torch.addmm(bias, features[part].double(), weight.T, out=scores[part])
+                with world.state.phase_of(f"the scores of head {head} from image {start} on", sinkhorn.STUCK):
+                    torch.addmm(bias, features[part].double(), weight.T, out=scores[part])
             found = sinkhorn.sinkhorn_knopp(
                 scores, self.info.num_images, options.lamb, options.tolerance, world, f"of head {head}"
             )
@@ -138,4 +139,4 @@ class Method(SSLMethod):
         }
         # Ranks hold equally many images, so the mean of their means is that of the global batch.
         loss = heads_loss(logits_HBK, labels_HB).mean()
-        return Output(loss, metrics | self.labels.metrics(), {}, z_VBD.detach())
+        return Output(loss, metrics | self.labels.metrics(), {}, world.gather_images(z_VBD[0].detach(), batch))
