@@ -319,8 +319,8 @@ def test_extract_refuses(official, digits, tmp_path, capsys, more, words):
     assert words in error and error.count("\n") == 1, error
 
 
-def test_extract_without_the_place_of_the_images(official, capsys):
-    assert cli.main(["extract", str(official[0]), "--out", "/tmp/nowhere", "backbone.name=conv4"]) == 2
+def test_extract_without_the_place_of_the_images(official, capsys, tmp_path):
+    assert cli.main(["extract", str(official[0]), "--out", str(tmp_path), "backbone.name=conv4"]) == 2
     assert "missing key data.name" in capsys.readouterr().err
 
 
