@@ -219,6 +219,16 @@ def load_hashed(path: Path) -> tuple[dict[str, Any], str]:
         return _load(path, file), digest
 
 
+def load_run(path: Path) -> tuple[Path, dict[str, Any], str]:
+    """Path, state and SHA-256 of a run's newest checkpoint, or of the checkpoint file `path`. Raises `UserError`."""
+    if not path.is_dir():
+        return path, *load_hashed(path)
+    newest = load_newest(path)
+    if newest is None:
+        raise UserError(f"{path}: holds no checkpoint; train first, or name a run's folder")
+    return newest
+
+
 def _opened(path: Path) -> BinaryIO:
     try:
         return open(path, "rb")

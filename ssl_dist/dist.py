@@ -111,7 +111,8 @@ class World:
         groups = []
         for column in range(self.grid.views):  # every rank takes part in the making of every group
             with self.state.exchange("new_group"):
-                groups.append(dist.new_group(list(range(column, self.place.size, self.grid.views))))
+                ranks = list(range(column, self.place.size, self.grid.views))
+                groups.append(dist.new_group(ranks, timeout=meeting.NO_LIMIT))  # the watchdog is the one clock
         group = groups[self.grid.view_shard(self.place.rank)]
 
         def to_column(layer: nn.Module) -> Callable[[], None]:

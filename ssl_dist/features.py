@@ -55,13 +55,7 @@ def load_encoder(path: Path) -> Encoder:
 
 def load_method(path: Path) -> tuple[SSLMethod, Encoder]:
     """The method in a run's newest checkpoint, or in a checkpoint file, and its encoder. Raises `UserError`."""
-    if path.is_dir():
-        newest = checkpoint.load_newest(path)
-        if newest is None:
-            raise UserError(f"{path}: holds no checkpoint; train first, or name a run's folder")
-        path, state, digest = newest
-    else:
-        state, digest = checkpoint.load_hashed(path)
+    path, state, digest = checkpoint.load_run(path)
     settings = validate(Config, state["config"])
     method_class = methods.find(settings.method.name)
     options = methods.build_options(method_class, settings.method.options)

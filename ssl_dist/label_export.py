@@ -21,13 +21,7 @@ KEYS = ("data.root", "data.reader")
 def export_labels(run: Path, out: Path, overrides: Sequence[str]) -> str:
     """Write the labels in a run's newest checkpoint (or in a checkpoint file), a column a head; returns what was
     written in words, and how much the labels tell of the true ones where these are known."""
-    if run.is_dir():
-        newest = checkpoint.load_newest(run)
-        if newest is None:
-            raise UserError(f"{run}: holds no checkpoint; train first, or name a run's folder")
-        path, state, _ = newest
-    else:
-        path, state = run, checkpoint.load(run)
+    path, state, _ = checkpoint.load_run(run)
     if BUFFER not in state["method"]:
         raise UserError(f"{path}: method {state['config']['method']['name']} gives its images no labels")
     blueprint = _blueprint(state, overrides)

@@ -39,7 +39,7 @@ class Backbone(nn.Module):
 def make(dtype=torch.float64, batch_size=6, stages=Backbone.stages, seed=5, **options):
     torch.manual_seed(0)
     info = Info(100, 0, ((1, 7),), batch_size, 1.0, Backbone.feature_dim, stages=stages, seed=seed)
-    return infomax.Method(Backbone(), info, infomax.Options(**({"hidden": 6} | options))).to(dtype).train()
+    return infomax.Method(Backbone(), info, infomax.Options(**({"hidden": 24} | options))).to(dtype).train()
 
 
 def images(dtype=torch.float64):
@@ -100,6 +100,8 @@ def reference(method, batch):
 def test_any_number_of_ranks_equals_the_loops(grid, weights):
     method, batch = make(**weights), images()
     loss, terms, gradients, buffers = reference(method, batch)
+    alive = {name for name, gradient in gradients.items() if gradient.abs().max() > 1e-6}
+    assert gradients.keys() - alive <= {"backbone.conv.bias"}, "a network of dead units would hide a fault"
     found = grids.run(method, grid, batch)
     torch.testing.assert_close(found.loss, loss, **EXACT)
     assert found.gradients.keys() == gradients.keys()
@@ -152,7 +154,7 @@ def test_gradients_that_cancel_keep_their_digits():
         infomax.jensen_shannon(own(maps.to(dtype), y.to(dtype))).backward()
         found[dtype] = own.l2.weight.grad.double(), own.l2.bias.grad.double()
     for exact, ours in zip(found[torch.float64], found[torch.float32], strict=True):
-        assert (ours - exact).norm() < 3e-6 * exact.norm()
+        assert (ours - exact).norm() < 1e-6 * exact.norm()  # 4e-7 is the worst of five seeds; by a matrix product 2e-6
 
 
 def test_half_precision_is_scored_in_float32():

@@ -14,7 +14,7 @@ from ssl_dist.errors import UserError
 from ssl_dist.grid import Grid
 from ssl_dist.methods import relational
 from ssl_dist.methods.base import Batch, Info
-from tests import slow_relation, thread_world
+from tests import grids, slow_relation, thread_world
 
 AGGREGATIONS = ("cat", "sum", "mean", "max")
 
@@ -201,19 +201,12 @@ def test_the_ablations_score_by_dot_products(head, grid):
     loss, logits = slow_relation.loss_and_logits(z, None, "", 2.0, 0.5)
     loss.backward()
 
-    def rank(world):
-        own = world.synchronize_batchnorm(copy.deepcopy(method)).train()
-        of_views, of_images = (f(world.place.rank, n) for f, n in ((grid.view_range, 4), (grid.image_range, 6)))
-        output = own(batch_of(views[of_views.start : of_views.stop, of_images.start : of_images.stop]), world)
-        output.loss.backward()
-        return output, gradients(own)
-
-    outputs, all_gradients = zip(*thread_world.run(rank, grid), strict=True)
+    found = grids.run(method, grid, views)
     close = {"rtol": 1e-9, "atol": 1e-12}
-    torch.testing.assert_close(torch.stack([o.loss.detach() for o in outputs]).mean(), loss.detach(), **close)
+    torch.testing.assert_close(found.loss, loss.detach(), **close)
     for name, wanted in gradients(alone).items():
-        torch.testing.assert_close(torch.stack([g[name] for g in all_gradients]).mean(0), wanted, **close)
-    assert outputs[0].metrics["accuracy_positive"] == pytest.approx(
+        torch.testing.assert_close(found.gradients[name], wanted, **close)
+    assert found.outputs[0].metrics["accuracy_positive"] == pytest.approx(
         (logits.view(-1, 2, 6)[:, 0] > 0).double().mean().item() * 100
     )
 
@@ -230,24 +223,16 @@ def test_known_labels_make_positive_pairs(grid, fused):
     loss, logits = slow_relation.loss_and_logits(z, alone.relation_module, "cat", 2.0, 0.5, known)
     loss.backward()
 
-    def rank(world):
-        own = world.synchronize_batchnorm(copy.deepcopy(method)).train()
-        own.fused = fused
-        of_views, of_images = (f(world.place.rank, n) for f, n in ((grid.view_range, 4), (grid.image_range, 6)))
-        part = slice(of_images.start, of_images.stop)
-        output = own(batch_of(views[of_views.start : of_views.stop, part], labels[part]), world)
-        output.loss.backward()
-        return output, gradients(own)
-
-    outputs, all_gradients = zip(*thread_world.run(rank, grid), strict=True)
+    method.fused = fused
+    found = grids.run(method, grid, views, labels=labels)
     close = {"rtol": 1e-9, "atol": 1e-12}
-    torch.testing.assert_close(torch.stack([o.loss.detach() for o in outputs]).mean(), loss.detach(), **close)
+    torch.testing.assert_close(found.loss, loss.detach(), **close)
     for name, wanted in gradients(alone).items():
-        torch.testing.assert_close(torch.stack([g[name] for g in all_gradients]).mean(0), wanted, **close)
+        torch.testing.assert_close(found.gradients[name], wanted, **close)
     pairs = slow_relation.pairs(4, 6)
     positive = torch.tensor([y or known[i % 6] == known[j % 6] is not None for i, j, y in pairs], dtype=torch.bool)
     assert positive.sum() > len(pairs) // 2
-    metrics = outputs[0].metrics
+    metrics = found.outputs[0].metrics
     assert metrics["positive_share"] == pytest.approx(100 * positive.double().mean().item())
     right = (logits > 0) == positive
     assert metrics["accuracy"] == pytest.approx(100 * right.double().mean().item())
