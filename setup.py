@@ -35,6 +35,7 @@ EXTRAS = {
     "test": [
         "pytest>=8,<10",
         "pytest-timeout>=2.3,<3",  # a rank that hangs fails its test instead of stopping the whole run
+        "pytest-xdist>=3.6,<4",  # the quick tests on all cores: half of them wait, for ranks and clocks
         "hypothesis>=6.100,<7",  # property tests of the index arithmetic, keys and data plan
         "ruff>=0.9,<1",  # linter and formatter; part of the test command
     ],

@@ -1,21 +1,19 @@
 #!/usr/bin/env bash
 # Sets the checkout up where needed, then checks style and runs the tests, quick ones first. Ends with pytest's summary.
 #
-#   bash launch/test.sh                     everything
+#   bash launch/test.sh                     everything: the quick tests on all cores, then those marked slow one by one
 #   bash launch/test.sh --quick             without the tests marked slow, and without installing Slurm for them
 #   bash launch/test.sh [--quick] tests/test_config.py -k hints       what follows goes to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-selection=()
-with_slurm=1 # tests/cluster.py starts one of its own
+slow_too=1
 if [ "${1:-}" = --quick ]; then
-    selection=(-m "not slow")
-    with_slurm=
+    slow_too=
     shift
 fi
 
-WITH_SLURM=${WITH_SLURM-$with_slurm} bash launch/install.sh
+WITH_SLURM=${WITH_SLURM-$slow_too} bash launch/install.sh
 PATH=$PWD/.venv/bin:$PATH
 
 printf '\n== style: ruff%s\n' "$(command -v shellcheck >/dev/null && echo ' and shellcheck')"
@@ -23,5 +21,16 @@ ruff check --quiet .
 ruff format --quiet --check .
 if command -v shellcheck >/dev/null; then shellcheck launch/*.sh .ci/run; fi
 
+nothing=5 # pytest's exit code where it found no test of the kind, as in a file that has none
+run() { # pytest's arguments; ends the script where a test fails
+    local found=0
+    python -m pytest -q "$@" || found=$?
+    [ $found -eq 0 ] || [ $found -eq $nothing ] || exit $found
+    ran+=("$found")
+}
+
 printf '\n== tests: pytest, each test under a time limit\n'
-python -m pytest -q "${selection[@]}" "$@"
+ran=()
+run -m "not slow" -n auto --dist loadfile "$@"
+[ -z "$slow_too" ] || run -m slow "$@" # alone on the machine: they kill ranks and watch clocks
+[[ " ${ran[*]} " == *" 0 "* ]] || exit $nothing
