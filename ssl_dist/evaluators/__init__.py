@@ -3,7 +3,9 @@
 An evaluator of features defines
     PROTOCOL: str                                 a sentence that names the protocol, with {option} where one decides
     class Options(config.Section)                 documented fields
-    run(train, test, options) -> dict[str, float] features of two splits -> values by name; accuracies in percent
+    run(train, test, options, album=None) -> dict[str, float]
+                                                  features of two splits -> values by name; accuracies in percent.
+                                                  With an album (album.py) it draws pictures as well
 and needs no edit elsewhere.
 """
 
@@ -16,7 +18,7 @@ from types import ModuleType
 from ssl_dist.config import Section, parse_yaml, validate
 from ssl_dist.errors import UserError
 
-_NO_EVALUATORS = {"accuracy", "results"}
+_NO_EVALUATORS = {"accuracy", "album", "results"}
 
 
 def names() -> list[str]:

@@ -1,0 +1,125 @@
+"""The album of an evaluation: which images it shows, and what its pictures say of themselves."""
+
+import json
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+from torchvision.transforms.functional import InterpolationMode, center_crop, resize
+
+from ssl_dist.config import Data
+from ssl_dist.data.readers import open_dataset, read_info
+from ssl_dist.errors import UserError
+from ssl_dist.evaluators import album as album_module
+from ssl_dist.evaluators.album import Album
+from ssl_dist.features_file import Features
+
+
+def part(digits, split, ids=None, name=None):
+    """Features of a split of the digits, or of some images of it."""
+    info = read_info(digits, split)
+    ids = np.arange(info.count) if ids is None else np.asarray(ids)
+    metadata = {
+        "dataset": "digits", "split": name or split, "data": info.sha256, "checkpoint": "c0ffee", "classes": "[]"
+    }  # fmt: skip
+    return Features(np.zeros((len(ids), 2), np.float32), ids % 10, ids, metadata, "the file")
+
+
+@pytest.fixture
+def opened(digits):
+    """Opens a split, and remembers which readers it opened."""
+    readers = []
+
+    def open_split(split):
+        readers.append(open_dataset(digits, split, "arrays"))
+        return readers[-1]
+
+    open_split.readers = readers
+    return open_split
+
+
+def data(**more):
+    return Data(name="digits", root="x", **more)
+
+
+def decoded(digits, split, ids):
+    with open_dataset(digits, split, "arrays") as reader:
+        [(pixels, _, _, _)] = list(reader.batches([np.asarray(ids)]))
+    return pixels
+
+
+def test_the_images_asked_for_in_the_order_asked_for(digits, opened, tmp_path, monkeypatch):
+    monkeypatch.setattr(album_module, "_BLOCK", 2 * 32 * 32 * 3)  # two images a block
+    test, train = part(digits, "test"), part(digits, "train")
+    rows = np.array([7, 3, 300, 3, 0])
+    with Album(tmp_path, test, opened, data(), "knn") as album:
+        assert not opened.readers, "nothing is opened before an image is needed"
+        assert np.array_equal(album.images(test, rows), decoded(digits, "test", rows))
+        assert np.array_equal(album.images(train, rows), decoded(digits, "train", rows))
+        assert np.array_equal(album.images(test, rows[:1]), decoded(digits, "test", [7]))
+        assert album.images(test, rows[:0]).shape == (0, 32, 32, 3)
+    assert [reader.info.split for reader in opened.readers] == ["test", "train"]
+    for reader in opened.readers:
+        with pytest.raises(ValueError, match="closed"):
+            reader.labels(rows)
+
+
+def test_a_piece_of_a_split_shows_the_images_of_its_ids(digits, opened, tmp_path):
+    piece = part(digits, "train", [5, 9, 200], "train[held out 10%]")
+    with Album(tmp_path, piece, opened, data(), "knn") as album:
+        assert np.array_equal(album.images(piece, np.array([2, 0])), decoded(digits, "train", [200, 5]))
+        path = album.add("x", Figure(), "t", "c")
+    assert path.name == "digits-train-held-out-10-x.png"
+
+
+def test_the_images_are_those_of_the_test_transform(digits, opened, tmp_path):
+    test = part(digits, "test")
+    with Album(tmp_path, test, opened, data(image_size=24, eval_resize=40), "knn") as album:
+        [found] = album.images(test, np.array([11]))
+    image = Image.fromarray(decoded(digits, "test", [11])[0])
+    assert np.array_equal(found, np.asarray(center_crop(resize(image, 40, InterpolationMode.BILINEAR), 24)))
+
+
+def test_a_picture_says_what_it_is(digits, opened, tmp_path):
+    test = part(digits, "test")
+    with Album(tmp_path / "new" / "figures", test, opened, data(), "retrieval") as album:
+        figure = Figure(figsize=(1, 1), dpi=50)
+        path = album.add("nearest", figure, "Nearest images", "Cosine ≥ 0 – κ")
+    assert path == tmp_path / "new" / "figures" / "digits-test-nearest.png"
+    with Image.open(path) as picture:
+        assert picture.format == "PNG" and picture.size == (50, 50)
+        texts = {key: picture.text[key] for key in ("Title", "Description", "Evaluator", "Checkpoint")}
+    assert texts == {
+        "Title": "Nearest images", "Description": "Cosine ≥ 0 – κ", "Evaluator": "retrieval", "Checkpoint": "c0ffee"
+    }  # fmt: skip
+
+
+def test_a_picture_is_written_whole_or_not_at_all(digits, opened, tmp_path, monkeypatch):
+    album = Album(tmp_path, part(digits, "test"), opened, data(), "knn")
+    path = album.add("x", Figure(figsize=(1, 1)), "old", "")
+    (tmp_path / ".digits-test-x.png.01234567.tmp").touch()  # of one that was killed
+
+    def fails(self, file, metadata):
+        file.write(b"half of a picture")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(album_module.FigureCanvasAgg, "print_png", fails)
+        with pytest.raises(KeyboardInterrupt):
+            album.add("x", Figure(figsize=(1, 1)), "new", "")
+    assert list(tmp_path.iterdir()) == [path]
+    with Image.open(path) as picture:
+        assert picture.text["Title"] == "old"
+
+
+def test_what_is_refused(digits, opened, tmp_path):
+    test = part(digits, "test")
+    other = Features(test.features, test.labels, test.image_ids, test.metadata | {"data": "other"}, "RUN/f.safetensors")
+    with Album(tmp_path, test, opened, data(), "knn") as album, pytest.raises(UserError) as caught:
+        album.images(other, np.array([0]))
+    assert "RUN/f.safetensors: features of other images than the split test of digits" in str(caught.value)
+    assert json.dumps(str(caught.value)).count("\\n") == 0
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        Album(tmp_path / "file" / "figures", test, opened, data(), "knn").add("x", Figure(), "", "")
