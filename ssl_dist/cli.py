@@ -118,7 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     sub.add_argument("run", type=Path, metavar="RUN")
     sub.add_argument("overrides", nargs="+", metavar="EVALUATOR|key=value",
-                     help="knn, logistic; knn.k=[20,200] sets an option; data.root=... another data set")  # fmt: skip
+                     help="knn, logistic, probe, finetune, classify, ...; knn.k=[20,200] sets an option; data.root=... "
+                     "another data set")  # fmt: skip
 
     sub = command(
         "verify", _verify, "prove that the number of ranks does not matter",
@@ -212,8 +213,10 @@ def _evaluate(args) -> int:
     chosen = [word for word in args.overrides if "=" not in word]
     if not chosen:
         raise UserError(f"evaluate {args.run}: name at least one evaluator, for example knn")
-    print(table(evaluate(args.run, chosen, overrides)))
-    return 0
+    code, records = evaluate(args.run, chosen, overrides)
+    if os.environ.get("RANK", "0") == "0":
+        print(table(records))
+    return code
 
 
 def _verify(args) -> int:

@@ -137,8 +137,12 @@ class Optim(Section):
     weight_decay: NonNegativeFloat = Field(0.0, description="lars: of weights only, not of biases and BatchNorm")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of sgd and lars")
     warmup_epochs: NonNegativeFloat = Field(0.0, description="linear rise of the rate from 0, in (fractional) epochs")
-    schedule: Literal["constant", "cosine", "step"] = Field("constant", description="of the rate, after the warm-up")
-    lr_final: Probability = Field(0.0, description="schedule cosine: where the rate ends, as a share of its highest")
+    schedule: Literal["constant", "cosine", "epoch_cosine", "step"] = Field(
+        "constant", description="of the rate, after the warm-up; epoch_cosine: a cosine, constant within an epoch"
+    )
+    lr_final: Probability = Field(
+        0.0, description="schedules of a cosine: where the rate ends, as a share of its highest"
+    )
     milestones: list[Probability] = Field(
         default_factory=lambda: [0.5, 0.75],
         description="schedule step: the rate falls to a tenth at these shares of the training",

@@ -164,6 +164,20 @@ class World:
             raise answer[1]
         return answer[0]
 
+    def agreed(self, action: Callable[[], T]) -> T:
+        """What `action` returns here. A `UserError` that any rank meets in it is raised on every rank."""
+        mistake, answer = None, None
+        try:
+            answer = action()
+        except UserError as error:
+            mistake = error
+        for said in self.everyone(None if mistake is None else str(mistake)):
+            if said is not None:
+                error = UserError(said)
+                error.agreed = True
+                raise error
+        return answer
+
     def everyone(self, value: T) -> list[T]:
         """Every rank's plain value, in the order of ranks."""
         if self.alone:

@@ -6,15 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssl_dist import config, dist, evaluators, features
-from ssl_dist.config import to_tree
+from ssl_dist.config import Section, to_tree
 from ssl_dist.data.catalog import facts
-from ssl_dist.data.readers import read_info, require_name, splits_present
+from ssl_dist.data.readers import Reader, open_dataset, read_info, require_name, splits_present
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators import results
-from ssl_dist.features_file import Features, check_pair, read_features
+from ssl_dist.evaluators.album import Album
+from ssl_dist.evaluators.subject import Subject
+from ssl_dist.evaluators.transfer import Stopped
+from ssl_dist.features_file import check_pair, read_features
 from ssl_dist.grid import Grid
 from ssl_dist.place import Place
+from ssl_dist.stop import STOPPED
 from ssl_dist.watchdog import Watchdog
+
+LONGEST = 7 * 24 * 3600.0  # seconds that an evaluator may take on rank 0; one that dies is noticed at once
 
 DATA_KEYS = ("data.name", "data.root", "data.reader")
 # What must be told, or may be, of weights of others: their files do not.
@@ -90,52 +96,88 @@ def _labelled_splits(source: features.Source) -> list[str]:
     return [known.training, known.evaluation]
 
 
-def evaluate(run: Path, chosen: Sequence[str], overrides: Sequence[str]) -> list[dict]:
-    """`ssl-dist evaluate`: run evaluators on a run's newest checkpoint; returns what went to results.json."""
+def evaluate(run: Path, chosen: Sequence[str], overrides: Sequence[str]) -> tuple[int, list[dict]]:
+    """`ssl-dist evaluate`: run evaluators on a run's newest checkpoint, alone or under torchrun.
+
+    Returns the exit code, 0 or that of a stop on request, and what went to results.json.
+    """
     data, others = split_overrides(overrides)
     options = evaluators.parse_options(chosen, others)
     if not run.is_dir():
         raise UserError(f"{run}: not a run's folder; train first")
     encoder = features.load_encoder(run)
     source = source_of(encoder, data)
-    files = []
-    for split in _labelled_splits(source):
-        path = features.path_of(run / "features", source, split)
-        if features.is_fresh(path, encoder, source, split):
-            print(f"{path}: fresh", file=sys.stderr)
-        else:
-            reason = "stale (of another checkpoint, transform or data, or damaged)" if path.exists() else "missing"
-            print(f"{path}: {reason}; extracting", file=sys.stderr)
-            features.extract(
-                encoder,
-                source,
-                split,
-                path.parent,
-                dist.one_process(dist.choose_device(Place())),
-                Place().cores,
-            )
-        files.append(read_features(path))
-    train, test = files
-    check_pair(train, test)
-    records = []
-    for name in chosen:
-        evaluator = evaluators.find(name)
-        protocol = evaluators.protocol(evaluator, options[name])
-        tree = to_tree(options[name])
-        known = [r for r in results.read(run / "results.json") if _is_measured(r, protocol, tree, test)]
-        if known:
-            print(f"{name}: in {run / 'results.json'} already", file=sys.stderr)
-            records += known
-            continue
-        start = time.perf_counter()
-        values = evaluator.run(train, test, options[name])
-        print(f"{name}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
-        records += results.records(values, protocol, test, seed=encoder.config.seed, options=tree)
-    results.add(run / "results.json", records)
+    place = Place.from_environment()
+    with (
+        Watchdog(place, encoder.config.timeout) as dog,
+        dist.start(place, Grid(place.size, 1), dog.state) as world,
+        dog.reporting(),
+    ):
+        subject = Subject(run, encoder, source, *_labelled_splits(source), world, dog)
+        records = []
+        try:
+            for name in chosen:
+                records += _measured(subject, name, options[name])
+        except Stopped as stopped:
+            if world.is_first:
+                print(f"stopped; the same command goes on with {stopped}", file=sys.stderr, flush=True)
+            return STOPPED, records
+        return 0, records
+
+
+def _measured(subject: Subject, name: str, options: Section) -> list[dict]:
+    """The evaluator's records, measured or read again."""
+    world, evaluator, path = subject.world, evaluators.find(name), subject.run / "results.json"
+    protocol = evaluators.protocol(evaluator, options)
+    tree = to_tree(options)
+    metadata = subject.metadata
+    known = world.first(lambda: [r for r in results.read(path) if _is_measured(r, protocol, tree, metadata)])
+    if known:
+        _say(world, f"{name}: in {path} already")
+        return known
+    start = time.perf_counter()
+    if evaluators.sees_images(evaluator):
+        values = evaluator.measure(subject, options)
+    else:
+        files = [_fresh_features(subject, split) for split in (subject.train, subject.test)]
+        with world.state.phase_of(f"evaluator {name}", LONGEST):
+            values = world.first(lambda: _from_features(subject, name, files, options))
+    _say(world, f"{name}: {time.perf_counter() - start:.1f} s")
+    records = results.records(values, protocol, metadata, seed=subject.encoder.config.seed, options=tree)
+    world.first(lambda: results.add(path, records))
     return records
 
 
-def _is_measured(record: dict, protocol: str, options: dict, test: Features) -> bool:
+def _from_features(subject: Subject, name: str, files: Sequence[Path], options: Section) -> dict[str, float]:
+    train, test = (read_features(path) for path in files)
+    check_pair(train, test)
+    source = subject.source
+
+    def open_split(split: str) -> Reader:
+        return open_dataset(source.root, split, source.reader, threads=subject.world.place.cores)
+
+    with Album(subject.run / "figures", test, open_split, subject.encoder.config.data, name) as album:
+        return evaluators.find(name).run(train, test, options, album)
+
+
+def _fresh_features(subject: Subject, split: str) -> Path:
+    """The features file of a split by the run's newest checkpoint; it is extracted when it is missing or stale."""
+    world, encoder, source = subject.world, subject.encoder, subject.source
+    path = features.path_of(subject.run / "features", source, split)
+    if world.first(lambda: features.is_fresh(path, encoder, source, split)):
+        _say(world, f"{path}: fresh")
+        return path
+    reason = "stale (of another checkpoint, transform or data, or damaged)" if path.exists() else "missing"
+    _say(world, f"{path}: {reason}; extracting")
+    return features.extract(encoder, source, split, path.parent, world, world.place.cores)
+
+
+def _say(world: dist.World, text: str) -> None:
+    if world.is_first:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _is_measured(record: dict, protocol: str, options: dict, metadata: dict[str, str]) -> bool:
     """Whether `record` is what the evaluator would find again."""
-    same = all(record[key] == test.metadata[key] for key in ("dataset", "split", "data", "checkpoint"))
+    same = all(record[key] == metadata[key] for key in ("dataset", "split", "data", "checkpoint"))
     return same and record["protocol"] == protocol and record["options"] == options

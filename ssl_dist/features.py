@@ -15,7 +15,7 @@ from ssl_dist import backbones, blueprint, checkpoint, durable, methods, weights
 from ssl_dist.config import Config, Normalize, validate
 from ssl_dist.data import views
 from ssl_dist.data.normalize import normalized
-from ssl_dist.data.readers import SplitInfo, open_dataset, read_info
+from ssl_dist.data.readers import Reader, SplitInfo, open_dataset, read_info
 from ssl_dist.dist import World
 from ssl_dist.errors import UserError
 from ssl_dist.features_file import read_features, write_features
@@ -122,7 +122,8 @@ def extract(encoder: Encoder, source: Source, split: str, folder: Path, world: W
             Counter(title, high - low, "image", quiet=not world.is_first) as counter,
             world.state.phase_of(f"the extraction of {split}", STUCK),
         ):
-            rows = [chunk for chunk in _forward(encoder, reader, low, high, world, threads, counter)]
+            ids = np.arange(low, high, dtype=np.int64)
+            rows = list(outputs(encoder.module, encoder, reader, ids, world, threads, counter))
         part = np.concatenate(rows) if rows else np.empty((0, 0), np.float32)
         labels = reader.labels(np.arange(info.count, dtype=np.int64)) if world.is_first else None
     metadata = {
@@ -169,17 +170,27 @@ def _part_of(path: Path, rank: int, token: str) -> Path:
     return durable.temporary_path(path.with_name(f"{path.stem}.part-{rank}"), token)
 
 
-def _forward(encoder, reader, low: int, high: int, world: World, threads: int, counter) -> Iterator[np.ndarray]:
+def outputs(
+    module: nn.Module,
+    encoder: Encoder,
+    reader: Reader,
+    ids: np.ndarray,
+    world: World,
+    threads: int,
+    counter: Counter,
+) -> Iterator[np.ndarray]:
+    """What `module`, in evaluation mode and float32, makes of the images `ids` under the encoder's test transform:
+    float32 [n, D], batch by batch."""
     data = encoder.config.data
     to_input = normalized(encoder.normalize, torch.float32, world.device)
-    module = encoder.module.to(world.device, memory_format=torch.channels_last)
-    batches = (np.arange(start, min(start + BATCH, high), dtype=np.int64) for start in range(low, high, BATCH))
+    module = module.to(world.device, memory_format=torch.channels_last)
+    batches = (ids[start : start + BATCH] for start in range(0, len(ids), BATCH))
     with (
         ThreadPoolExecutor(threads, "view") as pool,
         torch.inference_mode(),
         _closing(reader.batches(batches)) as decoded,
     ):
-        for pixels, heights, widths, ids in decoded:
+        for pixels, heights, widths, decoded_ids in decoded:
             images = views.test_views(
                 pixels,
                 heights,
@@ -190,9 +201,9 @@ def _forward(encoder, reader, low: int, high: int, world: World, threads: int, c
                 pool=pool,
                 threads=threads,
             )
-            features = module(to_input(torch.from_numpy(images).to(world.device)))
-            yield features.flatten(1).float().cpu().numpy()
-            counter.update(len(ids))
+            found = module(to_input(torch.from_numpy(images).to(world.device)))
+            yield found.flatten(1).float().cpu().numpy()
+            counter.update(len(decoded_ids))
             world.state.step += 1
 
 

@@ -11,37 +11,43 @@ from ssl_dist.config import Optim
 from ssl_dist.lars import LARS
 
 
-def build(options: Optim, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer named by the config; the rate is set before every step.
+def build(options: Optim, parameters: Iterable[nn.Parameter] | Iterable[dict]) -> torch.optim.Optimizer:
+    """The optimizer named by the config over parameters, or over groups of them; the rates are set before every step.
 
-    One group of parameters; for lars a second one, of biases, BatchNorm and scalars such as a learnt temperature, which
-    have neither weight decay nor adaptation.
+    lars makes two groups of one: biases, BatchNorm and scalars such as a learnt temperature have neither weight decay
+    nor adaptation.
     """
-    parameters = list(parameters)
+    groups = list(parameters)
+    if not isinstance(groups[0], dict):
+        groups = [{"params": groups}]
     if options.name == "lars":
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": options.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "adapt": False},
-        ]
+        groups = [half for group in groups for half in _with_and_without_decay(group, options.weight_decay)]
         return LARS(groups, lr=options.lr, momentum=options.momentum)
     if options.name == "adam":
-        return torch.optim.Adam(parameters, lr=options.lr, weight_decay=options.weight_decay)
+        return torch.optim.Adam(groups, lr=options.lr, weight_decay=options.weight_decay)
     if options.name == "adamw":
-        return torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
-    return torch.optim.SGD(parameters, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
+        return torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay)
+    return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
+
+
+def _with_and_without_decay(group: dict, weight_decay: float) -> list[dict]:
+    matrices, others = ([p for p in group["params"] if (p.ndim > 1) is wanted] for wanted in (True, False))
+    return [group | {"params": matrices, "weight_decay": weight_decay}, group | {"params": others, "adapt": False}]
 
 
 def lr(options: Optim, clock: Clock) -> float:
     """The learning rate of the step that follows `clock.step` completed steps.
 
     A linear warm-up over `warmup_epochs`, 0 at the very first step; then constant, half a cosine down to `lr_final`
-    times the peak (Loshchilov & Hutter, 2017, without restarts), or a fall to a tenth at every milestone.
+    times the peak (Loshchilov & Hutter, 2017, without restarts), from step to step or, as torch's scheduler is mostly
+    used, from epoch to epoch (epoch_cosine); or a fall to a tenth at every milestone.
     """
     warmup = options.warmup_epochs * clock.steps_per_epoch
     if clock.step < warmup:
         return options.peak_lr * clock.step / warmup
-    if options.schedule == "cosine":
-        progress = (clock.step - warmup) / max(1.0, clock.total_steps - warmup)
+    if options.schedule in ("cosine", "epoch_cosine"):
+        step = clock.step if options.schedule == "cosine" else max(warmup, clock.epoch * clock.steps_per_epoch)
+        progress = (step - warmup) / max(1.0, clock.total_steps - warmup)
         falling = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return options.peak_lr * (options.lr_final + (1 - options.lr_final) * falling)
     if options.schedule == "step":
@@ -59,8 +65,9 @@ def milestones(options: Optim, clock: Clock) -> list[int]:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of every group, times its factor where it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_factor", 1.0)
 
 
 def reset_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:

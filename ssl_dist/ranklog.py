@@ -17,6 +17,8 @@ class RankLog:
         self._shows_crashes = False
 
     def open(self, logs: Path) -> None:
+        """From now on in this folder; an evaluation has several trainings, one after another."""
+        self.close()
         self._file = open(logs / f"rank-{self.place.rank}.log", "a", encoding="utf-8")  # noqa: SIM115 - kept open
         if not faulthandler.is_enabled():  # else the program that this runs in has its own way
             faulthandler.enable(self._file)

@@ -41,19 +41,25 @@ def train(wanted: Config) -> int:
             if place.local_rank == 0:
                 print("stopped before all ranks had come; nothing has begun", file=sys.stderr, flush=True)
             return STOPPED
-        with world, dog.reporting(), claimed(blueprint, world):
-            dog.show(blueprint.run / "logs", agree(blueprint, world))
-            try:
-                run = Training(blueprint, world)
-            except UserError as error:
-                error.agreed = True  # config, images and checkpoint are the same on all ranks, so all have met it
-                raise
-            if world.is_first:
-                runfolder.note_start(run.folder, wanted, run.clock.step, place.size)
-            dog.log.note(f"{place} of {place.size} (pid {os.getpid()}) begins after step {run.clock.step}")
-            code = fit(run, stop)
-            dog.log.note("stopped on request" if code == STOPPED else "done")
-            return code
+        with world, dog.reporting():
+            return train_in(world, dog, stop, blueprint)[0]
+
+
+def train_in(world: dist.World, dog: Watchdog, stop: StopRequest, blueprint: Blueprint) -> tuple[int, Training]:
+    """Run the training of `blueprint` among ranks that have met. Returns its exit code, and it as it then is."""
+    with claimed(blueprint, world):
+        dog.show(blueprint.run / "logs", agree(blueprint, world))
+        try:
+            run = Training(blueprint, world)
+        except UserError as error:
+            error.agreed = True  # config, images and checkpoint are the same on all ranks, so all have met it
+            raise
+        if world.is_first:
+            runfolder.note_start(run.folder, blueprint.config, run.clock.step, world.place.size)
+        dog.log.note(f"{world.place} of {world.place.size} (pid {os.getpid()}) begins after step {run.clock.step}")
+        code = fit(run, stop)
+        dog.log.note("stopped on request" if code == STOPPED else "done")
+        return code, run
 
 
 @contextlib.contextmanager

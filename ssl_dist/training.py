@@ -40,7 +40,7 @@ class Training:
         self.columns = None if method.views_together else world.view_columns(self.method)
         self.optimizer = None
         if method.trainable:
-            self.optimizer = optim.build(self.config.optim, [p for p in method.parameters() if p.requires_grad])
+            self.optimizer = optim.build(self.config.optim, method.parameter_groups())
         self.clock = blueprint.clock(self._resume())
         if self.config.compile:
             method.backbone.compile()

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "ssl_dist"
 LAYERS = [
     {"errors", "keys", "clock", "section", "config", "grid", "view_recipe", "numba_cache", "durable", "place", "lars"},
     {"nn", "pseudolabels", "batchnorm", "board", "meeting", "dist", "kernels", "progress"},
-    {"methods", "data", "backbones", "optim"},
+    {"methods", "transfer", "data", "backbones", "optim"},
     {
         "checkpoint",
         "runlog",

@@ -27,7 +27,7 @@ METADATA = {
 
 def measured(values, protocol="kNN", **changes):
     test = Features(np.zeros((1, 1), np.float32), np.zeros(1, np.int64), np.zeros(1, np.int64), METADATA | changes)
-    return results.records(values, protocol, test, seed=3, options={"k": [20]})
+    return results.records(values, protocol, test.metadata, seed=3, options={"k": [20]})
 
 
 def test_a_record_says_what_the_number_means():

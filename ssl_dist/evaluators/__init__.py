@@ -6,7 +6,8 @@ An evaluator of features defines
     run(train, test, options, album=None) -> dict[str, float]
                                                   features of two splits -> values by name; accuracies in percent.
                                                   With an album (album.py) it draws pictures as well
-and needs no edit elsewhere.
+One of images has `protocol(options) -> str` instead of the sentence, and `measure(subject, options)`, which all ranks
+call together (evaluators/subject.py), instead of `run`. Neither needs an edit elsewhere.
 """
 
 import difflib
@@ -18,7 +19,7 @@ from types import ModuleType
 from ssl_dist.config import Section, parse_yaml, validate
 from ssl_dist.errors import UserError
 
-_NO_EVALUATORS = {"accuracy", "album", "results"}
+_NO_EVALUATORS = {"accuracy", "album", "classification", "results", "subject", "transfer"}
 
 
 def names() -> list[str]:
@@ -53,6 +54,13 @@ def parse_options(chosen: Sequence[str], overrides: Sequence[str] = ()) -> dict[
     return {name: validate(find(name).Options, tree, f"{name}.") for name, tree in trees.items()}
 
 
+def sees_images(evaluator: ModuleType) -> bool:
+    """Whether it works on images; the others read features files."""
+    return hasattr(evaluator, "measure")
+
+
 def protocol(evaluator: ModuleType, options: Section) -> str:
     """The sentence that says how the evaluator measured."""
+    if sees_images(evaluator):
+        return evaluator.protocol(options)
     return evaluator.PROTOCOL.format(**options.model_dump())

@@ -20,6 +20,7 @@ from torch import Tensor
 from ssl_dist.config import PositiveInt, Section
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators.accuracy import target_rank
+from ssl_dist.evaluators.album import Album
 from ssl_dist.features_file import Features, check_pair, require_labels
 
 PROTOCOL = (
@@ -45,7 +46,7 @@ class Options(Section):
     memory_mb: PositiveInt = Field(512, description="MiB for blocks of rows and cosines; less is slower")
 
 
-def run(train: Features, test: Features, options: Options) -> dict[str, float]:
+def run(train: Features, test: Features, options: Options, album: Album | None = None) -> dict[str, float]:
     """Percent correct: `knn<k>_top1` and `knn<k>_top5` for every k, `knn<k>_T<t>_top1` for a T other than 0.07.
 
     Top-5 counts the first min(5, k) classes, as the official codes do. Raises `UserError` for files that do not belong

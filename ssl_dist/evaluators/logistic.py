@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ssl_dist.config import PositiveFloat, PositiveInt, Section
 from ssl_dist.evaluators.accuracy import target_rank
+from ssl_dist.evaluators.album import Album
 from ssl_dist.features_file import Features, check_pair, require_labels
 
 PROTOCOL = "multinomial logistic regression on frozen features, at its optimum: L2, C={c}, standardize={standardize}"
@@ -54,7 +55,7 @@ class Fit:
     converged: bool
 
 
-def run(train: Features, test: Features, options: Options) -> dict[str, float]:
+def run(train: Features, test: Features, options: Options, album: Album | None = None) -> dict[str, float]:
     """`logistic_top1`, `logistic_top5`, `logistic_train_top1` in percent, and `logistic_converged`, 1 or 0.
 
     A class that the training split lacks is never predicted. Raises `UserError` for files that do not belong together,

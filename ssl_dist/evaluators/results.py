@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ssl_dist import durable
 from ssl_dist.errors import UserError
-from ssl_dist.features_file import Features, replacing
+from ssl_dist.features_file import replacing
 
 # checkpoint is the SHA-256 of the checkpoint's file, data that of the split's samples, options those of the evaluator,
 # time the moment of measuring (ISO 8601, UTC).
@@ -21,9 +21,11 @@ _SAME_MEASUREMENT = ("name", "dataset", "split", "data", "protocol", "checkpoint
 _TYPES = {"options": dict, "value": int | float, "seed": int | None, "step": int}  # the others are text
 
 
-def records(values: dict[str, float], protocol: str, test: Features, seed: int | None, options: dict) -> list[dict]:
-    """One record for each of an evaluator's values on `test`; seed is the run's, None when it is not known."""
-    known = test.metadata
+def records(
+    values: dict[str, float], protocol: str, known: dict[str, str], seed: int | None, options: dict
+) -> list[dict]:
+    """One record for each of an evaluator's values. known: the metadata of the test split's features file, or the same
+    of an evaluation of images; seed: the run's, None when it is not known."""
     time = datetime.now(UTC).isoformat(timespec="seconds")
     return [
         {

@@ -4,7 +4,7 @@ import difflib
 import importlib
 import pkgutil
 
-from ssl_dist import config
+from ssl_dist import config, transfer
 from ssl_dist.config import Section
 from ssl_dist.errors import UserError
 from ssl_dist.methods.base import SSLMethod
@@ -16,8 +16,13 @@ def names() -> list[str]:
 
 
 def find(name: str) -> type[SSLMethod]:
-    """The class of the method `name`. Raises `UserError` with the nearest name when there is none."""
+    """The class of the method `name`, or of a training on top of one (ssl_dist/transfer), which `names` leaves out.
+
+    Raises `UserError` with the nearest name when there is none.
+    """
     known = names()
+    if name in {module.name for module in pkgutil.iter_modules(transfer.__path__)}:
+        return importlib.import_module(f"{transfer.__name__}.{name}").Method
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""

@@ -111,9 +111,17 @@ class SSLMethod(nn.Module):
     def after_step(self, clock) -> None:
         """Called after every optimizer step (EMA of a target network)."""
 
+    def parameter_groups(self) -> list[dict]:
+        """What learns, in groups as torch's optimizers take them. "lr_factor" of a group multiplies its rate."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad]}]
+
     def encoder(self) -> nn.Module:
         """The network whose output evaluation reads: images [N, 3, S, S] -> features [N, D]."""
         return self.backbone
+
+    def logits(self, images: Tensor) -> dict[str, Tensor]:
+        """Of a method that classifies: scores [N, C] of every classifier it has, from images [N, 3, S, S]."""
+        raise NotImplementedError(f"{type(self).__module__} does not classify")
 
     # ------------------------------------------------------------------ passing views
 

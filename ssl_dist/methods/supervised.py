@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssl_dist.config import Section
 from ssl_dist.errors import UserError
-from ssl_dist.methods.base import Batch, Info, Output, SSLMethod
+from ssl_dist.methods.base import Batch, Info, Output, SSLMethod, at_least_float32
 from ssl_dist.methods.rotation import TURNS, turn_targets, turned
 
 
@@ -35,6 +35,9 @@ class Method(SSLMethod):
     def represent(self, batch: Batch, network=None) -> list[Tensor]:
         """Of every image [1, B_local, D]; with rotation of its four turns, [4, B_local, D], the upright ones first."""
         return super().represent(turned(batch) if self.options.rotation else batch, network)
+
+    def logits(self, images: Tensor) -> dict[str, Tensor]:
+        return {"output": at_least_float32(self.classifier(self.backbone(images)))}
 
     def forward(self, batch: Batch, world) -> Output:
         """Metrics: accuracy of the labels in percent; with rotation the accuracy of the turns and both losses too."""

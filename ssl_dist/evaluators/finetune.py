@@ -1,0 +1,57 @@
+"""Fine-tuning: the whole network trained on labels, all of them or a few (data.subset), by the recipe of a paper."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from ssl_dist.config import PositiveFloat
+from ssl_dist.evaluators.subject import Subject
+from ssl_dist.evaluators.transfer import CROP_AND_FLIP, Overrides, Recipe, trained
+
+_SEMI = {"name": "sgd", "batch_size": 256, "epochs": 20, "schedule": "epoch_cosine"}
+
+
+def _semi_supervised(paper: str, backbone_lr: float, head_lr: float) -> Recipe:
+    return Recipe(paper, _SEMI | {"lr": backbone_lr}, CROP_AND_FLIP, {"head_lr": head_lr / backbone_lr, "init": 0.01})
+
+
+RECIPES = {
+    # Its schedule would lower the rates after epochs 100 and 150, which the 100 epochs never reach.
+    "relational": Recipe(
+        "relational reasoning",
+        {"name": "adam", "lr": 1e-3, "weight_decay": 1e-5, "batch_size": 128, "epochs": 100},
+        options={"head_lr": 0.1},
+    ),
+    "sfrik_1": _semi_supervised("SFRIK with 1 % of labels", 0.004, 1.0),
+    "sfrik_10": _semi_supervised("SFRIK with 10 % of labels", 0.02, 0.1),
+    "vicreg_1": _semi_supervised("VICReg with 1 % of labels", 0.03, 0.08),
+    "vicreg_10": _semi_supervised("VICReg with 10 % of labels", 0.01, 0.1),
+}
+
+
+class Options(Overrides):
+    recipe: Literal["relational", "sfrik_1", "sfrik_10", "vicreg_1", "vicreg_10"] = Field(
+        "relational", description="whose protocol: optimizer, rates, schedule, views and first weights"
+    )
+    head_lr: PositiveFloat | None = Field(
+        None, description="learning rate of the classifier as a factor of the backbone's; null: the recipe's"
+    )
+
+
+def protocol(options: Options) -> str:
+    recipe, module = _resolved(options)
+    return (
+        f"fine-tuning of the whole network as in {recipe.paper}: {recipe.words}, rate of the classifier "
+        f"{module['head_lr']:g} times that; last epoch, all test images, centre crop"
+    )
+
+
+def measure(subject: Subject, options: Options, album=None) -> dict[str, float]:
+    """`finetune_top1` and `finetune_top5` in percent."""
+    recipe, module = _resolved(options)
+    return trained(subject, "finetune", "fine_tuning", recipe, module).values("finetune")
+
+
+def _resolved(options: Options) -> tuple[Recipe, dict]:
+    recipe = RECIPES[options.recipe].changed(options)
+    return recipe, recipe.options | ({} if options.head_lr is None else {"head_lr": options.head_lr})

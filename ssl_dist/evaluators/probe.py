@@ -1,0 +1,88 @@
+"""Linear probe: a linear classifier trained on the frozen backbone by the recipe of one of the papers.
+
+`logistic` finds the optimum on features of unaugmented images; this is what the papers' tables hold.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from ssl_dist.evaluators.subject import Subject
+from ssl_dist.evaluators.transfer import CROP_AND_FLIP, Overrides, Recipe, trained
+
+RECIPES = {
+    "relational": Recipe(
+        "relational reasoning",
+        {"name": "adam", "lr": 1e-3, "batch_size": 128, "epochs": 100},
+    ),
+    "sfrik": Recipe(
+        "SFRIK",
+        {
+            "name": "sgd", "lr": 0.4, "weight_decay": 1e-6, "batch_size": 256, "epochs": 100,
+            "schedule": "epoch_cosine",
+        },
+        CROP_AND_FLIP,
+        {"init": 0.01},
+    ),
+    "vicreg": Recipe(
+        "VICReg",
+        {
+            "name": "sgd", "lr": 0.02, "weight_decay": 1e-6, "batch_size": 256, "epochs": 100,
+            "schedule": "epoch_cosine",
+        },
+        CROP_AND_FLIP,
+        {"init": 0.01},
+    ),
+    "sela_alexnet": Recipe(
+        "SeLa, AlexNet",
+        {
+            "name": "sgd", "lr": 0.01, "weight_decay": 1e-5, "batch_size": 192, "epochs": 36,
+            "schedule": "step", "milestone_epochs": [10, 20, 30],
+        },
+        CROP_AND_FLIP,
+        {"stages": "all", "init": "xavier"},
+    ),
+    "sela_resnet": Recipe(
+        "SeLa, ResNet",
+        {
+            "name": "sgd", "lr": 0.1, "batch_size": 1024, "epochs": 146,
+            "schedule": "step", "milestone_epochs": [85, 128],
+        },
+        CROP_AND_FLIP,
+        {"batchnorm": "batch"},
+    ),
+}  # fmt: skip
+
+
+class Options(Overrides):
+    recipe: Literal["relational", "sfrik", "vicreg", "sela_alexnet", "sela_resnet"] = Field(
+        "relational", description="whose protocol: optimizer, schedule, views, BatchNorm and first weights"
+    )
+    stages: Literal["all"] | list[str] | None = Field(
+        None, description="all, or a list of the backbone's stages: a probe on the map of each; null: the recipe's"
+    )
+    batchnorm: Literal["frozen", "batch"] | None = Field(
+        None, description="of the backbone: frozen, or batch statistics as in SeLa's ResNet probe; null: the recipe's"
+    )
+
+
+def protocol(options: Options) -> str:
+    recipe, module = _resolved(options)
+    statistics = ", BatchNorm of the backbone in training mode" if module.get("batchnorm") == "batch" else ""
+    where = "output" if module.get("stages") is None else f"stages ({module['stages']})"
+    return (
+        f"linear probe on the frozen backbone's {where} as in {recipe.paper}: {recipe.words}{statistics}; last epoch, "
+        "all test images, centre crop"
+    )
+
+
+def measure(subject: Subject, options: Options, album=None) -> dict[str, float]:
+    """`probe_top1` and `probe_top5` in percent; `probe_<stage>_top1` and `_top5` for every stage."""
+    recipe, module = _resolved(options)
+    return trained(subject, "probe", "linear_probe", recipe, module).values("probe")
+
+
+def _resolved(options: Options) -> tuple[Recipe, dict]:
+    recipe = RECIPES[options.recipe].changed(options)
+    given = {name: getattr(options, name) for name in ("stages", "batchnorm") if getattr(options, name) is not None}
+    return recipe, recipe.options | given

@@ -1,0 +1,141 @@
+"""Linear probe: a linear classifier on a frozen backbone, trained on images.
+
+It reads the backbone's output, as in the papers' tables; or there is one for every stage's map, as in Zhang, Isola &
+Efros, "Split-brain autoencoders" (CVPR 2017), and SeLa (Asano et al., ICLR 2020): the map is pooled to at most 9,000
+values, normalised by a BatchNorm without weights, and a linear layer reads all of it. All stages train in one pass.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from ssl_dist.config import PositiveFloat, Section
+from ssl_dist.errors import UserError
+from ssl_dist.methods.base import Batch, Info, Output, SSLMethod, at_least_float32
+
+# Kernel, stride and padding of SeLa's max-pooling on the maps of its AlexNet.
+ALEXNET_POOLING = {"conv1": (6, 6, 3), "conv2": (4, 4, 0), "conv3": (3, 3, 1), "conv4": (3, 3, 1), "conv5": (2, 2, 0)}
+POOLED = 9000  # values of a map pooled for the classifier, at most
+
+OUTPUT = "output"
+
+
+class Options(Section):
+    stages: Literal["all"] | list[str] | None = Field(
+        None, description="null: on the backbone's output; all, or a list of stages: one probe on the map of each"
+    )
+    batchnorm: Literal["frozen", "batch"] = Field(
+        "frozen",
+        description="of the backbone: frozen, its running statistics; batch: training mode, as in SeLa's ResNet probe",
+    )
+    init: PositiveFloat | Literal["xavier"] | None = Field(
+        None,
+        description="a number: weights from N(0, init), 0.01 in SFRIK and VICReg; xavier: Glorot's uniform, SeLa; both "
+        "with intercepts of 0; null: torch's own",
+    )
+
+
+class Method(SSLMethod):
+    Options = Options
+    needs_labels = True
+    num_views = 1
+
+    def __init__(self, backbone: nn.Module, info: Info, options: Options):
+        super().__init__(backbone.requires_grad_(False), info, options)
+        if info.num_classes < 1:
+            raise UserError("data.split: a linear probe needs labels and there are none; choose a labelled split")
+        if options.stages is None:
+            heads = {OUTPUT: nn.Linear(info.feature_dim, info.num_classes)}
+        else:
+            names = _stages(options.stages, info.stages)
+            shapes = _map_shapes(backbone, info.view_groups[0][1])
+            is_alexnet = info.stages.keys() == ALEXNET_POOLING.keys()
+            heads = {
+                name: _on_map(shapes[name], info.num_classes, ALEXNET_POOLING[name] if is_alexnet else None)
+                for name in names
+            }
+        self.heads = nn.ModuleDict({name.replace(".", "-"): head for name, head in heads.items()})
+        self.names = list(heads)
+        for layer in self.heads.modules():
+            if isinstance(layer, nn.Linear) and options.init is not None:
+                _fill(layer, options.init)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.options.batchnorm == "frozen":
+            self.backbone.eval()
+        return self
+
+    def logits(self, images: Tensor) -> dict[str, Tensor]:
+        """[N, C] of every probe, at least float32, from images [N, 3, S, S]."""
+        with torch.no_grad():
+            if self.options.stages is None:
+                inputs = [self.backbone(images)]
+            else:
+                _, maps = self.backbone.forward_stages(images)
+                inputs = [maps[name] for name in self.names]
+        heads = zip(self.names, self.heads.values(), inputs, strict=True)
+        return {name: at_least_float32(head(x)) for name, head, x in heads}
+
+    def forward(self, batch: Batch, world) -> Output:
+        """The sum of the probes' cross-entropies. Metrics: the accuracy of each in percent."""
+        with self.keyed(batch, batch.view_ids[0]):
+            logits = self.logits(batch.views[0][0])
+        metrics = {
+            "accuracy" if name == OUTPUT else f"accuracy_{name}": accuracy(z_BC, batch.labels, world)
+            for name, z_BC in logits.items()
+        }
+        return Output(sum(F.cross_entropy(z_BC, batch.labels) for z_BC in logits.values()), metrics)
+
+
+def accuracy(logits_BC: Tensor, labels_B: Tensor, world) -> Tensor:
+    """Of all ranks, which hold equally many rows, in percent."""
+    return 100 * world.mean((logits_BC.argmax(1) == labels_B).double().mean())
+
+
+def _on_map(shape: tuple[int, int, int], num_classes: int, pooling: tuple[int, int, int] | None) -> nn.Module:
+    """The classifier of a map [N, C, h, w]; pooling: kernel, stride and padding, None: to an even grid of means."""
+    channels, height, width = shape
+    if pooling is not None:
+        kernel, stride, padding = pooling
+        pool = nn.MaxPool2d(kernel, stride, padding)
+        height, width = ((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
+    else:
+        side = max(1, math.isqrt(POOLED // channels))
+        height, width = min(height, side), min(width, side)
+        pool = nn.AdaptiveAvgPool2d((height, width))
+    norm = nn.BatchNorm2d(channels, affine=False)
+    return nn.Sequential(pool, norm, nn.Flatten(), nn.Linear(channels * height * width, num_classes))
+
+
+def _fill(layer: nn.Linear, init: float | str) -> None:
+    if init == "xavier":
+        nn.init.xavier_uniform_(layer.weight)
+    else:
+        nn.init.normal_(layer.weight, 0, init)
+    nn.init.zeros_(layer.bias)
+
+
+def _stages(wanted: list[str] | str, known: dict[str, int]) -> list[str]:
+    if not known:
+        raise UserError("stages: this backbone shows no feature maps; set it to null, for its output")
+    if wanted == "all":
+        return list(known)
+    unknown = [name for name in wanted if name not in known]
+    if unknown or not wanted:
+        raise UserError(f"stages = {wanted}: the backbone has {', '.join(known)}; name some of them, or all")
+    return list(dict.fromkeys(wanted))
+
+
+def _map_shapes(backbone: nn.Module, size: int) -> dict[str, tuple[int, int, int]]:
+    mode = backbone.training
+    backbone.eval()
+    like = next(backbone.parameters())
+    with torch.no_grad():
+        _, maps = backbone.forward_stages(torch.zeros(1, 3, size, size, dtype=like.dtype, device=like.device))
+    backbone.train(mode)
+    return {name: tuple(found.shape[1:]) for name, found in maps.items()}
