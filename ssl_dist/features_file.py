@@ -32,11 +32,11 @@ _CHUNK_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class Features:
-    """features float32 [N, D] (read-only and mapped from disk when read from a file: take rows with `rows`), labels
-    int64 [N] (-1 = unknown), image_ids int64 [N] (0 .. N-1), metadata: the names in `METADATA`. `source` is what
-    errors call it."""
+    """features float32 [N, D] (read-only and mapped from disk when read from a file: get rows with `rows` or `take`),
+    labels int64 [N] (-1 = unknown), image_ids int64 [N] (0 .. N-1 in a file, fewer in a `subset`), metadata: the names
+    in `METADATA`. `source` is what errors call it."""
 
-    features: np.ndarray
+    features: "np.ndarray | _Chosen"
     labels: np.ndarray
     image_ids: np.ndarray
     metadata: dict[str, str]
@@ -58,12 +58,47 @@ class Features:
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """A copy of rows start .. stop-1, float32 [stop - start, D]. Raises `UserError` when a value is not finite."""
-        rows = np.array(self.features[start:stop], dtype=np.float32)
+        return self._copied(slice(start, stop))
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """A copy of the rows with these numbers, in their order: int64 [n] -> float32 [n, D]; else like `rows`."""
+        return self._copied(rows)
+
+    def subset(self, rows: np.ndarray, split: str | None = None) -> "Features":
+        """Only the rows with these numbers (int64 [n]), in their order. They stay where they are, in a mapped file or
+        in memory, until they are asked for. `split`: the name that the part goes by, where it has one of its own."""
+        metadata = self.metadata if split is None else self.metadata | {"split": split}
+        source = self.source if split is None else f"{self.source} ({split})"
+        chosen = _Chosen(self.features, np.asarray(rows, np.int64))
+        return Features(chosen, self.labels[rows], self.image_ids[rows], metadata, source, self._mapping)
+
+    def _copied(self, which: slice | np.ndarray) -> np.ndarray:
+        rows = np.asarray(self.features[which], dtype=np.float32)
+        if not rows.flags.owndata:  # a slice of an array is a view; what was gathered is a copy already
+            rows = rows.copy()
         if self._mapping is not None:
             # Pages once touched would count as this process's memory until the kernel wants them back.
             self._mapping.madvise(mmap.MADV_DONTNEED)
-        _check_finite(rows, start, self.source)
+        _check_finite(rows, self.image_ids[which], self.source)
         return rows
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Rows of an array that are gathered when they are asked for, by a number, a slice or an array of numbers."""
+
+    array: "np.ndarray | _Chosen"
+    numbers: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.numbers), self.array.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, which: int | slice | np.ndarray) -> np.ndarray:
+        return self.array[self.numbers[which]]
 
 
 def check_pair(train: Features, test: Features) -> None:
@@ -128,7 +163,7 @@ def write_features(
         file.write(np.ascontiguousarray(image_ids, "<i8").data)
         for start in range(0, len(features), step):
             rows = np.ascontiguousarray(features[start : start + step], "<f4")
-            _check_finite(rows, start, str(path))
+            _check_finite(rows, image_ids[start : start + step], str(path))
             file.write(rows.data)
 
 
@@ -248,11 +283,11 @@ def _fault_in_labels(labels: np.ndarray, classes: list[str]) -> str:
     return f"image {wrong[0]} has label {labels[wrong[0]]} of {len(classes)} classes" if len(wrong) else ""
 
 
-def _check_finite(rows: np.ndarray, start: int, source: str) -> None:
+def _check_finite(rows: np.ndarray, image_ids: np.ndarray, source: str) -> None:
     finite = np.isfinite(rows).all(axis=1)
     if not finite.all():
         raise UserError(
-            f"{source}: the features of image {start + int(finite.argmin())} are not finite;"
+            f"{source}: the features of image {image_ids[finite.argmin()]} are not finite;"
             " the checkpoint has diverged, use an earlier one"
         )
 

@@ -179,8 +179,33 @@ def test_features_that_are_not_finite_leave_the_old_file(written):
         write_features(written, features, labels, image_ids, METADATA)
     assert written.read_bytes() == before
     assert os.listdir(written.parent) == [written.name]
+    whole = Features(features, labels, image_ids, METADATA)
     with pytest.raises(UserError, match="features of image 4 are not finite"):
-        Features(features, labels, image_ids, METADATA).rows(3, 6)
+        whole.rows(3, 6)
+    with pytest.raises(UserError, match=r"\(part\): the features of image 4 are not finite"):
+        whole.subset(np.array([0, 1, 4, 6]), "part").rows(1, 4)
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_rows_by_number_and_parts_of_a_file(written, mapped):
+    whole = read_features(written) if mapped else Features(*_arrays(), METADATA, "the file")
+    features, labels, image_ids = _arrays()
+    np.testing.assert_array_equal(whole.take(np.array([5, 0, 5])), features[[5, 0, 5]])
+    numbers = np.array([1, 3, 4, 6])
+    part = whole.subset(numbers, "train[some]")
+    assert len(part) == 4 and part.dim == whole.dim and part.features.shape == (4, whole.dim)
+    np.testing.assert_array_equal(part.labels, labels[numbers])
+    np.testing.assert_array_equal(part.image_ids, image_ids[numbers])
+    np.testing.assert_array_equal(part.rows(1, 9), features[[3, 4, 6]])
+    np.testing.assert_array_equal(part.take(np.array([3, 0])), features[[6, 1]])
+    assert part.metadata == METADATA | {"split": "train[some]"} and part.source == f"{whole.source} (train[some])"
+    assert part.classes == whole.classes
+    again = part.subset(np.array([2, 0]))
+    np.testing.assert_array_equal(again.rows(0, 2), features[[4, 1]])
+    assert again.image_ids.tolist() == [4, 1] and again.metadata == part.metadata and again.source == part.source
+    copy = part.rows(0, 2)
+    copy[:] = 0
+    np.testing.assert_array_equal(part.rows(0, 2), features[[1, 3]])
 
 
 def test_the_file_is_on_disk_before_it_gets_its_name(path, monkeypatch):
@@ -239,5 +264,9 @@ def test_reading_a_large_file_holds_no_memory(path):
     highest = 0.0
     for start in range(0, count, 4096):  # 4 MiB
         assert found.rows(start, start + 4096).min() == 1
+        highest = max(highest, _mapped_mib() - before)
+    every_second = found.subset(np.arange(0, count, 2))
+    for start in range(0, count // 2, 2048):
+        assert every_second.rows(start, start + 2048).min() == 1
         highest = max(highest, _mapped_mib() - before)
     assert highest < 8

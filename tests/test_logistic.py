@@ -5,8 +5,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
+from ssl_dist import backbones
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators import logistic
 from ssl_dist.features_file import Features
@@ -50,6 +53,29 @@ def test_objective_is_scikit_learns_optimum(classes, c, standardize):
     ours = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     expected = model.predict_proba((train.features - found.mean.numpy()) / found.scale.numpy())
     np.testing.assert_allclose(ours, expected, atol=5e-3)
+
+
+@pytest.fixture(scope="module")
+def digits_seen_by_a_network():
+    """Features of an untrained conv4: all of one sign, nearly the same for every image."""
+    images, labels = load_digits(return_X_y=True)
+    pixels = torch.from_numpy(images[:600].reshape(-1, 1, 8, 8) / 16).float()
+    pixels = torch.nn.functional.interpolate(pixels.expand(-1, 3, 8, 8), size=32, mode="bilinear")
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        features = backbones.build("conv4").eval()(pixels)
+    return part(features.numpy(), labels[:600])
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+@pytest.mark.parametrize("c", [0.1, 1000.0])
+def test_ill_conditioned_features_of_a_network(digits_seen_by_a_network, c, standardize):
+    train = digits_seen_by_a_network
+    moments = train.features.astype(np.float64).T @ train.features
+    assert np.linalg.cond(moments) > 1e6
+    found = logistic.fit(train, logistic.Options(c=c, standardize=standardize))
+    assert found.converged
+    assert found.objective == pytest.approx(sklearns_optimum(train, c, standardize)[0], rel=1e-6)
 
 
 def test_accuracies_of_labels_with_gaps():
