@@ -28,6 +28,7 @@ LAYERS = [
         "relabel",
         "features_file",
         "figures",
+        "charts",
         "ranklog",
         "watchdog",
         "agreement",

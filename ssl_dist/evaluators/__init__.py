@@ -19,7 +19,9 @@ from types import ModuleType
 from ssl_dist.config import Section, parse_yaml, validate
 from ssl_dist.errors import UserError
 
-_NO_EVALUATORS = {"accuracy", "album", "classification", "results", "subject", "transfer"}
+_NO_EVALUATORS = {
+    "accuracy", "album", "classification", "confusion", "results", "sampling", "subject", "transfer"
+}  # fmt: skip
 
 
 def names() -> list[str]:

@@ -1,0 +1,197 @@
+"""Figures of an evaluation: confusion matrices, bars of classes, grids of images, maps of points.
+
+Arrays in, a matplotlib figure out; nothing here reads or writes a file. Colours are Okabe and Ito's, which the
+colour-blind tell apart, and what a colour says is said by words, places or shapes as well.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+BAR, MARK, RIGHT, WRONG = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+INK, GREY, PALE = "#444444", "#666666", "#e4e4e4"
+MOST_BARS = 40
+MOST_NAMES = 60
+MOST_NUMBERS = 20
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#7A3E9D", "#999999")
+SHAPES = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def confusion(share_CC: np.ndarray, names: Sequence[str]) -> Figure:
+    """Heat map of percent [C, C]: true classes down, predicted ones across; NaN for a class without images.
+
+    Cells are labelled up to 20 classes, axes up to 60.
+    """
+    count = len(names)
+    side = min(9.0, 2.6 + 0.42 * min(count, MOST_NUMBERS) + 0.06 * max(0, count - MOST_NUMBERS))
+    figure, axes = _plot(side + 0.9, side)
+    image = axes.imshow(share_CC, cmap=_blues(), vmin=0, vmax=100, interpolation="nearest")
+    axes.spines[:].set_visible(False)
+    axes.grid(False)
+    axes.set_xlabel("predicted class", color=INK, fontsize=9)
+    axes.set_ylabel("true class", color=INK, fontsize=9)
+    if count <= MOST_NAMES:
+        size = 8 if count <= MOST_NUMBERS else 6
+        axes.set_xticks(
+            range(count), [_short(name) for name in names], rotation=90 if count > 12 else 45, fontsize=size
+        )
+        if count <= 12:
+            for label in axes.get_xticklabels():
+                label.set(ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(count), [_short(name) for name in names], fontsize=size)
+    axes.tick_params(length=0, labelcolor=INK)
+    if count <= MOST_NUMBERS:
+        for row, column in np.ndindex(share_CC.shape):
+            value = share_CC[row, column]
+            if value >= 0.5:
+                color = "white" if value > 50 else INK
+                weight = "bold" if row == column else "normal"
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=color, weight=weight)
+    bar = figure.colorbar(image, ax=axes, shrink=0.7, aspect=25, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0, labelsize=8, labelcolor=GREY)
+    bar.set_label("% of the true class's images", fontsize=8, color=GREY)
+    return figure
+
+
+def class_bars(values_C: np.ndarray, names: Sequence[str], mean: float, label: str) -> Figure:
+    """A bar of percent for every class, the best at the top; of more than 40 classes the 20 best and the 20 worst.
+
+    Classes whose value is NaN are left out; equal ones stand in the order of their labels.
+    """
+    order = [int(i) for i in np.argsort(-values_C, kind="stable") if not np.isnan(values_C[i])]
+    half, hidden = MOST_BARS // 2, len(order) - MOST_BARS
+    shown: list[int | None] = [*order[:half], None, *order[-half:]] if hidden > 0 else list(order)
+    figure, axes = _plot(6.5, max(1.6, 0.9 + 0.24 * len(shown)))
+    for place, index in enumerate(shown):
+        if index is None:
+            axes.text(
+                1, place, f"... {hidden} classes between ...", va="center", fontsize=8, color=GREY, style="italic"
+            )
+            continue
+        axes.barh(place, values_C[index], color=BAR, height=0.7)
+        text = axes.text(values_C[index] + 0.8, place, f"{values_C[index]:.1f}", va="center", fontsize=8, color=INK)
+        text.set(bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5}, zorder=4)  # the line may pass here
+    axes.axvline(mean, color=WRONG, linewidth=1.2, linestyle="--", zorder=3)
+    axes.text(mean, -0.75, f"all images {mean:.1f}", ha="center", va="bottom", fontsize=8, color=WRONG)
+    axes.set_yticks(range(len(shown)), ["" if i is None else _short(names[i]) for i in shown], fontsize=8)
+    axes.set_ylim(len(shown) - 0.4, -0.7)
+    axes.set_xlim(0, 106)
+    axes.set_xticks(range(0, 101, 20))
+    axes.grid(axis="x", color=PALE, linewidth=0.8)
+    axes.tick_params(length=0, labelcolor=INK, labelsize=8)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel(label, color=INK, fontsize=9)
+    return figure
+
+
+def neighbours(panels: Sequence[tuple[str, Sequence[tuple[np.ndarray, Sequence[str]]]]], size: float = 0.62) -> Figure:
+    """Queries with their nearest images, in panels side by side.
+
+    panels: a title and its rows; a row: images uint8 [1 + k, S, S, 3], the query first, and 1 + k names of classes.
+    A neighbour of the query's class has a green, solid frame; another one a red, dashed frame and its name below.
+    """
+    rows = max(len(panel) for _, panel in panels)
+    columns = max(len(images) for _, panel in panels for images, _ in panel)
+    figure = Figure(figsize=(len(panels) * (columns + 0.5) * size + 0.2, rows * (size + 0.16) + 0.75), dpi=120)
+    width, height = figure.get_size_inches()
+    for number, (title, panel) in enumerate(panels):
+        left = 0.1 + number * (columns + 0.5) * size
+        figure.text(left / width, 1 - 0.2 / height, title, fontsize=9, color=INK, va="center", weight="bold")
+        for text, x in (("query", 0), ("nearest images, the nearest first", 1.25)):
+            figure.text((left + x * size) / width, 1 - 0.46 / height, text, fontsize=8, color=GREY, va="center")
+        for row, (images, names) in enumerate(panel):
+            top = height - 0.6 - row * (size + 0.16)
+            for column, (image, name) in enumerate(zip(images, names, strict=True)):
+                x = left + (column + (0.25 if column else 0)) * size
+                axes = figure.add_axes(
+                    (x / width, (top - 0.92 * size) / height, 0.9 * size / width, 0.9 * size / height)
+                )
+                _show(axes, image, 120 * size)
+                right = name == names[0]
+                if column:
+                    _frame(axes, RIGHT if right else WRONG, "-" if right else (0, (2, 1)))
+                if not column or not right:
+                    color = WRONG if column else INK
+                    axes.set_xlabel(_short(name, 11), fontsize=6, color=color, labelpad=1.5)
+    return figure
+
+
+def clusters(rows: Sequence[tuple[str, np.ndarray, Sequence[bool]]], size: float = 0.5) -> Figure:
+    """A row of images for every cluster: (title, images uint8 [n, S, S, 3], whether each is of the cluster's class).
+
+    Images of other classes have a red, dashed frame.
+    """
+    columns = max(len(images) for _, images, _ in rows)
+    left = 1.75
+    figure = Figure(figsize=(left + columns * size + 0.1, len(rows) * size + 0.2), dpi=120)
+    width, height = figure.get_size_inches()
+    for row, (title, images, belongs) in enumerate(rows):
+        top = height - 0.1 - row * size
+        figure.text(0.1 / width, (top - size / 2) / height, title, fontsize=7.5, color=INK, va="center")
+        for column, (image, own) in enumerate(zip(images, belongs, strict=True)):
+            x = left + column * size
+            axes = figure.add_axes((x / width, (top - 0.92 * size) / height, 0.88 * size / width, 0.88 * size / height))
+            _show(axes, image, 120 * size)
+            if not own:
+                _frame(axes, WRONG, (0, (2, 1)))
+    return figure
+
+
+def points(xy_N2: np.ndarray, labels_N: np.ndarray, names: Sequence[str], axis_names: tuple[str, str]) -> Figure:
+    """A map of points [N, 2], coloured and shaped by class; up to 20 classes have a name in the legend and at their
+    median, of more only the colour of the first ten is told apart."""
+    figure, axes = _plot(7.6, 6.0)
+    axes.grid(False)
+    present = [int(label) for label in np.unique(labels_N)]
+    named = len(present) <= 20
+    for number, label in enumerate(present):
+        own = xy_N2[labels_N == label]
+        color, shape = PALETTE[number % len(PALETTE)], SHAPES[number % len(SHAPES)]
+        axes.scatter(*own.T, s=9, c=color, marker=shape, linewidths=0, alpha=0.65, label=_short(names[label]))
+    axes.set(xlabel=axis_names[0], ylabel=axis_names[1])
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    axes.tick_params(labelsize=8, labelcolor=GREY, color=PALE)
+    if named:
+        legend = figure.legend(
+            loc="outside right center", frameon=False, fontsize=8, markerscale=2, handletextpad=0.2, labelcolor=INK
+        )
+        for handle in legend.legend_handles:
+            handle.set_alpha(1)
+    return figure
+
+
+def _plot(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), dpi=120)
+    figure.set_layout_engine("constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _show(axes: Axes, image: np.ndarray, pixels: float) -> None:
+    """Small images are magnified without smoothing."""
+    axes.imshow(image, interpolation="nearest" if len(image) < pixels else "antialiased", aspect="auto")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+
+
+def _frame(axes: Axes, color: str, dashes) -> None:
+    # The spines' own caps would fill the gaps between dashes.
+    axes.spines[:].set(visible=True, color=color, linewidth=2, linestyle=dashes, capstyle="butt")
+
+
+def _blues():
+    from matplotlib import colormaps
+
+    return colormaps["Blues"].with_extremes(bad=PALE)
+
+
+def _short(name: str, longest: int = 18) -> str:
+    name = name.replace("$", r"\$")  # which would start a formula
+    return name if len(name) <= longest else name[: longest - 1] + "…"

@@ -1,0 +1,208 @@
+"""Instance retrieval: every test image ranks the images of a gallery by the cosine of their features.
+
+Measured is what the ranking finds of the query's class: whether any of the k nearest is of it (top-k), the share of the
+k nearest that are (precision at k), and the mean over queries of the average precision of the whole ranked list,
+    AP = 1/R sum_{i=1..R} i / rank_i,     rank_i: place of the i-th of the R images of the query's class
+which is scikit-learn's `average_precision_score` where no two cosines are equal.
+
+Cosines are computed in float64 and rounded to multiples of 2^-30 (1e-9); of equal ones the lower row is the nearer. So
+images that are alike have one order, and neither blocks nor threads decide. A query whose class the gallery lacks finds
+nothing: all its values are 0.
+"""
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from numba import njit
+from pydantic import Field
+from torch import Tensor
+
+from ssl_dist.config import PositiveInt, Section
+from ssl_dist.errors import UserError
+from ssl_dist.evaluators.album import Album
+from ssl_dist.evaluators.confusion import add_pictures, class_names
+from ssl_dist.evaluators.sampling import evenly
+from ssl_dist.features_file import Features, check_pair, require_labels
+from ssl_dist.keys import EVALUATION, hash64
+
+PROTOCOL = (
+    "retrieval: every test image ranks the images of the {gallery} split (itself left out) by cosine; top-k: any of the"
+    " k nearest has its class; precision@k: share of them that has; map: mean average precision of the whole list"
+)
+_ROW = np.uint64(0xFFFFFFFF)  # the part of a key that is the gallery's row
+_OWN = np.uint64(0xFFFFFFFFFFFFFFFF)  # the key of a query itself, behind all others
+_SHOWN = 8  # nearest images of a query in the picture
+
+
+class Options(Section):
+    gallery: Literal["train", "test"] = Field(
+        "train", description="what is searched: the training images, or the other test images"
+    )
+    k: Annotated[list[PositiveInt], Field(min_length=1)] = Field(
+        [1, 5, 20], description="list of k for top-k and precision at k"
+    )
+    queries: PositiveInt = Field(20, description="queries in the picture, half of them failures")
+    seed: int = Field(0, description="which queries the picture shows")
+    memory_mb: PositiveInt = Field(
+        512, description="MiB for rankings; the gallery's file is read once for every block of queries that fits"
+    )
+
+
+def run(train: Features, test: Features, options: Options, album: Album | None = None) -> dict[str, float]:
+    """`retrieval_top<k>` and, for k above 1, `retrieval_precision<k>`, and `retrieval_map`, in percent.
+
+    Raises `UserError` for files that do not belong together, missing labels, fewer than two classes and a k above the
+    number of images that are searched.
+    """
+    check_pair(train, test)
+    require_labels(train, test)
+    leave_out = options.gallery == "test"
+    gallery = test if leave_out else train
+    counts = _checked_counts(options.k, gallery, len(gallery) - leave_out)
+    hits = {k: 0 for k in counts}
+    found = {k: 0 for k in counts}
+    precision_N = np.zeros(len(test))
+    nearest_NK = np.zeros((len(test), min(_SHOWN, len(gallery) - leave_out)), np.int64)
+    for start, keys_QN in rankings(test, gallery, leave_out, options.memory_mb << 20):
+        for query, keys_N in enumerate(keys_QN, start):
+            rows_N = (keys_N & _ROW).astype(np.int64)
+            rank_R = np.flatnonzero(gallery.labels[rows_N] == test.labels[query])
+            for k in counts:
+                number = int(np.searchsorted(rank_R, k))
+                found[k] += number
+                hits[k] += number > 0
+            precision_N[query] = average_precision(rank_R)
+            nearest_NK[query] = rows_N[: nearest_NK.shape[1]]
+    _warn_of_missing(test, gallery, leave_out)
+    if album is not None:
+        _draw(album, test, gallery, nearest_NK, precision_N, options)
+    values = {f"retrieval_top{k}": hits[k] * 100.0 / len(test) for k in counts}
+    values |= {f"retrieval_precision{k}": found[k] * 100.0 / (k * len(test)) for k in counts if k > 1}  # 1: top-1
+    return values | {"retrieval_map": float(precision_N.mean() * 100)}
+
+
+def average_precision(rank_R: np.ndarray) -> float:
+    """From the places of a query's own class in the ranked list, counted from 0 and rising; 0 without any."""
+    return float((np.arange(1, len(rank_R) + 1) / (rank_R + 1)).mean()) if len(rank_R) else 0.0
+
+
+def rankings(queries: Features, gallery: Features, leave_out: bool, memory: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Block by block the first query, and keys uint64 [Q, N] of the gallery's rows, which are their lower 32 bits, the
+    nearest first.
+
+    leave_out: queries and gallery are one split, and nobody finds himself ([Q, N - 1]). About `memory` bytes are used;
+    one query at a time needs 40 a row of the gallery. A block is gone when the next one is asked for.
+    """
+    num_queries, num_rows = _block_sizes(len(gallery), gallery.dim, memory)
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, "rank") as pool:
+        keys_QN = np.empty((min(num_queries, len(queries)), len(gallery)), np.uint64)
+        for start in range(0, len(queries), num_queries):
+            stop = min(start + num_queries, len(queries))
+            queries_QD = _unit_rows(queries, start, stop)
+            block_QN = keys_QN[: stop - start]
+            for first in range(0, len(gallery), num_rows):
+                last = min(first + num_rows, len(gallery))
+                cosine_QR = (queries_QD @ _unit_rows(gallery, first, last).T).numpy()
+                _fill(cosine_QR, first, block_QN)
+            if leave_out:
+                block_QN[np.arange(stop - start), np.arange(start, stop)] = _OWN
+            for _ in pool.map(np.ndarray.sort, block_QN):  # each row in place; numpy lets go of the GIL
+                pass
+            yield start, block_QN[:, : len(gallery) - leave_out]
+
+
+@njit(cache=True, nogil=True)
+def _fill(cosine_QR, first, keys_QN):
+    """Keys of rows first, first+1, ...: a number that rises as the cosine falls, then the row."""
+    for q in range(cosine_QR.shape[0]):
+        for r in range(cosine_QR.shape[1]):
+            distance = np.uint64(max(0.0, np.rint((1.0 - cosine_QR[q, r]) * 2.0**30)))
+            keys_QN[q, first + r] = (distance << np.uint64(32)) | np.uint64(first + r)
+
+
+def _unit_rows(part: Features, start: int, stop: int) -> Tensor:
+    """Rows float64 of length 1; a row of zeros stays one, and has cosine 0 with everything."""
+    rows_RD = torch.from_numpy(part.rows(start, stop)).double()
+    norm_R1 = torch.linalg.vector_norm(rows_RD, dim=1, keepdim=True)
+    return rows_RD.div_(norm_R1.where(norm_R1 > 0, 1.0))
+
+
+def _block_sizes(num_gallery: int, dim: int, memory: int) -> tuple[int, int]:
+    """Queries of a block, and rows of the gallery that meet them at once."""
+    per_row = dim * 13  # as read, in float64, and a byte for the check that it is finite
+    one_list = 32 * num_gallery  # the rows and labels of the ranked list that is being measured
+    num_queries = max(1, (memory * 3 // 4 - one_list) // (8 * num_gallery + per_row))
+    num_rows = max(1, memory // 8 // (per_row + 8 * num_queries))
+    return num_queries, num_rows
+
+
+def _checked_counts(wanted: list[int], gallery: Features, size: int) -> list[int]:
+    counts = sorted(set(wanted))
+    if counts[-1] > size:
+        raise UserError(
+            f"retrieval.k = {counts[-1]}: {size} images of {gallery.source} can be found; give retrieval.k=[...] with"
+            f" numbers up to {size}"
+        )
+    return counts
+
+
+def _warn_of_missing(test: Features, gallery: Features, leave_out: bool) -> None:
+    number = np.bincount(gallery.labels, minlength=int(test.labels.max()) + 1)[test.labels] - leave_out
+    if missing := int((number == 0).sum()):
+        logging.getLogger(__name__).warning(
+            "retrieval: %d of %d queries have a class of which %s has no image to find; they count as 0",
+            missing, len(test), gallery.source,
+        )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------- pictures
+
+
+def _draw(
+    album: Album, test: Features, gallery: Features, nearest_NK: np.ndarray, precision_N: np.ndarray, options: Options
+) -> None:
+    from ssl_dist import charts  # matplotlib takes a second
+
+    names = class_names(test, gallery)
+    predicted_N = gallery.labels[nearest_NK[:, 0]]
+    add_pictures(album, test, names, predicted_N, _name(options), "the nearest image")
+    right_N = predicted_N == test.labels
+    panels = []
+    for wanted, said in ((True, "nearest image of the same class"), (False, "nearest image of another class")):
+        rows = _queries(test.labels, right_N == wanted, options)
+        title = f"{said} ({(right_N == wanted).mean() * 100:.1f} % of queries)"
+        if len(rows):
+            panels.append((title, [_row(album, test, gallery, row, nearest_NK[row], names) for row in rows]))
+    where = f"{len(gallery):,} images of {gallery.metadata['dataset']} {gallery.metadata['split']}"
+    album.add(
+        f"{_name(options)}-nearest",
+        charts.neighbours(panels),
+        "Queries and their nearest images",
+        f"Test images and, by falling cosine of their features, the nearest among {where}"
+        f"{' other than themselves' if gallery is test else ''}. Green, solid frames: the query's class; red, dashed"
+        " frames: another one, named below. Left queries whose nearest image is of their class, right those where it is"
+        f" not, chosen evenly over the classes by key (seed {options.seed}), not by hand. Mean average precision"
+        f" {precision_N.mean() * 100:.2f} %.",
+    )
+
+
+def _name(options: Options) -> str:
+    return "retrieval" if options.gallery == "train" else "retrieval-within"
+
+
+def _queries(labels: np.ndarray, eligible: np.ndarray, options: Options) -> np.ndarray:
+    """Half of the picture's queries, in the order of their labels."""
+    rows = np.flatnonzero(eligible)
+    key = hash64(options.seed, EVALUATION)
+    chosen = rows[evenly(labels[rows], max(1, options.queries // 2), key)]
+    return chosen[np.argsort(labels[chosen], kind="stable")]
+
+
+def _row(album, test, gallery, query, rows, names) -> tuple[np.ndarray, list[str]]:
+    images = np.concatenate([album.images(test, np.array([query])), album.images(gallery, rows)])
+    return images, [names[label] for label in (test.labels[query], *gallery.labels[rows])]

@@ -1,0 +1,44 @@
+"""An album that keeps figures in memory, with images whose colour tells the split and the image."""
+
+import numpy as np
+from matplotlib.text import Text
+
+COLORS = {"train": 100, "test": 200}
+
+
+class Sketchbook:
+    def __init__(self, folder=None):
+        self.folder = folder
+        self.pictures = {}
+
+    def images(self, part, rows):
+        ids = part.image_ids[np.asarray(rows)]
+        images = np.zeros((len(ids), 8, 8, 3), np.uint8)
+        images[..., 0] = COLORS[part.metadata["split"]]
+        images[..., 1], images[..., 2] = (ids // 256)[:, None, None], (ids % 256)[:, None, None]
+        return images
+
+    def add(self, name, figure, title, caption):
+        self.pictures[name] = (figure, title, caption)
+
+    def texts(self, name):
+        """Everything that is written in a picture."""
+        return [text.get_text() for text in self.pictures[name][0].findobj(Text) if text.get_text()]
+
+    def images_shown(self, name):
+        """(split's name, image id) of every image in a picture, axes by axes."""
+        shown = []
+        for axes in self.pictures[name][0].axes:
+            for image in axes.images:
+                red, green, blue = (int(v) for v in np.asarray(image.get_array())[0, 0])
+                shown.append(({v: k for k, v in COLORS.items()}[red], green * 256 + blue))
+        return shown
+
+
+def drawn(figure):
+    """Lay the figure out and draw it, which finds what cannot be drawn."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())

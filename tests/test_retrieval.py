@@ -1,0 +1,219 @@
+"""Retrieval against scikit-learn and a slow loop, its order of ties, its memory, and what its pictures show."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score
+
+from ssl_dist.errors import UserError
+from ssl_dist.evaluators import retrieval
+from ssl_dist.features_file import Features
+from tests.albums import Sketchbook, drawn
+
+# Directions with many equal cosines, and a row of zeros.
+EXACT = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [1, 1, 1, 1], [1, 1, -1, -1], [-1, 1, -1, 1], [0, 0, 0, 0]])
+
+
+def part(features, labels):
+    features, labels = np.asarray(features, np.float32), np.asarray(labels, np.int64)
+    return Features(features, labels, np.arange(len(labels)), {"classes": json.dumps([])}, "the file")
+
+
+def named(part, split):
+    known = {"split": split, "dataset": "shapes", "classes": json.dumps(["disc", "ring", "star"])}
+    return replace(part, metadata=known)
+
+
+def random_part(count, dim=6, classes=5, seed=0):
+    generator = np.random.default_rng(seed)
+    return part(generator.standard_normal((count, dim)), np.append(generator.integers(0, classes, count - 2), [0, 1]))
+
+
+def cosine(a, b):
+    lengths = math.sqrt(sum(float(v) ** 2 for v in a)) * math.sqrt(sum(float(v) ** 2 for v in b))
+    return sum(float(v) * float(w) for v, w in zip(a, b, strict=True)) / (lengths or 1.0)
+
+
+def reference(gallery, queries, counts, leave_out=False):
+    """One query, one image, one place of the list at a time."""
+    values = {f"retrieval_top{k}": 0.0 for k in counts}
+    values |= {f"retrieval_precision{k}": 0.0 for k in counts if k > 1} | {"retrieval_map": 0.0}
+    for query, target in enumerate(queries.labels):
+        others = [i for i in range(len(gallery)) if not (leave_out and i == query)]
+        cosines = {i: round(cosine(queries.features[query], gallery.features[i]), 6) for i in others}
+        matches = [gallery.labels[i] == target for i in sorted(others, key=lambda i: (-cosines[i], i))]
+        for k in counts:
+            values[f"retrieval_top{k}"] += any(matches[:k])
+            if k > 1:
+                values[f"retrieval_precision{k}"] += sum(matches[:k]) / k
+        found, total = 0, 0.0
+        for place, match in enumerate(matches, 1):
+            if match:
+                found += 1
+                total += found / place
+        values["retrieval_map"] += total / found if found else 0.0
+    return {name: value * 100 / len(queries) for name, value in values.items()}
+
+
+def close(found, expected):
+    assert list(found) == list(expected)
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-12)
+
+
+@pytest.mark.parametrize("gallery", ["train", "test"])
+def test_equals_the_slow_reference(gallery):
+    train, test = random_part(61), random_part(37, seed=1)
+    found = retrieval.run(train, test, retrieval.Options(k=[20, 1, 5], gallery=gallery))
+    close(found, reference(test if gallery == "test" else train, test, [1, 5, 20], gallery == "test"))
+
+
+def test_average_precision_is_scikit_learns():
+    """Where cosines differ its score of a query is the mean that is reported."""
+    train, test = random_part(300, 16), random_part(40, 16, seed=1)
+    unit_train, unit_test = (p.features / np.linalg.norm(p.features, axis=1, keepdims=True) for p in (train, test))
+    cosines = unit_test.astype(np.float64) @ unit_train.astype(np.float64).T
+    scores = [average_precision_score(train.labels == y, row) for y, row in zip(test.labels, cosines, strict=True)]
+    found = retrieval.run(train, test, retrieval.Options())["retrieval_map"]
+    assert found == pytest.approx(100 * np.mean(scores), rel=1e-12)
+
+
+@settings(max_examples=40)
+@given(st.data(), st.sampled_from(["train", "test"]), st.integers(1, 4), st.integers(1, 5))
+def test_ties_take_the_lower_image_id_whatever_the_blocks(data, gallery, num_queries, num_rows):
+    def draw(count):
+        return data.draw(st.lists(st.integers(0, 6), min_size=count, max_size=count))
+
+    train, test = part(EXACT[draw(12)], [*draw(10), 0, 1]), part(EXACT[draw(5)], draw(5))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval, "_block_sizes", lambda *_: (num_queries, num_rows))
+        found = retrieval.run(train, test, retrieval.Options(k=[1, 3], gallery=gallery))
+    close(found, reference(test if gallery == "test" else train, test, [1, 3], gallery == "test"))
+
+
+def test_of_collapsed_features_the_order_is_that_of_ids():
+    train, test = part(np.ones((50, 3)), np.arange(50) % 5), part(np.ones((7, 3)) * 2, [0, 1, 2, 3, 4, 0, 1])
+    ((start, keys),) = retrieval.rankings(test, train, False, 1 << 20)
+    assert start == 0 and ((keys & retrieval._ROW) == np.arange(50)).all()
+    ((_, keys),) = retrieval.rankings(test, test, True, 1 << 20)
+    assert (keys & retrieval._ROW).tolist() == [[i for i in range(7) if i != query] for query in range(7)]
+
+
+def test_the_nearest_are_told_apart_down_to_a_billionth():
+    """Cosines 1 - 2e-9 and 1: float32 holds neither apart."""
+    train = part([[1, 6e-5, 0], [1, 0, 0], [0, 1, 0]], [0, 1, 0])
+    assert retrieval.run(train, part([[1, 0, 0]], [1]), retrieval.Options(k=[1]))["retrieval_top1"] == 100
+
+
+def test_threads_and_blocks_change_nothing():
+    import torch
+
+    train, test = random_part(400, 16), random_part(57, 16, seed=1)
+    whole = retrieval.run(train, test, retrieval.Options())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval, "_block_sizes", lambda *_: (5, 33))
+        torch.set_num_threads(2)
+        assert retrieval.run(train, test, retrieval.Options()) == whole
+
+
+@pytest.mark.parametrize("count", [2, 7, 100, 101])
+def test_any_number_of_queries_each_counted_once(count):
+    train = random_part(50)
+    test = part(*(np.resize(a, (count, *a.shape[1:])) for a in (train.features[:7], train.labels[:7])))
+    assert retrieval.run(train, test, retrieval.Options(k=[1]))["retrieval_top1"] == 100.0
+
+
+def test_a_class_that_cannot_be_found_counts_as_nothing(caplog):
+    train = part(EXACT[:4], [0, 1, 0, 1])
+    found = retrieval.run(train, part(EXACT[:2], [0, 7]), retrieval.Options(k=[1, 4]))
+    assert found == {
+        "retrieval_top1": 50, "retrieval_top4": 50, "retrieval_precision4": 25,
+        "retrieval_map": 100 * (1 + 2 / 4) / 2 / 2,
+    }  # fmt: skip
+    assert "1 of 2 queries have a class of which the file has no image to find" in caplog.text
+    caplog.clear()
+    alone = part(EXACT[:3], [0, 0, 1])  # the third has nobody but itself
+    assert retrieval.run(train, alone, retrieval.Options(k=[1], gallery="test"))["retrieval_top1"] < 100
+    assert "1 of 3 queries" in caplog.text
+
+
+def test_what_is_refused():
+    train, test = random_part(30), random_part(10, seed=1)
+    with pytest.raises(UserError, match=r"retrieval\.k = 31: 30 images of the file can be found; .* numbers up to 30"):
+        retrieval.run(train, test, retrieval.Options(k=[31, 1]))
+    with pytest.raises(UserError, match=r"retrieval\.k = 10: 9 images of the file can be found"):
+        retrieval.run(train, test, retrieval.Options(k=[10], gallery="test"))
+    with pytest.raises(UserError, match="no label"):
+        retrieval.run(train, part(test.features, [-1] * 10), retrieval.Options())
+    with pytest.raises(UserError, match="do not belong together"):
+        retrieval.run(train, random_part(10, dim=7), retrieval.Options())
+
+
+@pytest.mark.parametrize("gallery", ["train", "test"])
+def test_the_pictures(gallery):
+    train, test = (named(random_part(n, classes=3, seed=n), split) for n, split in ((90, "train"), (40, "test")))
+    options = retrieval.Options(gallery=gallery, queries=6)
+    album = Sketchbook()
+    assert retrieval.run(train, test, options, album) == retrieval.run(train, test, options)
+    prefix = "retrieval" if gallery == "train" else "retrieval-within"
+    assert list(album.pictures) == [f"{prefix}-confusion", f"{prefix}-classes", f"{prefix}-nearest"]
+    for figure, title, caption in album.pictures.values():
+        drawn(figure)
+        assert title and "\n" not in caption
+
+    texts, shown = album.texts(f"{prefix}-nearest"), album.images_shown(f"{prefix}-nearest")
+    searched = train if gallery == "train" else test
+    order = np.concatenate([keys for _, keys in retrieval.rankings(test, searched, gallery == "test", 1 << 20)])
+    order = (order & retrieval._ROW).astype(int)
+    queries = [shown[i : i + 9] for i in range(0, len(shown), 9)]
+    assert len(queries) == 6
+    for (split, query), *nearest in queries:
+        assert split == "test" and [i for _, i in nearest] == order[query, :8].tolist()
+        assert {where for where, _ in nearest} == {gallery}
+    right = [int(searched.labels[order[query, 0]] == test.labels[query]) for (_, query), *_ in queries]
+    assert right == [1, 1, 1, 0, 0, 0], "half of them are failures"
+    assert [test.labels[query] for (_, query), *_ in queries] == [0, 1, 2] * 2, "evenly over the classes"
+    assert f"{len(searched)} images of shapes {gallery}" in album.pictures[f"{prefix}-nearest"][2]
+    share = (searched.labels[order[:, 0]] == test.labels).mean() * 100
+    assert f"nearest image of the same class ({share:.1f} % of queries)" in texts
+    wrong = sum(searched.labels[i] != test.labels[query] for (_, query), *nearest in queries for _, i in nearest)
+    assert sum(text in ("disc", "ring", "star") for text in texts) == 6 + wrong, "queries and failures are named"
+
+
+MEMORY = """
+import sys
+from ssl_dist.evaluators import retrieval
+from ssl_dist.features_file import read_features
+
+def mib(name):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(name))
+
+train, test = read_features(sys.argv[1]), read_features(sys.argv[2])
+retrieval.run(test, test, retrieval.Options())  # lets the libraries take what they take once
+before = mib("VmRSS")
+retrieval.run(train, test, retrieval.Options(memory_mb=16))
+print(mib("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's account of memory")
+def test_memory_is_bounded_by_the_budget_on_a_mapped_file(tmp_path):
+    from ssl_dist.features_file import METADATA, write_features
+
+    metadata = dict.fromkeys(METADATA, "x") | {"classes": "[]"}
+    paths = [str(tmp_path / name) for name in ("train", "test")]
+    tile = np.random.default_rng(0).standard_normal((1000, 256), dtype=np.float32)
+    for path, count in zip(paths, (64_000, 100), strict=True):  # 62 MiB, and keys of 49 MiB
+        ids = np.arange(count)
+        write_features(path, np.resize(tile, (count, 256)), ids % 10, ids, metadata)
+    done = subprocess.run([sys.executable, "-c", MEMORY, *paths], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 24
