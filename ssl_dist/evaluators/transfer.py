@@ -122,7 +122,7 @@ def _tree(subject: Subject, folder: Path, module: str, recipe: Recipe, options: 
         "backbone": {"name": run.backbone.name, "weights": str(folder / "encoder.safetensors")},
         "method": {"name": module, "options": recipe.options | options},
         "optim": recipe.optim,
-        "precision": "bf16" if run.precision == "bf16" else "fp32",
+        "precision": run.precision,
         "channels_last": run.channels_last,
         "deterministic": run.deterministic,
         "timeout": run.timeout,

@@ -1,7 +1,7 @@
 """Linear probe: a linear classifier on a frozen backbone, trained on images.
 
 It reads the backbone's output, as in the papers' tables; or there is one for every stage's map, as in Zhang, Isola &
-Efros, "Split-brain autoencoders" (CVPR 2017), and SeLa (Asano et al., ICLR 2020): the map is pooled to at most 9,000
+Efros, "Split-brain autoencoders" (CVPR 2017), and SeLa (Asano et al., ICLR 2020): the map is pooled to about 9,000
 values, normalised by a BatchNorm without weights, and a linear layer reads all of it. All stages train in one pass.
 """
 
@@ -19,7 +19,7 @@ from ssl_dist.methods.base import Batch, Info, Output, SSLMethod, at_least_float
 
 # Kernel, stride and padding of SeLa's max-pooling on the maps of its AlexNet.
 ALEXNET_POOLING = {"conv1": (6, 6, 3), "conv2": (4, 4, 0), "conv3": (3, 3, 1), "conv4": (3, 3, 1), "conv5": (2, 2, 0)}
-POOLED = 9000  # values of a map pooled for the classifier, at most
+POOLED = 9000  # values of another map, at most, after pooling to an even grid of means
 
 OUTPUT = "output"
 

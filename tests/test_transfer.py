@@ -1,0 +1,223 @@
+"""Probes and fine-tunings of real runs: what they train, what they measure, on any number of ranks, after any stop."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ssl_dist import checkpoint, config, features
+from ssl_dist.data.convert import convert
+from ssl_dist.data.readers import open_dataset
+from ssl_dist.errors import UserError
+from ssl_dist.evaluate import evaluate
+from ssl_dist.evaluators import finetune, probe
+from tests import ranks
+from tests.make_images import simple_folder
+
+SHORT = ["probe.epochs=2", "finetune.epochs=2", "probe.batch_size=96", "finetune.batch_size=96", "probe.lr=0.1"]
+
+
+def pretrained(digits, run, *more):
+    from ssl_dist.train import train
+
+    overrides = [f"data.root={digits}", f"run_dir={run}", "data.reader=arrays", "data.workers=1", *more]
+    assert train(config.load("configs/digits/random_weights-conv4.yaml", overrides)) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(digits, tmp_path_factory):
+    return pretrained(digits, tmp_path_factory.mktemp("runs") / "random")
+
+
+@pytest.fixture(scope="module")
+def measured(run):
+    """Records by name of a probe and a fine-tuning, and the checkpoint of each."""
+    code, records = evaluate(run, ["probe", "finetune"], SHORT)
+    assert code == 0
+    states = {folder.name.split("-")[0]: checkpoint.load_run(folder)[1] for folder in (run / "evaluations").iterdir()}
+    return {record["name"]: record["value"] for record in records}, states
+
+
+def test_they_are_measured_once(run, measured, capsys):
+    values, _ = measured
+    assert set(values) == {"probe_top1", "probe_top5", "finetune_top1", "finetune_top5"}
+    assert 15 < values["probe_top1"] < values["probe_top5"] <= 100
+    (run / "features").mkdir(exist_ok=True)
+    capsys.readouterr()
+    _, again = evaluate(run, ["probe", "finetune"], SHORT)
+    assert capsys.readouterr().err.count("already") == 2
+    assert {record["name"]: record["value"] for record in again} == values
+    assert not list((run / "features").iterdir()), "images were asked for, not features"
+
+
+def test_a_probe_leaves_the_backbone_as_it_was(run, measured):
+    encoder = features.load_encoder(run).module.state_dict()
+    state = measured[1]["probe"]
+    assert state["config"]["method"]["name"] == "linear_probe" and state["step"] == 2 * (1442 // 96)
+    for name, tensor in encoder.items():
+        assert torch.equal(state["method"][f"backbone.{name}"], tensor), name
+    assert [len(group["params"]) for group in state["optimizer"]["param_groups"]] == [2]
+
+
+def test_a_fine_tuning_trains_all_of_it(run, measured):
+    encoder, state = features.load_encoder(run).module.state_dict(), measured[1]["finetune"]
+    moved = [name for name, tensor in encoder.items() if not torch.equal(state["method"][f"backbone.{name}"], tensor)]
+    assert set(encoder) == set(moved)
+    assert [group["lr"] for group in state["optimizer"]["param_groups"]] == [1e-3, 1e-3 * 0.1]
+
+
+def test_the_classifier_is_counted_image_by_image(run, measured, digits):
+    """A slow look at every test image, with the saved classifier, alone."""
+    [folder] = [path for path in (run / "evaluations").iterdir() if path.name.startswith("probe")]
+    method, encoder = features.load_method(folder)
+    right, among_five = 0, 0
+    with open_dataset(digits, "test", "arrays") as reader, torch.no_grad():
+        count = reader.info.count
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoder.normalize.mean, encoder.normalize.std))
+        for pixels, _, _, [image_id] in reader.batches([[i] for i in range(count)]):
+            image = (torch.from_numpy(pixels[0]).permute(2, 0, 1) / 255 - mean) / std
+            order = method.eval().logits(image[None])["output"][0].argsort(descending=True).tolist()
+            label = int(reader.labels([image_id])[0])
+            right, among_five = right + (order[0] == label), among_five + (label in order[:5])
+    assert measured[0]["probe_top1"] == pytest.approx(100 * right / count)
+    assert measured[0]["probe_top5"] == pytest.approx(100 * among_five / count)
+
+
+def test_a_saved_classifier_is_used_without_training(run, measured):
+    [folder] = [path for path in (run / "evaluations").iterdir() if path.name.startswith("probe")]
+    before = sorted(path.name for path in (run / "evaluations").iterdir())
+    _, records = evaluate(run, ["classify"], [f"classify.head={folder}"])
+    values = {record["name"]: record["value"] for record in records}
+    assert values == {"classify_top1": measured[0]["probe_top1"], "classify_top5": measured[0]["probe_top5"]}
+    assert sorted(path.name for path in (run / "evaluations").iterdir()) == before
+
+
+def test_a_supervised_run_classifies_itself(digits, tmp_path):
+    from ssl_dist.train import train
+
+    run = tmp_path / "supervised"
+    settings = config.load(
+        "configs/digits/supervised-conv4.yaml",
+        [f"data.root={digits}", f"run_dir={run}", "data.reader=arrays", "optim.epochs=null", "optim.steps=40"],
+    )
+    assert train(settings) == 0
+    _, records = evaluate(run, ["classify"], [])
+    assert records[0]["name"] == "classify_top1" and records[0]["value"] > 40
+
+
+def test_every_stage_has_its_probe(run):
+    _, records = evaluate(run, ["probe"], ["probe.stages=all", "probe.epochs=1", "probe.lr=0.01"])
+    names = [record["name"] for record in records if record["name"].endswith("top1")]
+    assert names == [f"probe_layer{number}_top1" for number in (1, 2, 3, 4)]
+    assert all(record["value"] > 15 for record in records)
+    assert "stages (all)" in records[0]["protocol"]
+
+
+def test_transfer_to_other_classes(run, tmp_path):
+    """The encoder of one data set, probed on another one with classes of its own."""
+    simple_folder(tmp_path / "images", per_class=24, size=(40, 36))
+    convert("folder", tmp_path / "images", tmp_path / "shapes", name="shapes", workers=1, progress=False)
+    other = ["data.name=shapes", f"data.root={tmp_path / 'shapes'}"]
+    _, records = evaluate(run, ["probe"], [*other, "probe.epochs=1", "probe.batch_size=8"])
+    assert {record["dataset"] for record in records} == {"shapes"}
+    [folder] = (path for path in (run / "evaluations").iterdir() if "shapes" in (path / "config.yaml").read_text())
+    with pytest.raises(UserError, match=r"labels up to 9, and the classifier knows 2 classes; train one"):
+        evaluate(run, ["classify"], [f"classify.head={folder}"])
+
+
+@pytest.mark.parametrize(
+    ("chosen", "overrides", "line"),
+    [
+        ("probe", ["probe.recipe=moco"], "probe.recipe"),
+        ("probe", ["probe.batch_size=100000"], "optim.batch_size = 100000"),
+        ("probe", ["probe.stages=[layer9]"], r"stages = \['layer9'\]: the backbone has layer1, layer2, layer3, layer4"),
+        ("finetune", ["finetune.lr=0"], "finetune.lr"),
+        ("classify", [], "holds random_weights, which does not classify; give the folder"),
+        ("classify", ["classify.head=/nowhere"], "/nowhere"),
+    ],
+)
+def test_mistakes(run, chosen, overrides, line):
+    with pytest.raises(UserError, match=line):
+        evaluate(run, [chosen], overrides)
+
+
+def test_every_recipe_makes_a_training(run):
+    """Each paper's protocol is a valid config and says what it does."""
+    for module in (probe, finetune):
+        for name, recipe in module.RECIPES.items():
+            options = module.Options(recipe=name, epochs=7)
+            sentence = module.protocol(options)
+            assert recipe.paper in sentence and "7 epochs" in sentence and f"rate {recipe.optim['lr']:g}" in sentence
+            config.validate(config.Optim, recipe.optim)
+
+
+# ---------------------------------------------------------------------------------------------------- many ranks
+
+
+def in_ranks(rank, size, run):
+    torch.set_num_threads(1)
+    code, records = evaluate(Path(run), ["knn", "probe", "finetune"], SHORT)
+    return code, {record["name"]: record["value"] for record in records}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_any_world_size_measures_the_same(digits, tmp_path, size):
+    """355 test images, which neither 2 nor 3 divides; in float64, where no image stands on an edge."""
+    values, states = {}, {}
+    for count in (1, size):
+        run = pretrained(digits, tmp_path / str(count) / "run", "precision=fp64")
+        (tmp_path / f"ranks{count}").mkdir()
+        answers = ranks.launch(in_ranks, count, tmp_path / f"ranks{count}", str(run))
+        assert all(answer == answers[0] for answer in answers) and answers[0][0] == 0
+        values[count] = answers[0][1]
+        for folder in (run / "evaluations").iterdir():
+            states[count, folder.name.split("-")[0]] = checkpoint.load_run(folder)[1]["method"]
+    assert values[1] == values[size] and len(values[1]) == 8
+    for name in ("probe", "finetune"):
+        for key, tensor in states[1, name].items():
+            np.testing.assert_allclose(states[size, name][key], tensor, rtol=1e-9, atol=1e-9, err_msg=key)
+
+
+@pytest.mark.slow
+def test_stopped_and_gone_on_with(digits, tmp_path):
+    """SIGTERM in a fine-tuning: exit code 75, and the same command ends with the bits of an undisturbed one."""
+    command = [sys.executable, "-m", "ssl_dist", "evaluate"]
+    options = ["finetune", "finetune.epochs=12", "finetune.batch_size=32"]
+    found = {}
+    for name in ("through", "stopped"):
+        run = pretrained(digits, tmp_path / name)
+        process = subprocess.Popen([*command, str(run), *options], env=os.environ, stderr=subprocess.PIPE, text=True)
+        if name == "stopped":
+            while not list(run.glob("evaluations/*/checkpoints/step-*.pt")):
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=60)
+            assert process.returncode == 75 and "the same command goes on" in said
+            [folder] = (run / "evaluations").iterdir()
+            assert (
+                0 < checkpoint.load_run(folder)[1]["step"] < 12 * (1442 // 32) and not (run / "results.json").exists()
+            )
+            process = subprocess.Popen([*command, str(run), *options], stderr=subprocess.PIPE, text=True)
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+        [folder] = (run / "evaluations").iterdir()
+        state = checkpoint.load_run(folder)[1]
+        values = [record["value"] for record in json.loads((run / "results.json").read_text())]
+        found[name] = values, state["method"], state["optimizer"]["state"]
+    assert found["through"][0] == found["stopped"][0]
+    for key, tensor in found["through"][1].items():
+        assert torch.equal(tensor, found["stopped"][1][key]), key
+    for number, moments in found["through"][2].items():
+        assert all(
+            torch.equal(torch.as_tensor(v), torch.as_tensor(found["stopped"][2][number][k])) for k, v in moments.items()
+        )
