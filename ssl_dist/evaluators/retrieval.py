@@ -136,7 +136,7 @@ def _block_sizes(num_gallery: int, dim: int, memory: int) -> tuple[int, int]:
     """Queries of a block, and rows of the gallery that meet them at once."""
     per_row = dim * 13  # as read, in float64, and a byte for the check that it is finite
     one_list = 32 * num_gallery  # the rows and labels of the ranked list that is being measured
-    num_queries = max(1, (memory * 3 // 4 - one_list) // (8 * num_gallery + per_row))
+    num_queries = max(1, (memory * 5 // 8 - one_list) // (8 * num_gallery + per_row))
     num_rows = max(1, memory // 8 // (per_row + 8 * num_queries))
     return num_queries, num_rows
 
