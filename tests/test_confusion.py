@@ -1,12 +1,15 @@
 """Confusion counts, the choice of images for pictures, and what the captions say."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix
 
+from ssl_dist import evaluators
 from ssl_dist.evaluators import confusion
 from ssl_dist.evaluators.sampling import evenly
 from ssl_dist.features_file import Features
@@ -54,3 +57,44 @@ def test_the_key_decides_which_rows():
     labels = np.arange(100) % 10
     assert np.array_equal(evenly(labels, 20, hash64(1)), evenly(labels, 20, hash64(1)))
     assert not np.array_equal(evenly(labels, 20, hash64(1)), evenly(labels, 20, hash64(2)))
+
+
+def blobs(count, seed):
+    """Three classes that overlap; the labels are 0, 1 and 4."""
+    generator = np.random.default_rng(seed)
+    labels = np.array([0, 1, 4])[np.arange(count) % 3]
+    features = (generator.standard_normal((count, 4)) + labels[:, None]).astype(np.float32)
+    return replace(part(labels, "abcde"), features=features)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "value", "how"),
+    [
+        ("knn", ["knn.k=[3,11,5]", "knn.temperature=[0.2,0.07]"], "knn11_T0.2_top1", "kNN with 11 neighbours"),
+        ("knn", ["knn.k=[3]", "knn.memory_mb=1"], "knn3_top1", "kNN with 3 neighbours"),
+        ("logistic", ["logistic.memory_mb=1"], "logistic_top1", "logistic regression"),
+    ],
+)
+def test_the_pictures_of_a_classifier_show_its_errors(name, overrides, value, how):
+    train, test = blobs(90, 0), blobs(41, 1)
+    evaluator, options = evaluators.find(name), evaluators.parse_options([name], overrides)[name]
+    album = Sketchbook()
+    values = evaluator.run(train, test, options, album)
+    assert values == evaluator.run(train, test, options)
+    assert list(album.pictures) == [f"{name}-confusion", f"{name}-classes"]
+    figure, title, caption = album.pictures[f"{name}-confusion"]
+    assert title == f"Confusions of {how}" and f"{values[value]:.2f} % of all images are right" in caption
+    share = np.ma.filled(figure.axes[0].images[0].get_array(), np.nan)
+    assert np.isnan(share[[2, 3]]).all(), "classes without a test image"
+    right = np.nansum(np.diagonal(share) * np.bincount(test.labels, minlength=5)) / len(test)
+    assert right == pytest.approx(values[value])
+    assert f"all images {values[value]:.1f}" in album.texts(f"{name}-classes")
+    assert not {"c", "d"} & set(album.texts(f"{name}-classes"))
+
+
+def test_of_equal_votes_the_picture_takes_the_lower_class():
+    train = replace(part([1, 0], "ab"), features=np.ones((2, 1), np.float32))
+    test = replace(part([0, 1, 1], "ab"), features=np.ones((3, 1), np.float32))
+    album = Sketchbook()
+    assert evaluators.find("knn").run(train, test, evaluators.find("knn").Options(k=[2]), album)["knn2_top1"] < 34
+    assert np.array_equal(album.pictures["knn-confusion"][0].axes[0].images[0].get_array(), [[100, 0], [100, 0]])

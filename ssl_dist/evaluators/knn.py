@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from numba import njit
 from pydantic import Field
@@ -21,6 +22,7 @@ from ssl_dist.config import PositiveInt, Section
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators.accuracy import target_rank
 from ssl_dist.evaluators.album import Album
+from ssl_dist.evaluators.confusion import add_pictures, class_names
 from ssl_dist.features_file import Features, check_pair, require_labels
 
 PROTOCOL = (
@@ -49,8 +51,9 @@ class Options(Section):
 def run(train: Features, test: Features, options: Options, album: Album | None = None) -> dict[str, float]:
     """Percent correct: `knn<k>_top1` and `knn<k>_top5` for every k, `knn<k>_T<t>_top1` for a T other than 0.07.
 
-    Top-5 counts the first min(5, k) classes, as the official codes do. Raises `UserError` for files that do not belong
-    together, missing labels, fewer than two classes and a k above the number of training images.
+    Top-5 counts the first min(5, k) classes, as the official codes do. Pictures are of the largest k and the first T.
+    Raises `UserError` for files that do not belong together, missing labels, fewer than two classes and a k above the
+    number of training images.
     """
     check_pair(train, test)
     require_labels(train, test)
@@ -58,7 +61,7 @@ def run(train: Features, test: Features, options: Options, album: Album | None =
     train_labels_N, test_labels_N = torch.from_numpy(train.labels), torch.from_numpy(test.labels)
     num_classes = max(len(train.classes), int(train.labels.max()) + 1, int(test.labels.max()) + 1)
     dtype = torch.float64 if options.precision == "fp64" else torch.float32
-    correct = {}
+    correct, predicted_N = {}, np.zeros(len(test), np.int64)
     for start, cosine_QK, row_QK in neighbours(train, test, max(counts), dtype, options.memory_mb << 20, num_classes):
         labels_QK = train_labels_N[row_QK]
         targets_Q = test_labels_N[start : start + len(row_QK)]
@@ -69,6 +72,10 @@ def run(train: Features, test: Features, options: Options, album: Album | None =
                 for top, limit in ((1, 1), (5, min(5, k))):
                     name = _name(k, temperature, top)
                     correct[name] = correct.get(name, 0) + int((rank_Q < limit).sum())
+                if album is not None and (k, temperature) == (counts[-1], options.temperature[0]):
+                    predicted_N[start : start + len(row_QK)] = votes_QC.numpy().argmax(1)  # of equals the first
+    if album is not None:
+        add_pictures(album, test, class_names(test, train), predicted_N, "knn", f"kNN with {counts[-1]} neighbours")
     return {name: number * 100.0 / len(test) for name, number in correct.items()}
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from ssl_dist.config import PositiveFloat, PositiveInt, Section
 from ssl_dist.evaluators.accuracy import target_rank
 from ssl_dist.evaluators.album import Album
+from ssl_dist.evaluators.confusion import add_pictures, class_names
 from ssl_dist.features_file import Features, check_pair, require_labels
 
 PROTOCOL = "multinomial logistic regression on frozen features, at its optimum: L2, C={c}, standardize={standardize}"
@@ -75,6 +76,9 @@ def run(train: Features, test: Features, options: Options, album: Album | None =
         )
     top1, top5 = _accuracies(fitted, test, options.memory_mb << 20)
     train_top1, _ = _accuracies(fitted, train, options.memory_mb << 20)
+    if album is not None:
+        predicted_N = _predicted(fitted, test, options.memory_mb << 20)
+        add_pictures(album, test, class_names(test, train), predicted_N, "logistic", "logistic regression")
     return {
         "logistic_top1": top1,
         "logistic_top5": top5,
@@ -221,3 +225,10 @@ def _accuracies(fitted: Fit, part: Features, memory: int) -> tuple[float, float]
         correct[0] += int((rank_R < 1).sum())
         correct[1] += int((rank_R < 5).sum())
     return correct[0] * 100.0 / len(part), correct[1] * 100.0 / len(part)
+
+
+def _predicted(fitted: Fit, part: Features, memory: int) -> np.ndarray:
+    """The label of every row, int64 [N]; of equal logits the lower."""
+    blocks = _ranges(part, len(fitted.labels), memory)
+    logits = (_standardised(part, *block, fitted.mean, fitted.scale) @ fitted.weights.T for block in blocks)
+    return fitted.labels.numpy()[np.concatenate([logits_RC.numpy().argmax(1) for logits_RC in logits])]
