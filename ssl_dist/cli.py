@@ -119,7 +119,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("run", type=Path, metavar="RUN")
     sub.add_argument("overrides", nargs="+", metavar="EVALUATOR|key=value",
                      help="knn, logistic, probe, finetune, classify, ...; knn.k=[20,200] sets an option; data.root=... "
-                     "another data set")  # fmt: skip
+                     "another data set; data.subset={per_class: 260} or a list of ids: what to learn from")  # fmt: skip
+    sub.add_argument(
+        "--validation", type=float, metavar="SHARE",
+        help="measure on this share of the training split, held out of it, and leave the test split alone",
+    )  # fmt: skip
+    sub.add_argument(
+        "--search", nargs="+", action="extend", default=[], metavar="EVALUATOR.OPTION=[a,b]",
+        help="try every combination on a held-out share (0.1, or that of --validation), then measure the one with "
+        "the highest top-1 on the test split",
+    )  # fmt: skip
 
     sub = command(
         "verify", _verify, "prove that the number of ranks does not matter",
@@ -213,7 +222,7 @@ def _evaluate(args) -> int:
     chosen = [word for word in args.overrides if "=" not in word]
     if not chosen:
         raise UserError(f"evaluate {args.run}: name at least one evaluator, for example knn")
-    code, records = evaluate(args.run, chosen, overrides)
+    code, records = evaluate(args.run, chosen, overrides, args.validation, args.search)
     if os.environ.get("RANK", "0") == "0":
         print(table(records))
     return code

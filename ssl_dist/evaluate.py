@@ -1,18 +1,21 @@
 """Evaluate a run: extract the features that are missing or stale, hand them to the evaluators, keep every number."""
 
+import itertools
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssl_dist import config, dist, evaluators, features
-from ssl_dist.config import Section, to_tree
+from pydantic import Field
+
+from ssl_dist import config, dist, evaluators, features, search
+from ssl_dist.config import ClassSubset, Section, parse_yaml, to_tree, validate
 from ssl_dist.data.catalog import facts
 from ssl_dist.data.readers import Reader, open_dataset, read_info, require_name, splits_present
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators import results
 from ssl_dist.evaluators.album import Album
-from ssl_dist.evaluators.subject import Subject
+from ssl_dist.evaluators.subject import Subject, chosen_images, held_out
 from ssl_dist.evaluators.transfer import Stopped
 from ssl_dist.features_file import check_pair, read_features
 from ssl_dist.grid import Grid
@@ -23,6 +26,7 @@ from ssl_dist.watchdog import Watchdog
 LONGEST = 7 * 24 * 3600.0  # seconds that an evaluator may take on rank 0; one that dies is noticed at once
 
 DATA_KEYS = ("data.name", "data.root", "data.reader")
+SUBSET = "data.subset"
 # What must be told, or may be, of weights of others: their files do not.
 OTHERS_KEYS = (*DATA_KEYS, "data.image_size", "data.eval_resize", "views.normalize", "backbone.name")
 
@@ -39,14 +43,18 @@ def source_of(encoder: features.Encoder, overrides: dict[str, str]) -> features.
     return source
 
 
-def split_overrides(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Overrides of the data set, and those of the evaluators."""
+class _Images(Section):
+    subset: ClassSubset | str | None = Field(None, description="{per_class: n, start: m}, or a file with one id a line")
+
+
+def split_overrides(overrides: Sequence[str], keys: Sequence[str] = DATA_KEYS) -> tuple[dict[str, str], list[str]]:
+    """Overrides of the data set, of which `keys` are known, and those of the evaluators."""
     data, others = {}, []
     for override in overrides:
         key, _, value = override.partition("=")
         if key.startswith("data."):
-            if key not in DATA_KEYS or not value:
-                raise UserError(f"override {override!r}: of the data, {', '.join(DATA_KEYS)} can be set here")
+            if key not in keys or not value:
+                raise UserError(f"override {override!r}: of the data, {', '.join(keys)} can be set here")
             data[key] = value
         else:
             others.append(override)
@@ -96,28 +104,52 @@ def _labelled_splits(source: features.Source) -> list[str]:
     return [known.training, known.evaluation]
 
 
-def evaluate(run: Path, chosen: Sequence[str], overrides: Sequence[str]) -> tuple[int, list[dict]]:
+def evaluate(
+    run: Path,
+    chosen: Sequence[str],
+    overrides: Sequence[str],
+    validation: float | None = None,
+    searched: Sequence[str] = (),
+) -> tuple[int, list[dict]]:
     """`ssl-dist evaluate`: run evaluators on a run's newest checkpoint, alone or under torchrun.
+
+    validation: measure on this share of the training split, held out of it, instead of the test split. searched: lists
+    of option values; the best combination on the held-out share is measured on the test split.
 
     Returns the exit code, 0 or that of a stop on request, and what went to results.json.
     """
-    data, others = split_overrides(overrides)
+    data, others = split_overrides(overrides, (*DATA_KEYS, SUBSET))
     options = evaluators.parse_options(chosen, others)
+    grids = search.grids(chosen, others, searched)
+    if validation is not None:
+        search.check_share(validation)
+    subset = data.pop(SUBSET, None)
+    if subset is not None:
+        subset = validate(_Images, {"subset": parse_yaml(subset, f"override {SUBSET}={subset}")}, "data.").subset
     if not run.is_dir():
         raise UserError(f"{run}: not a run's folder; train first")
     encoder = features.load_encoder(run)
     source = source_of(encoder, data)
+    train, test = _labelled_splits(source)
+    train_ids, words = (None, None) if subset is None else chosen_images(source, train, subset)
     place = Place.from_environment()
     with (
         Watchdog(place, encoder.config.timeout) as dog,
         dist.start(place, Grid(place.size, 1), dog.state) as world,
         dog.reporting(),
     ):
-        subject = Subject(run, encoder, source, *_labelled_splits(source), world, dog)
+        whole = Subject(run, encoder, source, train, test, world, dog, train_ids, subset=words)
+        held = None
+        if grids or validation is not None:
+            share = validation or search.SHARE
+            held = world.agreed(lambda: held_out(whole, share))
         records = []
         try:
             for name in chosen:
-                records += _measured(subject, name, options[name])
+                if name in grids:
+                    records += _searched(whole, held, name, grids[name])
+                else:
+                    records += _measured(whole if held is None or grids else held, name, options[name])
         except Stopped as stopped:
             if world.is_first:
                 print(f"stopped; the same command goes on with {stopped}", file=sys.stderr, flush=True)
@@ -125,10 +157,22 @@ def evaluate(run: Path, chosen: Sequence[str], overrides: Sequence[str]) -> tupl
         return 0, records
 
 
-def _measured(subject: Subject, name: str, options: Section) -> list[dict]:
-    """The evaluator's records, measured or read again."""
+def _searched(whole: Subject, held: Subject, name: str, grid: search.Grid) -> list[dict]:
+    """The records of every combination on the held-out part, and those of the best one on the test split."""
+    tries = [_measured(held, name, each.options, f"one of a search: {each}") for each in grid.candidates]
+    values = [{record["name"]: record["value"] for record in records} for records in tries]
+    number = search.best(values)
+    best, score = grid.candidates[number], search.top1(values[number])
+    _say(whole.world, f"{name}: {best} has the highest top-1 of {len(tries)} on {held.part}, {score:.2f}")
+    remark = f"{best} chosen of {grid} by top-1 on {held.part}"
+    return [*itertools.chain(*tries), *_measured(whole, name, best.options, remark)]
+
+
+def _measured(subject: Subject, name: str, options: Section, remark: str | None = None) -> list[dict]:
+    """The evaluator's records, measured or read again. `remark` goes to their protocol."""
     world, evaluator, path = subject.world, evaluators.find(name), subject.run / "results.json"
-    protocol = evaluators.protocol(evaluator, options)
+    fitted = None if subject.subset is None else f"fitted on {subject.subset} of {subject.train}"
+    protocol = "; ".join(filter(None, (evaluators.protocol(evaluator, options), fitted, remark)))
     tree = to_tree(options)
     metadata = subject.metadata
     known = world.first(lambda: [r for r in results.read(path) if _is_measured(r, protocol, tree, metadata)])
@@ -139,25 +183,33 @@ def _measured(subject: Subject, name: str, options: Section) -> list[dict]:
     if evaluators.sees_images(evaluator):
         values = evaluator.measure(subject, options)
     else:
-        files = [_fresh_features(subject, split) for split in (subject.train, subject.test)]
+        for split in (subject.train, subject.test):
+            if split not in subject.files:
+                subject.files[split] = _fresh_features(subject, split)
         with world.state.phase_of(f"evaluator {name}", LONGEST):
-            values = world.first(lambda: _from_features(subject, name, files, options))
+            values = world.first(lambda: _from_features(subject, name, options))
     _say(world, f"{name}: {time.perf_counter() - start:.1f} s")
     records = results.records(values, protocol, metadata, seed=subject.encoder.config.seed, options=tree)
     world.first(lambda: results.add(path, records))
     return records
 
 
-def _from_features(subject: Subject, name: str, files: Sequence[Path], options: Section) -> dict[str, float]:
-    train, test = (read_features(path) for path in files)
+def _from_features(subject: Subject, name: str, options: Section) -> dict[str, float]:
+    train, test = (read_features(subject.files[split]) for split in (subject.train, subject.test))
     check_pair(train, test)
-    source = subject.source
+    if subject.train_ids is not None:  # the row of an image in the file of its split is its id
+        train = train.subset(subject.train_ids)
+    if subject.test_ids is not None:
+        test = test.subset(subject.test_ids, subject.part)
+    evaluator, source = evaluators.find(name), subject.source
+    if subject.part is not None:
+        return evaluator.run(train, test, options)  # to choose by; pictures are of the test split
 
     def open_split(split: str) -> Reader:
         return open_dataset(source.root, split, source.reader, threads=subject.world.place.cores)
 
     with Album(subject.run / "figures", test, open_split, subject.encoder.config.data, name) as album:
-        return evaluators.find(name).run(train, test, options, album)
+        return evaluator.run(train, test, options, album)
 
 
 def _fresh_features(subject: Subject, split: str) -> Path:

@@ -39,6 +39,7 @@ LAYERS = [
         "train",
         "evaluators",
         "evaluate",
+        "search",
         "export",
         "report",
         "explain",

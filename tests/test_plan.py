@@ -73,3 +73,33 @@ def test_list_file(tmp_path):
             plan.from_list(str(path), 4)
     with pytest.raises(UserError, match="absent"):
         plan.from_list(str(tmp_path / "absent"), 4)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.floats(0.01, 0.99), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_a_share_of_every_class_is_held_out(labels, share, seed):
+    labels = np.array(labels)
+    ids = np.arange(len(labels)) * 3 + 1
+    counts = np.bincount(labels, minlength=4)
+    if (counts == 1).any():
+        with pytest.raises(UserError, match=f"class {list(counts).index(1)} has one image"):
+            plan.held_out(ids, labels, share, seed)
+        return
+    held = plan.held_out(ids, labels, share, seed)
+    assert held.tolist() == sorted(set(held)) and set(held) <= set(ids)
+    held_counts = np.bincount(labels[(held - 1) // 3], minlength=4)
+    for count, number in zip(counts, held_counts, strict=True):
+        assert number == (min(max(1, int(share * count + 0.5)), count - 1) if count else 0)
+
+
+def test_what_is_held_out_is_a_function_of_the_seed_and_of_the_class_alone():
+    ids, labels = np.arange(300), np.arange(300) % 3
+    held = plan.held_out(ids, labels, 0.1, 5)
+    assert np.array_equal(held, plan.held_out(ids[::-1], labels[::-1], 0.1, 5)), "the order of images says nothing"
+    assert not np.array_equal(held, plan.held_out(ids, labels, 0.1, 6))
+    without_the_last = plan.held_out(ids[labels < 2], labels[labels < 2], 0.1, 5)
+    assert np.array_equal(without_the_last, held[held % 3 < 2]), "another class may come or go"
+    positions = [set(held[held % 3 == label] // 3) for label in range(3)]
+    assert positions[0] != positions[1] != positions[2], "each class has a draw of its own"
+    with pytest.raises(UserError, match=r"--validation 0\.1: needs labels, and 1 images of this split have none"):
+        plan.held_out(ids, np.where(ids == 7, -1, labels), 0.1, 5)

@@ -6,7 +6,7 @@ import numpy as np
 
 from ssl_dist.errors import UserError
 from ssl_dist.grid import Grid
-from ssl_dist.keys import ORDER, hash64, permutation
+from ssl_dist.keys import HELD_OUT, ORDER, hash64, permutation
 
 
 @dataclass
@@ -71,6 +71,26 @@ def per_class(ids: np.ndarray, labels: np.ndarray, count: int, start: int) -> np
                 f"not the {start + count} that start = {start} and per_class = {count} need"
             )
         chosen.append(members)
+    return np.sort(np.concatenate(chosen))
+
+
+def held_out(ids: np.ndarray, labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """About `share` of the images of every class, in id order: at least one, and at least one of them is left.
+
+    ids, labels: int64 [n]. A function of the seed and of which images a class has, so all that is chosen or compared on
+    a held-out part uses the same one. Raises for a class with one image.
+    """
+    chosen = []
+    for label in np.unique(labels):
+        members = np.sort(ids[labels == label])
+        if label < 0:
+            raise UserError(f"--validation {share:g}: needs labels, and {len(members)} images of this split have none")
+        if len(members) < 2:
+            raise UserError(
+                f"--validation {share:g}: class {label} has one image, and needs one to learn from and one to hold out"
+            )
+        count = min(max(1, int(share * len(members) + 0.5)), len(members) - 1)
+        chosen.append(members[permutation(hash64(seed, HELD_OUT, int(label)), len(members))[:count]])
     return np.sort(np.concatenate(chosen))
 
 

@@ -43,6 +43,11 @@ def parse_options(chosen: Sequence[str], overrides: Sequence[str] = ()) -> dict[
 
     Raises `UserError` for an override of an evaluator that was not chosen, an unknown option or a wrong value.
     """
+    return {name: build_options(name, tree) for name, tree in option_trees(chosen, overrides).items()}
+
+
+def option_trees(chosen: Sequence[str], overrides: Sequence[str]) -> dict[str, dict]:
+    """What the overrides say of every chosen evaluator, as option: value. Raises `UserError`."""
     trees: dict[str, dict] = {name: {} for name in chosen}
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -53,7 +58,12 @@ def parse_options(chosen: Sequence[str], overrides: Sequence[str] = ()) -> dict[
             find(name)
             raise UserError(f"override {override!r}: {name} is not among the evaluators to run: {', '.join(chosen)}")
         trees[name][option] = parse_yaml(value, f"override {override!r}")
-    return {name: validate(find(name).Options, tree, f"{name}.") for name, tree in trees.items()}
+    return trees
+
+
+def build_options(name: str, tree: dict) -> Section:
+    """An evaluator's options. Raises `UserError` for an unknown one and for a wrong value."""
+    return validate(find(name).Options, tree, f"{name}.")
 
 
 def sees_images(evaluator: ModuleType) -> bool:

@@ -1,0 +1,190 @@
+"""What an evaluation may learn from and is measured on: subsets, a held-out part, a search, on any number of ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ssl_dist import cli
+from ssl_dist.data import plan
+from ssl_dist.evaluate import evaluate
+from ssl_dist.evaluators import knn, logistic, probe, results
+from ssl_dist.features_file import read_features
+from tests.test_transfer import pretrained
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def measured_run(digits, tmp_path_factory):
+    """A run with its features files."""
+    run = pretrained(digits, tmp_path_factory.mktemp("runs") / "random")
+    assert evaluate(run, ["knn"], ["knn.k=[7]"])[0] == 0
+    return run
+
+
+@pytest.fixture
+def run(measured_run):
+    (measured_run / "results.json").unlink(missing_ok=True)
+    return measured_run
+
+
+def values(records, split):
+    return {record["name"]: record["value"] for record in records if record["split"] == split}
+
+
+def halves(run, share, ids=None):
+    """Features of the held-out part and of the rest, by what is documented."""
+    whole = read_features(run / "features" / "digits-train.safetensors")
+    ids = whole.image_ids if ids is None else ids
+    held = plan.held_out(ids, whole.labels[ids], share, seed=0)
+    return whole.subset(held, "held"), whole.subset(np.setdiff1d(ids, held))
+
+
+def test_validation_measures_a_part_of_the_training_split(run):
+    held, rest = halves(run, 0.25)
+    code, records = evaluate(run, ["knn", "logistic"], ["knn.k=[5]"], validation=0.25)
+    assert code == 0 and {record["split"] for record in records} == {"train[held out 25%]"}
+    expected = knn.run(rest, held, knn.Options(k=[5])) | logistic.run(rest, held, logistic.Options())
+    assert values(records, "train[held out 25%]") == expected
+    assert results.read(run / "results.json") == records
+    assert {record["data"] for record in records} == {held.metadata["data"]}
+
+
+def test_validation_leaves_the_test_split_alone(digits, tmp_path, monkeypatch):
+    run = pretrained(digits, tmp_path / "run")
+    opened = []
+    for module in ("ssl_dist.evaluate", "ssl_dist.features", "ssl_dist.evaluators.subject"):
+        original = sys.modules[module].open_dataset
+        monkeypatch.setattr(
+            f"{module}.open_dataset",
+            lambda root, split, *a, of=original, **k: (opened.append(split), of(root, split, *a, **k))[1],
+        )
+    assert evaluate(run, ["knn"], ["knn.k=[5]"], validation=0.1)[0] == 0
+    assert opened and set(opened) == {"train"}
+    assert os.listdir(run / "features") == ["digits-train.safetensors"]
+    assert not (run / "figures").exists(), "pictures are of the test split"
+
+
+def test_a_search_chooses_on_the_held_out_part_and_tests_once(run, monkeypatch):
+    held, rest = halves(run, 0.1)
+    train, test = (read_features(run / "features" / f"digits-{split}.safetensors") for split in ("train", "test"))
+    grid = [0.003, 0.03, 3.0, 30.0]
+    tried = [logistic.run(rest, held, logistic.Options(c=c))["logistic_top1"] for c in grid]
+    best = grid[tried.index(max(tried))]
+    tests = []
+    original = logistic.run
+    monkeypatch.setattr(
+        logistic,
+        "run",
+        lambda a, b, options, album=None: (tests.append(b.metadata["split"]), original(a, b, options))[1],
+    )
+    code, records = evaluate(run, ["logistic", "knn"], ["knn.k=[3]"], searched=[f"logistic.c={json.dumps(grid)}"])
+    assert code == 0 and tests == [*["train[held out 10%]"] * len(grid), "test"]
+    found = [record for record in records if record["name"] == "logistic_top1"]
+    assert [record["value"] for record in found[:-1]] == tried
+    assert found[-1]["value"] == original(train, test, logistic.Options(c=best))["logistic_top1"]
+    assert found[-1]["options"]["c"] == best
+    assert found[-1]["protocol"].endswith(
+        f"; logistic.c={json.dumps(best)} chosen of logistic.c={json.dumps(grid)} by top-1 on train[held out 10%]"
+    )
+    assert values(records, "test")["knn3_top1"] == knn.run(train, test, knn.Options(k=[3]))["knn3_top1"]
+    kept = results.read(run / "results.json")
+    assert kept == records and len({record["protocol"] for record in kept}) == len(grid) + 2
+    assert evaluate(run, ["logistic"], [], searched=[f"logistic.c={json.dumps(grid)}"])[1] == [
+        record for record in records if record["name"].startswith("logistic")
+    ]
+    assert len(tests) == len(grid) + 1, "what is known is not measured again"
+
+
+def test_options_that_the_protocol_does_not_name_are_told_apart(run):
+    _, records = evaluate(run, ["knn"], ["knn.k=[5]"], searched=["knn.memory_mb=[8,9]"], validation=0.5)
+    kept = results.read(run / "results.json")
+    assert len(records) == len(kept) == 2 * 3
+    assert [record["options"]["memory_mb"] for record in kept if record["name"] == "knn5_top1"] == [8, 9, 8], "a tie"
+
+
+def test_subsets(run, tmp_path):
+    train, test = (read_features(run / "features" / f"digits-{split}.safetensors") for split in ("train", "test"))
+    ids = plan.per_class(train.image_ids, train.labels, 20, 5)
+    _, records = evaluate(run, ["knn"], ["knn.k=[5]", "data.subset={per_class: 20, start: 5}"])
+    assert values(records, "test") == knn.run(train.subset(ids), test, knn.Options(k=[5]))
+    assert records[0]["protocol"].endswith("; fitted on 20 images a class from number 5 of train")
+    _, of_a_list = evaluate(run, ["knn"], ["knn.k=[5]", f"data.subset={_list(tmp_path / 'a.txt', ids)}"])
+    assert values(of_a_list, "test") == values(records, "test")
+    assert "; fitted on the 200 images of a.txt (" in of_a_list[0]["protocol"]
+    _, others = evaluate(run, ["knn"], ["knn.k=[5]", f"data.subset={_list(tmp_path / 'a.txt', ids[1:])}"])
+    assert others[0]["protocol"] != of_a_list[0]["protocol"], "another file of the same name"
+    held, rest = halves(run, 0.1, ids)
+    _, records = evaluate(run, ["knn"], ["knn.k=[5]", "data.subset={per_class: 20, start: 5}"], validation=0.1)
+    assert values(records, "train[held out 10%]") == knn.run(rest, held, knn.Options(k=[5])) and len(held) == 20
+
+
+def _list(path, ids):
+    path.write_text("".join(f"{i}\n" for i in ids))
+    return path
+
+
+@pytest.mark.slow
+def test_a_probe_is_searched_over_like_the_others(run):
+    chosen = ["probe.epochs=1", "probe.batch_size=64"]
+    code, records = evaluate(run, ["probe"], chosen, searched=["probe.lr=[1e-5,0.05]"], validation=0.2)
+    assert code == 0
+    tops = [record for record in records if record["name"] == "probe_top1"]
+    assert [record["split"] for record in tops] == ["train[held out 20%]"] * 2 + ["test"]
+    assert tops[0]["value"] < tops[1]["value"] and tops[2]["options"]["lr"] == 0.05
+    held, rest = halves(run, 0.2)
+    learnt = {tuple(map(int, path.read_text().split())) for path in run.glob("evaluations/*/train_ids.txt")}
+    assert learnt == {tuple(rest.image_ids)}
+    assert len(list((run / "evaluations").iterdir())) == 3
+    assert tops[0]["value"] * len(held) / 100 == pytest.approx(round(tops[0]["value"] * len(held) / 100))
+    _, alone = evaluate(run, ["probe"], [*chosen, "probe.lr=0.05"])
+    assert alone[0]["value"] == tops[2]["value"] and probe.protocol(probe.Options(epochs=1)) != alone[0]["protocol"]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--validation", "1.5"], "--validation 1.5: give the share"),
+        (["--validation", "0.1", "data.subset={per_class: 1}"], "--validation 0.1: class 0 has one image"),
+        (["--search", "knn.kk=[1]"], "unknown key knn.kk = 1"),
+        (["data.subset=/nowhere.txt"], "data.subset: /nowhere.txt: cannot be read"),
+        (["data.subset={per_class: 100000}"], "data.subset: class 0 has"),
+        (["data.subset=3"], "data.subset = 3"),
+        (["data.subset="], "data.name, data.root, data.reader, data.subset can be set here"),
+        (["data.limit=5"], "data.name, data.root, data.reader, data.subset can be set here"),
+    ],
+)
+def test_mistakes_are_one_line(run, capsys, words, line):
+    assert cli.main(["evaluate", str(run), "knn", *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and line in said
+    assert not (run / "results.json").exists()
+
+
+@pytest.mark.slow
+def test_any_number_of_ranks_measures_the_same(digits, tmp_path):
+    """355 test images, which neither 2 nor 3 divides, extracted and measured under torchrun as a user would."""
+    found = {}
+    for size in (1, 2, 3):
+        run = pretrained(digits, tmp_path / str(size))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
+                   "--nproc-per-node", str(size), "-m", "ssl_dist", "evaluate", str(run), "knn", "logistic",
+                   "logistic_sgd", "--search", "knn.k=[[1],[5],[20]]", "logistic.c=[0.1,1]"]  # fmt: skip
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("logistic_sgd_top1") == 1, "the table is printed once"
+        records = results.read(run / "results.json")
+        found[size] = [(r["name"], r["split"], r["protocol"], r["value"]) for r in records]
+        test = read_features(run / "features" / "digits-test.safetensors")
+        assert len(test) % 2 and len(test) % 3
+        found[size, "features"] = test.rows(0, len(test))
+    assert len(found[1]) == 3 * 2 + 2 + 2 * 4 + 4 + 3
+    for size in (2, 3):
+        assert found[size] == found[1]
+        np.testing.assert_allclose(found[size, "features"], found[1, "features"], rtol=1e-4, atol=1e-6)
