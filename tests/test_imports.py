@@ -42,6 +42,7 @@ LAYERS = [
         "search",
         "export",
         "report",
+        "verdicts",
         "explain",
         "verify",
         "verify_ranks",
