@@ -25,6 +25,13 @@ def path_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}.pt"
 
 
+def step_of(name: str) -> int:
+    """The step of a checkpoint of that file name."""
+    found = _NAME.fullmatch(name)
+    assert found, name
+    return int(found[1])
+
+
 def versions() -> dict[str, str]:
     """What a bit-exact resume depends on."""
     return {
@@ -109,7 +116,7 @@ def steps(run: Path) -> list[int]:
     folder = run / "checkpoints"
     if not folder.is_dir():
         return []
-    return sorted(int(m[1]) for m in map(_NAME.fullmatch, os.listdir(folder)) if m)
+    return sorted(step_of(name) for name in os.listdir(folder) if _NAME.fullmatch(name))
 
 
 def prune(run: Path, keep: int, keep_every: int | None, step: int) -> None:
@@ -144,12 +151,18 @@ def newest(run: Path) -> Path | None:
     Raises `UserError` when there are checkpoints and every one of them is damaged: starting again from nothing would
     throw away a training without a word.
     """
+    found = newest_digest(run)
+    return None if found is None else found[0]
+
+
+def newest_digest(run: Path) -> tuple[Path, str] | None:
+    """Path and SHA-256 of `newest`."""
     found = _open_newest(run)
     if found is None:
         return None
-    path, file, _ = found
+    path, file, digest = found
     file.close()
-    return path
+    return path, digest
 
 
 def load_newest(run: Path) -> tuple[Path, dict[str, Any], str] | None:

@@ -143,10 +143,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=int, default=10, help="optimizer steps in float64 (default 10); one in float32")
 
     sub = command(
-        "report", _report, "compare runs, over seeds",
-        "Print the results of several runs as one table: mean ± standard deviation over seeds of what they share.",
+        "report", _report, "make a page of a run, or of several side by side",
+        "Write one HTML page that needs nothing else: health, results beside published ones, curves, views, pictures, "
+        "config. Print the results as a table: mean ± standard deviation over seeds of what several runs share.",
     )  # fmt: skip
-    sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders with a results.json (evaluate)")
+    sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
+    sub.add_argument("--out", type=Path, metavar="FILE", help="page to write (default: report.html in the run's "
+                     "folder; of several runs, in the folder that they have in common)")  # fmt: skip
 
     sub = command(
         "export", _export, "write a run's backbone for other programs",
@@ -241,7 +244,8 @@ def _verify(args) -> int:
 def _report(args) -> int:
     from ssl_dist import report
 
-    print(report.table(report.over_seeds(args.runs)))
+    print(report.results_table(args.runs))
+    print(f"\n{report.write(args.runs, args.out)}: open it in a browser")
     return 0
 
 

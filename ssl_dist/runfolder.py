@@ -101,13 +101,13 @@ def check(run: Path, wanted: Config) -> None:
 
 def differences(kept: Config, wanted: Config) -> list[tuple[str, object, object]]:
     """Keys (with dots) whose values differ, with both values."""
-    old, new = flat(_spelt_out(kept)), flat(_spelt_out(wanted))
+    old, new = flat(spelt_out(kept)), flat(spelt_out(wanted))
     return [
         (key, old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
     ]
 
 
-def _spelt_out(settings: Config) -> dict:
+def spelt_out(settings: Config) -> dict:
     """The config with every option of the method, so that a default counts as itself whether or not it is written."""
     tree = config.to_tree(settings)
     method = settings.method

@@ -1,4 +1,4 @@
-"""`ssl-dist report RUN RUN ...`: the results of several runs in one table, mean ± standard deviation over seeds."""
+"""The results of several runs in one table, mean ± standard deviation over the seeds of one config."""
 
 import statistics
 from collections.abc import Sequence
@@ -40,13 +40,17 @@ def _read(run: Path) -> tuple[str, list[dict]]:
     records = results.read(run / "results.json")
     if not records:
         raise UserError(f"{run}: holds no results; run `ssl-dist evaluate {run} knn` first")
-    newest: dict[tuple, dict] = {}
-    for record in sorted(records, key=lambda record: record["time"]):
-        newest[record["name"], record["dataset"], record["split"], record["protocol"]] = record
     tree = runfolder.flat(config.to_tree(config.load(run / "config.yaml")))
     kept = {key: value for key, value in tree.items() if key != "seed" and not key.startswith(runfolder.FREE)}
-    shown = [record for record in newest.values() if not record["name"].endswith("_converged") or not record["value"]]
-    return repr(kept), shown
+    return repr(kept), newest(records)
+
+
+def newest(records: Sequence[dict]) -> list[dict]:
+    """The last measurement of each number, without the news that a fit has converged, which is no result."""
+    found: dict[tuple, dict] = {}
+    for record in sorted(records, key=lambda record: record["time"]):
+        found[record["name"], record["dataset"], record["split"], record["protocol"]] = record
+    return [record for record in found.values() if not record["name"].endswith("_converged") or not record["value"]]
 
 
 def table(records: list[dict]) -> str:

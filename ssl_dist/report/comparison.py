@@ -1,0 +1,138 @@
+"""The page of several runs: side by side in columns, their curves in one plot, mean ± std over seeds."""
+
+from collections.abc import Sequence
+
+from ssl_dist.errors import UserError
+from ssl_dist.report import gallery, health, scores, seeds, settings
+from ssl_dist.report.charts import charts
+from ssl_dist.report.curves import COLOURS
+from ssl_dist.report.frame import document, navigation, notes, section
+from ssl_dist.report.markup import Html, element, joined, number_cell, number_head, table
+from ssl_dist.report.run import Run
+from ssl_dist.verdicts import Verdict
+
+
+def of_runs(several: Sequence[Run]) -> str:
+    """The whole document of two runs or more."""
+    names = [
+        element("span", run.name, class_=f"key c{number % COLOURS}", title=str(run.folder))
+        for number, run in enumerate(several)
+    ]
+    heads = [element("th", name, scope="col") for name in names]
+    return document(
+        f"{len(several)} runs: {', '.join(run.name for run in several)}",
+        [
+            element("h1", f"{len(several)} runs side by side"),
+            _overview(several, names),
+            _notes(several, "title"),
+            navigation(),
+            section("health", "Health", _health(several, heads)),
+            section("results", "Results", _notes(several, "results"), _results(several, names), _over_seeds(several)),
+            section("published", "Published", _published(several)),
+            section("curves", "Curves", _notes(several, "curves"), charts(several)),
+            section("views", "Views", element("div", *map(_views, several), class_="beside")),
+            section("pictures", "Pictures", _notes(several, "pictures"), gallery.figures(several)),
+            section("config", "Config", settings.differences(several, heads)),
+        ],
+    )
+
+
+def _overview(several: Sequence[Run], names: Sequence[Html]) -> Html:
+    rows = []
+    for run, name in zip(several, names, strict=True):
+        config, total = run.config, run.total_steps
+        step = "none" if run.step is None else f"{run.step:,}" + (f" of {total:,}" if total else "")
+        digest = element("code", run.digest[:12] + "…", title=run.digest) if run.digest else "none"
+        facts = [config.method.name, config.backbone.name, config.data.name, str(config.seed), step, digest]
+        rows.append([element("th", name, scope="row"), *facts])
+    return table(["run", "method", "backbone", "data set", "seed", "step", "checkpoint"], rows)
+
+
+def _notes(several: Sequence[Run], part: str) -> Html:
+    said = [run for run in several if run.notes.get(part)]
+    return joined(*(element("div", element("b", run.name), notes(run, part)) for run in said))
+
+
+def _health(several: Sequence[Run], heads: list[Html]) -> Html:
+    judged = [{verdict.subject: verdict for verdict in health.judge(run)} for run in several]
+    subjects = dict.fromkeys(subject for found in judged for subject in found)
+    rows = [
+        [element("th", subject, scope="row"), *(_verdict(found.get(subject)) for found in judged)]
+        for subject in subjects
+    ]
+    return table(["", *heads], rows, class_="verdicts")
+
+
+def _verdict(verdict: Verdict | None) -> Html:
+    if verdict is None:
+        return element("td", "–")
+    words = None if verdict.level == "fine" else element("div", verdict.words)
+    remedy = element("div", verdict.remedy, class_="remedy") if verdict.remedy else None
+    return element("td", health.badge(verdict.level), words, remedy, element("div", element("small", verdict.measured)))
+
+
+def _results(several: Sequence[Run], names: Sequence[Html]) -> Html | None:
+    """A row a number, measured alike (data set, split and protocol); the highest accuracy is bold."""
+    keys = ("dataset", "split", "name", "protocol")
+    found = [{tuple(record[key] for key in keys): record for record in run.records} for run in several]
+    order = sorted(dict.fromkeys(key for records in found for key in records), key=lambda key: key[:2])
+    if not order:
+        return None
+    protocols = list(dict.fromkeys(key[3] for key in order))
+    rows, group = [], None
+    for key in order:
+        if group != (group := key[:2]):
+            rows.append([scores.group_row(*group, columns=len(several) + 1)])
+        best = max(records[key]["value"] for records in found if key in records)
+        cells = [_value(run, records.get(key), best) for run, records in zip(several, found, strict=True)]
+        rows.append([element("td", key[2], scores.mark(protocols, key[3])), *cells])
+    return joined(table(["result", *map(number_head, names)], rows), scores.footnotes(protocols))
+
+
+def _value(run: Run, record: dict | None, best: float) -> Html:
+    if record is None:
+        return number_cell("–")
+    shown = scores.value(record)
+    is_best = record["name"].endswith(("_top1", "_top5")) and record["value"] == best
+    return number_cell(element("b", shown) if is_best else shown, scores.stale(run, record))
+
+
+def _over_seeds(several: Sequence[Run]) -> Html | None:
+    try:
+        found = seeds.over_seeds([run.folder for run in several if run.records])
+    except UserError as error:  # two runs of one config and seed have a column each above, but no mean
+        return element("p", f"No mean over seeds: {error}.", class_="none")
+    rows = [
+        [
+            record["method"],
+            record["backbone"],
+            f"{record['dataset']}, {record['split']}",
+            record["name"],
+            number_cell(f"{record['mean']:.2f} ± {record['std']:.2f}"),
+            ", ".join(map(str, record["seeds"])),
+        ]
+        for record in found
+        if record["std"] is not None
+    ]
+    if not rows:
+        return None
+    words = "Runs whose configs differ in the seed only; the standard deviation is that of the sample (n − 1)."
+    heads = ["method", "backbone", "data set", "result", number_head("mean ± std"), "seeds"]
+    return joined(element("h3", "Over seeds"), table(heads, rows), element("p", words, class_="none"))
+
+
+def _published(several: Sequence[Run]) -> Html:
+    """Once for all runs of one method, backbone and data set, beside the first of them."""
+    first = {run.title: run for run in reversed(several)}
+    shown = [run for run in several if first[run.title] is run and scores.has_published(run)]
+    if not shown:
+        return element(
+            "p", "No number of a paper is known here for these runs (ssl_dist/published.yaml).", class_="none"
+        )
+    return joined(
+        *(element("div", element("h3", f"{run.title} (here: {run.name})"), scores.published(run)) for run in shown)
+    )
+
+
+def _views(run: Run) -> Html:
+    return element("div", element("h3", run.name), notes(run, "views"), gallery.views(run))

@@ -1,0 +1,69 @@
+"""The health of a run on its page, and the few numbers at its top."""
+
+import statistics
+from collections.abc import Sequence
+
+from ssl_dist import verdicts
+from ssl_dist.report import run as runs
+from ssl_dist.report.markup import Html, count, element, joined, number
+from ssl_dist.report.run import Run
+from ssl_dist.verdicts import Verdict
+
+WORDS = {"fine": "fine", "note": "to know", "look": "look", "ill": "ill", "unknown": "unknown"}
+
+
+def judge(run: Run) -> list[Verdict]:
+    """The verdicts on a run, the most serious first; none on a method that does not train."""
+    found = verdicts.judge(run.lines, run.config.optim, run.total_steps) if run.trains else []
+    return sorted(found, key=lambda verdict: verdicts.LEVELS.index(verdict.level))
+
+
+def badge(level: str) -> Html:
+    return element("span", WORDS[level], class_=f"badge {level}")
+
+
+def verdicts_of(run: Run, found: Sequence[Verdict]) -> Html:
+    """A row a verdict."""
+    if not run.trains:
+        return element("p", f"{run.config.method.name} does not train: there is nothing to judge.", class_="none")
+    return joined(*map(verdict_row, found))
+
+
+def verdict_row(verdict: Verdict) -> Html:
+    detail = f"{verdict.measured}. Healthy: {verdict.threshold}."
+    remedy = element("p", verdict.remedy, class_="remedy") if verdict.remedy else None
+    words = element("p", element("b", verdict.subject), ". ", verdict.words)
+    return element(
+        "div", badge(verdict.level), element("div", words, remedy, element("small", detail)), class_="verdict"
+    )
+
+
+def key_numbers(run: Run, found: Sequence[Verdict]) -> Html:
+    best = [record for record in run.records if record["name"].endswith("_top1") and "train" not in record["name"]]
+    cells = [
+        (f"{record['name']}, {record['dataset']} {record['split']}", f"{record['value']:.2f}") for record in best[:4]
+    ]
+    seconds = runs.seconds(run)
+    if seconds:
+        cells.append(("time in steps", duration(seconds)))
+    rates = [rate for _, rate in run.values("images_per_s")]
+    if rates:
+        cells.append(("images a second, median", number(statistics.median(rates))))
+    if found:
+        cells.append((f"health, {count(found, 'check')}", _summary(found)))
+    items = [element("div", element("dt", name), element("dd", value)) for name, value in cells]
+    return element("dl", *items, class_="numbers") if items else Html("")
+
+
+def _summary(found: Sequence[Verdict]) -> Html:
+    """How many checks found an illness, or perhaps one."""
+    counts = [(level, sum(verdict.level == level for verdict in found)) for level in ("ill", "look")]
+    shown = [element("span", f"{number} {level}", class_=f"badge {level}") for level, number in counts if number]
+    return joined(*shown) if shown else element("span", "no illness", class_="badge fine")
+
+
+def duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

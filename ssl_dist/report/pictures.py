@@ -1,0 +1,44 @@
+"""PNG files and what their own text chunks say they show."""
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from ssl_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG file: its bytes and size in pixels, and the texts that evaluators/album.py puts into it."""
+
+    name: str
+    data: bytes
+    width: int
+    height: int
+    title: str
+    caption: str
+    evaluator: str
+    checkpoint: str | None
+
+    @property
+    def url(self) -> str:
+        """The picture itself as an address that needs no file."""
+        return "data:image/png;base64," + base64.b64encode(self.data).decode("ascii")
+
+
+def read(path: Path) -> Picture:
+    """Raises `UserError` when the file is no whole PNG."""
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            image.load()
+            texts = {key: str(value) for key, value in image.text.items()}
+            width, height = image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or "not a whole PNG"
+        raise UserError(f"{path}: cannot be shown: {reason}; remove it and draw it again") from None
+    known = texts.get("Title") or path.stem, texts.get("Description", ""), texts.get("Evaluator", "")
+    return Picture(path.name, data, width, height, *known, texts.get("Checkpoint"))

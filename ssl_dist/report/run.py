@@ -1,0 +1,215 @@
+"""What lies in a run's folder, read for its page: nothing that is missing or torn is an error, it is said in words."""
+
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ssl_dist import checkpoint, config, evaluators, methods
+from ssl_dist.config import Config
+from ssl_dist.errors import UserError
+from ssl_dist.evaluators import results
+from ssl_dist.report import pictures
+from ssl_dist.report.markup import count
+from ssl_dist.report.pictures import Picture
+from ssl_dist.report.seeds import newest
+
+VIEWS = "views*.png"
+
+
+@dataclass
+class Run:
+    """notes: by the part of the page, what is missing or odd there and the command that mends it."""
+
+    folder: Path
+    config: Config
+    trains: bool
+    lines: list[dict] = field(default_factory=list)  # of metrics.jsonl
+    records: list[dict] = field(default_factory=list)  # of results.json, the newest of each number
+    starts: list[dict] = field(default_factory=list)  # of logs/starts.jsonl
+    views: list[Picture] = field(default_factory=list)
+    figures: list[Picture] = field(default_factory=list)
+    checkpoint: str | None = None  # name of the newest valid one
+    digest: str | None = None  # its SHA-256
+    notes: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def title(self) -> str:
+        """What was trained, in three words."""
+        return f"{self.config.method.name} · {self.config.backbone.name} · {self.config.data.name}"
+
+    @property
+    def step(self) -> int | None:
+        """Steps completed, by the newest checkpoint or, before the first, by the log."""
+        if self.checkpoint is not None:
+            return checkpoint.step_of(self.checkpoint)
+        return self.lines[-1]["step"] if self.lines else None
+
+    @property
+    def total_steps(self) -> int | None:
+        """None: the length is given in epochs, and no line tells yet how many steps one has."""
+        optim = self.config.optim
+        if optim.steps is not None or not self.lines or not self.lines[-1]["epoch"]:
+            return optim.steps
+        return round(self.lines[-1]["step"] / self.lines[-1]["epoch"]) * optim.epochs
+
+    def values(self, key: str) -> list[tuple[float, float]]:
+        """(epoch, value) of the lines that have the number; it may be NaN."""
+        return [
+            (line["epoch"], float(line[key]))
+            for line in self.lines
+            if isinstance(line.get(key), int | float) and not isinstance(line[key], bool)
+        ]
+
+    def note(self, part: str, sentence: str) -> None:
+        self.notes.setdefault(part, []).append(sentence)
+
+
+def read(folder: Path) -> Run:
+    """Raises `UserError` when the folder is none of a run, or its config.yaml is damaged."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{folder}: not a run's folder, it holds no config.yaml; name the run_dir of a training")
+    settings = config.load(path)
+    run = Run(folder.resolve(), settings, methods.find(settings.method.name).trainable)
+    for part in (_read_checkpoint, _read_metrics, _read_results, _read_starts, _read_views, _read_figures):
+        part(run)
+    return run
+
+
+def command(run: Run, *words: str) -> str:
+    """`ssl-dist ...` on this run, as one types it, between backticks."""
+    return f"`{shlex.join(['ssl-dist', words[0], str(run.folder), *words[1:]])}`"
+
+
+def training(run: Run) -> str:
+    return f"`{shlex.join(['ssl-dist', 'train', str(run.folder / 'config.yaml')])}`"
+
+
+def _read_checkpoint(run: Run) -> None:
+    try:
+        found = checkpoint.newest_digest(run.folder)
+    except UserError as error:
+        run.note("title", f"No checkpoint can be used: {error}.")
+        return
+    if found is None:
+        run.note("title", f"There is no checkpoint yet; {training(run)} makes one.")
+        return
+    run.checkpoint, run.digest = found[0].name, found[1]
+    newer = [step for step in checkpoint.steps(run.folder) if step > run.step]
+    if newer:
+        run.note("title", f"A newer checkpoint, of step {newer[-1]:,}, is damaged and passed over.")
+
+
+def _read_metrics(run: Run) -> None:
+    if not run.trains:
+        run.note("curves", f"{run.config.method.name} does not train: there is nothing to plot.")
+        return
+    path = run.folder / "metrics.jsonl"
+    run.lines, faulty = _json_lines(path, _is_metrics_line)
+    if faulty:
+        run.note("curves", f"{count(faulty, 'line')} of metrics.jsonl cannot be read and {_is(faulty)} left out: line "
+                 f"{', '.join(map(str, faulty[:5]))}{', ...' if len(faulty) > 5 else ''}.")  # fmt: skip
+    if not run.lines:
+        every = run.config.log.every_steps
+        run.note("curves", f"No step is logged yet; {training(run)} begins, and logs every {every} steps.")
+
+
+def _read_results(run: Run) -> None:
+    try:
+        records = results.read(run.folder / "results.json")
+    except UserError as error:
+        run.note("results", f"{error}.")
+        return
+    run.records = newest(records)
+    if not run.records:
+        run.note("results", f"Nothing is measured yet; {command(run, 'evaluate', 'knn', 'logistic')} does it.")
+    older = {record["step"] for record in run.records if run.digest and record["checkpoint"] != run.digest}
+    if older:
+        steps = ", ".join(f"{step:,}" for step in sorted(older))
+        run.note("results", f"Numbers marked with a step are of another checkpoint than the newest (of step {steps}); "
+                 f"{command(run, 'evaluate', 'knn', 'logistic')} measures the newest.")  # fmt: skip
+
+
+def _read_starts(run: Run) -> None:
+    path = run.folder / "logs" / "starts.jsonl"
+    run.starts, _ = _json_lines(path, lambda line: isinstance(line.get("versions"), dict))
+
+
+def _read_views(run: Run) -> None:
+    if not run.trains:
+        run.note("views", f"{run.config.method.name} does not train: it makes no views.")
+        return
+    run.views = _readable(run, "views", sorted(run.folder.glob(VIEWS)))
+    if not run.views:
+        run.note("views", f"There is no picture of the views yet; {training(run)} draws it after its first step.")
+
+
+def _read_figures(run: Run) -> None:
+    found = _readable(run, "pictures", sorted((run.folder / "figures").glob("*.png")))
+    run.figures = [picture for picture in found if run.digest is None or picture.checkpoint in (None, run.digest)]
+    stale = [picture.name for picture in found if picture not in run.figures]
+    drawing = [name for name in ("knn", "retrieval", "clusters", "embedding") if name in evaluators.names()]
+    again = command(run, "evaluate", *drawing)
+    if stale:
+        run.note("pictures", f"Left out, being of another checkpoint: {', '.join(stale)}; {again} draws them anew.")
+    elif not run.figures:
+        run.note("pictures", f"There are no pictures yet; {again} draws some.")
+
+
+def _readable(run: Run, part: str, paths: Sequence[Path]) -> list[Picture]:
+    found = []
+    for path in paths:
+        try:
+            found.append(pictures.read(path))
+        except UserError as error:
+            run.note(part, f"{error}.")
+    return found
+
+
+def _json_lines(path: Path, is_good: Callable[[dict], bool]) -> tuple[list[dict], list[int]]:
+    """The good lines and the numbers of the others; the last one, where it has no end yet, is neither."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # also the missing file of a run that has not begun
+        return [], []
+    good, faulty = [], []
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+        try:
+            value: Any = json.loads(line)
+        except ValueError:
+            value = None
+        if isinstance(value, dict) and is_good(value):
+            good.append(value)
+        else:
+            faulty.append(number)
+    return good, faulty
+
+
+def _is_metrics_line(line: dict) -> bool:
+    return isinstance(line.get("step"), int) and isinstance(line.get("epoch"), int | float)
+
+
+def _is(things: Sequence) -> str:
+    return "is" if len(things) == 1 else "are"
+
+
+def has_results(folder: Path) -> bool:
+    """Whether anything was measured on the run. Raises `UserError` for damaged results."""
+    return bool(results.read(folder / "results.json"))
+
+
+def seconds(run: Run) -> float:
+    """Time that the training spent on its steps, as far as it was logged."""
+    total, last = 0.0, 0
+    for line in run.lines:
+        if isinstance(line.get("seconds_per_step"), int | float):
+            total += (line["step"] - last) * line["seconds_per_step"]
+        last = line["step"]
+    return total

@@ -1,0 +1,95 @@
+"""The results of a run on its page, each with its protocol, beside the numbers that papers publish."""
+
+from collections.abc import Sequence
+
+from ssl_dist.report.markup import Html, element, joined, number_cell, number_head, table
+from ssl_dist.report.published import Published, beside
+from ssl_dist.report.run import Run
+
+
+def beside_published(run: Run) -> Html:
+    """Two columns: what was measured, and what authors published."""
+    own = element("div", element("h3", "This run"), _own(run)) if run.records else None
+    return element("div", own, element("div", element("h3", "Published"), published(run)), class_="pair")
+
+
+def _own(run: Run) -> Html:
+    protocols = list(dict.fromkeys(record["protocol"] for record in run.records))
+    rows, group = [], None
+    for record in sorted(run.records, key=lambda record: (record["dataset"], record["split"])):
+        if group != (group := (record["dataset"], record["split"])):
+            rows.append([group_row(*group, columns=2)])
+        name = element("td", record["name"], mark(protocols, record["protocol"]), stale(run, record))
+        rows.append([name, number_cell(value(record))])
+    return joined(table(["result", number_head("value")], rows), footnotes(protocols))
+
+
+def group_row(dataset: str, split: str, columns: int) -> Html:
+    return element("td", f"{dataset}, {split}", colspan=columns, class_="group")
+
+
+def value(record: dict) -> str:
+    return "not converged" if record["name"].endswith("_converged") else f"{record['value']:.2f}"
+
+
+def stale(run: Run, record: dict) -> Html | None:
+    """Names the step of a number that is of another checkpoint than the newest."""
+    if run.digest in (None, record["checkpoint"]):
+        return None
+    return element("small", f" (step {record['step']:,})")
+
+
+def mark(texts: Sequence[str], text: str) -> Html:
+    """The number of the footnote."""
+    return element("sup", f" {texts.index(text) + 1}")
+
+
+def footnotes(texts: Sequence[str]) -> Html:
+    return element("ol", *(element("li", text) for text in texts), class_="notes")
+
+
+def has_published(run: Run) -> bool:
+    return bool(beside(run.config))
+
+
+def published(run: Run) -> Html:
+    """The numbers of papers for the run's method, data set and backbone, each with its protocol and source."""
+    found, data = beside(run.config), run.config.data
+    if not found:
+        why = "" if data.subset is None and data.limit is None else ", trained on a part of the images"
+        words = f"No published number is known here for {run.title}{why} (ssl_dist/published.yaml)."
+        return element("p", words, class_="none")
+    texts = list(dict.fromkeys(map(_footnote, found)))
+    rows = []
+    for row in found:
+        remarks = [row.variant, "backbone not named" if row.backbone is None else None, _length(run, row)]
+        small = element("small", "; ".join(filter(None, remarks)))
+        what = element("td", row.result, mark(texts, _footnote(row)), element("br"), small)
+        spread = "" if row.std is None else f" ± {row.std:.2f}"
+        rows.append([what, number_cell(f"{row.value:.2f}{spread}"), _nearest(run, row)])
+    caution = "Another protocol, length or data set is no comparison: read the footnotes first."
+    heads = ["paper", number_head("value"), number_head("nearest here")]
+    return joined(table(heads, rows), footnotes(texts), element("p", caution, class_="none"))
+
+
+def _footnote(row: Published) -> str:
+    return f"{row.protocol}. {row.source}."
+
+
+def _length(run: Run, row: Published) -> str | None:
+    """The paper's training beside this one's."""
+    if row.epochs is None:
+        return None
+    batch = "" if row.batch_size is None else f" of batches of {row.batch_size:,}"
+    here = f"{run.lines[-1]['epoch']:.4g} of {run.config.optim.batch_size:,}" if run.lines else "none"
+    return f"{row.epochs:,} epochs{batch}; here {here}"
+
+
+def _nearest(run: Run, row: Published) -> Html:
+    """The run's own result that was measured most nearly alike."""
+    measured = [record for record in run.records if record["dataset"] == row.dataset and "train" not in record["name"]]
+    for beginning in row.like:
+        for record in measured:
+            if record["name"].startswith(beginning) and ("top1" in record["name"] or "top1" not in row.result):
+                return number_cell(value(record), element("br"), element("small", record["name"]))
+    return number_cell("–")

@@ -1,0 +1,290 @@
+"""The page of a run and of several: what it shows, what it says of what is missing, and that no text becomes code."""
+
+import base64
+import io
+import json
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from ssl_dist import checkpoint, cli, config, report
+from ssl_dist.errors import UserError
+from ssl_dist.evaluators import results
+from ssl_dist.report import page
+from ssl_dist.report import run as runs
+from tests import kills
+from tests.test_verdicts import healthy
+
+EVIL = "<script>alert('x')</script>\"'&"
+
+
+def make_run(folder, method="relational", seed=0, value=50.0, num_lines=40, **changes):
+    """A run as a training and an evaluation leave it, but for the weights."""
+    folder.mkdir(parents=True)
+    tree = {"run_dir": str(folder), "seed": seed, "data": {"name": "cifar10", "root": "data/cifar10"},
+            "views": {"num": 8}, "method": {"name": method}, "optim": {"epochs": 2}} | changes  # fmt: skip
+    (folder / "config.yaml").write_text(config.dump(config.validate(config.Config, tree)))
+    state = {key: {} for key in checkpoint.KEYS} | {"format": checkpoint.FORMAT, "step": 780}
+    checkpoint.save(folder, state)
+    lines = healthy(num_lines=num_lines, every=20)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    results.add(folder / "results.json", [record(folder, value=value, seed=seed, method=method)])
+    png(folder / "views.png", Title="views")
+    png(folder / "figures" / "cifar10-test-retrieval.png", Title="Nearest images", Description="Queries, left.",
+        Evaluator="retrieval", Checkpoint=digest(folder))  # fmt: skip
+    return folder
+
+
+def digest(folder):
+    return checkpoint.newest_digest(folder)[1]
+
+
+def record(folder, **changes):
+    return {
+        "name": "knn20_top1", "value": 50.0, "protocol": "weighted kNN", "options": {}, "dataset": "cifar10",
+        "split": "test", "data": "d", "seed": 0, "method": "relational", "backbone": "conv4",
+        "checkpoint": digest(folder), "step": 780, "time": "2030-01-01T00:00:00+00:00",
+    } | changes  # fmt: skip
+
+
+def png(path, size=(6, 4), **texts):
+    path.parent.mkdir(exist_ok=True)
+    info = PngInfo()
+    for key, text in texts.items():
+        info.add_itxt(key, text)
+    Image.fromarray(np.zeros((*size[::-1], 3), np.uint8)).save(path, pnginfo=info)
+
+
+class Parsed(HTMLParser):
+    """Text, and the tags with their attributes."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.words, self.tags, self.is_code = [], [], False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.is_code = tag in ("style", "script")
+
+    def handle_endtag(self, tag):
+        self.is_code = False
+
+    def handle_data(self, data):
+        if not self.is_code:
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return re.sub(r"\s+", " ", "".join(self.words))
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def page_of(*folders):
+    return Parsed(report.write(folders, None).read_text(encoding="utf-8"))
+
+
+def test_the_page_of_a_run(tmp_path):
+    run = make_run(tmp_path / "a run")
+    shown = page_of(run)
+    assert (run / "report.html").exists()
+    for words in ("relational · conv4 · cifar10", "step 780 of 780", "step-00000780.pt", digest(run)[:16], "no illness",
+                  "The training is complete.", "The representations are alive.", "knn20_top1", "50.00", "weighted kNN",
+                  "linear evaluation, top-1", "61.03", "backbone not named", "issue 2 of github.com/mpatacchiola",
+                  "200 epochs of batches of 64", "Nearest images", "Queries, left.", "throughput (images/s)",
+                  "effective rank", "views.num", "optim.epochs"):  # fmt: skip
+        assert words in shown.text, words
+    assert len(shown.all("svg")) == 7 and len(shown.all("polyline")) >= 9
+    pictures = [image["src"] for image in shown.all("img")]
+    assert len(pictures) == 2
+    for source in pictures:
+        head, data = source.split(",")
+        assert head == "data:image/png;base64" and Image.open(io.BytesIO(base64.b64decode(data))).size == (6, 4)
+
+
+def test_nothing_outside_the_page_is_named(tmp_path):
+    shown = page_of(make_run(tmp_path / "run"))
+    for tag, attributes in shown.tags:
+        for name, value in attributes.items():
+            assert name not in ("srcset", "action", "style") and not name.startswith("on"), (tag, name)
+            assert name not in ("src", "href") or value.startswith(("data:image/png;base64,", "#")), (tag, value[:80])
+    assert not {tag for tag, _ in shown.tags} & {"link", "iframe", "object", "base", "form"}
+    [policy] = [meta["content"] for meta in shown.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; img-src data:;") and "unsafe" not in policy
+
+
+def test_every_text_is_escaped(tmp_path):
+    run = make_run(tmp_path / "<script>alert(1)<" / "script>", data={"name": "cifar10", "root": EVIL})
+    results.add(run / "results.json", [record(run, name=EVIL, protocol=EVIL, dataset=EVIL, split=EVIL)])
+    png(run / "figures" / "x.png", Title=EVIL, Description=EVIL, Checkpoint=digest(run))
+    starts = {"time": EVIL, "host": EVIL, "world_size": EVIL, "step": EVIL, "versions": {"torch": EVIL}}
+    (run / "logs").mkdir()
+    (run / "logs" / "starts.jsonl").write_text(
+        json.dumps(starts) + "\n" + json.dumps(starts | {"versions": "x"}) + "\n"
+    )
+    lines = [line | {EVIL: 1.0} for line in healthy(20)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    os.rename(run, evil := tmp_path / "<img src=x onerror=alert(1)>")
+    other = make_run(tmp_path / "other")
+    for shown in (page_of(evil), page_of(evil, other)):
+        assert shown.text.count("<script>alert(") >= 5 and "<img src=x onerror" in shown.text
+        assert len(shown.all("script")) == 1
+        assert all(image["src"].startswith("data:image/png;base64,") for image in shown.all("img"))
+
+
+def test_a_run_that_has_just_begun(tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    tree = {"run_dir": str(run), "data": {"name": "cifar10", "root": "x"}}
+    (run / "config.yaml").write_text(config.dump(config.validate(config.Config, tree)))
+    assert cli.main(["report", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert (
+        f"no results yet; run `ssl-dist evaluate {run} knn logistic`" in out and f"{run / 'report.html'}: open" in out
+    )
+    shown = page_of(run)
+    for words in ("There is no checkpoint yet", "No step is logged yet", f"ssl-dist train {run / 'config.yaml'}",
+                  "Nothing is measured yet", f"ssl-dist evaluate {run} knn logistic", "no picture of the views yet",
+                  "There are no pictures yet", "No step was logged"):  # fmt: skip
+        assert words in shown.text, words
+
+
+def test_an_untrained_network(tmp_path):
+    run = make_run(tmp_path / "run", method="random_weights", views={})
+    (run / "metrics.jsonl").unlink()
+    shown = page_of(run)
+    assert "random_weights does not train: there is nothing to judge." in shown.text and not shown.all("svg")
+    assert "No published number is known here for random_weights · conv4 · cifar10" in shown.text
+
+
+def test_a_torn_last_line_is_of_a_run_that_goes_on(tmp_path):
+    run = make_run(tmp_path / "run")
+    whole = page_of(run)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 800, "ep')
+    assert page_of(run).text.replace("at", "") == whole.text.replace("at", "")
+
+
+def test_damage_is_told(tmp_path):
+    run = make_run(tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines[3] = lines[3][:20]
+    lines[5] = "[]"
+    (run / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\n")
+    (run / "views.png").write_bytes((run / "views.png").read_bytes()[:40])
+    (run / "figures" / "empty.png").touch()
+    (run / "results.json").write_text("{")
+    newer = checkpoint.path_of(run, 800)
+    newer.write_bytes(b"damaged")
+    shown = page_of(run)
+    for words in ("3 lines of metrics.jsonl cannot be read and are left out: line 4, 6, 41",
+                  "views.png: cannot be shown", "empty.png: cannot be shown",
+                  "results.json: cannot be read: not JSON; move it away",
+                  "A newer checkpoint, of step 800, is damaged", "Nearest images"):  # fmt: skip
+        assert words in shown.text, words
+    checkpoint.path_of(run, 780).unlink()
+    assert "No checkpoint can be used" in page_of(run).text
+
+
+def test_what_belongs_to_another_checkpoint(tmp_path):
+    run = make_run(tmp_path / "run")
+    png(run / "figures" / "old.png", Title="Old picture", Checkpoint="ab" * 32)
+    png(run / "figures" / "mine.png")
+    results.add(run / "results.json", [record(run, name="logistic_top1", checkpoint="ab" * 32, step=390)])
+    shown = page_of(run)
+    assert "Left out, being of another checkpoint: old.png" in shown.text and "Old picture" not in shown.text
+    assert "it does not say of which checkpoint" in shown.text
+    assert "logistic_top1 1 (step 390)" in shown.text.replace("  ", " ")
+
+
+def test_not_converged_is_said(tmp_path):
+    run = make_run(tmp_path / "run")
+    results.add(run / "results.json", [record(run, name="logistic_converged", value=0.0)])
+    assert re.search(r"logistic_converged 1\s*not converged", page_of(run).text)
+
+
+def test_several_runs(tmp_path, capsys):
+    folders = [make_run(tmp_path / f"seed{seed}", seed=seed, value=50.0 + seed) for seed in range(3)]
+    folders.append(make_run(tmp_path / "deep" / "vicreg", method="vicreg", views={}, value=49.0))
+    assert cli.main(["report", *map(str, folders)]) == 0
+    out = capsys.readouterr().out
+    assert "51.00 ± 1.00" in out and str(tmp_path / "report.html") in out
+    shown = Parsed((tmp_path / "report.html").read_text())
+    for words in ("4 runs side by side", "seed0", "vicreg", "51.00 ± 1.00", "0, 1, 2", "loss · relational",
+                  "loss · vicreg", "method.options.sim_coeff", "other keys are the same"):  # fmt: skip
+        assert words in shown.text, words
+    assert "optim.lr" not in shown.text.split("Config")[-1]
+    [rank] = [svg for svg in shown.all("svg") if svg["aria-label"].startswith("effective rank")]
+    assert [curve["name"] for curve in json.loads(rank["data-curves"])] == ["seed0", "seed1", "seed2", "vicreg"]
+    assert len(shown.all("img")) == 8
+
+
+def test_several_runs_of_which_some_lack_results(tmp_path, capsys):
+    full, bare = make_run(tmp_path / "full"), make_run(tmp_path / "bare", seed=1)
+    (bare / "results.json").unlink()
+    out = tmp_path / "pages" / "both.html"
+    assert cli.main(["report", str(full), str(bare), "--out", str(out)]) == 0
+    assert f"{bare}: no results yet" in capsys.readouterr().out
+    assert "Nothing is measured yet" in Parsed(out.read_text()).text and not (tmp_path / "report.html").exists()
+
+
+def test_mistakes(tmp_path, capsys):
+    (tmp_path / "folder").mkdir()
+    run = make_run(tmp_path / "run")
+    for words, said in [
+        ([tmp_path / "folder"], "folder: not a run's folder"),
+        ([tmp_path / "none"], "none: not a run's folder"),
+        ([run, tmp_path / "folder"], "folder: not a run's folder"),
+        ([run, run], "has the seed, 0, and the config of"),
+        ([run, "--out", tmp_path], "is not a regular file; give another file with --out"),
+        ([run, "--out", run / "config.yaml" / "x.html"], "cannot be written"),
+        ([run, "--out", "/dev/null"], "is not a regular file"),
+    ]:
+        assert cli.main(["report", *map(str, words)]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1, error
+    assert not (run / "report.html").exists()
+
+
+def test_old_or_new_page_at_every_kill(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    prepared = tmp_path / "prepared"
+    prepared.mkdir()
+    (prepared / "report.html").write_text("old")
+    monkeypatch.setattr(report.runs, "read", lambda folder: folder)
+    monkeypatch.setattr(page, "of_run", lambda _: "new")
+    seen = set()
+    for run in kills.every_kill(prepared, tmp_path, lambda run: report.write([run], run / "report.html")):
+        seen.add((run / "report.html").read_text())
+    assert seen == {"old", "new"}
+
+
+def test_reading_changes_nothing(tmp_path):
+    run = make_run(tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    runs.read(run)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_a_faulty_config_is_named(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "config.yaml").write_text("optim: [")
+    with pytest.raises(UserError, match="not valid YAML"):
+        runs.read(run)
+
+
+def test_the_script_and_style_are_those_of_the_policy():
+    """A change to page.js must reach the policy: the hash is taken of what is written."""
+    text = page.document("title", [])
+    shown = Parsed(text)
+    [policy] = [meta["content"] for meta in shown.all("meta") if "http-equiv" in meta]
+    assert policy.count("'sha256-") == 2
+    assert Path(page.__file__).with_name("page.js").read_text() in text
