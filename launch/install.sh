@@ -6,6 +6,7 @@
 #   PYTHON=/usr/bin/python3.12 bash launch/install.sh    another interpreter (3.11 or newer)
 #   WITHOUT_FFCV=1 bash launch/install.sh                no FFCV and no system headers: works with data.reader=arrays
 #   WITH_SLURM=1 bash launch/install.sh                  also Slurm, for tests/cluster.py; goes on where it cannot
+#   WITH_CHROMIUM=1 bash launch/install.sh               also a browser, for tests/browser.py; the same
 #
 # Exit codes: 0 ready; 2 something is missing that this script cannot install (it is named, with the command); 1 a fault.
 set -euo pipefail
@@ -80,6 +81,15 @@ missing_slurm() {
     done
 }
 
+# What tests/browser.py looks at pages with.
+missing_chromium() {
+    local name
+    for name in chromium chromium-browser google-chrome google-chrome-stable; do
+        ! command -v "$name" >/dev/null || return 0
+    done
+    echo chromium
+}
+
 # Returns 1 where it cannot, with the reason in $why, which ends with the first argument: what else to do.
 install_packages() {
     local otherwise=$1 as_root=()
@@ -123,12 +133,19 @@ log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 
 # Apart from the rest: neither the stamp nor the exit code knows of it, and nobody is asked for a password.
+for_tests() {
+    local skipped=$1
+    shift
+    [ $# -gt 0 ] || return 0
+    install_packages "or go on without: the tests that start $skipped are skipped" "$@" </dev/null || say "$why"
+}
 if [ -n "${WITH_SLURM:-}" ]; then
     read -ra missing < <(missing_slurm) || true
-    if [ ${#missing[@]} -gt 0 ]; then
-        install_packages "or go on without: the tests that start a Slurm cluster are skipped" "${missing[@]}" </dev/null ||
-            say "$why"
-    fi
+    for_tests "a Slurm cluster" "${missing[@]}"
+fi
+if [ -n "${WITH_CHROMIUM:-}" ]; then
+    read -ra missing < <(missing_chromium) || true
+    for_tests "a browser" "${missing[@]}"
 fi
 if is_usable && [ "$(cat "$stamp" 2>/dev/null)" = "$(recipe)" ]; then
     say "nothing to do, .venv is complete"

@@ -2,7 +2,7 @@
 # Sets the checkout up where needed, then checks style and runs the tests, quick ones first. Ends with pytest's summary.
 #
 #   bash launch/test.sh                     everything: the quick tests on all cores, then those marked slow one by one
-#   bash launch/test.sh --quick             without the tests marked slow, and without installing Slurm for them
+#   bash launch/test.sh --quick             without the tests marked slow, and without Slurm and Chromium for them
 #   bash launch/test.sh [--quick] tests/test_config.py -k hints       what follows goes to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,7 +13,7 @@ if [ "${1:-}" = --quick ]; then
     shift
 fi
 
-WITH_SLURM=${WITH_SLURM-$slow_too} bash launch/install.sh
+WITH_SLURM=${WITH_SLURM-$slow_too} WITH_CHROMIUM=${WITH_CHROMIUM-$slow_too} bash launch/install.sh
 PATH=$PWD/.venv/bin:$PATH
 
 printf '\n== style: ruff%s\n' "$(command -v shellcheck >/dev/null && echo ' and shellcheck')"

@@ -271,6 +271,26 @@ def test_slurm_that_is_there_is_not_installed(equipped):
     assert f"missing: {SLURM}" in equipped.install(WITH_SLURM=1).stdout
 
 
+def test_a_browser_is_brought_for_the_tests_alone(equipped):
+    equipped.put_apt()
+    assert equipped.install().returncode == 0
+    assert "apt-get" not in equipped.noted()
+    answer = equipped.install(WITH_CHROMIUM=1)
+    assert answer.returncode == 0 and answer.stdout.endswith("nothing to do, .venv is complete\n")
+    assert equipped.noted().endswith(" install -y --no-install-recommends chromium\n")
+    equipped.log.write_text("")
+    script(equipped.bin / "google-chrome", "exit 9")
+    assert equipped.install(WITH_CHROMIUM=1).returncode == 0
+    assert equipped.noted() == ""  # one that is there is not installed
+
+
+def test_without_a_browser_the_set_up_goes_on(equipped):
+    answer = equipped.install(WITH_CHROMIUM=1, WITH_SLURM=1)
+    assert answer.returncode == 0 and answer.stdout.endswith("install: done, .venv is complete\n"), answer.stderr
+    lines = [line for line in answer.stdout.splitlines() if "missing: " in line]
+    assert SLURM in lines[0] and lines[1].endswith("go on without: the tests that start a browser are skipped")
+
+
 @pytest.mark.parametrize("obstacle", ["no apt-get", "no rights", "no network"])
 def test_without_slurm_the_set_up_goes_on(obstacle, equipped):
     if obstacle != "no apt-get":

@@ -1,0 +1,83 @@
+"""The page in a real browser: no error, every picture decoded, nothing fetched; and it can be read on a phone."""
+
+import time
+
+import pytest
+
+from ssl_dist import report
+from tests.browser import Browser, why_not
+from tests.test_report_page import EVIL, make_run, png, record, results
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not())]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with Browser(tmp_path_factory.mktemp("browser")) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """Of a run, of three, and of one in which every text is an attack and some files are damaged."""
+    folder = tmp_path_factory.mktemp("pages")
+    runs = [make_run(folder / f"run{seed}", seed=seed, value=50.0 + seed) for seed in range(3)]
+    evil = make_run(folder / "<img src=x onerror=alert(1)>", data={"name": "cifar10", "root": EVIL})
+    results.add(evil / "results.json", [record(evil, name=EVIL, protocol=EVIL, dataset=EVIL)])
+    png(evil / "figures" / "x.png", Title=EVIL, Description=EVIL)
+    (evil / "views.png").write_bytes(b"torn")
+    return {
+        "one": report.write(runs[:1], None),
+        "three": report.write(runs, None),
+        "evil": report.write([evil, runs[0]], folder / "evil.html"),
+    }
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize(("name", "num_pictures"), [("one", 2), ("three", 6), ("evil", 4)])
+def test_the_page_is_whole(browser, pages, name, num_pictures, width):
+    browser.load(pages[name], width=width, dark=width == 400)
+    pictures = browser.value("[...document.images].map(i => i.complete && i.naturalWidth > 0)")
+    assert pictures == [True] * num_pictures
+    assert browser.requests() == [pages[name].resolve().as_uri()]
+    assert browser.value("[...document.querySelectorAll('svg')].every(s => s.getBoundingClientRect().height > 100)")
+    assert browser.value("document.documentElement.scrollWidth") == width  # wide tables scroll in boxes of their own
+    style = browser.value("getComputedStyle(document.body).backgroundColor")
+    assert style == ("rgb(20, 23, 27)" if width == 400 else "rgb(255, 255, 255)")  # the policy let the style through
+    assert browser.errors() == []
+
+
+def test_the_values_under_the_pointer(browser, pages):
+    browser.load(pages["one"])
+    box = browser.value(
+        "(() => { const s = document.querySelector('svg'); s.scrollIntoView({block: 'center'});"
+        " const b = s.getBoundingClientRect(); return [b.x, b.y, b.width, b.height]; })()"
+    )
+    browser.hover(box[0] + 0.9 * box[2], box[1] + box[3] / 2)
+    end = time.monotonic() + 10
+    while not (reading := browser.value("document.querySelector('.reading').textContent")):
+        assert time.monotonic() < end
+    epoch, value = reading.removeprefix("epoch ").split(": ")
+    assert 1.6 < float(epoch) < 2 and 0.04 < float(value) < 0.06
+    assert browser.value("document.querySelector('.cursor').classList.contains('shown')")
+    assert browser.errors() == []
+
+
+def test_a_click_enlarges_a_picture(browser, pages):
+    browser.load(pages["one"])
+    assert browser.value(
+        "(() => { const b = document.querySelector('button.picture'); b.click();"
+        " return b.closest('figure').classList.contains('large'); })()"
+    )
+
+
+def test_the_browser_would_notice(browser, tmp_path):
+    """The checks above can fail: an error, a request and a broken picture are seen, and a policy that forbids them."""
+    bad = tmp_path / "bad.html"
+    bad.write_text("<img src='other.png'><img src='data:image/png;base64,AAAA'><script>undefined.x</script>")
+    browser.load(bad)
+    assert len(browser.requests()) == 2 and "Cannot read properties" in str(browser.errors())
+    assert browser.value("[...document.images].map(i => i.naturalWidth)") == [0, 0]
+    bad.write_text("<meta http-equiv=Content-Security-Policy content=\"default-src 'none'\"><style>p {}</style>")
+    browser.load(bad)
+    assert "Content Security Policy" in str(browser.errors())
