@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ssl_dist import checkpoint, optim, runfolder
+from ssl_dist import checkpoint, online_knn, optim, runfolder
 from ssl_dist.blueprint import Blueprint, derive
 from ssl_dist.config import Config
 from ssl_dist.data.loader import AHEAD
@@ -116,7 +116,14 @@ def _training(b: Blueprint) -> dict[str, str]:
         "length": f"{clock.total_steps} steps = {clock.total_epochs:g} epochs of {clock.steps_per_epoch} steps",
         "optimizer": f"{options.name}, {options.schedule}, rate {rates}",
         "precision": b.config.precision,
-    }
+    } | _online(b)
+
+
+def _online(b: Blueprint) -> dict[str, str]:
+    every = b.config.log.knn_every_epochs
+    if every is None:
+        return {}
+    return {"online kNN": f"every {every} epochs, on images held out of split {online_knn.labelled_split(b.config)}"}
 
 
 # ---------------------------------------------------------------------------------------------------- memory

@@ -1,7 +1,7 @@
 """Distributed extraction: every image of a split once, in the order of ids, through a frozen encoder."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ssl_dist import backbones, blueprint, checkpoint, durable, methods, weights
-from ssl_dist.config import Config, Normalize, validate
+from ssl_dist.config import Config, Data, Normalize, validate
 from ssl_dist.data import views
 from ssl_dist.data.normalize import normalized
 from ssl_dist.data.readers import Reader, SplitInfo, open_dataset, read_info
@@ -123,7 +123,9 @@ def extract(encoder: Encoder, source: Source, split: str, folder: Path, world: W
             world.state.phase_of(f"the extraction of {split}", STUCK),
         ):
             ids = np.arange(low, high, dtype=np.int64)
-            rows = list(outputs(encoder.module, encoder, reader, ids, world, threads, counter))
+            module = encoder.module.to(world.device, memory_format=torch.channels_last)
+            to_input = normalized(encoder.normalize, torch.float32, world.device)
+            rows = list(outputs(module, to_input, encoder.config.data, reader, ids, world, threads, counter))
         part = np.concatenate(rows) if rows else np.empty((0, 0), np.float32)
         labels = reader.labels(np.arange(info.count, dtype=np.int64)) if world.is_first else None
     metadata = {
@@ -172,22 +174,20 @@ def _part_of(path: Path, rank: int, token: str) -> Path:
 
 def outputs(
     module: nn.Module,
-    encoder: Encoder,
+    to_input: Callable[[Tensor], Tensor],
+    data: Data,
     reader: Reader,
     ids: np.ndarray,
     world: World,
     threads: int,
     counter: Counter,
 ) -> Iterator[np.ndarray]:
-    """What `module`, in evaluation mode and float32, makes of the images `ids` under the encoder's test transform:
-    float32 [n, D], batch by batch."""
-    data = encoder.config.data
-    to_input = normalized(encoder.normalize, torch.float32, world.device)
-    module = module.to(world.device, memory_format=torch.channels_last)
+    """What `module`, in evaluation mode on the world's device, makes of the images `ids` under the test transform of
+    `data`: float32 [n, D], batch by batch. to_input: uint8 images to the module's input."""
     batches = (ids[start : start + BATCH] for start in range(0, len(ids), BATCH))
     with (
         ThreadPoolExecutor(threads, "view") as pool,
-        torch.inference_mode(),
+        torch.no_grad(),
         _closing(reader.batches(batches)) as decoded,
     ):
         for pixels, heights, widths, decoded_ids in decoded:

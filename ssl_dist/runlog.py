@@ -65,6 +65,16 @@ class RunLog:
             self._board.add_histogram(name, values, clock.step)
         self._bar.describe(metrics, speed)
 
+    def measured(self, clock: Clock, values: dict[str, float], seconds: float) -> None:
+        """Log what was measured between two steps; the time that it took is not the training's."""
+        step, start = self._since
+        self._since = step, start + seconds
+        line = {"step": clock.step, "epoch": clock.epochs_done, **values}
+        self._metrics.write(json.dumps({k: _short(v) for k, v in line.items()}) + "\n")
+        self._metrics.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"online/{name}", value, clock.step)
+
     def pictures(self, name: str, clock: Clock, views_VBCHW: np.ndarray) -> None:
         """A grid in TensorBoard: a row for each image, a column for each of its views (uint8)."""
         rows = np.concatenate(views_VBCHW, axis=3)

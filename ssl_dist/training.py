@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ssl_dist import checkpoint, config, dist, health, optim, relabel, watchdog
+from ssl_dist import checkpoint, config, dist, health, online_knn, optim, relabel, watchdog
 from ssl_dist.blueprint import Blueprint
 from ssl_dist.clock import Clock
 from ssl_dist.data import views
@@ -19,6 +19,7 @@ from ssl_dist.data.loader import HostBatch, TrainLoader
 from ssl_dist.data.normalize import normalized
 from ssl_dist.errors import UserError
 from ssl_dist.methods.base import Batch, Output, Rows
+from ssl_dist.online_knn import OnlineKNN
 from ssl_dist.runlog import RunLog
 from ssl_dist.stop import StopRequest
 
@@ -45,6 +46,9 @@ class Training:
         if self.config.compile:
             method.backbone.compile()
         self.wrapped = world.wrap(self.method)
+        self._knn = None
+        if self.config.log.knn_every_epochs is not None:
+            self._knn = OnlineKNN(self.config, world, blueprint.threads)
         self._normalize = normalized(blueprint.normalize, blueprint.dtype, world.device)
 
     def _resume(self) -> int:
@@ -155,6 +159,16 @@ class Training:
             log.pictures(f"views/{number}", clock, made)
             name = "views.png" if number == 0 else f"views-{number}.png"
             figures.views_grid(self.folder / name, made)
+
+    def measure_knn(self, log: RunLog | None, clock: Clock) -> None:
+        """Log the online kNN (online_knn.py). Every rank takes part."""
+        start = time.perf_counter()
+        self.method.eval()
+        with self.autocast():
+            accuracy = self._knn.accuracy(self.method.encoder(), self._normalize)
+        self.method.train()
+        if log is not None:
+            log.measured(clock, {online_knn.NAME: accuracy}, time.perf_counter() - start)
 
     def save(self, clock: Clock, stop: StopRequest) -> None:
         """Rank 0 writes a checkpoint; the others wait, and a failure there ends all of them."""

@@ -35,6 +35,7 @@ LAYERS = [
         "weights",
     },
     {
+        "online_knn",
         "training",
         "train",
         "evaluators",

@@ -74,21 +74,20 @@ def per_class(ids: np.ndarray, labels: np.ndarray, count: int, start: int) -> np
     return np.sort(np.concatenate(chosen))
 
 
-def held_out(ids: np.ndarray, labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+def held_out(ids: np.ndarray, labels: np.ndarray, share: float, seed: int, asked: str = "") -> np.ndarray:
     """About `share` of the images of every class, in id order: at least one, and at least one of them is left.
 
     ids, labels: int64 [n]. A function of the seed and of which images a class has, so all that is chosen or compared on
-    a held-out part uses the same one. Raises for a class with one image.
+    a held-out part uses the same one. Raises for a class with one image, in the words of who `asked`.
     """
+    asked = asked or f"--validation {share:g}"
     chosen = []
     for label in np.unique(labels):
         members = np.sort(ids[labels == label])
         if label < 0:
-            raise UserError(f"--validation {share:g}: needs labels, and {len(members)} images of this split have none")
+            raise UserError(f"{asked}: needs labels, and {len(members)} images of this split have none")
         if len(members) < 2:
-            raise UserError(
-                f"--validation {share:g}: class {label} has one image, and needs one to learn from and one to hold out"
-            )
+            raise UserError(f"{asked}: class {label} has one image, and needs one to learn from and one to hold out")
         count = min(max(1, int(share * len(members) + 0.5)), len(members) - 1)
         chosen.append(members[permutation(hash64(seed, HELD_OUT, int(label)), len(members))[:count]])
     return np.sort(np.concatenate(chosen))

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ssl_dist.data.normalize import normalized
 from ssl_dist.data.readers import open_dataset
 from ssl_dist.dist import World
 from ssl_dist.errors import UserError
@@ -73,7 +74,10 @@ def classify(
             Counter(f"classify {source.name} {split}", high - low, "image", quiet=not world.is_first) as counter,
             world.state.phase_of(f"the classification of {split}", STUCK),
         ):
-            for scores in outputs(_Scores(method), encoder, reader, ids[low:high], world, threads, counter):
+            module = _Scores(method).to(world.device, memory_format=torch.channels_last)
+            to_input = normalized(encoder.normalize, torch.float32, world.device)
+            images = ids[low:high]
+            for scores in outputs(module, to_input, encoder.config.data, reader, images, world, threads, counter):
                 scores_BHC = torch.from_numpy(scores).view(-1, len(names), num_classes)
                 target_B = labels[done : done + len(scores_BHC)]
                 done += len(scores_BHC)
