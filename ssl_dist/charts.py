@@ -56,30 +56,33 @@ def confusion(share_CC: np.ndarray, names: Sequence[str]) -> Figure:
     return figure
 
 
-def class_bars(values_C: np.ndarray, names: Sequence[str], mean: float, label: str) -> Figure:
+def class_bars(values_C: np.ndarray, names: Sequence[str], mean: float, label: str, things: str = "classes") -> Figure:
     """A bar of percent for every class, the best at the top; of more than 40 classes the 20 best and the 20 worst.
 
-    Classes whose value is NaN are left out; equal ones stand in the order of their labels.
+    Classes whose value is NaN are left out; equal ones stand in the order of their labels. things: what the bars are
+    of, if not of classes.
     """
     order = [int(i) for i in np.argsort(-values_C, kind="stable") if not np.isnan(values_C[i])]
     half, hidden = MOST_BARS // 2, len(order) - MOST_BARS
     shown: list[int | None] = [*order[:half], None, *order[-half:]] if hidden > 0 else list(order)
     figure, axes = _plot(6.5, max(1.6, 0.9 + 0.24 * len(shown)))
+    longest = max(float(np.nanmax(values_C)), mean)
+    behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # of a text: the line of the mean may pass there
     for place, index in enumerate(shown):
         if index is None:
             axes.text(
-                1, place, f"... {hidden} classes between ...", va="center", fontsize=8, color=GREY, style="italic"
+                1, place, f"... {hidden} {things} between ...", va="center", fontsize=8, color=GREY, style="italic"
             )
             continue
         axes.barh(place, values_C[index], color=BAR, height=0.7)
-        text = axes.text(values_C[index] + 0.8, place, f"{values_C[index]:.1f}", va="center", fontsize=8, color=INK)
-        text.set(bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5}, zorder=4)  # the line may pass here
+        end = values_C[index] + longest / 100
+        text = axes.text(end, place, f"{values_C[index]:.1f}", va="center", fontsize=8, color=INK)
+        text.set(bbox=behind, zorder=4)
     axes.axvline(mean, color=WRONG, linewidth=1.2, linestyle="--", zorder=3)
     axes.text(mean, -0.75, f"all images {mean:.1f}", ha="center", va="bottom", fontsize=8, color=WRONG)
-    axes.set_yticks(range(len(shown)), ["" if i is None else _short(names[i]) for i in shown], fontsize=8)
+    axes.set_yticks(range(len(shown)), ["" if i is None else _short(names[i], 30) for i in shown], fontsize=8)
     axes.set_ylim(len(shown) - 0.4, -0.7)
-    axes.set_xlim(0, 106)
-    axes.set_xticks(range(0, 101, 20))
+    axes.set_xlim(0, max(1.0, 1.1 * longest))
     axes.grid(axis="x", color=PALE, linewidth=0.8)
     axes.tick_params(length=0, labelcolor=INK, labelsize=8)
     axes.spines["left"].set_visible(False)
@@ -119,10 +122,10 @@ def neighbours(panels: Sequence[tuple[str, Sequence[tuple[np.ndarray, Sequence[s
     return figure
 
 
-def clusters(rows: Sequence[tuple[str, np.ndarray, Sequence[bool]]], size: float = 0.5) -> Figure:
+def clusters(rows: Sequence[tuple[str, np.ndarray, np.ndarray]], size: float = 0.5) -> Figure:
     """A row of images for every cluster: (title, images uint8 [n, S, S, 3], whether each is of the cluster's class).
 
-    Images of other classes have a red, dashed frame.
+    Those that are stand first, in green frames, so that the frames' share of a row is about the cluster's purity.
     """
     columns = max(len(images) for _, images, _ in rows)
     left = 1.75
@@ -131,12 +134,12 @@ def clusters(rows: Sequence[tuple[str, np.ndarray, Sequence[bool]]], size: float
     for row, (title, images, belongs) in enumerate(rows):
         top = height - 0.1 - row * size
         figure.text(0.1 / width, (top - size / 2) / height, title, fontsize=7.5, color=INK, va="center")
-        for column, (image, own) in enumerate(zip(images, belongs, strict=True)):
+        for column, index in enumerate(np.argsort(~belongs, kind="stable")):
             x = left + column * size
             axes = figure.add_axes((x / width, (top - 0.92 * size) / height, 0.88 * size / width, 0.88 * size / height))
-            _show(axes, image, 120 * size)
-            if not own:
-                _frame(axes, WRONG, (0, (2, 1)))
+            _show(axes, images[index], 120 * size)
+            if belongs[index]:
+                _frame(axes, RIGHT, "-")
     return figure
 
 

@@ -10,6 +10,7 @@ class Sketchbook:
     def __init__(self, folder=None):
         self.folder = folder
         self.pictures = {}
+        self.part_of = {}
 
     def images(self, part, rows):
         ids = part.image_ids[np.asarray(rows)]
@@ -18,8 +19,9 @@ class Sketchbook:
         images[..., 1], images[..., 2] = (ids // 256)[:, None, None], (ids % 256)[:, None, None]
         return images
 
-    def add(self, name, figure, title, caption):
+    def add(self, name, figure, title, caption, part=None):
         self.pictures[name] = (figure, title, caption)
+        self.part_of[name] = part
 
     def texts(self, name):
         """Everything that is written in a picture."""

@@ -70,7 +70,8 @@ def test_a_piece_of_a_split_shows_the_images_of_its_ids(digits, opened, tmp_path
     with Album(tmp_path, piece, opened, data(), "knn") as album:
         assert np.array_equal(album.images(piece, np.array([2, 0])), decoded(digits, "train", [200, 5]))
         path = album.add("x", Figure(), "t", "c")
-    assert path.name == "digits-train-held-out-10-x.png"
+        of_others = album.add("x", Figure(), "t", "c", part(digits, "test"))
+    assert path.name == "digits-train-held-out-10-x.png" and of_others.name == "digits-test-x.png"
 
 
 def test_the_images_are_those_of_the_test_transform(digits, opened, tmp_path):

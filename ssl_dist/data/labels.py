@@ -7,11 +7,12 @@ import numpy as np
 
 from ssl_dist.errors import UserError
 
+KEYS = ("data.labels.file", "data.labels.column")
 LONGEST = 6  # digits of a label: a classifier has an output for every number up to the largest
 
 
-def read(path: str | Path, column: int, count: int) -> np.ndarray:
-    """int64 [count], -1 for images that the file does not list.
+def read(path: str | Path, column: int, count: int, keys: tuple[str, str] = KEYS) -> np.ndarray:
+    """int64 [count], -1 for images that the file does not list. keys: those of the file and of the column, for errors.
 
     The file: CSV, a first line of names (image_id, then one or more label columns), then a line an image with its id
     and a whole number of 0 to 999,999 a column; `column` counts the label columns from 0. Raises `UserError` that names
@@ -23,25 +24,23 @@ def read(path: str | Path, column: int, count: int) -> np.ndarray:
             rows = csv.reader(file)
             names = next(rows, [])
             if len(names) < 2 or names[0] != "image_id":
-                raise _fault(path, 1, "must name its columns: image_id,label")
+                raise _fault(keys, path, 1, "must name its columns: image_id,label")
             if column >= len(names) - 1:
-                raise UserError(
-                    f"data.labels.column = {column}: {path} has {len(names) - 1} label column(s), counted from 0"
-                )
+                raise UserError(f"{keys[1]} = {column}: {path} has {len(names) - 1} label column(s), counted from 0")
             for number, row in enumerate(rows, 2):
                 if len(row) != len(names) or not all(word.isascii() and word.isdigit() for word in row):
-                    raise _fault(path, number, f"must be {len(names)} whole numbers")
+                    raise _fault(keys, path, number, f"must be {len(names)} whole numbers")
                 if len(row[0]) > 18 or len(row[1 + column]) > LONGEST:
-                    raise _fault(path, number, f"a label has {LONGEST} digits at most, an id 18")
+                    raise _fault(keys, path, number, f"a label has {LONGEST} digits at most, an id 18")
                 image_id = int(row[0])
                 if image_id >= count:
-                    raise _fault(path, number, f"image {image_id} is not in the split's 0..{count - 1}")
+                    raise _fault(keys, path, number, f"image {image_id} is not in the split's 0..{count - 1}")
                 if labels[image_id] >= 0:
-                    raise _fault(path, number, f"image {image_id} stands twice")
+                    raise _fault(keys, path, number, f"image {image_id} stands twice")
                 labels[image_id] = int(row[1 + column])
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"data.labels.file = {str(path)!r}: cannot be read: {reason}") from None
+        raise UserError(f"{keys[0]} = {str(path)!r}: cannot be read: {reason}") from None
     return labels
 
 
@@ -52,5 +51,5 @@ def text(image_ids: np.ndarray, labels: np.ndarray) -> str:
     return "".join(",".join(map(str, row)) + "\n" for row in [names, *rows])
 
 
-def _fault(path: str | Path, line: int, what: str) -> UserError:
-    return UserError(f"data.labels.file: {path} line {line}: {what}")
+def _fault(keys: tuple[str, str], path: str | Path, line: int, what: str) -> UserError:
+    return UserError(f"{keys[0]}: {path} line {line}: {what}")

@@ -1,13 +1,14 @@
 """Evaluations of a trained backbone, one file each, found by name: `find("knn")` is ssl_dist/evaluators/knn.py.
 
 An evaluator of features defines
-    PROTOCOL: str                                 a sentence that names the protocol, with {option} where one decides
+    PROTOCOL: str                                 a sentence that names the protocol, with {option} where one decides;
+                                                  or protocol(options) -> str where more than a word depends on them
     class Options(config.Section)                 documented fields
     run(train, test, options, album=None) -> dict[str, float]
                                                   features of two splits -> values by name; accuracies in percent.
                                                   With an album (album.py) it draws pictures as well
-One of images has `protocol(options) -> str` instead of the sentence, and `measure(subject, options)`, which all ranks
-call together (evaluators/subject.py), instead of `run`. Neither needs an edit elsewhere.
+One of images has `protocol(options)`, and instead of `run` it has `measure(subject, options)`, which all ranks call
+together (evaluators/subject.py). Neither needs an edit elsewhere.
 """
 
 import difflib
@@ -73,6 +74,6 @@ def sees_images(evaluator: ModuleType) -> bool:
 
 def protocol(evaluator: ModuleType, options: Section) -> str:
     """The sentence that says how the evaluator measured."""
-    if sees_images(evaluator):
-        return evaluator.protocol(options)
-    return evaluator.PROTOCOL.format(**options.model_dump())
+    if hasattr(evaluator, "PROTOCOL"):
+        return evaluator.PROTOCOL.format(**options.model_dump())
+    return evaluator.protocol(options)

@@ -69,16 +69,17 @@ class Album:
                 )
         return self._readers[split]
 
-    def add(self, name: str, figure: Figure, title: str, caption: str) -> Path:
-        """Write the figure, whole or not at all, in place of an older one of its name. Raises `UserError` when the
-        folder cannot be written."""
-        file_name = "-".join([self._known["dataset"], self._known["split"], name])
+    def add(self, name: str, figure: Figure, title: str, caption: str, part: Features | None = None) -> Path:
+        """Write the figure, whole or not at all, in place of an older one of its name. part: the split that it shows,
+        where that is not the one that is measured. Raises `UserError` when the folder cannot be written."""
+        known = self._known if part is None else part.metadata
+        file_name = "-".join([known["dataset"], known["split"], name])
         path = self.folder / (re.sub(r"[^\w.]+", "-", file_name).strip("-") + ".png")
         texts = {
             "Title": title,
             "Description": caption,
             "Evaluator": self._evaluator,
-            "Checkpoint": self._known["checkpoint"],
+            "Checkpoint": known["checkpoint"],
         }
         with replacing(path) as file:
             durable.remove_dead(path.parent)

@@ -1,0 +1,215 @@
+"""How well clusters agree with the classes: those of k-means on the features, or labels that a method gave its images.
+
+k-means is fitted on training images (at most `limit`, drawn by key) and every image of both splits goes to the nearest
+centre, of equal ones to the first. Labels of a file (`ssl-dist labels` writes one) are of training images, so what is
+measured of them is named `clusters_train_...`; images that the file does not list are left out.
+
+Measured: normalised and adjusted mutual information and the adjusted Rand index, scikit-learn's, 1 at the most; and two
+accuracies in percent, both with the labels of the split that is measured, as papers have it. By majority vote a cluster
+is of the class that most of its images have (the clusters' purity, which many small clusters make large); by Hungarian
+matching (Kuhn, 1955) each cluster stands for one class at the most and each class for one cluster.
+"""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from scipy.optimize import linear_sum_assignment
+from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score, normalized_mutual_info_score
+from torch import Tensor
+
+from ssl_dist import dist
+from ssl_dist.config import NonNegativeInt, PositiveInt, Section
+from ssl_dist.data import labels as labels_file
+from ssl_dist.errors import UserError
+from ssl_dist.evaluators.album import Album
+from ssl_dist.evaluators.confusion import class_names
+from ssl_dist.features_file import Features, check_pair, require_labels
+from ssl_dist.kernels.kmeans import kmeans
+from ssl_dist.keys import EVALUATION, ORDER, hash64, permutation
+
+_ROWS, _COLUMNS = 20, 14  # clusters in the picture and images of each
+
+
+class Options(Section):
+    number: PositiveInt | None = Field(None, description="of clusters; null: as many as classes")
+    normalize: bool = Field(True, description="features to length 1 before k-means, as kNN and retrieval take them")
+    starts: PositiveInt = Field(5, description="k-means begins anew so often; the smallest sum of distances is kept")
+    iterations: PositiveInt = Field(100, description="of each start, at the most")
+    limit: PositiveInt = Field(50_000, description="training images that k-means is fitted on, drawn by key")
+    labels: str | None = Field(None, description="CSV file of labels of training images, in the place of k-means")
+    column: NonNegativeInt = Field(0, description="which of the file's label columns")
+    seed: NonNegativeInt = Field(0, description="of the drawn images, the starts and the pictures")
+    memory_mb: PositiveInt = Field(1024, description="MiB for features; those that k-means is fitted on must fit")
+
+
+def protocol(options: Options) -> str:
+    """The sentence that says how was measured. A file of labels is named with the start of its SHA-256."""
+    scores = "NMI, AMI and ARI as scikit-learn's; majority vote and Hungarian matching with the labels of the split"
+    if options.labels is not None:
+        digest = hashlib.sha256(_bytes(Path(options.labels))).hexdigest()[:12]
+        return f"labels of training images, column {options.column} of {options.labels} ({digest}): {scores}"
+    number = "as many clusters as classes" if options.number is None else f"{options.number} clusters"
+    rows = "L2-normalised features" if options.normalize else "features as they are"
+    return (
+        f"k-means, {number}, {rows}, fitted on at most {options.limit} training images, best of {options.starts} starts"
+        f" with seed {options.seed}: {scores}"
+    )
+
+
+def run(train: Features, test: Features, options: Options, album: Album | None = None) -> dict[str, float]:
+    """`clusters_nmi`, `_ami`, `_ari` and, in percent, `_majority_top1` and `_hungarian_top1` of the test split, and
+    `clusters_train_...` of the training split; of labels of a file only those.
+
+    Raises `UserError` for files that do not belong together, missing labels, fewer than two classes, fewer images than
+    clusters, images that do not fit `memory_mb`, and a damaged file of labels.
+    """
+    check_pair(train, test)
+    require_labels(train, test)
+    if options.labels is not None:
+        count = int(train.image_ids.max()) + 1
+        found_N = labels_file.read(options.labels, options.column, count, ("clusters.labels", "clusters.column"))
+        clusters_N = found_N[train.image_ids]
+        rows = np.flatnonzero(clusters_N >= 0)
+        if len(rows) == 0:
+            raise UserError(f"clusters.labels = {options.labels!r}: lists no image of {train.source}")
+        if album is not None:
+            _draw(album, train, rows, clusters_N[rows], f"column {options.column} of {options.labels}", options)
+        return _named("clusters_train_", scores(train.labels[rows], clusters_N[rows]))
+    centres_KD = _fitted(train, options)
+    train_N, test_N = (_assigned(part, centres_KD, options) for part in (train, test))
+    if album is not None:
+        what = f"k-means with {len(centres_KD)} clusters on training images"
+        _draw(album, test, np.arange(len(test)), test_N, what, options)
+    values = _named("clusters_", scores(test.labels, test_N))
+    return values | _named("clusters_train_", scores(train.labels, train_N))
+
+
+def scores(labels_N: np.ndarray, clusters_N: np.ndarray) -> dict[str, float]:
+    """Agreement of two labelings int64 [N], numbers from 0: nmi, ami, ari, and two accuracies in percent."""
+    counts_KC = contingency(labels_N, clusters_N)
+    matched = counts_KC[linear_sum_assignment(counts_KC, maximize=True)]
+    return {
+        "nmi": float(normalized_mutual_info_score(labels_N, clusters_N)),
+        "ami": float(adjusted_mutual_info_score(labels_N, clusters_N)),
+        "ari": float(adjusted_rand_score(labels_N, clusters_N)),
+        "majority_top1": float(counts_KC.max(1).sum() * 100 / len(labels_N)),
+        "hungarian_top1": float(matched.sum() * 100 / len(labels_N)),
+    }
+
+
+def contingency(labels_N: np.ndarray, clusters_N: np.ndarray) -> np.ndarray:
+    """Images by cluster and class, int64 [K, C]."""
+    num_clusters, num_classes = int(clusters_N.max()) + 1, int(labels_N.max()) + 1
+    counts = np.bincount(clusters_N * num_classes + labels_N, minlength=num_clusters * num_classes)
+    return counts.reshape(num_clusters, num_classes)
+
+
+def _named(prefix: str, values: dict[str, float]) -> dict[str, float]:
+    return {prefix + name: value for name, value in values.items()}
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"clusters.labels = {str(path)!r}: cannot be read: {error.strerror}") from None
+
+
+# -------------------------------------------------------------------------------------------------- k-means
+
+
+def _fitted(train: Features, options: Options) -> Tensor:
+    """Centres float64 [K, D]; a cluster that stayed empty has none."""
+    number = len(np.unique(train.labels)) if options.number is None else options.number
+    count = min(len(train), options.limit)
+    if count < number:
+        raise UserError(
+            f"clusters.number = {number}: k-means is fitted on {count} images only; give clusters.number up to {count}"
+        )
+    needed = -(-count * train.dim * 8 * 5 // 4 // 2**20)
+    if needed > options.memory_mb:
+        raise UserError(
+            f"clusters.memory_mb = {options.memory_mb}: {count} images of {train.dim} features need {needed} MiB;"
+            f" raise it, or lower clusters.limit = {options.limit}"
+        )
+    rows = np.sort(permutation(hash64(options.seed, EVALUATION, ORDER), len(train))[:count])
+    x_ND = torch.empty(count, train.dim, dtype=torch.float64)
+    step = _rows_in(train, number, options)
+    for start in range(0, count, step):
+        x_ND[start : start + step] = _prepared(train.take(rows[start : start + step]), options)
+    key = hash64(options.seed, EVALUATION)
+    world = dist.one_process()
+    found_N, _ = kmeans(x_ND, torch.arange(count), count, number, key, world, options.starts, options.iterations)
+    sums_KD = torch.zeros(number, train.dim, dtype=torch.float64).index_add_(0, found_N, x_ND)
+    sizes_K = torch.bincount(found_N, minlength=number)
+    return sums_KD[sizes_K > 0] / sizes_K[sizes_K > 0, None]
+
+
+def _assigned(part: Features, centres_KD: Tensor, options: Options) -> np.ndarray:
+    """The nearest centre of every row, int64 [N]."""
+    found, step = np.empty(len(part), np.int64), _rows_in(part, len(centres_KD), options)
+    for start in range(0, len(part), step):
+        x_RD = _prepared(part.rows(start, min(start + step, len(part))), options)
+        distance_RK = torch.addmm(centres_KD.square().sum(1), x_RD, centres_KD.T, alpha=-2)
+        found[start : start + step] = distance_RK.numpy().argmin(1)
+    return found
+
+
+def _prepared(rows: np.ndarray, options: Options) -> Tensor:
+    x_RD = torch.from_numpy(rows).double()
+    return F.normalize(x_RD) if options.normalize else x_RD
+
+
+def _rows_in(part: Features, num_centres: int, options: Options) -> int:
+    return max(1, (options.memory_mb << 20) // 10 // (part.dim * 24 + num_centres * 8))
+
+
+# -------------------------------------------------------------------------------------------------- pictures
+
+
+def _draw(album: Album, part: Features, rows: np.ndarray, clusters_n: np.ndarray, how: str, options: Options) -> None:
+    """The clusters of these rows, by purity."""
+    from ssl_dist import charts  # matplotlib takes a second
+
+    names = class_names(part)
+    counts_KC = contingency(part.labels[rows], clusters_n)
+    sizes_K, best_K = counts_KC.sum(1), counts_KC.argmax(1)
+    purity_K = np.where(sizes_K > 0, counts_KC.max(1) * 100 / np.maximum(1, sizes_K), np.nan)
+    order = [int(k) for k in np.argsort(-purity_K, kind="stable") if sizes_K[k]]
+    what = (
+        f"{len(rows):,} images of {part.metadata['dataset']} {part.metadata['split']} in {len(order)} clusters ({how})"
+    )
+    if empty := len(sizes_K) - len(order):
+        what += f", {empty} more without an image"
+    purity = float(counts_KC.max(1).sum() * 100 / len(rows))
+    album.add(
+        "clusters-purity",
+        charts.class_bars(
+            purity_K, [f"{k}: {names[best_K[k]]} ({sizes_K[k]:,})" for k in range(len(sizes_K))], purity,
+            "% of the cluster's images that have its most frequent class", "clusters",
+        ),
+        "Clusters by purity",
+        f"{what}: the share of the most frequent class in each, the purest first. Beside a bar: the cluster's number,"
+        " that class, and how many images the cluster has. The dashed line is the accuracy by majority vote.",
+        part,
+    )  # fmt: skip
+    shown = order if len(order) <= _ROWS else order[: _ROWS // 2] + order[-(_ROWS // 2) :]
+    pages = []
+    for k in shown:
+        own = rows[clusters_n == k]
+        own = own[permutation(hash64(options.seed, EVALUATION, k), len(own))[:_COLUMNS]]
+        title = f"cluster {k}: {sizes_K[k]:,} images\n{purity_K[k]:.0f} % {names[best_K[k]]}"
+        pages.append((title, album.images(part, own), part.labels[own] == best_K[k]))
+    some = "" if len(order) <= _ROWS else f"; shown are the {_ROWS // 2} purest and the {_ROWS // 2} least pure"
+    album.add(
+        "clusters-images",
+        charts.clusters(pages),
+        "Images of clusters",
+        f"{what}, the purest first{some}: images of each that are drawn by key (seed {options.seed}), not by hand or by"
+        " their distance. Green frames, first in a row: images of the cluster's most frequent class.",
+        part,
+    )

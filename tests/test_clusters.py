@@ -1,0 +1,199 @@
+"""Clusters: scikit-learn's scores, accuracies by slow loops, k-means that finds what is there, and the pictures."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn import metrics
+from sklearn.cluster import KMeans
+
+from ssl_dist import evaluators
+from ssl_dist.data import labels as labels_file
+from ssl_dist.errors import UserError
+from ssl_dist.evaluators import clusters
+from ssl_dist.features_file import Features
+from tests.albums import Sketchbook, drawn
+
+
+def part(features, labels, split="train", names="abcde"):
+    features, labels = np.asarray(features, np.float32), np.asarray(labels, np.int64)
+    known = {"classes": json.dumps(list(names)), "split": split, "dataset": "shapes"}
+    return Features(features, labels, np.arange(len(labels)), known, "the file")
+
+
+def blobs(count, split, spread=0.3, num_classes=3, seed=0):
+    """Classes around directions that lie apart."""
+    generator = np.random.default_rng([seed, split == "test"])
+    labels = np.arange(count) % num_classes
+    return part(3 * np.eye(6)[labels] + spread * generator.standard_normal((count, 6)), labels, split)
+
+
+labelings = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), min_size=2, max_size=12)
+
+
+@settings(max_examples=25)
+@given(labelings)
+def test_scores(pairs):
+    labels, found = np.array(pairs).T
+    scores = clusters.scores(labels, found)
+    assert scores["nmi"] == metrics.normalized_mutual_info_score(labels, found)
+    assert scores["ami"] == metrics.adjusted_mutual_info_score(labels, found)
+    assert scores["ari"] == metrics.adjusted_rand_score(labels, found)
+    majority = sum(max(sum(y == c for y in labels[found == k]) for c in range(4)) for k in set(found.tolist()))
+    assert scores["majority_top1"] == pytest.approx(majority * 100 / len(labels))
+    # Every way to give each of five clusters a class of its own, or none (classes 4 to 8 that nobody has).
+    ways = itertools.permutations(range(9), 5)
+    best = max(sum(way[k] == y for k, y in zip(found, labels, strict=True)) for way in ways)
+    assert scores["hungarian_top1"] == pytest.approx(best * 100 / len(labels))
+
+
+@pytest.mark.parametrize("count", [30, 31, 101])
+def test_classes_that_lie_apart_are_found(count):
+    train, test = blobs(60, "train"), blobs(count, "test")
+    values = clusters.run(train, test, clusters.Options())
+    for split in ("", "train_"):
+        assert values[f"clusters_{split}nmi"] == pytest.approx(1)
+        assert values[f"clusters_{split}hungarian_top1"] == values[f"clusters_{split}majority_top1"] == 100
+    assert len(values) == 10
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_k_means_is_as_good_as_scikit_learns_and_assigns_the_test_split_to_its_centres(normalize):
+    train, test = blobs(200, "train", 1.5, 5), blobs(77, "test", 1.5, 5)
+    options = clusters.Options(number=6, normalize=normalize, starts=10)
+    centres = clusters._fitted(train, options).numpy()
+
+    def rows(part):
+        x = part.features.astype(np.float64)
+        return x / np.linalg.norm(x, axis=1, keepdims=True) if normalize else x
+
+    distances = ((rows(test)[:, None] - centres) ** 2).sum(2)
+    found = clusters._assigned(test, clusters._fitted(train, options), options)
+    assert np.array_equal(found, distances.argmin(1))
+    inertia = ((rows(train)[:, None] - centres) ** 2).sum(2).min(1).sum()
+    theirs = KMeans(6, n_init=10, random_state=0, max_iter=100, tol=0).fit(rows(train))
+    assert inertia == pytest.approx(theirs.inertia_, rel=0.02)
+    values = clusters.run(train, test, options)
+    assert values["clusters_ari"] == metrics.adjusted_rand_score(test.labels, found)
+
+
+def test_seed_and_budget():
+    train, test = blobs(300, "train", 2), blobs(77, "test", 2)
+    one = clusters.run(train, test, clusters.Options(seed=1, starts=1))
+    assert one == clusters.run(train, test, clusters.Options(seed=1, starts=1, memory_mb=1))
+    assert one != clusters.run(train, test, clusters.Options(seed=2, starts=1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clusters, "_rows_in", lambda *_: 7)
+        assert one == clusters.run(train, test, clusters.Options(seed=1, starts=1))
+
+
+def test_k_means_is_fitted_on_the_training_images_drawn_by_key():
+    train, test = blobs(300, "train", 2), blobs(77, "test", 2)
+    few = clusters._fitted(train, clusters.Options(limit=50))
+    assert not np.array_equal(few, clusters._fitted(train, clusters.Options()))
+    assert not np.array_equal(few, clusters._fitted(train, clusters.Options(limit=50, seed=3)))
+    whole = clusters.run(train, test, clusters.Options(limit=300))
+    assert whole == clusters.run(train, test, clusters.Options(limit=1000))
+
+
+def test_fewer_different_images_than_clusters():
+    train = part(np.repeat(np.eye(3), 10, axis=0), np.arange(30) % 4)
+    assert len(clusters._fitted(train, clusters.Options())) == 3
+    assert clusters.run(train, train, clusters.Options())["clusters_majority_top1"] < 50
+
+
+def test_a_class_that_one_split_lacks():
+    train, test = blobs(60, "train", num_classes=3), blobs(40, "test", num_classes=4)
+    assert clusters.run(train, test, clusters.Options())["clusters_hungarian_top1"] == 75
+
+
+def labels_of(tmp_path, ids, rows):
+    path = tmp_path / "labels.csv"
+    path.write_text(labels_file.text(np.asarray(ids), np.asarray(rows)))
+    return str(path)
+
+
+def test_labels_of_a_file_are_measured_on_the_images_that_it_lists(tmp_path):
+    train, test = blobs(30, "train"), blobs(12, "test")
+    ids = np.arange(1, 30)
+    path = labels_of(tmp_path, ids, [ids % 2, (ids + 1) % 3])
+    values = clusters.run(train, test, clusters.Options(labels=path, column=1))
+    assert list(values) == [f"clusters_train_{n}" for n in ("nmi", "ami", "ari", "majority_top1", "hungarian_top1")]
+    assert values["clusters_train_nmi"] == pytest.approx(1) and values["clusters_train_hungarian_top1"] == 100
+    by_parity = clusters.run(train, test, clusters.Options(labels=path))
+    expected = clusters.scores(train.labels[1:], ids % 2)
+    assert by_parity == {f"clusters_train_{name}": value for name, value in expected.items()}
+
+    module, options = evaluators.find("clusters"), clusters.Options(labels=path, column=1)
+    said = evaluators.protocol(module, options)
+    assert f"column 1 of {path} (" in said
+    labels_of(tmp_path, ids, [ids % 2, ids % 3])
+    assert evaluators.protocol(module, options) != said, "another file is another protocol"
+
+
+def test_what_is_refused(tmp_path):
+    train, test = blobs(30, "train"), blobs(12, "test")
+    with pytest.raises(UserError, match=r"clusters\.number = 31: .* on 30 images only; give clusters\.number up to 30"):
+        clusters.run(train, test, clusters.Options(number=31))
+    with pytest.raises(UserError, match=r"clusters\.number = 3: .* on 2 images only"):
+        clusters.run(train, test, clusters.Options(limit=2))
+    wide = part(np.ones((1000, 500)), np.arange(1000) % 3)
+    with pytest.raises(UserError, match=r"memory_mb = 2: 1000 images of 500 features need 5 MiB; .*limit = 50000"):
+        clusters.run(wide, wide, clusters.Options(memory_mb=2))
+    missing = clusters.Options(labels=str(tmp_path / "no.csv"))
+    for call in (clusters.protocol, lambda options: clusters.run(train, test, options)):
+        with pytest.raises(UserError, match=r"clusters\.labels = .*no\.csv.*cannot be read: No such file"):
+            call(missing)
+    path = labels_of(tmp_path, [0, 99], [[0, 1]])
+    with pytest.raises(UserError, match=r"clusters\.labels: .* line 3: image 99 is not in the split's 0\.\.29"):
+        clusters.run(train, test, clusters.Options(labels=path))
+    path = labels_of(tmp_path, [0, 1], [[0, 1]])
+    with pytest.raises(UserError, match=r"clusters\.column = 1: .* has 1 label column"):
+        clusters.run(train, test, clusters.Options(labels=path, column=1))
+    (tmp_path / "labels.csv").write_text("image_id,label_0\n")
+    with pytest.raises(UserError, match="lists no image"):
+        clusters.run(train, test, clusters.Options(labels=path))
+
+
+def test_the_pictures():
+    train, test = blobs(60, "train", 1.5), blobs(50, "test", 1.5)
+    album, options = Sketchbook(), clusters.Options(number=4)
+    assert clusters.run(train, test, options, album) == clusters.run(train, test, options)
+    assert list(album.pictures) == ["clusters-purity", "clusters-images"]
+    for figure, title, caption in album.pictures.values():
+        drawn(figure)
+        assert title and "50 images of shapes test in 4 clusters (k-means with 4 clusters" in caption
+    found = clusters._assigned(test, clusters._fitted(train, options), options)
+    counts = clusters.contingency(test.labels, found)
+    purity = counts.max(1) / counts.sum(1)
+    order = np.argsort(-purity, kind="stable")
+    bars = album.pictures["clusters-purity"][0].axes[0].patches
+    assert [bar.get_width() for bar in bars] == pytest.approx((100 * purity[order]).tolist())
+    texts = [text for text in album.texts("clusters-images") if text.startswith("cluster ")]
+    best = counts.argmax(1)
+    assert texts == [
+        f"cluster {k}: {counts[k].sum()} images\n{100 * purity[k]:.0f} % {'abcde'[best[k]]}" for k in order
+    ]
+    shown = iter(zip(album.images_shown("clusters-images"), album.pictures["clusters-images"][0].axes, strict=True))
+    for k in order:
+        own_before = True
+        for (split, image), axes in itertools.islice(shown, min(14, int(counts[k].sum()))):
+            own = test.labels[image] == best[k]
+            assert split == "test" and found[image] == k and axes.spines["top"].get_visible() == own
+            assert own_before or not own, "those of the cluster's class stand first"
+            own_before = own
+
+
+def test_pictures_of_the_labels_of_a_file_are_of_the_training_split(tmp_path):
+    train, test = blobs(90, "train"), blobs(12, "test")
+    path = labels_of(tmp_path, np.arange(90), [np.arange(90) * 7 % 45])  # 45 clusters: not all are shown
+    album = Sketchbook()
+    clusters.run(train, test, clusters.Options(labels=path), album)
+    assert all(part is train for part in album.part_of.values())
+    assert {split for split, _ in album.images_shown("clusters-images")} == {"train"}
+    assert sum(text.startswith("cluster ") for text in album.texts("clusters-images")) == 20
+    assert "the 10 purest and the 10 least pure" in album.pictures["clusters-images"][2]
+    assert "... 5 clusters between ..." in album.texts("clusters-purity")
