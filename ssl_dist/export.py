@@ -1,6 +1,7 @@
 """A run's encoder in a file that other programs load: by torchvision's or timm's names, or as relational reasoning's
 official code (the "seed" of this program) saves its networks."""
 
+import json
 from pathlib import Path
 
 import safetensors.torch
@@ -8,11 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ssl_dist import features
+from ssl_dist.config import to_tree
 from ssl_dist.errors import UserError
 from ssl_dist.features_file import replacing
 from ssl_dist.weights import TIMM, renamed
 
 FORMATS = ("torchvision", "timm", "seed")
+
+# What a safetensors file tells in its metadata: names, the checkpoint's SHA-256 and step, and the mean and std (JSON)
+# that its images were normalised with.
+FACTS = ("backbone", "method", "checkpoint", "step", "normalize")
 
 # Backbones of ours that are those of the library, tensor by tensor and under the same name.
 OF_TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "efficientnet_b0", "efficientnet_v2_s")
@@ -35,7 +41,9 @@ def export(run: Path, form: str, out: Path) -> str:
         parts = {key: getattr(method, part) for part, key in SEED_PARTS.items() if hasattr(method, part)}
         content = {"backbone": tensors} | {key: _plain(part) for key, part in parts.items()}
     else:
-        facts = {"format": "pt", "backbone": name, "method": encoder.config.method.name, "checkpoint": encoder.sha256}
+        normalize = json.dumps(to_tree(encoder.normalize))
+        told = (name, encoder.config.method.name, encoder.sha256, str(encoder.step), normalize)
+        facts = {"format": "pt", **dict(zip(FACTS, told, strict=True))}
         content = safetensors.torch.save({renamed(key, TIMM): value for key, value in tensors.items()}, facts)
     with replacing(out) as file:
         if form == "seed":

@@ -1,5 +1,7 @@
 """Exported backbones load strictly in torchvision, timm and the official code's networks, and compute the same."""
 
+import json
+
 import pytest
 import safetensors.torch
 import torch
@@ -59,7 +61,9 @@ def test_torchvision_loads_it_and_computes_the_same(run_of, tmp_path, capsys, na
     _, state, digest = checkpoint.load_newest(run)
     assert all(torch.equal(tensor, state["method"][f"backbone.{key}"]) for key, tensor in found.tensors.items())
     with safetensors.safe_open(out, "pt") as file:
-        assert file.metadata() == {"format": "pt", "backbone": name, "method": "random_weights", "checkpoint": digest}
+        told = file.metadata()
+    assert json.loads(told.pop("normalize")) == state["normalize"]
+    assert told == {"format": "pt", "backbone": name, "method": "random_weights", "checkpoint": digest, "step": "0"}
 
 
 @pytest.mark.parametrize("name", ["resnet18", "timm/convnext_atto"])
