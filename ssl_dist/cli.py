@@ -169,6 +169,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="data.root, data.reader: where the images are")
     sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write")
 
+    sub = command(
+        "voc", _voc, "transfer to PASCAL VOC: classification, detection, segmentation",
+        "Fit SVMs on frozen features (classification), or fine-tune Faster R-CNN (detection) or FCN (segmentation), in "
+        "one process; the numbers go to OUT/results.json. The same command again goes on with a training.",
+    )  # fmt: skip
+    sub.add_argument("task", choices=["classification", "detection", "segmentation"])
+    sub.add_argument("weights", type=Path, metavar="RUN|WEIGHTS", help="a run's folder, or a file of weights")
+    sub.add_argument("overrides", nargs="*", metavar="key=value",
+                     help="options of the task, as batch_size=8; of weights of others also backbone.name")  # fmt: skip
+    sub.add_argument("--root", type=Path, action="append", required=True,
+                     help="VOCdevkit/VOC2007; may be repeated: trained on all, tested on the first")  # fmt: skip
+    sub.add_argument("--out", type=Path, required=True, help="folder of results.json, features and checkpoints")
+
     sub = command("doctor", _doctor, "what is missing on this machine", "Check this machine and say what mends it.")
     return parser
 
@@ -262,6 +275,16 @@ def _labels(args) -> int:
 
     print(export_labels(args.run, args.out, args.overrides))
     return 0
+
+
+def _voc(args) -> int:
+    from ssl_dist.evaluators.results import table
+    from ssl_dist.voc import command
+
+    code, made = command.run(args.task, args.weights, args.root, args.out, args.overrides)
+    if made:
+        print(table(command.headline(made)))
+    return code
 
 
 def _doctor(_args) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 
 # What a key is for is one of its words, so that two uses with the same seed never share a stream.
-ORDER, VIEWS, INIT, METHOD, DROPOUT, RELABEL, LABELLED, EVALUATION, HELD_OUT = range(1, 10)
+ORDER, VIEWS, INIT, METHOD, DROPOUT, RELABEL, LABELLED, EVALUATION, HELD_OUT, TRANSFER = range(1, 11)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _ODD = np.uint64(0xD1342543DE82EF95)

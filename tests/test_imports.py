@@ -49,6 +49,7 @@ LAYERS = [
         "verify_ranks",
         "doctor",
         "label_export",
+        "voc",
     },
     {"cli", "__main__", "job", "job_here", "slurm_script", "slurm_submit", "slurm_status"},
 ]

@@ -1,0 +1,223 @@
+"""Classification: a linear SVM for every class on frozen features, mean average precision (Goyal et al. 2019).
+
+Features of each image, squeezed to a square as in the paper's code and VISSL, L2-normalised; LIBLINEAR's squared hinge
+with L2 penalty, positives weighted twice, its cost chosen for each class among 26 by the average precision of three
+folds of the training split. Images in which a class is only "difficult" are negatives in training, and do not count in
+the test, as in that code, whose mean average precision is the one by area. The primal problem is solved (dual=False):
+its minimum is the same and the solver draws no random numbers.
+"""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from sklearn.metrics import average_precision_score
+from sklearn.model_selection import StratifiedKFold
+from sklearn.svm import LinearSVC
+from torch import Tensor, nn
+from torchvision.transforms.functional import center_crop, resize
+
+from ssl_dist.config import PositiveFloat, PositiveInt, Section
+from ssl_dist.errors import UserError
+from ssl_dist.features_file import Features, read_features, write_features
+from ssl_dist.progress import Counter
+from ssl_dist.voc.data import CLASSES, Sample, Split
+from ssl_dist.voc.loop import ahead
+from ssl_dist.voc.metrics import classification_ap
+from ssl_dist.voc.pretrained import Pretrained
+
+KIND = "Main"
+PROTOCOL = (
+    "one-vs-rest linear SVM on frozen features of {layer}, short side {resize}, {crop} {size}, cost of each class by "
+    "{folds} folds of {train}; VOC's mean average precision by 11 points and by area, difficult ones ignored"
+)
+COSTS = sorted([2.0**power for power in range(-19, -3)] + [10.0**power for power in range(-7, 3)])
+LARGEST = 9216  # features of a stage at most: its map is averaged to the largest grid that fits (Goyal et al. 2019)
+BATCH = 32
+OUTPUT = "output"
+
+
+class Options(Section):
+    train_split: str = "trainval"
+    test_split: str = "test"
+    layer: str = Field(OUTPUT, description="output, or a stage of the backbone")
+    size: Annotated[int, Field(ge=8, le=4096)] = Field(224, description="side of the network's input in pixels")
+    resize: Annotated[int, Field(ge=8, le=4096)] = Field(256, description="short side before that")
+    crop: Literal["whole", "centre"] = Field("whole", description="all of the image, squeezed, or its centre")
+    costs: Annotated[list[PositiveFloat], Field(min_length=1)] = Field(COSTS, description="to choose from")
+    folds: Annotated[int, Field(ge=2, le=100)] = 3
+    max_iter: PositiveInt = Field(2000, description="of LIBLINEAR")
+    workers: PositiveInt | None = Field(None, description="threads that read images and fit; null: the cores there are")
+
+    @model_validator(mode="after")
+    def _crop(self):
+        if self.resize < self.size:
+            raise ValueError(f"resize: {self.resize} is below the size of the crop, {self.size}")
+        return self
+
+
+# ------------------------------------------------------------------------------------------------- features
+
+
+def features_of(
+    pretrained: Pretrained, split: Split, options: Options, folder: Path, device: torch.device, pool
+) -> Features:
+    """The features of a split, read from `folder` where they are there and fresh."""
+    path = folder / f"voc-{split.samples[0].root.name}-{split.name}-{options.layer}.safetensors"
+    metadata = {
+        "classes": json.dumps(CLASSES),
+        "dataset": split.samples[0].root.name,
+        "split": split.name,
+        "data": split.digest(),
+        "transform": f"short side to {options.resize}, {options.crop} {options.size}, {pretrained.normalize}",
+        "checkpoint": pretrained.sha256,
+        "step": str(pretrained.step),
+        "layer": options.layer,
+        "method": pretrained.method,
+        "backbone": pretrained.name,
+    }
+    if path.exists():
+        try:
+            known = read_features(path)
+        except UserError:
+            known = None  # damaged: made again
+        if known is not None and known.metadata == metadata:
+            return known
+    network = Extractor(pretrained, options.layer).to(device)
+    to_input = _input(pretrained, options)
+    rows = []
+    with Counter(f"features {split.title}", len(split), "image") as counter, torch.inference_mode():
+        for images in ahead(pool, to_input, ((sample,) for sample in split.samples), BATCH):
+            rows.append(network(torch.stack(images).to(device)).cpu().numpy())
+            counter.update(len(images))
+    found = np.concatenate(rows)
+    number = np.arange(len(split), dtype=np.int64)
+    write_features(path, found, np.full(len(split), -1, np.int64), number, metadata)  # an image has several classes
+    return read_features(path)
+
+
+class Extractor(nn.Module):
+    """Images [N, 3, S, S] -> features [N, D] of a layer; a stage's map is averaged to the largest square grid that
+    gives at most `LARGEST` numbers."""
+
+    def __init__(self, pretrained: Pretrained, layer: str):
+        super().__init__()
+        stages = pretrained.backbone.stages
+        if layer != OUTPUT and layer not in stages:
+            known = ", ".join([OUTPUT, *stages])
+            raise UserError(f"layer = {layer!r}: backbone {pretrained.name} has {known}")
+        self.backbone, self.layer = pretrained.backbone, layer
+        self.side = 0 if layer == OUTPUT else max(1, int((LARGEST / stages[layer]) ** 0.5))
+
+    def forward(self, images: Tensor) -> Tensor:
+        try:
+            if self.layer == OUTPUT:
+                return self.backbone(images).flatten(1)
+            found = self.backbone.forward_stages(images)[1][self.layer]
+        except (RuntimeError, ValueError) as error:
+            size = images.shape[-1]
+            raise UserError(f"size = {size}: does not fit the backbone: {str(error).splitlines()[0]}") from None
+        side = min(self.side, *found.shape[-2:])
+        return nn.functional.adaptive_avg_pool2d(found, side).flatten(1)
+
+
+def _input(pretrained: Pretrained, options: Options):
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (pretrained.normalize.mean, pretrained.normalize.std))
+
+    def load(sample: Sample) -> Tensor:
+        image = resize(sample.image(), options.resize)
+        square = [options.size, options.size]
+        image = resize(image, square) if options.crop == "whole" else center_crop(image, square)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255).sub_(mean).div_(std)
+
+    return load
+
+
+# ------------------------------------------------------------------------------------------------- the SVMs
+
+
+def unit_rows(part: Features) -> np.ndarray:
+    """float64 [N, D], each row of length 1."""
+    rows = part.rows(0, len(part)).astype(np.float64)
+    return rows / (np.linalg.norm(rows, axis=1, keepdims=True) + 1e-5)
+
+
+def svm(rows: np.ndarray, positive: np.ndarray, cost: float, max_iter: int) -> LinearSVC:
+    """The SVM of one class: squared hinge, positives weighted 2."""
+    machine = LinearSVC(C=cost, class_weight={True: 2, False: 1}, dual=False, tol=1e-4, max_iter=max_iter)
+    return machine.fit(rows, positive)
+
+
+def choose_cost(rows: np.ndarray, positive: np.ndarray, options: Options) -> float:
+    """The cost with the highest mean average precision over the folds; of equal ones the smallest."""
+    if len(options.costs) == 1:
+        return options.costs[0]
+    folds = list(StratifiedKFold(options.folds).split(rows, positive))
+    means = []
+    for cost in sorted(options.costs):
+        scores = []
+        for train, held_out in folds:
+            machine = svm(rows[train], positive[train], cost, options.max_iter)
+            scores.append(average_precision_score(positive[held_out], machine.decision_function(rows[held_out])))
+        means.append(np.mean(scores))
+    return sorted(options.costs)[int(np.argmax(means))]
+
+
+def evaluate(
+    train: Features, train_labels: np.ndarray, test: Features, test_labels: np.ndarray, options: Options, workers: int
+) -> dict[str, float]:
+    """Percent: the means over the classes that there are, by 11 points and by area, and every class's average
+    precision by 11 points; the cost of every class; and whether all fits converged. labels: [N, 20] of 1, 0, -1."""
+    there = classes_there(train_labels, test_labels, options)
+    train_rows, test_rows = unit_rows(train), unit_rows(test)
+
+    def one(label: int) -> tuple[float, float, float, bool]:
+        positive = train_labels[:, label] > 0
+        cost = choose_cost(train_rows, positive, options)
+        machine = svm(train_rows, positive, cost, options.max_iter)
+        scores = machine.decision_function(test_rows)
+        return *classification_ap(scores, test_labels[:, label]), cost, machine.n_iter_ < options.max_iter
+
+    with ThreadPoolExecutor(workers, "svm") as pool, Counter("classification", len(there), "SVM") as bar:
+        rows = []
+        for row in pool.map(one, there):
+            rows.append(row)
+            bar.update(1)
+    eleven, area, costs, converged = (np.array(column) for column in zip(*rows, strict=True))
+    values = {
+        "voc_classification_map_11point": 100 * eleven.mean(),
+        "voc_classification_map_area": 100 * area.mean(),
+        "voc_classification_converged": float(converged.all()),
+    }
+    for label, ap, cost in zip(there, eleven, costs, strict=True):
+        values |= {
+            f"voc_classification_ap_{CLASSES[label]}": 100 * ap,
+            f"voc_classification_cost_{CLASSES[label]}": cost,
+        }
+    return values
+
+
+def classes_there(train_labels: np.ndarray, test_labels: np.ndarray, options: Options) -> list[int]:
+    """The classes that the images show: all 20 in VOC itself. Raises `UserError` for one with too few images."""
+    there = []
+    for label, name in enumerate(CLASSES):
+        positive, tested = int((train_labels[:, label] > 0).sum()), int((test_labels[:, label] > 0).sum())
+        if not positive and not tested:
+            continue
+        there.append(label)
+        if min(positive, len(train_labels) - positive) < options.folds:
+            raise UserError(
+                f"train_split = {options.train_split!r}: {positive} of {len(train_labels)} images show a {name}; "
+                f"{options.folds} folds need {options.folds} with and without it"
+            )
+        if not tested:
+            raise UserError(f"test_split = {options.test_split!r}: no image shows a {name}; choose another split")
+    if not there:
+        raise UserError(
+            f"train_split = {options.train_split!r}: no image shows any class; restore the lists of classes"
+        )
+    return there

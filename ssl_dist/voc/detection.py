@@ -1,0 +1,165 @@
+"""Detection: torchvision's Faster R-CNN (Ren et al. 2015) on a pre-trained ResNet, fine-tuned, counted as VOC counts.
+
+The network is the C4 one of He et al. (2016), which MoCo, VICReg and others publish: proposals and boxes are read from
+the map of layer3 (stride 16), and layer4 is the head of each box: every pre-trained layer is used, and no feature
+pyramid has to be learned on VOC. Anchors, thresholds and the schedule are those of MoCo (2020, appendix A; detectron2's
+Base-RCNN-C4): 24,000 steps of 16 images of VOC2007+2012 trainval, the short side drawn from 480, 512, ..., 800,
+BatchNorm trained, one more behind layer4. MoCo takes BatchNorm's statistics anew over training images after the last
+step; here they are the running ones. Its anchors, losses and box coder are torchvision's.
+"""
+
+from typing import Annotated
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.ops import MultiScaleRoIAlign
+
+from ssl_dist.config import PositiveFloat, PositiveInt, Probability
+from ssl_dist.errors import UserError
+from ssl_dist.keys import TRANSFER, VIEWS, hash64, uniforms
+from ssl_dist.progress import Counter
+from ssl_dist.voc.data import CLASSES, Sample, Split
+from ssl_dist.voc.loop import Task, ahead, seed_new_layers
+from ssl_dist.voc.metrics import THRESHOLDS, Detections
+from ssl_dist.voc.pretrained import Pretrained
+from ssl_dist.voc.trunk import TransferOptions, freeze, layers, require_resnet
+
+KIND = "Main"
+PROTOCOL = (
+    "Faster R-CNN C4, {steps} steps of {batch_size}, lr {lr}, short side {min_sizes} (test {test_size}), BatchNorm"
+    " {norm}, {frozen_stages} stages frozen, trained on {train}; VOC's average precision by 11 points and by area, "
+    "difficult objects ignored, ap: mean over IoU 0.5 to 0.95, last step, seed {seed}"
+)
+ANCHORS = (32, 64, 128, 256, 512)  # sides in pixels
+
+
+class Options(TransferOptions):
+    train_split: str = "trainval"
+    test_split: str = "test"
+    steps: PositiveInt = 24000
+    lr: PositiveFloat = 0.02
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    milestones: list[Probability] = Field([0.75, 11 / 12])
+    min_sizes: Annotated[list[Annotated[int, Field(ge=32, le=4096)]], Field(min_length=1)] = Field(
+        list(range(480, 801, 32)), description="short sides in pixels, of which one is drawn for an image of training"
+    )
+    test_size: Annotated[int, Field(ge=32, le=4096)] = Field(800, description="short side of test images")
+    max_size: PositiveInt = Field(1333, description="longest side: no image is enlarged or left beyond it")
+    boxes_per_image: PositiveInt = Field(512, description="proposals of an image that the head learns from; memory")
+
+
+def build(pretrained: Pretrained, options: Options) -> tuple[FasterRCNN, list[nn.Module]]:
+    """The detector on the backbone's own modules, and those of them that stay in evaluation mode."""
+    backbone = require_resnet(pretrained, "detection")
+    frozen = freeze(backbone, options)
+    seed_new_layers(options.seed)
+    trunk = layers(backbone, 3)
+    trunk.out_channels = backbone.stages["layer3"]
+    width = backbone.feature_dim
+    norm = nn.BatchNorm2d(width) if options.norm == "batch" else nn.Identity()
+    head = nn.Sequential(backbone.layer4, norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
+    model = FasterRCNN(
+        trunk,
+        min_size=options.test_size,
+        max_size=options.max_size,
+        image_mean=list(pretrained.normalize.mean),
+        image_std=list(pretrained.normalize.std),
+        rpn_anchor_generator=AnchorGenerator((ANCHORS,), ((0.5, 1.0, 2.0),)),
+        rpn_pre_nms_top_n_train=12000,
+        rpn_pre_nms_top_n_test=6000,
+        box_roi_pool=MultiScaleRoIAlign(["0"], output_size=14, sampling_ratio=0),
+        box_head=head,
+        box_predictor=FastRCNNPredictor(width, len(CLASSES) + 1),
+        box_batch_size_per_image=options.boxes_per_image,
+        _skip_resize=True,  # in training only, whose sizes are drawn by keys (as torchvision's own recipes do)
+    )
+    return model, frozen
+
+
+def task(pretrained: Pretrained, train: Split, options: Options, device: torch.device) -> Task:
+    for sample in train.samples:
+        sample.objects()  # a damaged annotation shows now and not after an hour
+    model, frozen = build(pretrained, options)
+    model.to(device)
+
+    def load(epoch: int, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        return augmented(train.samples[index], hash64(options.seed, TRANSFER, VIEWS, epoch, index), options)
+
+    def loss(items: list) -> dict[str, Tensor]:
+        images, targets = zip(*items, strict=True)
+        targets = [{name: value.to(device) for name, value in target.items()} for target in targets]
+        return model([image.to(device) for image in images], targets)
+
+    return Task(model, len(train), load, loss, frozen)
+
+
+def augmented(sample: Sample, key: np.uint64, options: Options) -> tuple[Tensor, dict[str, Tensor]]:
+    """Image float32 [3, h, w] in [0, 1] and its boxes: a short side and a flip are drawn from `key`.
+
+    Difficult objects are learned too, as in detectron2. Raises `UserError` for a box outside the image.
+    """
+    image, objects = sample.image(), sample.objects()
+    size, flip = uniforms(key, 2)
+    side = options.min_sizes[int(size * len(options.min_sizes))]
+    width, height = image.size
+    scale = min(side / min(width, height), options.max_size / max(width, height))
+    new_width, new_height = max(1, round(width * scale)), max(1, round(height * scale))
+    boxes = objects.boxes.clip(0, (width, height, width, height))
+    empty = (boxes[:, 2:] <= boxes[:, :2]).any(1)
+    if empty.any():
+        box = " ".join(f"{c:g}" for c in objects.boxes[empty.argmax()])
+        raise UserError(f"{sample.annotation_path}: a box ({box}) lies outside of the image of {width}x{height} pixels")
+    boxes = boxes * np.float32([new_width / width, new_height / height] * 2)
+    image = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
+    if flip < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        boxes[:, [0, 2]] = new_width - boxes[:, [2, 0]]
+    target = {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(objects.labels + 1)}
+    return to_tensor(image), target
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """float32 [3, H, W] in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
+
+
+def evaluate(model: FasterRCNN, test: Split, device: torch.device, pool) -> dict[str, float]:
+    """Every image of the test split once, one at a time, at its own proportions. Values in percent."""
+    model.eval()
+    found = Detections(len(CLASSES))
+
+    def load(index: int) -> tuple[Sample, Tensor]:
+        return test.samples[index], to_tensor(test.samples[index].image())
+
+    with Counter(f"detection {test.title}", len(test), "image") as counter, torch.inference_mode():
+        for [(sample, image)] in ahead(pool, load, ((i,) for i in range(len(test))), 1):
+            (output,) = model([image.to(device)])
+            boxes, labels, scores = (output[name].cpu().numpy() for name in ("boxes", "labels", "scores"))
+            objects = sample.objects()
+            found.add(boxes, labels - 1, scores, objects.boxes, objects.labels, objects.difficult)
+            counter.update(1)
+    return summary(found, test)
+
+
+def summary(found: Detections, test: Split) -> dict[str, float]:
+    """Means over the classes that the split has: ap50, ap75 and ap (over all thresholds), by 11 points and by area; and
+    every class's ap50 by 11 points."""
+    ap_TCK = 100 * np.stack([found.ap(threshold) for threshold in THRESHOLDS])
+    there_C = ~np.isnan(ap_TCK[0, :, 0])
+    if not there_C.any():
+        raise UserError(f"test_split = {test.name!r}: holds no object that is not difficult; choose another split")
+    mean_TK = ap_TCK[:, there_C].mean(1)
+    values = {}
+    for kind, name in enumerate(("11point", "area")):
+        values[f"voc_detection_ap50_{name}"] = mean_TK[0, kind]
+        values[f"voc_detection_ap75_{name}"] = mean_TK[THRESHOLDS.index(0.75), kind]
+        values[f"voc_detection_ap_{name}"] = mean_TK[:, kind].mean()
+    for label in np.flatnonzero(there_C):
+        values[f"voc_detection_ap50_{CLASSES[label]}"] = ap_TCK[0, label, 0]
+    return values

@@ -1,0 +1,225 @@
+"""Training for a transfer: one process, seeded, resumed exactly. What a task trains on is behind `Task`.
+
+The order of images, their augmentation and every draw of torch's generator are functions of (seed, step), so weights,
+momenta and the step are all that is saved.
+"""
+
+import dataclasses
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ssl_dist import checkpoint, durable, optim
+from ssl_dist.clock import Clock
+from ssl_dist.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Section
+from ssl_dist.errors import Fault, UserError
+from ssl_dist.keys import INIT, METHOD, ORDER, TRANSFER, hash64, permutation
+from ssl_dist.runfolder import flat
+from ssl_dist.runlog import RunLog
+from ssl_dist.stop import STOPPED, StopRequest
+
+FREE = ("workers", "log_every")  # options that change no number
+
+
+class TrainingOptions(Section):
+    """The options that detection and segmentation share; defaults are each task's own."""
+
+    seed: NonNegativeInt = Field(0, description="of new layers, the order of images, augmentation and sampling")
+    steps: PositiveInt
+    batch_size: PositiveInt = Field(16, description="images in a step")
+    lr: PositiveFloat
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NonNegativeFloat = Field(1e-4, description="of all but BatchNorm")
+    warmup_steps: NonNegativeInt = Field(0, description="linear rise of the rate from 0")
+    milestones: list[Probability] = Field(description="shares of the training after which the rate falls to a tenth")
+    log_every: PositiveInt = Field(20, description="steps between two lines of metrics.jsonl and TensorBoard")
+    workers: PositiveInt | None = Field(None, description="threads that read images; null: the cores there are")
+
+
+@dataclasses.dataclass
+class Task:
+    """What is trained. load: (epoch, index) -> one image of the training split, augmented, on the CPU; loss: a list of
+    those -> named terms, whose sum is minimised. frozen: modules whose statistics stay."""
+
+    model: nn.Module
+    num_images: int
+    load: Callable[[int, int], Any]
+    loss: Callable[[list], dict[str, Tensor]]
+    frozen: list[nn.Module]
+
+    def train_mode(self) -> None:
+        self.model.train()
+        for module in self.frozen:
+            module.eval()
+
+
+def seed_torch(seed: int, purpose: int, number: int = 0) -> None:
+    """Give torch's generators, on every device, the state that belongs to a step or to new layers."""
+    torch.manual_seed(int(hash64(seed, TRANSFER, purpose, number)) & 0x7FFFFFFFFFFFFFFF)
+
+
+def seed_new_layers(seed: int) -> None:
+    seed_torch(seed, INIT)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """The folder belongs to this process meanwhile, by a lock that dies with it. Raises `UserError` if it is taken."""
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        held = durable.lock(folder / "lock", os.O_WRONLY | os.O_CREAT, wait=False)
+    except BlockingIOError:
+        raise UserError(f"{folder}: another process is writing it; wait for it, or choose another --out") from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}; choose another --out") from None
+    try:
+        durable.remove_dead(folder)
+        checkpoint.remove_leftovers(folder)
+        yield
+    finally:
+        os.close(held)
+
+
+def fit(task: Task, options: TrainingOptions, folder: Path, settings: dict, facts: dict, workers: int) -> int:
+    """Train to the last step, or go on with what `folder` holds; 0 when complete, 75 when asked to stop.
+
+    settings: plain values that must be the same on resume; facts: normalize and data for the checkpoint.
+    """
+    per_epoch = task.num_images // options.batch_size
+    if per_epoch == 0:
+        raise UserError(f"batch_size = {options.batch_size}: larger than the {task.num_images} images to train on")
+    optimizer = _optimizer(task.model, options)
+    step = _resume(task.model, optimizer, folder, settings)
+    clock = Clock(step, per_epoch, options.steps)
+    if clock.done:
+        return 0
+    task.train_mode()
+    title = f"{settings['task']} {settings['train']}"
+    with (
+        StopRequest() as stop,
+        RunLog(folder, clock, title, options.batch_size, 1) as log,
+        ThreadPoolExecutor(workers, "image") as pool,
+    ):
+        for items in ahead(pool, task.load, _plan(clock, task.num_images, options), options.batch_size):
+            optim.set_lr(optimizer, lr(options, clock))
+            seed_torch(options.seed, METHOD, clock.step)
+            terms = task.loss(items)
+            loss = sum(terms.values())
+            if not torch.isfinite(loss):
+                shown = ", ".join(f"{name} {float(value.detach()):g}" for name, value in terms.items())
+                raise Fault(f"{folder}: step {clock.step + 1}: the loss is not finite ({shown}); try a lower lr")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            clock = clock.after_step()
+            if clock.step == 1 or clock.done or clock.due(options.log_every):
+                values = {name: float(value.detach()) for name, value in {"loss": loss, **terms}.items()}
+                log.write(clock, values | {"lr": lr(options, clock)}, {})
+            stopping = stop.requested
+            if stopping or clock.done or clock.due(every_epochs=1):
+                stop.saving = True
+                _save(task.model, optimizer, clock.step, folder, settings, facts)
+                stop.saving = False
+            log.after_step(clock)
+            if stopping and not clock.done:
+                print(f"stopping after step {clock.step}, which is saved", file=sys.stderr, flush=True)
+                return STOPPED
+    return 0
+
+
+def lr(options: TrainingOptions, clock: Clock) -> float:
+    """The learning rate of the step that follows `clock.step` completed ones."""
+    if clock.step < options.warmup_steps:
+        return options.lr * (clock.step + 1) / (options.warmup_steps + 1)
+    return options.lr * 0.1 ** sum(clock.step >= round(share * clock.total_steps) for share in options.milestones)
+
+
+def epoch_order(seed: int, epoch: int, num_images: int):
+    """int64 [N]: the images in the order of this epoch."""
+    return permutation(hash64(seed, TRANSFER, ORDER, epoch), num_images)
+
+
+def _plan(clock: Clock, num_images: int, options: TrainingOptions) -> Iterator[tuple[int, int]]:
+    """(epoch, index) of every image from this step to the last. The tail of an epoch that fills no batch is dropped."""
+    order = (-1, None)
+    for step in range(clock.step, clock.total_steps):
+        epoch, within = divmod(step, clock.steps_per_epoch)
+        if order[0] != epoch:
+            order = (epoch, epoch_order(options.seed, epoch, num_images))
+        for index in order[1][within * options.batch_size : (within + 1) * options.batch_size]:
+            yield epoch, int(index)
+
+
+def ahead(pool: ThreadPoolExecutor, load: Callable, plan: Iterable[tuple], size: int) -> Iterator[list]:
+    """Lists of `size` results of load(*arguments), in the order of `plan`, read two lists ahead by the pool."""
+    plan, waiting = iter(plan), deque()
+    try:
+        while True:
+            while len(waiting) < 3 * size and (arguments := next(plan, None)) is not None:
+                waiting.append(pool.submit(load, *arguments))
+            if not waiting:
+                return
+            yield [waiting.popleft().result() for _ in range(min(size, len(waiting)))]
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.SGD:
+    """SGD; what BatchNorm learns does not decay (as in detectron2)."""
+    norms = {id(p) for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if id(p) not in norms], "weight_decay": options.weight_decay},
+        {"params": [p for p in trained if id(p) in norms], "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD([group for group in groups if group["params"]], lr=options.lr, momentum=options.momentum)
+
+
+def _save(model, optimizer, step: int, folder: Path, settings: dict, facts: dict) -> None:
+    state = {
+        "format": checkpoint.FORMAT,
+        "step": step,
+        "config": settings,
+        "method": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "world_size": 1,
+        "versions": checkpoint.versions(),
+        "normalize": facts["normalize"],
+        "info": {},
+        "data": facts["data"],
+    }
+    checkpoint.save(folder, state)
+    checkpoint.prune(folder, keep=2, keep_every=None, step=step)
+
+
+def _resume(model, optimizer, folder: Path, settings: dict) -> int:
+    """Load the newest checkpoint, if there is one. Returns the steps completed."""
+    found = checkpoint.load_newest(folder)
+    if found is None:
+        return 0
+    path, state, _ = found
+    there, now = flat(state["config"]), flat(settings)
+    different = [
+        f"{key} (there {there.get(key)!r}, now {now.get(key)!r})"
+        for key in sorted(there.keys() | now.keys())
+        if there.get(key) != now.get(key) and key.removeprefix("options.") not in FREE
+    ]
+    if different:
+        raise UserError(
+            f"{folder}: holds a training with other settings: {'; '.join(different)}; choose another --out or restore "
+            "these values"
+        )
+    checkpoint.restore(model, state["method"], path)
+    optimizer.load_state_dict(state["optimizer"])
+    print(f"{path}: goes on after step {state['step']}", file=sys.stderr, flush=True)
+    return state["step"]

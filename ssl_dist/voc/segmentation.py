@@ -1,0 +1,142 @@
+"""Segmentation: torchvision's fully convolutional network (Long et al. 2015) on a pre-trained ResNet, fine-tuned.
+
+The head is torchvision's FCNHead on the map of layer4. Bottleneck ResNets keep layer4 at stride 16 by dilation, as MoCo
+does; torchvision dilates no basic blocks, so resnet18 and 34 stay at stride 32. The schedule and the augmentation are
+MoCo's (He et al. 2020, appendix A): 30,000 steps of 16 crops of 513 px, scaled by 0.5 to 2, flipped, learning rate
+0.003 with falls at 70 and 90 percent. Whole test images at their own size, mean intersection over union, void pixels
+left out.
+"""
+
+from typing import Annotated
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchvision.models.segmentation.fcn import FCN, FCNHead
+
+from ssl_dist.config import Normalize, PositiveFloat, PositiveInt, Probability
+from ssl_dist.keys import TRANSFER, VIEWS, hash64, uniforms
+from ssl_dist.progress import Counter
+from ssl_dist.voc.data import CLASSES, VOID, Sample, Split
+from ssl_dist.voc.loop import Task, ahead, seed_new_layers
+from ssl_dist.voc.metrics import class_iou, confusion
+from ssl_dist.voc.pretrained import Pretrained
+from ssl_dist.voc.trunk import TransferOptions, dilate_last, freeze, layers, require_resnet
+
+KIND = "Segmentation"
+PROTOCOL = (
+    "FCN head at stride {stride}, {steps} steps of {batch_size}, lr {lr}, crops of {crop}, BatchNorm {norm}, "
+    "{frozen_stages} stages frozen, trained on {train}; mean IoU over the classes, whole images, void ignored, "
+    "last step, seed {seed}"
+)
+NAMES = ("background", *CLASSES)
+SCALES = (0.5, 2.0)
+
+
+class Options(TransferOptions):
+    train_split: str = "train"
+    test_split: str = "val"
+    steps: PositiveInt = 30000
+    lr: PositiveFloat = 0.003
+    milestones: list[Probability] = Field([0.7, 0.9])
+    crop: Annotated[int, Field(ge=32, le=4096)] = Field(513, description="side of a training crop in pixels")
+
+
+class Trunk(nn.Module):
+    """Images to {"out": map of layer4}, as torchvision's segmentation networks want it."""
+
+    def __init__(self, body: nn.Sequential):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"out": self.body(x)}
+
+
+def build(pretrained: Pretrained, options: Options) -> tuple[FCN, list[nn.Module], int]:
+    """The network on the backbone's own modules, those of them that stay in evaluation mode, and the map's stride."""
+    backbone = require_resnet(pretrained, "segmentation")
+    stride = dilate_last(backbone)
+    frozen = freeze(backbone, options)
+    seed_new_layers(options.seed)
+    model = FCN(Trunk(layers(backbone, 4)), FCNHead(backbone.feature_dim, len(NAMES)))
+    return model, frozen, stride
+
+
+def task(pretrained: Pretrained, train: Split, options: Options, device: torch.device) -> tuple[Task, int]:
+    """What is trained, and the map's stride."""
+    model, frozen, stride = build(pretrained, options)
+    model.to(device)
+
+    def load(epoch: int, index: int) -> tuple[Tensor, Tensor]:
+        key = hash64(options.seed, TRANSFER, VIEWS, epoch, index)
+        return augmented(train.samples[index], key, options.crop, pretrained.normalize)
+
+    def loss(items: list) -> dict[str, Tensor]:
+        images, masks = (torch.stack(parts).to(device) for parts in zip(*items, strict=True))
+        return {"cross_entropy": mean_loss(model(images)["out"], masks)}
+
+    return Task(model, len(train), load, loss, frozen), stride
+
+
+def mean_loss(logits_NCHW: Tensor, masks_NHW: Tensor) -> Tensor:
+    """Mean cross entropy of the pixels that are not void; 0 where all of them are."""
+    total = cross_entropy(logits_NCHW, masks_NHW, ignore_index=VOID, reduction="sum")
+    return total / (masks_NHW != VOID).sum().clamp(min=1)
+
+
+def augmented(sample: Sample, key: np.uint64, crop: int, normalize: Normalize) -> tuple[Tensor, Tensor]:
+    """Crop float32 [3, crop, crop], normalised, and class indices int64 [crop, crop]: scale, place and flip are drawn
+    from `key`. Beyond the image are zeros (the mean colour), and void."""
+    image = sample.image()
+    mask = sample.mask(image.size)
+    scale, left, upper, flip = uniforms(key, 4)
+    factor = SCALES[0] + scale * (SCALES[1] - SCALES[0])
+    size = tuple(max(1, round(side * factor)) for side in image.size)
+    pixels = normalized(image.resize(size, Image.Resampling.BILINEAR), normalize)
+    indices = torch.from_numpy(np.array(mask.resize(size, Image.Resampling.NEAREST))).long()
+    if flip < 0.5:
+        pixels, indices = pixels.flip(2), indices.flip(1)
+    x, y = (int(place * (max(side - crop, 0) + 1)) for place, side in zip((left, upper), size, strict=True))
+    pixels, indices = pixels[:, y : y + crop, x : x + crop], indices[y : y + crop, x : x + crop]
+    height, width = indices.shape
+    padding = (0, crop - width, 0, crop - height)
+    return nn.functional.pad(pixels, padding), nn.functional.pad(indices, padding, value=VOID)
+
+
+def normalized(image: Image.Image, normalize: Normalize) -> Tensor:
+    """float32 [3, H, W]."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (normalize.mean, normalize.std))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255).sub_(mean).div_(std)
+
+
+def evaluate(model: FCN, test: Split, normalize: Normalize, device: torch.device, pool) -> dict[str, float]:
+    """Every image of the test split once, whole. Values in percent; means over the classes that occur."""
+    model.eval()
+    total = np.zeros((len(NAMES), len(NAMES)), np.int64)
+
+    def load(index: int) -> tuple[Tensor, np.ndarray]:
+        image = test.samples[index].image()
+        return normalized(image, normalize), np.array(test.samples[index].mask(image.size))
+
+    with Counter(f"segmentation {test.title}", len(test), "image") as counter, torch.inference_mode():
+        for [(image, mask)] in ahead(pool, load, ((i,) for i in range(len(test))), 1):
+            predicted = model(image[None].to(device))["out"][0].argmax(0).cpu().numpy()
+            total += confusion(predicted, mask, len(NAMES))
+            counter.update(1)
+    return summary(total)
+
+
+def summary(total_CC: np.ndarray) -> dict[str, float]:
+    """Mean IoU, accuracy over pixels, and the IoU of every class that occurs."""
+    iou_C = 100 * class_iou(total_CC)
+    values = {
+        "voc_segmentation_miou": float(np.nanmean(iou_C)),
+        "voc_segmentation_pixel_accuracy": 100 * total_CC.trace() / max(1, total_CC.sum()),
+    }
+    return values | {
+        f"voc_segmentation_iou_{name}": value for name, value in zip(NAMES, iou_C, strict=True) if value == value
+    }

@@ -1,0 +1,62 @@
+"""A pre-trained ResNet as a part of a larger network: which layers train, which keep their statistics, and dilation."""
+
+from collections import OrderedDict
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import nn
+from torchvision.models.resnet import Bottleneck
+
+from ssl_dist.backbones.resnet import ResNet
+from ssl_dist.errors import UserError
+from ssl_dist.voc.loop import TrainingOptions
+from ssl_dist.voc.pretrained import Pretrained
+
+
+class TransferOptions(TrainingOptions):
+    norm: Literal["batch", "frozen"] = Field(
+        "batch", description="BatchNorm of the backbone: trained on the batch's statistics, or left as pre-trained"
+    )
+    frozen_stages: Annotated[int, Field(ge=0, le=5)] = Field(
+        0, description="0 trains all; 1 keeps the stem, 2 layer1 too, ..."
+    )
+
+
+def require_resnet(pretrained: Pretrained, task: str) -> ResNet:
+    """The backbone. Raises `UserError` for one without a ResNet's four layers."""
+    if not isinstance(pretrained.backbone, ResNet):
+        raise UserError(
+            f"backbone.name = {pretrained.name!r}: voc {task} needs a residual network with layer1 to layer4 (resnet18 "
+            "to resnet200, wide ones too); voc classification takes any backbone"
+        )
+    return pretrained.backbone
+
+
+def freeze(backbone: ResNet, options: TransferOptions) -> list[nn.Module]:
+    """Take what shall not train out of the gradient; returns the modules that stay in evaluation mode."""
+    stages = [[backbone.conv1, backbone.bn1], *([getattr(backbone, f"layer{n}")] for n in (1, 2, 3, 4))]
+    frozen = [module for stage in stages[: options.frozen_stages] for module in stage]
+    if options.norm == "frozen":
+        frozen += [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+    for module in frozen:
+        module.requires_grad_(False)
+    return frozen
+
+
+def layers(backbone: ResNet, last: int) -> nn.Sequential:
+    """The stem and layer1 to layer`last`, by their own names."""
+    names = ("conv1", "bn1", "relu", "maxpool", *(f"layer{number}" for number in range(1, last + 1)))
+    return nn.Sequential(OrderedDict((name, getattr(backbone, name)) for name in names))
+
+
+def dilate_last(backbone: ResNet) -> int:
+    """Give layer4 stride 1 and, behind its first block, dilation 2, where blocks are bottlenecks: torchvision's
+    replace_stride_with_dilation=[False, False, True], which has none for basic blocks. Returns the output's stride."""
+    stride = 8 if isinstance(backbone.maxpool, nn.Identity) else 32
+    first = backbone.layer4[0]
+    if not isinstance(first, Bottleneck):
+        return stride
+    first.conv2.stride = first.downsample[0].stride = (1, 1)
+    for block in backbone.layer4[1:]:
+        block.conv2.dilation = block.conv2.padding = (2, 2)
+    return stride // 2

@@ -1,0 +1,170 @@
+"""The training of a transfer: its order, its rate, its resume, and who may write its folder."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ssl_dist import checkpoint
+from ssl_dist.clock import Clock
+from ssl_dist.errors import Fault, UserError
+from ssl_dist.voc import loop
+
+SETTINGS = {"task": "toy", "train": "numbers", "options": {"steps": 9}}
+FACTS = {"normalize": {"mean": [0, 0, 0], "std": [1, 1, 1]}, "data": {}}
+
+
+class Toy(nn.Module):
+    """A network with BatchNorm and dropout, whose draws must come again after a resume."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.drop = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.3)
+
+    def forward(self, x):
+        return self.drop(torch.relu(self.norm(self.conv(x)))).mean((1, 2, 3))
+
+
+def toy(seen=None, on_load=lambda epoch, index: None):
+    loop.seed_new_layers(3)
+    model = Toy()
+
+    def load(epoch, index):
+        on_load(epoch, index)
+        generator = torch.Generator().manual_seed(1000 * epoch + index)
+        return index, torch.randn(3, 6, 6, generator=generator)
+
+    def loss(items):
+        ids, images = zip(*items, strict=True)
+        if seen is not None:
+            seen.append(ids)
+        return {"square": ((model(torch.stack(images)) - 2 - torch.tensor(ids) / 10) ** 2).mean()}
+
+    return loop.Task(model, 11, load, loss, [])
+
+
+def options(**changes):
+    given = {"steps": 9, "batch_size": 4, "lr": 0.1, "milestones": [0.5], "seed": 3, "log_every": 2}
+    return loop.TrainingOptions(**(given | changes))
+
+
+def fit(folder, task, **changes):
+    given = options(**changes)
+    settings = SETTINGS | {"options": {"steps": given.steps, "workers": given.workers}}
+    with loop.claimed(folder):
+        return loop.fit(task, given, folder, settings, FACTS, 2)
+
+
+def test_every_image_once_an_epoch_in_an_order_of_its_own(tmp_path):
+    seen = []
+    assert fit(tmp_path, toy(seen)) == 0
+    assert [len(ids) for ids in seen] == [4] * 9, "the tail that fills no batch is dropped"
+    epochs = [sum(seen[start : start + 2], ()) for start in range(0, 8, 2)]
+    assert all(len(set(epoch)) == 8 for epoch in epochs) and len(set(epochs)) == 4
+    assert epochs[1] == tuple(loop.epoch_order(3, 1, 11)[:8])
+    assert sorted(loop.epoch_order(3, 1, 11)) == list(range(11))
+    assert not np.array_equal(loop.epoch_order(4, 1, 11), loop.epoch_order(3, 1, 11))
+
+
+def test_the_rate():
+    given = options(warmup_steps=3, steps=100, milestones=[0.5, 11 / 12], lr=1.0)
+    rates = [loop.lr(given, Clock(step, 7, 100)) for step in (0, 1, 2, 3, 49, 50, 91, 92, 99)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_the_loss_falls_and_what_is_written(tmp_path):
+    assert fit(tmp_path, toy(), steps=60, lr=0.2) == 0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, *range(2, 61, 2)]
+    assert lines[-1]["square"] == lines[-1]["loss"] and lines[-1]["lr"] == pytest.approx(0.02)
+    assert np.mean([line["loss"] for line in lines[-5:]]) < 0.5 * lines[0]["loss"]
+    assert checkpoint.steps(tmp_path) == [58, 60], "the newest two"
+
+
+def test_a_resume_at_any_step_equals_no_stop_bit_for_bit(tmp_path):
+    whole = toy()
+    assert fit(tmp_path / "whole", whole) == 0
+    seen = []
+    for stop in (1, 2, 3, 5, 8):
+        folder = tmp_path / f"stop-{stop}"
+        # The signal comes while images of a step ahead are read; the loop stops after the step at hand.
+        count = [0]
+
+        def interrupt(epoch, index, count=count, stop=stop):
+            count[0] += 1
+            if count[0] == 4 * stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        parts = [fit(folder, toy(on_load=interrupt))]
+        (found,) = checkpoint.steps(folder)[-1:]
+        again = toy(seen)
+        parts.append(fit(folder, again))
+        assert parts == [75, 0] and 0 < found < 9
+        for name, tensor in whole.model.state_dict().items():
+            assert torch.equal(tensor, again.model.state_dict()[name]), (stop, name)
+        lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+        wanted = [json.loads(text) for text in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+        assert [(x["step"], x["loss"]) for x in lines] == [(x["step"], x["loss"]) for x in wanted]
+    done = toy(seen := [])
+    assert fit(folder, done) == 0 and seen == [], "a complete training is only loaded"
+    assert torch.equal(done.model.conv.weight, whole.model.conv.weight)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
+    whole = toy()
+    assert fit(tmp_path, whole) == 0
+    path = checkpoint.path_of(tmp_path, 9)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    again = toy()
+    assert fit(tmp_path, again) == 0
+    said = capsys.readouterr().err
+    assert f"{path}: its SHA-256 differs" in said and "goes on after step 8" in said
+    assert torch.equal(again.model.conv.weight, whole.model.conv.weight)
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    fit(tmp_path, toy())
+    with pytest.raises(UserError, match=r"options.steps \(there 9, now 12\)"):
+        fit(tmp_path, toy(), steps=12)
+    assert fit(tmp_path, toy(), workers=1) == 0
+
+
+def test_one_writer_at_a_time(tmp_path):
+    with (
+        loop.claimed(tmp_path / "out"),
+        pytest.raises(UserError, match="another process is writing it"),
+        loop.claimed(tmp_path / "out"),
+    ):
+        pass
+    with loop.claimed(tmp_path / "out"):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"), loop.claimed(tmp_path / "file"):
+        pass
+
+
+def test_a_loss_that_is_not_finite_ends_it(tmp_path):
+    task = toy()
+    with torch.no_grad():
+        task.model.conv.weight.fill_(torch.inf)
+    with pytest.raises(Fault, match=r"step 1: the loss is not finite \(square nan\)"):
+        fit(tmp_path, task)
+    assert checkpoint.steps(tmp_path) == []
+
+
+def test_too_few_images_and_an_image_that_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match="batch_size = 12: larger than the 11 images"):
+        fit(tmp_path, toy(), batch_size=12)
+
+    def damaged(epoch, index):
+        if index == 5:
+            raise UserError("image 5: damaged")
+
+    with pytest.raises(UserError, match="image 5: damaged"):
+        fit(tmp_path, toy(on_load=damaged))

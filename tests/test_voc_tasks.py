@@ -1,0 +1,305 @@
+"""Detection and segmentation on small folders in VOC's format: what is built, augmented, learned and counted."""
+
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from ssl_dist import backbones
+from ssl_dist.backbones import resnet
+from ssl_dist.backbones.resnet import ResNet
+from ssl_dist.config import Normalize
+from ssl_dist.errors import UserError
+from ssl_dist.keys import hash64
+from ssl_dist.voc import detection, loop, segmentation
+from ssl_dist.voc.data import CLASSES, VOID, read_split
+from ssl_dist.voc.metrics import Detections, confusion
+from ssl_dist.voc.pretrained import Pretrained
+from tests import golden_fill
+from tests.make_voc import annotation, voc_folder
+
+CPU = torch.device("cpu")
+HALF = Normalize(mean=(0.5, 0.4, 0.3), std=(0.25, 0.25, 0.5))
+SMALL = {"min_sizes": [48, 64], "test_size": 64, "boxes_per_image": 16, "batch_size": 2, "steps": 4}
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory):
+    return voc_folder(tmp_path_factory.mktemp("data") / "VOC2007", (("train", 12), ("val", 4)))
+
+
+class Slim(ResNet):
+    """A resnet18 with a quarter of the channels: a head of many boxes costs seconds on a CPU."""
+
+    def __init__(self):
+        super().__init__(18)
+        self.conv1, self.bn1 = torch.nn.Conv2d(3, 16, 7, 2, 3, bias=False), torch.nn.BatchNorm2d(16)
+        self.stages, channels = {"stem": 16}, 16
+        for number, planes in enumerate((16, 32, 64, 128), 1):
+            layer = resnet._stage(resnet.BasicBlock, channels, planes, 2, 1 if number == 1 else 2)
+            self.add_module(f"layer{number}", layer)
+            channels = self.stages[f"layer{number}"] = planes
+        self.feature_dim = channels
+
+
+def pretrained(name="slim", filled=True):
+    torch.manual_seed(0)
+    backbone = Slim() if name == "slim" else backbones.build(name)
+    if filled:
+        golden_fill.fill(backbone, 4)
+    return Pretrained(backbone.eval(), name, "toy", HALF, "ab" * 32, 0, None)
+
+
+def split(voc, name="train", kind="Main"):
+    return read_split([voc], kind, name)
+
+
+# --------------------------------------------------------------------------------------------------- the parts
+
+
+@pytest.mark.parametrize("norm", ["batch", "frozen"])
+def test_the_detector_has_the_backbones_weights_and_one_step_changes_only_what_trains(voc, norm):
+    source = pretrained()
+    before = {name: tensor.clone() for name, tensor in source.backbone.state_dict().items()}
+    options = detection.Options(**SMALL, norm=norm, frozen_stages=2)
+    task = detection.task(source, split(voc), options, CPU)
+    for name, tensor in before.items():
+        part = "roi_heads.box_head.0." if name.startswith("layer4.") else "backbone."
+        assert torch.equal(task.model.state_dict()[part + name.removeprefix("layer4.")], tensor), name
+    task.train_mode()
+    optimizer = loop._optimizer(task.model, options)
+    sum(task.loss([task.load(0, 0), task.load(0, 1)]).values()).backward()
+    optimizer.step()
+    for name, tensor in source.backbone.state_dict().items():
+        stays = name.startswith(("conv1", "bn1", "layer1."))
+        if norm == "frozen":
+            stays |= any(part.startswith(("bn", "running", "num_")) for part in name.split(".")) or "sample.1" in name
+        assert torch.equal(tensor, before[name]) == stays, name
+
+
+def test_batchnorm_does_not_decay(voc):
+    task = detection.task(pretrained(), split(voc), detection.Options(**SMALL), CPU)
+    weights, norms = loop._optimizer(task.model, detection.Options(**SMALL)).param_groups
+    assert (weights["weight_decay"], norms["weight_decay"]) == (1e-4, 0)
+    assert all(p.ndim == 1 for p in norms["params"])
+    assert len(norms["params"]) == 2 * (20 + 1), "20 of resnet18 and the one behind layer4"
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_the_dilated_network_is_torchvisions(name):
+    source = pretrained(name)
+    state = source.backbone.state_dict()
+    model, _, stride = segmentation.build(source, segmentation.Options())
+    bottleneck = name == "resnet50"
+    theirs = getattr(torchvision.models, name)(replace_stride_with_dilation=[False, False, bottleneck])
+    theirs.fc = torch.nn.Identity()
+    theirs.load_state_dict(state)
+    getter = torchvision.models._utils.IntermediateLayerGetter(theirs.eval(), {"layer4": "out"})
+    images = torch.randn(1, 3, 96, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, wanted = model.eval().backbone(images)["out"], getter(images)["out"]
+        torch.testing.assert_close(found, wanted)
+        assert model(images)["out"].shape == (1, 21, 96, 64)
+    assert stride == (16 if bottleneck else 32) and found.shape[-2:] == (96 // stride, 64 // stride)
+
+
+@pytest.mark.parametrize("name", ["conv4", "resnet8", "efficientnet_b0"])
+def test_backbones_without_four_layers_are_refused(name):
+    for build, options in ((detection.build, detection.Options()), (segmentation.build, segmentation.Options())):
+        with pytest.raises(UserError, match=f"backbone.name = '{name}': voc .* needs a residual network"):
+            build(pretrained(name), options)
+
+
+def test_options_that_are_refused():
+    for change in ({"frozen_stages": 6}, {"min_sizes": []}, {"milestones": [2.0]}, {"norm": "sync"}):
+        with pytest.raises(ValueError):
+            detection.Options(**change)
+
+
+# ------------------------------------------------------------------------------------------------ augmentation
+
+
+def test_detection_crops_follow_their_boxes(voc):
+    """The pixels in a box keep their colour through size and flip, and the key alone decides."""
+    train, options = split(voc), detection.Options(**SMALL)
+    sides, flips = set(), set()
+    for number in range(24):
+        sample = train.samples[number % len(train)]
+        image, target = detection.augmented(sample, hash64(number), options)
+        again, target_again = detection.augmented(sample, hash64(number), options)
+        assert torch.equal(image, again) and torch.equal(target["boxes"], target_again["boxes"])
+        sides.add(min(image.shape[1:]))
+        original = sample.objects()
+        flips.add(bool(abs(target["boxes"][0, 0] * sample.image().width / image.shape[2] - original.boxes[0, 0]) > 1))
+        assert target["labels"].tolist() == (original.labels + 1).tolist()
+        source = np.array(sample.image())
+        for (x0, y0, x1, y1), (a, b, c, d) in zip(target["boxes"].tolist(), original.boxes.tolist(), strict=True):
+            ours = image[:, int((y0 + y1) / 2), int((x0 + x1) / 2)] * 255
+            assert (ours - torch.tensor(source[int((b + d) / 2), int((a + c) / 2)])).abs().max() < 25
+            assert (x1 - x0) / image.shape[2] == pytest.approx((c - a) / source.shape[1], abs=1e-5)
+            assert (y1 - y0) / image.shape[1] == pytest.approx((d - b) / source.shape[0], abs=1e-5)
+    assert sides == {48, 64} and flips == {False, True}
+
+
+def test_the_longest_side_is_kept(voc):
+    options = detection.Options(**SMALL | {"min_sizes": [64]}, max_size=70)
+    image, _ = detection.augmented(split(voc).samples[0], hash64(1), options)
+    assert max(image.shape[1:]) == 70
+
+
+def test_a_box_outside_of_its_image_is_refused(tmp_path):
+    root = voc_folder(tmp_path / "VOC2007", (("train", 1),))
+    sample = split(root).samples[0]
+    width, height = sample.image().size
+    sample.annotation_path.write_text(annotation([("bird", (width + 5, 1, width + 9, 9), False)], width, height))
+    with pytest.raises(UserError, match=r"lies outside of the image") as caught:
+        detection.augmented(sample, hash64(1), detection.Options(**SMALL))
+    assert str(sample.annotation_path) in str(caught.value)
+
+
+def test_segmentation_crops_keep_mask_and_image_together(voc):
+    """Where the mask has a class the pixels have its colour; beyond the image are zeros and void."""
+    train = split(voc, kind="Segmentation")
+    padded = set()
+    for number in range(24):
+        sample = train.samples[number % len(train)]
+        image, mask = segmentation.augmented(sample, hash64(number), 64, HALF)
+        again = segmentation.augmented(sample, hash64(number), 64, HALF)
+        assert torch.equal(image, again[0]) and torch.equal(mask, again[1])
+        assert image.shape == (3, 64, 64) and image.dtype == torch.float32 and mask.dtype == torch.int64
+        outside = (image == 0).all(0)
+        padded.add(bool(outside.any()))
+        assert (mask[outside] == VOID).all()
+        source, indices = np.array(sample.image()), np.array(sample.mask(sample.image().size))
+        pixels = (image * torch.tensor(HALF.std).view(3, 1, 1) + torch.tensor(HALF.mean).view(3, 1, 1)) * 255
+        for label in set(mask.unique().tolist()) - {0, VOID}:
+            colour = torch.tensor(source[indices == label].astype(np.float32).mean(0))
+            inside = mask == label
+            if inside.sum() > 40:
+                assert (pixels[:, inside].mean(1) - colour).abs().max() < 30, label
+    assert padded == {False, True}
+
+
+def test_an_image_of_void_alone_has_no_loss():
+    logits = torch.randn(1, 21, 4, 4, requires_grad=True)
+    loss = segmentation.mean_loss(logits, torch.full((1, 4, 4), VOID))
+    loss.backward()
+    assert loss.item() == 0 and not logits.grad.any()
+    masks = torch.randint(0, 21, (1, 4, 4))
+    torch.testing.assert_close(segmentation.mean_loss(logits, masks), torch.nn.functional.cross_entropy(logits, masks))
+
+
+# ---------------------------------------------------------------------------------------------------- counting
+
+
+def test_perfect_boxes_are_100(voc):
+    val, found = split(voc, "val"), Detections(len(CLASSES))
+    for sample in val.samples:
+        o = sample.objects()
+        found.add(o.boxes, o.labels, np.ones(len(o.labels)), o.boxes, o.labels, o.difficult)
+    values = detection.summary(found, val)
+    assert set(values.values()) == {100.0} and len(values) == 6 + 4
+    nothing = Detections(len(CLASSES))
+    with pytest.raises(UserError, match="no object that is not difficult"):
+        detection.summary(nothing, val)
+
+
+def test_perfect_masks_are_100(voc):
+    total = sum(
+        confusion(np.where(mask == VOID, 7, mask), mask, 21)
+        for mask in (np.array(s.mask(s.image().size)) for s in split(voc, "val", "Segmentation").samples)
+    )
+    values = segmentation.summary(total)
+    assert set(values.values()) == {100.0} and len(values) == 2 + 5
+
+
+class Oracle(torch.nn.Module):
+    """Knows the boxes of every image by its size and brightness; counts how often each one is asked for."""
+
+    def __init__(self, samples):
+        super().__init__()
+        self.known, self.asked = {}, []
+        for sample in samples:
+            o = sample.objects()
+            key = float(detection.to_tensor(sample.image()).sum())
+            self.known[key] = sample.id, torch.tensor(o.boxes), torch.tensor(o.labels + 1)
+
+    def forward(self, images):
+        id, boxes, labels = self.known[float(images[0].sum())]
+        self.asked.append(id)
+        return [{"boxes": boxes, "labels": labels, "scores": torch.ones(len(labels))}]
+
+
+def test_every_test_image_counts_once(voc):
+    val = split(voc, "val")
+    oracle = Oracle(val.samples)
+    with ThreadPoolExecutor(2) as pool:
+        values = detection.evaluate(oracle, val, CPU, pool)
+    assert oracle.asked == [sample.id for sample in val.samples] and set(values.values()) == {100.0}
+
+
+# ------------------------------------------------------------------------------------------------------ learning
+
+
+def fit(task, options, folder):
+    settings = {"task": "toy", "train": "shapes", "options": {}}
+    with loop.claimed(folder):
+        return loop.fit(task, options, folder, settings, {"normalize": {}, "data": {}}, 2)
+
+
+@pytest.mark.parametrize("kind", ["detection", "segmentation"])
+def test_a_resume_equals_no_stop_bit_for_bit(voc, tmp_path, kind):
+    """Proposals are sampled and units dropped by torch's generator, whose state belongs to the step."""
+
+    def made():
+        if kind == "detection":
+            options = detection.Options(**SMALL)
+            return detection.task(pretrained(filled=False), split(voc), options, CPU), options
+        options = segmentation.Options(batch_size=3, steps=4, crop=64)
+        return segmentation.task(pretrained(filled=False), split(voc, kind="Segmentation"), options, CPU)[0], options
+
+    whole, options = made()
+    assert fit(whole, options, tmp_path / "whole") == 0
+    broken, _ = made()
+    load, calls = broken.load, []
+
+    def interrupting(epoch, index):
+        calls.append(index)
+        if len(calls) == options.batch_size * 2:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return load(epoch, index)
+
+    broken.load = interrupting
+    assert fit(broken, options, tmp_path / "broken") == 75
+    torch.rand(7)  # whatever happened meanwhile
+    again, _ = made()
+    assert fit(again, options, tmp_path / "broken") == 0
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name]), name
+
+
+@pytest.mark.slow
+def test_a_detector_learns_and_finds_the_shapes(voc, tmp_path):
+    """From random weights a hundred steps find some of the coloured shapes on images that it has not seen."""
+    source = pretrained(filled=False)
+    options = detection.Options(**SMALL | {"steps": 150, "batch_size": 4, "boxes_per_image": 32}, lr=0.02, log_every=10)
+    task = detection.task(source, split(voc), options, CPU)
+    assert fit(task, options, tmp_path) == 0
+    with ThreadPoolExecutor(2) as pool:
+        values = detection.evaluate(task.model, split(voc, "val"), CPU, pool)
+    assert values["voc_detection_ap50_area"] > 20, values
+
+
+@pytest.mark.slow
+def test_a_segmentation_learns(voc, tmp_path):
+    source = pretrained(filled=False)
+    options = segmentation.Options(steps=150, batch_size=4, crop=64, lr=0.02, log_every=10)
+    task, _ = segmentation.task(source, split(voc, kind="Segmentation"), options, CPU)
+    assert fit(task, options, tmp_path) == 0
+    with ThreadPoolExecutor(2) as pool:
+        values = segmentation.evaluate(task.model, split(voc, "val", "Segmentation"), HALF, CPU, pool)
+    assert values["voc_segmentation_miou"] > 30, values
