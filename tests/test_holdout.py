@@ -117,7 +117,8 @@ def test_subsets(run, tmp_path):
     _, of_a_list = evaluate(run, ["knn"], ["knn.k=[5]", f"data.subset={_list(tmp_path / 'a.txt', ids)}"])
     assert values(of_a_list, "test") == values(records, "test")
     assert "; fitted on the 200 images of a.txt (" in of_a_list[0]["protocol"]
-    _, others = evaluate(run, ["knn"], ["knn.k=[5]", f"data.subset={_list(tmp_path / 'a.txt', ids[1:])}"])
+    swapped = np.sort(np.append(ids[1:], np.setdiff1d(train.image_ids, ids)[0]))
+    _, others = evaluate(run, ["knn"], ["knn.k=[5]", f"data.subset={_list(tmp_path / 'a.txt', swapped)}"])
     assert others[0]["protocol"] != of_a_list[0]["protocol"], "another file of the same name"
     held, rest = halves(run, 0.1, ids)
     _, records = evaluate(run, ["knn"], ["knn.k=[5]", "data.subset={per_class: 20, start: 5}"], validation=0.1)
