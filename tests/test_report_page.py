@@ -205,6 +205,16 @@ def test_what_belongs_to_another_checkpoint(tmp_path):
     assert "logistic_top1 1 (step 390)" in shown.text.replace("  ", " ")
 
 
+def test_a_part_held_out_is_not_put_beside_a_paper(tmp_path):
+    run = make_run(tmp_path / "run")
+    held = record(run, name="logistic_top1", value=77.77, split="train[held out 10%]")
+    results.add(run / "results.json", [held])
+    assert page_of(run).text.count("77.77") == 1
+    results.add(run / "results.json", [held | {"split": "test", "value": 66.66}])
+    shown = page_of(run).text
+    assert shown.count("77.77") == 1 and shown.count("66.66") == 2
+
+
 def test_not_converged_is_said(tmp_path):
     run = make_run(tmp_path / "run")
     results.add(run / "results.json", [record(run, name="logistic_converged", value=0.0)])

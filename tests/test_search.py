@@ -53,7 +53,10 @@ def test_shares_that_leave_nothing(share):
 
 def test_the_best_has_the_highest_top1_and_comes_first():
     def tried(*scores):
-        return [{"a_top1": score, "a_top5": 100 - score, "a_train_top1": 99.0 - score, "a_train_b_top1": 99.0} for score in scores]
+        return [
+            {"a_top1": score, "a_top5": 100 - score, "a_train_top1": 99.0 - score, "a_train_b_top1": 99.0}
+            for score in scores
+        ]
 
     assert search.best(tried(50.0, 70.0, 60.0)) == 1
     assert search.best(tried(50.0, 70.0, 70.0)) == 1

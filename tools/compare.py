@@ -83,7 +83,7 @@ def call(*command: str) -> int:
 def read(run: Path) -> dict:
     """A row of the table: method, backbone, steps, seconds and the newest of each result."""
     records = sorted(results.read(run / "results.json"), key=lambda record: record["time"])
-    newest = {record["name"]: record for record in records if "[" not in record["split"]}  # no part held out of train
+    newest = {record["name"]: record for record in records if results.is_of_a_whole_split(record)}
     one = newest[SHOWN[LAST]]
     values = {column: newest[name]["value"] for column, name in SHOWN.items()}
     return {

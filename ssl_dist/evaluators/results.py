@@ -96,6 +96,11 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(held)
 
 
+def is_of_a_whole_split(record: dict) -> bool:
+    """Whether it measures a split, not a part held out of one, which is to choose by and no result to compare."""
+    return "[" not in record["split"]
+
+
 def table(shown: Sequence[dict]) -> str:
     """The records as text, one row each, and the protocols below. What is not converged is marked."""
     shown = [record for record in shown if not (record["name"].endswith("_converged") and record["value"] == 1)]

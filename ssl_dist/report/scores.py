@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ssl_dist.evaluators.results import is_of_a_whole_split
 from ssl_dist.report.markup import Html, element, joined, number_cell, number_head, table
 from ssl_dist.report.published import Published, beside
 from ssl_dist.report.run import Run
@@ -87,7 +88,8 @@ def _length(run: Run, row: Published) -> str | None:
 
 def _nearest(run: Run, row: Published) -> Html:
     """The run's own result that was measured most nearly alike."""
-    measured = [record for record in run.records if record["dataset"] == row.dataset and "train" not in record["name"]]
+    whole = filter(is_of_a_whole_split, run.records)
+    measured = [record for record in whole if record["dataset"] == row.dataset and "train" not in record["name"]]
     for beginning in row.like:
         for record in measured:
             if record["name"].startswith(beginning) and ("top1" in record["name"] or "top1" not in row.result):
