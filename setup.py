@@ -17,6 +17,7 @@ REQUIRES = [
     "pyyaml>=6.0,<7",  # reads and writes the config
     "safetensors>=0.5,<1",  # the features file and exported weights: tensors without pickle
     "scikit-learn>=1.5,<2",  # the embedded digits; logistic regression, k-means and t-SNE of the evaluators
+    "threadpoolctl>=3.5,<4",  # t-SNE on one thread, whose sums have one order; scikit-learn brings it
     "scipy>=1.11,<2",  # L-BFGS of the logistic regression
     "pillow>=10,<14",  # decodes and encodes images in `convert`
     "matplotlib>=3.8,<4",  # pictures of the views, loss curves, plots of a report

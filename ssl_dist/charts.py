@@ -7,8 +7,11 @@ colour-blind tell apart, and what a colour says is said by words, places or shap
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 BAR, MARK, RIGHT, WRONG = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 INK, GREY, PALE = "#444444", "#666666", "#e4e4e4"
@@ -27,7 +30,9 @@ def confusion(share_CC: np.ndarray, names: Sequence[str]) -> Figure:
     count = len(names)
     side = min(9.0, 2.6 + 0.42 * min(count, MOST_NUMBERS) + 0.06 * max(0, count - MOST_NUMBERS))
     figure, axes = _plot(side + 0.9, side)
-    image = axes.imshow(share_CC, cmap=_blues(), vmin=0, vmax=100, interpolation="nearest")
+    image = axes.imshow(
+        share_CC, cmap=colormaps["Blues"].with_extremes(bad=PALE), vmin=0, vmax=100, interpolation="nearest"
+    )
     axes.spines[:].set_visible(False)
     axes.grid(False)
     axes.set_xlabel("predicted class", color=INK, fontsize=9)
@@ -144,26 +149,68 @@ def clusters(rows: Sequence[tuple[str, np.ndarray, np.ndarray]], size: float = 0
 
 
 def points(xy_N2: np.ndarray, labels_N: np.ndarray, names: Sequence[str], axis_names: tuple[str, str]) -> Figure:
-    """A map of points [N, 2], coloured and shaped by class; up to 20 classes have a name in the legend and at their
-    median, of more only the colour of the first ten is told apart."""
-    figure, axes = _plot(7.6, 6.0)
-    axes.grid(False)
+    """A map of points [N, 2], coloured and shaped by class. Up to 20 classes have their names in a legend, and colour
+    and shape together are each one's own. axis_names: empty ones for a map without units."""
+    wide, high = np.ptp(xy_N2, axis=0)
+    figure, axes = _plot(7.6, 0.5 + 6 * min(1.1, max(0.5, high / wide if wide > 0 else 1.1)))
     present = [int(label) for label in np.unique(labels_N)]
     named = len(present) <= 20
     for number, label in enumerate(present):
         own = xy_N2[labels_N == label]
         color, shape = PALETTE[number % len(PALETTE)], SHAPES[number % len(SHAPES)]
-        axes.scatter(*own.T, s=9, c=color, marker=shape, linewidths=0, alpha=0.65, label=_short(names[label]))
+        axes.scatter(*own.T, s=11, c=color, marker=shape, linewidths=0, alpha=0.65, label=_short(names[label]))
     axes.set(xlabel=axis_names[0], ylabel=axis_names[1])
     axes.xaxis.label.set_color(INK)
     axes.yaxis.label.set_color(INK)
     axes.tick_params(labelsize=8, labelcolor=GREY, color=PALE)
+    axes.set_aspect("equal", adjustable="datalim")
+    if not any(axis_names):  # a map without units
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set(visible=True, color=PALE)
     if named:
         legend = figure.legend(
             loc="outside right center", frameon=False, fontsize=8, markerscale=2, handletextpad=0.2, labelcolor=INK
         )
         for handle in legend.legend_handles:
             handle.set_alpha(1)
+    return figure
+
+
+def image_map(
+    xy_N2: np.ndarray, images: np.ndarray, labels_N: np.ndarray, names: Sequence[str], cells: int = 36
+) -> Figure:
+    """Images uint8 [N, S, S, 3] where they stand on a map: in each cell of a grid the one that is nearest its middle.
+
+    Frames have the colours of `points`; they say something for up to ten classes, and more have none.
+    """
+    present = np.unique(labels_N)
+    origin, extent = xy_N2.min(0), max(float(np.ptp(xy_N2, axis=0).max()), 1e-9)
+    place_N2 = (xy_N2 - origin) / extent * cells
+    cell_N2 = np.minimum(place_N2, cells - 1).astype(int)
+    columns, rows = cell_N2.max(0) + 1
+    side, frame = images.shape[1], 3
+    page = np.full((rows * (side + 2 * frame), columns * (side + 2 * frame), 3), 255, np.uint8)
+    taken = set()
+    for index in np.argsort(np.square(place_N2 - cell_N2 - 0.5).sum(1), kind="stable"):
+        (column, row), image, label = cell_N2[index].tolist(), images[index], labels_N[index]
+        if (column, row) in taken:
+            continue
+        taken.add((column, row))
+        top, left = (rows - 1 - row) * (side + 2 * frame), column * (side + 2 * frame)  # the map's y rises
+        if len(present) <= len(PALETTE):
+            red_green_blue = to_rgb(PALETTE[int(np.searchsorted(present, label))])
+            page[top + 1 : top + side + 5, left + 1 : left + side + 5] = np.array(red_green_blue) * 255
+        page[top + frame : top + frame + side, left + frame : left + frame + side] = image
+    figure = Figure(figsize=(9, 9 * rows / columns + 0.4), dpi=120)
+    figure.set_layout_engine("constrained")
+    axes = figure.add_subplot()
+    axes.imshow(page, interpolation="antialiased")
+    axes.set_axis_off()
+    if len(present) <= len(PALETTE):
+        handles = [Patch(color=PALETTE[number], label=_short(names[label])) for number, label in enumerate(present)]
+        style = {"frameon": False, "fontsize": 8, "labelcolor": INK, "handlelength": 1, "columnspacing": 1.2}
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), **style)
     return figure
 
 
@@ -189,12 +236,7 @@ def _frame(axes: Axes, color: str, dashes) -> None:
     axes.spines[:].set(visible=True, color=color, linewidth=2, linestyle=dashes, capstyle="butt")
 
 
-def _blues():
-    from matplotlib import colormaps
-
-    return colormaps["Blues"].with_extremes(bad=PALE)
-
-
 def _short(name: str, longest: int = 18) -> str:
-    name = name.replace("$", r"\$")  # which would start a formula
-    return name if len(name) <= longest else name[: longest - 1] + "…"
+    name = " ".join(name.split())
+    name = name if len(name) <= longest else name[: longest - 1] + "…"
+    return name.replace("$", r"\$")  # which would start a formula

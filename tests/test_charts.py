@@ -88,3 +88,21 @@ def test_points_have_a_legend_of_the_classes_that_are_there():
     drawn(figure)
     many = charts.points(np.zeros((30, 2)), np.arange(30), [str(i) for i in range(30)], ("x", "y"))
     assert not many.legends
+
+
+def test_images_stand_where_the_map_has_them():
+    images = np.zeros((4, 4, 4, 3), np.uint8)
+    images[:] = np.array([10, 20, 30, 40])[:, None, None, None]
+    # The second and the third share a cell, whose middle is nearer to the third; the last is the highest.
+    xy = np.array([[0.0, 0.0], [1.0, 0.0], [0.9, 0.1], [0.5, 1.0]])
+    figure = charts.image_map(xy, images, np.array([0, 1, 1, 2]), ["a", "b", "c"], cells=4)
+    page = figure.axes[0].images[0].get_array()
+    assert page.shape == (40, 40, 3)
+    centres = {(row, column): int(page[10 * row + 5, 10 * column + 5, 0]) for row in range(4) for column in range(4)}
+    assert {place: value for place, value in centres.items() if value != 255} == {(3, 0): 10, (3, 3): 30, (0, 2): 40}
+    assert to_hex(page[35, 1] / 255).upper() == charts.PALETTE[0], "the frame has the colour of the class"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "c"]
+    drawn(figure)
+    many = charts.image_map(np.random.default_rng(0).random((20, 2)), np.zeros((20, 4, 4, 3), np.uint8),
+                            np.arange(20), [str(i) for i in range(20)])  # fmt: skip
+    assert not many.legends

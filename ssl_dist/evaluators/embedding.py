@@ -1,0 +1,183 @@
+"""Maps of the features in two dimensions: principal components and t-SNE (van der Maaten & Hinton, 2008).
+
+Both are scikit-learn's, of test images that are chosen by key, evenly over the classes. Measured is what the maps keep:
+the variance that principal components explain, in percent, and trustworthiness (Venna & Kaski, 2001; 1 where every
+neighbour on the map is one among the features). One thread and a seed, so that a map can be made again.
+
+With an album the same images go to TensorBoard's projector, RUN/tensorboard/embedding: their first 128 principal
+components, classes and thumbnails.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE, trustworthiness
+from threadpoolctl import threadpool_limits
+
+from ssl_dist.config import NonNegativeInt, PositiveFloat, PositiveInt, Section
+from ssl_dist.errors import UserError
+from ssl_dist.evaluators.album import Album
+from ssl_dist.evaluators.confusion import class_names
+from ssl_dist.evaluators.sampling import evenly
+from ssl_dist.features_file import Features, check_pair, require_labels
+from ssl_dist.keys import EVALUATION, hash64
+
+PROTOCOL = (
+    "maps of at most {limit} test images, chosen by key (seed {seed}) evenly over the classes, features to length 1:"
+    " {normalize}; t-SNE: initialised by PCA, perplexity {perplexity:g}, {iterations} iterations; trustworthiness:"
+    " {neighbours} neighbours"
+)
+_PROJECTED = 128  # dimensions that the projector gets; it reduces by itself what is wider than 200
+_THUMBNAIL = 40  # pixels; the projector takes a picture of all thumbnails of 8192 pixels at the most
+
+
+class Options(Section):
+    limit: Annotated[int, Field(ge=4, le=5000)] = Field(2000, description="images of a map; memory grows as its square")
+    normalize: bool = Field(True, description="features to length 1 first, as kNN and retrieval take them")
+    perplexity: PositiveFloat = Field(30.0, description="of t-SNE: about how many neighbours count")
+    iterations: Annotated[int, Field(ge=250)] = Field(1000, description="of t-SNE")
+    neighbours: PositiveInt = Field(5, description="of trustworthiness")
+    seed: NonNegativeInt = Field(0, description="of the choice of images and of t-SNE")
+
+
+def run(train: Features, test: Features, options: Options, album: Album | None = None) -> dict[str, float]:
+    """`embedding_pca2_variance` and `embedding_pca10_variance`, percent of the first components; how many explain 90 %,
+    `embedding_pca90_dims`; `embedding_pca_trustworthiness` and `embedding_tsne_trustworthiness`.
+
+    Raises `UserError` for files that do not belong together, missing labels, fewer than two classes, too few images for
+    perplexity or neighbours, and features that are all equal.
+    """
+    check_pair(train, test)
+    require_labels(train, test)
+    rows = evenly(test.labels, options.limit, hash64(options.seed, EVALUATION))
+    _check_counts(len(rows), test, options)
+    x_ND = torch.from_numpy(test.take(rows)).double()
+    x_ND = (F.normalize(x_ND) if options.normalize else x_ND).numpy()
+    if not np.ptp(x_ND, axis=0).any():
+        raise UserError(f"{test.source}: all images have the same features; the checkpoint has collapsed, use another")
+    with threadpool_limits(1):  # more add up in another order at every call
+        pca = PCA(svd_solver="full").fit(x_ND)
+        components_NE = pca.transform(x_ND)
+        tsne = TSNE(
+            perplexity=options.perplexity, max_iter=options.iterations, init="pca", random_state=options.seed
+        ).fit_transform(x_ND)
+        maps = {"pca": components_NE[:, :2], "tsne": tsne}
+        trust = {name: trustworthiness(x_ND, xy_N2, n_neighbors=options.neighbours) for name, xy_N2 in maps.items()}
+    explained_E = np.cumsum(pca.explained_variance_ratio_) * 100
+    values = {f"embedding_pca{n}_variance": float(explained_E[:n][-1]) for n in (2, 10)}
+    values["embedding_pca90_dims"] = float(min(len(explained_E), np.searchsorted(explained_E, 90) + 1))
+    values |= {f"embedding_{name}_trustworthiness": float(value) for name, value in trust.items()}
+    if album is not None:
+        thumbnails = _thumbnails(album, test, rows)
+        _draw(album, test, rows, maps, thumbnails, pca.explained_variance_ratio_, trust, options)
+        folder = album.folder.parent / "tensorboard" / "embedding"
+        write_projector(folder, components_NE[:, :_PROJECTED], thumbnails, test, rows)
+    return values
+
+
+def _check_counts(count: int, test: Features, options: Options) -> None:
+    if test.dim < 2:
+        raise UserError(f"{test.source}: an image has one number; a map needs at least two features of each")
+    if options.perplexity >= count:
+        raise UserError(f"embedding.perplexity = {options.perplexity:g}: must be below the number of images, {count}")
+    if options.neighbours >= count / 2:
+        raise UserError(
+            f"embedding.neighbours = {options.neighbours}: must be below half the number of images, {count}"
+        )
+
+
+def _draw(
+    album: Album,
+    test: Features,
+    rows: np.ndarray,
+    maps: dict[str, np.ndarray],
+    thumbnails: torch.Tensor,
+    explained_E: np.ndarray,
+    trust: dict[str, float],
+    options: Options,
+) -> None:
+    from ssl_dist import charts  # matplotlib takes a second
+
+    names, labels = class_names(test), test.labels[rows]
+    first, second = explained_E[:2] * 100
+    axis_names = {
+        "pca": (f"first component ({first:.1f} % of the variance)", f"second component ({second:.1f} %)"),
+        "tsne": ("", ""),
+    }
+    length = "features of length 1" if options.normalize else "features"
+    what = (
+        f"{len(rows):,} images of {test.metadata['dataset']} {test.metadata['split']}, evenly over the classes by key"
+        f" (seed {options.seed})"
+    )
+    how = {
+        "pca": f"the first two principal components of their {length}",
+        "tsne": f"t-SNE of their {length}, initialised by PCA, perplexity {options.perplexity:g},"
+        f" {options.iterations} iterations; neighbours mean something, distances between groups and axes do not",
+    }
+    titles = {"pca": "Features by principal components", "tsne": "Features by t-SNE"}
+    for name, xy_N2 in maps.items():
+        album.add(
+            f"embedding-{name}",
+            charts.points(xy_N2, labels, names, axis_names[name]),
+            titles[name],
+            f"{what}: {how[name]}. Colour and shape: the class. Trustworthiness {trust[name]:.3f} with"
+            f" {options.neighbours} neighbours (1: all that are near on the map are near among the features).",
+        )
+    images = (thumbnails * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    album.add(
+        "embedding-images",
+        charts.image_map(maps["tsne"], images, labels, names),
+        "Images where t-SNE puts them",
+        f"{what}: {how['tsne']}. Where several images fall on one place, the one nearest its middle is shown."
+        " The frame's colour is the class, of up to ten.",
+    )
+
+
+# -------------------------------------------------------------------------------------------------- the projector
+
+
+def write_projector(
+    folder: Path, vectors_ND: np.ndarray, thumbnails: torch.Tensor, test: Features, rows: np.ndarray
+) -> None:
+    """TensorBoard's files in `folder`, in the place of what was there. thumbnails: float32 [n, 3, s, s] in [0, 1].
+
+    Raises `UserError` when the folder cannot be written.
+    """
+    from torch.utils.tensorboard import SummaryWriter  # takes a second
+
+    names, new = class_names(test), folder.with_name(f".{folder.name}.new")
+    about = [[" ".join(names[label].split()), str(image)] for label, image in zip(
+        test.labels[rows], test.image_ids[rows], strict=True
+    )]  # fmt: skip
+    try:
+        shutil.rmtree(new, ignore_errors=True)  # of one that was killed
+        with SummaryWriter(str(new)) as writer:
+            writer.add_embedding(
+                vectors_ND.astype(np.float32),
+                about,
+                thumbnails,
+                int(test.metadata["step"]),
+                f"{test.metadata['dataset']}-{test.metadata['split']}",
+                ["class", "image"],
+            )
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written: {error.strerror}; give a run's folder that can, with space left"
+        ) from None
+
+
+def _thumbnails(album: Album, test: Features, rows: np.ndarray) -> torch.Tensor:
+    blocks = []
+    for start in range(0, len(rows), 256):
+        images = torch.from_numpy(album.images(test, rows[start : start + 256])).permute(0, 3, 1, 2).float() / 255
+        side = min(images.shape[-1], _THUMBNAIL)
+        blocks.append(F.interpolate(images, (side, side), mode="bilinear", antialias=True).clamp(0, 1))
+    return torch.cat(blocks)
