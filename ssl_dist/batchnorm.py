@@ -92,6 +92,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         if x.shape[1] != self.num_features:
             raise ValueError(f"expected {self.num_features} channels, got {x.shape[1]}")
 
+    @torch.compiler.disable  # its kernels are numba's and its sums an exchange: neither can be traced
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)

@@ -190,7 +190,7 @@ class Config(Section):
     optim: Optim = Field(default_factory=Optim)
     precision: Literal["fp64", "fp32", "bf16"] = Field("fp32", description="bf16: autocast, weights stay float32")
     channels_last: bool = Field(True, description="memory layout of images; faster on CPU and GPU")
-    compile: bool = Field(False, description="torch.compile the backbone (minutes at the start, faster steps)")
+    compile: bool = Field(False, description="torch.compile the backbone: minutes at the start, faster steps on a GPU")
     deterministic: bool = Field(False, description="deterministic CUDA kernels, for bit-exact resumes on a GPU")
     timeout: Annotated[float, Field(gt=0, le=86400)] = Field(
         60.0, description="seconds after which a rank that hangs ends the run"

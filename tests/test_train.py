@@ -260,3 +260,18 @@ def test_a_mistake_that_only_one_rank_meets_is_said_by_that_rank(digits, tmp_pat
     (first, _), (second, said) = ranks.launch(damaged_in_rank_1, 2, tmp_path, other, tmp_path / "run")
     assert second == 2 and f"image {bad} is damaged" in said
     assert first != 0
+
+
+@pytest.mark.slow
+def test_a_compiled_backbone_trains_the_same(digits, tmp_path):
+    states = []
+    for wanted in ("true", "false"):
+        run = tmp_path / wanted
+        settings = config.load(CONFIG, overrides(digits, run, f"compile={wanted}", "optim.steps=3", "timeout=300"))
+        from ssl_dist.train import train
+
+        assert train(settings) == 0
+        states.append(checkpoint.load_run(run)[1]["method"])
+    assert list(states[0]) == list(states[1]), "no word of the compiler in the names"
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(tensor, states[1][name], rtol=1e-3, atol=1e-4)
