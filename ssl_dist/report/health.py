@@ -39,7 +39,7 @@ def verdict_row(verdict: Verdict) -> Html:
 
 
 def key_numbers(run: Run, found: Sequence[Verdict]) -> Html:
-    best = [record for record in run.records if record["name"].endswith("_top1") and "train" not in record["name"]]
+    best = [record for record in run.results if record["name"].endswith("_top1")]
     cells = [
         (f"{record['name']}, {record['dataset']} {record['split']}", f"{record['value']:.2f}") for record in best[:4]
     ]

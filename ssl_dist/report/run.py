@@ -59,6 +59,12 @@ class Run:
             return optim.steps
         return round(self.lines[-1]["step"] / self.lines[-1]["epoch"]) * optim.epochs
 
+    @property
+    def results(self) -> list[dict]:
+        """The records of whole splits on images that nothing was fitted to."""
+        whole = filter(results.is_of_a_whole_split, self.records)
+        return [record for record in whole if "_train_" not in record["name"]]
+
     def values(self, key: str) -> list[tuple[float, float]]:
         """(epoch, value) of the lines that have the number; it may be NaN."""
         return [

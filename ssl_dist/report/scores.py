@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from ssl_dist.evaluators.results import is_of_a_whole_split
 from ssl_dist.report.markup import Html, element, joined, number_cell, number_head, table
 from ssl_dist.report.published import Published, beside
 from ssl_dist.report.run import Run
@@ -88,8 +87,7 @@ def _length(run: Run, row: Published) -> str | None:
 
 def _nearest(run: Run, row: Published) -> Html:
     """The run's own result that was measured most nearly alike."""
-    whole = filter(is_of_a_whole_split, run.records)
-    measured = [record for record in whole if record["dataset"] == row.dataset and "train" not in record["name"]]
+    measured = [record for record in run.results if record["dataset"] == row.dataset]
     for beginning in row.like:
         for record in measured:
             if record["name"].startswith(beginning) and ("top1" in record["name"] or "top1" not in row.result):
