@@ -114,6 +114,28 @@ def test_a_resume_at_any_step_equals_no_stop_bit_for_bit(tmp_path):
     assert torch.equal(done.model.conv.weight, whole.model.conv.weight)
 
 
+def test_statistics_are_the_mean_over_the_batches_that_would_follow(tmp_path):
+    seen = []
+    task = toy(seen)
+    task.frozen.append(task.model.drop)
+    before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+    loop.renew_statistics(task, options(), 4, 2)
+    follow = [loop.epoch_order(3, epoch, 11)[start : start + 4].tolist() for epoch in (4, 5, 6) for start in (0, 4)]
+    assert [list(ids) for ids in seen] == follow[1:5], "9 steps were taken, the next is the second of epoch 4"
+    maps = []
+    for step, ids in enumerate(seen, 9):
+        epoch = step // 2
+        images = [torch.randn(3, 6, 6, generator=torch.Generator().manual_seed(1000 * epoch + i)) for i in ids]
+        maps.append(task.model.conv(torch.stack(images)))
+    mean = torch.stack([m.mean((0, 2, 3)) for m in maps]).mean(0)
+    variance = torch.stack([m.var((0, 2, 3)) for m in maps]).mean(0)
+    torch.testing.assert_close(task.model.norm.running_mean, mean)
+    torch.testing.assert_close(task.model.norm.running_var, variance)
+    assert task.model.norm.momentum == 0.1
+    for name, tensor in task.model.state_dict().items():
+        assert torch.equal(tensor, before[name]) or name.startswith(("norm.running", "norm.num")), name
+
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
     whole = toy()
     assert fit(tmp_path, whole) == 0
@@ -124,7 +146,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
     again = toy()
     assert fit(tmp_path, again) == 0
     said = capsys.readouterr().err
-    assert f"{path}: its SHA-256 differs" in said and "goes on after step 8" in said
+    assert f"{path}: its SHA-256 differs" in said and "taken up after step 8" in said
     assert torch.equal(again.model.conv.weight, whole.model.conv.weight)
 
 

@@ -1,5 +1,6 @@
 """Detection and segmentation on small folders in VOC's format: what is built, augmented, learned and counted."""
 
+import json
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torchvision
 
-from ssl_dist import backbones
+from ssl_dist import backbones, checkpoint, cli
 from ssl_dist.backbones import resnet
 from ssl_dist.backbones.resnet import ResNet
 from ssl_dist.config import Normalize
@@ -303,3 +304,25 @@ def test_a_segmentation_learns(voc, tmp_path):
     with ThreadPoolExecutor(2) as pool:
         values = segmentation.evaluate(task.model, split(voc, "val", "Segmentation"), HALF, CPU, pool)
     assert values["voc_segmentation_miou"] > 30, values
+
+
+@pytest.mark.slow
+def test_the_command_of_detection_on_two_folders(voc, tmp_path, capsys):
+    """07+12: trained on both, tested on the first; the same command again evaluates again, to the same numbers."""
+    other = voc_folder(tmp_path / "VOC2012", (("train", 6),), seed=1)
+    weights = tmp_path / "resnet18.pth"
+    torch.save(pretrained("resnet18").backbone.state_dict(), weights)
+    words = ["voc", "detection", str(weights), "--root", str(voc), "--root", str(other), "--out", str(tmp_path / "out"),
+             "backbone.name=resnet18", "train_split=train", "test_split=val", "steps=3", "batch_size=2",
+             "min_sizes=[48]", "test_size=48", "boxes_per_image=8", "statistics_steps=2", "lr=1e-3"]  # fmt: skip
+    found = []
+    for _ in range(2):
+        assert cli.main(words) == 0
+        said = capsys.readouterr()
+        records = json.loads((tmp_path / "out" / "results.json").read_text())
+        found.append({record["name"]: record["value"] for record in records})
+    assert found[0] == found[1] and len(found[0]) == 6 + 4
+    assert "taken up after step 3" in said.err and "VOC2007+VOC2012 train;" in said.out
+    assert records[0]["dataset"] == "VOC2007" and records[0]["split"] == "val"
+    settings = checkpoint.load(checkpoint.path_of(tmp_path / "out" / "detection", 3))["config"]
+    assert settings["train"] == "VOC2007+VOC2012 train" and settings["options"]["steps"] == 3

@@ -27,6 +27,8 @@ def run(name: str, weights: Path, roots: Sequence[Path], out: Path, overrides: S
         raise UserError("voc: runs in one process; start it without torchrun")
     of_weights = [override for override in overrides if override.partition("=")[0] in pretrained.KEYS]
     options = parse_options(name, [override for override in overrides if override not in of_weights])
+    if len({root.resolve() for root in roots}) < len(roots):
+        raise UserError(f"--root {roots[-1]}: the same folder stands there twice; leave one out")
     kind = import_module(f"ssl_dist.voc.{name}").KIND
     train = data.read_split(roots, kind, options.train_split)
     test = data.read_split(roots[:1], kind, options.test_split)
@@ -72,6 +74,8 @@ def detect(source: Pretrained, train: Split, test: Split, options, out: Path, de
     for sample in test.samples:
         sample.objects()
     code = _fit("detection", task, source, train, options, out / "detection")
+    if not code and options.statistics_steps and options.norm == "batch":
+        loop.renew_statistics(task, options, options.statistics_steps, options.workers or Place().cores)
     values = {} if code else detection.evaluate(task.model, test, device, pool)
     return code, values, _protocol(detection, options, train), test.digest(_annotation)
 

@@ -4,8 +4,8 @@ The network is the C4 one of He et al. (2016), which MoCo, VICReg and others pub
 the map of layer3 (stride 16), and layer4 is the head of each box: every pre-trained layer is used, and no feature
 pyramid has to be learned on VOC. Anchors, thresholds and the schedule are those of MoCo (2020, appendix A; detectron2's
 Base-RCNN-C4): 24,000 steps of 16 images of VOC2007+2012 trainval, the short side drawn from 480, 512, ..., 800,
-BatchNorm trained, one more behind layer4. MoCo takes BatchNorm's statistics anew over training images after the last
-step; here they are the running ones. Its anchors, losses and box coder are torchvision's.
+BatchNorm trained, one more behind layer4, its statistics taken anew over 200 batches after the last step. Losses, box
+coder and the assignment of anchors are torchvision's.
 """
 
 from typing import Annotated
@@ -20,7 +20,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 
-from ssl_dist.config import PositiveFloat, PositiveInt, Probability
+from ssl_dist.config import NonNegativeInt, PositiveFloat, PositiveInt, Probability
 from ssl_dist.errors import UserError
 from ssl_dist.keys import TRANSFER, VIEWS, hash64, uniforms
 from ssl_dist.progress import Counter
@@ -32,9 +32,9 @@ from ssl_dist.voc.trunk import TransferOptions, freeze, layers, require_resnet
 
 KIND = "Main"
 PROTOCOL = (
-    "Faster R-CNN C4, {steps} steps of {batch_size}, lr {lr}, short side {min_sizes} (test {test_size}), BatchNorm"
-    " {norm}, {frozen_stages} stages frozen, trained on {train}; VOC's average precision by 11 points and by area, "
-    "difficult objects ignored, ap: mean over IoU 0.5 to 0.95, last step, seed {seed}"
+    "Faster R-CNN C4, {steps} steps of {batch_size}, lr {lr}, short side {min_sizes} (test {test_size}), BatchNorm {norm} "
+    "(statistics of {statistics_steps} batches), {frozen_stages} stages frozen, trained on {train}; VOC's average "
+    "precision by 11 points and by area, difficult objects ignored, ap: mean over IoU 0.5 to 0.95, last step, seed {seed}"
 )
 ANCHORS = (32, 64, 128, 256, 512)  # sides in pixels
 
@@ -44,13 +44,16 @@ class Options(TransferOptions):
     test_split: str = "test"
     steps: PositiveInt = 24000
     lr: PositiveFloat = 0.02
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    warmup_steps: NonNegativeInt = 100
     milestones: list[Probability] = Field([0.75, 11 / 12])
     min_sizes: Annotated[list[Annotated[int, Field(ge=32, le=4096)]], Field(min_length=1)] = Field(
         list(range(480, 801, 32)), description="short sides in pixels, of which one is drawn for an image of training"
     )
     test_size: Annotated[int, Field(ge=32, le=4096)] = Field(800, description="short side of test images")
     max_size: PositiveInt = Field(1333, description="longest side: no image is enlarged or left beyond it")
+    statistics_steps: NonNegativeInt = Field(
+        200, description="batches from which BatchNorm's statistics are taken after the training; 0: the running ones"
+    )
     boxes_per_image: PositiveInt = Field(512, description="proposals of an image that the head learns from; memory")
 
 

@@ -1,7 +1,8 @@
 """Training for a transfer: one process, seeded, resumed exactly. What a task trains on is behind `Task`.
 
 The order of images, their augmentation and every draw of torch's generator are functions of (seed, step), so weights,
-momenta and the step are all that is saved.
+momenta and the step are all that is saved. On a CPU a resume is exact bit for bit; on a GPU the gradients of RoIAlign
+and of upsampling are summed in an order that varies.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from ssl_dist.clock import Clock
 from ssl_dist.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Section
 from ssl_dist.errors import Fault, UserError
 from ssl_dist.keys import INIT, METHOD, ORDER, TRANSFER, hash64, permutation
+from ssl_dist.progress import Counter
 from ssl_dist.runfolder import flat
 from ssl_dist.runlog import RunLog
 from ssl_dist.stop import STOPPED, StopRequest
@@ -136,6 +138,34 @@ def fit(task: Task, options: TrainingOptions, folder: Path, settings: dict, fact
     return 0
 
 
+def renew_statistics(task: Task, options: TrainingOptions, steps: int, workers: int) -> None:
+    """Put the mean over `steps` batches of training images in the place of BatchNorm's running mean and variance.
+
+    The running ones weigh the last batches most and mix those of weights that have changed since ("precise BN" of
+    detectron2, which MoCo's detection takes). The batches are those that would follow the last step.
+    """
+    task.train_mode()
+    norms = [m for m in task.model.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch's word for the mean of all batches since the reset
+    clock = Clock(options.steps, task.num_images // options.batch_size, options.steps + steps)
+    with (
+        torch.no_grad(),
+        ThreadPoolExecutor(workers, "image") as pool,
+        Counter("statistics of BatchNorm", steps, "batch") as counter,
+    ):
+        for step, items in enumerate(
+            ahead(pool, task.load, _plan(clock, task.num_images, options), options.batch_size), clock.step
+        ):
+            seed_torch(options.seed, METHOD, step)
+            task.loss(items)
+            counter.update(1)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
 def lr(options: TrainingOptions, clock: Clock) -> float:
     """The learning rate of the step that follows `clock.step` completed ones."""
     if clock.step < options.warmup_steps:
@@ -221,5 +251,5 @@ def _resume(model, optimizer, folder: Path, settings: dict) -> int:
         )
     checkpoint.restore(model, state["method"], path)
     optimizer.load_state_dict(state["optimizer"])
-    print(f"{path}: goes on after step {state['step']}", file=sys.stderr, flush=True)
+    print(f"{path}: taken up after step {state['step']}", file=sys.stderr, flush=True)
     return state["step"]
