@@ -32,9 +32,10 @@ from ssl_dist.voc.trunk import TransferOptions, freeze, layers, require_resnet
 
 KIND = "Main"
 PROTOCOL = (
-    "Faster R-CNN C4, {steps} steps of {batch_size}, lr {lr}, short side {min_sizes} (test {test_size}), BatchNorm {norm} "
-    "(statistics of {statistics_steps} batches), {frozen_stages} stages frozen, trained on {train}; VOC's average "
-    "precision by 11 points and by area, difficult objects ignored, ap: mean over IoU 0.5 to 0.95, last step, seed {seed}"
+    "Faster R-CNN C4, {steps} steps of {batch_size}, lr {lr}, short side {min_sizes} (test {test_size}), BatchNorm "
+    "{norm} (statistics of {statistics_steps} batches), {frozen_stages} stages frozen, trained on {train}; VOC's "
+    "average precision by 11 points and by area, difficult objects ignored, ap: mean over IoU 0.5 to 0.95, last step, "
+    "seed {seed}"
 )
 ANCHORS = (32, 64, 128, 256, 512)  # sides in pixels
 
