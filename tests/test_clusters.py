@@ -147,15 +147,26 @@ def test_what_is_refused(tmp_path):
     for call in (clusters.protocol, lambda options: clusters.run(train, test, options)):
         with pytest.raises(UserError, match=r"clusters\.labels = .*no\.csv.*cannot be read: No such file"):
             call(missing)
-    path = labels_of(tmp_path, [0, 99], [[0, 1]])
-    with pytest.raises(UserError, match=r"clusters\.labels: .* line 3: image 99 is not in the split's 0\.\.29"):
+    path = labels_of(tmp_path, [0, 10**9], [[0, 1]])
+    with pytest.raises(UserError, match=r"clusters\.labels: .* line 3: image 1000000000 is not in the split's"):
+        clusters.run(train, test, clusters.Options(labels=path))
+    path = labels_of(tmp_path, [98, 99], [[0, 1]])  # another split's
+    with pytest.raises(UserError, match="lists no image of the file"):
         clusters.run(train, test, clusters.Options(labels=path))
     path = labels_of(tmp_path, [0, 1], [[0, 1]])
     with pytest.raises(UserError, match=r"clusters\.column = 1: .* has 1 label column"):
         clusters.run(train, test, clusters.Options(labels=path, column=1))
     (tmp_path / "labels.csv").write_text("image_id,label_0\n")
     with pytest.raises(UserError, match="lists no image"):
-        clusters.run(train, test, clusters.Options(labels=path))
+        clusters.run(train, test, clusters.Options(labels=str(tmp_path / "labels.csv")))
+
+
+def test_labels_of_the_whole_split_for_a_part_of_it(tmp_path):
+    train, test = blobs(30, "train"), blobs(12, "test")
+    path = labels_of(tmp_path, np.arange(30)[::-1], [np.arange(30)[::-1] % 3])
+    few = np.array([2, 3, 4, 9])
+    values = clusters.run(train.subset(few), test, clusters.Options(labels=path))
+    assert values == {f"clusters_train_{n}": v for n, v in clusters.scores(train.labels[few], few % 3).items()}
 
 
 def test_the_pictures():

@@ -21,6 +21,8 @@ def test_a_column_is_read_and_the_rest_is_unknown(tmp_path):
     path = written(tmp_path / "labels.csv", "\ufeffimage_id,label_0,label_1\n3,7,0\n0,2,5\n")  # as spreadsheets write
     assert labels.read(path, 0, 5).tolist() == [2, -1, -1, 7, -1]
     assert labels.read(path, 1, 5).tolist() == [5, -1, -1, 0, -1]
+    grown = labels.read(path, 0, None)
+    assert grown[:4].tolist() == [2, -1, -1, 7] and (grown[4:] == -1).all()
 
 
 @pytest.mark.parametrize(

@@ -148,3 +148,12 @@ def test_table():
     )
     assert "NOT CONVERGED" in results.table(measured({"logistic_converged": 0.0}))
     assert results.table([]) == "no results"
+
+
+@pytest.mark.parametrize(
+    ("value", "std", "text"),
+    [(64.044, None, "64.04"), (0.17352, None, "0.1735"), (0, None, "0.00"), (1, None, "1.00"), (100, None, "100.00"),
+     (52.36, 0.204, "52.36 ± 0.20"), (0.17352, 0.00318, "0.1735 ± 0.0032"), (-0.0123, None, "-0.0123")],
+)  # fmt: skip
+def test_scores_below_one_have_four_decimals(value, std, text):
+    assert results.number(value, std) == text

@@ -8,17 +8,20 @@ import numpy as np
 from ssl_dist.errors import UserError
 
 KEYS = ("data.labels.file", "data.labels.column")
+MOST = 10**8  # images, where nobody says how many there are
 LONGEST = 6  # digits of a label: a classifier has an output for every number up to the largest
 
 
-def read(path: str | Path, column: int, count: int, keys: tuple[str, str] = KEYS) -> np.ndarray:
-    """int64 [count], -1 for images that the file does not list. keys: those of the file and of the column, for errors.
+def read(path: str | Path, column: int, count: int | None, keys: tuple[str, str] = KEYS) -> np.ndarray:
+    """int64 [count], -1 for images that the file does not list; count None: as many as the file needs, or more.
+    keys: those of the file and of the column, for errors.
 
     The file: CSV, a first line of names (image_id, then one or more label columns), then a line an image with its id
     and a whole number of 0 to 999,999 a column; `column` counts the label columns from 0. Raises `UserError` that names
     the line.
     """
-    labels = np.full(count, -1, np.int64)
+    labels = np.full(count or 0, -1, np.int64)
+    last = (MOST if count is None else count) - 1
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file)
@@ -33,8 +36,10 @@ def read(path: str | Path, column: int, count: int, keys: tuple[str, str] = KEYS
                 if len(row[0]) > 18 or len(row[1 + column]) > LONGEST:
                     raise _fault(keys, path, number, f"a label has {LONGEST} digits at most, an id 18")
                 image_id = int(row[0])
-                if image_id >= count:
-                    raise _fault(keys, path, number, f"image {image_id} is not in the split's 0..{count - 1}")
+                if image_id > last:
+                    raise _fault(keys, path, number, f"image {image_id} is not in the split's 0..{last}")
+                if image_id >= len(labels):
+                    labels = np.append(labels, np.full(image_id + 1, -1, np.int64))  # at least twice as many
                 if labels[image_id] >= 0:
                     raise _fault(keys, path, number, f"image {image_id} stands twice")
                 labels[image_id] = int(row[1 + column])

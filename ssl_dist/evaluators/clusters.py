@@ -70,9 +70,10 @@ def run(train: Features, test: Features, options: Options, album: Album | None =
     check_pair(train, test)
     require_labels(train, test)
     if options.labels is not None:
-        count = int(train.image_ids.max()) + 1
-        found_N = labels_file.read(options.labels, options.column, count, ("clusters.labels", "clusters.column"))
-        clusters_N = found_N[train.image_ids]
+        found = labels_file.read(options.labels, options.column, None, ("clusters.labels", "clusters.column"))
+        within_N = train.image_ids < len(found)
+        clusters_N = np.full(len(train), -1)
+        clusters_N[within_N] = found[train.image_ids[within_N]]
         rows = np.flatnonzero(clusters_N >= 0)
         if len(rows) == 0:
             raise UserError(f"clusters.labels = {options.labels!r}: lists no image of {train.source}")

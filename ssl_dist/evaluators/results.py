@@ -118,7 +118,7 @@ def table(shown: Sequence[dict]) -> str:
                 record["dataset"],
                 record["split"],
                 record["name"],
-                "NOT CONVERGED" if converged else f"{record['value']:.2f}",
+                "NOT CONVERGED" if converged else number(record["value"]),
                 f"[{protocols.index(record['protocol']) + 1}]",
             )
         )
@@ -134,6 +134,13 @@ def table(shown: Sequence[dict]) -> str:
     lines.insert(1, "-" * max(map(len, lines)))
     lines += ["", *(f"[{i}] {protocol}" for i, protocol in enumerate(protocols, 1))]
     return "\n".join(lines)
+
+
+def number(value: float, std: float | None = None) -> str:
+    """A value, or a mean ± standard deviation, as tables show it: two decimals, and four where it is below 1 and
+    probably a score that ends there."""
+    decimals = 4 if 0 < abs(value) < 1 else 2
+    return f"{value:.{decimals}f}" + ("" if std is None else f" ± {std:.{decimals}f}")
 
 
 def _is_record(record: object) -> bool:

@@ -30,8 +30,8 @@ from ssl_dist.features_file import Features, check_pair, require_labels
 from ssl_dist.keys import EVALUATION, hash64
 
 PROTOCOL = (
-    "retrieval: every test image ranks the images of the {gallery} split (itself left out) by cosine; top-k: any of the"
-    " k nearest has its class; precision@k: share of them that has; map: mean average precision of the whole list"
+    "retrieval: every test image ranks all other images of the {gallery} split by cosine; top-k: any of the k nearest"
+    " has its class; precision@k: share of them that has; map: mean average precision of the whole list"
 )
 _ROW = np.uint64(0xFFFFFFFF)  # the part of a key that is the gallery's row
 _OWN = np.uint64(0xFFFFFFFFFFFFFFFF)  # the key of a query itself, behind all others

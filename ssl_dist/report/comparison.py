@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from ssl_dist.errors import UserError
+from ssl_dist.evaluators import results
 from ssl_dist.report import gallery, health, scores, seeds, settings
 from ssl_dist.report.charts import charts
 from ssl_dist.report.curves import COLOURS
@@ -108,7 +109,7 @@ def _over_seeds(several: Sequence[Run]) -> Html | None:
             record["backbone"],
             f"{record['dataset']}, {record['split']}",
             record["name"],
-            number_cell(f"{record['mean']:.2f} ± {record['std']:.2f}"),
+            number_cell(results.number(record["mean"], record["std"])),
             ", ".join(map(str, record["seeds"])),
         ]
         for record in found

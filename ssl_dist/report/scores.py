@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ssl_dist.evaluators import results
 from ssl_dist.report.markup import Html, element, joined, number_cell, number_head, table
 from ssl_dist.report.published import Published, beside
 from ssl_dist.report.run import Run
@@ -29,7 +30,7 @@ def group_row(dataset: str, split: str, columns: int) -> Html:
 
 
 def value(record: dict) -> str:
-    return "not converged" if record["name"].endswith("_converged") else f"{record['value']:.2f}"
+    return "not converged" if record["name"].endswith("_converged") else results.number(record["value"])
 
 
 def stale(run: Run, record: dict) -> Html | None:

@@ -71,4 +71,4 @@ def table(records: list[dict]) -> str:
 
 
 def _value(record: dict) -> str:
-    return f"{record['mean']:.2f}" + ("" if record["std"] is None else f" ± {record['std']:.2f}")
+    return results.number(record["mean"], record["std"])
