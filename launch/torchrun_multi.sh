@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Trains on NPROC ranks of each of NNODES machines. Start it once on every machine, with the same arguments but for
+# Trains, or evaluates, on NPROC ranks of each of NNODES machines. Start it once on every machine, with the same arguments but for
 # NODE_RANK (0 .. NNODES-1). ENDPOINT is host:port of machine 0, the port free there and reachable from the others.
 #
 #   launch/torchrun_multi.sh NNODES NODE_RANK ENDPOINT NPROC CONFIG [key=value ...]
 #   launch/torchrun_multi.sh 2 0 gpu-a:29400 8 configs/cifar10/relational-conv4.yaml      on gpu-a
 #   launch/torchrun_multi.sh 2 1 gpu-a:29400 8 configs/cifar10/relational-conv4.yaml      on gpu-b
+#   launch/torchrun_multi.sh NNODES NODE_RANK ENDPOINT NPROC evaluate RUN EVALUATOR ... | extract RUN ...
 #
 # Stop it with SIGTERM, SIGINT (Ctrl-C) or SIGUSR2: the ranks finish their step, save and end; the same command resumes.
 # Signal the script on every machine: torchrun waits minutes for machines that do not leave with the others.
@@ -26,8 +27,12 @@ stop() {
 }
 
 [ $# -ge 5 ] || stop "usage: launch/torchrun_multi.sh NNODES NODE_RANK ENDPOINT NPROC CONFIG [key=value ...]"
-nnodes=$1 node_rank=$2 endpoint=$3 ranks=$4 config=$5
-shift 5
+nnodes=$1 node_rank=$2 endpoint=$3 ranks=$4
+shift 4
+case $1 in
+evaluate | extract) command=("$@") ;;
+*) command=(train "$@") ;;
+esac
 [[ $nnodes =~ ^[1-9][0-9]*$ ]] || stop "NNODES=$nnodes: give the number of machines, 1 or more"
 [[ $ranks =~ ^[1-9][0-9]*$ ]] || stop "NPROC=$ranks: give the number of ranks on a machine, 1 or more"
 [[ $node_rank =~ ^[0-9]+$ && $node_rank -lt $nnodes ]] ||
@@ -38,12 +43,11 @@ here=$(dirname "${BASH_SOURCE[0]}")
 python=${PYTHON:-$here/../.venv/bin/python}
 [ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python3
 
-# torchrun turns every exit code of a rank into 1, so mistakes are looked for before it starts.
-what_will_run=$("$python" -m ssl_dist explain "$config" "$@" --world $((nnodes * ranks)) --ranks-per-node "$ranks")
 is_host=false
-if [ "$node_rank" = 0 ]; then
-    is_host=true
-    printf '%s\n' "$what_will_run"
+[ "$node_rank" != 0 ] || is_host=true
+if [ "${command[0]}" = train ]; then # a mistake costs less before torchrun starts
+    what_will_run=$("$python" -m ssl_dist explain "$@" --world $((nnodes * ranks)) --ranks-per-node "$ranks")
+    [ $is_host = false ] || printf '%s\n' "$what_will_run"
 fi
 
 if [ -z "${OMP_NUM_THREADS:-}" ]; then # torchrun would set 1
@@ -86,7 +90,7 @@ setsid setpriv --pdeathsig TERM "$python" "$here/torchrun.py" \
     --rdzv-backend c10d --rdzv-endpoint "$endpoint" --rdzv-conf "is_host=$is_host" --rdzv-id "${RDZV_ID:-ssl_dist}" \
     ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"} \
     --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2 --shutdown-timeout 10 --log-dir "$scratch/torchrun" \
-    -m ssl_dist train "$config" "$@" &
+    -m ssl_dist "${command[@]}" &
 torchrun_pid=$!
 [ -z "$signal" ] || kill -s "$signal" "$torchrun_pid" 2>/dev/null || true # one that came before torchrun was there
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Trains on NPROC ranks of this machine.
+# Trains, or evaluates, on NPROC ranks of this machine.
 #
 #   launch/torchrun_single.sh NPROC CONFIG [key=value ...]
 #   launch/torchrun_single.sh 2 configs/digits/relational-conv4.yaml optim.lr=1e-3
+#   launch/torchrun_single.sh 2 evaluate runs/digits-relational-conv4 probe finetune
 #
 # How to stop it, its exit codes and what it reads from the environment: launch/torchrun_multi.sh.
 set -euo pipefail

@@ -1,10 +1,11 @@
-"""Sends trainings to Slurm, and says how they are.
+"""Sends trainings and evaluations to Slurm, and says how they are.
 
     python slurm/submit.py train CONFIG [key=value ...] --nodes 2 --gpus-per-node 8 --time 24:00:00 --partition gpu
     python slurm/submit.py train CONFIG --nodes 2 --tasks-per-node 4 --seeds 0 1 2 --then knn logistic
     python slurm/submit.py train CONFIG ... --sweep optim.lr=[1e-3,3e-3] views.num=[4,8]
     python slurm/submit.py train CONFIG ... --dry-run           prints the batch script and submits nothing
     python slurm/submit.py train CONFIG ... --cluster local     the same job object here, without Slurm
+    python slurm/submit.py evaluate RUN probe [key=value ...] --gpus-per-node 8     on any number of ranks too
     python slurm/submit.py status [RUN ...]                     a line a job
 
 What a site always wants stands in a small YAML that the user keeps (slurm/site.yaml shows every key): --site FILE, or
@@ -29,25 +30,19 @@ def main() -> int:
     train = verbs.add_parser("train", help="submit a training")
     train.add_argument("config")
     train.add_argument("overrides", nargs="*", metavar="key=value")
-    size = train.add_mutually_exclusive_group()
-    size.add_argument("--gpus-per-node", type=int, help="GPUs of a node, and a rank on each")
-    size.add_argument("--tasks-per-node", type=int, help="ranks of a node, on its CPUs")
-    train.add_argument("--nodes", type=int)
-    train.add_argument("--time", help="HH:MM:SS, or D-HH:MM:SS")
-    for name in ("partition", "account", "qos", "constraint"):
-        train.add_argument(f"--{name}")
-    train.add_argument("--cpus-per-task", type=int)
-    train.add_argument("--mem-gb", type=float, help="memory of a node")
     train.add_argument("--seeds", type=int, nargs="+", help="a job array with an element a seed: run_dir-seed<N>")
     train.add_argument("--sweep", nargs="+", metavar="key=[a,b]", help="every combination is an element of the array")
     train.add_argument("--then", nargs="+", metavar="EVALUATOR|key=value", help="evaluate when the training is done")
-    train.add_argument("--site", type=Path, default=os.environ.get("SSL_DIST_SLURM"), help="YAML of the site")
     train.add_argument("--cluster", choices=("slurm", "local"), default="slurm")
-    train.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
+    _add_site(train)
+    evaluate = verbs.add_parser("evaluate", help="submit an evaluation of a run")
+    evaluate.add_argument("run", type=Path)
+    evaluate.add_argument("overrides", nargs="+", metavar="EVALUATOR|key=value")
+    _add_site(evaluate)
     status = verbs.add_parser("status", help="a line a job")
     status.add_argument("runs", nargs="*", type=Path, help="run folders (default: all in runs/)")
     options, others = parser.parse_known_args()
-    if any("=" not in word or word.startswith("-") for word in others) or (others and options.verb != "train"):
+    if any("=" not in word or word.startswith("-") for word in others) or (others and options.verb == "status"):
         parser.error(f"unknown argument: {' '.join(others)}")
     try:
         if options.verb == "status":
@@ -58,10 +53,25 @@ def main() -> int:
         from ssl_dist import slurm_submit
 
         options.overrides += others
-        return slurm_submit.train(options)
+        return slurm_submit.train(options) if options.verb == "train" else slurm_submit.evaluate(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _add_site(verb: argparse.ArgumentParser) -> None:
+    """What a job asks of the cluster."""
+    size = verb.add_mutually_exclusive_group()
+    size.add_argument("--gpus-per-node", type=int, help="GPUs of a node, and a rank on each")
+    size.add_argument("--tasks-per-node", type=int, help="ranks of a node, on its CPUs")
+    verb.add_argument("--nodes", type=int)
+    verb.add_argument("--time", help="HH:MM:SS, or D-HH:MM:SS")
+    for name in ("partition", "account", "qos", "constraint"):
+        verb.add_argument(f"--{name}")
+    verb.add_argument("--cpus-per-task", type=int)
+    verb.add_argument("--mem-gb", type=float, help="memory of a node")
+    verb.add_argument("--site", type=Path, default=os.environ.get("SSL_DIST_SLURM"), help="YAML of the site")
+    verb.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
 
 
 if __name__ == "__main__":

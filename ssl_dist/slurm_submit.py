@@ -16,7 +16,7 @@ from pathlib import Path
 import submitit
 from submitit.helpers import clean_env
 
-from ssl_dist import config, durable, evaluators, job_here, runfolder
+from ssl_dist import checkpoint, config, durable, evaluators, job_here, runfolder
 from ssl_dist.blueprint import derive
 from ssl_dist.config import Config
 from ssl_dist.errors import UserError
@@ -35,7 +35,8 @@ def train(options: argparse.Namespace) -> int:
         place = Place(0, site.nodes * site.ranks_per_node, 0, site.ranks_per_node)
         blueprint = derive(settings, place)
         runfolder.check(blueprint.run, settings)
-    _check_evaluation(options.then)
+    if options.then is not None:
+        _check_evaluation("--then", options.then)
     if options.cluster == "local":
         return job_here.run_all(site.nodes, site.ranks_per_node, wanted, options.then)
     name = Path(config.load(options.config, options.overrides).run_dir).name
@@ -47,18 +48,37 @@ def train(options: argparse.Namespace) -> int:
         return 0
     _try(made.script())
     if options.then:
-        _try(_evaluator(site, folder, wanted[0]).script())
+        _try(_evaluator(site, folder, Path(wanted[0].run_dir), options.then).script())
     made.parameters.pop("map_count")
     with _outside_of_jobs():
         numbers = _submit(made, [_training(folder, settings) for settings in wanted])
         for number, settings in zip(numbers, wanted, strict=True):
-            _note(settings, number, "train")
+            _note(Path(settings.run_dir), number, "train")
             print(f"job {number}: {settings.run_dir}", flush=True)
         for number, settings in zip(numbers, wanted, strict=True) if options.then else ():
             evaluation = Job(("evaluate", settings.run_dir, *options.then))
-            [after] = _submit(_evaluator(site, folder, settings, f"afterok:{number}"), [evaluation])
-            _note(settings, after, "evaluate")
+            run = Path(settings.run_dir)
+            [after] = _submit(_evaluator(site, folder, run, options.then, f"afterok:{number}"), [evaluation])
+            _note(run, after, "evaluate")
             print(f"job {after}: {' '.join(options.then)} of {settings.run_dir}, after job {number}", flush=True)
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """`submit.py evaluate`: the same for an evaluation of a run."""
+    site, run = read_site(options.site, vars(options)), options.run
+    if not checkpoint.steps(run):
+        raise UserError(f"{run}: holds no checkpoint; train first")
+    _check_evaluation(f"evaluate {run}", options.overrides)
+    made = _evaluator(site, run.absolute() / "slurm", run, options.overrides)
+    if options.dry_run:
+        print(made.script())
+        return 0
+    _try(made.script())
+    with _outside_of_jobs():
+        [number] = _submit(made, [Job(("evaluate", str(run), *options.overrides))])
+    _note(run, number, "evaluate")
+    print(f"job {number}: {' '.join(options.overrides)} of {run}", flush=True)
     return 0
 
 
@@ -71,13 +91,11 @@ def _outside_of_jobs() -> Iterator[None]:
         yield
 
 
-def _check_evaluation(then: list[str] | None) -> None:
-    if then is None:
-        return
-    chosen = [word for word in then if "=" not in word]
+def _check_evaluation(key: str, words: list[str]) -> None:
+    chosen = [word for word in words if "=" not in word]
     if not chosen:
-        raise UserError(f"--then {' '.join(then)}: name at least one evaluator, for example knn")
-    _, others = split_overrides([word for word in then if "=" in word])
+        raise UserError(f"{key} {' '.join(words)}: name at least one evaluator, for example knn")
+    _, others = split_overrides([word for word in words if "=" in word])
     evaluators.parse_options(chosen, others)
 
 
@@ -96,11 +114,13 @@ def _training(folder: Path, settings: Config) -> Job:
     return Job(("train", str(path)))
 
 
-def _evaluator(site: Site, folder: Path, settings: Config, dependency: str | None = None) -> Executor:
-    """One task, started when the training has ended well; Slurm cancels it when the training fails."""
-    one = site.model_copy(update={"nodes": 1, "tasks_per_node": 1, "gpus_per_node": site.gpus_per_node and 1})
+def _evaluator(site: Site, folder: Path, run: Path, words: list[str], dependency: str | None = None) -> Executor:
+    """Of an evaluation, started when the training has ended well; Slurm cancels it when the training fails. Evaluators
+    of images train on all ranks of the site; those of features need one task."""
+    if not any(evaluators.sees_images(evaluators.find(word)) for word in words if "=" not in word):
+        site = site.model_copy(update={"nodes": 1, "tasks_per_node": 1, "gpus_per_node": site.gpus_per_node and 1})
     more = {} if dependency is None else {"dependency": dependency, "kill-on-invalid-dep": "yes"}
-    return executor(one, folder / "%A", f"{Path(settings.run_dir).name}-evaluate", **more)
+    return executor(site, folder / "%A", f"{run.name}-evaluate", **more)
 
 
 def _submit(made: Executor, jobs: list[Job]) -> list[str]:
@@ -160,9 +180,9 @@ def _try(script: str) -> None:
         )
 
 
-def _note(settings: Config, job_id: str, kind: str) -> None:
+def _note(run: Path, job_id: str, kind: str) -> None:
     """RUN/slurm/jobs.jsonl, from which `submit.py status` knows the jobs of a run."""
-    path = Path(settings.run_dir) / "slurm" / "jobs.jsonl"
+    path = run / "slurm" / "jobs.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps({"job": job_id, "kind": kind, "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z")}) + "\n")

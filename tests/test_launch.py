@@ -70,6 +70,13 @@ def test_a_mistake_that_explain_finds_ends_before_torchrun(python):
     assert not (python.parent / "arguments").exists()
 
 
+def test_an_evaluation(python):
+    answer = run(SINGLE, 2, "evaluate", "runs/a b", "probe", "probe.lr=0.1", PYTHON=python, TORCHRUN="exit 0")
+    assert answer.returncode == 0 and not (python.parent / "explained").exists()
+    arguments = (python.parent / "arguments").read_text().splitlines()
+    assert arguments[-6:] == ["-m", "ssl_dist", "evaluate", "runs/a b", "probe", "probe.lr=0.1"]
+
+
 def test_one_machine(python):
     command = (SINGLE, 2, "c.yaml", "run_dir=with space", "seed=1")
     answer = run(*command, PYTHON=python, RESTARTS=3, TORCHRUN="exit 0")

@@ -353,3 +353,23 @@ def test_the_same_job_here(digits, tmp_path):
     assert done.returncode == 0
     assert starts(tmp_path / "run")[0]["world_size"] == 2 and checkpoint.steps(tmp_path / "run") == [4]
     assert json.loads((tmp_path / "run" / "results.json").read_text())
+
+
+def test_a_fine_tuning_on_two_nodes_survives_a_stop(cluster, digits, tmp_path):
+    """Evaluated here by one process and there by two ranks, with a stop in between: the same accuracies."""
+    values = {}
+    for name in ("here", "there"):
+        assert run_training(digits, tmp_path / name, "precision=fp64", "timeout=15") == 0
+    words = ["finetune", "finetune.epochs=12", "finetune.batch_size=32"]
+    command = [sys.executable, "-m", "ssl_dist", "evaluate", str(tmp_path / "here"), *words]
+    subprocess.run(command, check=True, cwd=ROOT)
+    run = tmp_path / "there"
+    [job] = submit(cluster, tmp_path, "evaluate", str(run), *words, *TWO_NODES)
+    until(lambda: list(run.glob("evaluations/*/checkpoints/step-*.pt")), lambda: cluster.story(job))
+    cluster.signal(job, "USR2")
+    cluster.wait(job, "COMPLETED", restarts=1, deadline=150)
+    for name in ("here", "there"):
+        values[name] = [r["value"] for r in json.loads((tmp_path / name / "results.json").read_text())]
+    assert values["here"] == values["there"] and len(values["here"]) == 2
+    told = cluster.run(*SUBMIT, "status", run, cwd=tmp_path)
+    assert "evaluate" in told and "COMPLETED" in told
