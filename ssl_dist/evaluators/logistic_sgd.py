@@ -23,6 +23,7 @@ from torch import Tensor
 from ssl_dist.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators.accuracy import target_rank
+from ssl_dist.evaluators.album import Album
 from ssl_dist.features_file import Features, check_pair, require_labels
 from ssl_dist.keys import INIT, ORDER, hash64, normals, permutation
 
@@ -55,7 +56,7 @@ class Epoch:
     loss: float
 
 
-def run(train: Features, test: Features, options: Options, album: object = None) -> dict[str, float]:
+def run(train: Features, test: Features, options: Options, album: Album | None = None) -> dict[str, float]:
     """`logistic_sgd_top1`, `logistic_sgd_top5` and `logistic_sgd_train_top1` in percent, after the last epoch.
 
     Raises `UserError` for files that do not belong together, missing labels, fewer than two classes and a training
