@@ -107,7 +107,9 @@ def still_falling(lines: Sequence[dict], total_steps: int | None) -> Verdict:
         f"from the third quarter to the last, less than {100 * FALLING:.0f} % of the whole fall, or of the noise"
     )
     losses = _of(lines, "loss")
-    if len(losses) < FEWEST or not all(math.isfinite(value) for _, value in losses):
+    if not all(math.isfinite(value) for _, value in losses):
+        return Verdict(subject, "unknown", "The loss is no number: mend that first.", "loss nan", threshold)
+    if len(losses) < FEWEST:
         return _too_few(subject, losses, threshold)
     spans = _spans([value for _, value in losses])
     means = [statistics.fmean(span) for span in spans]
@@ -199,11 +201,10 @@ def loader(lines: Sequence[dict]) -> Verdict:
     """Do the images come as fast as the network takes them?"""
     subject = "Images"
     threshold = f"less than {100 * WAITING:.0f} % of the time spent waiting ({100 * STARVING:.0f} %: starving)"
-    steps = [0, *(line["step"] for line in lines)]
+    timed = [line for line in lines if _is_number(line.get("data_wait")) and _is_number(line.get("seconds_per_step"))]
     weighted = [
-        (line["data_wait"], (step - before) * line["seconds_per_step"])
-        for before, step, line in zip(steps, steps[1:], lines, strict=False)
-        if _is_number(line.get("data_wait")) and _is_number(line.get("seconds_per_step")) and step > before
+        (line["data_wait"], (line["step"] - before) * line["seconds_per_step"])
+        for before, line in zip([0, *(line["step"] for line in timed)], timed, strict=False)
     ]
     weighted = weighted[1:] or weighted  # the first line has the start of the workers in it
     seconds = sum(time for _, time in weighted)

@@ -53,8 +53,8 @@ class Browser:
         return self
 
     def __exit__(self, *_):
-        self._process.kill()
-        self._process.wait()
+        self._call("Browser.close")  # it ends its helpers too, which write into `folder`
+        self._process.wait(PATIENCE)
         os.close(self._write)
         os.close(self._read)
 

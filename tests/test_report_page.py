@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ssl_dist import checkpoint, cli, config, report
+from ssl_dist import checkpoint, cli, config, online_knn, report
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators import results
 from ssl_dist.report import page
@@ -173,6 +173,34 @@ def test_a_torn_last_line_is_of_a_run_that_goes_on(tmp_path):
     assert page_of(run).text.replace("at", "") == whole.text.replace("at", "")
 
 
+def test_the_knn_that_is_measured_now_and_then(tmp_path):
+    run = make_run(tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    for step in (390, 780):
+        line = {"step": step, "epoch": step / 390, online_knn.NAME: 40.0 + step / 390}
+        lines.insert(step // 20 + 1, json.dumps(line))
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    shown = page_of(run)
+    assert "online knn20 (% of held-out images)" in shown.text and "no illness" in shown.text
+    [svg] = [svg for svg in shown.all("svg") if svg["aria-label"].startswith("online")]
+    [curve] = json.loads(svg["data-curves"])
+    assert (curve["x"], curve["y"]) == ([1.0, 2.0], [41.0, 42.0])
+
+
+def test_the_trainings_of_evaluators(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert "Trainings of evaluators" not in page_of(run).text
+    for number in range(2):
+        make_run(run / "evaluations" / f"probe-{number}", method="linear_probe", views={})
+    (run / "evaluations" / "torn").mkdir()
+    (run / "evaluations" / "torn" / "config.yaml").write_text("optim: [")
+    shown = page_of(run)
+    assert "Trainings of evaluators" in shown.text and "not valid YAML" in shown.text
+    loss, accuracy = [svg for svg in shown.all("svg") if "probe-" in svg["data-curves"]]
+    assert loss["aria-label"] == "loss over the epochs" and accuracy["aria-label"] == "accuracy over the epochs"
+    assert [curve["name"] for curve in json.loads(loss["data-curves"])] == ["probe-0", "probe-1"]
+
+
 def test_damage_is_told(tmp_path):
     run = make_run(tmp_path / "run")
     lines = (run / "metrics.jsonl").read_text().splitlines()
@@ -202,7 +230,7 @@ def test_what_belongs_to_another_checkpoint(tmp_path):
     shown = page_of(run)
     assert "Left out, being of another checkpoint: old.png" in shown.text and "Old picture" not in shown.text
     assert "it does not say of which checkpoint" in shown.text
-    assert "logistic_top1 1 (step 390)" in shown.text.replace("  ", " ")
+    assert "logistic_top1 1 (step 390)" in shown.text
 
 
 def test_a_part_held_out_is_not_put_beside_a_paper(tmp_path):

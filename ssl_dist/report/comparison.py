@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators import results
 from ssl_dist.report import gallery, health, scores, seeds, settings
-from ssl_dist.report.charts import charts
+from ssl_dist.report.charts import overlaid
 from ssl_dist.report.curves import COLOURS
 from ssl_dist.report.frame import document, navigation, notes, section
 from ssl_dist.report.markup import Html, element, joined, number_cell, number_head, table
@@ -30,8 +30,8 @@ def of_runs(several: Sequence[Run]) -> str:
             section("health", "Health", _health(several, heads)),
             section("results", "Results", _notes(several, "results"), _results(several, names), _over_seeds(several)),
             section("published", "Published", _published(several)),
-            section("curves", "Curves", _notes(several, "curves"), charts(several)),
-            section("views", "Views", element("div", *map(_views, several), class_="beside")),
+            section("curves", "Curves", _notes(several, "curves"), overlaid(several)),
+            section("views", "Views", gallery.views(several)),
             section("pictures", "Pictures", _notes(several, "pictures"), gallery.figures(several)),
             section("config", "Config", settings.differences(several, heads)),
         ],
@@ -84,18 +84,18 @@ def _results(several: Sequence[Run], names: Sequence[Html]) -> Html | None:
     for key in order:
         if group != (group := key[:2]):
             rows.append([scores.group_row(*group, columns=len(several) + 1)])
-        best = max(records[key]["value"] for records in found if key in records)
+        values = [records[key]["value"] for records in found if key in records]
+        best = max(values) if len(values) > 1 and key[2].endswith(("_top1", "_top5")) else None
         cells = [_value(run, records.get(key), best) for run, records in zip(several, found, strict=True)]
         rows.append([element("td", key[2], scores.mark(protocols, key[3])), *cells])
     return joined(table(["result", *map(number_head, names)], rows), scores.footnotes(protocols))
 
 
-def _value(run: Run, record: dict | None, best: float) -> Html:
+def _value(run: Run, record: dict | None, best: float | None) -> Html:
     if record is None:
         return number_cell("–")
     shown = scores.value(record)
-    is_best = record["name"].endswith(("_top1", "_top5")) and record["value"] == best
-    return number_cell(element("b", shown) if is_best else shown, scores.stale(run, record))
+    return number_cell(element("b", shown) if record["value"] == best else shown, scores.stale(run, record))
 
 
 def _over_seeds(several: Sequence[Run]) -> Html | None:
@@ -133,7 +133,3 @@ def _published(several: Sequence[Run]) -> Html:
     return joined(
         *(element("div", element("h3", f"{run.title} (here: {run.name})"), scores.published(run)) for run in shown)
     )
-
-
-def _views(run: Run) -> Html:
-    return element("div", element("h3", run.name), notes(run, "views"), gallery.views(run))

@@ -15,7 +15,7 @@ from ssl_dist.report.markup import Html, element, joined, with_code
 from ssl_dist.report.run import Run
 
 
-def document(title: str, body: Sequence[Html]) -> str:
+def document(title: str, body: Sequence[Html | None]) -> str:
     """The whole page around the sections of `body`."""
     style, script = (Html(_file(name)) for name in ("page.css", "page.js"))
     policy = (

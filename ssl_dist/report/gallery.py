@@ -2,37 +2,47 @@
 
 from collections.abc import Sequence
 
+from ssl_dist.report.frame import notes
 from ssl_dist.report.markup import Html, element, joined
 from ssl_dist.report.pictures import Picture
 from ssl_dist.report.run import Run
 
+WIDE = 1000  # pixels, above which a picture takes the whole width from the start
 
-def views(run: Run) -> Html:
-    """The grids of views, one for each recipe, in boxes that scroll where a grid is wide."""
-    caption = "Each row is an image, each column one of its views, as the network sees them (before normalisation)."
-    return joined(
-        *(
+
+def views(several: Sequence[Run]) -> Html:
+    """The grids of views of each run, one for each recipe, in boxes that scroll where a grid is wide."""
+    words = "Each row is an image, each column one of its views, as the network sees them (before normalisation)."
+    said = element("p", words) if any(run.views for run in several) else None
+    parts = []
+    for run in several:
+        grids = [
             element(
                 "figure",
-                element("figcaption", caption if number == 0 else f"{picture.name}: the next recipe of views.groups."),
-                element("div", image(picture), class_="scroll views", tabindex="0"),
+                element("figcaption", f"views.groups.{number}") if len(run.views) > 1 else None,
+                element("div", _image(picture), class_="scroll views", tabindex="0"),
             )
             for number, picture in enumerate(run.views)
-        )
-    )
+        ]
+        name = element("h3", run.name) if len(several) > 1 else None
+        parts.append(element("div", name, notes(run, "views"), *grids))
+    return joined(said, element("div", *parts, class_="beside"))
 
 
 def figures(several: Sequence[Run]) -> Html:
-    """All pictures; those of one name beside each other. A click enlarges one."""
+    """All pictures, evaluator by evaluator; those of one name beside each other. A click enlarges one."""
+    by_evaluator: dict[str, list[Html]] = {}
     names = dict.fromkeys(picture.name for run in several for picture in run.figures)
-    shown = [
-        _figure(picture, run.name if len(several) > 1 else None)
-        for name in names
-        for run in several
-        for picture in run.figures
-        if picture.name == name
+    for name in names:
+        for run in several:
+            for picture in [picture for picture in run.figures if picture.name == name]:
+                shown = _figure(picture, run.name if len(several) > 1 else None)
+                by_evaluator.setdefault(picture.evaluator or "others", []).append(shown)
+    parts = [
+        joined(element("h3", evaluator), element("div", *shown, class_="pictures"))
+        for evaluator, shown in by_evaluator.items()
     ]
-    return element("div", *shown, class_="pictures")
+    return joined(*parts)
 
 
 def _figure(picture: Picture, whose: str | None) -> Html:
@@ -45,9 +55,9 @@ def _figure(picture: Picture, whose: str | None) -> Html:
         element("br"),
         picture.caption,
     )
-    button = element("button", image(picture), class_="picture", type="button", title="larger or smaller")
-    return element("figure", words, button)
+    button = element("button", _image(picture), class_="picture", type="button", title="larger or smaller")
+    return element("figure", words, button, class_="large" if picture.width > WIDE and whose is None else None)
 
 
-def image(picture: Picture) -> Html:
+def _image(picture: Picture) -> Html:
     return element("img", src=picture.url, alt=picture.title, width=picture.width, height=picture.height)

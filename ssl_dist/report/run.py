@@ -31,6 +31,7 @@ class Run:
     starts: list[dict] = field(default_factory=list)  # of logs/starts.jsonl
     views: list[Picture] = field(default_factory=list)
     figures: list[Picture] = field(default_factory=list)
+    evaluations: list["Run"] = field(default_factory=list)  # trainings on its backbone, of which only the log is read
     checkpoint: str | None = None  # name of the newest valid one
     digest: str | None = None  # its SHA-256
     notes: dict[str, list[str]] = field(default_factory=dict)
@@ -79,14 +80,23 @@ class Run:
 
 def read(folder: Path) -> Run:
     """Raises `UserError` when the folder is none of a run, or its config.yaml is damaged."""
+    run = _open(folder)
+    _read_checkpoint(run)
+    _read_metrics(run)
+    _read_results(run)
+    _read_starts(run)
+    _read_views(run)
+    _read_figures(run)
+    _read_evaluations(run)
+    return run
+
+
+def _open(folder: Path) -> Run:
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder}: not a run's folder, it holds no config.yaml; name the run_dir of a training")
     settings = config.load(path)
-    run = Run(folder.resolve(), settings, methods.find(settings.method.name).trainable)
-    for part in (_read_checkpoint, _read_metrics, _read_results, _read_starts, _read_views, _read_figures):
-        part(run)
-    return run
+    return Run(folder.resolve(), settings, methods.find(settings.method.name).trainable)
 
 
 def command(run: Run, *words: str) -> str:
@@ -169,6 +179,17 @@ def _read_figures(run: Run) -> None:
         run.note("pictures", f"There are no pictures yet; {again} draws some.")
 
 
+def _read_evaluations(run: Run) -> None:
+    for path in sorted((run.folder / "evaluations").glob("*/config.yaml")):
+        try:
+            evaluation = _open(path.parent)
+        except UserError as error:
+            run.note("evaluations", f"{error}.")
+            continue
+        _read_metrics(evaluation)
+        run.evaluations.append(evaluation)
+
+
 def _readable(run: Run, part: str, paths: Sequence[Path]) -> list[Picture]:
     found = []
     for path in paths:
@@ -214,8 +235,7 @@ def has_results(folder: Path) -> bool:
 def seconds(run: Run) -> float:
     """Time that the training spent on its steps, as far as it was logged."""
     total, last = 0.0, 0
-    for line in run.lines:
-        if isinstance(line.get("seconds_per_step"), int | float):
-            total += (line["step"] - last) * line["seconds_per_step"]
+    for line in [line for line in run.lines if isinstance(line.get("seconds_per_step"), int | float)]:
+        total += (line["step"] - last) * line["seconds_per_step"]
         last = line["step"]
     return total

@@ -42,7 +42,7 @@ def stale(run: Run, record: dict) -> Html | None:
 
 def mark(texts: Sequence[str], text: str) -> Html:
     """The number of the footnote."""
-    return element("sup", f" {texts.index(text) + 1}")
+    return element("sup", f"\N{NO-BREAK SPACE}{texts.index(text) + 1}")
 
 
 def footnotes(texts: Sequence[str]) -> Html:
