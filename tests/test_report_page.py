@@ -72,6 +72,8 @@ class Parsed(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
         self.is_code = tag in ("style", "script")
+        if tag in ("td", "th", "p", "div", "summary"):
+            self.words.append(" ")
 
     def handle_endtag(self, tag):
         self.is_code = False
@@ -108,6 +110,13 @@ def test_the_page_of_a_run(tmp_path):
     for source in pictures:
         head, data = source.split(",")
         assert head == "data:image/png;base64" and Image.open(io.BytesIO(base64.b64decode(data))).size == (6, 4)
+
+
+def test_keys_that_are_set_come_first(tmp_path):
+    text = page_of(make_run(tmp_path / "run")).text
+    changed, usual = re.fullmatch(r".* \d keys set(.*?) \d+ keys at the default(.*)", text).groups()
+    assert "optim.epochs 2 200" in changed and "views.num 8 null" in changed and "optim.lr" not in changed
+    assert "optim.lr 0.001" in usual and "method.options.gamma 2" in usual and "optim.epochs" not in usual
 
 
 def test_nothing_outside_the_page_is_named(tmp_path):
@@ -263,6 +272,14 @@ def test_several_runs(tmp_path, capsys):
     [rank] = [svg for svg in shown.all("svg") if svg["aria-label"].startswith("effective rank")]
     assert [curve["name"] for curve in json.loads(rank["data-curves"])] == ["seed0", "seed1", "seed2", "vicreg"]
     assert len(shown.all("img")) == 8
+
+
+def test_the_best_accuracy_of_several_is_bold(tmp_path):
+    folders = [make_run(tmp_path / f"run{seed}", seed=seed, value=50.0 + seed) for seed in range(2)]
+    results.add(folders[0] / "results.json", [record(folders[0], name="logistic_top1", value=77.0)])
+    text = report.write(folders, None).read_text()
+    assert "<b>51.00</b>" in text and "<b>50.00</b>" not in text
+    assert ">77.00<" in text and "<b>77.00</b>" not in text  # there is nothing to compare it with
 
 
 def test_several_runs_of_which_some_lack_results(tmp_path, capsys):

@@ -119,7 +119,8 @@ def test_starving_loader(share, level):
 
 
 def test_a_slow_start_is_no_starving_loader():
-    assert judged(healthy(data_wait=lambda t: 0.9 if t == 0 else 0.01))["Images"].level == "fine"
+    lines = healthy(data_wait=lambda t: 0.9 * (t == 0), seconds_per_step=lambda t: 1000.0 if t == 0 else 0.15)
+    assert judged(lines)["Images"].level == "fine"
 
 
 def test_waiting_is_weighted_by_time():
