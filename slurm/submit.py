@@ -38,6 +38,9 @@ def main() -> int:
     evaluate = verbs.add_parser("evaluate", help="submit an evaluation of a run")
     evaluate.add_argument("run", type=Path)
     evaluate.add_argument("overrides", nargs="+", metavar="EVALUATOR|key=value")
+    evaluate.add_argument("--validation", type=float, metavar="SHARE", help="as of ssl-dist evaluate")
+    evaluate.add_argument("--search", nargs="+", action="extend", default=[], metavar="EVALUATOR.OPTION=[a,b]",
+                          help="as of ssl-dist evaluate")  # fmt: skip
     _add_site(evaluate)
     status = verbs.add_parser("status", help="a line a job")
     status.add_argument("runs", nargs="*", type=Path, help="run folders (default: all in runs/)")

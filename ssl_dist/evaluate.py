@@ -4,6 +4,7 @@ import itertools
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field
@@ -104,6 +105,35 @@ def _labelled_splits(source: features.Source) -> list[str]:
     return [known.training, known.evaluation]
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What the words of an evaluation ask for. data: overrides of the data set; subset: of its training images, None:
+    all; share: of them to hold out, None: nothing is; options: of every evaluator; grids: of those to search over."""
+
+    data: dict[str, str]
+    subset: ClassSubset | str | None
+    share: float | None
+    options: dict[str, Section]
+    grids: dict[str, search.Grid]
+
+
+def parse(
+    chosen: Sequence[str], overrides: Sequence[str], validation: float | None = None, searched: Sequence[str] = ()
+) -> Wanted:
+    """The words of `ssl-dist evaluate`, checked as far as they can be without the run. Raises `UserError`."""
+    data, others = split_overrides(overrides, (*DATA_KEYS, SUBSET))
+    options = evaluators.parse_options(chosen, others)
+    grids = search.grids(chosen, others, searched)
+    if validation is not None:
+        search.check_share(validation)
+    elif grids:
+        validation = search.SHARE
+    subset = data.pop(SUBSET, None)
+    if subset is not None:
+        subset = validate(_Images, {"subset": parse_yaml(subset, f"override {SUBSET}={subset}")}, "data.").subset
+    return Wanted(data, subset, validation, options, grids)
+
+
 def evaluate(
     run: Path,
     chosen: Sequence[str],
@@ -118,20 +148,13 @@ def evaluate(
 
     Returns the exit code, 0 or that of a stop on request, and what went to results.json.
     """
-    data, others = split_overrides(overrides, (*DATA_KEYS, SUBSET))
-    options = evaluators.parse_options(chosen, others)
-    grids = search.grids(chosen, others, searched)
-    if validation is not None:
-        search.check_share(validation)
-    subset = data.pop(SUBSET, None)
-    if subset is not None:
-        subset = validate(_Images, {"subset": parse_yaml(subset, f"override {SUBSET}={subset}")}, "data.").subset
+    wanted = parse(chosen, overrides, validation, searched)
     if not run.is_dir():
         raise UserError(f"{run}: not a run's folder; train first")
     encoder = features.load_encoder(run)
-    source = source_of(encoder, data)
+    source = source_of(encoder, wanted.data)
     train, test = _labelled_splits(source)
-    train_ids, words = (None, None) if subset is None else chosen_images(source, train, subset)
+    train_ids, words = (None, None) if wanted.subset is None else chosen_images(source, train, wanted.subset)
     place = Place.from_environment()
     with (
         Watchdog(place, encoder.config.timeout) as dog,
@@ -139,17 +162,15 @@ def evaluate(
         dog.reporting(),
     ):
         whole = Subject(run, encoder, source, train, test, world, dog, train_ids, subset=words)
-        held = None
-        if grids or validation is not None:
-            share = validation or search.SHARE
-            held = world.agreed(lambda: held_out(whole, share))
+        held = None if wanted.share is None else world.agreed(lambda: held_out(whole, wanted.share))
         records = []
         try:
             for name in chosen:
-                if name in grids:
-                    records += _searched(whole, held, name, grids[name])
+                if name in wanted.grids:
+                    records += _searched(whole, held, name, wanted.grids[name])
                 else:
-                    records += _measured(whole if held is None or grids else held, name, options[name])
+                    subject = whole if held is None or wanted.grids else held
+                    records += _measured(subject, name, wanted.options[name])
         except Stopped as stopped:
             if world.is_first:
                 print(f"stopped; the same command goes on with {stopped}", file=sys.stderr, flush=True)

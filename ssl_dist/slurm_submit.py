@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import submitit
@@ -20,7 +20,7 @@ from ssl_dist import checkpoint, config, durable, evaluators, job_here, runfolde
 from ssl_dist.blueprint import derive
 from ssl_dist.config import Config
 from ssl_dist.errors import UserError
-from ssl_dist.evaluate import split_overrides
+from ssl_dist.evaluate import parse
 from ssl_dist.job import Job
 from ssl_dist.place import Place
 from ssl_dist.section import parse_yaml
@@ -69,16 +69,19 @@ def evaluate(options: argparse.Namespace) -> int:
     site, run = read_site(options.site, vars(options)), options.run
     if not checkpoint.steps(run):
         raise UserError(f"{run}: holds no checkpoint; train first")
-    _check_evaluation(f"evaluate {run}", options.overrides)
+    _check_evaluation(f"evaluate {run}", options.overrides, options.validation, options.search)
+    words = [*options.overrides, *(["--search", *options.search] if options.search else [])]
+    if options.validation is not None:
+        words += ["--validation", repr(options.validation)]
     made = _evaluator(site, run.absolute() / "slurm", run, options.overrides)
     if options.dry_run:
         print(made.script())
         return 0
     _try(made.script())
     with _outside_of_jobs():
-        [number] = _submit(made, [Job(("evaluate", str(run), *options.overrides))])
+        [number] = _submit(made, [Job(("evaluate", str(run), *words))])
     _note(run, number, "evaluate")
-    print(f"job {number}: {' '.join(options.overrides)} of {run}", flush=True)
+    print(f"job {number}: {' '.join(words)} of {run}", flush=True)
     return 0
 
 
@@ -91,12 +94,13 @@ def _outside_of_jobs() -> Iterator[None]:
         yield
 
 
-def _check_evaluation(key: str, words: list[str]) -> None:
+def _check_evaluation(
+    key: str, words: list[str], validation: float | None = None, searched: Sequence[str] = ()
+) -> None:
     chosen = [word for word in words if "=" not in word]
     if not chosen:
         raise UserError(f"{key} {' '.join(words)}: name at least one evaluator, for example knn")
-    _, others = split_overrides([word for word in words if "=" in word])
-    evaluators.parse_options(chosen, others)
+    parse(chosen, [word for word in words if "=" in word], validation, searched)
 
 
 def _folder(wanted: list[Config], name: str) -> Path:

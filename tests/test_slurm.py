@@ -355,6 +355,25 @@ def test_the_same_job_here(digits, tmp_path):
     assert json.loads((tmp_path / "run" / "results.json").read_text())
 
 
+def test_a_search_is_one_job(cluster, digits, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    assert run_training(digits, run) == 0
+    words = ["evaluate", str(run), "knn", "data.subset={per_class: 20}", "--search", "knn.k=[[1],[5]]"]
+    [job] = submit(cluster, tmp_path, *words, "--validation", "0.25")
+    cluster.wait(job, "COMPLETED", deadline=100)
+    found = [r["split"] for r in json.loads((run / "results.json").read_text()) if r["name"].endswith("top1")]
+    assert found == ["train[held out 25%]", "train[held out 25%]", "test"]
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    for more, said in (
+        (["--validation", "2"], "--validation 2: give the share"),
+        (["--search", "knn.kk=[1]"], "unknown key knn.kk"),
+        (["data.subset=3"], "data.subset = 3"),
+    ):
+        capsys.readouterr()
+        assert said in mistake(["evaluate", str(run), "knn", *more], monkeypatch, capsys)
+
+
 def test_a_fine_tuning_on_two_nodes_survives_a_stop(cluster, digits, tmp_path):
     """Evaluated here by one process and there by two ranks, with a stop in between: the same accuracies."""
     values = {}
