@@ -8,12 +8,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torchvision.transforms.functional import InterpolationMode, center_crop, resize
 
+from ssl_dist import cli, config
 from ssl_dist.config import Data
 from ssl_dist.data.readers import open_dataset, read_info
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators import album as album_module
 from ssl_dist.evaluators.album import Album
 from ssl_dist.features_file import Features
+from ssl_dist.train import train
 
 
 def part(digits, split, ids=None, name=None):
@@ -51,12 +53,12 @@ def decoded(digits, split, ids):
 
 def test_the_images_asked_for_in_the_order_asked_for(digits, opened, tmp_path, monkeypatch):
     monkeypatch.setattr(album_module, "_BLOCK", 2 * 32 * 32 * 3)  # two images a block
-    test, train = part(digits, "test"), part(digits, "train")
+    test, others = part(digits, "test"), part(digits, "train")
     rows = np.array([7, 3, 300, 3, 0])
     with Album(tmp_path, test, opened, data(), "knn") as album:
         assert not opened.readers, "nothing is opened before an image is needed"
         assert np.array_equal(album.images(test, rows), decoded(digits, "test", rows))
-        assert np.array_equal(album.images(train, rows), decoded(digits, "train", rows))
+        assert np.array_equal(album.images(others, rows), decoded(digits, "train", rows))
         assert np.array_equal(album.images(test, rows[:1]), decoded(digits, "test", [7]))
         assert album.images(test, rows[:0]).shape == (0, 32, 32, 3)
     assert [reader.info.split for reader in opened.readers] == ["test", "train"]
@@ -124,3 +126,29 @@ def test_what_is_refused(digits, opened, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
         Album(tmp_path / "file" / "figures", test, opened, data(), "knn").add("x", Figure(), "", "")
+
+
+@pytest.mark.slow
+def test_evaluate_leaves_the_pictures_and_what_they_say(digits, tmp_path, capsys):
+    run = tmp_path / "run"
+    settings = [f"data.root={digits}", f"run_dir={run}", "data.reader=arrays"]
+    assert train(config.load("configs/digits/random_weights-conv4.yaml", settings)) == 0
+    names = ["knn", "logistic", "retrieval", "clusters", "embedding"]
+    quick = ["embedding.limit=120", "embedding.iterations=250", "clusters.starts=1"]
+    assert cli.main(["evaluate", str(run), *names, *quick]) == 0
+    checkpoint = {record["checkpoint"] for record in json.loads((run / "results.json").read_text())}
+    pictures = sorted((run / "figures").iterdir())
+    for path in pictures:
+        with Image.open(path) as picture:
+            picture.load()
+            texts = dict(picture.text)
+        assert texts["Evaluator"] == path.stem.split("-")[2] and {texts["Checkpoint"]} == checkpoint
+        assert texts["Title"] and "digits test" in texts["Description"]
+    assert [path.stem.removeprefix("digits-test-") for path in pictures] == [
+        "clusters-images", "clusters-purity", "embedding-images", "embedding-pca", "embedding-tsne",
+        "knn-classes", "knn-confusion", "logistic-classes", "logistic-confusion",
+        "retrieval-classes", "retrieval-confusion", "retrieval-nearest",
+    ]  # fmt: skip
+    assert (run / "tensorboard" / "embedding" / "projector_config.pbtxt").exists()
+    shown = capsys.readouterr().out
+    assert "retrieval_map" in shown and "clusters_hungarian_top1" in shown and "embedding_tsne_trust" in shown

@@ -1,9 +1,10 @@
-"""kNN on a features file of ImageNet's size: time, and peak memory of a process that does nothing else.
+"""kNN or retrieval on a features file of ImageNet's size: time, and peak memory of a process that does nothing else.
 
     python tools/bench_knn.py [--images 1280000] [--queries 5000] [--features 512] [--memory-mb 512] [--folder DIR]
+    python tools/bench_knn.py --evaluator retrieval --images 50000 --queries 10000 --features 64 --classes 10
 
 Random features are written to a temporary folder, chunk by chunk, and taken out of the kernel's page cache; then a
-fresh process runs the evaluator `knn` with k = 20 and 200 on the mapped files. Its memory is the kernel's own account
+fresh process runs the evaluator on the mapped files, `knn` with k = 20 and 200. Its memory is the kernel's own account
 (/proc/PID/status), read every 20 ms until it ends:
     resident   VmHWM, the largest resident size, exact: the two below, at their worst moment
     anonymous  the largest RssAnon: memory of its own, which only swap could give back
@@ -26,20 +27,22 @@ import numpy as np
 
 from ssl_dist.features_file import METADATA, write_features
 
-K = (20, 200)
+OPTIONS = {"knn": {"k": [20, 200]}, "retrieval": {}}
 WORKER = """
 import json, sys, time
 from pathlib import Path
 import torch
-from ssl_dist.evaluators import knn
+from ssl_dist import evaluators
 from ssl_dist.features_file import read_features
 folder, memory, threads = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(threads)
+evaluator = evaluators.find(sys.argv[4])
+options = evaluator.Options(memory_mb=memory, **json.loads(sys.argv[5]))
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 print(json.dumps(int(status["VmRSS"].split()[0]) / 1024), flush=True)
 start, cpu = time.perf_counter(), time.process_time()
 parts = (read_features(folder / f"{name}.safetensors") for name in ("train", "test"))
-values = knn.run(*parts, knn.Options(k=json.loads(sys.argv[4]), memory_mb=memory))
+values = evaluator.run(*parts, options)
 print(json.dumps([time.perf_counter() - start, time.process_time() - cpu, values]), flush=True)
 """
 
@@ -67,11 +70,12 @@ class Drawn:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--evaluator", choices=tuple(OPTIONS), default="knn")
     parser.add_argument("--images", type=int, default=1_280_000, help="rows of the training file")
     parser.add_argument("--queries", type=int, default=5000, help="rows of the test file")
     parser.add_argument("--features", type=int, default=512, help="D")
     parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--memory-mb", type=int, default=512, help="knn.memory_mb (default 512, as the evaluator's)")
+    parser.add_argument("--memory-mb", type=int, default=512, help="of the evaluator (default 512, as its own)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch (default: all cores)")
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
     arguments = parser.parse_args()
@@ -80,8 +84,8 @@ def main() -> None:
         write(Path(folder, "test.safetensors"), arguments.queries, arguments, seed=1)
         imports, peaks, (wall, cpu, values) = measure(Path(folder), arguments)
     print(
-        f"kNN of {arguments.queries} queries on {arguments.images} x {arguments.features} ({size / 2**20:.0f} MiB),"
-        f" {arguments.threads} thread(s), knn.memory_mb={arguments.memory_mb}"
+        f"{arguments.evaluator} of {arguments.queries} queries on {arguments.images} x {arguments.features}"
+        f" ({size / 2**20:.0f} MiB), {arguments.threads} thread(s), memory_mb={arguments.memory_mb}"
     )
     print(f"wall {wall:.0f} s, CPU {cpu:.0f} s; {', '.join(f'{name} {value:.2f}' for name, value in values.items())}")
     print(
@@ -102,7 +106,8 @@ def write(path: Path, count: int, arguments, seed: int) -> int:
 
 def measure(folder: Path, arguments) -> tuple[float, dict[str, float], list]:
     """MiB of the imports, MiB at the peaks, and what the process measured itself."""
-    words = [str(folder), str(arguments.memory_mb), str(arguments.threads), json.dumps(K)]
+    words = [str(folder), str(arguments.memory_mb), str(arguments.threads), arguments.evaluator]
+    words.append(json.dumps(OPTIONS[arguments.evaluator]))
     process = subprocess.Popen([sys.executable, "-c", WORKER, *words], stdout=subprocess.PIPE, text=True)
     peaks: dict[str, float] = {}
     while process.poll() is None:

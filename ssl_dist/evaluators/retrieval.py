@@ -183,7 +183,8 @@ def _draw(
         f"{_name(options)}-nearest",
         charts.neighbours(panels),
         "Queries and their nearest images",
-        f"Test images and, by falling cosine of their features, the nearest among {where}"
+        f"Images of {test.metadata['dataset']} {test.metadata['split']} and, by falling cosine of their features, the"
+        f" nearest among {where}"
         f"{' other than themselves' if gallery is test else ''}. Green, solid frames: the query's class; red, dashed"
         " frames: another one, named below. Left queries whose nearest image is of their class, right those where it is"
         f" not, chosen evenly over the classes by key (seed {options.seed}), not by hand. Mean average precision"
