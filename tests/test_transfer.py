@@ -137,7 +137,7 @@ def test_transfer_to_other_classes(run, tmp_path):
     ("chosen", "overrides", "line"),
     [
         ("probe", ["probe.recipe=moco"], "probe.recipe"),
-        ("probe", ["probe.batch_size=100000"], "optim.batch_size = 100000"),
+        ("probe", ["probe.batch_size=100000"], "probe.batch_size = 100000"),
         ("probe", ["probe.stages=[layer9]"], r"stages = \['layer9'\]: the backbone has layer1, layer2, layer3, layer4"),
         ("finetune", ["finetune.lr=0"], "finetune.lr"),
         ("classify", [], "holds random_weights, which does not classify; give the folder"),
@@ -145,8 +145,10 @@ def test_transfer_to_other_classes(run, tmp_path):
     ],
 )
 def test_mistakes(run, chosen, overrides, line):
+    before = sorted((run / "evaluations").iterdir()) if (run / "evaluations").exists() else []
     with pytest.raises(UserError, match=line):
         evaluate(run, [chosen], overrides)
+    assert before == (sorted((run / "evaluations").iterdir()) if (run / "evaluations").exists() else [])
 
 
 def test_every_recipe_makes_a_training(run):

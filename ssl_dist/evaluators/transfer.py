@@ -4,15 +4,17 @@ The training is a run of its own in RUN/evaluations, by the loop of every other:
 resumed at any step, with its log in TensorBoard. The network of its last step is tested, never the best one.
 """
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors.torch
 from pydantic import Field
 
-from ssl_dist import config
+from ssl_dist import checkpoint, config
 from ssl_dist.blueprint import derive
 from ssl_dist.config import NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from ssl_dist.errors import UserError
 from ssl_dist.evaluators.classification import Classified, classify
 from ssl_dist.evaluators.subject import Subject
 from ssl_dist.features_file import replacing
@@ -80,7 +82,13 @@ def trained(subject: Subject, name: str, module: str, recipe: Recipe, options: d
     world = subject.world
     world.first(lambda: _prepare(folder, subject))
     settings = config.validate(config.Config, _tree(subject, folder, module, recipe, options))
-    blueprint = world.agreed(lambda: derive(settings, world.place))
+    try:
+        blueprint = world.agreed(lambda: derive(settings, world.place))
+    except UserError as error:
+        world.first(lambda: _forget(folder))
+        mistake = UserError(str(error).replace("optim.", f"{name}."))  # its keys are options of the evaluator here
+        mistake.agreed = True
+        raise mistake from None
     with StopRequest() as stop:
         code, training = train_in(world, subject.dog, stop, blueprint)
     if code == STOPPED:
@@ -100,6 +108,12 @@ def _prepare(folder: Path, subject: Subject) -> None:
     if subject.train_ids is not None:
         with replacing(folder / "train_ids.txt") as file:
             file.write("".join(f"{i}\n" for i in subject.train_ids).encode())
+
+
+def _forget(folder: Path) -> None:
+    """Remove what was prepared for a training that cannot be, unless there was one before."""
+    if not checkpoint.steps(folder):
+        shutil.rmtree(folder)
 
 
 def _tree(subject: Subject, folder: Path, module: str, recipe: Recipe, options: dict) -> dict:
