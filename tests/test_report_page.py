@@ -239,7 +239,7 @@ def test_what_belongs_to_another_checkpoint(tmp_path):
     shown = page_of(run)
     assert "Left out, being of another checkpoint: old.png" in shown.text and "Old picture" not in shown.text
     assert "it does not say of which checkpoint" in shown.text
-    assert "logistic_top1 1 (step 390)" in shown.text
+    assert "logistic_top1 (step 390)" in shown.text
 
 
 def test_a_part_held_out_is_not_put_beside_a_paper(tmp_path):
@@ -252,10 +252,23 @@ def test_a_part_held_out_is_not_put_beside_a_paper(tmp_path):
     assert shown.count("77.77") == 1 and shown.count("66.66") == 3
 
 
+def test_the_result_beside_a_published_one(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert re.search(r"61\.03\s*–", page_of(run).text)
+    held_out = "train[held out 10%]"
+    results.add(run / "results.json", [record(run, name="logistic_train_top1", value=1.0)])
+    results.add(run / "results.json", [record(run, name="logistic_top5", value=2.0)])
+    results.add(run / "results.json", [record(run, name="logistic_top1", value=3.0, split=held_out)])
+    results.add(run / "results.json", [record(run, name="logistic_top1", value=44.0)])
+    assert re.search(r"61\.03\s*44\.00\s*logistic_top1", page_of(run).text)
+    results.add(run / "results.json", [record(run, name="probe_top1", value=55.0)])
+    assert re.search(r"61\.03\s*55\.00\s*probe_top1", page_of(run).text)
+
+
 def test_not_converged_is_said(tmp_path):
     run = make_run(tmp_path / "run")
     results.add(run / "results.json", [record(run, name="logistic_converged", value=0.0)])
-    assert re.search(r"logistic_converged 1\s*not converged", page_of(run).text)
+    assert re.search(r"logistic_converged\s*not converged", page_of(run).text)
 
 
 def test_several_runs(tmp_path, capsys):

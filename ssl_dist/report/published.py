@@ -16,7 +16,7 @@ class Published(Section):
     backbone: str | None = Field(description="null: the source does not name it")
     variant: str | None = Field(None, description="what sets it apart from other rows of the same method")
     result: str = Field(description="what was measured")
-    value: FiniteFloat = Field(description="percent")
+    value: FiniteFloat = Field(description="an accuracy in percent, or a score that ends at 1")
     std: FiniteFloat | None = Field(None, description="over seeds")
     epochs: PositiveInt | None = Field(None, description="of the pre-training, where the source tells")
     batch_size: PositiveInt | None = None

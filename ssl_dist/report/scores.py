@@ -15,14 +15,18 @@ def beside_published(run: Run) -> Html:
 
 
 def _own(run: Run) -> Html:
+    """A small table for each data set, split and protocol, so that many results take little room."""
     protocols = list(dict.fromkeys(record["protocol"] for record in run.records))
-    rows, group = [], None
-    for record in sorted(run.records, key=lambda record: (record["dataset"], record["split"])):
-        if group != (group := (record["dataset"], record["split"])):
-            rows.append([group_row(*group, columns=2)])
-        name = element("td", record["name"], mark(protocols, record["protocol"]), stale(run, record))
-        rows.append([name, number_cell(value(record))])
-    return joined(table(["result", number_head("value")], rows), footnotes(protocols))
+    groups: dict[tuple[str, str, str], list[list]] = {}
+    for record in run.records:
+        name = element("td", record["name"], stale(run, record))
+        group = record["dataset"], record["split"], record["protocol"]
+        groups.setdefault(group, []).append([name, number_cell(value(record))])
+    tables = [
+        table([element("th", f"{dataset}, {split}", mark(protocols, protocol), scope="col", colspan=2)], rows)
+        for (dataset, split, protocol), rows in sorted(groups.items(), key=lambda item: item[0][:2])
+    ]
+    return joined(element("div", *tables, class_="scores"), footnotes(protocols))
 
 
 def group_row(dataset: str, split: str, columns: int) -> Html:
@@ -66,8 +70,7 @@ def published(run: Run) -> Html:
         remarks = [row.variant, "backbone not named" if row.backbone is None else None, _length(run, row)]
         small = element("small", "; ".join(filter(None, remarks)))
         what = element("td", row.result, mark(texts, _footnote(row)), element("br"), small)
-        spread = "" if row.std is None else f" ± {row.std:.2f}"
-        rows.append([what, number_cell(f"{row.value:.2f}{spread}"), _nearest(run, row)])
+        rows.append([what, number_cell(results.number(row.value, row.std)), _nearest(run, row)])
     caution = "Another protocol, length or data set is no comparison: read the footnotes first."
     heads = ["paper", number_head("value"), number_head("nearest here")]
     return joined(table(heads, rows), footnotes(texts), element("p", caution, class_="none"))
@@ -87,10 +90,12 @@ def _length(run: Run, row: Published) -> str | None:
 
 
 def _nearest(run: Run, row: Published) -> Html:
-    """The run's own result that was measured most nearly alike."""
-    measured = [record for record in run.results if record["dataset"] == row.dataset]
+    """The run's own result that was measured most nearly alike, on a whole split."""
+    measured = [record for record in run.records if record["dataset"] == row.dataset]
     for beginning in row.like:
-        for record in measured:
-            if record["name"].startswith(beginning) and ("top1" in record["name"] or "top1" not in row.result):
-                return number_cell(value(record), element("br"), element("small", record["name"]))
+        for record in filter(results.is_of_a_whole_split, measured):
+            name = record["name"]
+            is_alike = name.startswith(beginning) and ("train" in name) == ("train" in beginning)
+            if is_alike and ("top1" in name or "top-1" not in row.result):
+                return number_cell(value(record), element("br"), element("small", name))
     return number_cell("–")
