@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
 from ssl_dist import backbones, checkpoint, cli
 from ssl_dist.backbones import resnet
@@ -16,7 +17,7 @@ from ssl_dist.backbones.resnet import ResNet
 from ssl_dist.config import Normalize
 from ssl_dist.errors import UserError
 from ssl_dist.keys import hash64
-from ssl_dist.voc import detection, loop, segmentation
+from ssl_dist.voc import detection, loop, pictures, segmentation
 from ssl_dist.voc.data import CLASSES, VOID, read_split
 from ssl_dist.voc.metrics import Detections, confusion
 from ssl_dist.voc.pretrained import Pretrained
@@ -239,8 +240,25 @@ def test_every_test_image_counts_once(voc):
     val = split(voc, "val")
     oracle = Oracle(val.samples)
     with ThreadPoolExecutor(2) as pool:
-        values = detection.evaluate(oracle, val, CPU, pool)
+        values, picture = detection.evaluate(oracle, val, CPU, pool)
     assert oracle.asked == [sample.id for sample in val.samples] and set(values.values()) == {100.0}
+    assert len(picture.axes) == 4
+    for axes, sample in zip(picture.axes, val.samples, strict=True):
+        objects = sample.objects()
+        assert [text.get_text() for text in axes.texts] == [f"{CLASSES[c]} 1.00" for c in objects.labels]
+        styles = [patch.get_linestyle() for patch in axes.patches]
+        assert styles == [":" if hard else "--" for hard in objects.difficult] + ["-"] * len(objects.labels)
+
+
+def test_pictures():
+    assert pictures.chosen(4952) == [4952 * i // 12 for i in range(12)] and pictures.chosen(3) == [0, 1, 2]
+    colours = pictures.palette()
+    known = {0: (0, 0, 0), 1: (128, 0, 0), 8: (64, 0, 0), 15: (192, 128, 128), 20: (0, 64, 128), VOID: (255, 255, 255)}
+    assert all(tuple(colours[index]) == colour for index, colour in known.items())
+    image, mask = Image.new("RGB", (4, 3)), np.array([[0, 3, 3, VOID]] * 3, np.uint8)
+    figure = pictures.masks([(image, mask, mask.clip(max=15))] * 3, segmentation.NAMES)
+    assert len(figure.axes) == 9 and [t.get_text() for t in figure.legends[0].texts] == ["background", "bird", "person"]
+    assert pictures.boxes([]).axes == []
 
 
 # ------------------------------------------------------------------------------------------------------ learning
@@ -291,7 +309,7 @@ def test_a_detector_learns_and_finds_the_shapes(voc, tmp_path):
     task = detection.task(source, split(voc), options, CPU)
     assert fit(task, options, tmp_path) == 0
     with ThreadPoolExecutor(2) as pool:
-        values = detection.evaluate(task.model, split(voc, "val"), CPU, pool)
+        values, _ = detection.evaluate(task.model, split(voc, "val"), CPU, pool)
     assert values["voc_detection_ap50_area"] > 20, values
 
 
@@ -302,7 +320,7 @@ def test_a_segmentation_learns(voc, tmp_path):
     task, _ = segmentation.task(source, split(voc, kind="Segmentation"), options, CPU)
     assert fit(task, options, tmp_path) == 0
     with ThreadPoolExecutor(2) as pool:
-        values = segmentation.evaluate(task.model, split(voc, "val", "Segmentation"), HALF, CPU, pool)
+        values, _ = segmentation.evaluate(task.model, split(voc, "val", "Segmentation"), HALF, CPU, pool)
     assert values["voc_segmentation_miou"] > 30, values
 
 
@@ -323,6 +341,8 @@ def test_the_command_of_detection_on_two_folders(voc, tmp_path, capsys):
         found.append({record["name"]: record["value"] for record in records})
     assert found[0] == found[1] and len(found[0]) == 6 + 4
     assert "taken up after step 3" in said.err and "VOC2007+VOC2012 train;" in said.out
+    with Image.open(tmp_path / "out" / "figures" / "VOC2007-val-voc-detection.png") as picture:
+        assert picture.text["Evaluator"] == "voc detection" and picture.text["Checkpoint"] == records[0]["checkpoint"]
     assert records[0]["dataset"] == "VOC2007" and records[0]["split"] == "val"
     settings = checkpoint.load(checkpoint.path_of(tmp_path / "out" / "detection", 3))["config"]
     assert settings["train"] == "VOC2007+VOC2012 train" and settings["options"]["steps"] == 3

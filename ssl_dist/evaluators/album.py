@@ -5,7 +5,7 @@ Evaluator and Checkpoint (SHA-256), so that whoever shows it needs nothing but t
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,19 @@ from ssl_dist.errors import UserError
 from ssl_dist.features_file import Features, replacing
 
 _BLOCK = 64 * 2**20  # bytes of decoded images that are held at once
+
+
+def add_picture(
+    folder: Path, known: Mapping[str, str], evaluator: str, name: str, figure: Figure, title: str, caption: str
+) -> Path:
+    """Write a figure, whole or not at all; known: the dataset, split and checkpoint that it shows. See `Album.add`."""
+    file_name = "-".join([known["dataset"], known["split"], name])
+    path = folder / (re.sub(r"[^\w.]+", "-", file_name).strip("-") + ".png")
+    texts = {"Title": title, "Description": caption, "Evaluator": evaluator, "Checkpoint": known["checkpoint"]}
+    with replacing(path) as file:
+        durable.remove_dead(path.parent)
+        FigureCanvasAgg(figure).print_png(file, metadata=texts)
+    return path
 
 
 class Album:
@@ -73,18 +86,7 @@ class Album:
         """Write the figure, whole or not at all, in place of an older one of its name. part: the split that it shows,
         where that is not the one that is measured. Raises `UserError` when the folder cannot be written."""
         known = self._known if part is None else part.metadata
-        file_name = "-".join([known["dataset"], known["split"], name])
-        path = self.folder / (re.sub(r"[^\w.]+", "-", file_name).strip("-") + ".png")
-        texts = {
-            "Title": title,
-            "Description": caption,
-            "Evaluator": self._evaluator,
-            "Checkpoint": known["checkpoint"],
-        }
-        with replacing(path) as file:
-            durable.remove_dead(path.parent)
-            FigureCanvasAgg(figure).print_png(file, metadata=texts)
-        return path
+        return add_picture(self.folder, known, self._evaluator, name, figure, title, caption)
 
     def close(self) -> None:
         """Close the readers that were opened."""

@@ -1,6 +1,7 @@
 """`ssl-dist voc TASK RUN|WEIGHTS --root ROOT --out DIR`: one transfer, from the folder to results.json."""
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -11,8 +12,9 @@ from ssl_dist.config import Section, parse_yaml, to_tree, validate
 from ssl_dist.dist import choose_device
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators import results
+from ssl_dist.evaluators.album import add_picture
 from ssl_dist.place import Place
-from ssl_dist.voc import classification, data, detection, loop, pretrained, segmentation
+from ssl_dist.voc import classification, data, detection, loop, pictures, pretrained, segmentation
 from ssl_dist.voc.data import Sample, Split
 from ssl_dist.voc.pretrained import Pretrained
 
@@ -76,15 +78,25 @@ def detect(source: Pretrained, train: Split, test: Split, options, out: Path, de
     code = _fit("detection", task, source, train, options, out / "detection")
     if not code and options.statistics_steps and options.norm == "batch":
         loop.renew_statistics(task, options, options.statistics_steps, options.workers or Place().cores)
-    values = {} if code else detection.evaluate(task.model, test, device, pool)
+    values, picture = ({}, None) if code else detection.evaluate(task.model, test, device, pool)
+    if picture is not None:
+        _add_picture(out, source, test, "detection", picture, "Boxes that were found", pictures.BOXES_CAPTION)
     return code, values, _protocol(detection, options, train), test.digest(_annotation)
 
 
 def segment(source: Pretrained, train: Split, test: Split, options, out: Path, device, pool):
     task, stride = segmentation.task(source, train, options, device)
     code = _fit("segmentation", task, source, train, options, out / "segmentation")
-    values = {} if code else segmentation.evaluate(task.model, test, source.normalize, device, pool)
+    values, picture = ({}, None) if code else segmentation.evaluate(task.model, test, source.normalize, device, pool)
+    if picture is not None:
+        _add_picture(out, source, test, "segmentation", picture, "Masks that were found", pictures.MASKS_CAPTION)
     return code, values, _protocol(segmentation, options, train, stride=stride), test.digest(_mask)
+
+
+def _add_picture(out: Path, source: Pretrained, test: Split, name: str, picture, title: str, caption: str) -> None:
+    known = {"dataset": test.samples[0].root.name, "split": test.name, "checkpoint": source.sha256}
+    path = add_picture(out / "figures", known, f"voc {name}", f"voc-{name}", picture, title, caption)
+    print(path, file=sys.stderr, flush=True)
 
 
 def _annotation(sample: Sample) -> bytes:

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from ssl_dist.config import NonNegativeInt, PositiveFloat, PositiveInt, Probabil
 from ssl_dist.errors import UserError
 from ssl_dist.keys import TRANSFER, VIEWS, hash64, uniforms
 from ssl_dist.progress import Counter
+from ssl_dist.voc import pictures
 from ssl_dist.voc.data import CLASSES, Sample, Split
 from ssl_dist.voc.loop import Task, ahead, seed_new_layers
 from ssl_dist.voc.metrics import THRESHOLDS, Detections
@@ -133,22 +135,24 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
 
 
-def evaluate(model: FasterRCNN, test: Split, device: torch.device, pool) -> dict[str, float]:
-    """Every image of the test split once, one at a time, at its own proportions. Values in percent."""
+def evaluate(model: FasterRCNN, test: Split, device: torch.device, pool) -> tuple[dict[str, float], Figure]:
+    """Every image of the test split once, one at a time, at its own proportions. Values in percent, and a picture."""
     model.eval()
-    found = Detections(len(CLASSES))
+    found, rows, shown = Detections(len(CLASSES)), set(pictures.chosen(len(test))), []
 
-    def load(index: int) -> tuple[Sample, Tensor]:
-        return test.samples[index], to_tensor(test.samples[index].image())
+    def load(index: int) -> tuple[int, Image.Image]:
+        return index, test.samples[index].image()
 
     with Counter(f"detection {test.title}", len(test), "image") as counter, torch.inference_mode():
-        for [(sample, image)] in ahead(pool, load, ((i,) for i in range(len(test))), 1):
-            (output,) = model([image.to(device)])
+        for [(index, image)] in ahead(pool, load, ((i,) for i in range(len(test))), 1):
+            (output,) = model([to_tensor(image).to(device)])
             boxes, labels, scores = (output[name].cpu().numpy() for name in ("boxes", "labels", "scores"))
-            objects = sample.objects()
+            objects = test.samples[index].objects()
             found.add(boxes, labels - 1, scores, objects.boxes, objects.labels, objects.difficult)
+            if index in rows:
+                shown.append((image, objects, boxes, labels - 1, scores))
             counter.update(1)
-    return summary(found, test)
+    return summary(found, test), pictures.boxes(shown)
 
 
 def summary(found: Detections, test: Split) -> dict[str, float]:

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torchvision.models.segmentation.fcn import FCN, FCNHead
 from ssl_dist.config import Normalize, PositiveFloat, PositiveInt, Probability
 from ssl_dist.keys import TRANSFER, VIEWS, hash64, uniforms
 from ssl_dist.progress import Counter
+from ssl_dist.voc import pictures
 from ssl_dist.voc.data import CLASSES, VOID, Sample, Split
 from ssl_dist.voc.loop import Task, ahead, seed_new_layers
 from ssl_dist.voc.metrics import class_iou, confusion
@@ -113,21 +115,27 @@ def normalized(image: Image.Image, normalize: Normalize) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255).sub_(mean).div_(std)
 
 
-def evaluate(model: FCN, test: Split, normalize: Normalize, device: torch.device, pool) -> dict[str, float]:
-    """Every image of the test split once, whole. Values in percent; means over the classes that occur."""
+def evaluate(
+    model: FCN, test: Split, normalize: Normalize, device: torch.device, pool
+) -> tuple[dict[str, float], Figure]:
+    """Every image of the test split once, whole: values in percent, means over the classes that occur; a picture."""
     model.eval()
     total = np.zeros((len(NAMES), len(NAMES)), np.int64)
+    rows, shown = set(pictures.chosen(len(test))), []
 
-    def load(index: int) -> tuple[Tensor, np.ndarray]:
+    def load(index: int) -> tuple[int, Image.Image, np.ndarray]:
         image = test.samples[index].image()
-        return normalized(image, normalize), np.array(test.samples[index].mask(image.size))
+        return index, image, np.array(test.samples[index].mask(image.size))
 
     with Counter(f"segmentation {test.title}", len(test), "image") as counter, torch.inference_mode():
-        for [(image, mask)] in ahead(pool, load, ((i,) for i in range(len(test))), 1):
-            predicted = model(image[None].to(device))["out"][0].argmax(0).cpu().numpy()
+        for [(index, image, mask)] in ahead(pool, load, ((i,) for i in range(len(test))), 1):
+            pixels = normalized(image, normalize)[None].to(device)
+            predicted = model(pixels)["out"][0].argmax(0).cpu().numpy()
             total += confusion(predicted, mask, len(NAMES))
+            if index in rows:
+                shown.append((image, mask, predicted))
             counter.update(1)
-    return summary(total)
+    return summary(total), pictures.masks(shown, NAMES)
 
 
 def summary(total_CC: np.ndarray) -> dict[str, float]:
