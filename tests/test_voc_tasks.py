@@ -101,19 +101,35 @@ def test_the_dilated_network_is_torchvisions(name):
     theirs.fc = torch.nn.Identity()
     theirs.load_state_dict(state)
     getter = torchvision.models._utils.IntermediateLayerGetter(theirs.eval(), {"layer4": "out"})
-    images = torch.randn(1, 3, 96, 64, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found, wanted = model.eval().backbone(images)["out"], getter(images)["out"]
         torch.testing.assert_close(found, wanted)
-        assert model(images)["out"].shape == (1, 21, 96, 64)
-    assert stride == (16 if bottleneck else 32) and found.shape[-2:] == (96 // stride, 64 // stride)
+        assert model(images)["out"].shape == (1, 21, 64, 96)
+    assert stride == (16 if bottleneck else 32) and found.shape[-2:] == (64 // stride, 96 // stride)
 
 
-@pytest.mark.parametrize("name", ["conv4", "resnet8", "efficientnet_b0"])
-def test_backbones_without_four_layers_are_refused(name):
-    for build, options in ((detection.build, detection.Options()), (segmentation.build, segmentation.Options())):
-        with pytest.raises(UserError, match=f"backbone.name = '{name}': voc .* needs a residual network"):
-            build(pretrained(name), options)
+@pytest.mark.parametrize(
+    ("name", "stride", "channels"), [("conv4", 8, 64), ("resnet8", 4, 64), ("resnet18_small_stem", 8, 512)]
+)
+def test_segmentation_takes_other_backbones(name, stride, channels):
+    source = pretrained(name)
+    model, frozen, found = segmentation.build(source, segmentation.Options(norm="frozen"))
+    assert found == stride and model.classifier[0].in_channels == channels
+    assert model.backbone.body is source.backbone and all(isinstance(m, torch.nn.BatchNorm2d) for m in frozen)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        pooled = source.backbone.pooled(model.backbone(images)["out"])
+        torch.testing.assert_close(pooled, source.backbone(images))
+
+
+def test_backbones_that_are_refused():
+    with pytest.raises(UserError, match="'conv4': voc detection needs a residual network"):
+        detection.build(pretrained("conv4"), detection.Options())
+    with pytest.raises(UserError, match="'alexnet': voc segmentation needs maps of images of any size: alexnet takes"):
+        segmentation.build(pretrained("alexnet", filled=False), segmentation.Options())
+    with pytest.raises(UserError, match="frozen_stages = 1: backbone conv4 is not one of resnet18"):
+        segmentation.build(pretrained("conv4"), segmentation.Options(frozen_stages=1))
 
 
 def test_options_that_are_refused():
@@ -270,7 +286,7 @@ def fit(task, options, folder):
         return loop.fit(task, options, folder, settings, {"normalize": {}, "data": {}}, 2)
 
 
-@pytest.mark.parametrize("kind", ["detection", "segmentation"])
+@pytest.mark.parametrize("kind", [pytest.param("detection", marks=pytest.mark.slow), "segmentation"])
 def test_a_resume_equals_no_stop_bit_for_bit(voc, tmp_path, kind):
     """Proposals are sampled and units dropped by torch's generator, whose state belongs to the step."""
 

@@ -63,7 +63,7 @@ class Options(TransferOptions):
 def build(pretrained: Pretrained, options: Options) -> tuple[FasterRCNN, list[nn.Module]]:
     """The detector on the backbone's own modules, and those of them that stay in evaluation mode."""
     backbone = require_resnet(pretrained, "detection")
-    frozen = freeze(backbone, options)
+    frozen = freeze(pretrained, options)
     seed_new_layers(options.seed)
     trunk = layers(backbone, 3)
     trunk.out_channels = backbone.stages["layer3"]

@@ -1,6 +1,6 @@
-"""Segmentation: torchvision's fully convolutional network (Long et al. 2015) on a pre-trained ResNet, fine-tuned.
+"""Segmentation: torchvision's fully convolutional network (Long et al. 2015) on a pre-trained backbone, fine-tuned.
 
-The head is torchvision's FCNHead on the map of layer4. Bottleneck ResNets keep layer4 at stride 16 by dilation, as MoCo
+The head is torchvision's FCNHead on the last map. Bottleneck ResNets keep layer4 at stride 16 by dilation, as MoCo
 does; torchvision dilates no basic blocks, so resnet18 and 34 stay at stride 32. The schedule and the augmentation are
 MoCo's (He et al. 2020, appendix A): 30,000 steps of 16 crops of 513 px, scaled by 0.5 to 2, flipped, learning rate
 0.003 with falls at 70 and 90 percent. Whole test images at their own size, mean intersection over union, void pixels
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchvision.models.segmentation.fcn import FCN, FCNHead
 
+from ssl_dist.backbones.base import Backbone
 from ssl_dist.config import Normalize, PositiveFloat, PositiveInt, Probability
+from ssl_dist.errors import UserError
 from ssl_dist.keys import TRANSFER, VIEWS, hash64, uniforms
 from ssl_dist.progress import Counter
 from ssl_dist.voc import pictures
@@ -26,7 +28,7 @@ from ssl_dist.voc.data import CLASSES, VOID, Sample, Split
 from ssl_dist.voc.loop import Task, ahead, seed_new_layers
 from ssl_dist.voc.metrics import class_iou, confusion
 from ssl_dist.voc.pretrained import Pretrained
-from ssl_dist.voc.trunk import TransferOptions, dilate_last, freeze, layers, require_resnet
+from ssl_dist.voc.trunk import TransferOptions, dilate_last, freeze
 
 KIND = "Segmentation"
 PROTOCOL = (
@@ -48,24 +50,37 @@ class Options(TransferOptions):
 
 
 class Trunk(nn.Module):
-    """Images to {"out": map of layer4}, as torchvision's segmentation networks want it."""
+    """Images to {"out": the last map}, as torchvision's segmentation networks want it."""
 
-    def __init__(self, body: nn.Sequential):
+    def __init__(self, backbone: Backbone):
         super().__init__()
-        self.body = body
+        self.body = backbone
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"out": self.body(x)}
+        for _, step in self.body.steps():
+            x = step(x)
+        return {"out": x}
 
 
 def build(pretrained: Pretrained, options: Options) -> tuple[FCN, list[nn.Module], int]:
-    """The network on the backbone's own modules, those of them that stay in evaluation mode, and the map's stride."""
-    backbone = require_resnet(pretrained, "segmentation")
-    stride = dilate_last(backbone)
-    frozen = freeze(backbone, options)
+    """The network on the backbone's own modules, those of them that stay in evaluation mode, and the map's stride.
+
+    Raises `UserError` for a backbone without a map of images of any size.
+    """
+    backbone = pretrained.backbone
+    dilate_last(backbone)
+    frozen = freeze(pretrained, options)
+    trunk, (height, width) = Trunk(backbone), (192, 256)
+    try:
+        with torch.no_grad():
+            found = trunk.eval()(torch.zeros(1, 3, height, width))["out"]
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"backbone.name = {pretrained.name!r}: voc segmentation needs maps of images of any size: "
+            f"{str(error).splitlines()[0]}; choose another backbone"
+        ) from None
     seed_new_layers(options.seed)
-    model = FCN(Trunk(layers(backbone, 4)), FCNHead(backbone.feature_dim, len(NAMES)))
-    return model, frozen, stride
+    return FCN(trunk, FCNHead(found.shape[1], len(NAMES))), frozen, width // found.shape[3]
 
 
 def task(pretrained: Pretrained, train: Split, options: Options, device: torch.device) -> tuple[Task, int]:

@@ -1,4 +1,4 @@
-"""A pre-trained ResNet as a part of a larger network: which layers train, which keep their statistics, and dilation."""
+"""A pre-trained backbone as a part of a larger network: which layers train, which keep their statistics, dilation."""
 
 from collections import OrderedDict
 from typing import Annotated, Literal
@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import nn
 from torchvision.models.resnet import Bottleneck
 
+from ssl_dist.backbones.base import Backbone
 from ssl_dist.backbones.resnet import ResNet
 from ssl_dist.errors import UserError
 from ssl_dist.voc.loop import TrainingOptions
@@ -27,15 +28,22 @@ def require_resnet(pretrained: Pretrained, task: str) -> ResNet:
     if not isinstance(pretrained.backbone, ResNet):
         raise UserError(
             f"backbone.name = {pretrained.name!r}: voc {task} needs a residual network with layer1 to layer4 (resnet18 "
-            "to resnet200, wide ones too); voc classification takes any backbone"
+            "to resnet200, wide ones too); voc segmentation and classification take others"
         )
     return pretrained.backbone
 
 
-def freeze(backbone: ResNet, options: TransferOptions) -> list[nn.Module]:
+def freeze(pretrained: Pretrained, options: TransferOptions) -> list[nn.Module]:
     """Take what shall not train out of the gradient; returns the modules that stay in evaluation mode."""
-    stages = [[backbone.conv1, backbone.bn1], *([getattr(backbone, f"layer{n}")] for n in (1, 2, 3, 4))]
-    frozen = [module for stage in stages[: options.frozen_stages] for module in stage]
+    backbone, frozen = pretrained.backbone, []
+    if options.frozen_stages:
+        if not isinstance(backbone, ResNet):
+            raise UserError(
+                f"frozen_stages = {options.frozen_stages}: backbone {pretrained.name} is not one of resnet18 to "
+                "resnet200; set it to 0"
+            )
+        stages = [[backbone.conv1, backbone.bn1], *([getattr(backbone, f"layer{n}")] for n in (1, 2, 3, 4))]
+        frozen += [module for stage in stages[: options.frozen_stages] for module in stage]
     if options.norm == "frozen":
         frozen += [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
     for module in frozen:
@@ -49,14 +57,12 @@ def layers(backbone: ResNet, last: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict((name, getattr(backbone, name)) for name in names))
 
 
-def dilate_last(backbone: ResNet) -> int:
-    """Give layer4 stride 1 and, behind its first block, dilation 2, where blocks are bottlenecks: torchvision's
-    replace_stride_with_dilation=[False, False, True], which has none for basic blocks. Returns the output's stride."""
-    stride = 8 if isinstance(backbone.maxpool, nn.Identity) else 32
-    first = backbone.layer4[0]
-    if not isinstance(first, Bottleneck):
-        return stride
+def dilate_last(backbone: Backbone) -> None:
+    """Give layer4 of a ResNet stride 1 and, behind its first block, dilation 2, where blocks are bottlenecks:
+    torchvision's replace_stride_with_dilation=[False, False, True], which has none for basic blocks."""
+    if not isinstance(backbone, ResNet) or not isinstance(backbone.layer4[0], Bottleneck):
+        return
+    first, *others = backbone.layer4
     first.conv2.stride = first.downsample[0].stride = (1, 1)
-    for block in backbone.layer4[1:]:
+    for block in others:
         block.conv2.dilation = block.conv2.padding = (2, 2)
-    return stride // 2
