@@ -25,6 +25,7 @@ LOST = 0.5  # share of the loss's fall that it has given back
 FALLING = 0.05  # share of its whole fall by which it fell from the third quarter of the training to the last
 WARM_UP = 0.5  # share of the training
 FAST_ADAM, FAST_SGD = 0.01, 1.0
+HUGE = 1e100
 SPANS = 8  # the training is looked at in so many equal parts
 FEWEST = 2 * SPANS  # lines below which nothing is said of the course of a loss
 
@@ -201,7 +202,7 @@ def loader(lines: Sequence[dict]) -> Verdict:
     """Do the images come as fast as the network takes them?"""
     subject = "Images"
     threshold = f"less than {100 * WAITING:.0f} % of the time spent waiting ({100 * STARVING:.0f} %: starving)"
-    timed = [line for line in lines if _is_number(line.get("data_wait")) and _is_number(line.get("seconds_per_step"))]
+    timed = [line for line in lines if _is_amount(line.get("data_wait")) and _is_amount(line.get("seconds_per_step"))]
     weighted = [
         (line["data_wait"], (line["step"] - before) * line["seconds_per_step"])
         for before, line in zip([0, *(line["step"] for line in timed)], timed, strict=False)
@@ -249,12 +250,17 @@ def learning_rate(lines: Sequence[dict], optim: Optim, total_steps: int | None) 
 
 
 def _of(lines: Sequence[dict], key: str) -> list[tuple[int, float]]:
-    """(step, value) of the lines that have the number."""
-    return [(line["step"], float(line[key])) for line in lines if _is_number(line.get(key))]
+    """(step, value) of the lines that have the number; one of which no sum could be made counts as infinite."""
+    found = [(line["step"], line[key]) for line in lines if _is_number(line.get(key))]
+    return [(step, math.inf if abs(value) > HUGE else float(value)) for step, value in found]
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_amount(value: object) -> bool:
+    return _is_number(value) and 0 <= value < HUGE
 
 
 def _at_end(lines: Sequence[dict], key: str) -> float | None:

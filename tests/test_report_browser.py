@@ -1,13 +1,17 @@
 """The page in a real browser: no error, every picture decoded, nothing fetched; and it can be read on a phone."""
 
 import time
+from pathlib import Path
 
 import pytest
 
-from ssl_dist import report
+from ssl_dist import config, report
+from ssl_dist.evaluate import evaluate
+from ssl_dist.train import train
 from tests.browser import Browser, why_not
 from tests.test_report_page import EVIL, make_run, png, record, results
 
+ROOT = Path(__file__).parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 
 
@@ -81,3 +85,22 @@ def test_the_browser_would_notice(browser, tmp_path):
     bad.write_text("<meta http-equiv=Content-Security-Policy content=\"default-src 'none'\"><style>p {}</style>")
     browser.load(bad)
     assert "Content Security Policy" in str(browser.errors())
+
+
+def test_a_real_run_from_training_to_page(browser, digits, tmp_path):
+    """What the loop, the evaluators and the album write is what the page reads."""
+    run = tmp_path / "run"
+    place = [f"data.root={digits}", f"run_dir={run}", "data.reader=arrays"]
+    length = ["optim.steps=40", "optim.epochs=null", "log.every_steps=1", "log.knn_every_epochs=1"]
+    assert train(config.load(ROOT / "configs" / "digits" / "relational-conv4.yaml", [*place, *length])) == 0
+    assert evaluate(run, ["knn", "retrieval", "probe"], ["probe.epochs=1"])[0] == 0
+    page = report.write([run], None)
+    browser.load(page)
+    text = browser.value("document.body.innerText")
+    for words in ("relational · conv4 · digits", "step 40 of 40", "The training is complete.", "knn20_top1",
+                  "retrieval_map", "probe_top1", "online knn20", "effective rank", "Queries and their nearest images",
+                  "Trainings of evaluators", "1 start"):  # fmt: skip
+        assert words in text, words
+    assert "no picture" not in text.lower() and "cannot" not in text
+    pictures = browser.value("[...document.images].map(i => i.naturalWidth > 0)")
+    assert len(pictures) >= 4 and all(pictures) and browser.errors() == [] and len(browser.requests()) == 1

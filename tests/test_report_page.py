@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import os
 import re
 from html.parser import HTMLParser
@@ -231,6 +232,20 @@ def test_damage_is_told(tmp_path):
     assert "No checkpoint can be used" in page_of(run).text
 
 
+def test_odd_numbers_are_no_error(tmp_path):
+    run = make_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    odd = [1e308, -1e308, math.inf, -math.inf, math.nan, 10**400, True, None, "x", [1], {}]
+    for number, value in enumerate(odd):
+        for key in lines[0]:
+            if key not in ("step", "epoch"):
+                lines[number][key] = value
+    bad = [{"step": 10**400, "epoch": 1.0}, {"step": 1, "epoch": math.nan}, {"step": -1, "epoch": 0.0}, {"step": 1}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, *bad]))
+    text = page_of(run).text
+    assert "4 lines of metrics.jsonl cannot be read" in text and "The loss is not a number since step 1." in text
+
+
 def test_what_belongs_to_another_checkpoint(tmp_path):
     run = make_run(tmp_path / "run")
     png(run / "figures" / "old.png", Title="Old picture", Checkpoint="ab" * 32)
@@ -293,6 +308,12 @@ def test_the_best_accuracy_of_several_is_bold(tmp_path):
     text = report.write(folders, None).read_text()
     assert "<b>51.00</b>" in text and "<b>50.00</b>" not in text
     assert ">77.00<" in text and "<b>77.00</b>" not in text  # there is nothing to compare it with
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    folders = [make_run(tmp_path / name / "run", seed=seed) for seed, name in enumerate("ab")]
+    text = page_of(*folders).text
+    assert "a/run" in text and "b/run" in text and (tmp_path / "report.html").exists()
 
 
 def test_several_runs_of_which_some_lack_results(tmp_path, capsys):

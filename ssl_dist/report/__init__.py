@@ -20,8 +20,11 @@ def write(folders: Sequence[Path], out: Path | None) -> Path:
     `UserError` for a folder that is no run's, and when the file cannot be written.
     """
     several = [runs.read(folder) for folder in folders]
+    if len({run.name for run in several}) < len(several):
+        for run in several:
+            run.name = str(run.folder.relative_to(common_folder(folders)))
     text = page.of_run(several[0]) if len(several) == 1 else comparison.of_runs(several)
-    path = out if out is not None else common_folder([run.folder for run in several]) / "report.html"
+    path = out if out is not None else common_folder(folders) / "report.html"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         durable.write_text(path, text)
@@ -32,7 +35,8 @@ def write(folders: Sequence[Path], out: Path | None) -> Path:
 
 def common_folder(folders: Sequence[Path]) -> Path:
     """The run's own folder, or the nearest one that holds all of several runs."""
-    return folders[0] if len(folders) == 1 else Path(os.path.commonpath([folder.parent for folder in folders]))
+    resolved = [folder.resolve() for folder in folders]
+    return resolved[0] if len(resolved) == 1 else Path(os.path.commonpath([folder.parent for folder in resolved]))
 
 
 def results_table(folders: Sequence[Path]) -> str:

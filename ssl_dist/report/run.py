@@ -1,6 +1,7 @@
 """What lies in a run's folder, read for its page: nothing that is missing or torn is an error, it is said in words."""
 
 import json
+import math
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from ssl_dist.report.pictures import Picture
 from ssl_dist.report.seeds import newest
 
 VIEWS = "views*.png"
+HUGE = 1e100  # what exceeds it is drawn as no number
+LAST = 2**53  # steps and epochs beyond it are no counts
 
 
 @dataclass
@@ -24,6 +27,7 @@ class Run:
     """notes: by the part of the page, what is missing or odd there and the command that mends it."""
 
     folder: Path
+    name: str
     config: Config
     trains: bool
     lines: list[dict] = field(default_factory=list)  # of metrics.jsonl
@@ -35,10 +39,6 @@ class Run:
     checkpoint: str | None = None  # name of the newest valid one
     digest: str | None = None  # its SHA-256
     notes: dict[str, list[str]] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
 
     @property
     def title(self) -> str:
@@ -67,12 +67,9 @@ class Run:
         return [record for record in whole if "_train_" not in record["name"]]
 
     def values(self, key: str) -> list[tuple[float, float]]:
-        """(epoch, value) of the lines that have the number; it may be NaN."""
-        return [
-            (line["epoch"], float(line[key]))
-            for line in self.lines
-            if isinstance(line.get(key), int | float) and not isinstance(line[key], bool)
-        ]
+        """(epoch, value) of the lines that have the number; NaN where it is none that can be drawn."""
+        found = [(line["epoch"], line[key]) for line in self.lines if type(line.get(key)) in (int, float)]
+        return [(epoch, float(value) if abs(value) < HUGE else math.nan) for epoch, value in found]
 
     def note(self, part: str, sentence: str) -> None:
         self.notes.setdefault(part, []).append(sentence)
@@ -96,7 +93,8 @@ def _open(folder: Path) -> Run:
     if not path.is_file():
         raise UserError(f"{folder}: not a run's folder, it holds no config.yaml; name the run_dir of a training")
     settings = config.load(path)
-    return Run(folder.resolve(), settings, methods.find(settings.method.name).trainable)
+    folder = folder.resolve()
+    return Run(folder, folder.name, settings, methods.find(settings.method.name).trainable)
 
 
 def command(run: Run, *words: str) -> str:
@@ -220,7 +218,8 @@ def _json_lines(path: Path, is_good: Callable[[dict], bool]) -> tuple[list[dict]
 
 
 def _is_metrics_line(line: dict) -> bool:
-    return isinstance(line.get("step"), int) and isinstance(line.get("epoch"), int | float)
+    step, epoch = line.get("step"), line.get("epoch")
+    return isinstance(step, int) and isinstance(epoch, int | float) and 0 <= step < LAST and 0 <= epoch < LAST
 
 
 def _is(things: Sequence) -> str:
@@ -235,7 +234,9 @@ def has_results(folder: Path) -> bool:
 def seconds(run: Run) -> float:
     """Time that the training spent on its steps, as far as it was logged."""
     total, last = 0.0, 0
-    for line in [line for line in run.lines if isinstance(line.get("seconds_per_step"), int | float)]:
-        total += (line["step"] - last) * line["seconds_per_step"]
-        last = line["step"]
+    for line in run.lines:
+        time = line.get("seconds_per_step")
+        if type(time) in (int, float) and 0 <= time < HUGE:
+            total += (line["step"] - last) * time
+            last = line["step"]
     return total
