@@ -39,9 +39,10 @@ launch/torchrun_single.sh 2 configs/digits/relational-conv4.yaml "${reader[@]}"
 step "3 of 4: random weights, to compare with"
 ssl-dist train configs/digits/random_weights-conv4.yaml "${reader[@]}"
 
-step "4 of 4: features of both, kNN and logistic regression on the test images"
+step "4 of 4: features of both, kNN and logistic regression on the test images; a page"
 ssl-dist evaluate "$relational" knn logistic >/dev/null
 ssl-dist evaluate "$random" knn logistic >/dev/null
+ssl-dist report "$relational" >/dev/null
 
 step "result"
 python - "$relational" "$random" <<'PYTHON' | tee "$table"
@@ -55,6 +56,7 @@ PYTHON
 
 step "look at"
 printf '%-42s %s\n' \
+    "$relational/report.html" "its page, in a browser: health, results, curves, views, config" \
     "$relational/views.png" "the views of some digits, as the network sees them" \
     "$relational/loss.png" "loss and accuracies over the epochs" \
     "$table" "the table above; each run's own numbers are in its results.json" \
