@@ -58,6 +58,19 @@ def test_they_are_measured_once(run, measured, capsys):
     assert not list((run / "features").iterdir()), "images were asked for, not features"
 
 
+def test_their_confusions_are_drawn(run, measured):
+    from PIL import Image
+
+    for name in ("probe", "finetune"):
+        for kind in ("confusion", "classes"):
+            with Image.open(run / "figures" / f"digits-test-{name}-{kind}.png") as picture:
+                texts = picture.text
+            assert texts["Evaluator"] == name and "355 images of digits test" in texts["Description"]
+            assert texts["Checkpoint"] == features.load_encoder(run).sha256
+        with Image.open(run / "figures" / f"digits-test-{name}-confusion.png") as picture:
+            assert f"{measured[0][f'{name}_top1']:.2f} % of all images" in picture.text["Description"]
+
+
 def test_a_probe_leaves_the_backbone_as_it_was(run, measured):
     encoder = features.load_encoder(run).module.state_dict()
     state = measured[1]["probe"]

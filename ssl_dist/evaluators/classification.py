@@ -7,10 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from ssl_dist.data.normalize import normalized
-from ssl_dist.data.readers import open_dataset
+from ssl_dist.data.readers import open_dataset, read_info
 from ssl_dist.dist import World
 from ssl_dist.errors import UserError
+from ssl_dist.evaluators import confusion
 from ssl_dist.evaluators.accuracy import target_rank
+from ssl_dist.evaluators.album import add_picture
+from ssl_dist.evaluators.subject import Subject
 from ssl_dist.features import STUCK, Encoder, Source, outputs
 from ssl_dist.methods.base import SSLMethod
 from ssl_dist.progress import Counter
@@ -33,6 +36,23 @@ class Classified:
             found[f"{prefix}_top1"] = int(counts_CC.diagonal().sum()) * 100.0 / total
             found[f"{prefix}_top5"] = self.among_five[classifier] * 100.0 / total
         return found
+
+
+def draw(found: Classified, subject: Subject, evaluator: str, how: str) -> None:
+    """RUN/figures gets the confusions of the last classifier; `how` says in words what that is."""
+    if subject.part is not None:  # to choose by; pictures are of the test split
+        return
+
+    def write() -> None:
+        counts_CC = list(found.confusion.values())[-1].numpy()
+        known = read_info(subject.source.root, subject.test).classes
+        names = [*known, *(str(label) for label in range(len(known), len(counts_CC)))]
+        what = f"{counts_CC.sum():,} images of {subject.source.name} {subject.test}"
+        for picture in confusion.pictures(counts_CC, names, evaluator, how, what):
+            add_picture(subject.run / "figures", subject.metadata, evaluator, *picture)
+
+    with subject.world.state.phase_of("the pictures", STUCK):
+        subject.world.first(write)
 
 
 class _Scores(nn.Module):

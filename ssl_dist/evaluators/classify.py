@@ -7,7 +7,7 @@ from pydantic import Field
 from ssl_dist import features
 from ssl_dist.config import Section
 from ssl_dist.errors import UserError
-from ssl_dist.evaluators.classification import classify
+from ssl_dist.evaluators.classification import classify, draw
 from ssl_dist.evaluators.subject import Subject
 from ssl_dist.methods.base import SSLMethod
 
@@ -23,7 +23,7 @@ def protocol(options: Options) -> str:
     return f"inference by {whose}, all test images, centre crop"
 
 
-def measure(subject: Subject, options: Options, album=None) -> dict[str, float]:
+def measure(subject: Subject, options: Options) -> dict[str, float]:
     """`classify_top1` and `classify_top5` in percent. Raises `UserError` when there is no classifier."""
     path = subject.run if options.head is None else Path(options.head)
     method, encoder = features.load_method(path)
@@ -34,4 +34,5 @@ def measure(subject: Subject, options: Options, album=None) -> dict[str, float]:
         )
     world = subject.world
     found = classify(method, encoder, subject.source, subject.test, world, world.place.cores, subject.test_ids)
+    draw(found, subject, "classify", "the classifier")
     return found.values("classify")

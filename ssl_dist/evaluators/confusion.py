@@ -1,9 +1,15 @@
 """What a classifier takes for what: the pictures that kNN, logistic regression and retrieval have in common."""
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from ssl_dist.evaluators.album import Album
 from ssl_dist.features_file import Features
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MOST_CLASSES = 2000  # a matrix of more would be no picture
 _NAMED = 3  # confusions that the caption names
@@ -22,24 +28,34 @@ def matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.nd
 
 
 def add_pictures(album: Album, test: Features, names: list[str], predicted: np.ndarray, name: str, how: str) -> None:
-    """<name>-confusion and <name>-classes of predictions int64 [N]; `how` says in words what predicted."""
+    """Those of `pictures` of predictions int64 [N] for the images of `test`."""
+    what = f"{len(test):,} images of {test.metadata['dataset']} {test.metadata['split']}"
+    for picture in pictures(matrix(test.labels, predicted, len(names)), names, name, how, what):
+        album.add(*picture)
+
+
+def pictures(
+    counts: np.ndarray, names: list[str], name: str, how: str, what: str
+) -> Iterator[tuple[str, "Figure", str, str]]:
+    """Name, figure, title and caption of <name>-confusion and <name>-classes; none where there are too many classes.
+
+    counts: int64 [C, C], see `matrix`; `how` says in words what predicted, `what` which images.
+    """
     from ssl_dist import charts  # matplotlib takes a second
 
     if len(names) > MOST_CLASSES:
         return
-    counts = matrix(test.labels, predicted, len(names))
     totals = counts.sum(1)
     share = np.where(totals[:, None] > 0, counts * 100 / np.maximum(1, totals)[:, None], np.nan)
     accuracy = float(np.trace(counts) * 100 / totals.sum())
-    what = f"{len(test):,} images of {test.metadata['dataset']} {test.metadata['split']}"
-    album.add(
+    yield (
         f"{name}-confusion",
         charts.confusion(share, names),
         f"Confusions of {how}",
         f"{what}: the share of each class's images (rows) that {how} takes for each class (columns), in percent;"
         f" cells below 0.5 are blank. {accuracy:.2f} % of all images are right. {_worst(counts, share, names)}",
     )
-    album.add(
+    yield (
         f"{name}-classes",
         charts.class_bars(share.diagonal(), names, accuracy, f"% right ({how})"),
         f"Classes by accuracy of {how}",

@@ -57,7 +57,7 @@ def protocol(options: Options) -> str:
     )
 
 
-def measure(subject: Subject, options: Options, album=None) -> dict[str, float]:
+def measure(subject: Subject, options: Options) -> dict[str, float]:
     """`finetune_top1` and `finetune_top5` in percent."""
     recipe, module = _resolved(options)
     return trained(subject, "finetune", "fine_tuning", recipe, module).values("finetune")

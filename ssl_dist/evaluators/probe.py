@@ -76,7 +76,7 @@ def protocol(options: Options) -> str:
     )
 
 
-def measure(subject: Subject, options: Options, album=None) -> dict[str, float]:
+def measure(subject: Subject, options: Options) -> dict[str, float]:
     """`probe_top1` and `probe_top5` in percent; `probe_<stage>_top1` and `_top5` for every stage."""
     recipe, module = _resolved(options)
     return trained(subject, "probe", "linear_probe", recipe, module).values("probe")

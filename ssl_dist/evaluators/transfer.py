@@ -15,12 +15,13 @@ from ssl_dist import checkpoint, config
 from ssl_dist.blueprint import derive
 from ssl_dist.config import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
-from ssl_dist.evaluators.classification import Classified, classify
+from ssl_dist.evaluators.classification import Classified, classify, draw
 from ssl_dist.evaluators.subject import Subject
 from ssl_dist.features_file import replacing
 from ssl_dist.stop import STOPPED, StopRequest
 from ssl_dist.train import train_in
 
+WORDS = {"linear_probe": "linear probe", "fine_tuning": "fine-tuning"}
 CROP_AND_FLIP = {"random_resized_crop": {"scale": [0.08, 1.0], "ratio": [0.75, 4 / 3]}, "horizontal_flip": 0.5}
 
 
@@ -93,9 +94,10 @@ def trained(subject: Subject, name: str, module: str, recipe: Recipe, options: d
         code, training = train_in(world, subject.dog, stop, blueprint)
     if code == STOPPED:
         raise Stopped(str(folder))
-    return classify(
-        training.method, subject.encoder, subject.source, subject.test, world, world.place.cores, subject.test_ids
-    )
+    threads = world.place.cores
+    found = classify(training.method, subject.encoder, subject.source, subject.test, world, threads, subject.test_ids)
+    draw(found, subject, name, f"the {WORDS[module]} of {recipe.paper}")
+    return found
 
 
 def _prepare(folder: Path, subject: Subject) -> None:
