@@ -61,9 +61,10 @@ def test_the_values_under_the_pointer(browser, pages):
     end = time.monotonic() + 10
     while not (reading := browser.value("document.querySelector('.reading').textContent")):
         assert time.monotonic() < end
-    epoch, value = reading.removeprefix("epoch ").split(": ")
+    epoch, value = reading.removeprefix("epoch ").split("\n")
     assert 1.6 < float(epoch) < 2 and 0.04 < float(value) < 0.06
     assert browser.value("document.querySelector('.cursor').classList.contains('shown')")
+    assert browser.value("document.querySelector('svg').getBoundingClientRect().y") == box[1]  # nothing has moved
     assert browser.errors() == []
 
 

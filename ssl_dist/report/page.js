@@ -1,5 +1,5 @@
 "use strict";
-// The values under the pointer, in the caption of the curve. data-curves: [{name, x: [epochs], y: [values]}], data-frame:
+// The values under the pointer, in a box over the curves. data-curves: [{name, x: [epochs], y: [values]}], data-frame:
 // [left, right, epoch at the right], in units of the drawing, whose left side is epoch 0.
 for (const svg of document.querySelectorAll("svg[data-curves]")) {
   const curves = JSON.parse(svg.dataset.curves);
@@ -13,14 +13,15 @@ for (const svg of document.querySelectorAll("svg[data-curves]")) {
     const near = curves.map(({ name, x, y }) => {
       let best = 0;
       x.forEach((value, i) => { if (Math.abs(value - epoch) < Math.abs(x[best] - epoch)) best = i; });
-      return { name, at: x[best], value: y[best] === null ? "not a number" : y[best] };
+      const value = y[best] === null ? "not a number" : y[best];
+      return { at: x[best], words: curves.length > 1 ? `${name} ${value}` : `${value}` };
     });
     const place = left + (near[0].at / last) * (right - left);
     cursor.setAttribute("x1", place);
     cursor.setAttribute("x2", place);
     cursor.classList.add("shown");
-    const values = near.map(({ name, value }) => (curves.length > 1 ? `${name} ${value}` : `${value}`));
-    reading.textContent = `epoch ${near[0].at}: ${values.join(", ")}`;
+    reading.textContent = [`epoch ${Number(near[0].at.toFixed(2))}`, ...near.map(({ words }) => words)].join("\n");
+    reading.classList.toggle("left", epoch > last / 2);
   });
   svg.addEventListener("pointerleave", () => {
     cursor.classList.remove("shown");
