@@ -15,6 +15,7 @@ from ssl_dist.data import labels as labels_file
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators import clusters
 from ssl_dist.features_file import Features
+from ssl_dist.keys import EVALUATION, ORDER, hash64, permutation
 from tests.albums import Sketchbook, drawn
 
 
@@ -31,7 +32,7 @@ def blobs(count, split, spread=0.3, num_classes=3, seed=0):
     return part(3 * np.eye(6)[labels] + spread * generator.standard_normal((count, 6)), labels, split)
 
 
-labelings = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), min_size=2, max_size=12)
+labelings = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=2, max_size=12)
 
 
 @settings(max_examples=25)
@@ -42,10 +43,10 @@ def test_scores(pairs):
     assert scores["nmi"] == metrics.normalized_mutual_info_score(labels, found)
     assert scores["ami"] == metrics.adjusted_mutual_info_score(labels, found)
     assert scores["ari"] == metrics.adjusted_rand_score(labels, found)
-    majority = sum(max(sum(y == c for y in labels[found == k]) for c in range(4)) for k in set(found.tolist()))
+    majority = sum(max(sum(y == c for y in labels[found == k]) for c in range(3)) for k in set(found.tolist()))
     assert scores["majority_top1"] == pytest.approx(majority * 100 / len(labels))
-    # Every way to give each of five clusters a class of its own, or none (classes 4 to 8 that nobody has).
-    ways = itertools.permutations(range(9), 5)
+    # Every way to give each of four clusters a class of its own, or none (classes 3 to 6 that nobody has).
+    ways = itertools.permutations(range(7), 4)
     best = max(sum(way[k] == y for k, y in zip(found, labels, strict=True)) for way in ways)
     assert scores["hungarian_top1"] == pytest.approx(best * 100 / len(labels))
 
@@ -92,9 +93,15 @@ def test_seed_and_budget():
 
 def test_k_means_is_fitted_on_the_training_images_drawn_by_key():
     train, test = blobs(300, "train", 2), blobs(77, "test", 2)
-    few = clusters._fitted(train, clusters.Options(limit=50))
-    assert not np.array_equal(few, clusters._fitted(train, clusters.Options()))
-    assert not np.array_equal(few, clusters._fitted(train, clusters.Options(limit=50, seed=3)))
+    # The centre of one cluster is the mean of the images that it is fitted on.
+    few, others, all_of_them = (
+        clusters._fitted(train, clusters.Options(number=1, limit=limit, seed=seed, normalize=False)).numpy()[0]
+        for limit, seed in ((50, 0), (50, 3), (300, 3))
+    )
+    np.testing.assert_allclose(all_of_them, train.features.astype(float).mean(0))
+    rows = permutation(hash64(3, EVALUATION, ORDER), 300)[:50]
+    np.testing.assert_allclose(others, train.features[rows].astype(float).mean(0))
+    assert not np.allclose(few, others)
     whole = clusters.run(train, test, clusters.Options(limit=300))
     assert whole == clusters.run(train, test, clusters.Options(limit=1000))
 

@@ -29,8 +29,9 @@ def test_the_matrix_is_scikit_learns(pairs):
 
 
 def test_the_captions_say_what_is_seen():
-    album, labels = Sketchbook(), [0] * 8 + [1] * 4
-    confusion.add_pictures(album, part(labels), ["cat", "dog", "owl"], np.array([0] * 6 + [1] * 6), "x", "a guess")
+    album, labels = Sketchbook(), [0] * 8 + [1] * 2 + [2] * 2
+    predicted = np.array([0] * 6 + [1] * 4 + [2] * 2)
+    confusion.add_pictures(album, part(labels), ["cat", "dog", "owl"], predicted, "x", "a guess")
     assert list(album.pictures) == ["x-confusion", "x-classes"]
     _, title, caption = album.pictures["x-confusion"]
     assert title == "Confusions of a guess" and "12 images of pets test" in caption

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.manifold import trustworthiness
+from threadpoolctl import threadpool_limits
 
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators import embedding
@@ -71,9 +72,9 @@ def map_of(album, name):
 
 def test_it_can_be_made_again_whatever_the_threads(made):
     test, options, values, album = made
-    torch.set_num_threads(2)
     again = Sketchbook(album.folder)
-    assert embedding.run(part(60, "train"), test, options, again) == values
+    with threadpool_limits(2):
+        assert embedding.run(part(60, "train"), test, options, again) == values
     assert np.array_equal(map_of(again, "embedding-tsne"), map_of(album, "embedding-tsne"))
     assert embedding.run(part(60, "train"), test, options) == values, "pictures change nothing"
     other = embedding.run(part(60, "train"), test, embedding.Options(limit=100, seed=1, **QUICK))

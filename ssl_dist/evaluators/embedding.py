@@ -61,7 +61,7 @@ def run(train: Features, test: Features, options: Options, album: Album | None =
     x_ND = (F.normalize(x_ND) if options.normalize else x_ND).numpy()
     if not np.ptp(x_ND, axis=0).any():
         raise UserError(f"{test.source}: all images have the same features; the checkpoint has collapsed, use another")
-    with threadpool_limits(1):  # more add up in another order at every call
+    with threadpool_limits(1):  # sums in one order, whatever the machine: t-SNE can make another map of a last digit
         pca = PCA(svd_solver="full").fit(x_ND)
         components_NE = pca.transform(x_ND)
         tsne = TSNE(
