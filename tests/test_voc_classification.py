@@ -172,6 +172,11 @@ def test_a_stage_is_averaged_to_at_most_9216_numbers(weights):
             wanted = torch.nn.functional.adaptive_avg_pool2d(maps[layer], side).flatten(1)
             torch.testing.assert_close(found, wanted)
         assert torch.equal(classification.Extractor(source, "output")(images), source.backbone(images))
+        small = images[..., :16, :16]  # a map of 4 x 4, which is not enlarged
+        assert torch.equal(
+            classification.Extractor(source, "layer3")(small),
+            source.backbone.forward_stages(small)[1]["layer3"].flatten(1),
+        )
     with pytest.raises(UserError, match="layer = 'layer9': backbone resnet8 has output, stem, layer1"):
         classification.Extractor(source, "layer9")
 

@@ -114,10 +114,32 @@ def test_a_resume_at_any_step_equals_no_stop_bit_for_bit(tmp_path):
     assert torch.equal(done.model.conv.weight, whole.model.conv.weight)
 
 
+def test_a_crash_goes_on_from_the_last_epoch_bit_for_bit(tmp_path):
+    whole, count = toy(), []
+
+    def crash(epoch, index):
+        count.append(index)
+        if len(count) == 23:
+            raise RuntimeError("a fault")
+
+    assert fit(tmp_path / "whole", whole) == 0
+    with pytest.raises(RuntimeError, match="a fault"):
+        fit(tmp_path / "run", toy(on_load=crash))
+    assert checkpoint.steps(tmp_path / "run") == [2, 4]
+    again = toy()
+    assert fit(tmp_path / "run", again) == 0
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name]), name
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 4, 6, 8, 9]
+
+
 def test_statistics_are_the_mean_over_the_batches_that_would_follow(tmp_path):
     seen = []
     task = toy(seen)
     task.frozen.append(task.model.drop)
+    task.model.norm.running_mean.fill_(5.0)
+    task.model.norm.num_batches_tracked.fill_(100)  # as after a training
     before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
     loop.renew_statistics(task, options(), 4, 2)
     follow = [loop.epoch_order(3, epoch, 11)[start : start + 4].tolist() for epoch in (4, 5, 6) for start in (0, 4)]
@@ -134,6 +156,11 @@ def test_statistics_are_the_mean_over_the_batches_that_would_follow(tmp_path):
     assert task.model.norm.momentum == 0.1
     for name, tensor in task.model.state_dict().items():
         assert torch.equal(tensor, before[name]) or name.startswith(("norm.running", "norm.num")), name
+    kept = toy()
+    kept.frozen.append(kept.model.norm)
+    kept.model.norm.running_mean.fill_(5.0)
+    loop.renew_statistics(kept, options(), 2, 2)
+    assert (kept.model.norm.running_mean == 5.0).all(), "statistics that stay"
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):

@@ -266,6 +266,15 @@ def test_every_test_image_counts_once(voc):
         assert styles == [":" if hard else "--" for hard in objects.difficult] + ["-"] * len(objects.labels)
 
 
+def test_a_picture_has_a_few_of_the_images(voc, monkeypatch):
+    monkeypatch.setattr(pictures, "COUNT", 2)
+    val = split(voc, "val")
+    with ThreadPoolExecutor(2) as pool:
+        _, picture = detection.evaluate(Oracle(val.samples), val, CPU, pool)
+    shown = [axes.images[0].get_array() for axes in picture.axes]
+    assert len(shown) == 2 and all((shown[i] == np.array(val.samples[2 * i].image())).all() for i in range(2))
+
+
 def test_pictures():
     assert pictures.chosen(4952) == [4952 * i // 12 for i in range(12)] and pictures.chosen(3) == [0, 1, 2]
     colours = pictures.palette()

@@ -39,6 +39,7 @@ PROTOCOL = (
 COSTS = sorted([2.0**power for power in range(-19, -3)] + [10.0**power for power in range(-7, 3)])
 LARGEST = 9216  # features of a stage at most: its map is averaged to the largest grid that fits (Goyal et al. 2019)
 BATCH = 32
+MEMORY = 8 << 30  # bytes for the fits that run at once
 OUTPUT = "output"
 
 
@@ -183,7 +184,9 @@ def evaluate(
         scores = machine.decision_function(test_rows)
         return *classification_ap(scores, test_labels[:, label]), cost, machine.n_iter_ < options.max_iter
 
-    with ThreadPoolExecutor(workers, "svm") as pool, Counter("classification", len(there), "SVM") as bar:
+    # Beside a fold LIBLINEAR keeps its own form of it, twice as large.
+    threads = max(1, min(workers, len(there), MEMORY // (3 * train_rows.nbytes)))
+    with ThreadPoolExecutor(threads, "svm") as pool, Counter("classification", len(there), "SVM") as bar:
         rows = []
         for row in pool.map(one, there):
             rows.append(row)

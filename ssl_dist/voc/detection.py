@@ -5,7 +5,7 @@ the map of layer3 (stride 16), and layer4 is the head of each box: every pre-tra
 pyramid has to be learned on VOC. Anchors, thresholds and the schedule are those of MoCo (2020, appendix A; detectron2's
 Base-RCNN-C4): 24,000 steps of 16 images of VOC2007+2012 trainval, the short side drawn from 480, 512, ..., 800,
 BatchNorm trained, one more behind layer4, its statistics taken anew over 200 batches after the last step. Losses, box
-coder and the assignment of anchors are torchvision's.
+coder, RoIAlign and the assignment of anchors are torchvision's.
 """
 
 from typing import Annotated

@@ -154,7 +154,7 @@ def renew_statistics(task: Task, options: TrainingOptions, steps: int, workers: 
     with (
         torch.no_grad(),
         ThreadPoolExecutor(workers, "image") as pool,
-        Counter("statistics of BatchNorm", steps, "batch") as counter,
+        Counter("statistics of BatchNorm", steps, "step") as counter,
     ):
         for step, items in enumerate(
             ahead(pool, task.load, _plan(clock, task.num_images, options), options.batch_size), clock.step
