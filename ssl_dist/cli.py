@@ -255,10 +255,9 @@ def _verify(args) -> int:
 
 
 def _report(args) -> int:
-    from ssl_dist import report
+    from ssl_dist.report import report
 
-    print(report.results_table(args.runs))
-    print(f"\n{report.write(args.runs, args.out)}: open it in a browser")
+    print(report(args.runs, args.out))
     return 0
 
 

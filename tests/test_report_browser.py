@@ -31,9 +31,9 @@ def pages(tmp_path_factory):
     png(evil / "figures" / "x.png", Title=EVIL, Description=EVIL)
     (evil / "views.png").write_bytes(b"torn")
     return {
-        "one": report.write(runs[:1], None),
-        "three": report.write(runs, None),
-        "evil": report.write([evil, runs[0]], folder / "evil.html"),
+        "one": report.write(report.read(runs[:1]), None),
+        "three": report.write(report.read(runs), None),
+        "evil": report.write(report.read([evil, runs[0]]), folder / "evil.html"),
     }
 
 
@@ -95,7 +95,7 @@ def test_a_real_run_from_training_to_page(browser, digits, tmp_path):
     length = ["optim.steps=40", "optim.epochs=null", "log.every_steps=1", "log.knn_every_epochs=1"]
     assert train(config.load(ROOT / "configs" / "digits" / "relational-conv4.yaml", [*place, *length])) == 0
     assert evaluate(run, ["knn", "retrieval", "probe"], ["probe.epochs=1"])[0] == 0
-    page = report.write([run], None)
+    page = report.write(report.read([run]), None)
     browser.load(page)
     text = browser.value("document.body.innerText")
     for words in ("relational · conv4 · digits", "step 40 of 40", "The training is complete.", "knn20_top1",

@@ -8,23 +8,35 @@ from ssl_dist import durable
 from ssl_dist.errors import UserError
 from ssl_dist.report import comparison, page
 from ssl_dist.report import run as runs
+from ssl_dist.report.run import Run
 from ssl_dist.report.seeds import over_seeds, table
 
-__all__ = ["over_seeds", "table", "write"]
+__all__ = ["over_seeds", "read", "report", "table", "write"]
 
 
-def write(folders: Sequence[Path], out: Path | None) -> Path:
-    """Write the page of one run, or of several side by side, whole or not at all; returns where it is.
+def report(folders: Sequence[Path], out: Path | None) -> str:
+    """`ssl-dist report`: write the page; returns the table of results over seeds, and where the page is.
 
     out: the file; None: report.html in the run's folder, or in the folder that all runs have in common. Raises
-    `UserError` for a folder that is no run's, and when the file cannot be written.
+    `UserError` for a folder that is no run's, for two runs that differ in nothing, and when the file cannot be written.
     """
+    several = read(folders)
+    return f"{_results(several)}\n\n{write(several, out)}: open it in a browser"
+
+
+def read(folders: Sequence[Path]) -> list[Run]:
+    """The runs; where two folders have one name, each is called by its path from the folder that holds all."""
     several = [runs.read(folder) for folder in folders]
     if len({run.name for run in several}) < len(several):
         for run in several:
-            run.name = str(run.folder.relative_to(common_folder(folders)))
+            run.name = str(run.folder.relative_to(_common_folder(several)))
+    return several
+
+
+def write(several: Sequence[Run], out: Path | None) -> Path:
+    """Write the page of one run, or of several side by side, whole or not at all; returns where it is."""
     text = page.of_run(several[0]) if len(several) == 1 else comparison.of_runs(several)
-    path = out if out is not None else common_folder(folders) / "report.html"
+    path = out if out is not None else _common_folder(several) / "report.html"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         durable.write_text(path, text)
@@ -33,19 +45,14 @@ def write(folders: Sequence[Path], out: Path | None) -> Path:
     return path
 
 
-def common_folder(folders: Sequence[Path]) -> Path:
+def _common_folder(several: Sequence[Run]) -> Path:
     """The run's own folder, or the nearest one that holds all of several runs."""
-    resolved = [folder.resolve() for folder in folders]
-    return resolved[0] if len(resolved) == 1 else Path(os.path.commonpath([folder.parent for folder in resolved]))
+    first = several[0].folder
+    return first if len(several) == 1 else Path(os.path.commonpath([run.folder.parent for run in several]))
 
 
-def results_table(folders: Sequence[Path]) -> str:
-    """The results of the runs that have some, over seeds, and a line for each run that has none. Raises `UserError` for
-    two runs that differ in nothing, and for damaged results."""
-    measured = [folder for folder in folders if runs.has_results(folder)]
-    lines = [
-        f"{folder}: no results yet; run `ssl-dist evaluate {folder} knn logistic`"
-        for folder in folders
-        if folder not in measured
-    ]
-    return "\n".join([*([table(over_seeds(measured))] if measured else []), *lines])
+def _results(several: Sequence[Run]) -> str:
+    """The results of the runs that have some, over seeds, and what is to be said of the others."""
+    measured = [run.folder for run in several if run.records]
+    said = [f"{run.folder}: {note}" for run in several if not run.records for note in run.notes.get("results", [])]
+    return "\n".join([*([table(over_seeds(measured))] if measured else []), *said])

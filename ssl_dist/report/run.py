@@ -226,11 +226,6 @@ def _is(things: Sequence) -> str:
     return "is" if len(things) == 1 else "are"
 
 
-def has_results(folder: Path) -> bool:
-    """Whether anything was measured on the run. Raises `UserError` for damaged results."""
-    return bool(results.read(folder / "results.json"))
-
-
 def seconds(run: Run) -> float:
     """Time that the training spent on its steps, as far as it was logged."""
     total, last = 0.0, 0
