@@ -17,7 +17,7 @@ BAR, MARK, RIGHT, WRONG = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 INK, GREY, PALE = "#444444", "#666666", "#e4e4e4"
 MOST_BARS = 40
 MOST_NAMES = 60
-MOST_NUMBERS = 20
+MOST_NUMBERS = 20  # classes of which each has its number in the matrix, and its name beside a map
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#7A3E9D", "#999999")
 SHAPES = ("o", "s", "^", "D", "v", "P", "X")
 
@@ -46,6 +46,8 @@ def confusion(share_CC: np.ndarray, names: Sequence[str]) -> Figure:
             for label in axes.get_xticklabels():
                 label.set(ha="right", rotation_mode="anchor")
         axes.set_yticks(range(count), [_short(name) for name in names], fontsize=size)
+    else:
+        axes.tick_params(labelsize=8)
     axes.tick_params(length=0, labelcolor=INK)
     if count <= MOST_NUMBERS:
         for row, column in np.ndindex(share_CC.shape):
@@ -138,7 +140,8 @@ def clusters(rows: Sequence[tuple[str, np.ndarray, np.ndarray]], size: float = 0
     width, height = figure.get_size_inches()
     for row, (title, images, belongs) in enumerate(rows):
         top = height - 0.1 - row * size
-        figure.text(0.1 / width, (top - size / 2) / height, title, fontsize=7.5, color=INK, va="center")
+        words = "\n".join(_short(line, 26) for line in title.split("\n"))
+        figure.text(0.1 / width, (top - size / 2) / height, words, fontsize=7.5, color=INK, va="center")
         for column, index in enumerate(np.argsort(~belongs, kind="stable")):
             x = left + column * size
             axes = figure.add_axes((x / width, (top - 0.92 * size) / height, 0.88 * size / width, 0.88 * size / height))
@@ -154,7 +157,7 @@ def points(xy_N2: np.ndarray, labels_N: np.ndarray, names: Sequence[str], axis_n
     wide, high = np.ptp(xy_N2, axis=0)
     figure, axes = _plot(7.6, 0.5 + 6 * min(1.1, max(0.5, high / wide if wide > 0 else 1.1)))
     present = [int(label) for label in np.unique(labels_N)]
-    named = len(present) <= 20
+    named = len(present) <= MOST_NUMBERS
     for number, label in enumerate(present):
         own = xy_N2[labels_N == label]
         color, shape = PALETTE[number % len(PALETTE)], SHAPES[number % len(SHAPES)]

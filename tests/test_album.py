@@ -134,7 +134,7 @@ def test_evaluate_leaves_the_pictures_and_what_they_say(digits, tmp_path, capsys
     settings = [f"data.root={digits}", f"run_dir={run}", "data.reader=arrays"]
     assert train(config.load("configs/digits/random_weights-conv4.yaml", settings)) == 0
     names = ["knn", "logistic", "retrieval", "clusters", "embedding"]
-    quick = ["embedding.limit=120", "embedding.iterations=250", "clusters.starts=1"]
+    quick = ["embedding.limit=120", "embedding.iterations=500", "clusters.starts=1"]
     assert cli.main(["evaluate", str(run), *names, *quick]) == 0
     checkpoint = {record["checkpoint"] for record in json.loads((run / "results.json").read_text())}
     pictures = sorted((run / "figures").iterdir())

@@ -91,11 +91,11 @@ def test_points_have_a_legend_of_the_classes_that_are_there():
 
 
 def test_images_stand_where_the_map_has_them():
-    images = np.zeros((4, 4, 4, 3), np.uint8)
-    images[:] = np.array([10, 20, 30, 40])[:, None, None, None]
-    # The second and the third share a cell, whose middle is nearer to the third; the last is the highest.
-    xy = np.array([[0.0, 0.0], [1.0, 0.0], [0.9, 0.1], [0.5, 1.0]])
-    figure = charts.image_map(xy, images, np.array([0, 1, 1, 2]), ["a", "b", "c"], cells=4)
+    images = np.zeros((5, 4, 4, 3), np.uint8)
+    images[:] = np.array([10, 20, 30, 40, 50])[:, None, None, None]
+    # The second, third and last share a cell, whose middle is nearest to the third; the fourth is the highest.
+    xy = np.array([[0.0, 0.0], [1.0, 0.0], [0.9, 0.1], [0.5, 1.0], [0.98, 0.24]])
+    figure = charts.image_map(xy, images, np.array([0, 1, 1, 2, 1]), ["a", "b", "c"], cells=4)
     page = figure.axes[0].images[0].get_array()
     assert page.shape == (40, 40, 3)
     centres = {(row, column): int(page[10 * row + 5, 10 * column + 5, 0]) for row in range(4) for column in range(4)}
@@ -106,3 +106,14 @@ def test_images_stand_where_the_map_has_them():
     many = charts.image_map(np.random.default_rng(0).random((20, 2)), np.zeros((20, 4, 4, 3), np.uint8),
                             np.arange(20), [str(i) for i in range(20)])  # fmt: skip
     assert not many.legends
+
+
+def test_titles_of_clusters_stay_beside_their_images():
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    title = "cluster 1: 1,000 images\n100 % tinca tinca, tinca or tench"
+    figure = charts.clusters([(title, images, np.array([False, True]))])
+    drawn(figure)
+    (text,) = figure.texts
+    assert text.get_text() == "cluster 1: 1,000 images\n100 % tinca tinca, tinca …"
+    edge = min(axes.get_window_extent().x0 for axes in figure.axes)
+    assert text.get_window_extent(figure.canvas.get_renderer()).x1 < edge

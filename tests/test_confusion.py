@@ -40,6 +40,12 @@ def test_the_captions_say_what_is_seen():
     assert "No image is taken for another class." in album.pictures["y-confusion"][2]
 
 
+def test_too_many_classes_have_no_matrix():
+    album = Sketchbook()
+    confusion.add_pictures(album, part([0, 10**7]), range(10**7 + 1), np.array([0, 10**7]), "x", "a guess")
+    assert not album.pictures
+
+
 def test_labels_without_a_name_are_named_by_their_number():
     assert confusion.class_names(part([0, 1], classes=["cat"]), part([3], classes=["cat"])) == ["cat", "1", "2", "3"]
 

@@ -24,7 +24,7 @@ from ssl_dist.features_file import Features
 from ssl_dist.keys import EVALUATION, hash64
 from tests.albums import Sketchbook, drawn
 
-QUICK = {"iterations": 250, "perplexity": 8.0}
+QUICK = {"iterations": 500, "perplexity": 8.0}
 
 
 def part(count, split="test", dim=12, num_classes=3, spread=1.0):
@@ -90,7 +90,7 @@ def test_the_pictures(made):
         assert {"ring", "star"} <= set(album.texts(name))
     share = PCA().fit(unit(test.features[evenly(test.labels, 100, hash64(0, EVALUATION))])).explained_variance_ratio_
     assert f"first component ({share[0] * 100:.1f} % of the variance)" in album.texts("embedding-pca")
-    assert "perplexity 8, 250 iterations" in album.pictures["embedding-tsne"][2]
+    assert "perplexity 8, 500 iterations" in album.pictures["embedding-tsne"][2]
     assert f"Trustworthiness {values['embedding_tsne_trustworthiness']:.3f}" in album.pictures["embedding-tsne"][2]
 
 

@@ -29,6 +29,8 @@ def matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.nd
 
 def add_pictures(album: Album, test: Features, names: list[str], predicted: np.ndarray, name: str, how: str) -> None:
     """Those of `pictures` of predictions int64 [N] for the images of `test`."""
+    if len(names) > MOST_CLASSES:  # before the matrix is made, too
+        return
     what = f"{len(test):,} images of {test.metadata['dataset']} {test.metadata['split']}"
     for picture in pictures(matrix(test.labels, predicted, len(names)), names, name, how, what):
         album.add(*picture)
@@ -48,12 +50,13 @@ def pictures(
     totals = counts.sum(1)
     share = np.where(totals[:, None] > 0, counts * 100 / np.maximum(1, totals)[:, None], np.nan)
     accuracy = float(np.trace(counts) * 100 / totals.sum())
+    blank = "; cells below 0.5 are blank" if len(names) <= charts.MOST_NUMBERS else ""
     yield (
         f"{name}-confusion",
         charts.confusion(share, names),
         f"Confusions of {how}",
-        f"{what}: the share of each class's images (rows) that {how} takes for each class (columns), in percent;"
-        f" cells below 0.5 are blank. {accuracy:.2f} % of all images are right. {_worst(counts, share, names)}",
+        f"{what}: the share of each class's images (rows) that {how} takes for each class (columns), in"
+        f" percent{blank}. {accuracy:.2f} % of all images are right. {_worst(counts, share, names)}",
     )
     yield (
         f"{name}-classes",

@@ -41,7 +41,9 @@ class Options(Section):
     limit: Annotated[int, Field(ge=4, le=5000)] = Field(2000, description="images of a map; memory grows as its square")
     normalize: bool = Field(True, description="features to length 1 first, as kNN and retrieval take them")
     perplexity: PositiveFloat = Field(30.0, description="of t-SNE: about how many neighbours count")
-    iterations: Annotated[int, Field(ge=250)] = Field(1000, description="of t-SNE")
+    iterations: Annotated[int, Field(ge=500)] = Field(
+        1000, description="of t-SNE; it is only after 250 that groups spread"
+    )
     neighbours: PositiveInt = Field(5, description="of trustworthiness")
     seed: NonNegativeInt = Field(0, description="of the choice of images and of t-SNE")
 
@@ -120,13 +122,15 @@ def _draw(
         "tsne": f"t-SNE of their {length}, initialised by PCA, perplexity {options.perplexity:g},"
         f" {options.iterations} iterations; neighbours mean something, distances between groups and axes do not",
     }
+    count = len(np.unique(labels))
+    same = f", in colours that repeat over {count} classes" if count > charts.MOST_NUMBERS else ""
     titles = {"pca": "Features by principal components", "tsne": "Features by t-SNE"}
     for name, xy_N2 in maps.items():
         album.add(
             f"embedding-{name}",
             charts.points(xy_N2, labels, names, axis_names[name]),
             titles[name],
-            f"{what}: {how[name]}. Colour and shape: the class. Trustworthiness {trust[name]:.3f} with"
+            f"{what}: {how[name]}. Colour and shape: the class{same}. Trustworthiness {trust[name]:.3f} with"
             f" {options.neighbours} neighbours (1: all that are near on the map are near among the features).",
         )
     images = (thumbnails * 255).round().byte().permute(0, 2, 3, 1).numpy()
@@ -135,7 +139,7 @@ def _draw(
         charts.image_map(maps["tsne"], images, labels, names),
         "Images where t-SNE puts them",
         f"{what}: {how['tsne']}. Where several images fall on one place, the one nearest its middle is shown."
-        " The frame's colour is the class, of up to ten.",
+        + (" The frame's colour is the class." if count <= len(charts.PALETTE) else ""),
     )
 
 
