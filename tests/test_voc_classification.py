@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import cross_val_score
@@ -228,6 +229,34 @@ def test_what_the_command_refuses(voc, weights, tmp_path, capsys, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     assert "one process" in refused()
+
+
+def test_what_an_exported_file_tells(tmp_path):
+    """Its backbone, method, step and constants. Damaged metadata are refused; others' files get ImageNet's constants."""
+    tensors = {name: t.contiguous() for name, t in backbones.build("resnet8").state_dict().items()}
+    told = {"backbone": "resnet8", "method": "relational", "checkpoint": "ab" * 32, "step": "40",
+            "normalize": '{"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}'}  # fmt: skip
+    path = tmp_path / "model.safetensors"
+
+    def load(changes, *overrides):
+        safetensors.torch.save_file(tensors, path, {k: v for k, v in (told | changes).items() if v is not None})
+        return pretrained.load(path, overrides)
+
+    found = load({})
+    assert (found.name, found.method, found.step, found.normalize.mean) == (
+        "resnet8",
+        "relational",
+        40,
+        (0.1, 0.2, 0.3),
+    )
+    assert load({}, "views.normalize={mean: [0, 0, 0], std: [1, 1, 1]}").normalize.mean == (0, 0, 0)
+    others = load({"step": None}, "backbone.name=resnet8")
+    assert (others.method, others.step, others.normalize.mean) == ("model.safetensors", 0, (0.485, 0.456, 0.406))
+    for changes in ({"step": "x"}, {"normalize": "{"}, {"normalize": "[1]"}, {"normalize": '{"mean": 3}'}):
+        with pytest.raises(UserError, match=r"model.safetensors: .*normalize"):
+            load(changes)
+    with pytest.raises(UserError, match="no such backbone"):
+        load({"backbone": "resnet9"})
 
 
 def test_an_image_that_is_cut_short_is_named(weights, tmp_path, capsys):

@@ -52,12 +52,12 @@ def load(path: Path, overrides: Sequence[str]) -> Pretrained:
         )  # fmt: skip
     if path.is_dir():
         raise UserError(f"override {overrides[0]!r}: {path} is a folder, whose run tells it; leave it out")
+    normalize, step = _input(path, given, facts)
     found = weights.fit(backbones.build(name), name, path)
     print(found.note, file=sys.stderr, flush=True)
     backbone = _filled(name, found.tensors)
     return Pretrained(
-        backbone, name, facts.get("method", path.name), _normalize(given, facts), found.sha256,
-        json.loads(facts.get("step", "0")), None,
+        backbone, name, facts.get("method", path.name), normalize, found.sha256, step, None
     )  # fmt: skip
 
 
@@ -77,13 +77,19 @@ def _facts(path: Path) -> dict[str, str]:
     return facts if set(export.FACTS) <= set(facts) else {}
 
 
-def _normalize(given: dict[str, str], facts: dict[str, str]) -> Normalize:
+def _input(path: Path, given: dict[str, str], facts: dict[str, str]) -> tuple[Normalize, int]:
+    """How images are normalised, and the step that the file tells (0: none)."""
+    known = CATALOG["imagenet"]
+    normalize, step = Normalize(mean=known.paper_mean, std=known.paper_std), 0
+    if facts:
+        try:
+            normalize, step = json.loads(facts["normalize"]), int(facts["step"])
+        except ValueError:
+            raise UserError(f"{path}: damaged metadata (normalize, step); export it again") from None
+        normalize = validate(Normalize, normalize, f"{path}: normalize.")
     if "views.normalize" in given:
         tree = parse_yaml(given["views.normalize"], f"override 'views.normalize={given['views.normalize']}'")
         if not isinstance(tree, dict):
             raise UserError(f"views.normalize = {tree!r}: write {{mean: [r, g, b], std: [r, g, b]}}")
-        return validate(Normalize, tree, "views.normalize.")
-    if "normalize" in facts:
-        return validate(Normalize, json.loads(facts["normalize"]), "normalize of the file: ")
-    known = CATALOG["imagenet"]
-    return Normalize(mean=known.paper_mean, std=known.paper_std)
+        normalize = validate(Normalize, tree, "views.normalize.")
+    return normalize, step
