@@ -232,7 +232,7 @@ def test_what_the_command_refuses(voc, weights, tmp_path, capsys, monkeypatch):
 
 
 def test_what_an_exported_file_tells(tmp_path):
-    """Its backbone, method, step and constants. Damaged metadata are refused; others' files get ImageNet's constants."""
+    """Its backbone, method, step and constants. Damaged metadata are refused; others get ImageNet's constants."""
     tensors = {name: t.contiguous() for name, t in backbones.build("resnet8").state_dict().items()}
     told = {"backbone": "resnet8", "method": "relational", "checkpoint": "ab" * 32, "step": "40",
             "normalize": '{"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}'}  # fmt: skip
