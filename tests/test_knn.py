@@ -171,6 +171,8 @@ def mib(name):
 
 train, test = read_features(sys.argv[1]), read_features(sys.argv[2])
 knn.run(test, test, knn.Options(k=[20]))  # compiles, and lets the libraries take what they take once
+with open("/proc/self/clear_refs", "w") as peak:
+    peak.write("5")  # forget the peak of the compilation
 before = mib("VmRSS")
 knn.run(train, test, knn.Options(k=[20], memory_mb=16))
 print(mib("VmHWM") - before)

@@ -213,6 +213,8 @@ def mib(name):
 
 train, test = read_features(sys.argv[1]), read_features(sys.argv[2])
 retrieval.run(test, test, retrieval.Options())  # lets the libraries take what they take once
+with open("/proc/self/clear_refs", "w") as peak:
+    peak.write("5")  # forget the peak of the compilation
 before = mib("VmRSS")
 retrieval.run(train, test, retrieval.Options(memory_mb=16))
 print(mib("VmHWM") - before)
