@@ -15,7 +15,7 @@ from ssl_dist.data.catalog import facts
 from ssl_dist.data.readers import Reader, open_dataset, read_info, require_name, splits_present
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators import results
-from ssl_dist.evaluators.album import Album
+from ssl_dist.evaluators.album import Album, has_pictures
 from ssl_dist.evaluators.subject import Subject, chosen_images, held_out
 from ssl_dist.evaluators.transfer import Stopped
 from ssl_dist.features_file import check_pair, read_features
@@ -197,7 +197,9 @@ def _measured(subject: Subject, name: str, options: Section, remark: str | None 
     tree = to_tree(options)
     metadata = subject.metadata
     known = world.first(lambda: [r for r in results.read(path) if _is_measured(r, protocol, tree, metadata)])
-    if known:
+    if known and world.first(lambda: _lacks_pictures(subject, name)):
+        _say(world, f"{name}: has no pictures of this checkpoint; measuring again")
+    elif known:
         _say(world, f"{name}: in {path} already")
         return known
     start = time.perf_counter()
@@ -213,6 +215,13 @@ def _measured(subject: Subject, name: str, options: Section, remark: str | None 
     records = results.records(values, protocol, metadata, seed=subject.encoder.config.seed, options=tree)
     world.first(lambda: results.add(path, records))
     return records
+
+
+def _lacks_pictures(subject: Subject, name: str) -> bool:
+    """Whether the evaluator would draw what is not there: of an earlier version's run, or removed."""
+    if subject.part is not None or not evaluators.draws(evaluators.find(name)):
+        return False
+    return not has_pictures(subject.run / "figures", name, subject.encoder.sha256)
 
 
 def _from_features(subject: Subject, name: str, options: Section) -> dict[str, float]:

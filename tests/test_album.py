@@ -128,6 +128,16 @@ def test_what_is_refused(digits, opened, tmp_path):
         Album(tmp_path / "file" / "figures", test, opened, data(), "knn").add("x", Figure(), "", "")
 
 
+def test_pictures_are_known_by_their_evaluator_and_checkpoint(digits, opened, tmp_path):
+    (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n")
+    assert not album_module.has_pictures(tmp_path / "nowhere", "knn", "c0ffee")
+    assert not album_module.has_pictures(tmp_path, "knn", "c0ffee")
+    Album(tmp_path, part(digits, "test"), opened, data(), "knn").add("x", Figure(figsize=(1, 1)), "t", "c")
+    assert album_module.has_pictures(tmp_path, "knn", "c0ffee")
+    assert not album_module.has_pictures(tmp_path, "knn", "another")
+    assert not album_module.has_pictures(tmp_path, "logistic", "c0ffee")
+
+
 @pytest.mark.slow
 def test_evaluate_leaves_the_pictures_and_what_they_say(digits, tmp_path, capsys):
     run = tmp_path / "run"
@@ -152,3 +162,12 @@ def test_evaluate_leaves_the_pictures_and_what_they_say(digits, tmp_path, capsys
     assert (run / "tensorboard" / "embedding" / "projector_config.pbtxt").exists()
     shown = capsys.readouterr().out
     assert "retrieval_map" in shown and "clusters_hungarian_top1" in shown and "embedding_tsne_trust" in shown
+
+    assert cli.main(["evaluate", str(run), *names, *quick]) == 0
+    assert capsys.readouterr().err.count("already") == len(names)
+    pictures[5].unlink()
+    pictures[6].unlink()
+    assert cli.main(["evaluate", str(run), *names, *quick]) == 0
+    said = capsys.readouterr().err
+    assert said.count("already") == len(names) - 1 and "knn: has no pictures of this checkpoint" in said
+    assert sorted((run / "figures").iterdir()) == pictures

@@ -7,6 +7,7 @@ An evaluator of features defines
     run(train, test, options, album=None) -> dict[str, float]
                                                   features of two splits -> values by name; accuracies in percent.
                                                   With an album (album.py) it draws pictures as well
+    DRAWS = True                                  if it does: it runs again where its pictures are missing
 One of images has `protocol(options)`, and instead of `run` it has `measure(subject, options)`, which all ranks call
 together (evaluators/subject.py). Neither needs an edit elsewhere.
 """
@@ -70,6 +71,11 @@ def build_options(name: str, tree: dict) -> Section:
 def sees_images(evaluator: ModuleType) -> bool:
     """Whether it works on images; the others read features files."""
     return hasattr(evaluator, "measure")
+
+
+def draws(evaluator: ModuleType) -> bool:
+    """Whether an evaluator of features leaves pictures."""
+    return getattr(evaluator, "DRAWS", False)
 
 
 def protocol(evaluator: ModuleType, options: Section) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from ssl_dist import durable
 from ssl_dist.config import Data
@@ -33,6 +34,19 @@ def add_picture(
         durable.remove_dead(path.parent)
         FigureCanvasAgg(figure).print_png(file, metadata=texts)
     return path
+
+
+def has_pictures(folder: Path, evaluator: str, checkpoint: str) -> bool:
+    """Whether the folder holds a picture by this evaluator of this checkpoint (SHA-256)."""
+    for path in sorted(folder.glob("*.png")):
+        try:
+            with Image.open(path, formats=["PNG"]) as picture:
+                texts = picture.info
+        except (OSError, SyntaxError):  # a damaged one, which the next run replaces
+            continue
+        if (texts.get("Evaluator"), texts.get("Checkpoint")) == (evaluator, checkpoint):
+            return True
+    return False
 
 
 class Album:

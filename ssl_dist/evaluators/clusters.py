@@ -31,6 +31,7 @@ from ssl_dist.features_file import Features, check_pair, require_labels
 from ssl_dist.kernels.kmeans import kmeans
 from ssl_dist.keys import EVALUATION, ORDER, hash64, permutation
 
+DRAWS = True
 _ROWS, _COLUMNS = 20, 14  # clusters in the picture and images of each
 
 

@@ -33,6 +33,7 @@ PROTOCOL = (
     " {normalize}; t-SNE: initialised by PCA, perplexity {perplexity:g}, {iterations} iterations; trustworthiness:"
     " {neighbours} neighbours"
 )
+DRAWS = True
 _PROJECTED = 128  # dimensions that the projector gets; it reduces by itself what is wider than 200
 _THUMBNAIL = 40  # pixels; the projector takes a picture of all thumbnails of 8192 pixels at the most
 

@@ -29,6 +29,7 @@ PROTOCOL = (
     "weighted kNN: L2-normalised features, cosine, votes exp(cos/T), number of neighbours and T (0.07 unless given) as"
     " named, all test images, {precision}"
 )
+DRAWS = True
 _PUBLISHED_K = (20, 200)
 _PUBLISHED_TEMPERATURE = 0.07
 

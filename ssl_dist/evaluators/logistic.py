@@ -29,6 +29,7 @@ from ssl_dist.evaluators.confusion import add_pictures, class_names
 from ssl_dist.features_file import Features, check_pair, require_labels
 
 PROTOCOL = "multinomial logistic regression on frozen features, at its optimum: L2, C={c}, standardize={standardize}"
+DRAWS = True
 
 
 class Options(Section):

@@ -33,6 +33,7 @@ PROTOCOL = (
     "retrieval: every test image ranks all other images of the {gallery} split by cosine; top-k: any of the k nearest"
     " has its class; precision@k: share of them that has; map: mean average precision of the whole list"
 )
+DRAWS = True
 _ROW = np.uint64(0xFFFFFFFF)  # the part of a key that is the gallery's row
 _OWN = np.uint64(0xFFFFFFFFFFFFFFFF)  # the key of a query itself, behind all others
 _SHOWN = 8  # nearest images of a query in the picture
