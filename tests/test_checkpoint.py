@@ -159,6 +159,7 @@ def save_and_prune(step, value, keep, keep_every=None):
     return action
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "damaged", "after", "keep"),
     [
@@ -335,6 +336,7 @@ except OSError as error: print('refused', error.errno, error.filename, error)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("limit", "size"), [(1000, 0), (1000, 60_000), (100_000, 60_000)])
 def test_a_failed_write_leaves_nothing_behind_and_spares_the_older(tmp_path, limit, size):
     """What fails is the flush of what is buffered, the first write of torch, or a write amid a tensor."""

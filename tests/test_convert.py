@@ -229,6 +229,7 @@ convert.convert("folder", sys.argv[1], sys.argv[2], workers=2, progress=False)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("during", ["train", "test"])
 def test_killed_and_repeated(tmp_path, during):
     """SIGKILL in the middle of a split; the same command again finishes with the same bytes."""

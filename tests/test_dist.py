@@ -70,7 +70,7 @@ def step(rank, size, views, share):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("size", "views"), [(2, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize(("size", "views"), [(2, 1), (2, 2), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_loss_on_gathered_views_equals_one_process(tmp_path, size, views):
     loss, gradients, buffers, z = one_process()
     for mean, grads, bufs, z_KMD, labels in ranks.run(step, size, tmp_path, views, False):

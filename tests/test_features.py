@@ -73,7 +73,7 @@ def in_ranks(rank, size, run, folder, split):
     return [str(p) for p in extract(Path(run), [split], [], Path(folder))]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_world_size_writes_the_same_file(run, digits, tmp_path, size):
     alone = features.extract(features.load_encoder(run), source(digits), "test", tmp_path / "a", one_process(), 1)
     assert read_features(alone).features.shape[0] % 7, "the count should not divide evenly"

@@ -133,6 +133,7 @@ for number, dtype in enumerate((torch.float32, torch.float64), 1):
 """
 
 
+@pytest.mark.slow
 def test_warm_up_compiles_what_training_calls():
     """What it leaves out would be compiled in the first step, while other ranks wait; in a process that is new."""
     done = subprocess.run([sys.executable, "-c", WARM_UP], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -84,6 +84,7 @@ def test_processes_at_once_lose_none_of_their_records(tmp_path):
     assert os.listdir(path.parent) == ["results.json"]
 
 
+@pytest.mark.slow
 def test_old_or_new_records_at_every_kill(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: None)
     prepared = tmp_path / "prepared"

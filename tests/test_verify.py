@@ -34,6 +34,7 @@ def different(rows):
     return {verify.say(row.grid) for row in rows if not row.holds}
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one(relational, tmp_path):
     rows = verify.certify([relational], tmp_path, sizes=(2,))
     assert [row.grid for row in rows] == [Grid(2, 1), Grid(1, 2)]
@@ -330,6 +331,7 @@ def hang():
         time.sleep(600)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prepare", "patience", "words"),
     [
