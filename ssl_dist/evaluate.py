@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from ssl_dist import config, dist, evaluators, features, search
+from ssl_dist import config, dist, evaluators, features, methods, search
 from ssl_dist.config import ClassSubset, Section, parse_yaml, to_tree, validate
 from ssl_dist.data.catalog import facts
 from ssl_dist.data.readers import Reader, open_dataset, read_info, require_name, splits_present
@@ -86,6 +86,8 @@ def extract(weights: Path, splits: Sequence[str], overrides: Sequence[str], out:
         dist.start(place, Grid(place.size, 1), dog.state) as world,
         dog.reporting(),
     ):
+        if encoder.ids:  # of a training, which may have saved meanwhile
+            encoder = features.load_together(weights, world)[1]
         return [features.extract(encoder, source, split, folder, world, threads) for split in wanted]
 
 
@@ -108,11 +110,13 @@ def _labelled_splits(source: features.Source) -> list[str]:
 @dataclass(frozen=True)
 class Wanted:
     """What the words of an evaluation ask for. data: overrides of the data set; subset: of its training images, None:
-    all; share: of them to hold out, None: nothing is; options: of every evaluator; grids: of those to search over."""
+    all; share: of them to hold out, None: nothing is; validation: whether what is not searched is measured on them;
+    options: of every evaluator; grids: of those to search over."""
 
     data: dict[str, str]
     subset: ClassSubset | str | None
     share: float | None
+    validation: bool
     options: dict[str, Section]
     grids: dict[str, search.Grid]
 
@@ -126,12 +130,11 @@ def parse(
     grids = search.grids(chosen, others, searched)
     if validation is not None:
         search.check_share(validation)
-    elif grids:
-        validation = search.SHARE
+    share = search.SHARE if validation is None and grids else validation
     subset = data.pop(SUBSET, None)
     if subset is not None:
         subset = validate(_Images, {"subset": parse_yaml(subset, f"override {SUBSET}={subset}")}, "data.").subset
-    return Wanted(data, subset, validation, options, grids)
+    return Wanted(data, subset, share, validation is not None, options, grids)
 
 
 def evaluate(
@@ -161,6 +164,8 @@ def evaluate(
         dist.start(place, Grid(place.size, 1), dog.state) as world,
         dog.reporting(),
     ):
+        encoder = features.load_together(run, world)[1]
+        world.first(lambda: results.require_writable(run / "results.json"))
         whole = Subject(run, encoder, source, train, test, world, dog, train_ids, subset=words)
         held = None if wanted.share is None else world.agreed(lambda: held_out(whole, wanted.share))
         records = []
@@ -169,7 +174,7 @@ def evaluate(
                 if name in wanted.grids:
                     records += _searched(whole, held, name, wanted.grids[name])
                 else:
-                    subject = whole if held is None or wanted.grids else held
+                    subject = held if wanted.validation else whole
                     records += _measured(subject, name, wanted.options[name])
         except Stopped as stopped:
             if world.is_first:
@@ -193,7 +198,10 @@ def _measured(subject: Subject, name: str, options: Section, remark: str | None 
     """The evaluator's records, measured or read again. `remark` goes to their protocol."""
     world, evaluator, path = subject.world, evaluators.find(name), subject.run / "results.json"
     fitted = None if subject.subset is None else f"fitted on {subject.subset} of {subject.train}"
-    protocol = "; ".join(filter(None, (evaluators.protocol(evaluator, options), fitted, remark)))
+    seen = None
+    if subject.part is not None and methods.find(subject.encoder.config.method.name).needs_labels:
+        seen = "the encoder may have been trained on these labels"
+    protocol = "; ".join(filter(None, (evaluators.protocol(evaluator, options), fitted, seen, remark)))
     tree = to_tree(options)
     metadata = subject.metadata
     known = world.first(lambda: [r for r in results.read(path) if _is_measured(r, protocol, tree, metadata)])
@@ -227,6 +235,8 @@ def _lacks_pictures(subject: Subject, name: str) -> bool:
 def _from_features(subject: Subject, name: str, options: Section) -> dict[str, float]:
     train, test = (read_features(subject.files[split]) for split in (subject.train, subject.test))
     check_pair(train, test)
+    if train.metadata["checkpoint"] != subject.encoder.sha256:
+        raise UserError(f"{train.source}: another process has written features of another checkpoint; evaluate again")
     if subject.train_ids is not None:  # the row of an image in the file of its split is its id
         train = train.subset(subject.train_ids)
     if subject.test_ids is not None:

@@ -37,6 +37,8 @@ class Encoder:
     normalize: Normalize
     sha256: str
     step: int
+    file: Path  # that it was read from
+    ids: str = ""  # SHA-256 of the ids that it was trained on; of weights of others not known
 
     @property
     def transform(self) -> str:
@@ -64,7 +66,23 @@ def load_method(path: Path) -> tuple[SSLMethod, Encoder]:
     checkpoint.restore(method, state["method"], path)
     module = method.encoder().float().eval().requires_grad_(False)
     normalize = validate(Normalize, state["normalize"])
-    return method, Encoder(module, settings, normalize, digest, state["step"])
+    return method, Encoder(module, settings, normalize, digest, state["step"], path, state["data"]["ids"])
+
+
+def load_together(path: Path, world: World) -> tuple[SSLMethod, Encoder]:
+    """What `load_method` returns, of one checkpoint on all ranks: a training may save another one between two reads.
+
+    Raises `UserError` on every rank.
+    """
+    method, encoder = world.agreed(lambda: load_method(path))
+    first = world.first(lambda: (str(encoder.file), encoder.sha256))
+    if encoder.sha256 != first[1]:
+        method, encoder = load_method(Path(first[0]))
+    if len(set(world.everyone(encoder.sha256))) > 1:
+        error = UserError(f"{path}: changes while it is read; evaluate when the training has saved")
+        error.agreed = True
+        raise error
+    return method, encoder
 
 
 def load_others(path: Path, settings: Config, split: SplitInfo) -> tuple[Encoder, str]:
@@ -79,7 +97,7 @@ def load_others(path: Path, settings: Config, split: SplitInfo) -> tuple[Encoder
         blueprint.try_size(backbones.build(name).eval(), settings.data.image_size, name)
     backbone.load_state_dict(found.tensors)
     module = backbone.float().eval().requires_grad_(False)
-    return Encoder(module, settings, blueprint.normalization(settings, split), found.sha256, 0), found.note
+    return Encoder(module, settings, blueprint.normalization(settings, split), found.sha256, 0, path), found.note
 
 
 @dataclass(frozen=True)

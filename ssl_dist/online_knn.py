@@ -59,7 +59,7 @@ class OnlineKNN:
     def accuracy(self, encoder: nn.Module, to_input: Callable[[Tensor], Tensor]) -> float:
         """Percent of the held-out images whose class the others tell, by an encoder in evaluation mode."""
         low, high = self.world.share(len(self.ids))
-        world, own = self.world, self.ids[low:high]
+        world, own, step = self.world, self.ids[low:high], self.world.state.step
         with (
             world.state.phase_of("the online kNN", STUCK),
             self._open() as reader,
@@ -67,7 +67,9 @@ class OnlineKNN:
         ):
             rows = list(outputs(encoder, to_input, self.config.data, reader, own, world, self.threads, counter))
             features_ND = self._joined(np.concatenate(rows), low)
-            return world.first(lambda: self._voted(features_ND))
+            found = world.first(lambda: self._voted(features_ND))
+        world.state.step = step  # an extraction counts its batches there
+        return found
 
     def _joined(self, own: np.ndarray, low: int) -> np.ndarray:
         """All ranks' rows."""

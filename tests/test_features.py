@@ -138,7 +138,7 @@ def test_freshness(run, digits, tmp_path):
     assert not is_fresh()
     features.extract(encoder, source(digits), "test", tmp_path, one_process(), 1)
     assert is_fresh()
-    assert not is_fresh(features.Encoder(encoder.module, encoder.config, encoder.normalize, "0" * 64, 0))
+    assert not is_fresh(features.Encoder(encoder.module, encoder.config, encoder.normalize, "0" * 64, 0, encoder.file))
     found = read_features(path)
     write_features(path, found.features, found.labels, found.image_ids, found.metadata | {"data": "0" * 64})
     assert not is_fresh(), "features of other samples under the same name"

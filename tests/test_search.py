@@ -60,6 +60,7 @@ def test_the_best_has_the_highest_top1_and_comes_first():
 
     assert search.best(tried(50.0, 70.0, 60.0)) == 1
     assert search.best(tried(50.0, 70.0, 70.0)) == 1
+    assert search.top1({"clusters_majority_top1": 90.0, "clusters_hungarian_top1": 30.0}) == 30, "purity grows with K"
     assert search.top1({"knn5_top1": 3.0, "knn20_top1": 4.0, "knn5_top5": 9.0}) == 4.0
     with pytest.raises(UserError, match="this evaluator gives a_top5, a_train_top1; leave it out"):
         search.top1({"a_top5": 1.0, "a_train_top1": 2.0})

@@ -124,6 +124,34 @@ def test_a_supervised_run_classifies_itself(digits, tmp_path):
     assert train(settings) == 0
     _, records = evaluate(run, ["classify"], [])
     assert records[0]["name"] == "classify_top1" and records[0]["value"] > 40
+    with pytest.raises(UserError, match=r"classify.head = null: was trained on images of train\[held out 10%\]"):
+        evaluate(run, ["classify"], [], validation=0.1)
+    _, [record, *_] = evaluate(run, ["knn"], ["knn.k=[5]"], validation=0.1)
+    assert "may have been trained on these labels" in record["protocol"]
+
+
+def test_a_classifier_belongs_to_its_checkpoint(run, measured, digits, tmp_path):
+    [folder] = [path for path in (run / "evaluations").iterdir() if path.name.startswith("probe")]
+    other = pretrained(digits, tmp_path / "other", "seed=1")
+    with pytest.raises(UserError, match=r"was not trained on the newest checkpoint of .*other; evaluate the run"):
+        evaluate(other, ["classify"], [f"classify.head={folder}"])
+    with pytest.raises(UserError, match=r"was trained on images of train\[held out"):
+        evaluate(run, ["classify"], [f"classify.head={folder}"], validation=0.1)
+
+
+def test_a_classifier_of_the_rest_is_measured_on_what_was_held_out(digits, tmp_path):
+    run = pretrained(digits, tmp_path / "run")
+    _, records = evaluate(run, ["probe"], ["probe.epochs=2", "probe.lr=0.1"], validation=0.1)
+    [folder] = (run / "evaluations").iterdir()
+    _, again = evaluate(run, ["classify"], [f"classify.head={folder}"], validation=0.1)
+    assert [r["value"] for r in again] == [r["value"] for r in records] and again[0]["split"] == records[0]["split"]
+
+
+def test_fewer_neighbours_do_not_hide_the_others(run):
+    names = []
+    for words in ([], ["knn.k=[20]"], []):
+        names.append([record["name"] for record in evaluate(run, ["knn"], words)[1]])
+    assert names[0] == names[2] and len(names[0]) == 4 and len(names[1]) == 2
 
 
 def test_every_stage_has_its_probe(run):
@@ -151,7 +179,11 @@ def test_transfer_to_other_classes(run, tmp_path):
     [
         ("probe", ["probe.recipe=moco"], "probe.recipe"),
         ("probe", ["probe.batch_size=100000"], "probe.batch_size = 100000"),
-        ("probe", ["probe.stages=[layer9]"], r"stages = \['layer9'\]: the backbone has layer1, layer2, layer3, layer4"),
+        (
+            "probe",
+            ["probe.stages=[layer9]"],
+            r"probe.stages = \['layer9'\]: the backbone has layer1, layer2, layer3, layer4",
+        ),
         ("finetune", ["finetune.lr=0"], "finetune.lr"),
         ("classify", [], "holds random_weights, which does not classify; give the folder"),
         ("classify", ["classify.head=/nowhere"], "/nowhere"),
@@ -175,6 +207,22 @@ def test_every_recipe_makes_a_training(run):
 
 
 # ---------------------------------------------------------------------------------------------------- many ranks
+
+
+def loaded(rank, size, runs):
+    from ssl_dist import dist
+    from ssl_dist.grid import Grid
+    from ssl_dist.place import Place
+
+    with dist.start(Place.from_environment(), Grid(size, 1)) as world:
+        return features.load_together(Path(runs[rank]), world)[1].sha256
+
+
+def test_all_ranks_measure_the_checkpoint_of_the_first(digits, tmp_path):
+    """As when a training saves another one between two ranks' reads."""
+    runs = [str(pretrained(digits, tmp_path / f"run{seed}", f"seed={seed}")) for seed in (0, 1)]
+    digests = ranks.launch(loaded, 2, tmp_path, runs)
+    assert digests == [features.load_encoder(Path(runs[0])).sha256] * 2
 
 
 def in_ranks(rank, size, run):

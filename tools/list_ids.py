@@ -42,7 +42,11 @@ def ids_of(listed: Path, root: Path, split: str) -> list[int]:
     for number, path in enumerate(splits[split].names):
         known[PurePosixPath(path).stem].append((number, PurePosixPath(path)))
     found = set()
-    for number, line in enumerate(listed.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = listed.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{listed}: cannot be read: {getattr(error, 'strerror', None) or 'not a text file'}") from None
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         wanted = PurePosixPath(line.strip())

@@ -78,6 +78,11 @@ def run(train: Features, test: Features, options: Options, album: Album | None =
         rows = np.flatnonzero(clusters_N >= 0)
         if len(rows) == 0:
             raise UserError(f"clusters.labels = {options.labels!r}: lists no image of {train.source}")
+        highest = clusters_N.max()
+        if highest >= len(train):  # the table of them with the classes would be as long
+            raise UserError(
+                f"clusters.labels = {options.labels!r}: has label {highest} for {len(train)} images; number them from 0"
+            )
         if album is not None:
             _draw(album, train, rows, clusters_N[rows], f"column {options.column} of {options.labels}", options)
         return _named("clusters_train_", scores(train.labels[rows], clusters_N[rows]))

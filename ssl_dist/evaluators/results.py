@@ -17,7 +17,7 @@ FIELDS = (
     "name", "value", "protocol", "options", "dataset", "split", "data", "seed",
     "method", "backbone", "checkpoint", "step", "time",
 )  # fmt: skip
-_SAME_MEASUREMENT = ("name", "dataset", "split", "data", "protocol", "checkpoint")
+_SAME_MEASUREMENT = ("name", "dataset", "split", "data", "protocol", "options", "checkpoint")
 _TYPES = {"options": dict, "value": int | float, "seed": int | None, "step": int}  # the others are text
 
 
@@ -66,15 +66,15 @@ def read(path: str | Path) -> list[dict]:
 def add(path: str | Path, new: Sequence[dict]) -> list[dict]:
     """Merge records into the file (whole or not at all) and return all of them.
 
-    A measurement made again (same name, data set, split, protocol and checkpoint) takes the old one's place. Raises
-    `UserError` when the file is damaged or cannot be written.
+    A measurement made again (same name, data set, split, protocol, options and checkpoint) takes the old one's place.
+    Raises `UserError` when the file is damaged or cannot be written.
     """
     if not all(_is_record(record) for record in new):
         raise ValueError(f"a record needs the fields {', '.join(FIELDS)}")
     path = Path(path)
     with _locked(path):
         durable.remove_dead(path.parent)
-        merged = {tuple(record[field] for field in _SAME_MEASUREMENT): record for record in [*read(path), *new]}
+        merged = {json.dumps([record[field] for field in _SAME_MEASUREMENT]): record for record in [*read(path), *new]}
         with replacing(path) as file:
             file.write((json.dumps(list(merged.values()), indent=2, ensure_ascii=False) + "\n").encode())
     return list(merged.values())
@@ -99,6 +99,13 @@ def _locked(path: Path) -> Iterator[None]:
 def is_of_a_whole_split(record: dict) -> bool:
     """Whether it measures a split, not a part held out of one, which is to choose by and no result to compare."""
     return "[" not in record["split"]
+
+
+def require_writable(path: Path) -> None:
+    """Raises `UserError` when no record could be added to the file: better before a measurement than after it."""
+    folder = path.parent
+    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise UserError(f"{path}: cannot be written; give a folder that can, with space left")
 
 
 def table(shown: Sequence[dict]) -> str:

@@ -11,12 +11,13 @@ from pathlib import Path
 import safetensors.torch
 from pydantic import Field
 
-from ssl_dist import checkpoint, config
+from ssl_dist import config
 from ssl_dist.blueprint import derive
 from ssl_dist.config import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators.classification import Classified, classify, draw
 from ssl_dist.evaluators.subject import Subject
+from ssl_dist.features import Encoder
 from ssl_dist.features_file import replacing
 from ssl_dist.stop import STOPPED, StopRequest
 from ssl_dist.train import train_in
@@ -81,13 +82,15 @@ def trained(subject: Subject, name: str, module: str, recipe: Recipe, options: d
         / f"{name}-{subject.digest({'recipe': recipe.optim, 'view': recipe.view, 'options': options})}"
     )
     world = subject.world
-    world.first(lambda: _prepare(folder, subject))
+    is_new = world.first(lambda: _prepare(folder, subject))
     settings = config.validate(config.Config, _tree(subject, folder, module, recipe, options))
     try:
         blueprint = world.agreed(lambda: derive(settings, world.place))
     except UserError as error:
-        world.first(lambda: _forget(folder))
-        mistake = UserError(str(error).replace("optim.", f"{name}."))  # its keys are options of the evaluator here
+        if is_new:
+            world.first(lambda: shutil.rmtree(folder))
+        # The keys of the training are options of the evaluator here.
+        mistake = UserError(str(error).replace("optim.", f"{name}.").replace("method.options.", f"{name}."))
         mistake.agreed = True
         raise mistake from None
     with StopRequest() as stop:
@@ -100,22 +103,24 @@ def trained(subject: Subject, name: str, module: str, recipe: Recipe, options: d
     return found
 
 
-def _prepare(folder: Path, subject: Subject) -> None:
-    """The backbone's weights as a file of the training, which begins from it like any from given weights."""
-    tensors = {key: value.cpu().contiguous() for key, value in subject.encoder.module.state_dict().items()}
+def _prepare(folder: Path, subject: Subject) -> bool:
+    """The backbone's weights as a file of the training, which begins from it like any from given weights. Returns
+    whether the folder is new."""
+    is_new = not folder.exists()
     path = folder / "encoder.safetensors"
     if not path.exists():
         with replacing(path) as file:
-            file.write(safetensors.torch.save(tensors))
+            file.write(encoder_file(subject.encoder))
     if subject.train_ids is not None:
         with replacing(folder / "train_ids.txt") as file:
             file.write("".join(f"{i}\n" for i in subject.train_ids).encode())
+    return is_new
 
 
-def _forget(folder: Path) -> None:
-    """Remove what was prepared for a training that cannot be, unless there was one before."""
-    if not checkpoint.steps(folder):
-        shutil.rmtree(folder)
+def encoder_file(encoder: Encoder) -> bytes:
+    """The encoder's weights as a safetensors file, the same bytes for the same weights."""
+    tensors = {key: value.cpu().contiguous() for key, value in encoder.module.state_dict().items()}
+    return safetensors.torch.save(tensors)
 
 
 def _tree(subject: Subject, folder: Path, module: str, recipe: Recipe, options: dict) -> dict:

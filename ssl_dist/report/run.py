@@ -208,7 +208,7 @@ def _json_lines(path: Path, is_good: Callable[[dict], bool]) -> tuple[list[dict]
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
         try:
             value: Any = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
         if isinstance(value, dict) and is_good(value):
             good.append(value)

@@ -122,12 +122,14 @@ def _fill(layer: nn.Linear, init: float | str) -> None:
 
 def _stages(wanted: list[str] | str, known: dict[str, int]) -> list[str]:
     if not known:
-        raise UserError("stages: this backbone shows no feature maps; set it to null, for its output")
+        raise UserError("method.options.stages: this backbone shows no feature maps; set it to null, for its output")
     if wanted == "all":
         return list(known)
     unknown = [name for name in wanted if name not in known]
     if unknown or not wanted:
-        raise UserError(f"stages = {wanted}: the backbone has {', '.join(known)}; name some of them, or all")
+        raise UserError(
+            f"method.options.stages = {wanted}: the backbone has {', '.join(known)}; name some of them, or all"
+        )
     return list(dict.fromkeys(wanted))
 
 
