@@ -76,11 +76,8 @@ def trained(subject: Subject, name: str, module: str, recipe: Recipe, options: d
 
     Raises `Stopped`, and `UserError` for what can not run.
     """
-    folder = (
-        subject.run
-        / "evaluations"
-        / f"{name}-{subject.digest({'recipe': recipe.optim, 'view': recipe.view, 'options': options})}"
-    )
+    digest = subject.digest({"recipe": recipe.optim, "view": recipe.view, "options": options})
+    folder = subject.run / "evaluations" / f"{name}-{digest}"
     world = subject.world
     is_new = world.first(lambda: _prepare(folder, subject))
     settings = config.validate(config.Config, _tree(subject, folder, module, recipe, options))
