@@ -187,7 +187,7 @@ def _searched(whole: Subject, held: Subject, name: str, grid: search.Grid) -> li
     """The records of every combination on the held-out part, and those of the best one on the test split."""
     tries = [_measured(held, name, each.options, f"one of a search: {each}") for each in grid.candidates]
     values = [{record["name"]: record["value"] for record in records} for records in tries]
-    number = search.best(values)
+    number = whole.world.agreed(lambda: search.best(values))
     best, score = grid.candidates[number], search.top1(values[number])
     _say(whole.world, f"{name}: {best} has the highest top-1 of {len(tries)} on {held.part}, {score:.2f}")
     remark = f"{best} chosen of {grid} by top-1 on {held.part}"
@@ -201,7 +201,8 @@ def _measured(subject: Subject, name: str, options: Section, remark: str | None 
     seen = None
     if subject.part is not None and methods.find(subject.encoder.config.method.name).needs_labels:
         seen = "the encoder may have been trained on these labels"
-    protocol = "; ".join(filter(None, (evaluators.protocol(evaluator, options), fitted, seen, remark)))
+    measured = world.first(lambda: evaluators.protocol(evaluator, options))  # it may read a file
+    protocol = "; ".join(filter(None, (measured, fitted, seen, remark)))
     tree = to_tree(options)
     metadata = subject.metadata
     known = world.first(lambda: [r for r in results.read(path) if _is_measured(r, protocol, tree, metadata)])

@@ -84,8 +84,8 @@ def classify(
         ids = np.arange(reader.info.count, dtype=np.int64) if ids is None else ids
         labels = torch.from_numpy(reader.labels(ids))
         method.float().eval()
-        names, num_classes = classifiers(method, encoder, world)
-        _check_labels(labels, source, split, num_classes)
+        names, num_classes = classifiers(method, encoder)
+        world.agreed(lambda: _check_labels(labels, source, split, num_classes))
         low, high = world.share(len(ids))
         counts_HCC = torch.zeros(len(names), num_classes, num_classes, dtype=torch.int64)
         among_five_H = torch.zeros(len(names), dtype=torch.int64)
@@ -113,7 +113,7 @@ def classify(
     return Classified(dict(zip(names, counts_HCC, strict=True)), dict(zip(names, among_five_H.tolist(), strict=True)))
 
 
-def classifiers(method: SSLMethod, encoder: Encoder, world: World) -> tuple[list[str], int]:
+def classifiers(method: SSLMethod, encoder: Encoder) -> tuple[list[str], int]:
     """The names of a method's classifiers, and how many classes they know."""
     size = encoder.config.data.image_size
     like = next(method.parameters())

@@ -38,6 +38,14 @@ def measure(subject: Subject, options: Options) -> dict[str, float]:
     """
     path, world = subject.run if options.head is None else Path(options.head), subject.world
     method, own = features.load_together(path, world)
+    world.agreed(lambda: _check(method, own, subject, options, path))
+    found = classify(method, own, subject.source, subject.test, world, world.place.cores, subject.test_ids)
+    draw(found, subject, "classify", "the classifier")
+    return found.values("classify")
+
+
+def _check(method: SSLMethod, own: features.Encoder, subject: Subject, options: Options, path: Path) -> None:
+    """`own` is the encoder of the checkpoint that holds the classifier."""
     said = f"classify.head = {'null' if options.head is None else repr(options.head)}"
     if type(method).logits is SSLMethod.logits:
         raise UserError(
@@ -52,6 +60,3 @@ def measure(subject: Subject, options: Options) -> dict[str, float]:
             )
     if subject.part is not None and own.ids != hashlib.sha256(subject.train_ids.tobytes()).hexdigest():
         raise UserError(f"{said}: was trained on images of {subject.part}; leave --validation out, or probe with it")
-    found = classify(method, own, subject.source, subject.test, world, world.place.cores, subject.test_ids)
-    draw(found, subject, "classify", "the classifier")
-    return found.values("classify")

@@ -22,7 +22,6 @@ from ssl_dist.features_file import replacing
 from ssl_dist.stop import STOPPED, StopRequest
 from ssl_dist.train import train_in
 
-WORDS = {"linear_probe": "linear probe", "fine_tuning": "fine-tuning"}
 CROP_AND_FLIP = {"random_resized_crop": {"scale": [0.08, 1.0], "ratio": [0.75, 4 / 3]}, "horizontal_flip": 0.5}
 
 
@@ -96,7 +95,7 @@ def trained(subject: Subject, name: str, module: str, recipe: Recipe, options: d
         raise Stopped(str(folder))
     threads = world.place.cores
     found = classify(training.method, subject.encoder, subject.source, subject.test, world, threads, subject.test_ids)
-    draw(found, subject, name, f"the {WORDS[module]} of {recipe.paper}")
+    draw(found, subject, name, f"the {module.replace('_', ' ')} of {recipe.paper}")
     return found
 
 

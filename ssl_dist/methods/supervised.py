@@ -44,16 +44,16 @@ class Method(SSLMethod):
         h_VBD = self.represent(batch)[0]
         logits = self.classifier(h_VBD[0])
         loss = F.cross_entropy(logits, batch.labels)
-        metrics = {"accuracy": _accuracy(logits, batch.labels, world)}
+        metrics = {"accuracy": accuracy(logits, batch.labels, world)}
         if self.options.rotation:
             turns, target = self.rotation_classifier(h_VBD.flatten(0, 1)), turn_targets(h_VBD.shape[1], h_VBD.device)
             rotation_loss = F.cross_entropy(turns, target)
-            metrics["accuracy_rotation"] = _accuracy(turns, target, world)
+            metrics["accuracy_rotation"] = accuracy(turns, target, world)
             metrics |= {"loss_labels": world.mean(loss.detach()), "loss_rotation": world.mean(rotation_loss.detach())}
             loss = loss + rotation_loss
         return Output(loss, metrics, representations=world.gather_images(h_VBD[0].detach()))
 
 
-def _accuracy(logits: Tensor, target: Tensor, world) -> Tensor:
+def accuracy(logits: Tensor, target: Tensor, world) -> Tensor:
     """Of all ranks, which hold equally many rows, in percent."""
     return 100 * world.mean((logits.argmax(1) == target).double().mean())

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ssl_dist.config import PositiveFloat, Section
 from ssl_dist.errors import UserError
 from ssl_dist.methods.base import Batch, Info, Output, SSLMethod, at_least_float32
-from ssl_dist.transfer.linear_probe import OUTPUT, accuracy
+from ssl_dist.methods.supervised import accuracy
+from ssl_dist.transfer.linear_probe import OUTPUT
 
 
 class Options(Section):

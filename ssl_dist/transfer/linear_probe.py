@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ssl_dist.config import PositiveFloat, Section
 from ssl_dist.errors import UserError
 from ssl_dist.methods.base import Batch, Info, Output, SSLMethod, at_least_float32
+from ssl_dist.methods.supervised import accuracy
 
 # Kernel, stride and padding of SeLa's max-pooling on the maps of its AlexNet.
 ALEXNET_POOLING = {"conv1": (6, 6, 3), "conv2": (4, 4, 0), "conv3": (3, 3, 1), "conv4": (3, 3, 1), "conv5": (2, 2, 0)}
@@ -90,11 +91,6 @@ class Method(SSLMethod):
             for name, z_BC in logits.items()
         }
         return Output(sum(F.cross_entropy(z_BC, batch.labels) for z_BC in logits.values()), metrics)
-
-
-def accuracy(logits_BC: Tensor, labels_B: Tensor, world) -> Tensor:
-    """Of all ranks, which hold equally many rows, in percent."""
-    return 100 * world.mean((logits_BC.argmax(1) == labels_B).double().mean())
 
 
 def _on_map(shape: tuple[int, int, int], num_classes: int, pooling: tuple[int, int, int] | None) -> nn.Module:
