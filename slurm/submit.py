@@ -49,14 +49,14 @@ def main() -> int:
         parser.error(f"unknown argument: {' '.join(others)}")
     try:
         if options.verb == "status":
-            from ssl_dist import slurm_status
+            from ssl_dist.slurm import status
 
-            print(slurm_status.table(options.runs))
+            print(status.table(options.runs))
             return 0
-        from ssl_dist import slurm_submit
+        from ssl_dist.slurm import submit
 
         options.overrides += others
-        return slurm_submit.train(options) if options.verb == "train" else slurm_submit.evaluate(options)
+        return submit.train(options) if options.verb == "train" else submit.evaluate(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

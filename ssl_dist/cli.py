@@ -195,7 +195,7 @@ def _add_config(sub: argparse.ArgumentParser) -> None:
 
 
 def _convert(args) -> int:
-    from ssl_dist.data.convert import convert
+    from ssl_dist.convert.command import convert
 
     made = convert(args.dataset, args.root, args.out, name=args.name, max_side=args.max_side, workers=args.workers)
     out = args.out or Path("data", made.name)
@@ -205,14 +205,14 @@ def _convert(args) -> int:
 
 def _train(args) -> int:
     from ssl_dist import config
-    from ssl_dist.train import train
+    from ssl_dist.train.loop import train
 
     return train(config.load(args.config, args.overrides))
 
 
 def _explain(args) -> int:
     from ssl_dist import config
-    from ssl_dist.explain import explain
+    from ssl_dist.train.explain import explain
 
     if args.world < 1:
         raise UserError(f"--world {args.world}: at least one rank is needed")
@@ -223,7 +223,7 @@ def _explain(args) -> int:
 
 
 def _extract(args) -> int:
-    from ssl_dist.evaluate import extract
+    from ssl_dist.evaluate.command import extract
 
     for path in extract(args.weights, args.split or [], args.overrides, args.out):
         print(path)
@@ -231,8 +231,8 @@ def _extract(args) -> int:
 
 
 def _evaluate(args) -> int:
-    from ssl_dist.evaluate import evaluate
-    from ssl_dist.evaluators.results import table
+    from ssl_dist.evaluate.command import evaluate
+    from ssl_dist.results.records import table
 
     overrides = [word for word in args.overrides if "=" in word]
     chosen = [word for word in args.overrides if "=" not in word]
@@ -245,7 +245,7 @@ def _evaluate(args) -> int:
 
 
 def _verify(args) -> int:
-    from ssl_dist.verify import verify
+    from ssl_dist.verify.command import verify
 
     overrides = [word for word in args.overrides if "=" in word]
     files = [word for word in args.overrides if "=" not in word]
@@ -262,7 +262,7 @@ def _report(args) -> int:
 
 
 def _export(args) -> int:
-    from ssl_dist.export import export
+    from ssl_dist.run.export import export
 
     line = export(args.run, args.format, args.out)
     print(f"{args.out}: written; load it with\n{line}")
@@ -270,14 +270,14 @@ def _export(args) -> int:
 
 
 def _labels(args) -> int:
-    from ssl_dist.label_export import export_labels
+    from ssl_dist.run.labels import export_labels
 
     print(export_labels(args.run, args.out, args.overrides))
     return 0
 
 
 def _voc(args) -> int:
-    from ssl_dist.evaluators.results import table
+    from ssl_dist.results.records import table
     from ssl_dist.voc import command
 
     code, made = command.run(args.task, args.weights, args.root, args.out, args.overrides)

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ssl_dist import cli
+from ssl_dist.distributed.rank import BY_SRUN
+from ssl_dist.distributed.signals import STOPPED
 from ssl_dist.errors import UserError
-from ssl_dist.place import BY_SRUN
-from ssl_dist.stop import STOPPED
 
 # Where Slurm reserves no port: by the job's number, above torchrun's 29500 and below what clients are given.
 FIRST_PORT, NUM_PORTS = 29600, 3000

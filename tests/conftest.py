@@ -49,7 +49,7 @@ def _one_thread():
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """The folder of the converted handwritten digits (train and test)."""
-    from ssl_dist.data.convert import convert
+    from ssl_dist.convert.command import convert
 
     root = tmp_path_factory.mktemp("data") / "digits"
     convert("digits", None, root, workers=1, progress=False)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ssl_dist.convert.command import convert
 from ssl_dist.data.beton import RAW
-from ssl_dist.data.convert import convert
 from ssl_dist.errors import UserError
 
 

@@ -48,7 +48,7 @@ def in_forward(folder, action):
 
 
 def skipped_exchange(folder):
-    from ssl_dist.dist import World
+    from ssl_dist.distributed.world import World
 
     reduce = World.reduce
 
@@ -64,7 +64,7 @@ def skipped_exchange(folder):
 
 
 def not_finite(folder):
-    from ssl_dist.dist import World
+    from ssl_dist.distributed.world import World
 
     from_share = World.from_share
 
@@ -92,8 +92,8 @@ def loader_exception(folder):
 
 
 def stuck_in_the_save(folder):
-    from ssl_dist import watchdog
-    from ssl_dist.training import Training
+    from ssl_dist.distributed import watchdog
+    from ssl_dist.train.state import Training
 
     watchdog.SAVE = 8.0
     save = Training._save
@@ -107,7 +107,7 @@ def stuck_in_the_save(folder):
 
 
 def slow_pictures(folder):
-    from ssl_dist.training import Training
+    from ssl_dist.train.state import Training
 
     show_views = Training.show_views
 
@@ -119,16 +119,16 @@ def slow_pictures(folder):
 
 
 def killed_in_the_extraction(folder):
-    from ssl_dist import features
+    from ssl_dist.run import encoder as run_encoder
 
-    test_views = features.views.test_views
+    test_views = run_encoder.views.test_views
 
     def faulty(*arguments, **options):
         if RANK == 1:
             on_fault(folder, killed)
         return test_views(*arguments, **options)
 
-    features.views.test_views = faulty
+    run_encoder.views.test_views = faulty
 
 
 if __name__ == "__main__":

@@ -5,21 +5,23 @@ One process is left alone by all of them: it is what the ranks are compared with
 
 from unittest import mock
 
-from ssl_dist import dist, meeting, methods
+from ssl_dist import methods
 from ssl_dist.data.loader import TrainLoader
-from ssl_dist.dist import World
+from ssl_dist.distributed import rendezvous
+from ssl_dist.distributed import world as world_module
+from ssl_dist.distributed.world import World
 
 
 def lose_the_backward_sum():
     """A rank's representations get the gradient of its own share of the loss only."""
-    backward = dist._GatherViews.backward
+    backward = world_module._GatherViews.backward
 
     def lost(ctx, grad):
         with mock.patch.object(World, "reduce", lambda self, x: x):
             return backward(ctx, grad)
 
-    dist._GatherViews.backward = staticmethod(lost)
-    meeting.prove = lambda world: None  # the self-test of every start sees it too; here the certificate must
+    world_module._GatherViews.backward = staticmethod(lost)
+    rendezvous.prove = lambda world: None  # the self-test of every start sees it too; here the certificate must
 
 
 def shift_a_share():

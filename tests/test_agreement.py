@@ -2,31 +2,34 @@
 
 import pytest
 
-from ssl_dist import config, dist
-from ssl_dist.blueprint import derive
+from ssl_dist import config
+from ssl_dist.distributed.rank import Place
+from ssl_dist.distributed.world import join_world, one_process
 from ssl_dist.errors import UserError
-from ssl_dist.place import Place
+from ssl_dist.run.blueprint import derive
 from tests import ranks
 from tests.test_train import CONFIG, overrides
 
 
 def agreed(rank, size, data, run, second=(), broken=None):
     """The name of the start, or what is said instead. `second` are overrides of the second rank."""
-    from ssl_dist import agreement, checkpoint, runfolder
+    from ssl_dist.run import folder as run_folder
+    from ssl_dist.storage import checkpoint
+    from ssl_dist.train import preflight
 
     if rank == 1 and broken == "versions":
         checkpoint.versions = lambda: {"torch": "1.0"}
     if rank == 1 and broken == "images":
-        agreement.Blueprint.data_identity = {"split": "other", "ids": "other"}
+        preflight.Blueprint.data_identity = {"split": "other", "ids": "other"}
     if rank == 1 and broken == "folder":
-        agreement._appears = lambda path: False
+        preflight._appears = lambda path: False
     place = Place.from_environment()
     more = second if rank == 1 else ()
     blueprint = derive(config.load(CONFIG, overrides(data, run, *more)), place)
-    with dist.start(place, blueprint.grid) as world:
-        world.first(lambda: runfolder.claim(blueprint.run))
+    with join_world(place, blueprint.grid) as world:
+        world.first(lambda: run_folder.claim(blueprint.run))
         try:
-            return agreement.agree(blueprint, world)
+            return preflight.agree(blueprint, world)
         except UserError as error:
             assert error.agreed
             return str(error)
@@ -65,7 +68,7 @@ def test_what_differs_is_named(digits, tmp_path, second, broken, said):
 def test_one_process_agrees_with_itself(digits, tmp_path):
     blueprint = derive(config.load(CONFIG, overrides(digits, tmp_path / "run")), Place())
     (tmp_path / "run" / "logs").mkdir(parents=True)
-    from ssl_dist.agreement import agree
+    from ssl_dist.train.preflight import agree
 
-    with dist.one_process() as world:
+    with one_process() as world:
         assert len(agree(blueprint, world)) == 16

@@ -12,10 +12,10 @@ from ssl_dist import cli, config
 from ssl_dist.config import Data
 from ssl_dist.data.readers import open_dataset, read_info
 from ssl_dist.errors import UserError
-from ssl_dist.evaluators import album as album_module
-from ssl_dist.evaluators.album import Album
-from ssl_dist.features_file import Features
-from ssl_dist.train import train
+from ssl_dist.results import figures as album_module
+from ssl_dist.results.figures import Album
+from ssl_dist.storage.features import Features
+from ssl_dist.train.loop import train
 
 
 def part(digits, split, ids=None, name=None):

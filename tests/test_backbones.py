@@ -9,7 +9,7 @@ import torchvision
 
 from ssl_dist import backbones
 from ssl_dist.errors import UserError
-from ssl_dist.nn import KeyedDropPath, key_dropout, keyed_rows
+from ssl_dist.nn.layers import KeyedDropPath, key_dropout, keyed_rows
 
 LARGE = ["resnet18", "resnet34", "resnet50", "resnet101"]
 EFFICIENT = ["efficientnet_b0", "efficientnet_v2_s"]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_dist.batchnorm import SyncBatchNorm, global_moments, refuse_others, synchronize, update_running
-from ssl_dist.dist import one_process
+from ssl_dist.distributed.world import one_process
 from ssl_dist.errors import UserError
 from ssl_dist.grid import Grid
+from ssl_dist.nn.batchnorm import SyncBatchNorm, global_moments, refuse_others, synchronize, update_running
 from tests import thread_world
 
 

@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ssl_dist.data import blur as blurs
+from ssl_dist.views import blur as blurs
 from tests.view_reference import blur, distance, noise, planes, smooth
 
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from ssl_dist.board import Board, State, archive_endings
-from ssl_dist.place import Place
+from ssl_dist.distributed.heartbeat import Board, State, archive_endings
+from ssl_dist.distributed.rank import Place
 
 
 @pytest.fixture

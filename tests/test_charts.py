@@ -5,7 +5,7 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
-from ssl_dist import charts
+from ssl_dist.results import charts
 from tests.albums import drawn
 
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_dist import checkpoint, durable
 from ssl_dist.errors import UserError
+from ssl_dist.storage import checkpoint, durable
 from tests import kills
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "numpy", "pytest", "ssl_dist.checkpoint", "tests.ranks"])
+_context.set_forkserver_preload(["torch", "numpy", "pytest", "ssl_dist.storage.checkpoint", "tests.ranks"])
 
 FILES = r"LAST|step-\d{8}\.pt(\.sha256)?"
 
@@ -327,7 +327,7 @@ def test_what_a_training_does_while_we_read_is_no_damage(tmp_path, capsys, monke
 LIMITED = """
 import pathlib, resource, signal, sys, torch
 from tests.test_checkpoint import state
-from ssl_dist import checkpoint
+from ssl_dist.storage import checkpoint
 big = state(2) | {"optimizer": {"moment": torch.zeros(int(sys.argv[3]))}}
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))

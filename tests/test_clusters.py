@@ -14,8 +14,8 @@ from ssl_dist import evaluators
 from ssl_dist.data import labels as labels_file
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators import clusters
-from ssl_dist.features_file import Features
 from ssl_dist.keys import EVALUATION, ORDER, hash64, permutation
+from ssl_dist.storage.features import Features
 from tests.albums import Sketchbook, drawn
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from ssl_dist import config, methods
-from ssl_dist.blueprint import build_method
-from ssl_dist.data.views import view_specs
 from ssl_dist.methods.base import Info
+from ssl_dist.run.blueprint import build_method
+from ssl_dist.views.make import view_specs
 
 FILES = sorted(Path("configs").rglob("*.yaml"))
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix
 
 from ssl_dist import evaluators
-from ssl_dist.evaluators import confusion
-from ssl_dist.evaluators.sampling import evenly
-from ssl_dist.features_file import Features
 from ssl_dist.keys import hash64
+from ssl_dist.results import confusion
+from ssl_dist.results.sampling import evenly
+from ssl_dist.storage.features import Features
 from tests.albums import Sketchbook
 
 

@@ -14,9 +14,9 @@ import pytest
 import torchvision
 from PIL import Image
 
+from ssl_dist.convert.command import convert
 from ssl_dist.data import manifest
 from ssl_dist.data.beton import JPG, RAW, Beton
-from ssl_dist.data.convert import convert
 from tests.conversions import refusal, run, shown
 from tests.make_images import jpeg, odd_folder, picture, save, simple_folder
 
@@ -87,7 +87,7 @@ def test_mean_and_std(tmp_path):
 
 def test_mean_and_std_of_evenly_spaced_images(tmp_path, monkeypatch):
     source = simple_folder(tmp_path / "source", per_class=5, splits=("train",))
-    monkeypatch.setattr("ssl_dist.data.moments.MOST", 4)
+    monkeypatch.setattr("ssl_dist.convert.statistics.MOST", 4)
     told = run("folder", source, tmp_path / "out")
     file = Beton(tmp_path / "out" / "train.beton")
     pixels = np.stack([file.sample(i) for i in (0, 2, 5, 7)]).reshape(-1, 3) / 255

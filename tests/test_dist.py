@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_dist import dist
-from ssl_dist.dist import Place, World
+from ssl_dist.distributed.world import Place, World, one_process
 from ssl_dist.errors import UserError
 from ssl_dist.grid import Grid
 from tests import ranks
@@ -34,7 +33,7 @@ def loss_of(z_KMD):
     return ((z @ z.T) * weights[:, None] * weights.sqrt()).tanh().mean()
 
 
-def one_process():
+def one_process_result():
     net, images = make_net(), make_images()
     z = net(images.flatten(0, 1)).unflatten(0, (K, M))
     loss = loss_of(z)
@@ -72,7 +71,7 @@ def step(rank, size, views, share):
 
 @pytest.mark.parametrize(("size", "views"), [(2, 1), (2, 2), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_loss_on_gathered_views_equals_one_process(tmp_path, size, views):
-    loss, gradients, buffers, z = one_process()
+    loss, gradients, buffers, z = one_process_result()
     for mean, grads, bufs, z_KMD, labels in ranks.run(step, size, tmp_path, views, False):
         assert mean == pytest.approx(loss, rel=1e-12)
         np.testing.assert_allclose(z_KMD, z, rtol=1e-10, atol=1e-12)
@@ -139,6 +138,6 @@ def test_environment(monkeypatch):
 
 
 def test_one_process_needs_no_group():
-    world = dist.one_process()
+    world = one_process()
     z = torch.randn(2, 3, 4)
     assert world.gather_views(z) is z and world.sum(z) is z and world.any(True) == [True]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ssl_dist import durable
+from ssl_dist.storage import durable
 from tests import kills
 
 
@@ -42,7 +42,7 @@ def test_the_order_that_survives_a_power_cut(tmp_path, monkeypatch):
 def test_what_fails_leaves_no_trace(tmp_path, error):
     path = tmp_path / "x"
     path.write_text("old")
-    with pytest.raises(type(error)), durable.replacing(path) as file:
+    with pytest.raises(type(error)), durable.atomic_write(path) as file:
         file.write(b"new")
         raise error
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["x"]
@@ -53,7 +53,7 @@ def test_what_fails_leaves_no_trace(tmp_path, error):
 def test_what_is_no_regular_file_stays(tmp_path):
     """Root could rename over /dev/null."""
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="not a regular file") as raised, durable.replacing(tmp_path / "pipe") as file:
+    with pytest.raises(OSError, match="not a regular file") as raised, durable.atomic_write(tmp_path / "pipe") as file:
         file.write(b"new")
     assert raised.value.filename == str(tmp_path / "pipe")
     assert (tmp_path / "pipe").is_fifo() and os.listdir(tmp_path) == ["pipe"]
@@ -69,7 +69,7 @@ def test_a_link_is_replaced_and_what_it_led_to_stays(tmp_path):
 
 
 def test_an_error_that_names_a_file_keeps_its_name(tmp_path):
-    with pytest.raises(FileNotFoundError) as raised, durable.replacing(tmp_path / "x"):
+    with pytest.raises(FileNotFoundError) as raised, durable.atomic_write(tmp_path / "x"):
         os.stat(tmp_path / "other")
     assert Path(raised.value.filename) == tmp_path / "other"
 
@@ -80,8 +80,8 @@ def test_files_of_the_dead_go_and_those_of_the_living_and_of_others_stay(tmp_pat
     for name in dead + foreign:
         (tmp_path / name).touch()
     code = (
-        "import sys; from pathlib import Path; from ssl_dist import durable\n"
-        "with durable.replacing(Path(sys.argv[1])) as file: print('open', flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from ssl_dist.storage import durable\n"
+        "with durable.atomic_write(Path(sys.argv[1])) as file: print('open', flush=True); sys.stdin.read()"
     )
     writer = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "y")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -101,7 +101,7 @@ def test_a_lock_is_on_the_file_that_is_there_now(tmp_path):
     with pytest.raises(BlockingIOError):
         durable.lock(path, os.O_RDWR, wait=False)
     code = (
-        "import os, sys; from pathlib import Path; from ssl_dist import durable\n"
+        "import os, sys; from pathlib import Path; from ssl_dist.storage import durable\n"
         "print('here', flush=True); print(os.read(durable.lock(Path(sys.argv[1]), os.O_RDWR), 9))"
     )
     waiting = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)

@@ -19,9 +19,9 @@ from threadpoolctl import threadpool_limits
 
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators import embedding
-from ssl_dist.evaluators.sampling import evenly
-from ssl_dist.features_file import Features
 from ssl_dist.keys import EVALUATION, hash64
+from ssl_dist.results.sampling import evenly
+from ssl_dist.storage.features import Features
 from tests.albums import Sketchbook, drawn
 
 QUICK = {"iterations": 500, "perplexity": 8.0}

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ssl_dist import evaluators
 from ssl_dist.errors import UserError
-from ssl_dist.evaluators.accuracy import target_rank
+from ssl_dist.results.accuracy import target_rank
 
 
 def test_every_name_is_an_evaluator_with_documented_options():

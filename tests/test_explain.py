@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_dist import backbones, config, explain, methods
-from ssl_dist.blueprint import derive
-from ssl_dist.dist import Place
+from ssl_dist import backbones, config, methods
+from ssl_dist.distributed.world import Place
+from ssl_dist.run.blueprint import derive
+from ssl_dist.train import explain
 
 CONFIG = "configs/digits/relational-conv4.yaml"
 

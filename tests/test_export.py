@@ -7,9 +7,10 @@ import safetensors.torch
 import torch
 import torchvision
 
-from ssl_dist import backbones, checkpoint, cli, config, weights
-from ssl_dist.features import load_encoder
-from ssl_dist.train import train
+from ssl_dist import backbones, cli, config
+from ssl_dist.run.encoder import load_encoder
+from ssl_dist.storage import checkpoint, weights
+from ssl_dist.train.loop import train
 from tests import golden_fill
 
 
@@ -80,7 +81,7 @@ def test_timm_loads_it_and_computes_the_same(run_of, tmp_path, capsys, name):
 
 def test_the_lists_of_each_librarys_networks_are_right():
     """Whatever is promised has the library's tensors, strictly; the rest is tested above for a few."""
-    from ssl_dist.export import OF_TIMM, OF_TORCHVISION
+    from ssl_dist.run.export import OF_TIMM, OF_TORCHVISION
 
     timm = pytest.importorskip("timm")
     with torch.device("meta"):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ssl_dist import checkpoint
+from ssl_dist.storage import checkpoint
 from tests.ranks import free_port
 from tests.test_train import CONFIG, fingerprint, metrics, overrides, run_training
 

@@ -11,17 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_dist import backbones, checkpoint, config, durable, features, methods
+from ssl_dist import backbones, config, methods
 from ssl_dist.data.readers import open_dataset
-from ssl_dist.dist import one_process
+from ssl_dist.distributed.world import one_process
 from ssl_dist.errors import UserError
-from ssl_dist.features_file import read_features, write_features
+from ssl_dist.run import encoder as run_encoder
+from ssl_dist.run.encoder import DatasetRef, Encoder, extract_features, features_path, is_fresh, load_encoder
+from ssl_dist.storage import checkpoint, durable
+from ssl_dist.storage.features import read_features, write_features
 from tests import ranks
 
 
 @pytest.fixture(scope="module")
 def run(digits, tmp_path_factory):
-    from ssl_dist.train import train
+    from ssl_dist.train.loop import train
 
     run = tmp_path_factory.mktemp("runs") / "random"
     overrides = [f"data.root={digits}", f"run_dir={run}", "data.reader=arrays"]
@@ -30,12 +33,12 @@ def run(digits, tmp_path_factory):
 
 
 def source(digits, reader="arrays"):
-    return features.Source("digits", str(digits), reader)
+    return DatasetRef("digits", str(digits), reader)
 
 
 def test_features_are_the_encoders_of_every_image_in_order(run, digits, tmp_path):
-    encoder = features.load_encoder(run)
-    path = features.extract(encoder, source(digits), "test", tmp_path, one_process(), threads=1)
+    encoder = load_encoder(run)
+    path = extract_features(encoder, source(digits), "test", tmp_path, one_process(), threads=1)
     found = read_features(path)
     with open_dataset(digits, "test", "arrays") as reader:
         ids = np.arange(reader.info.count)
@@ -52,13 +55,13 @@ def test_features_are_the_encoders_of_every_image_in_order(run, digits, tmp_path
 
 
 def test_the_resize_of_evaluation_reaches_the_features_and_their_file(run, digits, tmp_path):
-    encoder, read = features.load_encoder(run), {}
+    encoder, read = load_encoder(run), {}
     for interpolation in ("bilinear", "bicubic"):
         data = encoder.config.data.model_copy(update={"eval_resize": 40, "eval_interpolation": interpolation})
         other = replace(encoder, config=encoder.config.model_copy(update={"data": data}))
-        path = features.extract(other, source(digits), "test", tmp_path / interpolation, one_process(), threads=1)
-        assert features.is_fresh(path, other, source(digits), "test")
-        assert not features.is_fresh(path, encoder, source(digits), "test")
+        path = extract_features(other, source(digits), "test", tmp_path / interpolation, one_process(), threads=1)
+        assert is_fresh(path, other, source(digits), "test")
+        assert not is_fresh(path, encoder, source(digits), "test")
         read[interpolation] = read_features(path)
     transforms = [read[interpolation].metadata["transform"] for interpolation in read]
     assert transforms[0].startswith("short side to 40, centre crop 32, ")
@@ -67,7 +70,7 @@ def test_the_resize_of_evaluation_reaches_the_features_and_their_file(run, digit
 
 
 def in_ranks(rank, size, run, folder, split):
-    from ssl_dist.evaluate import extract
+    from ssl_dist.evaluate.command import extract
 
     torch.set_num_threads(1)
     return [str(p) for p in extract(Path(run), [split], [], Path(folder))]
@@ -75,7 +78,7 @@ def in_ranks(rank, size, run, folder, split):
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_world_size_writes_the_same_file(run, digits, tmp_path, size):
-    alone = features.extract(features.load_encoder(run), source(digits), "test", tmp_path / "a", one_process(), 1)
+    alone = extract_features(load_encoder(run), source(digits), "test", tmp_path / "a", one_process(), 1)
     assert read_features(alone).features.shape[0] % 7, "the count should not divide evenly"
     (tmp_path / "b").mkdir()
     for left in ("digits-test.safetensors", "digits-test.part-0", "digits-test.part-7"):
@@ -88,14 +91,14 @@ def test_any_world_size_writes_the_same_file(run, digits, tmp_path, size):
 
 
 def test_what_the_killed_left_is_removed_and_what_the_living_write_is_not(run, digits, tmp_path):
-    encoder = features.load_encoder(run)
-    path = features.path_of(tmp_path, source(digits), "test")
+    encoder = load_encoder(run)
+    path = features_path(tmp_path, source(digits), "test")
     dead = [tmp_path / ".digits-test.part-1.01234567.tmp", tmp_path / ".digits-test.safetensors.89abcdef.tmp"]
     for left in dead:
         left.touch()
-    with durable.temporary(features._part_of(path, 0, "00000000")) as part:  # of a process that is at it
+    with durable.temporary(run_encoder._part_of(path, 0, "00000000")) as part:  # of a process that is at it
         part.write(b"rows")
-        features.extract(encoder, source(digits), "test", tmp_path, one_process(), 1)
+        extract_features(encoder, source(digits), "test", tmp_path, one_process(), 1)
         assert sorted(os.listdir(tmp_path)) == [".digits-test.part-0.00000000.tmp", path.name]
     assert os.listdir(tmp_path) == [path.name]
 
@@ -103,7 +106,7 @@ def test_what_the_killed_left_is_removed_and_what_the_living_write_is_not(run, d
 def test_a_folder_that_cannot_be_made_is_refused_before_the_work(run, digits, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=f"{tmp_path}/file/f: cannot be written: .*give another --out"):
-        features.extract(features.load_encoder(run), source(digits), "test", tmp_path / "file" / "f", one_process(), 1)
+        extract_features(load_encoder(run), source(digits), "test", tmp_path / "file" / "f", one_process(), 1)
 
 
 def test_the_sha256_is_of_the_bytes_that_were_loaded(run, tmp_path, monkeypatch):
@@ -112,43 +115,43 @@ def test_the_sha256_is_of_the_bytes_that_were_loaded(run, tmp_path, monkeypatch)
     shutil.copytree(run, copy)
     path = checkpoint.newest(copy)
     expected = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert features.load_encoder(path).sha256 == expected
+    assert load_encoder(path).sha256 == expected
     load = torch.load
     monkeypatch.setattr(torch, "load", lambda *args, **options: (path.unlink(), load(*args, **options))[1])
-    assert features.load_encoder(copy).sha256 == expected and not path.exists()
+    assert load_encoder(copy).sha256 == expected and not path.exists()
 
 
 @pytest.mark.requires_ffcv
 def test_readers_agree(run, digits, tmp_path):
-    encoder = features.load_encoder(run)
+    encoder = load_encoder(run)
     files = [
-        features.extract(encoder, source(digits, reader), "test", tmp_path / reader, one_process(), threads)
+        extract_features(encoder, source(digits, reader), "test", tmp_path / reader, one_process(), threads)
         for reader, threads in (("arrays", 1), ("ffcv", 2))
     ]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_freshness(run, digits, tmp_path):
-    encoder = features.load_encoder(run)
-    path = features.path_of(tmp_path, source(digits), "test")
+    encoder = load_encoder(run)
+    path = features_path(tmp_path, source(digits), "test")
 
-    def is_fresh(encoder=encoder):
-        return features.is_fresh(path, encoder, source(digits), "test")
+    def fresh(encoder=encoder):
+        return is_fresh(path, encoder, source(digits), "test")
 
-    assert not is_fresh()
-    features.extract(encoder, source(digits), "test", tmp_path, one_process(), 1)
-    assert is_fresh()
-    assert not is_fresh(features.Encoder(encoder.module, encoder.config, encoder.normalize, "0" * 64, 0, encoder.file))
+    assert not fresh()
+    extract_features(encoder, source(digits), "test", tmp_path, one_process(), 1)
+    assert fresh()
+    assert not fresh(Encoder(encoder.module, encoder.config, encoder.normalize, "0" * 64, 0, encoder.file))
     found = read_features(path)
     write_features(path, found.features, found.labels, found.image_ids, found.metadata | {"data": "0" * 64})
-    assert not is_fresh(), "features of other samples under the same name"
+    assert not fresh(), "features of other samples under the same name"
     path.write_bytes(path.read_bytes()[:-1])
-    assert not is_fresh(), "a damaged file is extracted again"
+    assert not fresh(), "a damaged file is extracted again"
 
 
 def test_what_is_no_run(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint"):
-        features.load_encoder(tmp_path)
+        load_encoder(tmp_path)
 
 
 def test_every_method_and_backbone_is_found_by_name():

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, safe_open, save_file
 
 from ssl_dist.errors import UserError
-from ssl_dist.features_file import Features, check_pair, read_features, require_labels, write_features
+from ssl_dist.storage.features import Features, check_pair, read_features, require_labels, write_features
 
 METADATA = {
     "classes": json.dumps(["cat", "dög", "emu"]),
@@ -87,7 +87,7 @@ def test_numbers_are_aligned_whatever_the_length_of_the_header(path):
 
 
 def test_many_rows_are_written_in_chunks(path, monkeypatch):
-    monkeypatch.setattr("ssl_dist.features_file._CHUNK_BYTES", 64)
+    monkeypatch.setattr("ssl_dist.storage.features._CHUNK_BYTES", 64)
     features, labels, image_ids = _arrays(101, 5)
     write_features(path, features, labels, image_ids, METADATA)
     np.testing.assert_array_equal(read_features(path).features, features)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssl_dist import figures
 from ssl_dist.errors import UserError
+from ssl_dist.run import plots
 
 
 def read(path):
@@ -30,7 +30,7 @@ def test_views_stand_in_columns_and_images_in_rows(tmp_path, size):
     for view in range(num_views):
         for image in range(num_images):
             views[view, image] = np.array([40 + 60 * view, 40 + 100 * image, 200])[:, None, None]
-    figures.views_grid(tmp_path / "new" / "views.png", views, ["original", "a", "b"])
+    plots.views_grid(tmp_path / "new" / "views.png", views, ["original", "a", "b"])
     picture = read(tmp_path / "new" / "views.png")
     centres = np.array(
         [[centre_of(picture, (40 + 60 * v, 40 + 100 * i, 200)) for v in range(num_views)] for i in range(num_images)]
@@ -43,19 +43,19 @@ def test_a_view_stands_upright(tmp_path):
     view = np.zeros((1, 1, 3, 32, 32), np.uint8)
     view[..., :16, :] = np.array([200, 40, 40])[:, None, None]
     view[..., 16:, :] = np.array([40, 40, 200])[:, None, None]
-    figures.views_grid(tmp_path / "views.png", view)
+    plots.views_grid(tmp_path / "views.png", view)
     picture = read(tmp_path / "views.png")
     assert centre_of(picture, (200, 40, 40))[0] < centre_of(picture, (40, 40, 200))[0] - 40
 
 
 def test_many_views_stay_within_a_page(tmp_path):
-    figures.views_grid(tmp_path / "views.png", np.zeros((64, 2, 3, 32, 32), np.uint8))
+    plots.views_grid(tmp_path / "views.png", np.zeros((64, 2, 3, 32, 32), np.uint8))
     assert read(tmp_path / "views.png").shape[1] < 3200
 
 
 def test_titles_must_fit(tmp_path):
     with pytest.raises(ValueError, match="2 titles for 3 views"):
-        figures.views_grid(tmp_path / "x.png", np.zeros((3, 1, 3, 4, 4), np.uint8), ["a", "b"])
+        plots.views_grid(tmp_path / "x.png", np.zeros((3, 1, 3, 4, 4), np.uint8), ["a", "b"])
 
 
 def metrics(path, lines, tail=""):
@@ -72,7 +72,7 @@ def channels_that_stand_out(picture):
 
 def test_loss_curve(tmp_path):
     plain = [{"step": s, "epoch": s / 10, "loss": 1 / s} for s in range(1, 50)]
-    figures.loss_curve(tmp_path / "loss.png", metrics(tmp_path / "metrics.jsonl", plain, tail='{"step": 50, "ep'))
+    plots.loss_curve(tmp_path / "loss.png", metrics(tmp_path / "metrics.jsonl", plain, tail='{"step": 50, "ep'))
     picture = read(tmp_path / "loss.png")
     assert channels_that_stand_out(picture) == {"B"}  # the loss
 
@@ -83,7 +83,7 @@ def test_loss_curve(tmp_path):
     assert rows[columns == columns.min()].mean() < rows[columns == columns.max()].mean() - 100
 
     both = [line | {"accuracy": 80, "accuracy_positive": 70, "accuracy_negative": 90} for line in plain]
-    figures.loss_curve(tmp_path / "loss.png", metrics(tmp_path / "metrics.jsonl", [{"event": "resumed"}, *both]))
+    plots.loss_curve(tmp_path / "loss.png", metrics(tmp_path / "metrics.jsonl", [{"event": "resumed"}, *both]))
     assert channels_that_stand_out(read(tmp_path / "loss.png")) == {"R", "G", "B"}  # negatives, positives, loss
 
 
@@ -97,8 +97,8 @@ def test_metrics_that_cannot_be_drawn_are_refused(tmp_path):
         if content is not None:
             path.write_text(content)
         with pytest.raises(UserError, match=message) as caught:
-            figures.loss_curve(tmp_path / "loss.png", path)
+            plots.loss_curve(tmp_path / "loss.png", path)
         assert str(path) in str(caught.value)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
-        figures.views_grid(tmp_path / "file" / "x.png", np.zeros((1, 1, 3, 4, 4), np.uint8))
+        plots.views_grid(tmp_path / "file" / "x.png", np.zeros((1, 1, 3, 4, 4), np.uint8))

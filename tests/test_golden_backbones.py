@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_dist import backbones, weights
+from ssl_dist import backbones
+from ssl_dist.storage import weights
 from tests import golden_fill
 
 FOLDER = Path(os.environ.get("SSL_DIST_GOLDEN", Path(__file__).parent / "golden"))

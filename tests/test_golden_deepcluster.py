@@ -11,7 +11,7 @@ from torch import nn
 from ssl_dist.clock import Clock
 from ssl_dist.config import Normalize
 from ssl_dist.data.normalize import normalized
-from ssl_dist.dist import one_process
+from ssl_dist.distributed.world import one_process
 from ssl_dist.kernels import kmeans
 from ssl_dist.keys import hash64
 from ssl_dist.methods import deepcluster

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from ssl_dist.evaluators import logistic, logistic_calibrated, logistic_sgd
-from ssl_dist.evaluators.accuracy import target_rank
-from ssl_dist.features_file import Features
+from ssl_dist.results.accuracy import target_rank
+from ssl_dist.storage.features import Features
 
 FOLDER = Path(os.environ.get("SSL_DIST_GOLDEN", Path(__file__).parent / "golden"))
 GOLDEN = dict(np.load(FOLDER / "eval.npz"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ssl_dist.evaluators import knn
-from ssl_dist.features_file import Features
+from ssl_dist.storage.features import Features
 
 FOLDER = Path(os.environ.get("SSL_DIST_GOLDEN", Path(__file__).parent / "golden"))
 GOLDEN = dict(np.load(FOLDER / "knn.npz"))

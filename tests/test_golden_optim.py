@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ssl_dist import optim
 from ssl_dist.clock import Clock
 from ssl_dist.config import Optim
-from ssl_dist.lars import LARS
+from ssl_dist.train import optim
+from ssl_dist.train.optim import LARS
 
 FOLDER = Path(os.environ.get("SSL_DIST_GOLDEN", Path(__file__).parent / "golden"))
 SFRIK, FFCV, SELA = (dict(np.load(FOLDER / f"{name}.npz")) for name in ("sfrik", "ffcvssl", "sela"))

@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ssl_dist import backbones, optim
+from ssl_dist import backbones
 from ssl_dist.clock import Clock
 from ssl_dist.config import Optim
-from ssl_dist.dist import one_process
+from ssl_dist.distributed.world import one_process
 from ssl_dist.evaluators import finetune, probe
+from ssl_dist.methods import fine_tuning, linear_probe
 from ssl_dist.methods.base import Batch, Info
-from ssl_dist.transfer import fine_tuning, linear_probe
+from ssl_dist.train import optim
 from tests import golden_fill
 
 FOLDER = Path(os.environ.get("SSL_DIST_GOLDEN", Path(__file__).parent / "golden"))

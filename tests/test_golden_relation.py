@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_dist.dist import one_process
+from ssl_dist.distributed.world import one_process
 from ssl_dist.methods import relational
 from ssl_dist.methods.base import Batch, Info
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from ssl_dist import methods
 from ssl_dist.clock import Clock
-from ssl_dist.dist import one_process
+from ssl_dist.distributed.world import one_process
 from ssl_dist.methods import relic
 from ssl_dist.methods.base import Batch, Info
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ssl_dist.clock import Clock
-from ssl_dist.dist import one_process
+from ssl_dist.distributed.world import one_process
 from ssl_dist.kernels import sinkhorn
 from ssl_dist.methods import sela
 from ssl_dist.methods.base import Batch, Info, Rows

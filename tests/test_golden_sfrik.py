@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_dist.dist import World, choose_device, one_process
+from ssl_dist.distributed.rank import Place
+from ssl_dist.distributed.world import World, choose_device, one_process
 from ssl_dist.grid import Grid
 from ssl_dist.methods import align_uniform, sfrik, simclr, vicreg
 from ssl_dist.methods.base import Batch, Info
-from ssl_dist.nn import mlp
-from ssl_dist.place import Place
+from ssl_dist.nn.layers import mlp
 from tests import golden_fill, ranks
 
 FOLDER = Path(os.environ.get("SSL_DIST_GOLDEN", Path(__file__).parent / "golden"))

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from ssl_dist.health import MAX_ROWS, effective_rank, feature_std
+from ssl_dist.train.collapse import MAX_ROWS, effective_rank, feature_std
 
 
 def test_isotropic_features_are_alive():

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ssl_dist import cli
+from ssl_dist import cli, results
 from ssl_dist.data import plan
-from ssl_dist.evaluate import evaluate
-from ssl_dist.evaluators import knn, logistic, probe, results
-from ssl_dist.features_file import read_features
+from ssl_dist.evaluate.command import evaluate
+from ssl_dist.evaluators import knn, logistic, probe
+from ssl_dist.storage.features import read_features
 from tests.test_transfer import pretrained
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +58,7 @@ def test_validation_measures_a_part_of_the_training_split(run):
 def test_validation_leaves_the_test_split_alone(digits, tmp_path, monkeypatch):
     run = pretrained(digits, tmp_path / "run")
     opened = []
-    for module in ("ssl_dist.evaluate", "ssl_dist.features", "ssl_dist.evaluators.subject"):
+    for module in ("ssl_dist.evaluate.command", "ssl_dist.run.encoder", "ssl_dist.transfer.subject"):
         original = sys.modules[module].open_dataset
         monkeypatch.setattr(
             f"{module}.open_dataset",

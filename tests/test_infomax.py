@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ssl_dist import backbones, methods
-from ssl_dist.dist import one_process
+from ssl_dist.distributed.world import one_process
 from ssl_dist.errors import UserError
 from ssl_dist.grid import Grid
 from ssl_dist.methods import infomax

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from ssl_dist import dist, job, slurm_script, slurm_submit
+from ssl_dist import job
+from ssl_dist.distributed import world as world_module
+from ssl_dist.distributed.rank import Place
+from ssl_dist.distributed.world import choose_device
 from ssl_dist.errors import UserError
-from ssl_dist.place import Place
+from ssl_dist.slurm import submit
+from ssl_dist.slurm.script import Site, executor, read_site, setup_lines, teardown_lines
 
 ROOT = Path(__file__).parent.parent
 SRUN = {
@@ -100,33 +104,33 @@ def test_any_code_but_0_ends_the_tasks_process(monkeypatch):
     ],
 )
 def test_the_gpu_of_a_rank(monkeypatch, place, visible, on_node, chosen):
-    monkeypatch.setattr(dist.torch.cuda, "is_available", lambda: visible > 0)
-    monkeypatch.setattr(dist.torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(world_module.torch.cuda, "is_available", lambda: visible > 0)
+    monkeypatch.setattr(world_module.torch.cuda, "device_count", lambda: visible)
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", on_node or "4")
     monkeypatch.delenv("SSL_DIST_BY_SRUN", raising=False)
     if on_node:
         monkeypatch.setenv("SSL_DIST_BY_SRUN", "1")
     if chosen is None:
         with pytest.raises(UserError, match="4 ranks on this node but 1 GPU"):
-            dist.choose_device(place)
+            choose_device(place)
     else:
-        assert str(dist.choose_device(place)) == chosen
+        assert str(choose_device(place)) == chosen
 
 
 # ---------------------------------------------------------------------------------------------------- the site
 
 
 def test_the_example_of_a_site_names_every_key():
-    site = slurm_script.read_site(ROOT / "slurm" / "site.yaml", {})
+    site = read_site(ROOT / "slurm" / "site.yaml", {})
     text = (ROOT / "slurm" / "site.yaml").read_text()
-    assert all(f"\n{name}: " in text for name in slurm_script.Site.model_fields)
+    assert all(f"\n{name}: " in text for name in Site.model_fields)
     assert site.ranks_per_node == 8
 
 
 def test_options_come_before_the_site(tmp_path):
     file = tmp_path / "site.yaml"
     file.write_text("partition: gpu\ngpus_per_node: 8\n")
-    site = slurm_script.read_site(file, {"tasks_per_node": 3, "partition": None, "verb": "train"})
+    site = read_site(file, {"tasks_per_node": 3, "partition": None, "verb": "train"})
     assert (site.partition, site.tasks_per_node, site.gpus_per_node, site.ranks_per_node) == ("gpu", 3, None, 3)
 
 
@@ -143,7 +147,7 @@ def test_a_sites_mistakes(tmp_path, text, said):
     file = tmp_path / "site.yaml"
     file.write_text(text)
     with pytest.raises(UserError, match=said):
-        slurm_script.read_site(file, {})
+        read_site(file, {})
 
 
 # ---------------------------------------------------------------------------------------------------- the script
@@ -153,11 +157,11 @@ def test_a_sites_mistakes(tmp_path, text, said):
     ("time", "minutes"), [("00:10:00", 10), ("24:00:00", 1440), ("2-01:30:00", 2970), ("00:05:30", 6)]
 )
 def test_script(tmp_path, time, minutes):
-    site = slurm_script.Site(
+    site = Site(
         partition="gpu", nodes=2, gpus_per_node=8, cpus_per_task=4, mem_gb=1.5, time=time, setup=["module load x"],
         sbatch={"exclude": "n3"},
     )  # fmt: skip
-    lines = slurm_script.executor(site, tmp_path / "%A", "name").script().splitlines()
+    lines = executor(site, tmp_path / "%A", "name").script().splitlines()
     for line in (
         "--partition=gpu", "--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=4",
         "--mem=1536MB", f"--time={minutes}", "--requeue", "--exclude=n3", "--signal=USR2@120", "--job-name=name",
@@ -171,7 +175,7 @@ def test_script(tmp_path, time, minutes):
 
 def test_the_plain_script_says_the_same(tmp_path):
     plain = (ROOT / "slurm" / "train.sbatch").read_text()
-    shared = slurm_script.setup_lines(slurm_script.Site()) + slurm_script.teardown_lines(3, tmp_path)
+    shared = setup_lines(Site()) + teardown_lines(3, tmp_path)
     for line in shared:
         line = line.replace(f"{tmp_path}/", "").replace("-le 3 ]", '-le "${CRASHES:-3}" ]')
         assert line.replace("  # ", " # ") in plain, line
@@ -202,7 +206,7 @@ def test_what_is_queued_again(tmp_path, code, state, crashes, again, array, fail
         (tools / name).write_text(f"#!/bin/sh\n{body}\n")
         (tools / name).chmod(0o755)
     (tmp_path / f"crashes-{job_name}.txt").write_text("crash\n" * crashes)
-    script = "\n".join([f"(exit {code})", *slurm_script.teardown_lines(3, tmp_path)])
+    script = "\n".join([f"(exit {code})", *teardown_lines(3, tmp_path)])
     environment = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "7"} | array
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, check=False)
     asked = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
@@ -222,20 +226,20 @@ def test_the_job_that_submitit_pickles_is_a_name_and_words():
 
 def test_seeds_and_sweeps():
     file = str(ROOT / "configs" / "digits" / "relational-conv4.yaml")
-    [alone] = slurm_submit.variants(file, ["run_dir=runs/x/"], [], [])
+    [alone] = submit.variants(file, ["run_dir=runs/x/"], [], [])
     assert alone.run_dir == "runs/x/"
-    assert slurm_submit.variants(file, ["run_dir=."], [], [])[0].run_dir == "."
+    assert submit.variants(file, ["run_dir=."], [], [])[0].run_dir == "."
     with pytest.raises(UserError, match="no name that a seed"):
-        slurm_submit.variants(file, ["run_dir=."], [1], [])
-    found = slurm_submit.variants(file, ["run_dir=runs/x/"], [0, 7], ["optim.lr=[1e-3, 3e-3]"])
+        submit.variants(file, ["run_dir=."], [1], [])
+    found = submit.variants(file, ["run_dir=runs/x/"], [0, 7], ["optim.lr=[1e-3, 3e-3]"])
     assert [(c.run_dir, c.optim.lr, c.seed) for c in found] == [
         ("runs/x-lr0.001-seed0", 1e-3, 0), ("runs/x-lr0.001-seed7", 1e-3, 7),
         ("runs/x-lr0.003-seed0", 3e-3, 0), ("runs/x-lr0.003-seed7", 3e-3, 7),
     ]  # fmt: skip
-    names = slurm_submit.variants(file, [], [], ["method.options.aggregation=[cat, sum]"])
+    names = submit.variants(file, [], [], ["method.options.aggregation=[cat, sum]"])
     assert [c.run_dir for c in names] == [f"runs/digits-relational-conv4-aggregation{name}" for name in ("cat", "sum")]
     for seeds, sweep in (([1, 1], []), ([], ["optim.lr=[1, 1]"])):
         with pytest.raises(UserError, match="given twice"):
-            slurm_submit.variants(file, [], seeds, sweep)
+            submit.variants(file, [], seeds, sweep)
     with pytest.raises(UserError, match="seed"):
-        slurm_submit.variants(file, [], [-1], [])
+        submit.variants(file, [], [-1], [])

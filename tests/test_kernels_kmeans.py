@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.cluster import KMeans
 
-from ssl_dist.dist import one_process
+from ssl_dist.distributed.world import one_process
 from ssl_dist.grid import Grid
 from ssl_dist.kernels import kmeans
 from ssl_dist.keys import hash64

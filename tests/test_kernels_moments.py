@@ -117,7 +117,7 @@ def test_results_do_not_depend_on_the_number_of_threads(layout, monkeypatch):
 WARM_UP = """
 import torch
 from torch import nn
-from ssl_dist.batchnorm import SyncBatchNorm, warm_up
+from ssl_dist.nn.batchnorm import SyncBatchNorm, warm_up
 from ssl_dist.kernels import moments
 compiled = [function for function in vars(moments).values() if hasattr(function, "signatures")]
 counts = lambda: [len(function.signatures) for function in compiled]

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators import knn
-from ssl_dist.features_file import Features
+from ssl_dist.kernels import neighbours
+from ssl_dist.storage.features import Features
 
 # Directions whose cosines are exact in floating point: multiples of a half or a quarter, many of them equal.
 EXACT = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [1, 1, 1, 1], [1, 1, -1, -1], [-1, 1, -1, 1], [0, 0, 0, 0]])
@@ -77,9 +78,9 @@ def test_ties_take_the_lower_image_id_and_the_lower_class_whatever_the_blocks(
 
     train, test = part(EXACT[draw(12)], [*draw(10), 0, 1]), part(EXACT[draw(4)], draw(4))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(knn, "_block_sizes", lambda *_: (num_queries, num_rows))
+        patch.setattr(neighbours, "_block_sizes", lambda *_: (num_queries, num_rows))
         found = knn.run(train, test, knn.Options(k=[k], temperature=[1.0], precision=precision))
-        blocks = list(knn.neighbours(train, test, k, torch.float64, 1))
+        blocks = list(neighbours.neighbours(train, test, k, torch.float64, 1))
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1
     assert tuple(found.values()) == reference(train, test, k, 1.0, num_classes)
 
@@ -96,15 +97,15 @@ def test_of_many_equal_neighbours_the_lowest_ids_are_kept():
     """Collapsed features: all cosines are 1, but for some that are -1."""
     sign = np.where(np.arange(300) % 3 == 0, -1, 1)
     train = part(sign[:, None] * EXACT[0], np.arange(300) % 2)
-    ((_, cosine, rows),) = knn.neighbours(train, part(EXACT[:1], [0]), 250, torch.float32, 1 << 20)
+    ((_, cosine, rows),) = neighbours.neighbours(train, part(EXACT[:1], [0]), 250, torch.float32, 1 << 20)
     assert rows[0].tolist() == [*np.flatnonzero(sign > 0), *np.flatnonzero(sign < 0)[:50]]
     assert cosine[0].tolist() == [1.0] * 200 + [-1.0] * 50
 
 
 def test_blocks_change_nothing():
     train, test = random_part(300, 16), random_part(57, 16, seed=1)
-    whole = next(iter(knn.neighbours(train, test, 40, torch.float64, 1 << 30)))
-    parts = list(knn.neighbours(train, test, 40, torch.float64, 1 << 16))
+    whole = next(iter(neighbours.neighbours(train, test, 40, torch.float64, 1 << 30)))
+    parts = list(neighbours.neighbours(train, test, 40, torch.float64, 1 << 16))
     assert len(parts) > 1 and parts[0][0] == 0
     torch.testing.assert_close(torch.cat([rows for _, _, rows in parts]), whole[2])
     torch.testing.assert_close(torch.cat([cosine for _, cosine, _ in parts]), whole[1], rtol=0, atol=1e-14)
@@ -163,7 +164,8 @@ def test_labels_and_files_must_fit():
 MEMORY = """
 import sys, torch
 from ssl_dist.evaluators import knn
-from ssl_dist.features_file import read_features
+from ssl_dist.kernels import neighbours
+from ssl_dist.storage.features import read_features
 
 def mib(name):
     with open("/proc/self/status") as status:
@@ -181,7 +183,7 @@ print(mib("VmHWM") - before)
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's account of memory")
 def test_memory_is_bounded_by_the_budget_on_a_mapped_file(tmp_path):
-    from ssl_dist.features_file import METADATA, write_features
+    from ssl_dist.storage.features import METADATA, write_features
 
     metadata = dict.fromkeys(METADATA, "x") | {"classes": "[]"}
     paths = [str(tmp_path / name) for name in ("train", "test")]

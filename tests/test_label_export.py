@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_dist import checkpoint, cli, config
-from ssl_dist.blueprint import derive
+from ssl_dist import cli, config
 from ssl_dist.data import labels
-from ssl_dist.place import Place
-from ssl_dist.train import train
+from ssl_dist.distributed.rank import Place
+from ssl_dist.run.blueprint import derive
+from ssl_dist.storage import checkpoint
+from ssl_dist.train.loop import train
 
 CONFIG = "configs/digits/sela-conv4.yaml"
 SMALL = [

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from ssl_dist import config, methods
-from ssl_dist.blueprint import derive
 from ssl_dist.data import labels
+from ssl_dist.distributed.rank import Place
 from ssl_dist.errors import UserError
-from ssl_dist.place import Place
+from ssl_dist.run.blueprint import derive
 
 CONFIG = "configs/digits/relational-conv4.yaml"
 

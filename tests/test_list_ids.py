@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ssl_dist.data.convert import convert
+from ssl_dist.convert.command import convert
 from ssl_dist.data.readers import open_dataset
 from ssl_dist.errors import UserError
 from tests.make_images import simple_folder

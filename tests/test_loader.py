@@ -9,8 +9,8 @@ import torch
 from ssl_dist.config import ColorJitter, RandomResizedCrop, ViewGroup
 from ssl_dist.data.loader import TrainLoader
 from ssl_dist.data.plan import Plan
-from ssl_dist.data.views import view_specs
 from ssl_dist.grid import Grid
+from ssl_dist.views.make import view_specs
 
 N, K, SIZE = 24, 4, 8
 GROUPS = [ViewGroup(random_resized_crop=RandomResizedCrop(), horizontal_flip=0.5, color_jitter=ColorJitter())]

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from ssl_dist import backbones
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators import logistic
-from ssl_dist.features_file import Features
+from ssl_dist.storage.features import Features
 
 
 def part(features, labels):

@@ -9,8 +9,8 @@ import torch
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators import logistic_sgd
 from ssl_dist.evaluators.logistic_sgd import Options
-from ssl_dist.features_file import METADATA, Features, read_features, write_features
 from ssl_dist.keys import ORDER, hash64, permutation
+from ssl_dist.storage.features import METADATA, Features, read_features, write_features
 
 
 def part(features, labels, classes=()):

@@ -7,12 +7,12 @@ import time
 import pytest
 import torch
 
-from ssl_dist import dist, meeting
-from ssl_dist.dist import World
+from ssl_dist.distributed import rendezvous
+from ssl_dist.distributed.rank import Place
+from ssl_dist.distributed.rendezvous import StoppedWhileWaiting
+from ssl_dist.distributed.world import World, join_world
 from ssl_dist.errors import Fault, UserError
 from ssl_dist.grid import Grid
-from ssl_dist.meeting import StoppedWhileWaiting
-from ssl_dist.place import Place
 from tests import ranks
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def port(monkeypatch):
 
 def join_as_two_of_three(rank, size):
     try:
-        meeting.join(Place(rank, 3, rank, 3), CPU, never, patience=2)
+        rendezvous.join(Place(rank, 3, rank, 3), CPU, never, patience=2)
     except Fault as fault:
         return str(fault)
 
@@ -44,14 +44,14 @@ def test_a_rank_that_does_not_come_is_named(tmp_path):
 
 def test_rank_0_that_does_not_come_is_named(port):
     with pytest.raises(Fault, match=rf"rank 0 does not answer at 127\.0\.0\.1:{port} .*did it start\?"):
-        meeting.join(Place(1, 2, 1, 2), CPU, never, patience=0.3)
+        rendezvous.join(Place(1, 2, 1, 2), CPU, never, patience=0.3)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_wish_to_stop_is_heard_while_waiting(port, rank):
     start = time.monotonic()
     with pytest.raises(StoppedWhileWaiting):
-        meeting.join(Place(rank, 2, rank, 2), CPU, lambda: time.monotonic() > start + 0.3)
+        rendezvous.join(Place(rank, 2, rank, 2), CPU, lambda: time.monotonic() > start + 0.3)
     assert time.monotonic() - start < 5
 
 
@@ -60,7 +60,7 @@ def test_a_port_that_is_in_use_is_a_users_mistake(port):
         other.bind(("127.0.0.1", port))
         other.listen()
         with pytest.raises(UserError, match=f"MASTER_PORT = {port} is in use"):
-            meeting.join(Place(0, 2, 0, 2), CPU, never, patience=1)
+            rendezvous.join(Place(0, 2, 0, 2), CPU, never, patience=1)
 
 
 @pytest.mark.parametrize("value", [None, "one"])
@@ -70,7 +70,7 @@ def test_an_environment_without_a_port(monkeypatch, value):
     if value:
         monkeypatch.setenv("MASTER_PORT", value)
     with pytest.raises(UserError, match="MASTER_ADDR and MASTER_PORT"):
-        meeting.join(Place(0, 2, 0, 2), CPU, never)
+        rendezvous.join(Place(0, 2, 0, 2), CPU, never)
 
 
 def proven(rank, size, broken):
@@ -88,7 +88,7 @@ def proven(rank, size, broken):
         World.reduce = lambda self, x: reduce(self, x) * (2 if x.dim() == 0 else 1)
     start = time.perf_counter()
     try:
-        meeting.prove(world)
+        rendezvous.prove(world)
     except Fault as fault:
         return str(fault)
     return time.perf_counter() - start
@@ -109,7 +109,7 @@ def test_self_test_finds_what_is_broken(tmp_path, broken, said):
 
 
 def start(rank, size):
-    world = dist.start(Place.from_environment(), Grid(1, 2))
+    world = join_world(Place.from_environment(), Grid(1, 2))
     try:
         return world.everyone(os.environ["RANK"]), world.place.size
     finally:

@@ -8,11 +8,11 @@ from torch import nn
 from torchvision import models
 from torchvision.ops import StochasticDepth
 
-from ssl_dist.blueprint import refuse_random_layers
 from ssl_dist.errors import UserError
 from ssl_dist.keys import mix64
 from ssl_dist.methods.base import Batch, Info, SSLMethod
-from ssl_dist.nn import KeyedDropout, KeyedDropPath, _mix64, ema_update, key_dropout, keyed_rows, mlp
+from ssl_dist.nn.layers import KeyedDropout, KeyedDropPath, _mix64, ema_update, key_dropout, keyed_rows, mlp
+from ssl_dist.run.blueprint import refuse_random_layers
 
 KEYS = torch.tensor([3, -(2**60), 77, 2**62 + 5])
 

@@ -7,13 +7,16 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ssl_dist import checkpoint, config, features, online_knn
-from ssl_dist.data.convert import convert
+from ssl_dist import config
+from ssl_dist.convert.command import convert
 from ssl_dist.data.readers import open_dataset
-from ssl_dist.dist import one_process
+from ssl_dist.distributed.world import one_process
 from ssl_dist.errors import UserError
-from ssl_dist.explain import explain
-from ssl_dist.train import train
+from ssl_dist.run.encoder import load_encoder
+from ssl_dist.storage import checkpoint
+from ssl_dist.train import online_knn
+from ssl_dist.train.explain import explain
+from ssl_dist.train.loop import train
 from tests import ranks
 from tests.make_images import picture, save
 
@@ -44,7 +47,7 @@ def test_it_is_the_knn_of_the_encoder_on_held_out_images(run, digits):
     """Against every image by itself, sorted by cosine: a slow reference."""
     values = logged(run)
     assert list(values) == [4, 8, 12]
-    encoder = features.load_encoder(run)
+    encoder = load_encoder(run)
     with open_dataset(digits, "train", "arrays") as reader, torch.no_grad():
         count = reader.info.count
         labels = reader.labels(np.arange(count))

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_dist import optim
 from ssl_dist.clock import Clock
 from ssl_dist.config import Optim
+from ssl_dist.train import optim
 
 
 def rates(options, total=100, per_epoch=10):

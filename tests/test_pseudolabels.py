@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from ssl_dist.dist import one_process
+from ssl_dist.distributed.world import one_process
 from ssl_dist.grid import Grid
-from ssl_dist.pseudolabels import PseudoLabels
+from ssl_dist.nn.pseudolabels import PseudoLabels
 from tests import thread_world
 
 

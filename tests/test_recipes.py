@@ -10,9 +10,9 @@ import itertools
 import numpy as np
 import pytest
 
+from ssl_dist import views
 from ssl_dist.config import Views
-from ssl_dist.data import views
-from ssl_dist.section import validate
+from ssl_dist.config.section import validate
 from tests.view_reference import distance, noise, reference, smooth
 
 SIDE = 96  # of STL-10
@@ -148,7 +148,7 @@ def test_a_recipe_makes_the_views_that_pillow_and_torchvision_make(name):
         assert made.shape == (spec.num, 2, 3, spec.size, spec.size)
         for v, b in itertools.product(range(min(spec.num, 2)), range(2)):
             image = pixels[b, : heights[b], : widths[b]]
-            drawn = views.draw(spec, 1, 0, int(ids[b]), int(spec.view_ids[v]), *image.shape[:2])
+            drawn = views.draw_view(spec, 1, 0, int(ids[b]), int(spec.view_ids[v]), *image.shape[:2])
             expected = reference(image, group, spec.size, drawn)
             exact = drawn.hue == 0 or not drawn.jitter
             exact &= group.gaussian_blur is None or group.gaussian_blur.kernel is None

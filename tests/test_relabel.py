@@ -5,13 +5,14 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_dist import config, relabel
-from ssl_dist.blueprint import derive
+from ssl_dist import config
 from ssl_dist.clock import Clock
-from ssl_dist.dist import World
-from ssl_dist.nn import KeyedDropout
-from ssl_dist.place import Place
-from ssl_dist.training import Training
+from ssl_dist.distributed.rank import Place
+from ssl_dist.distributed.world import World
+from ssl_dist.nn.layers import KeyedDropout
+from ssl_dist.run.blueprint import derive
+from ssl_dist.train import relabel
+from ssl_dist.train.state import Training
 from tests import ranks
 
 CONFIG = "configs/digits/relational-conv4.yaml"
@@ -85,7 +86,7 @@ def test_the_modes_differ_and_only_training_moves_statistics(one_process):
 def test_the_test_transform_is_that_of_extraction(one_process, digits, tmp_path):
     """In evaluation mode without augmentation: exactly what the features file would hold, row by row."""
     run = make(digits, tmp_path / "run", Place())
-    from ssl_dist.data.views import test_views
+    from ssl_dist.views.make import test_views
 
     with run.blueprint.open_reader() as reader:
         [(pixels, heights, widths, _)] = reader.batches([run.blueprint.plan.train_ids])

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssl_dist import checkpoint, config
+from ssl_dist import config
+from ssl_dist.storage import checkpoint
 from tests import ranks
 from tests.test_train import fingerprint, metrics
 
@@ -21,7 +22,7 @@ OPTIONS = {
 
 
 def run_training(method, data, run, *more):
-    from ssl_dist.train import train
+    from ssl_dist.train.loop import train
 
     small = [
         f"data.root={data}", f"run_dir={run}", "data.limit=48", "data.reader=arrays", "optim.batch_size=16",

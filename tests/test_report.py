@@ -4,9 +4,8 @@ import statistics
 
 import pytest
 
-from ssl_dist import config, report
+from ssl_dist import config, report, results
 from ssl_dist.errors import UserError
-from ssl_dist.evaluators import results
 
 
 def run_with(folder, seed, value, lr=1e-3, **changes):

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from ssl_dist import config, report
-from ssl_dist.evaluate import evaluate
-from ssl_dist.train import train
+from ssl_dist.evaluate.command import evaluate
+from ssl_dist.train.loop import train
 from tests.browser import Browser, why_not
 from tests.test_report_page import EVIL, make_run, png, record, results
 

@@ -14,11 +14,12 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ssl_dist import checkpoint, cli, config, online_knn, report
+from ssl_dist import cli, config, report, results
 from ssl_dist.errors import UserError
-from ssl_dist.evaluators import results
 from ssl_dist.report import page
 from ssl_dist.report import run as runs
+from ssl_dist.storage import checkpoint
+from ssl_dist.train import online_knn
 from tests import kills
 from tests.test_verdicts import healthy
 

@@ -6,9 +6,9 @@ import os
 import numpy as np
 import pytest
 
+from ssl_dist import results
 from ssl_dist.errors import UserError
-from ssl_dist.evaluators import results
-from ssl_dist.features_file import Features
+from ssl_dist.storage.features import Features
 from tests import kills, ranks
 
 METADATA = {
@@ -27,7 +27,7 @@ METADATA = {
 
 def measured(values, protocol="kNN", **changes):
     test = Features(np.zeros((1, 1), np.float32), np.zeros(1, np.int64), np.zeros(1, np.int64), METADATA | changes)
-    return results.records(values, protocol, test.metadata, seed=3, options={"k": [20]})
+    return results.make_records(values, protocol, test.metadata, seed=3, options={"k": [20]})
 
 
 def test_a_record_says_what_the_number_means():

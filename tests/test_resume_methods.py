@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_dist import checkpoint, config, methods
-from ssl_dist.blueprint import derive
-from ssl_dist.dist import one_process
-from ssl_dist.place import Place
-from ssl_dist.stop import STOPPED
-from ssl_dist.train import claimed, fit
-from ssl_dist.training import Training
+from ssl_dist import config, methods
+from ssl_dist.distributed.rank import Place
+from ssl_dist.distributed.signals import STOPPED
+from ssl_dist.distributed.world import one_process
+from ssl_dist.run.blueprint import derive
+from ssl_dist.storage import checkpoint
+from ssl_dist.train.loop import claimed, fit
+from ssl_dist.train.state import Training
 
 TRAINED = [name for name in methods.names() if methods.find(name).trainable]
 STEPS = 24  # two epochs of ten steps and a part of the third

@@ -15,7 +15,7 @@ from sklearn.metrics import average_precision_score
 
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators import retrieval
-from ssl_dist.features_file import Features
+from ssl_dist.storage.features import Features
 from tests.albums import Sketchbook, drawn
 
 # Directions with many equal cosines, and a row of zeros.
@@ -205,7 +205,7 @@ def test_the_pictures(gallery):
 MEMORY = """
 import sys
 from ssl_dist.evaluators import retrieval
-from ssl_dist.features_file import read_features
+from ssl_dist.storage.features import read_features
 
 def mib(name):
     with open("/proc/self/status") as status:
@@ -224,7 +224,7 @@ print(mib("VmHWM") - before)
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's account of memory")
 def test_memory_is_bounded_by_the_budget_on_a_mapped_file(tmp_path):
-    from ssl_dist.features_file import METADATA, write_features
+    from ssl_dist.storage.features import METADATA, write_features
 
     metadata = dict.fromkeys(METADATA, "x") | {"classes": "[]"}
     paths = [str(tmp_path / name) for name in ("train", "test")]

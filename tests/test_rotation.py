@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from ssl_dist import methods
-from ssl_dist.dist import one_process
+from ssl_dist.distributed.world import one_process
 from ssl_dist.errors import UserError
 from ssl_dist.grid import Grid
 from ssl_dist.methods import rotation, supervised
 from ssl_dist.methods.base import Info
-from ssl_dist.nn import KeyedDropout
+from ssl_dist.nn.layers import KeyedDropout
 from tests import grids
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from ssl_dist import config, runfolder
+from ssl_dist import config
 from ssl_dist.config import Config
 from ssl_dist.errors import UserError
+from ssl_dist.run import folder as run_folder
 
 
 def make(**changes):
@@ -25,27 +26,27 @@ def make(**changes):
 
 def trained(run, **changes):
     """Accept a config and leave a checkpoint behind, which binds the next one."""
-    runfolder.accept(run, make(**changes))
+    run_folder.accept(run, make(**changes))
     (run / "checkpoints" / "step-00000001.pt").touch()
 
 
 def test_a_start_without_a_checkpoint_binds_nobody(tmp_path):
-    runfolder.claim(tmp_path)
-    runfolder.accept(tmp_path, make())
-    runfolder.accept(tmp_path, make(seed=1))
+    run_folder.claim(tmp_path)
+    run_folder.accept(tmp_path, make())
+    run_folder.accept(tmp_path, make(seed=1))
     assert config.load(tmp_path / "config.yaml").seed == 1
 
 
 def test_a_default_that_is_written_out_is_no_other_config(tmp_path):
-    runfolder.claim(tmp_path)
+    run_folder.claim(tmp_path)
     trained(tmp_path)
-    runfolder.accept(tmp_path, make(method={"options": {"gamma": 2.0}}))
+    run_folder.accept(tmp_path, make(method={"options": {"gamma": 2.0}}))
 
 
 def test_first_config_is_kept_and_the_same_is_accepted(tmp_path):
-    runfolder.claim(tmp_path)
-    runfolder.accept(tmp_path, make())
-    runfolder.accept(tmp_path, make())
+    run_folder.claim(tmp_path)
+    run_folder.accept(tmp_path, make())
+    run_folder.accept(tmp_path, make())
     assert config.load(tmp_path / "config.yaml") == make()
 
 
@@ -58,9 +59,9 @@ def test_first_config_is_kept_and_the_same_is_accepted(tmp_path):
     ],
 )  # fmt: skip
 def test_what_does_not_change_the_numbers_may_differ(tmp_path, changes):
-    runfolder.claim(tmp_path)
+    run_folder.claim(tmp_path)
     trained(tmp_path)
-    runfolder.accept(tmp_path, make(**changes))
+    run_folder.accept(tmp_path, make(**changes))
     assert config.load(tmp_path / "config.yaml") == make(), "config.yaml keeps the first"
 
 
@@ -73,26 +74,26 @@ def test_what_does_not_change_the_numbers_may_differ(tmp_path, changes):
     ],
 )  # fmt: skip
 def test_what_changes_the_numbers_is_refused_by_name(tmp_path, changes, key):
-    runfolder.claim(tmp_path)
+    run_folder.claim(tmp_path)
     trained(tmp_path)
     with pytest.raises(UserError, match="another config.*" + key):
-        runfolder.accept(tmp_path, make(**changes))
+        run_folder.accept(tmp_path, make(**changes))
 
 
 @pytest.mark.parametrize(
     "scheduled", [{"optim__schedule": "cosine"}, {"method__name": "relic"}, {"method__name": "sela"}]
 )
 def test_a_scheduled_run_may_not_grow(tmp_path, scheduled):
-    runfolder.claim(tmp_path)
+    run_folder.claim(tmp_path)
     trained(tmp_path, **scheduled)
     with pytest.raises(UserError, match=r"optim\.epochs"):
-        runfolder.accept(tmp_path, make(**scheduled, optim__epochs=4))
+        run_folder.accept(tmp_path, make(**scheduled, optim__epochs=4))
 
 
 def test_one_writer_at_a_time_and_the_lock_dies_with_its_owner(tmp_path):
     code = (
-        "import pathlib, sys; from ssl_dist import runfolder\n"
-        "runfolder.claim(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+        "import pathlib, sys; from ssl_dist.run import folder as run_folder\n"
+        "run_folder.claim(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     )
     owner = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -100,47 +101,47 @@ def test_one_writer_at_a_time_and_the_lock_dies_with_its_owner(tmp_path):
     )  # fmt: skip
     assert owner.stdout.readline() == "held\n"
     with pytest.raises(UserError, match="another process is writing it; wait for it"):
-        runfolder.claim(tmp_path)
-    runfolder.note_start(tmp_path, make(), 0, 1)
+        run_folder.claim(tmp_path)
+    run_folder.note_start(tmp_path, make(), 0, 1)
     noted = f"another process is writing it .*pid {os.getpid()} on host {socket.gethostname()}"
     with pytest.raises(UserError, match=noted) as raised:
-        runfolder.claim(tmp_path)
+        run_folder.claim(tmp_path)
     assert "\n" not in str(raised.value)
     with open(tmp_path / "logs" / "starts.jsonl", "a") as file:
         file.write('{"pid": 1')  # torn by a kill
     with pytest.raises(UserError, match="another process is writing it; wait for it"):
-        runfolder.claim(tmp_path)
+        run_folder.claim(tmp_path)
     owner.kill()
     owner.wait()
-    os.close(runfolder.claim(tmp_path))
+    os.close(run_folder.claim(tmp_path))
 
 
 def test_the_lock_is_one_that_nfs_keeps_between_machines(tmp_path):
     """NFS turns an flock into a lock of its server only where the file is open for writing, which no folder can be."""
-    held = runfolder.claim(tmp_path)
+    held = run_folder.claim(tmp_path)
     assert os.path.samestat(os.fstat(held), os.stat(tmp_path / "logs" / "starts.jsonl"))
     assert fcntl.fcntl(held, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
-    runfolder.note_start(tmp_path, make(), 0, 1)  # opens and closes the same file
+    run_folder.note_start(tmp_path, make(), 0, 1)  # opens and closes the same file
     with pytest.raises(UserError, match="another process"):
-        runfolder.claim(tmp_path)
+        run_folder.claim(tmp_path)
     os.close(held)
     assert sorted(os.listdir(tmp_path)) == ["checkpoints", "logs", "tensorboard"]
     assert os.listdir(tmp_path / "logs") == ["starts.jsonl"]
 
 
 def test_the_owner_removes_what_a_killed_one_left(tmp_path):
-    os.close(runfolder.claim(tmp_path))
+    os.close(run_folder.claim(tmp_path))
     left = [".config.yaml.01234567.tmp", "checkpoints/.step-00000002.pt.89abcdef.tmp"]
     left += ["checkpoints/step-00000002.pt.sha256"]
     kept = ["checkpoints/step-00000001.pt", "checkpoints/step-00000001.pt.sha256", ".notes.tmp", "results.json"]
     for name in left + kept:
         (tmp_path / name).touch()
-    held = runfolder.claim(tmp_path)
+    held = run_folder.claim(tmp_path)
     assert [name for name in left + kept if (tmp_path / name).exists()] == kept
     for name in left:
         (tmp_path / name).touch()
     with pytest.raises(UserError, match="another process"):
-        runfolder.claim(tmp_path)
+        run_folder.claim(tmp_path)
     assert all((tmp_path / name).exists() for name in left), "who does not own the folder removes nothing"
     os.close(held)
 
@@ -148,13 +149,13 @@ def test_the_owner_removes_what_a_killed_one_left(tmp_path):
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        runfolder.claim(tmp_path / "file" / "run")
+        run_folder.claim(tmp_path / "file" / "run")
 
 
 def test_starts_are_noted(tmp_path):
-    runfolder.claim(tmp_path)
+    run_folder.claim(tmp_path)
     for step in (0, 7):
-        runfolder.note_start(tmp_path, make(), step, 2)
+        run_folder.note_start(tmp_path, make(), step, 2)
     lines = [json.loads(line) for line in (tmp_path / "logs" / "starts.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 7] and lines[0]["world_size"] == 2
     assert lines[0]["config"]["optim"]["epochs"] == 3

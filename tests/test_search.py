@@ -2,8 +2,8 @@
 
 import pytest
 
-from ssl_dist import search
 from ssl_dist.errors import UserError
+from ssl_dist.evaluate import search
 
 
 def test_every_combination_once_the_last_option_fastest():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ssl_dist.clock import Clock
-from ssl_dist.dist import one_process
+from ssl_dist.distributed.world import one_process
 from ssl_dist.errors import UserError
 from ssl_dist.grid import Grid
 from ssl_dist.methods import sela

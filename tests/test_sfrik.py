@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from scipy import special
 from torch import nn
 
-from ssl_dist import methods, verify
-from ssl_dist.dist import one_process
+from ssl_dist import methods
+from ssl_dist.distributed.world import one_process
 from ssl_dist.errors import UserError
-from ssl_dist.explain import Alive
 from ssl_dist.grid import Grid
 from ssl_dist.methods import sfrik
 from ssl_dist.methods.base import Info
+from ssl_dist.train.explain import Alive
+from ssl_dist.verify import command as verify
 from tests import grids
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssl_dist import methods
-from ssl_dist.dist import one_process
+from ssl_dist.distributed.world import one_process
 from ssl_dist.errors import UserError
 from ssl_dist.grid import Grid
 from ssl_dist.methods import simclr

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssl_dist import checkpoint, config
+from ssl_dist import config
+from ssl_dist.storage import checkpoint
 from tests.processes import send, until
 from tests.test_train import CONFIG, fingerprint, metrics, overrides, run_training, weights
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from ssl_dist.stop import StopRequest
+from ssl_dist.distributed.signals import StopRequest
 
 CODE = """
 import os, signal
-from ssl_dist.stop import StopRequest
+from ssl_dist.distributed.signals import StopRequest
 with StopRequest() as stop:
     stop.saving = {saving}
     for _ in range({times}):

@@ -16,8 +16,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ssl_dist import checkpoint, config
+from ssl_dist import config
 from ssl_dist.errors import UserError
+from ssl_dist.storage import checkpoint
 from tests import ranks
 
 CONFIG = "configs/digits/relational-conv4.yaml"
@@ -31,7 +32,7 @@ def overrides(data, run, *more):
 
 
 def run_training(data, run, *more):
-    from ssl_dist.train import train
+    from ssl_dist.train.loop import train
 
     return train(config.load(CONFIG, overrides(data, run, *more)))
 
@@ -148,7 +149,7 @@ def test_bf16_stays_close_and_keeps_float32_weights(uninterrupted, digits, tmp_p
 
 
 def test_random_weights_are_saved_and_done(digits, tmp_path):
-    from ssl_dist.train import train
+    from ssl_dist.train.loop import train
 
     settings = config.load("configs/digits/random_weights-conv4.yaml", [f"data.root={digits}", f"run_dir={tmp_path}/r"])
     assert train(settings) == 0
@@ -160,14 +161,14 @@ def test_random_weights_are_saved_and_done(digits, tmp_path):
 
 
 def weights_of_first_step(digits, tmp_path):
-    from ssl_dist.blueprint import derive
-    from ssl_dist.dist import Place
+    from ssl_dist.distributed.world import Place
+    from ssl_dist.run.blueprint import derive
 
     return derive(config.load(CONFIG, overrides(digits, tmp_path / "none")), Place()).build().state_dict()
 
 
 def test_a_non_finite_loss_ends_the_run_with_step_and_remedy(digits, tmp_path):
-    from ssl_dist.train import NonFiniteLoss
+    from ssl_dist.train.loop import NonFiniteLoss
 
     with pytest.raises(NonFiniteLoss, match=r"the loss is not finite .*newest checkpoint.*another run_dir"):
         run_training(
@@ -245,9 +246,9 @@ def damaged_in_rank_1(rank, size, data, run):
 
 
 def test_a_mistake_that_only_one_rank_meets_is_said_by_that_rank(digits, tmp_path):
-    from ssl_dist.blueprint import derive
     from ssl_dist.data.beton import Beton
-    from ssl_dist.dist import Place
+    from ssl_dist.distributed.world import Place
+    from ssl_dist.run.blueprint import derive
 
     plan = derive(config.load(CONFIG, overrides(digits, tmp_path / "none")), Place()).plan
     bad = int(plan.global_ids(0)[-1])
@@ -268,7 +269,7 @@ def test_a_compiled_backbone_trains_the_same(digits, tmp_path):
     for wanted in ("true", "false"):
         run = tmp_path / wanted
         settings = config.load(CONFIG, overrides(digits, run, f"compile={wanted}", "optim.steps=3", "timeout=300"))
-        from ssl_dist.train import train
+        from ssl_dist.train.loop import train
 
         assert train(settings) == 0
         states.append(checkpoint.load_run(run)[1]["method"])

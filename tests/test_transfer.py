@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_dist import checkpoint, config, features
-from ssl_dist.data.convert import convert
+from ssl_dist import config
+from ssl_dist.convert.command import convert
 from ssl_dist.data.readers import open_dataset
 from ssl_dist.errors import UserError
-from ssl_dist.evaluate import evaluate
+from ssl_dist.evaluate.command import evaluate
 from ssl_dist.evaluators import finetune, probe
+from ssl_dist.run.encoder import load_encoder, load_method, load_together
+from ssl_dist.storage import checkpoint
 from tests import ranks
 from tests.make_images import simple_folder
 
@@ -25,7 +27,7 @@ SHORT = ["probe.epochs=2", "finetune.epochs=2", "probe.batch_size=96", "finetune
 
 
 def pretrained(digits, run, *more):
-    from ssl_dist.train import train
+    from ssl_dist.train.loop import train
 
     overrides = [f"data.root={digits}", f"run_dir={run}", "data.reader=arrays", "data.workers=1", *more]
     assert train(config.load("configs/digits/random_weights-conv4.yaml", overrides)) == 0
@@ -66,13 +68,13 @@ def test_their_confusions_are_drawn(run, measured):
             with Image.open(run / "figures" / f"digits-test-{name}-{kind}.png") as picture:
                 texts = picture.text
             assert texts["Evaluator"] == name and "355 images of digits test" in texts["Description"]
-            assert texts["Checkpoint"] == features.load_encoder(run).sha256
+            assert texts["Checkpoint"] == load_encoder(run).sha256
         with Image.open(run / "figures" / f"digits-test-{name}-confusion.png") as picture:
             assert f"{measured[0][f'{name}_top1']:.2f} % of all images" in picture.text["Description"]
 
 
 def test_a_probe_leaves_the_backbone_as_it_was(run, measured):
-    encoder = features.load_encoder(run).module.state_dict()
+    encoder = load_encoder(run).module.state_dict()
     state = measured[1]["probe"]
     assert state["config"]["method"]["name"] == "linear_probe" and state["step"] == 2 * (1442 // 96)
     for name, tensor in encoder.items():
@@ -81,7 +83,7 @@ def test_a_probe_leaves_the_backbone_as_it_was(run, measured):
 
 
 def test_a_fine_tuning_trains_all_of_it(run, measured):
-    encoder, state = features.load_encoder(run).module.state_dict(), measured[1]["finetune"]
+    encoder, state = load_encoder(run).module.state_dict(), measured[1]["finetune"]
     moved = [name for name, tensor in encoder.items() if not torch.equal(state["method"][f"backbone.{name}"], tensor)]
     assert set(encoder) == set(moved)
     assert [group["lr"] for group in state["optimizer"]["param_groups"]] == [1e-3, 1e-3 * 0.1]
@@ -90,7 +92,7 @@ def test_a_fine_tuning_trains_all_of_it(run, measured):
 def test_the_classifier_is_counted_image_by_image(run, measured, digits):
     """A slow look at every test image, with the saved classifier, alone."""
     [folder] = [path for path in (run / "evaluations").iterdir() if path.name.startswith("probe")]
-    method, encoder = features.load_method(folder)
+    method, encoder = load_method(folder)
     right, among_five = 0, 0
     with open_dataset(digits, "test", "arrays") as reader, torch.no_grad():
         count = reader.info.count
@@ -114,7 +116,7 @@ def test_a_saved_classifier_is_used_without_training(run, measured):
 
 
 def test_a_supervised_run_classifies_itself(digits, tmp_path):
-    from ssl_dist.train import train
+    from ssl_dist.train.loop import train
 
     run = tmp_path / "supervised"
     settings = config.load(
@@ -210,19 +212,19 @@ def test_every_recipe_makes_a_training(run):
 
 
 def loaded(rank, size, runs):
-    from ssl_dist import dist
+    from ssl_dist.distributed.rank import Place
+    from ssl_dist.distributed.world import join_world
     from ssl_dist.grid import Grid
-    from ssl_dist.place import Place
 
-    with dist.start(Place.from_environment(), Grid(size, 1)) as world:
-        return features.load_together(Path(runs[rank]), world)[1].sha256
+    with join_world(Place.from_environment(), Grid(size, 1)) as world:
+        return load_together(Path(runs[rank]), world)[1].sha256
 
 
 def test_all_ranks_measure_the_checkpoint_of_the_first(digits, tmp_path):
     """As when a training saves another one between two ranks' reads."""
     runs = [str(pretrained(digits, tmp_path / f"run{seed}", f"seed={seed}")) for seed in (0, 1)]
     digests = ranks.launch(loaded, 2, tmp_path, runs)
-    assert digests == [features.load_encoder(Path(runs[0])).sha256] * 2
+    assert digests == [load_encoder(Path(runs[0])).sha256] * 2
 
 
 def in_ranks(rank, size, run):

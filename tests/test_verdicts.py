@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from ssl_dist import verdicts
 from ssl_dist.config import Optim
+from ssl_dist.report import verdicts
 
 ADAM = Optim()
 

@@ -10,12 +10,14 @@ from typing import Literal
 import pytest
 import torch
 
-from ssl_dist import cli, methods, verify, verify_ranks
-from ssl_dist.blueprint import derive
+from ssl_dist import cli, methods
 from ssl_dist.config import Section
+from ssl_dist.distributed.rank import Place
 from ssl_dist.errors import Fault
 from ssl_dist.grid import Grid
-from ssl_dist.place import Place
+from ssl_dist.run.blueprint import derive
+from ssl_dist.verify import command as verify
+from ssl_dist.verify import ranks as verify_ranks
 from tests import mutations
 
 CONFIG = "configs/digits/relational-conv4.yaml"

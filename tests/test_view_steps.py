@@ -14,10 +14,10 @@ from scipy import stats
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from ssl_dist.data import views
+from ssl_dist import views
+from ssl_dist.config.recipe import ViewGroup
+from ssl_dist.config.section import validate
 from ssl_dist.errors import UserError
-from ssl_dist.section import validate
-from ssl_dist.view_recipe import ViewGroup
 from tests.view_reference import columns_first, noise, planes, reference, rows_first
 
 ALPHA = 1e-4
@@ -118,9 +118,9 @@ def test_drawn_views_equal_pillows(name, seed, height, width, size):
     sides = np.array([height]), np.array([width])
     got = views.make_views(image[None], *sides, np.array([7]), spec, spec.view_ids, seed, 3)
     for view_id in spec.view_ids:
-        drawn = views.draw(spec, seed, 3, 7, int(view_id), height, width)
+        drawn = views.draw_view(spec, seed, 3, 7, int(view_id), height, width)
         np.testing.assert_array_equal(got[view_id, 0], reference(image, group, size, drawn))
-        np.testing.assert_array_equal(got[view_id, 0], views.apply(image, spec, drawn))
+        np.testing.assert_array_equal(got[view_id, 0], views.render_view(image, spec, drawn))
 
 
 @settings(max_examples=60)
@@ -128,7 +128,7 @@ def test_drawn_views_equal_pillows(name, seed, height, width, size):
 def test_bicubic_resizes_equal_pillows(height, width, size, flip, seed):
     image = noise(seed, height, width)
     spec = spec_of(group_of(random_resized_crop={"interpolation": "bicubic"}), 1, size)
-    got = views.apply(image, spec, identity(height, width)._replace(flip=flip))
+    got = views.render_view(image, spec, identity(height, width)._replace(flip=flip))
     turn = functional.hflip if flip else lambda x: x
     rows = turn(rows_first(Image.fromarray(image), size, size, "bicubic"))
     np.testing.assert_array_equal(got, planes(rows))
@@ -144,7 +144,7 @@ def test_bicubic_weights_below_zero_are_clipped():
     image[6:, :, 1] = 255
     image[3:5, 3:5, 2] = 255
     spec = spec_of(group_of(random_resized_crop={"interpolation": "bicubic"}), 1, 29)
-    got = views.apply(image, spec, identity(12, 12))
+    got = views.render_view(image, spec, identity(12, 12))
     np.testing.assert_array_equal(got, planes(rows_first(Image.fromarray(image), 29, 29, "bicubic")))
 
 
@@ -161,7 +161,7 @@ def test_the_test_transform_with_either_interpolation(resize, interpolation):
 def test_solarize_equals_pillow(threshold):
     image = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
     spec = spec_of(group_of(solarize={"threshold": threshold}))
-    got = views.apply(image, spec, identity(16, 16)._replace(solarize=True))
+    got = views.render_view(image, spec, identity(16, 16)._replace(solarize=True))
     np.testing.assert_array_equal(got, planes(functional.solarize(Image.fromarray(image), threshold)))
 
 
@@ -174,9 +174,9 @@ def test_order_matters():
         ["grayscale", "color_jitter", "gaussian_blur", "solarize"],
         ["color_jitter", "grayscale", "solarize", "gaussian_blur"],
     ]
-    made = [views.apply(image, spec_of(group_of(order=order, **steps)), drawn) for order in orders]
+    made = [views.render_view(image, spec_of(group_of(order=order, **steps)), drawn) for order in orders]
     assert all((a != b).any() for a, b in zip(made, made[1:] + made[:1], strict=True))
-    default = views.apply(image, spec_of(group_of(**steps)), drawn)
+    default = views.render_view(image, spec_of(group_of(**steps)), drawn)
     np.testing.assert_array_equal(default, made[0])
 
 
@@ -199,18 +199,18 @@ DRAWS = 6000
 
 
 def drawn_parameters(spec, height, width):
-    return [views.draw(spec, 11, 4, n // 3, n % 3, height, width) for n in range(DRAWS)]
+    return [views.draw_view(spec, 11, 4, n // 3, n % 3, height, width) for n in range(DRAWS)]
 
 
 def test_the_draws_of_the_first_steps_are_what_they_were():
     """A number of a draw that changed would change every run."""
     spec = spec_of(group_of(random_resized_crop={}, horizontal_flip=0.5, color_jitter={}, grayscale=0.2))
-    drawn = views.draw(spec, 1, 2, 3, 4, 48, 64)
+    drawn = views.draw_view(spec, 1, 2, 3, 4, 48, 64)
     assert drawn.crop == (0, 16, 42, 45)
     assert (drawn.flip, drawn.jitter, drawn.order, drawn.grayscale) == (True, True, (0, 1, 2, 3), False)
     factors = (0.5342700916127636, 1.744240892515574, 0.9963621481878461, -0.11843474209403144)
     assert drawn[3:7] == pytest.approx(factors, rel=1e-12)
-    assert views.draw(spec, 9, 2, 7, 1, 48, 64).order == (3, 0, 2, 1)
+    assert views.draw_view(spec, 9, 2, 7, 1, 48, 64).order == (3, 0, 2, 1)
 
 
 @pytest.mark.parametrize("extra", ["gaussian_blur", "solarize", "padded_crop", "affine", "erasing"])
@@ -218,7 +218,7 @@ def test_a_further_step_leaves_the_other_draws_alone(extra):
     recipe = {"horizontal_flip": 0.5, "color_jitter": {}, "grayscale": 0.2}
     plain, more = spec_of(group_of(**recipe)), spec_of(group_of(**recipe, **{extra: {}}))
     for n in range(50):
-        few, many = (views.draw(spec, 0, 0, n, 1, 30, 40) for spec in (plain, more))
+        few, many = (views.draw_view(spec, 0, 0, n, 1, 30, 40) for spec in (plain, more))
         assert few[:9] == many[:9]
 
 
@@ -326,7 +326,7 @@ def test_patches_of_an_image_are_cells_of_one_picture_chosen_without_replacement
     _, spec = views.view_specs(groups, 11, 20)
     cells = set()
     for image_id in range(3):
-        drawn = [views.draw(spec, 0, 0, image_id, int(v), 90, 80) for v in spec.view_ids]
+        drawn = [views.draw_view(spec, 0, 0, image_id, int(v), 90, 80) for v in spec.view_ids]
         assert len({d._replace(patch=(0, 0)) for d in drawn}) == 1
         assert sorted(d.patch for d in drawn) == [(i * 22, j * 22) for i in range(3) for j in range(3)]
         cells.add(tuple(d.patch for d in drawn))
@@ -336,7 +336,7 @@ def test_patches_of_an_image_are_cells_of_one_picture_chosen_without_replacement
 def test_patches_are_distributed_as_the_official_ones():
     """Offset (side - patch - jitter) // 2 from cell to cell, and 0 .. jitter more, in all nine cells alike."""
     (spec,) = views.view_specs([patch_group(5, 64, 9)], 5, 20)
-    patches = np.array([[views.draw(spec, 1, 2, n, v, 40, 40).patch for v in range(5)] for n in range(DRAWS)])
+    patches = np.array([[views.draw_view(spec, 1, 2, n, v, 40, 40).patch for v in range(5)] for n in range(DRAWS)])
     step = (64 - 20 - 9) // 2
     offsets = patches.reshape(-1, 2)
     cells = np.minimum(offsets // step, 2)

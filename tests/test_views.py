@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torchvision import transforms
 
+from ssl_dist import views
 from ssl_dist.config import ViewGroup, Views
-from ssl_dist.data import views
 from ssl_dist.errors import UserError
 
 FULL = Views().groups[0]  # random resized crop, flip, colour jitter, grayscale
@@ -68,8 +68,8 @@ def test_views_are_the_drawn_parameters_applied(batch):
     made = views.make_views(*batch, spec, spec.view_ids, 5, 2)
     for b, (height, width) in enumerate(zip(heights, widths, strict=True)):
         for view_id in spec.view_ids:
-            drawn = views.draw(spec, 5, 2, int(ids[b]), int(view_id), int(height), int(width))
-            expected = views.apply(pixels[b, :height, :width], spec, drawn)
+            drawn = views.draw_view(spec, 5, 2, int(ids[b]), int(view_id), int(height), int(width))
+            expected = views.render_view(pixels[b, :height, :width], spec, drawn)
             np.testing.assert_array_equal(made[view_id, b], expected)
 
 
@@ -131,9 +131,9 @@ def test_no_images_or_no_views(batch):
 def test_every_part_of_the_key_matters():
     spec = views.view_specs([FULL], 2, 16)[0]
     keys = [(0,) * 4, (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (2**63 + 1, 0, 0, 0), (0, 0, 2**40, 0)]
-    drawn = [views.draw(spec, *key, 32, 32) for key in keys]
+    drawn = [views.draw_view(spec, *key, 32, 32) for key in keys]
     assert len(set(drawn)) == len(keys)
-    assert drawn == [views.draw(spec, *key, 32, 32) for key in keys]
+    assert drawn == [views.draw_view(spec, *key, 32, 32) for key in keys]
 
 
 def test_a_step_left_out_leaves_the_other_draws_alone():
@@ -141,9 +141,9 @@ def test_a_step_left_out_leaves_the_other_draws_alone():
     crop_only = spec_of(random_resized_crop={})
     flip_only = spec_of(horizontal_flip=0.5)
     for image_id in range(50):
-        full = views.draw(whole, 3, 1, image_id, 0, 30, 40)
-        assert views.draw(crop_only, 3, 1, image_id, 0, 30, 40).crop == full.crop
-        plain = views.draw(flip_only, 3, 1, image_id, 0, 30, 40)
+        full = views.draw_view(whole, 3, 1, image_id, 0, 30, 40)
+        assert views.draw_view(crop_only, 3, 1, image_id, 0, 30, 40).crop == full.crop
+        plain = views.draw_view(flip_only, 3, 1, image_id, 0, 30, 40)
         assert (plain.flip, plain.crop) == (full.flip, (0, 0, 30, 40))
         assert not plain.jitter and not plain.grayscale
 
@@ -155,7 +155,7 @@ ALPHA = 1e-4  # seeds are fixed: a test that passes once passes always
 
 
 def drawn_parameters(spec, height, width, count=DRAWS):
-    return [views.draw(spec, 11, 4, n // 3, n % 3, height, width) for n in range(count)]
+    return [views.draw_view(spec, 11, 4, n // 3, n % 3, height, width) for n in range(count)]
 
 
 def same_distribution(ours, theirs):
@@ -202,14 +202,14 @@ def test_a_crop_that_cannot_succeed_is_torchvisions_central_one(height, width):
     ratio = (3 / 4, 4 / 3)
     (spec,) = views.view_specs([ViewGroup(random_resized_crop={"scale": (1.0, 1.0), "ratio": ratio})], 1, 16)
     expected = transforms.RandomResizedCrop.get_params(torch.zeros(1, height, width), [1.0, 1.0], list(ratio))
-    assert views.draw(spec, 0, 0, 0, 0, height, width).crop == tuple(expected)
+    assert views.draw_view(spec, 0, 0, 0, 0, height, width).crop == tuple(expected)
 
 
 def test_every_crop_lies_in_the_image():
     spec = spec_of(random_resized_crop={"scale": (0.01, 1.0), "ratio": (0.2, 5.0)})
     for n in range(2000):
         height, width = 1 + n % 7, 1 + n % 11
-        top, left, h, w = views.draw(spec, 0, 0, n, 0, height, width).crop
+        top, left, h, w = views.draw_view(spec, 0, 0, n, 0, height, width).crop
         assert min(top, left) >= 0 and min(h, w) >= 1 and top + h <= height and left + w <= width
 
 

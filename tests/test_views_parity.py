@@ -11,8 +11,8 @@ from PIL import Image, ImageEnhance
 from torchvision.transforms import _functional_tensor as tensor_kernels
 from torchvision.transforms import functional
 
+from ssl_dist import views
 from ssl_dist.config import ViewGroup
-from ssl_dist.data import views
 from tests.view_reference import columns_first, distance, noise, planes, rows_first, smooth
 
 ORDERS = list(itertools.permutations(range(4)))
@@ -48,7 +48,7 @@ IMAGES |= {"saturated": lambda seed: saturated(seed, 64), "gray": lambda seed: g
 
 def check_crop(image, crop, size, flip):
     top, left, height, width = crop
-    got = views.apply(image, crop_spec(size), parameters(image, crop=crop, flip=flip))
+    got = views.render_view(image, crop_spec(size), parameters(image, crop=crop, flip=flip))
     part = Image.fromarray(image).crop((left, top, left + width, top + height))
     turn = functional.hflip if flip else lambda x: x
     np.testing.assert_array_equal(got, planes(turn(rows_first(part, size, size))))
@@ -87,7 +87,7 @@ def test_crop_resize_flip_at_the_edges(height, width, crop, size, flip):
     check_crop(noise(1, height, width), crop, size, flip)
     for level in (0, 255):  # a weight missing or too much would show
         image = np.full((height, width, 3), level, np.uint8)
-        assert (views.apply(image, crop_spec(size), parameters(image, crop=crop, flip=flip)) == level).all()
+        assert (views.render_view(image, crop_spec(size), parameters(image, crop=crop, flip=flip)) == level).all()
 
 
 @settings(max_examples=60)
@@ -128,21 +128,21 @@ def test_brightness_contrast_and_saturation_equal_pillow(step, kind):
     factors = [0.0, 0.2, 0.5, 0.999999, 1.0, 1.000001, 1.8, 3.7, *np.random.default_rng(2).uniform(0, 2, 40)]
     for seed, factor in enumerate(factors):
         image = IMAGES[kind](seed)
-        got = views.apply(image, spec(64), parameters(image, **{step: float(factor)}))
+        got = views.render_view(image, spec(64), parameters(image, **{step: float(factor)}))
         expected = planes(ENHANCERS[step](Image.fromarray(image)).enhance(float(factor)))
         np.testing.assert_array_equal(got, expected, err_msg=str(factor))
 
 
 def test_contrast_of_more_pixels_than_one_partial_sum_holds():
     image = noise(3, 300, 300) | 128
-    got = views.apply(image, spec(300), parameters(image, contrast=0.4))
+    got = views.render_view(image, spec(300), parameters(image, contrast=0.4))
     np.testing.assert_array_equal(got, planes(ImageEnhance.Contrast(Image.fromarray(image)).enhance(0.4)))
 
 
 @pytest.mark.parametrize("kind", IMAGES)
 def test_grayscale_equals_torchvision_on_pil(kind):
     image = IMAGES[kind](4)
-    got = views.apply(image, spec(64), parameters(image, grayscale=True))
+    got = views.render_view(image, spec(64), parameters(image, grayscale=True))
     expected = functional.rgb_to_grayscale(Image.fromarray(image), num_output_channels=3)
     np.testing.assert_array_equal(got, planes(expected))
 
@@ -153,7 +153,7 @@ def test_hue_is_torchvisions_tensor_kernel(kind, record_property):
     shifts = [-0.5, -1 / 3, -1 / 6, 1e-7, 1 / 6, 0.25, 0.5, *np.random.default_rng(3).uniform(-0.5, 0.5, 40)]
     for seed, shift in enumerate(shifts):
         image = IMAGES[kind](seed)
-        got = views.apply(image, spec(64), parameters(image, hue=float(shift)))
+        got = views.render_view(image, spec(64), parameters(image, hue=float(shift)))
         expected = tensor_kernels.adjust_hue(torch.from_numpy(planes(image).copy()), float(shift)).numpy()
         assert distance(got, expected) <= 1, shift
         differing += np.count_nonzero(got != expected)
@@ -194,9 +194,9 @@ def test_whole_pipelines_in_every_order(order):
         drawn = views.ViewParameters(
             (3, 1, 25, 37), flip, jitter, brightness, contrast, saturation, 0.0, order, grayscale
         )
-        np.testing.assert_array_equal(views.apply(image, crop_spec(32), drawn), reference(image, 32, drawn))
+        np.testing.assert_array_equal(views.render_view(image, crop_spec(32), drawn), reference(image, 32, drawn))
         drawn = drawn._replace(hue=float(generator.uniform(-0.2, 0.2)))
-        got, expected = views.apply(image, crop_spec(32), drawn), reference(image, 32, drawn)
+        got, expected = views.render_view(image, crop_spec(32), drawn), reference(image, 32, drawn)
         assert np.count_nonzero(got != expected) <= 1e-3 * got.size  # the hue's rare single levels,
         assert distance(got, expected) <= 4  # which contrast and saturation may enlarge
 
@@ -212,5 +212,5 @@ def test_drawn_pipelines(seed, height, width):
     sizes = np.array([height]), np.array([width])
     got = views.make_views(image[None], *sizes, np.array([7]), drawn_spec, drawn_spec.view_ids, seed, 3)
     for view_id in range(8):
-        drawn = views.draw(drawn_spec, seed, 3, 7, view_id, height, width)
+        drawn = views.draw_view(drawn_spec, seed, 3, 7, view_id, height, width)
         np.testing.assert_array_equal(got[view_id, 0], reference(image, 24, drawn))

@@ -12,7 +12,7 @@ from sklearn.svm import LinearSVC
 
 from ssl_dist import backbones, cli
 from ssl_dist.errors import UserError
-from ssl_dist.features_file import Features
+from ssl_dist.storage.features import Features
 from ssl_dist.voc import classification, pretrained
 from ssl_dist.voc.data import CLASSES, read_split
 from ssl_dist.voc.metrics import classification_ap
@@ -272,7 +272,7 @@ def test_an_image_that_is_cut_short_is_named(weights, tmp_path, capsys):
 def test_runs_and_exports_arrive_as_they_are(digits, voc, tmp_path, capsys):
     """A run's folder, its checkpoint file and its export give the same numbers under the run's name."""
     from ssl_dist import config
-    from ssl_dist.train import train
+    from ssl_dist.train.loop import train
 
     run, file = tmp_path / "run", tmp_path / "model.safetensors"
     overrides = [f"data.root={digits}", f"run_dir={run}", "data.reader=arrays", "backbone.name=resnet18"]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_dist import checkpoint
 from ssl_dist.clock import Clock
 from ssl_dist.errors import Fault, UserError
+from ssl_dist.storage import checkpoint
 from ssl_dist.voc import loop
 
 SETTINGS = {"task": "toy", "train": "numbers", "options": {"steps": 9}}

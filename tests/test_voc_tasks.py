@@ -11,12 +11,13 @@ import torch
 import torchvision
 from PIL import Image
 
-from ssl_dist import backbones, checkpoint, cli
+from ssl_dist import backbones, cli
 from ssl_dist.backbones import resnet
 from ssl_dist.backbones.resnet import ResNet
 from ssl_dist.config import Normalize
 from ssl_dist.errors import UserError
 from ssl_dist.keys import hash64
+from ssl_dist.storage import checkpoint
 from ssl_dist.voc import detection, loop, pictures, segmentation
 from ssl_dist.voc.data import CLASSES, VOID, read_split
 from ssl_dist.voc.metrics import Detections, confusion

@@ -14,8 +14,8 @@ import pytest
 HEAD = """
 import pathlib, sys, time
 from ssl_dist.errors import Fault, UserError
-from ssl_dist.place import Place
-from ssl_dist.watchdog import Watchdog
+from ssl_dist.distributed.rank import Place
+from ssl_dist.distributed.watchdog import Watchdog
 
 logs = pathlib.Path(sys.argv[1])
 (logs / "board").mkdir()
@@ -145,8 +145,8 @@ def test_ranks_hear_that_their_launcher_died(tmp_path):
     os.environ["TORCHELASTIC_RUN_ID"] = "x"
     code = '''
     import pathlib, time
-    from ssl_dist.place import Place
-    from ssl_dist.watchdog import Watchdog
+    from ssl_dist.distributed.rank import Place
+    from ssl_dist.distributed.watchdog import Watchdog
     told = pathlib.Path({told!r})
     with Watchdog(Place(), 5.0, lambda: told.write_text("told")):
         print("begun", flush=True)
@@ -185,9 +185,9 @@ def test_ranks_hear_that_their_launcher_died(tmp_path):
     ],
 )
 def test_who_is_behind(tmp_path, own, inside, others, is_behind):
-    from ssl_dist.board import Board, State
-    from ssl_dist.place import Place
-    from ssl_dist.watchdog import Watchdog
+    from ssl_dist.distributed.heartbeat import Board, State
+    from ssl_dist.distributed.rank import Place
+    from ssl_dist.distributed.watchdog import Watchdog
 
     (tmp_path / "board").mkdir()
     for rank, number in enumerate(others, 1):

@@ -15,9 +15,10 @@ import safetensors.torch
 import torch
 import torchvision
 
-from ssl_dist import backbones, cli, config, weights
+from ssl_dist import backbones, cli, config
 from ssl_dist.errors import UserError
-from ssl_dist.features_file import read_features
+from ssl_dist.storage import weights
+from ssl_dist.storage.features import read_features
 from tests import golden_fill, test_golden_backbones
 from tests.test_golden_backbones import GOLDEN, NETS, Network
 
@@ -333,8 +334,8 @@ def settings(digits, run, *more):
 
 
 def test_a_training_begins_from_a_file_and_goes_on_without_asking_where_it_lies(official, digits, tmp_path, capsys):
-    from ssl_dist.checkpoint import load, path_of
-    from ssl_dist.train import train
+    from ssl_dist.storage.checkpoint import load, path_of
+    from ssl_dist.train.loop import train
 
     (path, conv4), run = official, tmp_path / "run"
     tiny = "optim.lr=1e-9"
@@ -358,8 +359,8 @@ def test_a_training_begins_from_a_file_and_goes_on_without_asking_where_it_lies(
 
 
 def test_weights_of_others_are_evaluated_through_a_run_that_does_not_train(official, digits, tmp_path, capsys):
-    from ssl_dist.features import load_encoder
-    from ssl_dist.train import train
+    from ssl_dist.run.encoder import load_encoder
+    from ssl_dist.train.loop import train
 
     (path, conv4), run = official, tmp_path / "run"
     overrides = [*images_of(digits), f"run_dir={run}", f"backbone.weights={path}"]
@@ -371,7 +372,7 @@ def test_weights_of_others_are_evaluated_through_a_run_that_does_not_train(offic
 
 
 def test_explain_tells_what_the_file_holds(official, digits, tmp_path):
-    from ssl_dist.explain import explain
+    from ssl_dist.train.explain import explain
 
     text = explain(settings(digits, tmp_path / "run", "optim.steps=1", f"backbone.weights={official[0]}"), 1, None)
     assert "weights" in text and "a dictionary of backbone, relation" in text

@@ -1,11 +1,11 @@
-"""Ranks as threads: the exchanges of `ssl_dist.dist.World` without processes, in milliseconds."""
+"""Ranks as threads: the exchanges of `ssl_dist.distributed.world.World` without processes, in milliseconds."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from ssl_dist.dist import Place, World
+from ssl_dist.distributed.world import Place, World
 from ssl_dist.grid import Grid
 
 TIMEOUT = 30.0

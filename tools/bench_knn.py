@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ssl_dist.features_file import METADATA, write_features
+from ssl_dist.storage.features import METADATA, write_features
 
 OPTIONS = {"knn": {"k": [20, 200]}, "retrieval": {}}
 WORKER = """
@@ -33,7 +33,7 @@ import json, sys, time
 from pathlib import Path
 import torch
 from ssl_dist import evaluators
-from ssl_dist.features_file import read_features
+from ssl_dist.storage.features import read_features
 folder, memory, threads = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(threads)
 evaluator = evaluators.find(sys.argv[4])

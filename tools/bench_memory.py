@@ -27,10 +27,10 @@ ALLOCATORS = {
 }
 WORKER = """
 import json, sys
-import ssl_dist.train, ssl_dist.figures, ssl_dist.data.arrays
+import ssl_dist.train, ssl_dist.run.plots, ssl_dist.data.arrays
 from ssl_dist import config, explain
-from ssl_dist.blueprint import derive
-from ssl_dist.dist import Place
+from ssl_dist.run.blueprint import derive
+from ssl_dist.distributed.world import Place
 wanted = config.load(sys.argv[1], sys.argv[3:])
 if wanted.data.reader == "ffcv":
     import ssl_dist.data.ffcv_reader

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ssl_dist.dist import one_process
+from ssl_dist.distributed.world import one_process
 from ssl_dist.methods.base import Info
 from ssl_dist.methods.relational import Method, Options, couples
 

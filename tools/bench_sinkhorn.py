@@ -74,16 +74,16 @@ def peak() -> float:
 def ours(rank: int, size: int, arguments) -> tuple[float, float, float]:
     import torch
 
-    from ssl_dist import dist
+    from ssl_dist.distributed.rank import Place
+    from ssl_dist.distributed.world import World, join_world
     from ssl_dist.grid import Grid
     from ssl_dist.methods import sela
     from ssl_dist.methods.base import Info, Rows
-    from ssl_dist.place import Place
 
     class Enough(Exception):
         pass
 
-    class Clocked(dist.World):
+    class Clocked(World):
         """Ends the work after some iterations, each of which asks for one sum."""
 
         def __init__(self, *arguments):
@@ -101,7 +101,7 @@ def ours(rank: int, size: int, arguments) -> tuple[float, float, float]:
     torch.set_num_threads(1)
     sela.Method.warm_up(sela.Options(), torch.float32)
     place = Place(rank, size, rank, size)
-    dist.start(place, Grid(size, 1))
+    join_world(place, Grid(size, 1))
     world = Clocked(place, Grid(size, 1), torch.device("cpu"))
     info = Info(arguments.images, 0, ((1, 32),), size, 1.0, arguments.features)
     method = sela.Method(torch.nn.Identity(), info, sela.Options(clusters=arguments.clusters, tolerance=1e-12))

@@ -167,11 +167,11 @@ class Ours:
         self.steps = 0
 
     def turn(self) -> list[float]:
-        from ssl_dist import dist
-        from ssl_dist.blueprint import derive
-        from ssl_dist.place import Place
-        from ssl_dist.train import claimed
-        from ssl_dist.training import Training
+        from ssl_dist.distributed.rank import Place
+        from ssl_dist.distributed.world import one_process
+        from ssl_dist.run.blueprint import derive
+        from ssl_dist.train.loop import claimed
+        from ssl_dist.train.state import Training
 
         wanted = SKIPPED + self.arguments.steps
         changed = self.config.model_copy(
@@ -181,12 +181,12 @@ class Ours:
             }
         )
         self.steps += 1
-        with dist.one_process() as world, claimed(blueprint := derive(changed, Place()), world):
+        with one_process() as world, claimed(blueprint := derive(changed, Place()), world):
             return self.steps_of(Training(blueprint, world))
 
     def steps_of(self, run) -> list[float]:
-        from ssl_dist.stop import StopRequest
-        from ssl_dist.train import fit
+        from ssl_dist.distributed.signals import StopRequest
+        from ssl_dist.train.loop import fit
 
         ends = []
         after_step = run.method.after_step

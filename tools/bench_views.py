@@ -23,8 +23,8 @@ import torch
 from PIL import Image, ImageFilter
 from torchvision import transforms
 
+from ssl_dist import views
 from ssl_dist.config import ViewGroup, Views, validate
-from ssl_dist.data import views
 
 STEPS = {"horizontal_flip": 0.5, "grayscale": 0.2}
 VICREG = {"random_resized_crop": {"interpolation": "bicubic"}, **STEPS}

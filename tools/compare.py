@@ -18,9 +18,8 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ssl_dist import config
+from ssl_dist import config, results
 from ssl_dist.errors import UserError
-from ssl_dist.evaluators import results
 
 LAUNCHER = Path(__file__).parents[1] / "launch" / "torchrun_single.sh"
 SHOWN = {"kNN-20": "knn20_top1", "kNN-200": "knn200_top1", "logistic": "logistic_top1"}  # column -> result

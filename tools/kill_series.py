@@ -40,7 +40,7 @@ SPEED = ("images_per_s", "views_per_s", "data_wait", "seconds_per_step")
 def rank_main(folder: Path, plan: dict, arguments: list[str]) -> int:
     """`ssl-dist` in a rank that notes what it sees and kills as planned."""
     from ssl_dist import cli
-    from ssl_dist.training import Training
+    from ssl_dist.train.state import Training
 
     rank = int(os.environ["RANK"])
     (folder / f"pid-{rank}").write_text(str(os.getpid()))
@@ -148,7 +148,7 @@ def run_once(folder: Path, ranks: int, plan: dict, arguments: list[str]) -> tupl
 
 def state_of(run: Path) -> dict:
     """Everything of the newest checkpoint that a training goes on with, tensors by name."""
-    from ssl_dist import checkpoint
+    from ssl_dist.storage import checkpoint
 
     state = checkpoint.load(checkpoint.newest(run))
     tensors = {f"method.{name}": value for name, value in state["method"].items()}
@@ -253,7 +253,7 @@ def series(name: str, folder: Path, seed: int, kills: int, num_steps: int, grids
 
 def newest_step(run: Path) -> int:
     """Where a start will go on. LAST may name the one before, after a kill between the two."""
-    from ssl_dist import checkpoint
+    from ssl_dist.storage import checkpoint
 
     newest = checkpoint.newest(run)
     return 0 if newest is None else int(newest.stem.split("-")[1])
@@ -266,7 +266,7 @@ def main() -> int:
     parser.add_argument("--series", type=int, nargs="+", choices=(1, 2), default=(1, 2))
     parser.add_argument("--keep", type=Path, help="folder to work in and to keep (default: a temporary one)")
     options = parser.parse_args()
-    from ssl_dist.data.convert import convert
+    from ssl_dist.convert.command import convert
 
     folder = options.keep or Path(tempfile.mkdtemp(prefix="kill-series-"))
     convert("digits", None, folder / "digits", workers=1, progress=False)

@@ -12,7 +12,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path, PurePosixPath
 
-from ssl_dist.data.sources import open_source
+from ssl_dist.convert.sources import open_source
 from ssl_dist.errors import UserError
 
 

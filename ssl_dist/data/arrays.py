@@ -7,8 +7,8 @@ from numba import njit
 from PIL import Image
 
 from ssl_dist.data.beton import RAW, Beton, check_value
-from ssl_dist.data.encode import DAMAGED, why
-from ssl_dist.data.readers import Reader, damaged
+from ssl_dist.data.pillow import DAMAGED, why
+from ssl_dist.data.reader import Reader, damaged
 
 
 @njit(cache=True, nogil=True)

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
-from ssl_dist.durable import sync_folder
 from ssl_dist.errors import UserError
+from ssl_dist.storage.durable import sync_folder
 
 JPG, RAW = 0, 1  # FFCV's values of `mode`
 VERSION = 2

@@ -25,7 +25,7 @@ from numba.core import types
 
 from ssl_dist.data.arrays import copy_raw, is_sound, put_image
 from ssl_dist.data.beton import RAW, Beton
-from ssl_dist.data.readers import Reader, SplitInfo, damaged
+from ssl_dist.data.reader import Reader, SplitInfo, damaged
 from ssl_dist.errors import UserError
 
 

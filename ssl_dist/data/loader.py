@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_dist.data import views
+from ssl_dist import views
 from ssl_dist.data.plan import Plan
 from ssl_dist.grid import Grid
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from ssl_dist.config import Section, validate
-from ssl_dist.durable import sync_folder
 from ssl_dist.errors import UserError
+from ssl_dist.storage.durable import sync_folder
 
 FILE = "dataset.json"
 

@@ -1,40 +1,12 @@
-"""The reader contract: decoded images of a converted split, in the caller's order, with or without FFCV.
+"""Open a converted data set: what is known of its splits, and the reader of one."""
 
-Both readers open the same .beton and yield the same pixels. Neither keeps a thread of its own between batches, and
-every batch is a new array: nothing is overwritten under whoever holds it.
-"""
-
-import weakref
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from ssl_dist.data import manifest
 from ssl_dist.data.beton import Beton
+from ssl_dist.data.reader import Reader, SplitInfo
 from ssl_dist.errors import UserError
-
-Batch = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # pixels, heights, widths, ids
-
-
-@dataclass(frozen=True)
-class SplitInfo:
-    """A converted split. name: of the data set; split: of the split; mean, std: per channel, pixels in [0, 1]."""
-
-    name: str
-    split: str
-    count: int
-    classes: tuple[str, ...]
-    max_height: int
-    max_width: int
-    labelled: bool
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    sha256: str  # of every sample, see `beton.Digest`
 
 
 def splits_present(root: str | Path) -> tuple[str, ...]:
@@ -58,7 +30,7 @@ def read_info(root: str | Path, split: str) -> SplitInfo:
 
 def open_dataset(
     root: str | Path, split: str, reader: Literal["ffcv", "arrays"] = "ffcv", *, threads: int = 1
-) -> "Reader":
+) -> Reader:
     """The reader of a split; a context manager. threads: how many decode a batch.
 
     Raises `UserError` for a missing, truncated or foreign file, an unknown split, a count other than dataset.json's,
@@ -100,94 +72,3 @@ def _open(root: str | Path, split: str) -> tuple[SplitInfo, Beton]:
         sha256=said.sha256,
     )
     return info, beton
-
-
-class Reader:
-    """Base of both readers; a subclass decodes. Use as a context manager, or call `close`."""
-
-    def __init__(self, info: SplitInfo, beton: Beton, threads: int = 1):
-        assert threads >= 1
-        self.info = info
-        self._beton: Beton | None = beton
-        self._threads = threads
-        self._labels: np.ndarray | None = None
-        self._helpers: weakref.WeakSet[ThreadPoolExecutor] = weakref.WeakSet()
-
-    def _decode(self, ids: np.ndarray, pixels: np.ndarray) -> None:
-        """Write images `ids` (int64 [n]) into the top left of pixels[:n], uint8 [n, Hmax, Wmax, 3]. Called from
-        several threads at once, each with its own part of a batch."""
-        raise NotImplementedError
-
-    def labels(self, ids: np.ndarray) -> np.ndarray:
-        """int64 [n], -1 unknown."""
-        own = self._open_file().labels
-        return (own if self._labels is None else self._labels)[self._checked(ids)]
-
-    def replace_labels(self, labels: np.ndarray) -> None:
-        """From now on `labels` answers from these, int64 [N]."""
-        assert labels.shape == (self.info.count,), labels.shape
-        self._labels = labels
-
-    def batches(self, ids_per_step: Iterable[np.ndarray]) -> Iterator[Batch]:
-        """One batch an entry of `ids_per_step` (which may be endless; it is read one entry at a time).
-
-        Yields (pixels uint8 [B, Hmax, Wmax, 3] with each image at the top left and zeros around it, heights int64 [B],
-        widths int64 [B], ids int64 [B]); the arrays belong to the caller. Raises `UserError` naming the image and the
-        file when an image is damaged. Decoding happens in the thread that asks for the next batch, shared with the
-        reader's helpers, which live as long as the iteration.
-        """
-        helpers = ThreadPoolExecutor(self._threads - 1, "decode") if self._threads > 1 else None
-        if helpers is not None:
-            self._helpers.add(helpers)
-        try:
-            for ids in ids_per_step:
-                yield self._batch(ids, helpers)
-        finally:
-            if helpers is not None:
-                helpers.shutdown()
-
-    def _batch(self, ids: np.ndarray, helpers: ThreadPoolExecutor | None) -> Batch:
-        beton, ids = self._open_file(), self._checked(ids).copy()
-        pixels = np.zeros((len(ids), self.info.max_height, self.info.max_width, 3), np.uint8)
-        edges = [len(ids) * part // self._threads for part in range(self._threads + 1)]
-        parts = [slice(start, stop) for start, stop in pairwise(edges) if start < stop]
-        others = [helpers.submit(self._decode, ids[part], pixels[part]) for part in parts[1:]]
-        try:
-            if parts:
-                self._decode(ids[parts[0]], pixels[parts[0]])
-        finally:
-            wait(others)  # nothing may still write into a batch that is given up
-        for other in others:
-            other.result()
-        return pixels, beton.heights[ids], beton.widths[ids], ids
-
-    def _checked(self, ids: np.ndarray) -> np.ndarray:
-        ids = np.asarray(ids, np.int64)
-        if ids.ndim != 1 or (ids.size and (ids.min() < 0 or ids.max() >= self.info.count)):
-            raise IndexError(f"{self.info.split}: image ids must be a list of numbers in 0..{self.info.count - 1}")
-        return ids
-
-    def _open_file(self) -> Beton:
-        if self._beton is None:
-            raise ValueError(f"the reader of {self.info.split} is closed")
-        return self._beton
-
-    def close(self) -> None:
-        """End the helpers of iterations that were left in the middle and let go of the file."""
-        self._beton = None
-        for helpers in list(self._helpers):
-            helpers.shutdown()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-
-def damaged(beton: Beton, image_id: int, reason: str) -> UserError:
-    """The error for an image whose stored bytes are not what was written."""
-    return UserError(
-        f"{beton.path}: image {image_id} is damaged ({reason}); "
-        f"convert again: `ssl-dist convert DATASET --root SOURCE --out {beton.path.parent}`"
-    )

@@ -6,10 +6,10 @@ An evaluator of features defines
     class Options(config.Section)                 documented fields
     run(train, test, options, album=None) -> dict[str, float]
                                                   features of two splits -> values by name; accuracies in percent.
-                                                  With an album (album.py) it draws pictures as well
+                                                  With an album (results/figures.py) it draws pictures as well
     DRAWS = True                                  if it does: it runs again where its pictures are missing
 One of images has `protocol(options)`, and instead of `run` it has `measure(subject, options)`, which all ranks call
-together (evaluators/subject.py). Neither needs an edit elsewhere.
+together (transfer/subject.py). Neither needs an edit elsewhere.
 """
 
 import difflib
@@ -21,14 +21,10 @@ from types import ModuleType
 from ssl_dist.config import Section, parse_yaml, validate
 from ssl_dist.errors import UserError
 
-_NO_EVALUATORS = {
-    "accuracy", "album", "classification", "confusion", "results", "sampling", "subject", "transfer"
-}  # fmt: skip
-
 
 def names() -> list[str]:
     """The evaluators there are, sorted. Nothing is imported to find out."""
-    return sorted({module.name for module in pkgutil.iter_modules(__path__)} - _NO_EVALUATORS)
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def find(name: str) -> ModuleType:

@@ -5,13 +5,14 @@ from pathlib import Path
 
 from pydantic import Field
 
-from ssl_dist import checkpoint, features
 from ssl_dist.config import Section
 from ssl_dist.errors import UserError
-from ssl_dist.evaluators.classification import classify, draw
-from ssl_dist.evaluators.subject import Subject
-from ssl_dist.evaluators.transfer import encoder_file
 from ssl_dist.methods.base import SSLMethod
+from ssl_dist.run.encoder import Encoder, load_together
+from ssl_dist.storage import checkpoint
+from ssl_dist.transfer.classification import classify, draw
+from ssl_dist.transfer.recipe import encoder_file
+from ssl_dist.transfer.subject import Subject
 
 
 class Options(Section):
@@ -37,14 +38,14 @@ def measure(subject: Subject, options: Options) -> dict[str, float]:
     images that are held out.
     """
     path, world = subject.run if options.head is None else Path(options.head), subject.world
-    method, own = features.load_together(path, world)
+    method, own = load_together(path, world)
     world.agreed(lambda: _check(method, own, subject, options, path))
     found = classify(method, own, subject.source, subject.test, world, world.place.cores, subject.test_ids)
     draw(found, subject, "classify", "the classifier")
     return found.values("classify")
 
 
-def _check(method: SSLMethod, own: features.Encoder, subject: Subject, options: Options, path: Path) -> None:
+def _check(method: SSLMethod, own: Encoder, subject: Subject, options: Options, path: Path) -> None:
     """`own` is the encoder of the checkpoint that holds the classifier."""
     said = f"classify.head = {'null' if options.head is None else repr(options.head)}"
     if type(method).logits is SSLMethod.logits:

@@ -21,15 +21,15 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
 
-from ssl_dist import dist
 from ssl_dist.config import NonNegativeInt, PositiveInt, Section
 from ssl_dist.data import labels as labels_file
+from ssl_dist.distributed.world import one_process
 from ssl_dist.errors import UserError
-from ssl_dist.evaluators.album import Album
-from ssl_dist.evaluators.confusion import class_names
-from ssl_dist.features_file import Features, check_pair, require_labels
 from ssl_dist.kernels.kmeans import kmeans
 from ssl_dist.keys import EVALUATION, ORDER, hash64, permutation
+from ssl_dist.results.confusion import class_names
+from ssl_dist.results.figures import Album
+from ssl_dist.storage.features import Features, check_pair, require_labels
 
 DRAWS = True
 _ROWS, _COLUMNS = 20, 14  # clusters in the picture and images of each
@@ -149,7 +149,7 @@ def _fitted(train: Features, options: Options) -> Tensor:
     for start in range(0, count, step):
         x_ND[start : start + step] = _prepared(train.take(rows[start : start + step]), options)
     key = hash64(options.seed, EVALUATION)
-    world = dist.one_process()
+    world = one_process()
     found_N, _ = kmeans(x_ND, torch.arange(count), count, number, key, world, options.starts, options.iterations)
     sums_KD = torch.zeros(number, train.dim, dtype=torch.float64).index_add_(0, found_N, x_ND)
     sizes_K = torch.bincount(found_N, minlength=number)
@@ -180,7 +180,7 @@ def _rows_in(part: Features, num_centres: int, options: Options) -> int:
 
 def _draw(album: Album, part: Features, rows: np.ndarray, clusters_n: np.ndarray, how: str, options: Options) -> None:
     """The clusters of these rows, by purity."""
-    from ssl_dist import charts  # matplotlib takes a second
+    from ssl_dist.results import charts  # matplotlib takes a second
 
     names = class_names(part)
     counts_KC = contingency(part.labels[rows], clusters_n)

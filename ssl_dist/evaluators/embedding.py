@@ -22,11 +22,11 @@ from threadpoolctl import threadpool_limits
 
 from ssl_dist.config import NonNegativeInt, PositiveFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
-from ssl_dist.evaluators.album import Album
-from ssl_dist.evaluators.confusion import class_names
-from ssl_dist.evaluators.sampling import evenly
-from ssl_dist.features_file import Features, check_pair, require_labels
 from ssl_dist.keys import EVALUATION, hash64
+from ssl_dist.results.confusion import class_names
+from ssl_dist.results.figures import Album
+from ssl_dist.results.sampling import evenly
+from ssl_dist.storage.features import Features, check_pair, require_labels
 
 PROTOCOL = (
     "maps of at most {limit} test images, chosen by key (seed {seed}) evenly over the classes, features to length 1:"
@@ -105,7 +105,7 @@ def _draw(
     trust: dict[str, float],
     options: Options,
 ) -> None:
-    from ssl_dist import charts  # matplotlib takes a second
+    from ssl_dist.results import charts  # matplotlib takes a second
 
     names, labels = class_names(test), test.labels[rows]
     first, second = explained_E[:2] * 100

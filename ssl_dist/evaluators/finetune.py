@@ -5,8 +5,8 @@ from typing import Literal
 from pydantic import Field
 
 from ssl_dist.config import PositiveFloat
-from ssl_dist.evaluators.subject import Subject
-from ssl_dist.evaluators.transfer import CROP_AND_FLIP, Overrides, Recipe, trained
+from ssl_dist.transfer.recipe import CROP_AND_FLIP, Overrides, Recipe, trained
+from ssl_dist.transfer.subject import Subject
 
 _SEMI = {"name": "sgd", "batch_size": 256, "epochs": 20, "schedule": "epoch_cosine"}
 

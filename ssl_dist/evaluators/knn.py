@@ -9,21 +9,19 @@ Cosines are rounded, so in fp32 images closer together than about 1e-7 may chang
 """
 
 import logging
-from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from numba import njit
 from pydantic import Field
-from torch import Tensor
 
 from ssl_dist.config import PositiveInt, Section
 from ssl_dist.errors import UserError
-from ssl_dist.evaluators.accuracy import target_rank
-from ssl_dist.evaluators.album import Album
-from ssl_dist.evaluators.confusion import add_pictures, class_names
-from ssl_dist.features_file import Features, check_pair, require_labels
+from ssl_dist.kernels.neighbours import neighbours, votes
+from ssl_dist.results.accuracy import target_rank
+from ssl_dist.results.confusion import add_pictures, class_names
+from ssl_dist.results.figures import Album
+from ssl_dist.storage.features import Features, check_pair, require_labels
 
 PROTOCOL = (
     "weighted kNN: L2-normalised features, cosine, votes exp(cos/T), number of neighbours and T (0.07 unless given) as"
@@ -78,77 +76,6 @@ def run(train: Features, test: Features, options: Options, album: Album | None =
     if album is not None:
         add_pictures(album, test, class_names(test, train), predicted_N, "knn", f"kNN with {counts[-1]} neighbours")
     return {name: number * 100.0 / len(test) for name, number in correct.items()}
-
-
-def votes(cosine_QK: Tensor, labels_QK: Tensor, temperature: float, num_classes: int) -> Tensor:
-    """Sum of exp(cos / T) over the neighbours of each class: [Q, K], int64 [Q, K] -> float64 [Q, C]."""
-    votes_QC = torch.zeros(len(cosine_QK), num_classes, dtype=torch.float64)
-    return votes_QC.scatter_add_(1, labels_QK, (cosine_QK.double() / temperature).exp())
-
-
-def neighbours(
-    train: Features, test: Features, k: int, dtype: torch.dtype, memory: int, num_classes: int = 0
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """The k nearest training rows of the test rows, block by block: (first test row, cosine [Q, k], row int64 [Q, k]).
-
-    k is at most the number of training rows. Nearest first, equal cosines in rising order of rows; a row of zeros has
-    cosine 0 with everything. A block of queries meets the training rows in blocks and keeps a running best k, so that
-    about `memory` bytes are used for files of any length; `num_classes` reserves room for the caller's votes.
-    """
-    num_queries, num_rows = _block_sizes(train.dim, k, dtype.itemsize, memory, num_classes)
-    for start in range(0, len(test), num_queries):
-        queries_QD = _unit_rows(test, start, min(start + num_queries, len(test)), dtype)
-        best_QK = torch.full((len(queries_QD), k), -torch.inf, dtype=dtype)
-        row_QK = torch.zeros(len(queries_QD), k, dtype=torch.int64)
-        for first in range(0, len(train), num_rows):
-            bank_RD = _unit_rows(train, first, min(first + num_rows, len(train)), dtype)
-            _keep_best((queries_QD @ bank_RD.T).numpy(), first, best_QK.numpy(), row_QK.numpy())
-        row_QK, order_QK = row_QK.sort(dim=1)
-        best_QK, order_QK = best_QK.gather(1, order_QK).sort(dim=1, descending=True, stable=True)
-        yield start, best_QK, row_QK.gather(1, order_QK)
-
-
-@njit(cache=True, nogil=True)
-def _keep_best(cosine_QR, first, best_QK, row_QK):
-    """Bring rows first, first+1, ... into each query's k best, a heap with the farthest neighbour at its root.
-
-    One comparison for most rows, unlike a top-k of every block. Rows come in rising order, so a row that only equals
-    the root is the farther one and stays out; of equal cosines in the heap the highest row is the farthest.
-    """
-    k = best_QK.shape[1]
-    for q in range(cosine_QR.shape[0]):
-        best, row = best_QK[q], row_QK[q]
-        for column in range(cosine_QR.shape[1]):
-            cosine = cosine_QR[q, column]
-            if cosine <= best[0]:
-                continue
-            here, child = 0, 1
-            while child < k:
-                other = child + 1
-                if other < k and (
-                    best[other] < best[child] or (best[other] == best[child] and row[other] > row[child])
-                ):
-                    child = other
-                if cosine <= best[child]:  # the new row is the highest of all, so the farthest of its equals
-                    break
-                best[here], row[here] = best[child], row[child]
-                here, child = child, 2 * child + 1
-            best[here], row[here] = cosine, first + column
-
-
-def _unit_rows(part: Features, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    rows_RD = torch.from_numpy(part.rows(start, stop)).to(dtype)
-    norm_R1 = torch.linalg.vector_norm(rows_RD, dim=1, keepdim=True, dtype=torch.float64)
-    return rows_RD.div_(norm_R1.where(norm_R1 > 0, 1.0).to(dtype))
-
-
-def _block_sizes(dim: int, k: int, itemsize: int, memory: int, num_classes: int) -> tuple[int, int]:
-    """Test and training rows of a block. The training file is read once for every block of queries."""
-    per_row = dim * (itemsize + 5)  # as read, normalised, and a byte for the check that it is finite
-    per_query = per_row + 4 * k * (itemsize + 8) + 12 * num_classes
-    num_queries = max(1, min(memory // 2 // per_query, int((memory / itemsize) ** 0.5 / 2)))
-    num_rows = max(1, (memory - num_queries * per_query) // (per_row + num_queries * itemsize))
-    return num_queries, num_rows
 
 
 def _neighbour_counts(wanted: list[int] | None, train: Features) -> list[int]:

@@ -23,10 +23,10 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from ssl_dist.config import PositiveFloat, PositiveInt, Section
-from ssl_dist.evaluators.accuracy import target_rank
-from ssl_dist.evaluators.album import Album
-from ssl_dist.evaluators.confusion import add_pictures, class_names
-from ssl_dist.features_file import Features, check_pair, require_labels
+from ssl_dist.results.accuracy import target_rank
+from ssl_dist.results.confusion import add_pictures, class_names
+from ssl_dist.results.figures import Album
+from ssl_dist.storage.features import Features, check_pair, require_labels
 
 PROTOCOL = "multinomial logistic regression on frozen features, at its optimum: L2, C={c}, standardize={standardize}"
 DRAWS = True

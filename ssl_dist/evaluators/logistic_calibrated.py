@@ -18,9 +18,9 @@ from sklearn.linear_model import LogisticRegression
 
 from ssl_dist.config import PositiveInt, Section
 from ssl_dist.errors import UserError
-from ssl_dist.evaluators.accuracy import target_rank
-from ssl_dist.evaluators.album import Album
-from ssl_dist.features_file import Features, check_pair, require_labels
+from ssl_dist.results.accuracy import target_rank
+from ssl_dist.results.figures import Album
+from ssl_dist.storage.features import Features, check_pair, require_labels
 
 PROTOCOL = (
     "calibrated logistic regression on frozen features as extracted (ReLIC): scikit-learn's CalibratedClassifierCV of"

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from ssl_dist.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
-from ssl_dist.evaluators.accuracy import target_rank
-from ssl_dist.evaluators.album import Album
-from ssl_dist.features_file import Features, check_pair, require_labels
 from ssl_dist.keys import INIT, ORDER, hash64, normals, permutation
+from ssl_dist.results.accuracy import target_rank
+from ssl_dist.results.figures import Album
+from ssl_dist.storage.features import Features, check_pair, require_labels
 
 PROTOCOL = (
     "logistic regression by SGD on frozen features as extracted (SFRIK): {epochs} epochs, the last one counts, batches"

@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from ssl_dist.evaluators.subject import Subject
-from ssl_dist.evaluators.transfer import CROP_AND_FLIP, Overrides, Recipe, trained
+from ssl_dist.transfer.recipe import CROP_AND_FLIP, Overrides, Recipe, trained
+from ssl_dist.transfer.subject import Subject
 
 RECIPES = {
     "relational": Recipe(

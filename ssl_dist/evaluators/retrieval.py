@@ -23,11 +23,11 @@ from torch import Tensor
 
 from ssl_dist.config import PositiveInt, Section
 from ssl_dist.errors import UserError
-from ssl_dist.evaluators.album import Album
-from ssl_dist.evaluators.confusion import add_pictures, class_names
-from ssl_dist.evaluators.sampling import evenly
-from ssl_dist.features_file import Features, check_pair, require_labels
 from ssl_dist.keys import EVALUATION, hash64
+from ssl_dist.results.confusion import add_pictures, class_names
+from ssl_dist.results.figures import Album
+from ssl_dist.results.sampling import evenly
+from ssl_dist.storage.features import Features, check_pair, require_labels
 
 PROTOCOL = (
     "retrieval: every test image ranks all other images of the {gallery} split by cosine; top-k: any of the k nearest"
@@ -189,7 +189,7 @@ def _warn_of_missing(test: Features, gallery: Features, leave_out: bool) -> None
 def _draw(
     album: Album, test: Features, gallery: Features, nearest_NK: np.ndarray, precision_N: np.ndarray, options: Options
 ) -> None:
-    from ssl_dist import charts  # matplotlib takes a second
+    from ssl_dist.results import charts  # matplotlib takes a second
 
     names = class_names(test, gallery)
     predicted_N = gallery.labels[nearest_NK[:, 0]]

@@ -4,26 +4,26 @@ import difflib
 import importlib
 import pkgutil
 
-from ssl_dist import config, transfer
+from ssl_dist import config
 from ssl_dist.config import Section
 from ssl_dist.errors import UserError
 from ssl_dist.methods.base import SSLMethod
 
+_EVALUATIONS = ("fine_tuning", "linear_probe")  # trained on top of a method's backbone to measure it
+
 
 def names() -> list[str]:
     """Every method there is."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+    return sorted({module.name for module in pkgutil.iter_modules(__path__)} - {"base", *_EVALUATIONS})
 
 
 def find(name: str) -> type[SSLMethod]:
-    """The class of the method `name`, or of a training on top of one (ssl_dist/transfer), which `names` leaves out.
+    """The class of the method `name`, or of an evaluation that is trained, which `names` leaves out.
 
     Raises `UserError` with the nearest name when there is none.
     """
     known = names()
-    if name in {module.name for module in pkgutil.iter_modules(transfer.__path__)}:
-        return importlib.import_module(f"{transfer.__name__}.{name}").Method
-    if name not in known:
+    if name not in (*known, *_EVALUATIONS):
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(f"method.name = {name!r}: no such method; {hint}methods: {', '.join(known)}")

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ssl_dist.batchnorm import one_view
 from ssl_dist.config import Section
 from ssl_dist.keys import DROPOUT, hash64, row_keys
-from ssl_dist.nn import KeyedDropout, keyed_rows
+from ssl_dist.nn.batchnorm import one_view
+from ssl_dist.nn.layers import KeyedDropout, keyed_rows
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from ssl_dist.errors import UserError
 from ssl_dist.kernels.kmeans import kmeans, whiten
 from ssl_dist.keys import INIT, METHOD, RELABEL, hash64, normals
 from ssl_dist.methods.base import Batch, Info, Output, Rows, SSLMethod, at_least_float32
-from ssl_dist.nn import mlp
-from ssl_dist.pseudolabels import PseudoLabels
+from ssl_dist.nn.layers import mlp
+from ssl_dist.nn.pseudolabels import PseudoLabels
 
 SPREAD = 0.01  # standard deviation of the weights that are drawn anew
 WIDE = 512  # features from which on only half of the components are kept

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ssl_dist.batchnorm import update_running
 from ssl_dist.config import NonNegativeFloat, PositiveInt, Probability, Section
 from ssl_dist.errors import UserError
 from ssl_dist.kernels import relation
 from ssl_dist.keys import LABELLED, hash64, uniform_rows
 from ssl_dist.methods.base import Batch, Info, Output, SSLMethod
-from ssl_dist.nn import mlp
+from ssl_dist.nn.batchnorm import update_running
+from ssl_dist.nn.layers import mlp
 
 ENCODING = 64  # dimensions of the encoder's output, as of the SimCLR baseline's head in the same paper
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ssl_dist.config import FiniteFloat, NonNegativeFloat, PositiveFloat, PositiveInt, Probability, Section
 from ssl_dist.errors import UserError
 from ssl_dist.methods.base import Batch, Info, Output, SSLMethod
-from ssl_dist.nn import ema_update
+from ssl_dist.nn.layers import ema_update
 
 COPIES = 2  # the target is a copy of the online network after this many first steps, an average from then on
 DEFAULTS = {"softmax": (0.0, 5.0, 0.0), "sigmoid": (math.log(10), 15.0, -10.0)}  # log_tau, max_tau, bias

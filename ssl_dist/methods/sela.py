@@ -23,7 +23,7 @@ from ssl_dist.config import PositiveFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
 from ssl_dist.kernels import sinkhorn
 from ssl_dist.methods.base import Batch, Info, Output, Rows, SSLMethod, at_least_float32
-from ssl_dist.pseudolabels import PseudoLabels
+from ssl_dist.nn.pseudolabels import PseudoLabels
 
 BLOCK = 2**26  # bytes of activations and of scores in float64 that are made at once
 

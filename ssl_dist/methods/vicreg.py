@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ssl_dist.config import NonNegativeFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
 from ssl_dist.methods.base import Batch, Info, Output, SSLMethod
-from ssl_dist.nn import mlp
+from ssl_dist.nn.layers import mlp
 
 
 class Options(Section):

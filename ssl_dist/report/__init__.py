@@ -4,12 +4,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssl_dist import durable
 from ssl_dist.errors import UserError
 from ssl_dist.report import comparison, page
 from ssl_dist.report import run as runs
 from ssl_dist.report.run import Run
 from ssl_dist.report.seeds import over_seeds, table
+from ssl_dist.storage import durable
 
 __all__ = ["over_seeds", "read", "report", "table", "write"]
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from ssl_dist import online_knn, verdicts
+from ssl_dist.report import verdicts
 from ssl_dist.report.curves import Curve, chart
 from ssl_dist.report.markup import Html, element
 from ssl_dist.report.run import Run
+from ssl_dist.train import online_knn
 
 # These come first, in this order; what else a method logs follows.
 FIRST = ("loss", "accuracy", online_knn.NAME, "feature_std", "effective_rank", "lr", "images_per_s", "data_wait")

@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 
+from ssl_dist import results
 from ssl_dist.errors import UserError
-from ssl_dist.evaluators import results
 from ssl_dist.report import gallery, health, scores, seeds, settings
 from ssl_dist.report.charts import overlaid
 from ssl_dist.report.curves import COLOURS
 from ssl_dist.report.frame import document, navigation, notes, section
 from ssl_dist.report.markup import Html, element, joined, number_cell, number_head, table
 from ssl_dist.report.run import Run
-from ssl_dist.verdicts import Verdict
+from ssl_dist.report.verdicts import Verdict
 
 
 def of_runs(several: Sequence[Run]) -> str:

@@ -3,11 +3,11 @@
 import statistics
 from collections.abc import Sequence
 
-from ssl_dist import verdicts
 from ssl_dist.report import run as runs
+from ssl_dist.report import verdicts
 from ssl_dist.report.markup import Html, count, element, joined, number
 from ssl_dist.report.run import Run
-from ssl_dist.verdicts import Verdict
+from ssl_dist.report.verdicts import Verdict
 
 WORDS = {"fine": "fine", "note": "to know", "look": "look", "ill": "ill", "unknown": "unknown"}
 

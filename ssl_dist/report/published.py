@@ -5,7 +5,7 @@ from importlib import resources
 from pydantic import Field
 
 from ssl_dist.config import Config, FiniteFloat, PositiveInt, Section, validate
-from ssl_dist.section import parse_yaml
+from ssl_dist.config.section import parse_yaml
 
 
 class Published(Section):

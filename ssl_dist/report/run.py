@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ssl_dist import checkpoint, config, evaluators, methods
+from ssl_dist import config, evaluators, methods, results
 from ssl_dist.config import Config
 from ssl_dist.errors import UserError
-from ssl_dist.evaluators import results
 from ssl_dist.report import pictures
 from ssl_dist.report.markup import count
 from ssl_dist.report.pictures import Picture
 from ssl_dist.report.seeds import newest
+from ssl_dist.storage import checkpoint
 
 VIEWS = "views*.png"
 HUGE = 1e100  # what exceeds it is drawn as no number

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ssl_dist.evaluators import results
+from ssl_dist import results
 from ssl_dist.report.markup import Html, element, joined, number_cell, number_head, table
 from ssl_dist.report.published import Published, beside
 from ssl_dist.report.run import Run

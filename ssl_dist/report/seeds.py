@@ -4,9 +4,9 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssl_dist import config, runfolder
+from ssl_dist import config, results
 from ssl_dist.errors import UserError
-from ssl_dist.evaluators import results
+from ssl_dist.run import folder as run_folder
 
 SAME = ("method", "backbone", "step", "dataset", "split", "data", "name", "protocol")  # what a seed may not change
 
@@ -40,8 +40,8 @@ def _read(run: Path) -> tuple[str, list[dict]]:
     records = results.read(run / "results.json")
     if not records:
         raise UserError(f"{run}: holds no results; run `ssl-dist evaluate {run} knn` first")
-    tree = runfolder.flat(config.to_tree(config.load(run / "config.yaml")))
-    kept = {key: value for key, value in tree.items() if key != "seed" and not key.startswith(runfolder.FREE)}
+    tree = run_folder.flat(config.to_tree(config.load(run / "config.yaml")))
+    kept = {key: value for key, value in tree.items() if key != "seed" and not key.startswith(run_folder.FREE)}
     return repr(kept), newest(records)
 
 

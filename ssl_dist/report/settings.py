@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from ssl_dist import config, runfolder
+from ssl_dist import config
 from ssl_dist.config import Config
 from ssl_dist.report.markup import Html, count, element, joined, table
 from ssl_dist.report.run import Run
+from ssl_dist.run import folder as run_folder
 
 _NEEDED = ("run_dir", "data.name", "data.root", "method.name")  # what has no default, or decides on the others
 
@@ -66,7 +67,7 @@ def _folded(summary: str, content: Html, is_open: bool = False) -> Html:
 
 def _spelt_out(settings: Config) -> dict[str, object]:
     """Every key of the config, those of the method's options too, with dots."""
-    return _flat(runfolder.spelt_out(settings))
+    return _flat(run_folder.spelt_out(settings))
 
 
 def _defaults(settings: Config) -> dict[str, object]:

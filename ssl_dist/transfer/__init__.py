@@ -1,4 +1,3 @@
-"""What is trained on top of a pre-trained backbone to measure it: methods for the same loop, no papers of their own.
+"""Trainings on top of a pre-trained backbone that measure it: linear probes and fine-tuning."""
 
-`methods.find` knows them by the name of their file, so that the folder of such a training is a run like any other.
-"""
+__all__ = ["classification", "recipe", "subject"]

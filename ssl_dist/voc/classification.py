@@ -24,8 +24,8 @@ from torchvision.transforms.functional import center_crop, resize
 
 from ssl_dist.config import PositiveFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
-from ssl_dist.features_file import Features, read_features, write_features
 from ssl_dist.progress import Counter
+from ssl_dist.storage.features import Features, read_features, write_features
 from ssl_dist.voc.data import CLASSES, Sample, Split
 from ssl_dist.voc.loop import ahead
 from ssl_dist.voc.metrics import classification_ap

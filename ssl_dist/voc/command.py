@@ -8,12 +8,12 @@ from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 
+from ssl_dist import results
 from ssl_dist.config import Section, parse_yaml, to_tree, validate
-from ssl_dist.dist import choose_device
+from ssl_dist.distributed.rank import Place
+from ssl_dist.distributed.world import choose_device
 from ssl_dist.errors import UserError
-from ssl_dist.evaluators import results
-from ssl_dist.evaluators.album import add_picture
-from ssl_dist.place import Place
+from ssl_dist.results.figures import add_picture
 from ssl_dist.voc import classification, data, detection, loop, pictures, pretrained, segmentation
 from ssl_dist.voc.data import Sample, Split
 from ssl_dist.voc.pretrained import Pretrained

@@ -24,7 +24,7 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image
 
-from ssl_dist.data.encode import CONVERTIBLE, DAMAGED, why
+from ssl_dist.data.pillow import CONVERTIBLE, DAMAGED, why
 from ssl_dist.errors import UserError
 
 CLASSES = (

@@ -19,15 +19,16 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ssl_dist import checkpoint, durable, optim
 from ssl_dist.clock import Clock
 from ssl_dist.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Section
+from ssl_dist.distributed.signals import STOPPED, StopRequest
 from ssl_dist.errors import Fault, UserError
 from ssl_dist.keys import INIT, METHOD, ORDER, TRANSFER, hash64, permutation
 from ssl_dist.progress import Counter
-from ssl_dist.runfolder import flat
-from ssl_dist.runlog import RunLog
-from ssl_dist.stop import STOPPED, StopRequest
+from ssl_dist.run.folder import flat
+from ssl_dist.run.log import RunLog
+from ssl_dist.storage import checkpoint, durable
+from ssl_dist.train import optim
 
 FREE = ("workers", "log_every")  # options that change no number
 

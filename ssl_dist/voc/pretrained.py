@@ -9,11 +9,14 @@ from pathlib import Path
 import safetensors
 import torch
 
-from ssl_dist import backbones, export, features, weights
+from ssl_dist import backbones
 from ssl_dist.backbones.base import Backbone
 from ssl_dist.config import Normalize, parse_yaml, validate
 from ssl_dist.data.catalog import CATALOG
 from ssl_dist.errors import UserError
+from ssl_dist.run import encoder as run_encoder
+from ssl_dist.run import export
+from ssl_dist.storage import weights
 
 KEYS = ("backbone.name", "views.normalize")
 
@@ -43,7 +46,7 @@ def load(path: Path, overrides: Sequence[str]) -> Pretrained:
     if name is None:
         if given:
             raise UserError(f"override {overrides[0]!r}: is for files of weights, and needs backbone.name=... too")
-        encoder = features.load_encoder(path)
+        encoder = run_encoder.load_encoder(path)
         settings = encoder.config
         backbone = _filled(settings.backbone.name, encoder.module.state_dict())
         return Pretrained(

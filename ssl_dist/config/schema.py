@@ -1,0 +1,268 @@
+"""The configuration of a run: every key with its type, default and meaning; YAML files and `key=value` overrides.
+
+A config is flat data. Derived values are properties and are never written back.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from ssl_dist.config.recipe import ColorJitter, Interpolation, RandomResizedCrop, ViewGroup
+from ssl_dist.config.section import (
+    FiniteFloat,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Section,
+    parse_yaml,
+    sections_along,
+    to_tree,
+    validate,
+)
+from ssl_dist.errors import UserError
+
+# ---------------------------------------------------------------------------------------------------- views
+
+
+class Normalize(Section):
+    """Per-channel mean and standard deviation of pixels in [0, 1]."""
+
+    mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat] = Field(strict=False)
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(strict=False)
+
+
+class Views(Section):
+    num: PositiveInt | None = Field(None, description="K, the views of each image; null: what the method fixes")
+    normalize: Literal["dataset", "none"] | Normalize = Field(
+        "dataset", description="dataset (mean and std of dataset.json), none, or {mean: [r, g, b], std: [r, g, b]}"
+    )
+    groups: Annotated[list[ViewGroup], Field(min_length=1)] = Field(
+        default_factory=lambda: [
+            ViewGroup(
+                random_resized_crop=RandomResizedCrop(), horizontal_flip=0.5, color_jitter=ColorJitter(), grayscale=0.2
+            )
+        ],
+        description="recipes; several groups (multicrop) give each its own num and size",
+    )
+
+    @model_validator(mode="after")
+    def _numbers(self):
+        if len(self.groups) > 1:
+            missing = [i for i, group in enumerate(self.groups) if group.num is None]
+            if missing:
+                raise ValueError(f"groups[{missing[0]}].num: must be given when there are several groups")
+            total = sum(group.num for group in self.groups)
+        else:
+            total = self.groups[0].num
+        if None not in (total, self.num) and total != self.num:
+            raise ValueError(f"num: {self.num} differs from the sum of the groups' num, {total}; leave one of them out")
+        return self
+
+
+# ------------------------------------------------------------------------------------------- the other sections
+
+
+class ClassSubset(Section):
+    """The images number start .. start + per_class - 1 of every class, counted in id order."""
+
+    per_class: PositiveInt
+    start: NonNegativeInt = 0
+
+
+class LabelsFile(Section):
+    """Labels in the place of the split's own: CSV with the columns image_id, label[, label ...]."""
+
+    file: str
+    column: NonNegativeInt = Field(0, description="which of the label columns, counted from 0")
+
+
+class Data(Section):
+    name: str = Field(
+        pattern=r"^\w[\w.-]*$", description="data set: an entry of the catalog, or a plain word for one of your own"
+    )
+    root: str = Field(description="folder with <split>.beton and dataset.json (what `convert --out` wrote)")
+    reader: Literal["ffcv", "arrays"] = Field("ffcv", description="ffcv, or arrays: the same pixels without FFCV")
+    image_size: PositiveInt = Field(32, description="side of a view in pixels, unless its group says otherwise")
+    eval_resize: PositiveInt | None = Field(
+        None, description="evaluation resizes the short side to this before the centre crop; null: to image_size"
+    )
+    eval_interpolation: Interpolation = Field("bilinear", description="of that resize")
+    view_shards: Literal["auto"] | PositiveInt = Field(
+        "auto", description="ranks over which the views of an image are spread (Wv); the images take the rest"
+    )
+    workers: Literal["auto"] | PositiveInt = Field("auto", description="threads that make views, on every rank")
+    split: str | None = Field(None, description="null: the method's natural split of this data set")
+    subset: ClassSubset | str | None = Field(None, description="{per_class: n, start: m}, or a file with one id a line")
+    limit: PositiveInt | None = Field(None, description="train on this many ids, evenly spaced over the split")
+    labels: LabelsFile | None = Field(
+        None, description="{file: labels.csv, column: 0}: labels for the training instead of the split's own"
+    )
+
+    @model_validator(mode="after")
+    def _resize(self):
+        if self.eval_resize is not None and self.eval_resize < self.image_size:
+            raise ValueError(f"eval_resize: {self.eval_resize} must be at least image_size, {self.image_size}")
+        return self
+
+
+class Backbone(Section):
+    name: str = Field("conv4", description="see `ssl-dist explain`; anything in timm as timm/<name>")
+    zero_init_residual: bool = Field(
+        False, description="residual blocks of resnet18 to resnet200 begin as the identity (SFRIK and VICReg do it)"
+    )
+    weights: str | None = Field(
+        None, description="file to begin from: of torchvision, timm or an official code; null: random weights"
+    )
+
+
+class MethodSection(Section):
+    name: str = Field("relational", description="a file of ssl_dist/methods")
+    options: dict[str, Any] = Field(default_factory=dict, description="the method's own options, checked by the method")
+
+
+class Optim(Section):
+    name: Literal["adam", "adamw", "sgd", "lars"] = "adam"
+    lr: PositiveFloat = Field(1e-3, description="learning rate at its highest, for a batch of `lr_batch` images")
+    lr_batch: PositiveInt | None = Field(
+        None, description="the rate is lr * batch_size / lr_batch (LARS recipes: 256); null: lr as it stands"
+    )
+    batch_size: PositiveInt = Field(64, description="M, images of the global batch over all ranks")
+    epochs: PositiveInt | None = Field(200, description="length of the training; null when `steps` is given")
+    steps: PositiveInt | None = Field(None, description="length in optimizer steps; null when `epochs` is given")
+    weight_decay: NonNegativeFloat = Field(0.0, description="lars: of weights only, not of biases and BatchNorm")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of sgd and lars")
+    warmup_epochs: NonNegativeFloat = Field(0.0, description="linear rise of the rate from 0, in (fractional) epochs")
+    schedule: Literal["constant", "cosine", "epoch_cosine", "step"] = Field(
+        "constant", description="of the rate, after the warm-up; epoch_cosine: a cosine, constant within an epoch"
+    )
+    lr_final: Probability = Field(
+        0.0, description="schedules of a cosine: where the rate ends, as a share of its highest"
+    )
+    milestones: list[Probability] = Field(
+        default_factory=lambda: [0.5, 0.75],
+        description="schedule step: the rate falls to a tenth at these shares of the training",
+    )
+    milestone_epochs: list[NonNegativeFloat] | None = Field(
+        None, description="schedule step: falls after these epochs, in place of `milestones`; null: milestones"
+    )
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate at its highest, for this batch size."""
+        return self.lr if self.lr_batch is None else self.lr * self.batch_size / self.lr_batch
+
+    @model_validator(mode="after")
+    def _length(self):
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("epochs: exactly one of epochs and steps must be given; set the other to null")
+        return self
+
+
+class Checkpoint(Section):
+    every_epochs: PositiveInt | None = Field(1, description="save after this many epochs; null: never for that reason")
+    every_steps: PositiveInt | None = Field(None, description="save after this many steps")
+    keep: PositiveInt = Field(2, description="the newest checkpoints that are kept")
+    keep_every: PositiveInt | None = Field(None, description="also keep checkpoints whose step is a multiple of this")
+
+
+class Log(Section):
+    every_steps: PositiveInt = Field(20, description="steps between two lines of metrics.jsonl and TensorBoard")
+    images_every_epochs: PositiveInt = Field(10, description="epochs between two grids of views in TensorBoard")
+    knn_every_epochs: PositiveInt | None = Field(
+        None,
+        description="epochs between two kNN classifications (k = 20) of held-out images of the labelled training split "
+        "by the other ones; null: never",
+    )
+
+
+class Config(Section):
+    seed: NonNegativeInt = Field(0, description="of everything random")
+    run_dir: str = Field(min_length=1, description="the run's folder; the same command again resumes it")
+    data: Data
+    views: Views = Field(default_factory=Views)
+    backbone: Backbone = Field(default_factory=Backbone)
+    method: MethodSection = Field(default_factory=MethodSection)
+    optim: Optim = Field(default_factory=Optim)
+    precision: Literal["fp64", "fp32", "bf16"] = Field("fp32", description="bf16: autocast, weights stay float32")
+    channels_last: bool = Field(True, description="memory layout of images; faster on CPU and GPU")
+    compile: bool = Field(False, description="torch.compile the backbone: minutes at the start, faster steps on a GPU")
+    deterministic: bool = Field(False, description="deterministic CUDA kernels, for bit-exact resumes on a GPU")
+    timeout: Annotated[float, Field(gt=0, le=86400)] = Field(
+        60.0, description="seconds after which a rank that hangs ends the run"
+    )
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    log: Log = Field(default_factory=Log)
+
+    @property
+    def num_views(self) -> int | None:
+        """K as the config gives it; None when it leaves the number to the method."""
+        if self.views.num is not None:
+            return self.views.num
+        return sum(g.num for g in self.views.groups) if self.views.groups[0].num is not None else None
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config in a YAML file with `key.sub=value` overrides (values are YAML). Raises `UserError`."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UserError(f"config {path}: cannot be read: {reason}; configs/ holds examples") from None
+    tree = parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise UserError(f"config {path}: must be a mapping of sections (data, views, method, ...); see configs/")
+    return overridden(tree, overrides)
+
+
+def overridden(tree: dict, overrides: Sequence[str]) -> Config:
+    """The config in `tree` with `key.sub=value` overrides, which change `tree` too. Raises `UserError`."""
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"override {override!r}: write key=value, for example optim.lr=1e-3")
+        _assign(tree, key.split("."), parse_yaml(value, f"override {override!r}"), override)
+    return validate(Config, tree)
+
+
+def _assign(tree: dict, path: list[str], value: Any, override: str) -> None:
+    for i, name in enumerate(path[:-1]):
+        if isinstance(tree, dict):
+            if tree.get(name) is None:
+                tree[name] = _default(path[: i + 1])
+            child = tree[name]
+        else:
+            child = tree[_index(name, tree, override)]
+        if not isinstance(child, dict | list):
+            raise UserError(f"override {override!r}: {'.'.join(path[: i + 1])} is not a section")
+        tree = child
+    if isinstance(tree, dict):
+        tree[path[-1]] = value
+    else:
+        tree[_index(path[-1], tree, override)] = value
+
+
+def _default(path: list[str]) -> dict | list:
+    """What an override below `path` changes when the file says nothing there: a list's default, an empty section."""
+    *_, (section, name) = list(sections_along(Config, path))[:-1]
+    field = section.model_fields.get(name) if section else None
+    default = field.get_default(call_default_factory=True) if field else None
+    return [to_tree(item) for item in default] if isinstance(default, list) else {}
+
+
+def _index(name: str, items: list, override: str) -> int:
+    if not (name.isdigit() and int(name) < len(items)):
+        raise UserError(f"override {override!r}: {name!r} is not one of the items 0..{len(items) - 1}")
+    return int(name)
+
+
+def dump(config: Config) -> str:
+    """The config as YAML, every key written out."""
+    return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True, width=110)

@@ -1,0 +1,104 @@
+"""Where each data set's images come from: folders and archives, torchvision's files, scikit-learn's digits."""
+
+from pathlib import Path
+
+import numpy as np
+
+from ssl_dist.convert.folders import image_folder, tiny_imagenet
+from ssl_dist.convert.images import PixelImages, Source
+from ssl_dist.data.catalog import CATALOG
+from ssl_dist.errors import UserError
+
+
+def open_source(dataset: str, root: Path | None) -> Source:
+    """The source of a catalog entry or of a folder of one's own. Raises `UserError` when `root` does not hold it."""
+    kind = CATALOG[dataset].source if dataset in CATALOG else "folder"
+    if kind == "digits":
+        return digits()
+    if root is None:
+        raise UserError(f"convert {dataset}: --root must name the folder with its images")
+    if kind == "cifar":
+        return cifar(dataset, root)
+    if kind == "stl10":
+        return stl10(root)
+    if kind == "tiny-imagenet":
+        return tiny_imagenet(root)
+    return image_folder(root)
+
+
+def _fetch(dataset: str, root: Path, folder: str, archive: str, open_split):
+    """`open_split(root)` with torchvision's own check and download; one line where neither helps."""
+    if root.name == folder:
+        root = root.parent
+    try:
+        return root, open_split(root)
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{dataset}: --root {root}: looked for {folder}/ and {archive}, and the download failed ({reason}); put "
+            f"the archive there, or convert images with `ssl-dist convert folder --name {dataset} --root DIR`"
+        ) from None
+
+
+def cifar(dataset: str, root: Path) -> Source:
+    """CIFAR-10, CIFAR-100 or CIFAR-100 with its coarse labels, in the order of the original batches."""
+    import pickle
+
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    cls = CIFAR10 if dataset == "cifar10" else CIFAR100
+    splits, classes = {}, None
+    for split, train in (("train", True), ("test", False)):
+        root, data = _fetch(
+            dataset, root, cls.base_folder, cls.filename, lambda at, train=train: cls(at, train=train, download=True)
+        )
+        labels, classes = data.targets, data.classes
+        if dataset == "supercifar100":
+            # torchvision keeps the fine labels only; the files' checksums were verified above.
+            folder = root / cls.base_folder
+            labels = pickle.loads((folder / split).read_bytes(), encoding="latin1")["coarse_labels"]
+            classes = pickle.loads((folder / "meta").read_bytes(), encoding="latin1")["coarse_label_names"]
+        splits[split] = PixelImages(data.data, labels)
+    return Source(list(classes), splits)
+
+
+def stl10(root: Path) -> Source:
+    """STL-10: 100,000 unlabeled, 5,000 training and 8,000 test images, mapped from the binary files."""
+    from torchvision.datasets import STL10
+
+    root, data = _fetch(
+        "stl10", root, STL10.base_folder, STL10.filename, lambda at: STL10(at, split="test", download=True)
+    )
+    splits = {}
+    for split in ("unlabeled", "train", "test"):
+        folder = root / STL10.base_folder
+        # Column-major pictures: [N, 3, W, H] in the file.
+        pixels = np.memmap(folder / f"{split}_X.bin", np.uint8, "r").reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)
+        known = split != "unlabeled"
+        labels = np.fromfile(folder / f"{split}_y.bin", np.uint8) - 1 if known else np.full(len(pixels), -1)
+        splits[split] = PixelImages(pixels, labels)
+    return Source(list(data.classes), splits)
+
+
+def digits() -> Source:
+    """scikit-learn's handwritten digits, 0..16 grey levels of 8x8, enlarged to 32x32 RGB (bicubic).
+
+    Every fifth image of each digit, in the order of the file, is a test image: 1,442 for training, 355 for testing.
+    """
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    grey = np.rint(data.images * (255 / 16)).astype(np.uint8)
+    large = [np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)) for image in grey]
+    pixels = np.repeat(np.stack(large)[..., None], 3, axis=3)
+    labels = data.target.astype(np.int64)
+    place = np.empty(len(labels), np.int64)  # of an image among those of its digit
+    for digit in range(10):
+        members = labels == digit
+        place[members] = np.arange(members.sum())
+    test = place % 5 == 4
+    return Source(
+        [str(digit) for digit in range(10)],
+        {"train": PixelImages(pixels[~test], labels[~test]), "test": PixelImages(pixels[test], labels[test])},
+    )

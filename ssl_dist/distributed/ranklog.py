@@ -1,0 +1,47 @@
+"""RUN/logs/rank-N.log: what happened to one rank, with the time."""
+
+import faulthandler
+import sys
+import time
+from pathlib import Path
+
+from ssl_dist.distributed.rank import Place
+
+
+class RankLog:
+    """Keeps nothing before `open`; from then on also the stacks of all threads if the process crashes."""
+
+    def __init__(self, place: Place):
+        self.place = place
+        self._file = None
+        self._shows_crashes = False
+
+    def open(self, logs: Path) -> None:
+        """From now on in this folder; an evaluation has several trainings, one after another."""
+        self.close()
+        self._file = open(logs / f"rank-{self.place.rank}.log", "a", encoding="utf-8")  # noqa: SIM115 - kept open
+        if not faulthandler.is_enabled():  # else the program that this runs in has its own way
+            faulthandler.enable(self._file)
+            self._shows_crashes = True
+
+    def note(self, text: str) -> None:
+        """One entry of the file. A full disk must not hide the fault that is being noted."""
+        if self._file is None:
+            return
+        try:
+            self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n")
+            self._file.flush()
+        except OSError as error:
+            print(f"{self._file.name}: {error.strerror}", file=sys.stderr, flush=True)
+
+    def stacks(self) -> None:
+        """Where every thread is."""
+        if self._file is not None:
+            faulthandler.dump_traceback(self._file)
+
+    def close(self) -> None:
+        if self._file is not None:
+            if self._shows_crashes:
+                faulthandler.disable()
+            self._file.close()
+            self._file = None

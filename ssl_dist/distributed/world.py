@@ -1,0 +1,269 @@
+"""The ranks of a run, and all that they exchange. Besides meeting.py the only file that names torch.distributed.
+
+Gradient rule: `gather_views` and `sum` have a SUM backward, and `wrap` averages gradients over the ranks. So when the
+*mean over the ranks* of the returned loss is the loss of the global batch, the gradients equal those of one process:
+a loss computed in full on every rank is returned as it is, a rank's share of a sum goes through `from_share`.
+"""
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ssl_dist.distributed import rendezvous
+from ssl_dist.distributed.heartbeat import State
+from ssl_dist.distributed.rank import BY_SRUN, Place
+from ssl_dist.errors import Fault, UserError
+from ssl_dist.grid import Grid
+from ssl_dist.nn import batchnorm
+
+T = TypeVar("T")
+
+
+class World:
+    """All ranks of a run, the grid they form, and the few exchanges that methods and the loop need."""
+
+    def __init__(self, place: Place, grid: Grid, device: torch.device, state: State | None = None):
+        assert grid.size == place.size, "the grid must hold every rank"
+        self.place, self.grid, self.device = place, grid, device
+        self.state = state or State(place)  # what this rank is doing, for the watchdog and the other ranks
+
+    def __enter__(self) -> "World":
+        return self
+
+    def __exit__(self, _kind, error: BaseException | None, _traceback) -> None:
+        if error is None or self.device.type == "cpu":
+            self.close()  # with NCCL this would wait for exchanges that never end; the end of the process frees them
+
+    @property
+    def is_first(self) -> bool:
+        return self.place.is_first
+
+    @property
+    def alone(self) -> bool:
+        return self.place.alone
+
+    # ------------------------------------------------------------------ for methods
+
+    def gather_views(self, z_VBD: Tensor, batch: Any = None) -> Tensor:
+        """The global batch's representations [K, M, D] in canonical (view, image) order, from [V_local, B_local, D]."""
+        return z_VBD if self.alone else _GatherViews.apply(z_VBD, self)
+
+    def gather_images(self, x_B: Tensor, batch: Any = None) -> Tensor:
+        """A quantity of the images of the global batch [M, ...] from [B_local, ...]; no gradient."""
+        return x_B if self.alone else self._gather(x_B)[:: self.grid.views].flatten(0, 1)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over the ranks, with gradient."""
+        return x if self.alone else _Sum.apply(x, self)
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """The sum over the ranks, without gradient; `x` is not changed."""
+        return x if self.alone else self._reduce(x)
+
+    def _reduce(self, x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+        total = x.detach().clone(memory_format=torch.contiguous_format)
+        with self.state.exchange("all_reduce"):
+            dist.all_reduce(total, group=group)
+        return total
+
+    def share(self, count: int) -> tuple[int, int]:
+        """This rank's even share [lo, hi) of `count` pieces of work."""
+        rank, size = self.place.rank, self.place.size
+        return rank * count // size, (rank + 1) * count // size
+
+    def from_share(self, loss_share: Tensor) -> Tensor:
+        """A loss whose mean over the ranks is the sum of the ranks' shares."""
+        return loss_share * self.place.size
+
+    # ------------------------------------------------------------------ for the loop
+
+    def wrap(self, method: nn.Module) -> nn.Module:
+        """`method` with gradients averaged over the ranks; buffers need no broadcast, they are equal by design."""
+        if self.alone or not any(p.requires_grad for p in method.parameters()):
+            return method
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        with warnings.catch_warnings():
+            # torch 2.15 prefers another name for this argument; older versions know only this one.
+            warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+            # Not that any were unused: it keeps DDP from rearranging its buckets after the first backward. A resumed
+            # run would sum its first gradients in another order than the run that was not interrupted.
+            return nn.parallel.DistributedDataParallel(
+                method, device_ids, broadcast_buffers=False, find_unused_parameters=True
+            )
+
+    def synchronize_batchnorm(self, module: nn.Module) -> nn.Module:
+        """BatchNorm over the global batch: on GPUs torch's, on the CPU our twin, also for one process, so that the
+        arithmetic is the same on any number of ranks."""
+        if not self.alone:
+            batchnorm.refuse_others(module)
+        if self.device.type == "cuda":
+            return module if self.alone else nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        return batchnorm.synchronize(module, self.reduce)
+
+    def view_columns(self, module: nn.Module) -> batchnorm.ViewColumns | None:
+        """For a method whose views pass alone, after `synchronize_batchnorm`. None: every rank holds all views."""
+        if self.grid.views == 1:
+            return None
+        groups = []
+        for column in range(self.grid.views):  # every rank takes part in the making of every group
+            with self.state.exchange("new_group"):
+                ranks = list(range(column, self.place.size, self.grid.views))
+                groups.append(dist.new_group(ranks, timeout=rendezvous.NO_LIMIT))  # the watchdog is the one clock
+        group = groups[self.grid.view_shard(self.place.rank)]
+
+        def to_column(layer: nn.Module) -> Callable[[], None]:
+            name, own = ("process_group", group) if self.device.type == "cuda" else ("reduce", in_column)
+            before = getattr(layer, name)
+            setattr(layer, name, own)
+            return lambda: setattr(layer, name, before)
+
+        def in_column(x: Tensor) -> Tensor:
+            return self._reduce(x, group)
+
+        return batchnorm.ViewColumns(module, to_column)
+
+    def gather_columns(self, x: Tensor) -> Tensor:
+        """[columns, ...] from every rank's [...]: those of the ranks that hold the first images; no gradient."""
+        return self._gather(x)[: self.grid.views]
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over the ranks, without gradient."""
+        return self.reduce(x) / self.place.size
+
+    def any(self, *flags: bool | Tensor) -> list[bool]:
+        """For every flag, whether it is up on any rank. One small all-reduce, and the only wait for a GPU in a step."""
+        up = torch.stack([torch.as_tensor(flag, dtype=torch.float32, device=self.device) for flag in flags])
+        if self.alone:
+            return [value > 0 for value in up.tolist()]
+        with self.state.exchange("all_reduce"):
+            dist.all_reduce(up, dist.ReduceOp.MAX)
+            return [value > 0 for value in up.tolist()]
+
+    def first(self, action: Callable[[], T]) -> T:
+        """What `action` returns on rank 0, on every rank; a `UserError` or `OSError` there is raised on every rank, the
+        latter as a `Fault`."""
+        answer: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                answer[0] = action()
+            except UserError as error:
+                answer[1] = error
+            except OSError as error:
+                what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+                answer[1] = Fault(f"{self.place} at step {self.state.step}: {what}")
+            if answer[1] is not None:
+                answer[1].agreed = True
+        if not self.alone:
+            with self.state.exchange("broadcast"):
+                dist.broadcast_object_list(answer, src=0)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
+
+    def agreed(self, action: Callable[[], T]) -> T:
+        """What `action` returns here. A `UserError` that any rank meets in it is raised on every rank."""
+        mistake, answer = None, None
+        try:
+            answer = action()
+        except UserError as error:
+            mistake = error
+        for said in self.everyone(None if mistake is None else str(mistake)):
+            if said is not None:
+                error = UserError(said)
+                error.agreed = True
+                raise error
+        return answer
+
+    def everyone(self, value: T) -> list[T]:
+        """Every rank's plain value, in the order of ranks."""
+        if self.alone:
+            return [value]
+        values: list[Any] = [None] * self.place.size
+        with self.state.exchange("all_gather"):
+            dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        if not self.alone:
+            with self.state.exchange("barrier"):
+                dist.barrier()
+
+    def close(self) -> None:
+        if not self.alone and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _gather(self, x: Tensor) -> Tensor:
+        """[W, ...] from every rank's [...]; the shapes are equal by the grid."""
+        flat = x.detach().flatten()
+        out = flat.new_empty(self.place.size * flat.numel())
+        with self.state.exchange("all_gather"):
+            dist.all_gather_into_tensor(out, flat)
+        return out.view(-1, *x.shape)
+
+
+def choose_device(place: Place) -> torch.device:
+    """The rank's own GPU where there is one for each rank of the node, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    on_node = int(os.environ.get("SLURM_GPUS_ON_NODE", 0)) if BY_SRUN in os.environ else 0
+    if count == 1 < place.local_size <= on_node:
+        return torch.device("cuda", 0)  # srun --gpus-per-task shows every rank its own GPU alone
+    if count < place.local_size:
+        raise UserError(
+            f"{place.local_size} ranks on this node but {count} GPUs are visible; start {count} ranks, "
+            "or set CUDA_VISIBLE_DEVICES= to run on the CPU"
+        )
+    return torch.device("cuda", place.local_rank)
+
+
+def join_world(
+    place: Place, grid: Grid, state: State | None = None, is_stopping: Callable[[], bool] = lambda: False
+) -> World:
+    """Join the other ranks (nothing to do for one rank); see `meeting.join` for what it raises."""
+    device = choose_device(place)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    world = World(place, grid, device, state)
+    if not world.alone:
+        rendezvous.join(place, device, is_stopping)
+        rendezvous.prove(world)
+    return world
+
+
+def one_process(device: torch.device | None = None) -> World:
+    """A world of one rank, for work that needs no other: reading checkpoints, tests."""
+    return World(Place(), Grid(1, 1), device or torch.device("cpu"))
+
+
+class _GatherViews(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z_VBD, world: World):
+        ctx.world, grid = world, world.grid
+        num_views, num_images = z_VBD.shape[:2]
+        parts = world._gather(z_VBD).unflatten(0, (grid.images, grid.views))
+        canonical = parts.movedim((1, 2), (0, 1))  # image shard and image come together, in this order
+        return canonical.reshape(grid.views * num_views, grid.images * num_images, *z_VBD.shape[2:])
+
+    @staticmethod
+    def backward(ctx, grad_KMD):
+        grid, rank = ctx.world.grid, ctx.world.place.rank
+        grad = ctx.world.reduce(grad_KMD)
+        views, images = grid.view_range(rank, grad.shape[0]), grid.image_range(rank, grad.shape[1])
+        return grad[views.start : views.stop, images.start : images.stop].contiguous(), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, world: World):
+        ctx.world = world
+        return world.reduce(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.world.reduce(grad), None

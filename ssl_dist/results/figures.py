@@ -1,0 +1,115 @@
+"""The pictures of an evaluation: images of a data set as the encoder sees them, and figures that say what they show.
+
+A picture is RUN/figures/<dataset>-<split>-<name>.png. Its own text chunks hold Title, Description (the caption),
+Evaluator and Checkpoint (SHA-256), so that whoever shows it needs nothing but the file.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from ssl_dist.config import Data
+from ssl_dist.data.reader import Reader
+from ssl_dist.errors import UserError
+from ssl_dist.storage import durable
+from ssl_dist.storage.durable import atomic_write_or_refuse
+from ssl_dist.storage.features import Features
+from ssl_dist.views.make import test_views
+
+_BLOCK = 64 * 2**20  # bytes of decoded images that are held at once
+
+
+def add_picture(
+    folder: Path, known: Mapping[str, str], evaluator: str, name: str, figure: Figure, title: str, caption: str
+) -> Path:
+    """Write a figure, whole or not at all; known: the dataset, split and checkpoint that it shows. See `Album.add`."""
+    file_name = "-".join([known["dataset"], known["split"], name])
+    path = folder / (re.sub(r"[^\w.]+", "-", file_name).strip("-") + ".png")
+    texts = {"Title": title, "Description": caption, "Evaluator": evaluator, "Checkpoint": known["checkpoint"]}
+    with atomic_write_or_refuse(path) as file:
+        durable.remove_dead(path.parent)
+        FigureCanvasAgg(figure).print_png(file, metadata=texts)
+    return path
+
+
+def has_pictures(folder: Path, evaluator: str, checkpoint: str) -> bool:
+    """Whether the folder holds a picture by this evaluator of this checkpoint (SHA-256)."""
+    for path in sorted(folder.glob("*.png")):
+        try:
+            with Image.open(path, formats=["PNG"]) as picture:
+                texts = picture.info
+        except (OSError, SyntaxError):  # a damaged one, which the next run replaces
+            continue
+        if (texts.get("Evaluator"), texts.get("Checkpoint")) == (evaluator, checkpoint):
+            return True
+    return False
+
+
+class Album:
+    """Where the pictures of one evaluator go, and where it finds images; use as a context manager, or call `close`.
+
+    folder: of the pictures; test: the split that is measured, whose data set, name and checkpoint mark the pictures;
+    open_split: the reader of a split by its name, called when an image of it is first asked for; data: image_size and
+    the resizing of the test transform; evaluator: its name.
+    """
+
+    def __init__(
+        self, folder: Path, test: Features, open_split: Callable[[str], Reader], data: Data, evaluator: str
+    ) -> None:
+        self.folder = folder
+        self._known, self._open_split, self._data, self._evaluator = test.metadata, open_split, data, evaluator
+        self._readers: dict[str, Reader] = {}
+
+    def images(self, part: Features, rows: np.ndarray) -> np.ndarray:
+        """The images of these rows of `part`, int64 [n], by the test transform and not normalised: uint8 [n, S, S, 3].
+
+        `part` may be a piece of a split, named split[...]: its image ids are those of the split. Raises `UserError`
+        for a damaged image, and when the split is not the one that the features are of.
+        """
+        ids, place = np.unique(part.image_ids[rows], return_inverse=True)
+        reader = self._reader_of(part)
+        size = self._data.image_size
+        out = np.empty((len(ids), size, size, 3), np.uint8)
+        step = max(1, _BLOCK // (3 * reader.info.max_height * reader.info.max_width))
+        blocks = [ids[start : start + step] for start in range(0, len(ids), step)]
+        done = 0
+        for pixels, heights, widths, block in reader.batches(blocks):
+            seen = test_views(
+                pixels, heights, widths, size, self._data.eval_resize, self._data.eval_interpolation
+            )  # [n, 3, S, S]
+            out[done : done + len(block)] = seen.transpose(0, 2, 3, 1)
+            done += len(block)
+        return out[place]
+
+    def _reader_of(self, part: Features) -> Reader:
+        split = part.metadata["split"].partition("[")[0]
+        if split not in self._readers:
+            reader = self._readers[split] = self._open_split(split)
+            if reader.info.sha256 != part.metadata["data"]:
+                raise UserError(
+                    f"{part.source}: features of other images than the split {split} of {reader.info.name} has now;"
+                    " extract again"
+                )
+        return self._readers[split]
+
+    def add(self, name: str, figure: Figure, title: str, caption: str, part: Features | None = None) -> Path:
+        """Write the figure, whole or not at all, in place of an older one of its name. part: the split that it shows,
+        where that is not the one that is measured. Raises `UserError` when the folder cannot be written."""
+        known = self._known if part is None else part.metadata
+        return add_picture(self.folder, known, self._evaluator, name, figure, title, caption)
+
+    def close(self) -> None:
+        """Close the readers that were opened."""
+        while self._readers:
+            self._readers.popitem()[1].close()
+
+    def __enter__(self) -> "Album":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()

@@ -1,0 +1,158 @@
+"""results.json: every number that was measured on a run, with what it takes to know what it means."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ssl_dist.errors import UserError
+from ssl_dist.storage import durable
+from ssl_dist.storage.durable import atomic_write_or_refuse
+
+# checkpoint is the SHA-256 of the checkpoint's file, data that of the split's samples, options those of the evaluator,
+# time the moment of measuring (ISO 8601, UTC).
+FIELDS = (
+    "name", "value", "protocol", "options", "dataset", "split", "data", "seed",
+    "method", "backbone", "checkpoint", "step", "time",
+)  # fmt: skip
+_SAME_MEASUREMENT = ("name", "dataset", "split", "data", "protocol", "options", "checkpoint")
+_TYPES = {"options": dict, "value": int | float, "seed": int | None, "step": int}  # the others are text
+
+
+def make_records(
+    values: dict[str, float], protocol: str, known: dict[str, str], seed: int | None, options: dict
+) -> list[dict]:
+    """One record for each of an evaluator's values. known: the metadata of the test split's features file, or the same
+    of an evaluation of images; seed: the run's, None when it is not known."""
+    time = datetime.now(UTC).isoformat(timespec="seconds")
+    return [
+        {
+            "name": name,
+            "value": float(value),
+            "protocol": protocol,
+            "options": options,
+            "dataset": known["dataset"],
+            "split": known["split"],
+            "data": known["data"],
+            "seed": seed,
+            "method": known["method"],
+            "backbone": known["backbone"],
+            "checkpoint": known["checkpoint"],
+            "step": int(known["step"]),
+            "time": time,
+        }
+        for name, value in values.items()
+    ]
+
+
+def read(path: str | Path) -> list[dict]:
+    """The records in the file; none when there is no file, or an empty one, which `add` makes to lock it before its
+    first record. Raises `UserError` when it is something else."""
+    path = Path(path)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8") or "[]")
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not JSON"
+        raise UserError(f"{path}: cannot be read: {reason}; move it away and evaluate again") from None
+    if not isinstance(found, list) or not all(_is_record(record) for record in found):
+        raise UserError(f"{path}: not a list of results; move it away and evaluate again")
+    return found
+
+
+def add(path: str | Path, new: Sequence[dict]) -> list[dict]:
+    """Merge records into the file (whole or not at all) and return all of them.
+
+    A measurement made again (same name, data set, split, protocol, options and checkpoint) takes the old one's place.
+    Raises `UserError` when the file is damaged or cannot be written.
+    """
+    if not all(_is_record(record) for record in new):
+        raise ValueError(f"a record needs the fields {', '.join(FIELDS)}")
+    path = Path(path)
+    with _locked(path):
+        durable.remove_dead(path.parent)
+        merged = {json.dumps([record[field] for field in _SAME_MEASUREMENT]): record for record in [*read(path), *new]}
+        with atomic_write_or_refuse(path) as file:
+            file.write((json.dumps(list(merged.values()), indent=2, ensure_ascii=False) + "\n").encode())
+    return list(merged.values())
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time: another that reads before we have written would put back the file without our records."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = durable.lock(path, os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror}; give a folder that can, with space left"
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(held)
+
+
+def is_of_a_whole_split(record: dict) -> bool:
+    """Whether it measures a split, not a part held out of one, which is to choose by and no result to compare."""
+    return "[" not in record["split"]
+
+
+def require_writable(path: Path) -> None:
+    """Raises `UserError` when no record could be added to the file: better before a measurement than after it."""
+    folder = path.parent
+    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise UserError(f"{path}: cannot be written; give a folder that can, with space left")
+
+
+def table(shown: Sequence[dict]) -> str:
+    """The records as text, one row each, and the protocols below. What is not converged is marked."""
+    shown = [record for record in shown if not (record["name"].endswith("_converged") and record["value"] == 1)]
+    if not shown:
+        return "no results"
+    protocols = list(dict.fromkeys(record["protocol"] for record in shown))
+    rows = [("method", "backbone", "step", "data set", "split", "result", "value", "")]
+    for record in shown:
+        converged = record["name"].endswith("_converged")
+        rows.append(
+            (
+                record["method"],
+                record["backbone"],
+                str(record["step"]),
+                record["dataset"],
+                record["split"],
+                record["name"],
+                "NOT CONVERGED" if converged else number(record["value"]),
+                f"[{protocols.index(record['protocol']) + 1}]",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        # Numbers end at one column, words begin at one.
+        cells = [
+            cell.rjust(width) if column in (2, 6) else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "-" * max(map(len, lines)))
+    lines += ["", *(f"[{i}] {protocol}" for i, protocol in enumerate(protocols, 1))]
+    return "\n".join(lines)
+
+
+def number(value: float, std: float | None = None) -> str:
+    """A value, or a mean ± standard deviation, as tables show it: two decimals, and four where it is below 1 and
+    probably a score that ends there."""
+    decimals = 4 if 0 < abs(value) < 1 else 2
+    return f"{value:.{decimals}f}" + ("" if std is None else f" ± {std:.{decimals}f}")
+
+
+def _is_record(record: object) -> bool:
+    return (
+        isinstance(record, dict)
+        and set(record) == set(FIELDS)
+        and all(isinstance(record[field], _TYPES.get(field, str)) for field in FIELDS)
+    )

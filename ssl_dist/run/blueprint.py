@@ -1,0 +1,247 @@
+"""What a config means here: all that derives from it before anything is started. `explain` prints it, `train` runs it.
+
+Every mistake that can be seen without starting a rank is found here, so it costs seconds and exit code 2.
+"""
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from ssl_dist import backbones, grid, methods, views
+from ssl_dist.clock import Clock
+from ssl_dist.config import Config, Normalize, Section
+from ssl_dist.data import labels, plan
+from ssl_dist.data.catalog import facts
+from ssl_dist.data.reader import SplitInfo
+from ssl_dist.data.readers import open_dataset, read_info, require_name, splits_present
+from ssl_dist.distributed.rank import Place
+from ssl_dist.errors import UserError
+from ssl_dist.keys import INIT, hash64
+from ssl_dist.methods.base import Info, SSLMethod
+from ssl_dist.nn.layers import key_dropout
+from ssl_dist.storage import weights
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    config: Config
+    place: Place
+    method_class: type[SSLMethod]
+    options: Section
+    split: SplitInfo
+    labels: np.ndarray | None = None  # int64 [images of the split], where they are not the split's own
+
+    @property
+    def run(self) -> Path:
+        return Path(self.config.run_dir)
+
+    @cached_property
+    def num_views(self) -> int:
+        """K."""
+        given, fixed = self.config.num_views, getattr(self.method_class, "num_views", None)
+        if fixed is None and given is None:
+            raise UserError("views.num = None: this method leaves the number of views to you; set views.num=32, say")
+        if None not in (fixed, given) and fixed != given:
+            raise UserError(
+                f"views.num = {given}: method {self.config.method.name} uses {fixed} views; set views.num=null"
+            )
+        return fixed or given
+
+    @cached_property
+    def specs(self) -> list[views.ViewSpec]:
+        return views.view_specs(self.config.views.groups, self.num_views, self.config.data.image_size)
+
+    @cached_property
+    def grid(self) -> grid.Grid:
+        return grid.choose(
+            self.config.data.view_shards,
+            self.place.size,
+            self.place.local_size,
+            self.config.optim.batch_size,
+            [spec.num for spec in self.specs],
+            self.method_class.free_views,
+            self.config.method.name,
+        )
+
+    @cached_property
+    def plan(self) -> plan.Plan:
+        data, count = self.config.data, self.split.count
+        if data.subset is None:
+            ids = plan.limited(count, data.limit)
+        else:
+            if isinstance(data.subset, str):
+                ids = plan.from_list(data.subset, count)
+            else:
+                everything = np.arange(count, dtype=np.int64)
+                with self._open() as reader:  # classes are the split's own, whatever labels are given
+                    classes = reader.labels(everything)
+                ids = plan.per_class(everything, classes, data.subset.per_class, data.subset.start)
+            ids = ids[plan.limited(len(ids), data.limit)]
+        return plan.Plan(ids, self.config.optim.batch_size, self.config.seed)
+
+    @property
+    def data_identity(self) -> dict[str, str]:
+        """What a resume must find again: the samples of the split, which of them are trained on, and what labels and
+        weights were given."""
+        identity = {"split": self.split.sha256, "ids": hashlib.sha256(self.plan.train_ids.tobytes()).hexdigest()}
+        if self.labels is not None:
+            identity["labels"] = hashlib.sha256(self.labels.tobytes()).hexdigest()
+        if self.given_weights is not None:
+            identity["weights"] = self.given_weights.sha256
+        return identity
+
+    @cached_property
+    def given_weights(self) -> weights.Weights | None:
+        """What is in the file that the backbone begins from, without its tensors. None: it begins from random ones."""
+        path, name = self.config.backbone.weights, self.config.backbone.name
+        if path is None:
+            return None
+        if not Path(path).is_file():
+            raise UserError(f"backbone.weights = {path!r}: not a file; give one, or null to begin from random weights")
+        with torch.device("meta"):
+            backbone = backbones.build(name)
+        return replace(weights.fit(backbone, name, Path(path)), tensors={})
+
+    def clock(self, step: int = 0) -> Clock:
+        """`step` steps into the training. A method that does not train has none ahead of it."""
+        options, per_epoch = self.config.optim, self.plan.steps_per_epoch
+        total = options.steps if options.steps is not None else options.epochs * per_epoch
+        return Clock(step, per_epoch, total if self.method_class.trainable else 0)
+
+    @cached_property
+    def normalize(self) -> Normalize:
+        """Mean and standard deviation of pixels in [0, 1] that views and test images are normalised with."""
+        return normalization(self.config, self.split)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and images; bf16 is a matter of autocast."""
+        return torch.float64 if self.config.precision == "fp64" else torch.float32
+
+    @property
+    def threads(self) -> int:
+        """Threads that make views on this rank: its share of the cores."""
+        workers = self.config.data.workers
+        return self.place.cores if workers == "auto" else workers
+
+    def open_reader(self):
+        reader = self._open()
+        if self.labels is not None:
+            reader.replace_labels(self.labels)
+        return reader
+
+    def _open(self):
+        return open_dataset(self.config.data.root, self.split.split, self.config.data.reader, threads=self.threads)
+
+    @cached_property
+    def info(self) -> Info:
+        return Info(
+            num_images=len(self.plan.train_ids),
+            num_classes=len(self.split.classes) if self.split.labelled else 0,
+            view_groups=tuple((spec.num, spec.size) for spec in self.specs),
+            batch_size=self.config.optim.batch_size,
+            total_epochs=self.clock().total_epochs,
+            steps_per_epoch=self.plan.steps_per_epoch,
+            seed=self.config.seed,
+        )
+
+    def build(self) -> SSLMethod:
+        """The method on its backbone with initial weights, equal on every rank: a function of the seed, and the
+        backbone's of `backbone.weights` where given."""
+        given = self.config.backbone.weights
+        return build_method(
+            self.config, self.method_class, self.options, self.info, None if given is None else Path(given)
+        ).to(self.dtype)
+
+
+def build_method(
+    config: Config, method_class: type[SSLMethod], options: Section, info: Info, given: Path | None = None
+) -> SSLMethod:
+    """The method on its backbone, which begins from the file `given`. On the meta device no file is read."""
+    torch.manual_seed(int(hash64(config.seed, INIT)) & 0x7FFFFFFFFFFFFFFF)
+    backbone = backbones.build(config.backbone.name, config.backbone.zero_init_residual)
+    key_dropout(backbone)
+    refuse_random_layers(backbone, config.backbone.name)
+    if given is not None and not next(backbone.parameters()).is_meta:
+        backbone.load_state_dict(weights.fit(backbone, config.backbone.name, given).tensors)
+    return method_class(backbone, replace(info, feature_dim=backbone.feature_dim, stages=backbone.stages), options)
+
+
+def derive(config: Config, place: Place) -> Blueprint:
+    """The blueprint of `config` for a rank at `place`. Raises `UserError` for everything that can not run."""
+    method_class = methods.find(config.method.name)
+    options = methods.build_options(method_class, config.method.options)
+    backbones.check(config.backbone.name, config.backbone.zero_init_residual)
+    require_name(config.data.root, config.data.name)
+    split_name = config.data.split or natural_split(config)
+    split, given = read_info(config.data.root, split_name), None
+    if config.data.labels is not None:
+        given = labels.read(config.data.labels.file, config.data.labels.column, split.count)
+        split = replace(split, classes=tuple(map(str, range(given.max() + 1))), labelled=bool((given >= 0).any()))
+    if method_class.needs_labels and not split.labelled:
+        raise UserError(
+            f"data.split = {split_name!r}: method {config.method.name} needs labels and this split has none; "
+            "choose a labelled split"
+        )
+    blueprint = Blueprint(config, place, method_class, options, split, given)
+    _ = (
+        blueprint.num_views,
+        blueprint.specs,
+        blueprint.grid,
+        blueprint.plan,
+        blueprint.normalize,
+        blueprint.given_weights,
+    )
+    train_ids = blueprint.plan.train_ids
+    if given is not None and method_class.needs_labels and (given[train_ids] < 0).any():
+        missing = train_ids[given[train_ids] < 0]
+        raise UserError(
+            f"data.labels.file: {config.data.labels.file} has no label for {len(missing)} of the images to train on, "
+            f"image {missing[0]} for one; add them, or choose the others by data.subset"
+        )
+    with blueprint.open_reader():
+        pass  # a missing FFCV or a damaged file shows now
+    with torch.device("meta"):  # what the method or the backbone refuses shows now, and no memory is taken
+        method = blueprint.build().eval()
+        for size in {spec.size for spec in blueprint.specs}:
+            try_size(method.backbone, size, config.backbone.name)
+    return blueprint
+
+
+def normalization(config: Config, split: SplitInfo) -> Normalize:
+    """What `views.normalize` means for images of `split`."""
+    wanted = config.views.normalize
+    if wanted == "dataset":
+        return Normalize(mean=tuple(split.mean), std=tuple(split.std))
+    return Normalize(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)) if wanted == "none" else wanted
+
+
+def try_size(backbone: nn.Module, size: int, name: str) -> None:
+    """Raises `UserError` when the backbone, on the meta device and called `name`, takes no images of `size` px."""
+    try:
+        backbone(torch.empty(1, 3, size, size, dtype=next(backbone.parameters()).dtype))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"data.image_size: views of {size} px do not fit backbone {name}: {reason}") from None
+
+
+def natural_split(config: Config) -> str:
+    """Where a method without labels trains: everything there is; with labels: the training split."""
+    known = facts(config.data.name, splits_present(config.data.root))
+    return known.training if methods.find(config.method.name).needs_labels else known.pretraining
+
+
+def refuse_random_layers(module: nn.Module, name: str) -> None:
+    """Layers that draw from torch's generator would make a resume inexact and the world size matter."""
+    for path, layer in module.named_modules():
+        rate = getattr(layer, "p", getattr(layer, "drop_prob", 0.0))
+        if type(layer).__name__.startswith(("Dropout", "DropPath", "StochasticDepth", "RReLU")) and rate:
+            raise UserError(
+                f"backbone.name = {name!r}: its layer {path} ({type(layer).__name__}) draws random numbers of its own; "
+                "choose a backbone without it"
+            )

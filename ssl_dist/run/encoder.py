@@ -1,0 +1,237 @@
+"""Distributed extraction: every image of a split once, in the order of ids, through a frozen encoder."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ssl_dist import backbones, methods, views
+from ssl_dist.config import Config, Data, Normalize, validate
+from ssl_dist.data.normalize import normalized
+from ssl_dist.data.reader import Reader, SplitInfo
+from ssl_dist.data.readers import open_dataset, read_info
+from ssl_dist.distributed.world import World
+from ssl_dist.errors import UserError
+from ssl_dist.methods.base import Info, SSLMethod
+from ssl_dist.progress import Counter
+from ssl_dist.run import blueprint
+from ssl_dist.storage import checkpoint, durable, weights
+from ssl_dist.storage.features import read_features, write_features
+
+BATCH = 256  # images in a forward pass; without gradients and in evaluation mode its size changes nothing
+LAYER = "output"
+STUCK = 600.0  # seconds without a batch after which a rank of an extraction ends
+PATIENCE = 4 * 3600.0  # seconds that a rank which is done waits for the others; one that dies is noticed at once
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A frozen network with what its input needs and where it comes from."""
+
+    module: nn.Module
+    config: Config
+    normalize: Normalize
+    sha256: str
+    step: int
+    file: Path  # that it was read from
+    ids: str = ""  # SHA-256 of the ids that it was trained on; of weights of others not known
+
+    @property
+    def transform(self) -> str:
+        """The test transform in words; features made with another one are stale."""
+        size = self.config.data.image_size
+        mean, std = (", ".join(f"{v:g}" for v in values) for values in (self.normalize.mean, self.normalize.std))
+        resize = self.config.data.eval_resize or size
+        cubic = " bicubic" if self.config.data.eval_interpolation == "bicubic" else ""
+        return f"short side to {resize}{cubic}, centre crop {size}, mean ({mean}), std ({std})"
+
+
+def load_encoder(path: Path) -> Encoder:
+    """The encoder in a run's newest checkpoint, or in a checkpoint file. Raises `UserError`."""
+    return load_method(path)[1]
+
+
+def load_method(path: Path) -> tuple[SSLMethod, Encoder]:
+    """The method in a run's newest checkpoint, or in a checkpoint file, and its encoder. Raises `UserError`."""
+    path, state, digest = checkpoint.load_run(path)
+    settings = validate(Config, state["config"])
+    method_class = methods.find(settings.method.name)
+    options = methods.build_options(method_class, settings.method.options)
+    info = Info(**state["info"])
+    method = blueprint.build_method(settings, method_class, options, info)
+    checkpoint.restore(method, state["method"], path)
+    module = method.encoder().float().eval().requires_grad_(False)
+    normalize = validate(Normalize, state["normalize"])
+    return method, Encoder(module, settings, normalize, digest, state["step"], path, state["data"]["ids"])
+
+
+def load_together(path: Path, world: World) -> tuple[SSLMethod, Encoder]:
+    """What `load_method` returns, of one checkpoint on all ranks: a training may save another one between two reads.
+
+    Raises `UserError` on every rank.
+    """
+    method, encoder = world.agreed(lambda: load_method(path))
+    first = world.first(lambda: (str(encoder.file), encoder.sha256))
+    if encoder.sha256 != first[1]:
+        method, encoder = load_method(Path(first[0]))
+    if len(set(world.everyone(encoder.sha256))) > 1:
+        error = UserError(f"{path}: changes while it is read; evaluate when the training has saved")
+        error.agreed = True
+        raise error
+    return method, encoder
+
+
+def load_others(path: Path, settings: Config, split: SplitInfo) -> tuple[Encoder, str]:
+    """The encoder in a file of another program, and a line on how the file was read. Raises `UserError`.
+
+    settings: the backbone, the size of images and how they are normalised ("dataset": as `split` tells).
+    """
+    name = settings.backbone.name
+    backbone = backbones.build(name)
+    found = weights.fit(backbone, name, path)
+    with torch.device("meta"):
+        blueprint.try_size(backbones.build(name).eval(), settings.data.image_size, name)
+    backbone.load_state_dict(found.tensors)
+    module = backbone.float().eval().requires_grad_(False)
+    return Encoder(module, settings, blueprint.normalization(settings, split), found.sha256, 0, path), found.note
+
+
+@dataclass(frozen=True)
+class DatasetRef:
+    """A data set to extract from: its name, folder and reader."""
+
+    name: str
+    root: str
+    reader: str
+
+
+def features_path(folder: Path, source: DatasetRef, split: str) -> Path:
+    return folder / f"{source.name}-{split}.safetensors"
+
+
+def is_fresh(path: Path, encoder: Encoder, source: DatasetRef, split: str) -> bool:
+    """Whether `path` holds what `encoder` would write of the split as it is now. A damaged file does not."""
+    if not path.exists():
+        return False
+    try:
+        metadata = read_features(path).metadata
+    except UserError:
+        return False
+    wanted = (encoder.sha256, encoder.transform, read_info(source.root, split).sha256)
+    return (metadata["checkpoint"], metadata["transform"], metadata["data"]) == wanted
+
+
+def extract_features(
+    encoder: Encoder, source: DatasetRef, split: str, folder: Path, world: World, threads: int
+) -> Path:
+    """Write the features file of a split: float32 [N, D], one row an image in the order of ids.
+
+    Every rank passes an even range of ids and writes it beside the file; rank 0 joins the parts.
+    """
+    path = features_path(folder, source, split)
+    token = world.first(lambda: _prepare(folder))
+    with open_dataset(source.root, split, source.reader, threads=threads) as reader:
+        info = reader.info
+        low, high = world.share(info.count)
+        title = f"features {source.name} {split}"
+        with (
+            Counter(title, high - low, "image", quiet=not world.is_first) as counter,
+            world.state.phase_of(f"the extraction of {split}", STUCK),
+        ):
+            ids = np.arange(low, high, dtype=np.int64)
+            module = encoder.module.to(world.device, memory_format=torch.channels_last)
+            to_input = normalized(encoder.normalize, torch.float32, world.device)
+            rows = list(outputs(module, to_input, encoder.config.data, reader, ids, world, threads, counter))
+        part = np.concatenate(rows) if rows else np.empty((0, 0), np.float32)
+        labels = reader.labels(np.arange(info.count, dtype=np.int64)) if world.is_first else None
+    metadata = {
+        "classes": json.dumps(list(info.classes)),
+        "dataset": source.name,
+        "split": split,
+        "data": info.sha256,
+        "transform": encoder.transform,
+        "checkpoint": encoder.sha256,
+        "step": str(encoder.step),
+        "layer": LAYER,
+        "method": encoder.config.method.name,
+        "backbone": encoder.config.backbone.name,
+    }
+
+    def join(parts: Sequence[np.ndarray]) -> None:
+        features = np.concatenate([p for p in parts if len(p)])
+        write_features(path, features, labels, np.arange(info.count, dtype=np.int64), metadata)
+
+    if world.alone:
+        join([part])
+        return path
+    part_paths = [_part_of(path, rank, token) for rank in range(world.place.size)]
+    waiting = world.state.phase_of(f"the wait for the other ranks' parts of {split}", PATIENCE)
+    with waiting, durable.temporary(part_paths[world.place.rank]) as file:
+        np.save(file, part)
+        durable.sync(file)  # rank 0 may read it on another node
+        world.barrier()
+        world.first(lambda: join([np.load(part_path, mmap_mode="r") for part_path in part_paths]))
+    return path
+
+
+def _prepare(folder: Path) -> str:
+    """Make the folder, free of what killed extractions left there; returns what the parts of this one are named by."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}; give another --out") from None
+    durable.remove_dead(folder)
+    return durable.new_token()
+
+
+def _part_of(path: Path, rank: int, token: str) -> Path:
+    return durable.temporary_path(path.with_name(f"{path.stem}.part-{rank}"), token)
+
+
+def outputs(
+    module: nn.Module,
+    to_input: Callable[[Tensor], Tensor],
+    data: Data,
+    reader: Reader,
+    ids: np.ndarray,
+    world: World,
+    threads: int,
+    counter: Counter,
+) -> Iterator[np.ndarray]:
+    """What `module`, in evaluation mode on the world's device, makes of the images `ids` under the test transform of
+    `data`: float32 [n, D], batch by batch. to_input: uint8 images to the module's input."""
+    batches = (ids[start : start + BATCH] for start in range(0, len(ids), BATCH))
+    with (
+        ThreadPoolExecutor(threads, "view") as pool,
+        torch.no_grad(),
+        _closing(reader.batches(batches)) as decoded,
+    ):
+        for pixels, heights, widths, decoded_ids in decoded:
+            images = views.test_views(
+                pixels,
+                heights,
+                widths,
+                data.image_size,
+                resize=data.eval_resize,
+                interpolation=data.eval_interpolation,
+                pool=pool,
+                threads=threads,
+            )
+            found = module(to_input(torch.from_numpy(images).to(world.device)))
+            yield found.flatten(1).float().cpu().numpy()
+            counter.update(len(decoded_ids))
+            world.state.step += 1
+
+
+@contextmanager
+def _closing(generator):
+    try:
+        yield generator
+    finally:
+        generator.close()

@@ -1,0 +1,78 @@
+"""A run's encoder in a file that other programs load: by torchvision's or timm's names, or as relational reasoning's
+official code (the "seed" of this program) saves its networks."""
+
+import json
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ssl_dist.config import to_tree
+from ssl_dist.errors import UserError
+from ssl_dist.run.encoder import load_method
+from ssl_dist.storage.durable import atomic_write_or_refuse
+from ssl_dist.storage.weights import TIMM, renamed
+
+FORMATS = ("torchvision", "timm", "seed")
+
+# What a safetensors file tells in its metadata: names, the checkpoint's SHA-256 and step, and the mean and std (JSON)
+# that its images were normalised with.
+FACTS = ("backbone", "method", "checkpoint", "step", "normalize")
+
+# Backbones of ours that are those of the library, tensor by tensor and under the same name.
+OF_TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "efficientnet_b0", "efficientnet_v2_s")
+OF_TIMM = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet200")
+
+# Parts of a method that the official code saves beside the backbone, and the keys that it gives them.
+SEED_PARTS = {"relation_module": "relation", "classifier": "classifier"}
+
+
+def export(run: Path, form: str, out: Path) -> str:
+    """Write the encoder of a run (or of a checkpoint file) to `out`; returns Python that loads it.
+
+    form: torchvision or timm, a safetensors file without a classifier; seed, torch.save of {"backbone": state_dict}
+    and the method's heads, without an optimizer. Raises `UserError` where the library has no such backbone.
+    """
+    method, encoder = load_method(run)
+    name, tensors = encoder.config.backbone.name, _plain(encoder.module)
+    line = _loader(form, name).format(file=str(out))
+    if form == "seed":
+        parts = {key: getattr(method, part) for part, key in SEED_PARTS.items() if hasattr(method, part)}
+        content = {"backbone": tensors} | {key: _plain(part) for key, part in parts.items()}
+    else:
+        normalize = json.dumps(to_tree(encoder.normalize))
+        told = (name, encoder.config.method.name, encoder.sha256, str(encoder.step), normalize)
+        facts = {"format": "pt", **dict(zip(FACTS, told, strict=True))}
+        content = safetensors.torch.save({renamed(key, TIMM): value for key, value in tensors.items()}, facts)
+    with atomic_write_or_refuse(out) as file:
+        if form == "seed":
+            torch.save(content, file)
+        else:
+            file.write(content)
+    return line
+
+
+def _loader(form: str, name: str) -> str:
+    """Python that loads a file of this format into the library's network. Raises `UserError` when it has none."""
+    if form == "seed":
+        return "backbone.load_state_dict(torch.load({file!r}, weights_only=True)['backbone'])"
+    known = OF_TORCHVISION if form == "torchvision" else OF_TIMM
+    if name in known or (form == "timm" and name.startswith("timm/")):
+        make, last = f"timm.create_model({name.removeprefix('timm/')!r}, num_classes=0)", ""
+        if form == "torchvision":
+            make = f"torchvision.models.{name}()"
+            last = f"model.{'fc' if name.startswith('resnet') else 'classifier'} = torch.nn.Identity(); "
+        return f"model = {make}; {last}model.load_state_dict(safetensors.torch.load_file({{file!r}}))"
+    there = ", ".join(known) + (" and timm/<name>" if form == "timm" else "")
+    raise UserError(
+        f"--format {form}: {form} has no network with the tensors of backbone {name}, but of {there}; use --format seed"
+    )
+
+
+def _plain(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a module, each contiguous and in memory of its own."""
+    return {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for name, tensor in module.state_dict().items()
+    }

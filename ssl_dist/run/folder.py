@@ -1,0 +1,150 @@
+"""A run's folder: who may write it, and with which config. The folder is the run."""
+
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+from ssl_dist import config, methods
+from ssl_dist.config import Config
+from ssl_dist.errors import UserError
+from ssl_dist.storage import checkpoint, durable
+
+# What may differ between two starts of one run: none of these changes the numbers.
+# The file backbone.weights may lie elsewhere: its SHA-256 is compared with the checkpoint's.
+FREE = (
+    "run_dir", "data.root", "data.reader", "data.workers", "data.view_shards", "backbone.weights", "checkpoint", "log",
+    "timeout",
+)  # fmt: skip
+
+PATIENCE = 120.0  # seconds in which the ranks of a former start have ended: the default timeout, 10 s and a margin
+
+
+def claim(run: Path) -> int:
+    """Make the folder, become its one writer and remove what a killed one left half done.
+
+    The lock is an flock on logs/starts.jsonl: it dies with its owner, and as that file is open for writing, NFS keeps
+    it between machines too. Returns the descriptor that holds the lock. Raises `UserError` when the folder cannot be
+    written or is taken.
+    """
+    starts = run / "logs" / "starts.jsonl"
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        if not os.access(run, os.W_OK | os.X_OK):
+            raise PermissionError(13, "Permission denied")
+        for name in ("checkpoints", "logs", "tensorboard"):
+            (run / name).mkdir(exist_ok=True)
+        descriptor = _lock(starts)
+    except BlockingIOError:
+        raise UserError(
+            f"run_dir = {str(run)!r}: another process is writing it{_last_start(starts)}; "
+            "wait for it, or choose another run_dir"
+        ) from None
+    except OSError as error:
+        raise UserError(f"run_dir = {str(run)!r}: cannot be written: {error.strerror}; choose another folder") from None
+    durable.remove_dead(run)
+    checkpoint.remove_leftovers(run)
+    return descriptor
+
+
+def _lock(starts: Path) -> int:
+    """A job that Slurm has started again waits for the ranks of its former start, which may still be ending."""
+    end = time.monotonic() + (PATIENCE if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0)
+    while True:
+        try:
+            return durable.lock(starts, os.O_WRONLY | os.O_APPEND | os.O_CREAT, wait=False)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(0.5)
+
+
+def _last_start(starts: Path) -> str:
+    """Who started last, in words; the one that holds the lock, unless that one has only just begun."""
+    lines = starts.read_text(encoding="utf-8").splitlines()
+    if not lines:
+        return ""
+    try:
+        last = json.loads(lines[-1])
+    except json.JSONDecodeError:  # torn by a kill
+        return ""
+    return f" (the last start noted there: pid {last['pid']} on host {last['host']})"
+
+
+def accept(run: Path, wanted: Config) -> None:
+    """Keep the first config as RUN/config.yaml; refuse a later one as `check` does."""
+    check(run, wanted)
+    if not checkpoint.steps(run):  # a start that failed before its first checkpoint binds nobody
+        durable.write_text(run / "config.yaml", config.dump(wanted))
+
+
+def check(run: Path, wanted: Config) -> None:
+    """Raises `UserError` when the folder holds a run whose config differs in a key that changes the numbers."""
+    path = run / "config.yaml"
+    if not checkpoint.steps(run):
+        return
+    if not path.exists():
+        raise UserError(f"run_dir = {str(run)!r}: holds checkpoints but no config.yaml; choose another folder")
+    kept = config.load(path)
+    different = [
+        f"{key} (there {old!r}, now {new!r})"
+        for key, old, new in differences(kept, wanted)
+        if not _may_differ(key, kept, old, new)
+    ]
+    if different:
+        raise UserError(
+            f"run_dir = {str(run)!r}: holds a run with another config: {'; '.join(different)}; "
+            "choose another run_dir or restore these values"
+        )
+
+
+def differences(kept: Config, wanted: Config) -> list[tuple[str, object, object]]:
+    """Keys (with dots) whose values differ, with both values."""
+    old, new = flat(spelt_out(kept)), flat(spelt_out(wanted))
+    return [
+        (key, old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
+    ]
+
+
+def spelt_out(settings: Config) -> dict:
+    """The config with every option of the method, so that a default counts as itself whether or not it is written."""
+    tree = config.to_tree(settings)
+    method = settings.method
+    tree["method"]["options"] = config.to_tree(methods.build_options(methods.find(method.name), method.options))
+    return tree
+
+
+def _may_differ(key: str, kept: Config, old: object, new: object) -> bool:
+    if any(key == name or key.startswith(name + ".") for name in FREE):
+        return True
+    longer = key in ("optim.epochs", "optim.steps") and None not in (old, new) and new >= old
+    return longer and kept.optim.schedule == "constant" and not methods.find(kept.method.name).fixed_length
+
+
+def flat(tree: dict, prefix: str = "") -> dict[str, object]:
+    """Keys with dots and their values."""
+    found: dict[str, object] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def note_start(run: Path, wanted: Config, step: int, world_size: int) -> None:
+    """Append this start to RUN/logs/starts.jsonl."""
+    entry = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "step": step,
+        "world_size": world_size,
+        "command": sys.argv,
+        "versions": checkpoint.versions(),
+        "config": config.to_tree(wanted),
+    }
+    with open(run / "logs" / "starts.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")

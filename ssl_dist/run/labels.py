@@ -1,0 +1,60 @@
+"""`ssl-dist labels`: the labels that a run gave its training images, in the CSV file that data.labels reads."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from sklearn.metrics import normalized_mutual_info_score
+
+from ssl_dist import config
+from ssl_dist.config import Config
+from ssl_dist.data import labels
+from ssl_dist.distributed.rank import Place
+from ssl_dist.errors import UserError
+from ssl_dist.run.blueprint import Blueprint, derive
+from ssl_dist.storage import checkpoint
+from ssl_dist.storage.durable import atomic_write_or_refuse
+
+BUFFER = "labels.of_images"  # in a method's state: int32 [heads, images], in the order of training ids
+KEYS = ("data.root", "data.reader")
+
+
+def export_labels(run: Path, out: Path, overrides: Sequence[str]) -> str:
+    """Write the labels in a run's newest checkpoint (or in a checkpoint file), a column a head; returns what was
+    written in words, and how much the labels tell of the true ones where these are known."""
+    path, state, _ = checkpoint.load_run(run)
+    if BUFFER not in state["method"]:
+        raise UserError(f"{path}: method {state['config']['method']['name']} gives its images no labels")
+    blueprint = _blueprint(state, overrides)
+    if state["data"] != blueprint.data_identity:
+        raise UserError(
+            f"data.root = {blueprint.config.data.root!r}: not the images that {path} was trained on; give their folder"
+        )
+    of_images = state["method"][BUFFER].numpy()
+    ids = blueprint.plan.train_ids
+    with atomic_write_or_refuse(out) as file:
+        file.write(labels.text(ids, of_images).encode())
+    said = f"{out}: labels of {len(ids)} images by {len(of_images)} head(s), after step {state['step']}"
+    return said + _information(blueprint, ids, of_images)
+
+
+def _blueprint(state: dict, overrides: Sequence[str]) -> Blueprint:
+    tree = state["config"]
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if key not in KEYS or not equals:
+            raise UserError(f"override {override!r}: {' and '.join(KEYS)} can be set here")
+        tree = tree | {"data": tree["data"] | {key.removeprefix("data."): value}}
+    return derive(config.validate(Config, tree), Place())
+
+
+def _information(blueprint: Blueprint, ids: np.ndarray, of_images: np.ndarray) -> str:
+    """Normalised mutual information of every head's labels with the known ones: 1 when either gives the other."""
+    if not blueprint.split.labelled:
+        return ""
+    with blueprint.open_reader() as reader:
+        known = reader.labels(ids)
+    has_label = known >= 0
+    scores = [normalized_mutual_info_score(known[has_label], row[has_label]) for row in of_images]
+    said = ", ".join(f"{score:.3f}" for score in scores)
+    return f"\nnormalised mutual information with the {len(blueprint.split.classes)} classes: {said}"

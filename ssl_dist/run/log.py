@@ -1,0 +1,100 @@
+"""What a run says of itself: a progress bar, metrics.jsonl, TensorBoard. Rank 0 writes; the others keep silent."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from ssl_dist.clock import Clock
+from ssl_dist.progress import Progress
+from ssl_dist.storage.durable import write_text
+
+
+class RunLog:
+    """Use as a context manager. `step` values are steps completed; on resume everything after `clock.step` is cut."""
+
+    def __init__(self, run: Path, clock: Clock, title: str, images_per_step: int, views_per_image: int):
+        self.images_per_step, self.views_per_image = images_per_step, views_per_image
+        self._metrics_path = run / "metrics.jsonl"
+        cut_after(self._metrics_path, clock.step)
+        self._metrics = open(self._metrics_path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        self._board = SummaryWriter(run / "tensorboard", purge_step=clock.step + 1)
+        self._bar = Progress(title, clock)
+        self._since = (clock.step, time.perf_counter())
+        self._waited = 0.0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._bar.close()
+        self._metrics.close()
+        self._board.close()
+
+    def waited(self, seconds: float) -> None:
+        """Time the loop has stood still for want of data."""
+        self._waited += seconds
+
+    def after_step(self, clock: Clock) -> None:
+        self._bar.update(clock)
+
+    def write(self, clock: Clock, metrics: dict[str, float], histograms: dict[str, torch.Tensor]) -> None:
+        """One line of metrics.jsonl and the same numbers in TensorBoard, with the speed since the last line."""
+        step, start = self._since
+        now = time.perf_counter()
+        seconds = max(now - start, 1e-9)
+        rate = (clock.step - step) * self.images_per_step / seconds
+        speed = {
+            "images_per_s": rate,
+            "views_per_s": rate * self.views_per_image,
+            "data_wait": self._waited / seconds,
+            "seconds_per_step": seconds / max(1, clock.step - step),
+        }
+        self._since, self._waited = (clock.step, now), 0.0
+        line = {"step": clock.step, "epoch": clock.epochs_done, **metrics, **speed}
+        self._metrics.write(json.dumps({k: _short(v) for k, v in line.items()}) + "\n")
+        self._metrics.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(f"train/{name}", value, clock.step)
+        for name, value in speed.items():
+            self._board.add_scalar(f"speed/{name}", value, clock.step)
+        for name, values in histograms.items():
+            self._board.add_histogram(name, values, clock.step)
+        self._bar.describe(metrics, speed)
+
+    def measured(self, clock: Clock, values: dict[str, float], seconds: float) -> None:
+        """Log what was measured between two steps; the time that it took is not the training's."""
+        step, start = self._since
+        self._since = step, start + seconds
+        line = {"step": clock.step, "epoch": clock.epochs_done, **values}
+        self._metrics.write(json.dumps({k: _short(v) for k, v in line.items()}) + "\n")
+        self._metrics.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"online/{name}", value, clock.step)
+
+    def pictures(self, name: str, clock: Clock, views_VBCHW: np.ndarray) -> None:
+        """A grid in TensorBoard: a row for each image, a column for each of its views (uint8)."""
+        rows = np.concatenate(views_VBCHW, axis=3)
+        self._board.add_image(name, np.concatenate(rows, axis=1), clock.step)
+
+
+def _short(value: float) -> float | int:
+    """Ten digits: float32 holds seven, and fp64 runs are compared by their checkpoints."""
+    return value if isinstance(value, int) else float(np.format_float_positional(value, 10, fractional=False))
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Drop lines of metrics.jsonl after `step` (they will be written again), and a line torn by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            continue  # the last line, torn; its step is after the checkpoint's
+    write_text(path, "".join(kept))

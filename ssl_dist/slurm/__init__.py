@@ -1,0 +1,3 @@
+"""Runs as Slurm jobs, through submitit."""
+
+__all__ = ["local", "script", "status", "submit"]

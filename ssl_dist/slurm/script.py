@@ -1,0 +1,162 @@
+"""The batch script of a Slurm job: what a site wants, what comes before srun, and what is decided after it.
+
+There the exit code of all tasks and the state of the job are known: a job is queued again after 75 (asked to stop,
+saved) always, after a crash at most `crashes` times, after a mistake of the user (2) or when it was cancelled never.
+"""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, model_validator
+from submitit.slurm.slurm import SlurmExecutor
+
+from ssl_dist.config import NonNegativeInt, PositiveFloat, PositiveInt
+from ssl_dist.config.section import Section, parse_yaml, validate
+from ssl_dist.errors import UserError
+
+TIME = r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$"
+
+
+class Site(Section):
+    """What every job of a site or user wants. Each key but the last four is also an option of the command."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    nodes: PositiveInt = 1
+    gpus_per_node: PositiveInt | None = Field(None, description="GPUs of a node, and a rank on each")
+    tasks_per_node: PositiveInt | None = Field(None, description="ranks of a node, on its CPUs; null: one for each GPU")
+    cpus_per_task: PositiveInt | None = Field(None, description="cores of a rank, also the threads it uses")
+    mem_gb: PositiveFloat | None = Field(None, description="memory of a node")
+    time: Annotated[str, Field(pattern=TIME)] = Field("24:00:00", description="limit of one start, HH:MM:SS")
+    signal_seconds: PositiveInt = Field(120, description="lead of the signal before the time limit, for the save")
+    crashes: NonNegativeInt = Field(3, description="how often a job that crashed is queued again")
+    setup: list[str] = Field(default_factory=list, description="shell lines before the start: modules, variables")
+    sbatch: dict[str, str | int | bool] = Field(default_factory=dict, description="more options of sbatch")
+
+    @model_validator(mode="after")
+    def _time_to_train(self):
+        if self.seconds <= 2 * self.signal_seconds:
+            raise ValueError(
+                f"time: {self.time} must be more than twice signal_seconds, {self.signal_seconds}: the training would "
+                "be told to save before it has begun"
+            )
+        return self
+
+    @property
+    def seconds(self) -> int:
+        days, _, clock = self.time.rpartition("-")
+        hours, minutes, seconds = map(int, clock.split(":"))
+        return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+
+def read_site(file: str | Path | None, options: dict) -> Site:
+    """The site's file with the options of the command line before it. Raises `UserError`."""
+    tree = {}
+    if file is not None:
+        try:
+            tree = parse_yaml(Path(file).read_text(encoding="utf-8"), str(file)) or {}
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not a text file"
+            raise UserError(f"--site {file}: cannot be read: {reason}; slurm/site.yaml is an example") from None
+        if not isinstance(tree, dict):
+            raise UserError(
+                f"--site {file}: must be a mapping of keys such as partition; slurm/site.yaml is an example"
+            )
+    given = {name: value for name, value in options.items() if name in Site.model_fields and value is not None}
+    if "gpus_per_node" in given or "tasks_per_node" in given:
+        tree = {name: value for name, value in tree.items() if name not in ("gpus_per_node", "tasks_per_node")}
+    return validate(Site, tree | given)
+
+
+# ---------------------------------------------------------------------------------------------------- the script
+
+
+def setup_lines(site: Site) -> list[str]:
+    """What the batch script does before srun. The settings are those of launch/torchrun_multi.sh, for its reasons."""
+    return [
+        *site.setup,
+        "unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE  # of where this was submitted",
+        'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not take it from sbatch",
+        "export OMP_NUM_THREADS=$SRUN_CPUS_PER_TASK OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}",
+        "export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.mmap_threshold=4294967296:"
+        "glibc.malloc.trim_threshold=8589934592}",
+        "export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}",
+        # a port of its own for every job, where the site has set some aside
+        'if scontrol show config | grep -q "^MpiParams.*ports="; then export SLURM_RESV_PORTS=1; fi',
+    ]
+
+
+def teardown_lines(crashes: int, folder: Path) -> list[str]:
+    """What the batch script does after srun; crashes are counted in a file of `folder`. A job that was cancelled or
+    preempted is not RUNNING any more: the one stays away, the other Slurm itself queues again.
+
+    An element of an array is named by its number in the array: the last one's own job number is that of the array.
+    """
+    return [
+        "code=$?  # the highest of all tasks",
+        "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} job=${job:-$SLURM_JOB_ID}",
+        f"log={shlex.quote(str(folder))}/crashes-$job.txt",
+        "again() {  # Slurm's controller may be away for a while",
+        '    for _ in 1 2 3 4 5 6; do scontrol requeue "$job" && sleep 60 && return; sleep 10; done',
+        "}",
+        'if [ "$code" != 0 ] && [ "$code" != 2 ]; then',
+        "    for _ in 1 2 3 4 5 6; do",
+        '        state=$(scontrol show job -o "$job" | grep -o "JobState=[A-Z]*") && break',
+        "        sleep 10",
+        "    done",
+        '    [ "$code" = 75 ] || echo "$(date) exit code $code" >>"$log"',
+        '    if [ "$state" != JobState=RUNNING ]; then',
+        '        echo "exit code $code: not queued again from here: ${state:-no answer from Slurm}"',
+        f'    elif [ "$code" = 75 ] || [ "$(wc -l <"$log")" -le {crashes} ]; then',
+        '        echo "exit code $code: queued again"',
+        "        again",
+        "    else",
+        '        echo "exit code $code: not queued again after as many crashes: $log"',
+        "    fi",
+        "fi",
+        'exit "$code"',
+    ]
+
+
+class Executor(SlurmExecutor):
+    """submitit's, which is also made where there is no Slurm: a dry run works on any machine."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+    def script(self) -> str:
+        return self._make_submission_file_text(self._submitit_command_str, "dry-run")
+
+
+def executor(site: Site, folder: Path, name: str, **more) -> Executor:
+    """submitit's executor with what the site wants; `more` are further options of sbatch."""
+    made = Executor(folder)
+    made.update_parameters(
+        job_name=name,
+        partition=site.partition,
+        account=site.account,
+        qos=site.qos,
+        constraint=site.constraint,
+        nodes=site.nodes,
+        ntasks_per_node=site.ranks_per_node,
+        gpus_per_node=site.gpus_per_node,
+        cpus_per_task=site.cpus_per_task,
+        mem=None if site.mem_gb is None else f"{int(site.mem_gb * 1024)}MB",
+        time=-(-site.seconds // 60),
+        setup=setup_lines(site),
+        teardown=teardown_lines(site.crashes, folder.parent),
+        stderr_to_stdout=True,
+        srun_args=["--kill-on-bad-exit=0", "--wait=30"],  # the others have 30 s to say which one failed
+        additional_parameters={"requeue": True, "signal": f"USR2@{site.signal_seconds}", **site.sbatch, **more},
+        wckey=None,
+    )
+    return made

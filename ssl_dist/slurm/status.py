@@ -1,0 +1,70 @@
+"""How the jobs of runs are: a line a job, from what Slurm says of it and what its run has written."""
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from ssl_dist import config
+from ssl_dist.errors import UserError
+from ssl_dist.progress import duration
+from ssl_dist.storage import checkpoint
+
+HEAD = ("job", "what", "state", "run", "step", "epoch", "images/s", "time left", "checkpoint", "why")
+
+
+def table(runs: Sequence[Path]) -> str:
+    """A line for every job noted in RUN/slurm/jobs.jsonl of the runs (none: of all in runs/). Raises `UserError`."""
+    if shutil.which("scontrol") is None:
+        raise UserError("scontrol: not found; run this on a machine of the cluster")
+    notes = [run / "slurm" / "jobs.jsonl" for run in runs] or sorted(Path("runs").glob("*/slurm/jobs.jsonl"))
+    if not notes:
+        raise UserError("runs/*/slurm: no job was submitted from here; name the runs")
+    for note in notes:
+        if not note.exists():
+            raise UserError(f"{note.parent.parent}: no job of this run was submitted from here")
+    rows = [HEAD]
+    for note in notes:
+        for line in note.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            rows.append(_row(note.parent.parent, entry["job"], entry["kind"]))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def job_of(job: str) -> dict[str, str]:
+    """What `scontrol show job` says; empty where Slurm has forgotten the job."""
+    done = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True, check=False)
+    if done.returncode and "Invalid job id" not in done.stderr:
+        raise UserError(f"scontrol show job {job}: {done.stderr.strip()}")
+    return dict(re.findall(r"(\S+?)=(\S*)", done.stdout)) if done.returncode == 0 else {}
+
+
+def _row(run: Path, job: str, kind: str) -> tuple[str, ...]:
+    known = job_of(job)
+    state = known.get("JobState", "gone")
+    restarts = int(known.get("Restarts", 0))
+    if restarts:
+        state += f" (start {restarts + 1})"
+    why = known.get("Reason", "None")
+    progress = _progress(run) if kind == "train" else ("", "", "", "")
+    kept = checkpoint.steps(run)
+    return (job, kind, state, str(run), *progress, str(kept[-1]) if kept else "", "" if why == "None" else why)
+
+
+def _progress(run: Path) -> tuple[str, str, str, str]:
+    """Step, epoch, images a second and the time left, from the last line of metrics.jsonl and the config."""
+    try:
+        whole = (run / "metrics.jsonl").read_text(encoding="utf-8").rpartition("\n")[0]  # one may be half written
+        last, settings = json.loads(whole.splitlines()[-1]), config.load(run / "config.yaml")
+    except (FileNotFoundError, IndexError, UserError):  # nothing yet
+        return "", "", "", ""
+    optim = settings.optim
+    total = optim.steps or round(optim.epochs * last["step"] / last["epoch"])
+    left = (total - last["step"]) * last["seconds_per_step"]
+    return (
+        f"{last['step']}/{total}", f"{last['epoch']:.1f}", f"{last['images_per_s']:.4g}",
+        duration(left) if left > 0 else "0:00",
+    )  # fmt: skip

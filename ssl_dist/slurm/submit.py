@@ -1,0 +1,195 @@
+"""Trainings as Slurm jobs, through submitit: what is checked before, the array, the chain to an evaluation."""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import submitit
+from submitit.helpers import clean_env
+
+from ssl_dist import config, evaluators
+from ssl_dist.config import Config
+from ssl_dist.config.section import parse_yaml
+from ssl_dist.distributed.rank import Place
+from ssl_dist.errors import UserError
+from ssl_dist.evaluate.command import parse
+from ssl_dist.job import Job
+from ssl_dist.run import folder as run_folder
+from ssl_dist.run.blueprint import derive
+from ssl_dist.slurm import local
+from ssl_dist.slurm.script import Executor, Site, executor, read_site
+from ssl_dist.storage import checkpoint, durable
+
+
+def train(options: argparse.Namespace) -> int:
+    """`submit.py train`: check everything that can be checked here, then submit; prints a line a job."""
+    site = read_site(options.site, vars(options))
+    wanted = variants(options.config, options.overrides, options.seeds or [], options.sweep or [])
+    for settings in wanted:
+        place = Place(0, site.nodes * site.ranks_per_node, 0, site.ranks_per_node)
+        blueprint = derive(settings, place)
+        run_folder.check(blueprint.run, settings)
+    if options.then is not None:
+        _check_evaluation("--then", options.then)
+    if options.cluster == "local":
+        return local.run_all(site.nodes, site.ranks_per_node, wanted, options.then)
+    name = Path(config.load(options.config, options.overrides).run_dir).name
+    folder = _folder(wanted, name)
+    made = executor(site, folder / "%A", name)
+    made.parameters["map_count"] = len(wanted) if len(wanted) > 1 else None  # of the script that is shown and tried
+    if options.dry_run:
+        print(made.script())
+        return 0
+    _try(made.script())
+    if options.then:
+        _try(_evaluator(site, folder, Path(wanted[0].run_dir), options.then).script())
+    made.parameters.pop("map_count")
+    with _outside_of_jobs():
+        numbers = _submit(made, [_training(folder, settings) for settings in wanted])
+        for number, settings in zip(numbers, wanted, strict=True):
+            _note(Path(settings.run_dir), number, "train")
+            print(f"job {number}: {settings.run_dir}", flush=True)
+        for number, settings in zip(numbers, wanted, strict=True) if options.then else ():
+            evaluation = Job(("evaluate", settings.run_dir, *options.then))
+            run = Path(settings.run_dir)
+            [after] = _submit(_evaluator(site, folder, run, options.then, f"afterok:{number}"), [evaluation])
+            _note(run, after, "evaluate")
+            print(f"job {after}: {' '.join(options.then)} of {settings.run_dir}, after job {number}", flush=True)
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """`submit.py evaluate`: the same for an evaluation of a run."""
+    site, run = read_site(options.site, vars(options)), options.run
+    if not checkpoint.steps(run):
+        raise UserError(f"{run}: holds no checkpoint; train first")
+    _check_evaluation(f"evaluate {run}", options.overrides, options.validation, options.search)
+    words = [*options.overrides, *(["--search", *options.search] if options.search else [])]
+    if options.validation is not None:
+        words += ["--validation", repr(options.validation)]
+    made = _evaluator(site, run.absolute() / "slurm", run, options.overrides)
+    if options.dry_run:
+        print(made.script())
+        return 0
+    _try(made.script())
+    with _outside_of_jobs():
+        [number] = _submit(made, [Job(("evaluate", str(run), *words))])
+    _note(run, number, "evaluate")
+    print(f"job {number}: {' '.join(words)} of {run}", flush=True)
+    return 0
+
+
+@contextlib.contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """What a job sets for its own steps must not reach one that is submitted from it; where Slurm is, it must."""
+    conf = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
+    with clean_env():
+        os.environ |= conf
+        yield
+
+
+def _check_evaluation(
+    key: str, words: list[str], validation: float | None = None, searched: Sequence[str] = ()
+) -> None:
+    chosen = [word for word in words if "=" not in word]
+    if not chosen:
+        raise UserError(f"{key} {' '.join(words)}: name at least one evaluator, for example knn")
+    parse(chosen, [word for word in words if "=" in word], validation, searched)
+
+
+def _folder(wanted: list[Config], name: str) -> Path:
+    """Where scripts and logs go: RUN/slurm, and for several runs <run_dir>-array/slurm beside them."""
+    run = Path(wanted[0].run_dir).absolute()
+    return run / "slurm" if len(wanted) == 1 else run.with_name(f"{name}-array") / "slurm"
+
+
+def _training(folder: Path, settings: Config) -> Job:
+    """The job trains by a copy of the resolved config: what is edited meanwhile is another training."""
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    path = folder / f"config-{Path(settings.run_dir).name}-{stamp}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    durable.write_text(path, config.dump(settings))
+    return Job(("train", str(path)))
+
+
+def _evaluator(site: Site, folder: Path, run: Path, words: list[str], dependency: str | None = None) -> Executor:
+    """Of an evaluation, started when the training has ended well; Slurm cancels it when the training fails. Evaluators
+    of images train on all ranks of the site; those of features need one task."""
+    if not any(evaluators.sees_images(evaluators.find(word)) for word in words if "=" not in word):
+        site = site.model_copy(update={"nodes": 1, "tasks_per_node": 1, "gpus_per_node": site.gpus_per_node and 1})
+    more = {} if dependency is None else {"dependency": dependency, "kill-on-invalid-dep": "yes"}
+    return executor(site, folder / "%A", f"{run.name}-evaluate", **more)
+
+
+def _submit(made: Executor, jobs: list[Job]) -> list[str]:
+    """The numbers of the new jobs; several are an array. Raises `UserError` with Slurm's reason."""
+    try:
+        with made.batch():
+            submitted = [made.submit(job) for job in jobs]
+        return [job.job_id for job in submitted]
+    except submitit.core.utils.FailedJobError as error:
+        raise UserError(f"sbatch refuses the job: {str(error).strip().splitlines()[-1]}") from None
+
+
+def variants(path: str, overrides: list[str], seeds: list[int], sweep: list[str]) -> list[Config]:
+    """The config for every choice of a seed and of a value of each `key=[value, value]` in `sweep`, each with a run_dir
+    of its own, named by what was chosen; the config itself where there is nothing to choose."""
+    axes = [_axis(word) for word in sweep] + ([("seed", seeds)] if seeds else [])
+    alone = config.load(path, overrides)
+    if not axes:
+        return [alone]
+    run = Path(alone.run_dir)
+    if not run.name:
+        raise UserError(f"run_dir = {str(run)!r}: has no name that a seed could be added to")
+    found = []
+    for values in itertools.product(*(values for _, values in axes)):
+        chosen = [(key, value) for (key, _), value in zip(axes, values, strict=True)]
+        name = "".join(f"-{key.rpartition('.')[2]}{value}".replace("/", "-") for key, value in chosen)
+        more = [f"{key}={json.dumps(value)}" for key, value in chosen]
+        found.append(
+            config.load(path, [*overrides, *more, f"run_dir={json.dumps(str(run.with_name(run.name + name)))}"])
+        )
+    runs = [settings.run_dir for settings in found]
+    if len(set(runs)) < len(runs):
+        raise UserError("--seeds, --sweep: a value is given twice; name every one once")
+    return found
+
+
+def _axis(word: str) -> tuple[str, list]:
+    key, _, text = word.partition("=")
+    values = parse_yaml(text, f"--sweep {word}") if text else None
+    if not isinstance(values, list) or not values or any(isinstance(value, list | dict) for value in values):
+        raise UserError(f"--sweep {word}: write key=[value, value], for example optim.lr=[1e-3,3e-3]")
+    return key, values
+
+
+def _try(script: str) -> None:
+    """Have sbatch look at the script without submitting it. Raises `UserError` with its reason."""
+    if shutil.which("sbatch") is None:
+        raise UserError("sbatch: not found; run this on a machine of the cluster, or with --cluster local or --dry-run")
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+        file.write(script)
+        file.flush()
+        done = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("sbatch: ")
+        raise UserError(
+            f"sbatch refuses the job: {reason}; see --partition, --account, --time, --nodes and the site file"
+        )
+
+
+def _note(run: Path, job_id: str, kind: str) -> None:
+    """RUN/slurm/jobs.jsonl, from which `submit.py status` knows the jobs of a run."""
+    path = run / "slurm" / "jobs.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"job": job_id, "kind": kind, "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z")}) + "\n")

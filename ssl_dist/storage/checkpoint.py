@@ -1,0 +1,285 @@
+"""Checkpoints: written whole or not at all, checked before they are used, read without running any code from them."""
+
+import hashlib
+import os
+import pickle
+import re
+import sys
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy
+import torch
+
+from ssl_dist import __version__
+from ssl_dist.errors import UserError
+from ssl_dist.storage import durable
+from ssl_dist.storage.durable import write_text
+from ssl_dist.storage.weights import OF_DAMAGED_FILES
+
+FORMAT = 1
+KEYS = ("format", "step", "config", "method", "optimizer", "world_size", "versions", "normalize", "info", "data")
+_NAME = re.compile(r"step-(\d{8,})\.pt")
+
+
+def path_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}.pt"
+
+
+def step_of(name: str) -> int:
+    """The step of a checkpoint of that file name."""
+    found = _NAME.fullmatch(name)
+    assert found, name
+    return int(found[1])
+
+
+def versions() -> dict[str, str]:
+    """What a bit-exact resume depends on."""
+    return {
+        "ssl_dist": __version__,
+        "torch": str(torch.__version__),
+        "numpy": numpy.__version__,
+        "python": ".".join(map(str, sys.version_info[:3])),
+    }
+
+
+def save(run: Path, state: dict[str, Any]) -> Path:
+    """Write `state` as the checkpoint of its step; whatever happens meanwhile, older checkpoints stay whole.
+
+    The checksum is put in place before the file it belongs to, so that no instant shows a checkpoint without one. Where
+    the step has a file already, the checksums of both are there until the old file is replaced. Raises OSError (a full
+    disk, say) after removing what it had begun.
+    """
+    assert tuple(state) == KEYS, f"a checkpoint holds {KEYS}, not {tuple(state)}"
+    path = path_of(run, state["step"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with durable.atomic_write(path) as file:
+        digest = _write(state, file)
+        replaced = (_checksums(path) or []) if path.exists() else []
+        _put_checksums(path, [digest, *replaced])
+    if replaced:
+        _put_checksums(path, [digest])
+    write_text(path.parent / "LAST", path.name + "\n")
+    return path
+
+
+def _write(state: dict[str, Any], file: BinaryIO) -> str:
+    """Returns the SHA-256 of what was written."""
+    sink = _Sink(file)
+    try:
+        torch.save(state, sink)
+    except RuntimeError:  # torch reports a failed write as one, without its errno
+        if sink.error is None:
+            raise
+        raise sink.error from None
+    durable.sync(file)  # a disk that is full shall be noticed before anything else is written
+    return sink.sha256.hexdigest()
+
+
+class _Sink:
+    """What torch.save writes to, strictly in order: keeps the error of a write, and the SHA-256."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sha256 = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: memoryview) -> int:
+        self.sha256.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        """`durable.sync` does it; torch asks for the method."""
+
+
+def _checksum_path(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _put_checksums(path: Path, digests: list[str]) -> None:
+    write_text(_checksum_path(path), "".join(f"{digest}  {path.name}\n" for digest in digests))
+
+
+def _checksums(path: Path) -> list[str] | None:
+    """The SHA-256 of the file at `path`, as told beside it (two while one is replaced by the other). None: not told."""
+    try:
+        text = _checksum_path(path).read_text(encoding="ascii", errors="replace")
+    except FileNotFoundError:
+        return None
+    return re.findall(r"^([0-9a-f]{64})  ", text, re.MULTILINE)
+
+
+def steps(run: Path) -> list[int]:
+    """Steps of the checkpoints that lie in the run's folder, rising; nothing is said of their health."""
+    folder = run / "checkpoints"
+    if not folder.is_dir():
+        return []
+    return sorted(step_of(name) for name in os.listdir(folder) if _NAME.fullmatch(name))
+
+
+def prune(run: Path, keep: int, keep_every: int | None, step: int) -> None:
+    """Remove all checkpoints but the newest `keep` and those whose step is a multiple of `keep_every`.
+
+    step: the one just saved. Later ones were passed over as damaged when the run resumed; they are set aside, so that
+    they do not count as newest. A checkpoint goes before its checksum: a checksum alone is no damaged checkpoint.
+    """
+    for later in [found for found in steps(run) if found > step]:
+        path = path_of(run, later)
+        path.rename(path.with_name(path.name + ".damaged"))
+        _checksum_path(path).unlink(missing_ok=True)
+    for step in steps(run)[:-keep]:
+        if keep_every is None or step % keep_every:
+            path = path_of(run, step)
+            path.unlink()
+            _checksum_path(path).unlink(missing_ok=True)
+
+
+def remove_leftovers(run: Path) -> None:
+    """Remove what a killed save or prune left. Only for the one writer of the run's folder."""
+    folder = run / "checkpoints"
+    durable.remove_dead(folder)
+    for path in map(folder.joinpath, os.listdir(folder)):
+        if path.suffix == ".sha256" and _NAME.fullmatch(path.stem) and not os.path.lexists(path.with_suffix("")):
+            path.unlink()
+
+
+def newest(run: Path) -> Path | None:
+    """The newest checkpoint whose checksum holds; a damaged newer one is named on stderr. None: there is none at all.
+
+    Raises `UserError` when there are checkpoints and every one of them is damaged: starting again from nothing would
+    throw away a training without a word.
+    """
+    found = newest_digest(run)
+    return None if found is None else found[0]
+
+
+def newest_digest(run: Path) -> tuple[Path, str] | None:
+    """Path and SHA-256 of `newest`."""
+    found = _open_newest(run)
+    if found is None:
+        return None
+    path, file, digest = found
+    file.close()
+    return path, digest
+
+
+def load_newest(run: Path) -> tuple[Path, dict[str, Any], str] | None:
+    """Path, state and SHA-256 of `newest`: all of one file, whatever a training saves and prunes meanwhile."""
+    found = _open_newest(run)
+    if found is None:
+        return None
+    path, file, digest = found
+    with file:
+        return path, _load(path, file), digest
+
+
+def _open_newest(run: Path) -> tuple[Path, BinaryIO, str] | None:
+    """`newest`, opened, with its SHA-256."""
+    faults: dict[Path, str] = {}
+    for path in [path_of(run, step) for step in reversed(steps(run))]:
+        try:
+            file = open(path, "rb")  # noqa: SIM115 - the caller closes it
+        except OSError as error:
+            fault, is_there = f"cannot be read: {error}", os.path.lexists(path)
+        else:
+            digest, fault = _examine(path, file)
+            if not fault:
+                break
+            is_there = durable.is_at(path, file.fileno())
+            file.close()
+        if not is_there:  # a training has just pruned or replaced it, which is no fault: there is a newer one
+            return _open_newest(run)
+        faults[path] = fault
+    else:
+        if not faults:
+            return None
+        path, fault = next(iter(faults.items()))
+        raise UserError(
+            f"{path.parent}: all {len(faults)} checkpoints are damaged (the newest, {path.name}: {fault}); "
+            "restore one, or remove the folder to begin anew"
+        )
+    for damaged, fault in faults.items():
+        print(f"WARNING: {damaged}: {fault}; passing over it to the one before", file=sys.stderr, flush=True)
+    return path, file, digest
+
+
+def _examine(path: Path, file: BinaryIO) -> tuple[str, str]:
+    """The SHA-256 of the open file, and what is wrong with it in words (empty: nothing)."""
+    try:
+        told = _checksums(path)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return "", f"cannot be read: {error}"
+    if told is None:
+        return digest, "has no checksum beside it"
+    if not told:
+        return digest, "its checksum file is damaged"
+    return digest, "" if digest in told else "its SHA-256 differs from the one beside it (damaged)"
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A checkpoint of ours: tensors and plain values only. Raises `UserError` if it is anything else."""
+    with _opened(path) as file:
+        return _load(path, file)
+
+
+def load_hashed(path: Path) -> tuple[dict[str, Any], str]:
+    """Like `load`, with the SHA-256 of the very file that was loaded."""
+    with _opened(path) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return _load(path, file), digest
+
+
+def load_run(path: Path) -> tuple[Path, dict[str, Any], str]:
+    """Path, state and SHA-256 of a run's newest checkpoint, or of the checkpoint file `path`. Raises `UserError`."""
+    if not path.is_dir():
+        return path, *load_hashed(path)
+    newest = load_newest(path)
+    if newest is None:
+        raise UserError(f"{path}: holds no checkpoint; train first, or name a run's folder")
+    return newest
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except FileNotFoundError:
+        raise UserError(f"checkpoint {path}: not found; name a run's folder or a step-*.pt in it") from None
+    except OSError as error:
+        raise UserError(f"checkpoint {path}: cannot be read: {error.strerror}") from None
+
+
+def _load(path: Path, file: BinaryIO) -> dict[str, Any]:
+    file.seek(0)
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch's text advises to run whatever the file holds
+        raise UserError(f"checkpoint {path}: not a checkpoint: it holds more than tensors and plain values") from None
+    except (*OF_DAMAGED_FILES, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"checkpoint {path}: not a readable checkpoint: {reason}") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT or set(KEYS) - set(state):
+        raise UserError(
+            f"checkpoint {path}: not a checkpoint of ssl_dist (format {FORMAT}); for weights of another program say "
+            "backbone.name=... too"
+        )
+    return state
+
+
+def restore(module: torch.nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+    """Load a method's state strictly. Raises `UserError` naming the first tensor that does not fit."""
+    own = module.state_dict()
+    for name in dict.fromkeys([*own, *state]):
+        if name not in state:
+            raise UserError(f"checkpoint {path}: lacks {name}: it belongs to another method or backbone")
+        if name not in own:
+            raise UserError(f"checkpoint {path}: holds {name}, unknown here: it belongs to another method or backbone")
+        if own[name].shape != state[name].shape:
+            raise UserError(
+                f"checkpoint {path}: {name} has shape {list(state[name].shape)}, here {list(own[name].shape)}: "
+                "it belongs to another method or backbone"
+            )
+    module.load_state_dict(state, strict=True)

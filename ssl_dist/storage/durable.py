@@ -1,0 +1,133 @@
+"""Files put in place whole or not at all, whatever instant a process is killed at; what a killed one leaves behind."""
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from ssl_dist.errors import UserError
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes `path`'s place when the block ends well, and leaves no trace when it does not.
+
+    Raises OSError with the name of the file, also where the system gives none (a full disk), and for what is there
+    and is no regular file: root would put a file in the place of /dev/null.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is there and is not a regular file", str(path))
+    name = temporary_path(path, new_token())
+    try:
+        with temporary(name) as file:
+            yield file
+            sync(file)
+            os.replace(name, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
+def atomic_write_or_refuse(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes `path`'s place when the block ends well, and leaves no trace when it does not.
+
+    Raises `UserError` when the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            yield file
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror}; give a folder that can, with space left"
+        ) from None
+
+
+@contextmanager
+def temporary(name: Path) -> Iterator[BinaryIO]:
+    """A new file that is gone after the block. A lock on it tells `remove_dead` that its writer is alive."""
+    try:
+        with os.fdopen(lock(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+            yield file
+    finally:
+        name.unlink(missing_ok=True)
+
+
+def temporary_path(path: Path, token: str) -> Path:
+    return path.with_name(f".{path.name}.{token}.tmp")
+
+
+def new_token() -> str:
+    """What sets one process's temporary files apart from those of all others, on any host."""
+    return secrets.token_hex(4)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put a small text file in place."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def remove_dead(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in `folder`; those of living ones, on any host, stay."""
+    for name in filter(_TEMPORARY.fullmatch, os.listdir(folder)):
+        path = folder / name
+        try:
+            held = lock(path, os.O_WRONLY, wait=False)
+        except (BlockingIOError, FileNotFoundError, PermissionError):
+            continue  # its writer lives, has just finished, or is another user, who may remove it
+        try:
+            path.unlink(missing_ok=True)
+        finally:
+            os.close(held)
+
+
+def lock(path: Path, flags: int, *, wait: bool = True) -> int:
+    """Open `path` and take an flock on it, which dies with its owner; returns the descriptor that holds it.
+
+    flags: those of os.open. The file must be opened for writing, or NFS would keep the lock to one machine. Raises
+    BlockingIOError when another process holds it and `wait` is False.
+    """
+    while True:
+        descriptor = os.open(path, flags, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if is_at(path, descriptor):
+                return descriptor
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # the file was replaced or removed before we had the lock, which is now on nothing
+
+
+def is_at(path: Path, descriptor: int) -> bool:
+    """Whether the open file is still the one that `path` names."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def sync(file: BinaryIO) -> None:
+    """Make what was written to `file` survive a power cut."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,261 @@
+"""`ssl-dist explain`: what a config will do, on any number of ranks, without starting anything.
+
+Memory is counted, not guessed: forward and backward of the backbone run on torch's meta device, where tensors have a
+size but no bytes, and the largest sum of tensors alive at once is taken. What an allocator keeps unused comes on top.
+On a CPU, resnet32 with K = 32 and M = 64 held 1.02 times what is counted on one rank and 1.10 times on each of four
+with glibc's own settings, 1.11 to 1.15 and 1.23 times with those of the launch scripts:
+tools/bench_memory.py --data data/cifar10 --plain --tuned
+"""
+
+import math
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ssl_dist.config import Config
+from ssl_dist.data.loader import AHEAD
+from ssl_dist.distributed.rank import Place
+from ssl_dist.grid import Grid, splits
+from ssl_dist.methods.base import Batch
+from ssl_dist.run import folder as run_folder
+from ssl_dist.run.blueprint import Blueprint, derive
+from ssl_dist.storage import checkpoint
+from ssl_dist.train import online_knn, optim
+
+
+def explain(config: Config, world_size: int, ranks_per_node: int | None = None) -> str:
+    """A text of `name: value` lines. Raises `UserError` for everything that could not run."""
+    place = Place(0, world_size, 0, ranks_per_node or world_size)
+    blueprint = derive(config, place)
+    run_folder.check(blueprint.run, config)
+    memory = Memory.of(blueprint)
+    lines = _data(blueprint) | _grid(blueprint, memory) | _training(blueprint) | _memory(memory) | _files(blueprint)
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {text}".replace("\n", "\n" + " " * (width + 2)) for name, text in lines.items())
+
+
+def _data(b: Blueprint) -> dict[str, str]:
+    split, used = b.split, len(b.plan.train_ids)
+    part = "" if used == split.count else f", {used} of them used"
+    classes = f"{len(split.classes)} classes" if split.labelled else "no labels"
+    mean, std = (" ".join(f"{v:.4g}" for v in values) for values in (b.normalize.mean, b.normalize.std))
+    return {
+        "data": f"{b.config.data.name}, split {split.split}: {split.count} images{part}, {classes}",
+        "normalisation": f"mean {mean}, std {std}",
+        "reader": f"{b.config.data.reader}, {b.threads} view thread(s) a rank",
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- who holds what
+
+
+def _grid(b: Blueprint, memory: "Memory") -> dict[str, str]:
+    grid, images = b.grid, b.config.optim.batch_size
+    groups = " + ".join(f"{s.num} x {s.size} px" for s in b.specs)
+    held = " + ".join(f"{s.num // grid.views} x {s.size} px" for s in b.specs)
+    return {
+        "method": f"{b.config.method.name} on {b.config.backbone.name}",
+        **({} if b.given_weights is None else {"weights": b.given_weights.note}),
+        "views": f"{groups} of each image",
+        "global batch": f"{images} images, {images * b.num_views} views",
+        "ranks": f"{grid.size} = {grid.images} image shard(s) x {grid.views} view shard(s)",
+        "each rank": f"{images // grid.images} images, {held} views of each",
+        "who holds what": _who(grid) + _where(grid, b.place.local_size),
+        "splits": _splits(b, memory),
+    } | b.method_class.explain(b.num_views, images, b.options, grid.size)
+
+
+def _who(grid: Grid) -> str:
+    if grid.size == 1:
+        return "rank 0 holds everything"
+    if grid.views == 1:
+        return "no two ranks hold the same image"
+    first = [f"{r}-{r + grid.views - 1}" for r in range(0, grid.size, grid.views)]
+    if len(first) > 3:
+        first[1:-1] = [first[1], "..."]
+    return f"ranks {', '.join(first)} hold views of the same images"
+
+
+def _where(grid: Grid, ranks_per_node: int) -> str:
+    if grid.size == ranks_per_node:
+        return ""
+    nodes = f"; {grid.size // ranks_per_node} nodes of {ranks_per_node} ranks"
+    if grid.views == 1:
+        return nodes
+    return f"{nodes}, view shards {'inside a node' if grid.inside(ranks_per_node) else 'spread over several nodes'}"
+
+
+def _splits(b: Blueprint, memory: "Memory") -> str:
+    """Every split that divides, a line each: what data.view_shards can be. Views and the network's memory are the
+    same for all; decoded images are fewer where a rank holds fewer of them."""
+    images, ranks_per_node = b.config.optim.batch_size, b.place.local_size
+    groups = [spec.num for spec in b.specs]
+    rows = [f"{'data.view_shards':>16} {'Wi x Wv':>9} {'images':>7} {'views':>9} {'MiB':>9}  a rank"]
+    for grid in splits(b.place.size, images, groups, b.method_class.free_views):
+        held = "+".join(str(num // grid.views) for num in groups)
+        total = f"{_mib(memory.total(grid)):.1f}"
+        notes = ["chosen"] * (grid == b.grid) + ["over nodes"] * (not grid.inside(ranks_per_node))
+        row = f"{grid.views:>16} {f'{grid.images} x {grid.views}':>9} {images // grid.images:>7} {held:>9} {total:>9}"
+        rows.append(f"{row}  {', '.join(notes)}".rstrip())
+    return "\n".join(rows)
+
+
+def _training(b: Blueprint) -> dict[str, str]:
+    if not b.method_class.trainable:
+        return {"training": "none: the weights are written as they are drawn"}
+    clock, options = b.clock(), b.config.optim
+    last = clock.total_steps - 1
+    points = {0, clock.total_steps // 4, clock.total_steps // 2, last}
+    points.add(min(last, math.ceil(options.warmup_epochs * clock.steps_per_epoch)))
+    if options.schedule == "step":
+        points |= {min(last, step) for step in optim.milestones(options, clock)}
+    rates = ", ".join(f"{optim.lr(options, b.clock(step)):.3g} at step {step}" for step in sorted(points))
+    return {
+        "length": f"{clock.total_steps} steps = {clock.total_epochs:g} epochs of {clock.steps_per_epoch} steps",
+        "optimizer": f"{options.name}, {options.schedule}, rate {rates}",
+        "precision": b.config.precision,
+    } | _online(b)
+
+
+def _online(b: Blueprint) -> dict[str, str]:
+    every = b.config.log.knn_every_epochs
+    if every is None:
+        return {}
+    return {"online kNN": f"every {every} epochs, on images held out of split {online_knn.labelled_split(b.config)}"}
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one rank holds, in bytes where not said otherwise; all but decoded images is the same for every split.
+
+    On a GPU `waiting` and the decoded images lie in the host's memory, the rest on the device. Of the loss only the
+    representations are counted: what a method does with them is its own."""
+
+    blueprint: Blueprint
+    parameters: int  # numbers in the backbone
+    feature_dim: int
+    weights: int  # those trained with gradients, optimizer state and, on several ranks, buckets that average gradients
+    waiting: int  # uint8 views: in the queue, of the batch that waits for a place in it, of this step's batch
+    inputs: int  # this step's views as numbers
+    activations: int  # of the backbone, with the gradients in flight, at their largest
+    representations: int  # of all ranks, and their gradient
+
+    @staticmethod
+    def of(b: Blueprint) -> "Memory":
+        element, images, trainable = b.dtype.itemsize, b.config.optim.batch_size, b.method_class.trainable
+        with torch.device("meta"):
+            method = b.build()
+        everything = sum(p.numel() for p in method.parameters())
+        trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+        name = b.config.optim.name
+        copies = 4 if name in ("adam", "adamw") else 3 if name == "lars" or b.config.optim.momentum else 2
+        copies += b.place.size > 1
+        pixels = sum(images * spec.num * 3 * spec.size**2 for spec in b.specs) // b.place.size
+        return Memory(
+            blueprint=b,
+            parameters=sum(p.numel() for p in method.backbone.parameters()),
+            feature_dim=method.backbone.feature_dim,
+            weights=(everything + (copies - 1) * trained * trainable) * element,
+            waiting=(AHEAD + 2) * pixels if trainable else 0,
+            inputs=pixels * element if trainable else 0,
+            activations=_peak(b, method) if trainable else 0,
+            representations=2 * images * b.num_views * method.backbone.feature_dim * element if trainable else 0,
+        )
+
+    def decoded(self, grid: Grid) -> int:
+        """Two batches of images as the reader hands them over, padded to the largest: one is replaced by the next."""
+        b = self.blueprint
+        images = b.config.optim.batch_size // grid.images if b.method_class.trainable else 0
+        return 2 * images * b.split.max_height * b.split.max_width * 3
+
+    def total(self, grid: Grid) -> int:
+        parts = self.weights, self.waiting, self.inputs, self.activations, self.representations
+        return sum(parts) + self.decoded(grid)
+
+
+def _peak(b: Blueprint, method) -> int:
+    """The most that forward and backward of the backbone hold at once on this rank, beside weights and input."""
+    method.train()
+    half = b.config.precision == "bf16"
+    if half:  # under autocast the layers put out bf16; their float32 weights are counted elsewhere
+        method.backbone.bfloat16()
+    for parameter in method.parameters():  # and so are their gradients
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    num_images = b.config.optim.batch_size // b.grid.images
+    if not method.views_together or min(spec.num for spec in b.specs) == b.grid.views:
+        num_images = max(2, num_images)  # a BatchNorm that knows of no other rank refuses a single value
+    shapes = [(spec.num // b.grid.views, num_images, 3, spec.size, spec.size) for spec in b.specs]
+    views = [torch.empty(shape, dtype=b.dtype, device="meta") for shape in shapes]
+    view_ids = [torch.from_numpy(spec.view_ids[: shape[0]].copy()) for spec, shape in zip(b.specs, shapes, strict=True)]
+    with Alive([*method.parameters(), *method.buffers(), *views]) as alive:
+        passed = [group.bfloat16() if half else group for group in views]
+        z = method.represent(Batch(passed, view_ids, torch.arange(num_images), torch.full((num_images,), -1)))
+        torch.autograd.backward(z, [torch.empty_like(part) for part in z])
+    return alive.peak
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make, from their making until nobody holds them any more.
+
+    Tensors that share a storage count once; those in `known` do not count."""
+
+    def __init__(self, known: list[Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = {t.untyped_storage()._cdata for t in known}
+        self._held: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._hold(tensor.untyped_storage())
+        return made
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        key, num_bytes = storage._cdata, storage.nbytes()
+        if key in self._known or key in self._held:
+            return
+
+        def gone(_):
+            self.now -= num_bytes
+            del self._held[key]
+
+        self._held[key] = weakref.ref(storage, gone)
+        self.now += num_bytes
+        self.peak = max(self.peak, self.now)
+
+
+def _memory(memory: Memory) -> dict[str, str]:
+    b = memory.blueprint
+    parts = {
+        "weights, gradients, optimizer": memory.weights,
+        "decoded images": memory.decoded(b.grid),
+        "waiting views": memory.waiting,
+        "input": memory.inputs,
+        "activations": memory.activations,
+        "representations": memory.representations,
+    }
+    text = ", ".join(f"{name} {_mib(num_bytes):.1f}" for name, num_bytes in parts.items())
+    return {
+        "backbone": f"{memory.parameters:,} parameters, {memory.feature_dim} features",
+        "memory a rank": f"about {_mib(memory.total(b.grid)):.1f} MiB, the allocator's slack not counted:\n{text}",
+    }
+
+
+def _mib(num_bytes: int) -> float:
+    return num_bytes / 2**20
+
+
+def _files(b: Blueprint) -> dict[str, str]:
+    kept = checkpoint.steps(b.run)
+    state = f"resumes after step {kept[-1]}" if kept else "new"
+    return {"run folder": f"{b.run} ({state})"}

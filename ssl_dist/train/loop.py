@@ -1,0 +1,127 @@
+"""THE loop. Read `fit` from top to bottom; training.py has what it works on."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from ssl_dist import views
+from ssl_dist.config import Config
+from ssl_dist.distributed.rank import Place
+from ssl_dist.distributed.rendezvous import StoppedWhileWaiting
+from ssl_dist.distributed.signals import STOPPED, StopRequest
+from ssl_dist.distributed.watchdog import Watchdog
+from ssl_dist.distributed.world import World, join_world
+from ssl_dist.errors import Fault, UserError
+from ssl_dist.nn import batchnorm
+from ssl_dist.run import folder as run_folder
+from ssl_dist.run.blueprint import Blueprint, derive
+from ssl_dist.train import optim
+from ssl_dist.train.preflight import agree
+from ssl_dist.train.state import Training
+
+
+def train(wanted: Config) -> int:
+    """Run a training on this rank, or go on with it. Returns 0 when it is complete, 75 when it was asked to stop.
+
+    For the main thread, whose signals it takes meanwhile; a hang ends the whole process.
+    """
+    if wanted.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    place = Place.from_environment()
+    blueprint = derive(wanted, place)
+    for spec in blueprint.specs:
+        views.warm_up(spec)  # compile before the ranks meet, or they wait for one another
+    blueprint.method_class.warm_up(blueprint.options, blueprint.dtype)
+    if not torch.cuda.is_available():
+        batchnorm.warm_up(blueprint.dtype)
+    with StopRequest() as stop, Watchdog(place, wanted.timeout, stop.request) as dog:
+        try:
+            world = join_world(place, blueprint.grid, dog.state, lambda: stop.requested)
+        except StoppedWhileWaiting:
+            if place.local_rank == 0:
+                print("stopped before all ranks had come; nothing has begun", file=sys.stderr, flush=True)
+            return STOPPED
+        with world, dog.reporting():
+            return train_in(world, dog, stop, blueprint)[0]
+
+
+def train_in(world: World, dog: Watchdog, stop: StopRequest, blueprint: Blueprint) -> tuple[int, Training]:
+    """Run the training of `blueprint` among ranks that have met. Returns its exit code, and it as it then is."""
+    with claimed(blueprint, world):
+        dog.show(blueprint.run / "logs", agree(blueprint, world))
+        try:
+            run = Training(blueprint, world)
+        except UserError as error:
+            error.agreed = True  # config, images and checkpoint are the same on all ranks, so all have met it
+            raise
+        if world.is_first:
+            run_folder.note_start(run.folder, blueprint.config, run.clock.step, world.place.size)
+        dog.log.note(f"{world.place} of {world.place.size} (pid {os.getpid()}) begins after step {run.clock.step}")
+        code = fit(run, stop)
+        dog.log.note("stopped on request" if code == STOPPED else "done")
+        return code, run
+
+
+@contextlib.contextmanager
+def claimed(blueprint: Blueprint, world: World) -> Iterator[None]:
+    """The run's folder belongs to this training meanwhile: rank 0 holds the lock and has accepted the config."""
+    locks = []
+
+    def claim() -> None:
+        locks.append(run_folder.claim(blueprint.run))
+        run_folder.accept(blueprint.run, blueprint.config)
+
+    try:
+        world.first(claim)
+        yield
+    finally:
+        for lock in locks:
+            os.close(lock)
+
+
+class NonFiniteLoss(Fault):
+    """The loss of some rank was NaN or infinite; the optimizer has not taken that step."""
+
+    agreed = True
+
+
+def fit(run: Training, stop: StopRequest) -> int:
+    """Train to the end, or to the step at which any rank was asked to stop. Returns the exit code."""
+    clock, method, world, settings = run.clock, run.method, run.world, run.config
+    if clock.done:
+        run.finish(clock)
+        return 0
+    with run.loader() as loader, run.log() as log:
+        for host in run.batches(loader, log):
+            batch = run.to_device(host)
+            redrawn = method.before_step(clock, run.extract_at(clock), world)
+            optim.reset_state(run.optimizer, redrawn)
+            optim.set_lr(run.optimizer, optim.lr(settings.optim, clock))
+
+            output = run.forward(batch)
+            stopping, broken = world.any(stop.requested, ~torch.isfinite(output.loss.detach()))
+            if broken:
+                raise NonFiniteLoss(run.diagnosis(clock, output))
+            run.optimizer.zero_grad(set_to_none=True)
+            output.loss.backward()
+            run.optimizer.step()
+
+            clock = clock.after_step()
+            method.after_step(clock)
+            if clock.step == 1 or clock.done or clock.due(settings.log.every_steps):
+                run.write(log, clock, output)
+            if clock.due(every_epochs=settings.log.knn_every_epochs):
+                run.measure_knn(log, clock)
+            if stopping or clock.done or clock.due(settings.checkpoint.every_steps, settings.checkpoint.every_epochs):
+                run.save(clock, stop)
+            if log is not None:
+                log.after_step(clock)
+            if stopping and not clock.done:
+                if world.is_first:
+                    print(f"stopping after step {clock.step}, which is saved", file=sys.stderr, flush=True)
+                return STOPPED
+    run.finish(clock)
+    return 0

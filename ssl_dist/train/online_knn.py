@@ -1,0 +1,96 @@
+"""A weighted kNN during a training: cheap, and the first to show whether the representation gets better.
+
+At most 1,000 images of the labelled training split are held out, and at most 10,000 other ones vote for their class. No
+image of the test split is touched. A method without labels may train on both (where the split is the one that it
+pre-trains on, it does), so this is for looking at a training and choosing among its settings, not for a table.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ssl_dist.config import Config
+from ssl_dist.data import plan
+from ssl_dist.data.catalog import facts
+from ssl_dist.data.readers import open_dataset, read_info, splits_present
+from ssl_dist.distributed.world import World
+from ssl_dist.errors import UserError
+from ssl_dist.kernels.neighbours import neighbours, votes
+from ssl_dist.progress import Counter
+from ssl_dist.results.accuracy import target_rank
+from ssl_dist.run.encoder import STUCK, outputs
+from ssl_dist.storage.features import Features, require_labels
+
+K, TEMPERATURE = 20, 0.07
+NAME = f"online_knn{K}"
+IMAGES, SHARE = 11_000, 1 / 11  # of the split, and of these the ones held out
+MEMORY = 512 << 20  # bytes for blocks of rows and cosines
+
+
+def labelled_split(config: Config) -> str:
+    """The split that it works on. Raises `UserError` when that has no labels."""
+    split = facts(config.data.name, splits_present(config.data.root)).training
+    if not read_info(config.data.root, split).labelled:
+        raise UserError(
+            f"log.knn_every_epochs = {config.log.knn_every_epochs}: needs labels, and split {split} of "
+            f"{config.data.root} has none; set it to null"
+        )
+    return split
+
+
+class OnlineKNN:
+    """The same images at every call; each rank passes its share of them."""
+
+    def __init__(self, config: Config, world: World, threads: int):
+        self.config, self.world, self.threads = config, world, threads
+        self.split = labelled_split(config)
+        with self._open() as reader:
+            ids = plan.limited(reader.info.count, IMAGES)
+            asked = f"log.knn_every_epochs = {config.log.knn_every_epochs}"
+            queries = plan.held_out(ids, reader.labels(ids), SHARE, config.seed, asked)
+            self.ids = np.concatenate([np.setdiff1d(ids, queries), queries])
+            self.labels = reader.labels(self.ids)
+        self.num_queries = len(queries)
+
+    def _open(self):
+        data = self.config.data
+        return open_dataset(data.root, self.split, data.reader, threads=self.threads)
+
+    def accuracy(self, encoder: nn.Module, to_input: Callable[[Tensor], Tensor]) -> float:
+        """Percent of the held-out images whose class the others tell, by an encoder in evaluation mode."""
+        low, high = self.world.share(len(self.ids))
+        world, own, step = self.world, self.ids[low:high], self.world.state.step
+        with (
+            world.state.phase_of("the online kNN", STUCK),
+            self._open() as reader,
+            Counter("online kNN", len(own), "image", quiet=True) as counter,
+        ):
+            rows = list(outputs(encoder, to_input, self.config.data, reader, own, world, self.threads, counter))
+            features_ND = self._joined(np.concatenate(rows), low)
+            found = world.first(lambda: self._voted(features_ND))
+        world.state.step = step  # an extraction counts its batches there
+        return found
+
+    def _joined(self, own: np.ndarray, low: int) -> np.ndarray:
+        """All ranks' rows."""
+        if self.world.alone:
+            return own
+        rows_ND = torch.zeros(len(self.ids), own.shape[1], device=self.world.device)
+        rows_ND[low : low + len(own)] = torch.from_numpy(own).to(rows_ND)
+        return self.world.reduce(rows_ND).cpu().numpy()
+
+    def _voted(self, features_ND: np.ndarray) -> float:
+        parts = slice(0, -self.num_queries), slice(-self.num_queries, None)
+        bank, queries = (
+            Features(features_ND[part], self.labels[part], np.arange(len(self.labels[part])), {}) for part in parts
+        )
+        require_labels(bank, queries)
+        num_classes, k = int(self.labels.max()) + 1, min(K, len(bank))
+        bank_labels_N, labels_N = torch.from_numpy(bank.labels), torch.from_numpy(queries.labels)
+        correct = 0
+        for start, cosine_QK, row_QK in neighbours(bank, queries, k, torch.float32, MEMORY, num_classes):
+            votes_QC = votes(cosine_QK, bank_labels_N[row_QK], TEMPERATURE, num_classes)
+            correct += int((target_rank(votes_QC, labels_N[start : start + len(row_QK)]) < 1).sum())
+        return correct * 100.0 / len(queries)

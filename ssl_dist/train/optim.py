@@ -1,0 +1,118 @@
+"""Optimizers and the learning rate, a pure function of the clock."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ssl_dist.clock import Clock
+from ssl_dist.config import Optim
+
+
+def build(options: Optim, parameters: Iterable[nn.Parameter] | Iterable[dict]) -> torch.optim.Optimizer:
+    """The optimizer named by the config over parameters, or over groups of them; the rates are set before every step.
+
+    lars makes two groups of one: biases, BatchNorm and scalars such as a learnt temperature have neither weight decay
+    nor adaptation.
+    """
+    groups = list(parameters)
+    if not isinstance(groups[0], dict):
+        groups = [{"params": groups}]
+    if options.name == "lars":
+        groups = [half for group in groups for half in _with_and_without_decay(group, options.weight_decay)]
+        return LARS(groups, lr=options.lr, momentum=options.momentum)
+    if options.name == "adam":
+        return torch.optim.Adam(groups, lr=options.lr, weight_decay=options.weight_decay)
+    if options.name == "adamw":
+        return torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay)
+    return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
+
+
+def _with_and_without_decay(group: dict, weight_decay: float) -> list[dict]:
+    matrices, others = ([p for p in group["params"] if (p.ndim > 1) is wanted] for wanted in (True, False))
+    return [group | {"params": matrices, "weight_decay": weight_decay}, group | {"params": others, "adapt": False}]
+
+
+def lr(options: Optim, clock: Clock) -> float:
+    """The learning rate of the step that follows `clock.step` completed steps.
+
+    A linear warm-up over `warmup_epochs`, 0 at the very first step; then constant, half a cosine down to `lr_final`
+    times the peak (Loshchilov & Hutter, 2017, without restarts), from step to step or, as torch's scheduler is mostly
+    used, from epoch to epoch (epoch_cosine); or a fall to a tenth at every milestone.
+    """
+    warmup = options.warmup_epochs * clock.steps_per_epoch
+    if clock.step < warmup:
+        return options.peak_lr * clock.step / warmup
+    if options.schedule in ("cosine", "epoch_cosine"):
+        step = clock.step if options.schedule == "cosine" else max(warmup, clock.epoch * clock.steps_per_epoch)
+        progress = (step - warmup) / max(1.0, clock.total_steps - warmup)
+        falling = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return options.peak_lr * (options.lr_final + (1 - options.lr_final) * falling)
+    if options.schedule == "step":
+        return options.peak_lr * 0.1 ** sum(clock.step >= milestone for milestone in milestones(options, clock))
+    return options.peak_lr
+
+
+def milestones(options: Optim, clock: Clock) -> list[int]:
+    """The steps from which on the rate is lower, under schedule step. 0.07 of 100 steps is step 7, not 8."""
+    if options.milestone_epochs is not None:
+        steps = [epoch * clock.steps_per_epoch for epoch in options.milestone_epochs]
+    else:
+        steps = [share * clock.total_steps for share in options.milestones]
+    return [math.ceil(round(step, 6)) for step in steps]
+
+
+def set_lr(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of every group, times its factor where it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_factor", 1.0)
+
+
+def reset_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Forget the optimizer's state of parameters that a method has drawn anew."""
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rates (You, Gitman & Ginsburg 2017, arXiv:1708.03888) as VICReg and SFRIK use them,
+    arXiv:2105.04906 appendix C: SGD with momentum whose gradient is first scaled, tensor by tensor, to `trust` times
+    the weights' norm.
+
+        g <- g + weight_decay * p;  g <- g * trust * |p| / |g|;  m <- momentum * m + g;  p <- p - lr * m
+
+    The scaling is left out where |p| or |g| is 0, and in groups with `adapt` False. timm's variant divides by |g| +
+    weight_decay * |p| where this one divides by |g + weight_decay * p|, so that a weight whose decay and gradient point
+    apart moves differently.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict],
+        lr: float,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        trust: float = 0.001,
+        adapt: bool = True,
+    ):
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust, "adapt": adapt}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        assert closure is None, "the loop calls backward itself"
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                g = p.grad.add(p, alpha=group["weight_decay"])
+                if group["adapt"]:
+                    p_norm, g_norm = torch.linalg.vector_norm(p), torch.linalg.vector_norm(g)
+                    both = (p_norm > 0) & (g_norm > 0)  # stays on the device: a question here would wait for the GPU
+                    g.mul_(torch.where(both, group["trust"] * p_norm / g_norm, 1))
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(g)
+                p.add_(buffer, alpha=-group["lr"])

@@ -1,0 +1,90 @@
+"""What all ranks of a run must have in common, looked at before the first step."""
+
+import hashlib
+import os
+import secrets
+import time
+from pathlib import Path
+
+from ssl_dist import config
+from ssl_dist.distributed.heartbeat import archive_endings
+from ssl_dist.distributed.world import World
+from ssl_dist.errors import UserError
+from ssl_dist.numba_cache import PACKAGE
+from ssl_dist.run.blueprint import Blueprint
+from ssl_dist.run.folder import flat
+from ssl_dist.storage import checkpoint
+
+LOCAL = ("data.root", "data.reader", "data.workers")  # keys that may differ from node to node
+PATIENCE = 30.0  # seconds after which a file made on one node must be seen on the others (NFS caches attributes)
+
+
+def agree(blueprint: Blueprint, world: World) -> str:
+    """A name of this start, the same on all ranks. Raises `UserError` on all of them when they do not belong together.
+
+    Compared are the program, its libraries, the config and the images trained on; then every rank must see a file that
+    the first one has made in RUN/logs.
+    """
+    said = world.everyone((str(world.place), _facts(blueprint)))
+    first_name, first = said[0]
+    for name, facts in said[1:]:
+        for key in sorted(first.keys() | facts.keys()):
+            if facts.get(key) != first.get(key):
+                raise _agreed(
+                    f"{key}: {first_name} has {first.get(key)!r}, {name} has {facts.get(key)!r}; "
+                    "start all ranks with the same program, config and data"
+                )
+    logs = blueprint.run / "logs"
+    start = world.first(lambda: _begin(logs))
+    sees = world.everyone(_appears(_token(logs, start)))
+    world.first(lambda: _token(logs, start).unlink())
+    blind = [name for (name, _), seen in zip(said, sees, strict=True) if not seen]
+    if blind:
+        raise _agreed(
+            f"run_dir = {str(blueprint.run)!r}: {', '.join(blind[:4])} cannot see what {first_name} writes there; "
+            "choose a folder on a file system that all nodes share"
+        )
+    return start
+
+
+def _agreed(text: str) -> UserError:
+    error = UserError(text)
+    error.agreed = True
+    return error
+
+
+def _facts(blueprint: Blueprint) -> dict[str, object]:
+    settings = {key: value for key, value in flat(config.to_tree(blueprint.config)).items() if key not in LOCAL}
+    settings["run_dir"] = os.path.abspath(blueprint.run)
+    sources = sorted(PACKAGE.rglob("*.py"))
+    program = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+    images = {f"images ({key})": value for key, value in blueprint.data_identity.items()}
+    return settings | images | checkpoint.versions() | {"program": program}
+
+
+def _token(logs: Path, start: str) -> Path:
+    return logs / f".start-{start}"
+
+
+def _begin(logs: Path) -> str:
+    """Make place for what this start leaves in RUN/logs, and the file that all ranks must see."""
+    (logs / "board").mkdir(exist_ok=True)
+    for record in (logs / "board").iterdir():
+        record.unlink()
+    archive_endings(logs)
+    for left in logs.glob(".start-*"):
+        left.unlink()  # of a start that was killed
+    start = secrets.token_hex(8)
+    _token(logs, start).touch()
+    return start
+
+
+def _appears(path: Path) -> bool:
+    end = time.monotonic() + PATIENCE
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+        if path.parent.is_dir():
+            os.listdir(path.parent)  # makes an NFS client ask the server again
+    return True

@@ -1,0 +1,232 @@
+"""What the loop in train.py works on: a method, its optimizer and the step reached, on one rank of a world."""
+
+import contextlib
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+from ssl_dist import config, views
+from ssl_dist.clock import Clock
+from ssl_dist.data.loader import HostBatch, TrainLoader
+from ssl_dist.data.normalize import normalized
+from ssl_dist.distributed import watchdog
+from ssl_dist.distributed import world as world_module
+from ssl_dist.distributed.signals import StopRequest
+from ssl_dist.errors import UserError
+from ssl_dist.methods.base import Batch, Output, Rows
+from ssl_dist.run.blueprint import Blueprint
+from ssl_dist.run.log import RunLog
+from ssl_dist.storage import checkpoint
+from ssl_dist.train import collapse, online_knn, optim, relabel
+from ssl_dist.train.online_knn import OnlineKNN
+
+
+class Training:
+    """Making one writes nothing; it goes on after the newest checkpoint in the run's folder."""
+
+    def __init__(self, blueprint: Blueprint, world: world_module.World):
+        self.blueprint, self.world, self.config = blueprint, world, blueprint.config
+        self.folder = blueprint.run
+        if self.config.deterministic:
+            torch.use_deterministic_algorithms(True)
+        method = blueprint.build()
+        if blueprint.given_weights is not None and world.is_first:
+            print(f"backbone.weights: {blueprint.given_weights.note}", file=sys.stderr, flush=True)
+        if self.config.channels_last:
+            method.to(memory_format=torch.channels_last)
+        self.method = world.synchronize_batchnorm(method).to(world.device).train()
+        self.columns = None if method.views_together else world.view_columns(self.method)
+        self.optimizer = None
+        if method.trainable:
+            self.optimizer = optim.build(self.config.optim, method.parameter_groups())
+        self.clock = blueprint.clock(self._resume())
+        if self.config.compile:
+            method.backbone.compile()
+        self.wrapped = world.wrap(self.method)
+        self._knn = None
+        if self.config.log.knn_every_epochs is not None:
+            self._knn = OnlineKNN(self.config, world, blueprint.threads)
+        self._normalize = normalized(blueprint.normalize, blueprint.dtype, world.device)
+
+    def _resume(self) -> int:
+        """Load the newest valid checkpoint, if there is one; returns the steps it has completed."""
+        path = self.world.first(lambda: checkpoint.newest(self.folder))
+        if path is None:
+            return 0
+        state = checkpoint.load(path)
+        identity = self.blueprint.data_identity
+        if state["data"].get("weights") != identity.get("weights"):
+            raise UserError(
+                f"backbone.weights = {self.config.backbone.weights!r}: not the file that {path} began from; give that "
+                "one, or another run_dir"
+            )
+        if state["data"] != identity:
+            raise UserError(
+                f"data.root = {self.config.data.root!r}: not the images that {path} was trained on (another conversion "
+                "or another data.subset file); give their folder, or another run_dir"
+            )
+        checkpoint.restore(self.method, state["method"], path)
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+        return state["step"]
+
+    def loader(self) -> TrainLoader:
+        plan, specs, world = self.blueprint.plan, self.blueprint.specs, self.world
+        pin = world.device.type == "cuda"
+        reader = self.blueprint.open_reader()
+        return TrainLoader(reader, plan, specs, world.grid, world.place.rank, self.blueprint.threads, pin)
+
+    def log(self) -> contextlib.AbstractContextManager:
+        """The run's log on rank 0, None elsewhere."""
+        if not self.world.is_first:
+            return contextlib.nullcontext()
+        title = f"{self.config.method.name} {self.config.backbone.name}"
+        return RunLog(self.folder, self.clock, title, self.config.optim.batch_size, self.blueprint.num_views)
+
+    def batches(self, loader: TrainLoader, log: RunLog | None) -> Iterator[HostBatch]:
+        """The batches that are left. The watchdog is told of each step, the log of the time waited for it."""
+        state, iterator = self.world.state, loader.batches(self.clock.step, self.clock.total_steps)
+        state.phase, state.bound = "the first step", watchdog.COMPILING if self.config.compile else watchdog.FIRST_STEP
+        for step in range(self.clock.step + 1, self.clock.total_steps + 1):
+            state.step = step
+            start = time.perf_counter()
+            with state.phase_of("the wait for images", state.bound):
+                host = next(iterator)
+            if log is not None:
+                log.waited(time.perf_counter() - start)
+            yield host
+            state.phase, state.bound = "", 0.0
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def to_device(self, host: HostBatch) -> Batch:
+        device = self.world.device
+        views_by_group = [self._normalize(group.to(device, non_blocking=True)) for group in host.views]
+        return Batch(
+            views_by_group,
+            host.view_ids,  # their numbers are asked for before each pass, which must not wait for the device
+            host.image_ids.to(device),
+            host.labels.to(device),
+            torch.from_numpy(np.searchsorted(self.blueprint.plan.train_ids, host.image_ids.numpy())).to(device),
+            host.step,
+        )
+
+    def forward(self, batch: Batch) -> Output:
+        with self.autocast():
+            output = self.wrapped(batch, self.world)
+        if self.columns is not None:
+            self.columns.settle(self.world.gather_columns)
+        return output
+
+    def extract_at(self, clock: Clock) -> Callable[..., Rows]:
+        """The `extract` that a method's `before_step` gets; `relabel.outputs` says what it takes and returns."""
+
+        def extract(network: nn.Module, augmented: bool = False, training: bool = False) -> Rows:
+            with self.autocast():
+                return relabel.outputs(
+                    self.blueprint, self.world, self._normalize, clock.step, network, augmented, training
+                )
+
+        return extract
+
+    def write(self, log: RunLog | None, clock: Clock, output: Output) -> None:
+        """Log this step. Every rank takes part, because the loss is averaged over them."""
+        metrics = {"loss": float(self.world.mean(output.loss.detach())), "lr": self.optimizer.param_groups[0]["lr"]}
+        metrics |= {name: float(value) for name, value in output.metrics.items()}
+        if log is not None:
+            if output.representations is not None:
+                metrics["feature_std"] = collapse.feature_std(output.representations)
+                metrics["effective_rank"] = collapse.effective_rank(output.representations)
+            log.write(clock, metrics, output.histograms)
+        if clock.step == 1 or clock.due(every_epochs=self.config.log.images_every_epochs):
+            with self.world.state.phase_of("the pictures", watchdog.SAVE):
+                self.world.first(lambda: self.show_views(log, clock))
+
+    def show_views(self, log: RunLog, clock: Clock, num_images: int = 8) -> None:
+        """All views of the first images of this step, also those that other ranks hold: TensorBoard and views.png."""
+        from ssl_dist.run import plots  # matplotlib takes a second, which only rank 0 need spend
+
+        step, plan = clock.step - 1, self.blueprint.plan
+        with self.blueprint.open_reader() as reader:
+            [(pixels, heights, widths, ids)] = reader.batches([plan.global_ids(step)[:num_images]])
+        for number, spec in enumerate(self.blueprint.specs):
+            epoch = step // plan.steps_per_epoch
+            made = views.make_views(pixels, heights, widths, ids, spec, spec.view_ids, plan.seed, epoch)
+            log.pictures(f"views/{number}", clock, made)
+            name = "views.png" if number == 0 else f"views-{number}.png"
+            plots.views_grid(self.folder / name, made)
+
+    def measure_knn(self, log: RunLog | None, clock: Clock) -> None:
+        """Log the online kNN (online_knn.py). Every rank takes part."""
+        start = time.perf_counter()
+        self.method.eval()
+        with self.autocast():
+            accuracy = self._knn.accuracy(self.method.encoder(), self._normalize)
+        self.method.train()
+        if log is not None:
+            log.measured(clock, {online_knn.NAME: accuracy}, time.perf_counter() - start)
+
+    def save(self, clock: Clock, stop: StopRequest) -> None:
+        """Rank 0 writes a checkpoint; the others wait, and a failure there ends all of them."""
+        stop.saving = True
+        with self.world.state.phase_of(f"the save of step {clock.step}", watchdog.SAVE):
+            self.world.first(lambda: self._save(clock))
+        stop.saving = False
+
+    def _save(self, clock: Clock) -> None:
+        state = {
+            "format": checkpoint.FORMAT,
+            "step": clock.step,
+            "config": config.to_tree(self.config),
+            "method": self.method.state_dict(),
+            "optimizer": {} if self.optimizer is None else self.optimizer.state_dict(),
+            "world_size": self.world.place.size,
+            "versions": checkpoint.versions(),
+            "normalize": config.to_tree(self.blueprint.normalize),
+            "info": dataclasses.asdict(self.blueprint.info),
+            "data": self.blueprint.data_identity,
+        }
+        try:
+            checkpoint.save(self.folder, state)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{error.strerror}, while saving step {clock.step}; {self._newest()}", error.filename
+            ) from error
+        kept = self.config.checkpoint
+        checkpoint.prune(self.folder, kept.keep, kept.keep_every, clock.step)
+
+    def finish(self, clock: Clock) -> None:
+        """What stands at the end of a run: a checkpoint, also of a method that takes no step, and the loss curve."""
+        with self.world.state.phase_of("the end of the run", watchdog.SAVE):
+            self.world.first(lambda: self._finish(clock))
+
+    def _finish(self, clock: Clock) -> None:
+        if not checkpoint.steps(self.folder):
+            self._save(clock)
+        if (self.folder / "metrics.jsonl").exists():
+            from ssl_dist.run import plots
+
+            plots.loss_curve(self.folder / "loss.png", self.folder / "metrics.jsonl")
+
+    def diagnosis(self, clock: Clock, output: Output) -> str:
+        """Why a non-finite loss ends the run, in one line. Every rank takes part."""
+        terms = {"loss": float(output.loss.detach())} | {name: float(v) for name, v in output.metrics.items()}
+        said = self.world.everyone((str(self.world.place), terms))
+        bad = [(name, terms) for name, terms in said if not math.isfinite(terms["loss"])]
+        names = ", ".join(name for name, _ in bad[:4]) + (f" and {len(bad) - 4} more" if len(bad) > 4 else "")
+        values = ", ".join(f"{name} = {value:g}" for name, value in bad[0][1].items())
+        return (
+            f"{names} at step {clock.step + 1}: the loss is not finite ({values}); {self._newest()}; "
+            "begin anew in another run_dir with a lower optim.lr or precision=fp32"
+        )
+
+    def _newest(self) -> str:
+        kept = checkpoint.steps(self.folder)
+        return f"the newest checkpoint is {checkpoint.path_of(self.folder, kept[-1])}" if kept else "nothing is saved"

@@ -1,0 +1,240 @@
+"""`ssl-dist verify`: the equality certificate. Real steps on several processes and grids against one process.
+
+The training loop, the loader, the augmentations and BatchNorm are those of a run, on the CPU. Loss, gradients, buffers
+and weights of every rank are compared with one process; `verify_ranks.difference` is the measure. In float64 loss and
+gradients are compared at every step, buffers and weights at the end. In float32 only the first step is: Adam divides a
+gradient by its own size, so rounding noise of a gradient near 0 moves a weight as far as a signal does.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ssl_dist import config, methods
+from ssl_dist.config import Config, Section
+from ssl_dist.convert.command import convert
+from ssl_dist.distributed.rank import Place
+from ssl_dist.errors import UserError
+from ssl_dist.grid import Grid, splits
+from ssl_dist.run.blueprint import Blueprint, derive
+from ssl_dist.verify import ranks as verify_ranks
+from ssl_dist.verify.ranks import Job
+
+SIZES = (2, 4)
+STEPS = 10  # in float64; in float32 one
+BATCH = 16  # images: small, and every grid divides it
+VIEWS = 4
+CONFIGS = Path(__file__).parents[2] / "configs" / "digits"
+KINDS = ("loss", "head", "deep", "buffers", "weights")  # head, deep: gradients outside and inside the backbone
+BOUNDS = {
+    "fp64": dict.fromkeys(KINDS, 1e-9),
+    "fp32": {"loss": 1e-5, "head": 1e-5, "deep": 1e-2},
+}
+OWN_KEYS = ("precision", "run_dir", "optim.epochs", "optim.steps", "log.every_steps", "data.view_shards")
+LEGEND = """\
+Each figure is the largest of all ranks and steps. A tensor differs by max|a-b| / max|b| in fp64. In fp32, where the
+first step is compared, by |a-b| / |b| in the 2-norm: a unit within rounding of 0 falls to the other side of its ReLU.
+|b| counts as no less than 1/1000 of the largest of its kind. head, deep: gradients outside and inside the backbone.
+Buffers that are integers must be equal."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method with one choice of its options, in one precision. grids: of every number of ranks; note: its config."""
+
+    method: str
+    variant: str
+    config: Config
+    trains: bool
+    note: str
+    grids: dict[int, list[Grid]]
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} {self.variant} {self.config.precision}"
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        bounds = BOUNDS[self.config.precision]
+        return bounds if self.trains else {kind: bounds[kind] for kind in ("buffers", "weights")}
+
+    def job(self, grid: Grid, pages: Path) -> Job:
+        data = self.config.data.model_copy(update={"view_shards": grid.views})
+        return Job(f"{self.title} {say(grid)}", self.config.model_copy(update={"data": data}), pages)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a case on a grid of ranks differs by from one process, kind of tensors -> figure."""
+
+    case: Case
+    grid: Grid
+    figures: dict[str, float]
+
+    @property
+    def holds(self) -> bool:
+        return all(self.figures[kind] <= bound for kind, bound in self.case.bounds.items())
+
+
+def verify(
+    file: str | None = None, names: Sequence[str] = (), overrides: Sequence[str] = (), steps: int = STEPS
+) -> int:
+    """Certify the method of a config file, or the named ones (default: all), and print the table. Returns 0 when every
+    bound holds, else 1."""
+    if file is not None and names:
+        raise UserError(f"verify: give a config ({file}) or --method {names[0]}, not both")
+    if steps < 1:
+        raise UserError(f"--steps {steps}: at least one step is needed")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of the ranks; see launch/torchrun_multi.sh
+    with tempfile.TemporaryDirectory(prefix="ssl_dist-verify-") as folder:
+        chosen = list(cases(Path(folder), file, names, overrides, steps))
+        rows = certify(chosen, Path(folder))
+    good = sum(row.holds for row in rows)
+    print(table(rows))
+    print(LEGEND)
+    print("\n".join(dict.fromkeys(case.note for case in chosen)))
+    print("bounds: " + "; ".join(f"{precision} {_say_bounds(bounds)}" for precision, bounds in BOUNDS.items()))
+    print(f"{good} of {len(rows)} hold" + ("" if good == len(rows) else f", {len(rows) - good} DIFFERENT"))
+    return 0 if good == len(rows) else 1
+
+
+def certify(chosen: list[Case], folder: Path, prepare: Callable[[], None] | None = None, sizes=SIZES) -> list[Row]:
+    """Run the cases on one process, then on `sizes` ranks; the rows of the first case come first.
+
+    Every rank calls `prepare` first. The tensors of one process lie in `folder` meanwhile.
+    """
+    rows: list[list[Row]] = [[] for _ in chosen]
+    for size in (1, *sizes):
+        work = [(number, grid) for number, case in enumerate(chosen) for grid in case.grids[size]]
+        jobs = [chosen[number].job(grid, folder / f"pages-{number}") for number, grid in work]
+        for (number, grid), figures in zip(work, verify_ranks.run(size, jobs, prepare, _progress), strict=True):
+            if size > 1:
+                worst = {kind: max(figures[kind]) for kind in chosen[number].bounds}
+                rows[number].append(Row(chosen[number], grid, worst))
+    return [row for group in rows for row in group]
+
+
+# ---------------------------------------------------------------------------------------------------- cases
+
+
+def cases(
+    folder: Path, file: str | None = None, names: Sequence[str] = (), overrides: Sequence[str] = (), steps: int = STEPS
+) -> Iterator[Case]:
+    """Every variant of the method of a config file, or of the named methods (default: all), in every precision.
+
+    Without a file the method's config for digits is taken, the checkout's or one made here, and digits are converted.
+    """
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key in OWN_KEYS:
+            raise UserError(f"override {override!r}: verify sets {key} itself (--steps for the number of steps)")
+    if file is not None:
+        yield from _cases(file, str(file), [], overrides, steps)
+        return
+    for name in names:
+        methods.find(name)
+    convert("digits", None, folder / "digits", workers=1, progress=False)
+    digits = ["data.name=digits", f"data.root={folder / 'digits'}", "data.reader=arrays"]
+    for name in names or methods.names():
+        path, said = CONFIGS / f"{name}-conv4.yaml", f"configs/digits/{name}-conv4.yaml"
+        if not path.exists():
+            path, said = folder / f"{name}.yaml", "a config of verify's own (digits, conv4, adam)"
+            tree = {"run_dir": "none", "data": {"name": "digits", "root": "none"}, "method": {"name": name}}
+            path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+        yield from _cases(path, said, digits, overrides, steps)
+
+
+def _cases(path: str | Path, said: str, data: list[str], overrides: Sequence[str], steps: int) -> Iterator[Case]:
+    quick = [*data, f"optim.batch_size={BATCH}", "data.workers=1", "compile=false"]
+    look = config.load(path, [*quick, *overrides])
+    name, method = look.method.name, methods.find(look.method.name)
+    if method.free_views and len(look.views.groups) == 1 and look.views.groups[0].num is None:
+        quick.append(f"views.num={VIEWS}")
+    quick.append(f"data.limit={look.optim.batch_size * 5 // 2}")  # two steps an epoch and a tail that is dropped
+    own = ["run_dir=none", "data.view_shards=1", "optim.epochs=null", "log.every_steps=1"]
+    for variant, choice in variants(methods.build_options(method, look.method.options)):
+        for precision, length in [("fp64", steps), ("fp32", 1)] if method.trainable else [("fp64", steps)]:
+            last = [*own, *choice, f"precision={precision}", f"optim.steps={length}"]
+            blueprint = derive(config.load(path, [*quick, *overrides, *last]), Place())
+            note = f"{name}: {said}, {_describe(blueprint, steps)}"
+            yield Case(name, variant, blueprint.config, method.trainable, note, _grids(blueprint))
+
+
+def variants(options: Section) -> Iterator[tuple[str, list[str]]]:
+    """The options as they are, then with every other value of every Literal, one at a time: name, overrides."""
+    choices = {name: _alternatives(field.annotation) for name, field in type(options).model_fields.items()}
+    chosen = {name: getattr(options, name) for name, values in choices.items() if values}
+    yield ",".join(f"{name}={value}" for name, value in chosen.items()) or "-", []
+    for name, now in chosen.items():
+        for value in choices[name]:
+            if value != now:
+                yield f"{name}={value}", [f"method.options.{name}={json.dumps(value)}"]
+
+
+def _alternatives(annotation: Any) -> list:
+    """The values of a Literal, also inside `Literal[...] | None`; none for other types."""
+    if typing.get_origin(annotation) is Literal:
+        return list(typing.get_args(annotation))
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        found = [value for part in typing.get_args(annotation) for value in _alternatives(part)]
+        return [*found, None] if found and type(None) in typing.get_args(annotation) else found
+    return []
+
+
+def _grids(blueprint: Blueprint) -> dict[int, list[Grid]]:
+    """Every grid of every number of ranks. All of these numbers must be able to share the batch."""
+    batch, groups = blueprint.config.optim.batch_size, [spec.num for spec in blueprint.specs]
+    grids = {size: splits(size, batch, groups, blueprint.method_class.free_views) for size in (1, *SIZES)}
+    if batch % max(SIZES):
+        raise UserError(f"optim.batch_size = {batch}: {max(SIZES)} ranks cannot share it; give a multiple of 4")
+    return grids
+
+
+# ---------------------------------------------------------------------------------------------------- text
+
+
+def _describe(blueprint: Blueprint, steps: int) -> str:
+    batch, method = blueprint.config.optim.batch_size, blueprint.method_class
+    taken = (
+        f"{steps} steps (fp32: 1) of {batch} images x {blueprint.num_views} views" if method.trainable else "no step"
+    )
+    together = "" if method.free_views else "; views are not sharded"
+    return f"{blueprint.config.backbone.name}; takes {taken}{together}"
+
+
+def table(rows: list[Row]) -> str:
+    """One line a row; - for what has no bound."""
+    head = ["method", "variant", "precision", "grid", *KINDS, ""]
+    lines = [head] + [
+        [
+            row.case.method, row.case.variant, row.case.config.precision, say(row.grid),
+            *(f"{row.figures[kind]:.1e}" if kind in row.figures else "-" for kind in KINDS),
+            "equal" if row.holds else "DIFFERENT",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def say(grid: Grid) -> str:
+    return f"{grid.images}x{grid.views}"
+
+
+def _say_bounds(bounds: dict[str, float]) -> str:
+    return ", ".join(f"{kind} {bound:g}" for kind, bound in bounds.items())
+
+
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

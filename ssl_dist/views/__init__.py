@@ -1,0 +1,15 @@
+"""Views of decoded images: K random ones for training, one fixed one for evaluation."""
+
+from ssl_dist.views.draw import ViewParameters
+from ssl_dist.views.make import ViewSpec, draw_view, make_views, render_view, test_views, view_specs, warm_up
+
+__all__ = [
+    "ViewParameters",
+    "ViewSpec",
+    "draw_view",
+    "make_views",
+    "render_view",
+    "test_views",
+    "view_specs",
+    "warm_up",
+]

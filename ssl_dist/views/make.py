@@ -1,0 +1,240 @@
+"""K views of decoded images: one compiled function, uint8 in and uint8 out, that runs without the GIL.
+
+Every parameter of a view is a function of keys.hash64(seed, VIEWS, epoch, image id, view id) and the image's size, so
+no thread, batch, shard or reader can change a pixel. The steps and their order are those of `config.ViewGroup`;
+the pixels equal those of torchvision's transforms on PIL images (what that means: resample.py, color.py, blur.py).
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from ssl_dist.config.recipe import Interpolation, Resize, ViewGroup
+from ssl_dist.errors import UserError
+from ssl_dist.keys import VIEWS, hash64
+from ssl_dist.views import geometry, render, resample
+from ssl_dist.views.draw import PATCH, SIZE, ViewParameters, draw_parameters, draw_patch, numeric_recipe
+
+
+@dataclass(frozen=True, eq=False)
+class ViewSpec:
+    """A group of views of one size. `params`: the recipe as read by the kernel, float64, slots in draw.py."""
+
+    size: int
+    num: int
+    first_view: int
+    params: np.ndarray
+    resize: Resize | None = None  # of an image before random resized crops are taken out of it
+
+    def __post_init__(self):
+        self.params.flags.writeable = False
+
+    @property
+    def patches(self) -> bool:
+        """Whether the views are patches of one image, which the recipe makes for the first view's key."""
+        return self.params[PATCH] > 0
+
+    @property
+    def side(self) -> int:
+        """Of what the recipe makes, in pixels: the view, or the image that patches are cut out of."""
+        return int(self.params[SIZE])
+
+    @property
+    def view_ids(self) -> np.ndarray:
+        """int64 [num], counted over all groups."""
+        return np.arange(self.first_view, self.first_view + self.num, dtype=np.int64)
+
+
+def view_specs(groups: Sequence[ViewGroup], num_views: int, image_size: int) -> list[ViewSpec]:
+    """One spec a group, view ids counted through all of them. Raises `UserError` unless the nums make `num_views`."""
+    nums = [num_views if group.num is None and len(groups) == 1 else group.num for group in groups]
+    if None in nums:
+        raise UserError(f"views.groups[{nums.index(None)}].num = null: give each of several groups its num")
+    if sum(nums) != num_views:
+        raise UserError(f"views.groups: num adds up to {sum(nums)}, but {num_views} views are wanted; change either")
+    specs, first = [], 0
+    for n, (group, num) in enumerate(zip(groups, nums, strict=True)):
+        size = image_size if group.size is None else group.size
+        _check_sizes(group, num, size, f"views.groups.{n}")
+        before = group.resize if group.random_resized_crop is not None else None
+        specs.append(ViewSpec(size, num, first, numeric_recipe(group, size), before))
+        first += num
+    return specs
+
+
+def _check_sizes(group: ViewGroup, num: int, size: int, name: str) -> None:
+    grid = group.grid_patches
+    if grid is not None:
+        if num > 9:
+            raise UserError(f"{name}.num = {num}: a grid has 9 patches; lower it, or make a further group")
+        if grid.side < size + grid.jitter:
+            raise UserError(
+                f"{name}.grid_patches.side = {grid.side}: patches of {size} px that move by {grid.jitter} need more; "
+                f"raise it to {size + grid.jitter} at least"
+            )
+        size = grid.side
+    resize, padding = group.resize, group.padded_crop.padding if group.padded_crop is not None else 0
+    if resize is not None and group.random_resized_crop is None and resize.short_side + 2 * padding < size:
+        raise UserError(
+            f"{name}.resize.short_side = {resize.short_side}: with a padding of {padding} px smaller than the crop of "
+            f"{size} px; raise it, or lower the group's size"
+        )
+    kernel = group.gaussian_blur.kernel if group.gaussian_blur is not None else None
+    if kernel is not None and kernel // 2 >= size:
+        raise UserError(
+            f"{name}.gaussian_blur.kernel = {kernel}: too large for views of {size} px; {2 * size - 1} fits"
+        )
+
+
+def _read_only(array, dtype):
+    """A contiguous read-only view: writable and read-only arrays are two types to numba, each its own compilation."""
+    array = np.ascontiguousarray(array, dtype).view()
+    array.flags.writeable = False
+    return array
+
+
+def make_views(
+    pixels: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    ids: np.ndarray,
+    spec: ViewSpec,
+    view_ids: np.ndarray,
+    seed: int,
+    epoch: int,
+    out: np.ndarray | None = None,
+    pool: ThreadPoolExecutor | None = None,
+    threads: int = 1,
+) -> np.ndarray:
+    """Views uint8 [V, B, 3, S, S] of images b = pixels[b, :heights[b], :widths[b]], pixels uint8 [B, Hmax, Wmax, 3].
+
+    ids int64 [B] and view_ids int64 [V] (any of the spec's) name the draws. The images are cut into `threads` even
+    slices that run in `pool`, or all here without one.
+    """
+    num_images, num_views = len(pixels), len(view_ids)
+    assert pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[3] == 3, (pixels.dtype, pixels.shape)
+    assert len(heights) == len(widths) == len(ids) == num_images
+    shape = (num_views, num_images, 3, spec.size, spec.size)
+    if out is None:
+        out = np.empty(shape, np.uint8)
+    assert out.shape == shape and out.dtype == np.uint8 and out.flags.c_contiguous, (out.shape, shape)
+    if num_images == 0 or num_views == 0:
+        return out
+    # the kernel does not check its indices
+    assert np.min(heights) >= 1 and np.max(heights) <= pixels.shape[1], (heights, pixels.shape)
+    assert np.min(widths) >= 1 and np.max(widths) <= pixels.shape[2], (widths, pixels.shape)
+    pixels = _read_only(pixels, np.uint8)
+    heights, widths, ids, view_ids = (_read_only(a, np.int64) for a in (heights, widths, ids, view_ids))
+    arguments = (spec, pixels, heights, widths, ids, view_ids, hash64(seed, VIEWS, epoch), out)
+    if pool is None:
+        _make_slice(*arguments, 0, num_images)
+        return out
+    edges = [num_images * i // threads for i in range(threads + 1)]
+    for job in [pool.submit(_make_slice, *arguments, lo, hi) for lo, hi in pairwise(edges) if lo < hi]:
+        job.result()
+    return out
+
+
+def _make_slice(spec, pixels, heights, widths, ids, view_ids, epoch_key, out, lo, hi):
+    """The views of images lo .. hi - 1."""
+    pixels, heights, widths, ids = pixels[lo:hi], heights[lo:hi], widths[lo:hi], ids[lo:hi]
+    if spec.resize is None and not spec.patches:
+        render.make_range(pixels, heights, widths, ids, view_ids, spec.params, epoch_key, out, lo)
+        return
+    for b in range(hi - lo):  # image by image, because one that is very long becomes large
+        image, image_id = pixels[b], ids[b : b + 1]
+        sides = heights[b : b + 1], widths[b : b + 1]
+        if spec.resize is not None:
+            image = _resized(image, heights[b], widths[b], spec.resize)
+            sides = tuple(_read_only([side], np.int64) for side in image.shape[:2])
+        if not spec.patches:
+            render.make_range(image[None], *sides, image_id, view_ids, spec.params, epoch_key, out, lo + b)
+            continue
+        whole = np.empty((1, 1, 3, spec.side, spec.side), np.uint8)
+        first = _read_only([spec.first_view], np.int64)
+        render.make_range(image[None], *sides, image_id, first, spec.params, epoch_key, whole, 0)
+        geometry.cut_patches(whole[0, 0], spec.params, epoch_key, ids[b], spec.first_view, view_ids, out, lo + b)
+
+
+def _resized(image, height, width, resize):
+    """The first height x width pixels of image uint8 [H, W, 3] resized, uint8 [H', W', 3]."""
+    sides = resample.proportional(resize.short_side, int(height), int(width))
+    bicubic = resize.interpolation == "bicubic"
+    return _read_only(resample.resize_image(image, int(height), int(width), sides, bicubic), np.uint8)
+
+
+def test_views(
+    pixels: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    size: int,
+    resize: int | None = None,
+    interpolation: Interpolation = "bilinear",
+    out: np.ndarray | None = None,
+    pool: ThreadPoolExecutor | None = None,
+    threads: int = 1,
+) -> np.ndarray:
+    """The one view for evaluation, uint8 [B, 3, S, S]: short side to `resize` (null: size), then the centre crop.
+
+    Equals torchvision's Resize(resize, interpolation) and CenterCrop(size) on a PIL image; an image of size x size
+    stays as it is.
+    Raises `UserError` when resize < size.
+    """
+    resize = size if resize is None else resize
+    if resize < size:
+        raise UserError(f"resize = {resize}: must be at least the size of the centre crop, {size}")
+    group = ViewGroup(resize=Resize(short_side=resize, interpolation=interpolation))  # nothing random in it
+    spec = ViewSpec(size, 1, 0, numeric_recipe(group, size))
+    ids = np.zeros(len(pixels), np.int64)
+    out = None if out is None else out[None]
+    return make_views(pixels, heights, widths, ids, spec, spec.view_ids, 0, 0, out, pool, threads)[0]
+
+
+def draw_view(
+    spec: ViewSpec, seed: int, epoch: int, image_id: int, view_id: int, height: int, width: int
+) -> ViewParameters:
+    """The parameters that `make_views` uses for this view of an image of height x width pixels."""
+    if spec.resize is not None:
+        height, width = resample.proportional(spec.resize.short_side, height, width)
+    key = hash64(seed, VIEWS, epoch, image_id, spec.first_view if spec.patches else view_id)
+    drawn = draw_parameters(spec.params, key, height, width)
+    return drawn._replace(patch=draw_patch(spec.params, key, view_id - spec.first_view)) if spec.patches else drawn
+
+
+def render_view(image: np.ndarray, spec: ViewSpec, parameters: ViewParameters) -> np.ndarray:
+    """The view uint8 [3, S, S] of image uint8 [H, W, 3] with these parameters, by the kernel's own code."""
+    assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, (image.dtype, image.shape)
+    image = _read_only(image, np.uint8)
+    if spec.resize is not None:
+        image = _resized(image, image.shape[0], image.shape[1], spec.resize)
+    top, left, height, width = (int(n) for n in parameters.crop)
+    assert top >= 0 and height > 0 and top + height <= image.shape[0], (parameters.crop, image.shape)
+    assert left >= 0 and width > 0 and left + width <= image.shape[1], (parameters.crop, image.shape)
+    drawn = ViewParameters(
+        (top, left, height, width),
+        bool(parameters.flip),
+        bool(parameters.jitter),
+        *(float(factor) for factor in parameters[3:7]),
+        tuple(int(step) for step in parameters.order),
+        bool(parameters.grayscale),
+        tuple(int(n) for n in parameters.corner),
+        float(parameters.sigma),
+        bool(parameters.solarize),
+        int(parameters.turns),
+        tuple(float(number) for number in parameters.affine),
+        tuple(int(n) for n in parameters.erased),
+        tuple(int(n) for n in parameters.patch),
+    )
+    out = np.empty((3, spec.side, spec.side), np.uint8)
+    render.make_one(image, spec.params, drawn, out)
+    top, left = drawn.patch
+    return out[:, top : top + spec.size, left : left + spec.size]
+
+
+def warm_up(spec: ViewSpec) -> None:
+    """Compile the kernel, or load it from numba's cache, in the calling thread (15 s of CPU, once on a machine)."""
+    one = np.ones(1, np.int64)
+    make_views(np.zeros((1, 1, 1, 3), np.uint8), one, one, one, spec, spec.view_ids[:1], 0, 0)

@@ -1,0 +1,99 @@
+"""The view kernel: compiled functions that make views of decoded images, uint8 in and uint8 out, without the GIL."""
+
+import numpy as np
+from numba import njit
+
+from ssl_dist.keys import fold
+from ssl_dist.views import blur, color, geometry, resample
+from ssl_dist.views.draw import (
+    BICUBIC,
+    CENTRE,
+    COLOR_JITTER,
+    CROP,
+    FILL,
+    GAUSSIAN_BLUR,
+    KERNEL,
+    NOT_MOVED,
+    ORDER,
+    RANDOM,
+    RESIZE,
+    SIGMA,
+    SIZE,
+    SOLARIZATION,
+    THRESHOLD,
+    TO_GRAY,
+    draw_parameters,
+    resized,
+)
+
+
+@njit(cache=True, inline="always")
+def _new_work(recipe, max_height, max_width):
+    """Buffers of one thread for resizing and for blurring, reused for all its views."""
+    size = int(recipe[SIZE])
+    shortest = size if recipe[CROP] == RANDOM else int(recipe[RESIZE])
+    work = resample.new_work(max_height, max_width, size, size, shortest, recipe[BICUBIC] != 0)
+    return work, blur.new_work(size, recipe[SIGMA + 1], int(recipe[KERNEL]))
+
+
+@njit(cache=True, inline="always")
+def _jitter(rgb, drawn):
+    for step in drawn.order:
+        if step == 0 and drawn.brightness != 1:
+            color.adjust_brightness(rgb, np.float32(drawn.brightness))
+        elif step == 1 and drawn.contrast != 1:
+            color.adjust_contrast(rgb, np.float32(drawn.contrast))
+        elif step == 2 and drawn.saturation != 1:
+            color.adjust_saturation(rgb, np.float32(drawn.saturation))
+        elif step == 3 and drawn.hue != 0:
+            color.adjust_hue(rgb, np.float32(drawn.hue))
+
+
+@njit(cache=True, inline="always")
+def _render(image, recipe, drawn, work, blur_work, out):
+    """One view of image uint8 [H, W, 3] with the parameters drawn -> out uint8 [3, S, S]."""
+    size = out.shape[1]
+    height, width = resized(recipe, drawn.crop[2], drawn.crop[3])
+    corner = drawn.corner
+    if recipe[CROP] == CENTRE:
+        corner = (round((height - size) / 2), round((width - size) / 2))
+    bicubic = recipe[BICUBIC] != 0
+    resample.resize_crop(image, drawn.crop, (height, width), corner, drawn.flip, bicubic, work, out)
+    if drawn.turns > 0:
+        geometry.turn(out, drawn.turns, blur_work.first)
+    if drawn.affine != NOT_MOVED:
+        geometry.move(out, drawn.affine, blur_work.first)
+    rgb = out.reshape(3, size * size)
+    for place in range(ORDER, ORDER + 4):
+        step = recipe[place]
+        if step == COLOR_JITTER and drawn.jitter:
+            _jitter(rgb, drawn)
+        elif step == TO_GRAY and drawn.grayscale:
+            color.to_gray(rgb)
+        elif step == GAUSSIAN_BLUR and drawn.sigma > 0:
+            if recipe[KERNEL] > 0:
+                blur.blur_as_torchvision(out, drawn.sigma, int(recipe[KERNEL]), blur_work)
+            else:
+                blur.blur_as_pillow(out, drawn.sigma, blur_work)
+        elif step == SOLARIZATION and drawn.solarize:
+            color.solarize(rgb, int(recipe[THRESHOLD]))
+    if drawn.erased[2] > 0:
+        geometry.erase(out, drawn.erased, recipe[FILL], recipe[FILL + 1], recipe[FILL + 2])
+
+
+@njit(cache=True, nogil=True)
+def make_range(pixels, heights, widths, ids, view_ids, recipe, epoch_key, out, first):
+    """The views of n images uint8 [n, Hmax, Wmax, 3] into out[:, first : first + n], uint8 [V, B, 3, S, S]."""
+    work, blur_work = _new_work(recipe, pixels.shape[1], pixels.shape[2])
+    for b in range(pixels.shape[0]):
+        image_key = fold(epoch_key, ids[b])
+        for v in range(view_ids.shape[0]):
+            drawn = draw_parameters(recipe, fold(image_key, view_ids[v]), heights[b], widths[b])
+            _render(pixels[b], recipe, drawn, work, blur_work, out[v, first + b])
+
+
+@njit(cache=True, nogil=True)
+def make_one(image, recipe, drawn, out):
+    """The view with the parameters drawn of image uint8 [H, W, 3] -> out uint8 [3, S, S]."""
+    work, blur_work = _new_work(recipe, image.shape[0], image.shape[1])
+    _render(image, recipe, drawn, work, blur_work, out)
