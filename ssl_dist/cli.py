@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssl_dist import __version__
-from ssl_dist.errors import Fault, UserError
+from ssl_dist.errors import Fault, RaisedOn, UserError
 
 EXIT_CODES = (
     "exit codes: 0 done; 2 your mistake, one line says which; 75 stopped on request after a checkpoint, run the same "
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = parsed.action(parsed)
     except (UserError, Fault) as error:
-        if _says(error):
+        if _prints(error):
             print(f"error: {error}", file=sys.stderr, flush=True)
         code = error.code if isinstance(error, Fault) else 2
     except KeyboardInterrupt:
@@ -45,13 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _says(error: UserError | Fault) -> bool:
+def _prints(error: UserError | Fault) -> bool:
     """Whether this rank is the one to print an error that other ranks may have met too."""
-    if error.agreed:
-        return os.environ.get("RANK", "0") == "0"
-    if isinstance(error, Fault) or error.met_alone:
+    if error.raised_on is RaisedOn.THIS_RANK:
         return True
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    return os.environ.get("RANK" if error.raised_on is RaisedOn.EVERY_RANK else "LOCAL_RANK", "0") == "0"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,22 +1,30 @@
 """The exceptions that end a command with one line for people and no traceback."""
 
+from enum import Enum
+
+
+class RaisedOn(Enum):
+    """Which ranks raise an error, and so which of them print it."""
+
+    EVERY_RANK = "all ranks raise it together: rank 0 prints it"
+    THIS_RANK = "the other ranks have not met it: this rank prints it"
+    EACH_MACHINE = "raised before the rendezvous, most likely by all ranks: the first rank of each machine prints it"
+
 
 class UserError(ValueError):
-    """A mistake in what the user gave: exit code 2. The message names the key or file, the value and the remedy.
+    """A mistake in what the user gave: exit code 2. The message names the key or file, the value and the remedy."""
 
-    agreed: all ranks raise it together, so the first one says it. met_alone: only this rank has met it, so this rank
-    must say it. Neither: it was met before the ranks met, most likely by all of them.
-    """
-
-    agreed = False
-    met_alone = False
+    def __init__(self, message: str, raised_on: RaisedOn = RaisedOn.EACH_MACHINE):
+        super().__init__(message)
+        self.raised_on = raised_on
 
 
 class Fault(RuntimeError):
-    """Something that ends the run: exit code 1. The message names the rank, its host, the step and the cause.
+    """Something that ends the run. The message names the rank, its host, the step and the cause.
 
-    agreed: as above; else every rank says its own. code: another exit code, that of the rank behind it.
+    code: the exit code, 1 or that of the rank that caused the fault.
     """
 
-    agreed = False
-    code = 1
+    def __init__(self, message: str, raised_on: RaisedOn = RaisedOn.THIS_RANK, code: int = 1):
+        super().__init__(message)
+        self.raised_on, self.code = raised_on, code

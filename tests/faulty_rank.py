@@ -50,7 +50,7 @@ def in_forward(folder, action):
 def skipped_exchange(folder):
     from ssl_dist.distributed.world import World
 
-    reduce = World.reduce
+    reduce = World.all_reduce_sum
 
     def faulty(self, x):
         asked_by = sys._getframe(1).f_code.co_name
@@ -60,21 +60,21 @@ def skipped_exchange(folder):
         return reduce(self, x)
 
     if RANK == 1:
-        World.reduce = faulty
+        World.all_reduce_sum = faulty
 
 
 def not_finite(folder):
     from ssl_dist.distributed.world import World
 
-    from_share = World.from_share
+    scale_for_ddp_mean = World.scale_for_ddp_mean
 
     def faulty(self, loss_share):
         if RANK == 1 and self.state.step == AT_STEP:
             on_fault(folder, lambda: None)
             loss_share = loss_share * float("nan")
-        return from_share(self, loss_share)
+        return scale_for_ddp_mean(self, loss_share)
 
-    World.from_share = faulty
+    World.scale_for_ddp_mean = faulty
 
 
 def loader_exception(folder):
@@ -93,29 +93,29 @@ def loader_exception(folder):
 
 def stuck_in_the_save(folder):
     from ssl_dist.distributed import watchdog
-    from ssl_dist.train.state import Training
+    from ssl_dist.train.state import TrainState
 
-    watchdog.SAVE = 8.0
-    save = Training._save
+    watchdog.SAVE_TIMEOUT_S = 8.0
+    save = TrainState._save
 
     def faulty(self, clock):
         if clock.step == 4:
             on_fault(folder, stuck_in_user_code)
         save(self, clock)
 
-    Training._save = faulty
+    TrainState._save = faulty
 
 
 def slow_pictures(folder):
-    from ssl_dist.train.state import Training
+    from ssl_dist.train.state import TrainState
 
-    show_views = Training.show_views
+    show_views = TrainState.show_views
 
     def slow(self, log, clock):
         time.sleep(9)
         show_views(self, log, clock)
 
-    Training.show_views = slow
+    TrainState.show_views = slow
 
 
 def killed_in_the_extraction(folder):

@@ -48,8 +48,8 @@ def run(method, grid, *groups, labels=None):
 
     def rank(world):
         own = world.synchronize_batchnorm(copy.deepcopy(method)).train()
-        images = slice(*_ends(grid.image_range(world.place.rank, num_images)))
-        local = [group[slice(*_ends(grid.view_range(world.place.rank, len(group)))), images] for group in groups]
+        images = slice(*_ends(grid.image_range(world.rank_info.rank, num_images)))
+        local = [group[slice(*_ends(grid.view_range(world.rank_info.rank, len(group)))), images] for group in groups]
         own_labels = None if labels is None else labels[images]
         output = own(batch_of(*local, labels=own_labels, images=torch.arange(num_images)[images]), world)
         output.loss.backward()

@@ -40,8 +40,7 @@ def barlow_loss(z_1_MD, z_2_MD, off_diagonal, form):
     return on + off_diagonal * (gap.sum() - on)
 
 
-class Method(SSLMethod):
-    Options = Options
+class Method(SSLMethod[Options]):
     num_views = 2
     views_together = False
 

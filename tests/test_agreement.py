@@ -3,9 +3,9 @@
 import pytest
 
 from ssl_dist import config
-from ssl_dist.distributed.rank import Place
+from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.distributed.world import join_world, one_process
-from ssl_dist.errors import UserError
+from ssl_dist.errors import RaisedOn, UserError
 from ssl_dist.run.blueprint import derive
 from tests import ranks
 from tests.test_train import CONFIG, overrides
@@ -20,18 +20,18 @@ def agreed(rank, size, data, run, second=(), broken=None):
     if rank == 1 and broken == "versions":
         checkpoint.versions = lambda: {"torch": "1.0"}
     if rank == 1 and broken == "images":
-        preflight.Blueprint.data_identity = {"split": "other", "ids": "other"}
+        preflight.RunPlan.data_identity = {"split": "other", "ids": "other"}
     if rank == 1 and broken == "folder":
         preflight._appears = lambda path: False
-    place = Place.from_environment()
+    rank_info = RankInfo.from_environment()
     more = second if rank == 1 else ()
-    blueprint = derive(config.load(CONFIG, overrides(data, run, *more)), place)
-    with join_world(place, blueprint.grid) as world:
-        world.first(lambda: run_folder.claim(blueprint.run))
+    blueprint = derive(config.load(CONFIG, overrides(data, run, *more)), rank_info)
+    with join_world(rank_info, blueprint.grid) as world:
+        world.on_rank0(lambda: run_folder.claim(blueprint.run))
         try:
             return preflight.agree(blueprint, world)
         except UserError as error:
-            assert error.agreed
+            assert error.raised_on is RaisedOn.EVERY_RANK
             return str(error)
 
 
@@ -66,7 +66,7 @@ def test_what_differs_is_named(digits, tmp_path, second, broken, said):
 
 
 def test_one_process_agrees_with_itself(digits, tmp_path):
-    blueprint = derive(config.load(CONFIG, overrides(digits, tmp_path / "run")), Place())
+    blueprint = derive(config.load(CONFIG, overrides(digits, tmp_path / "run")), RankInfo())
     (tmp_path / "run" / "logs").mkdir(parents=True)
     from ssl_dist.train.preflight import agree
 

@@ -13,7 +13,7 @@ from ssl_dist.config import Data
 from ssl_dist.data.readers import open_dataset, read_info
 from ssl_dist.errors import UserError
 from ssl_dist.results import figures as album_module
-from ssl_dist.results.figures import Album
+from ssl_dist.results.figures import FigureWriter
 from ssl_dist.storage.features import Features
 from ssl_dist.train.loop import train
 
@@ -55,7 +55,7 @@ def test_the_images_asked_for_in_the_order_asked_for(digits, opened, tmp_path, m
     monkeypatch.setattr(album_module, "_BLOCK", 2 * 32 * 32 * 3)  # two images a block
     test, others = part(digits, "test"), part(digits, "train")
     rows = np.array([7, 3, 300, 3, 0])
-    with Album(tmp_path, test, opened, data(), "knn") as album:
+    with FigureWriter(tmp_path, test, opened, data(), "knn") as album:
         assert not opened.readers, "nothing is opened before an image is needed"
         assert np.array_equal(album.images(test, rows), decoded(digits, "test", rows))
         assert np.array_equal(album.images(others, rows), decoded(digits, "train", rows))
@@ -69,7 +69,7 @@ def test_the_images_asked_for_in_the_order_asked_for(digits, opened, tmp_path, m
 
 def test_a_piece_of_a_split_shows_the_images_of_its_ids(digits, opened, tmp_path):
     piece = part(digits, "train", [5, 9, 200], "train[held out 10%]")
-    with Album(tmp_path, piece, opened, data(), "knn") as album:
+    with FigureWriter(tmp_path, piece, opened, data(), "knn") as album:
         assert np.array_equal(album.images(piece, np.array([2, 0])), decoded(digits, "train", [200, 5]))
         path = album.add("x", Figure(), "t", "c")
         of_others = album.add("x", Figure(), "t", "c", part(digits, "test"))
@@ -78,7 +78,7 @@ def test_a_piece_of_a_split_shows_the_images_of_its_ids(digits, opened, tmp_path
 
 def test_the_images_are_those_of_the_test_transform(digits, opened, tmp_path):
     test = part(digits, "test")
-    with Album(tmp_path, test, opened, data(image_size=24, eval_resize=40), "knn") as album:
+    with FigureWriter(tmp_path, test, opened, data(image_size=24, eval_resize=40), "knn") as album:
         [found] = album.images(test, np.array([11]))
     image = Image.fromarray(decoded(digits, "test", [11])[0])
     assert np.array_equal(found, np.asarray(center_crop(resize(image, 40, InterpolationMode.BILINEAR), 24)))
@@ -86,7 +86,7 @@ def test_the_images_are_those_of_the_test_transform(digits, opened, tmp_path):
 
 def test_a_picture_says_what_it_is(digits, opened, tmp_path):
     test = part(digits, "test")
-    with Album(tmp_path / "new" / "figures", test, opened, data(), "retrieval") as album:
+    with FigureWriter(tmp_path / "new" / "figures", test, opened, data(), "retrieval") as album:
         figure = Figure(figsize=(1, 1), dpi=50)
         path = album.add("nearest", figure, "Nearest images", "Cosine ≥ 0 – κ")
     assert path == tmp_path / "new" / "figures" / "digits-test-nearest.png"
@@ -99,7 +99,7 @@ def test_a_picture_says_what_it_is(digits, opened, tmp_path):
 
 
 def test_a_picture_is_written_whole_or_not_at_all(digits, opened, tmp_path, monkeypatch):
-    album = Album(tmp_path, part(digits, "test"), opened, data(), "knn")
+    album = FigureWriter(tmp_path, part(digits, "test"), opened, data(), "knn")
     path = album.add("x", Figure(figsize=(1, 1)), "old", "")
     (tmp_path / ".digits-test-x.png.01234567.tmp").touch()  # of one that was killed
 
@@ -119,20 +119,20 @@ def test_a_picture_is_written_whole_or_not_at_all(digits, opened, tmp_path, monk
 def test_what_is_refused(digits, opened, tmp_path):
     test = part(digits, "test")
     other = Features(test.features, test.labels, test.image_ids, test.metadata | {"data": "other"}, "RUN/f.safetensors")
-    with Album(tmp_path, test, opened, data(), "knn") as album, pytest.raises(UserError) as caught:
+    with FigureWriter(tmp_path, test, opened, data(), "knn") as album, pytest.raises(UserError) as caught:
         album.images(other, np.array([0]))
     assert "RUN/f.safetensors: features of other images than the split test of digits" in str(caught.value)
     assert json.dumps(str(caught.value)).count("\\n") == 0
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
-        Album(tmp_path / "file" / "figures", test, opened, data(), "knn").add("x", Figure(), "", "")
+        FigureWriter(tmp_path / "file" / "figures", test, opened, data(), "knn").add("x", Figure(), "", "")
 
 
 def test_pictures_are_known_by_their_evaluator_and_checkpoint(digits, opened, tmp_path):
     (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n")
     assert not album_module.has_pictures(tmp_path / "nowhere", "knn", "c0ffee")
     assert not album_module.has_pictures(tmp_path, "knn", "c0ffee")
-    Album(tmp_path, part(digits, "test"), opened, data(), "knn").add("x", Figure(figsize=(1, 1)), "t", "c")
+    FigureWriter(tmp_path, part(digits, "test"), opened, data(), "knn").add("x", Figure(figsize=(1, 1)), "t", "c")
     assert album_module.has_pictures(tmp_path, "knn", "c0ffee")
     assert not album_module.has_pictures(tmp_path, "knn", "another")
     assert not album_module.has_pictures(tmp_path, "logistic", "c0ffee")

@@ -101,9 +101,9 @@ def test_the_split_over_ranks_does_not_show(layout, dtype, accuracy, centre):
     for bounds in ([0, 20, len(x)], [0, 0, 1, 33, len(x)]):
 
         def rank(world, bounds=bounds):
-            mine = slice(*bounds[world.place.rank :][:2])
-            twin = SyncBatchNorm(copy.deepcopy(layer), world.reduce)
-            return global_moments(x[mine], world.reduce), step(twin, x[mine], grad[mine])
+            mine = slice(*bounds[world.rank_info.rank :][:2])
+            twin = SyncBatchNorm(copy.deepcopy(layer), world.all_reduce_sum)
+            return global_moments(x[mine], world.all_reduce_sum), step(twin, x[mine], grad[mine])
 
         everything = thread_world.run(rank, Grid(len(bounds) - 1, 1))
         for theirs, _ in everything:
@@ -180,7 +180,7 @@ def test_a_copy_is_a_twin_of_its_own(clone):
             torch.save(module, file)
             return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
 
-    net = synchronize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), one_process().reduce)
+    net = synchronize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), one_process().all_reduce_sum)
     other = clone(net).double().to(memory_format=torch.channels_last)
     before = copy.deepcopy(net.state_dict())
     other(torch.randn(2, 3, 8, 8, dtype=torch.float64)).sum().backward()
@@ -195,9 +195,9 @@ def test_a_deep_copy_meets_the_same_ranks():
     """Copying a bound method copies its object; a world of threads cannot even be copied."""
 
     def rank(world):
-        net = synchronize(nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2)), world.reduce)
+        net = synchronize(nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2)), world.all_reduce_sum)
         other = copy.deepcopy(net)
-        other(torch.full((1, 2), float(world.place.rank)))
+        other(torch.full((1, 2), float(world.rank_info.rank)))
         return other[0].reduce.__self__ is world, other[0].running_mean.tolist()
 
     assert thread_world.run(rank, Grid(2, 1)) == [(True, pytest.approx([0.05, 0.05]))] * 2

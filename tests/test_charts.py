@@ -99,7 +99,11 @@ def test_images_stand_where_the_map_has_them():
     page = figure.axes[0].images[0].get_array()
     assert page.shape == (40, 40, 3)
     centres = {(row, column): int(page[10 * row + 5, 10 * column + 5, 0]) for row in range(4) for column in range(4)}
-    assert {place: value for place, value in centres.items() if value != 255} == {(3, 0): 10, (3, 3): 30, (0, 2): 40}
+    assert {place: value for place, value in centres.items() if value != 255} == {
+        (3, 0): 10,
+        (3, 3): 30,
+        (0, 2): 40,
+    }
     assert to_hex(page[35, 1] / 255).upper() == charts.PALETTE[0], "the frame has the colour of the class"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "c"]
     drawn(figure)

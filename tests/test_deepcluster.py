@@ -37,7 +37,7 @@ def make(seed=0, num_classes=0, feature_dim=6, num_images=IMAGES, batch_size=12,
 
 def extract_of(world):
     def extract(network, augmented=False, training=False):
-        own = torch.arange(world.place.rank, IMAGES, world.place.size)
+        own = torch.arange(world.rank_info.rank, IMAGES, world.rank_info.world_size)
         with torch.no_grad():
             return Rows(own, network(PIXELS[own]))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_dist.distributed.world import Place, World, one_process
+from ssl_dist.distributed.world import RankInfo, World, one_process
 from ssl_dist.errors import UserError
 from ssl_dist.grid import Grid
 from tests import ranks
@@ -47,7 +47,7 @@ def one_process_result():
 
 
 def step(rank, size, views, share):
-    world = World(Place(rank, size, rank, size), Grid(size // views, views), torch.device("cpu"))
+    world = World(RankInfo(rank, size, rank, size), Grid(size // views, views), torch.device("cpu"))
     net = world.wrap(world.synchronize_batchnorm(make_net()))
     grid, images = world.grid, make_images()
     held_v, held_m = grid.view_range(rank, K), grid.image_range(rank, M)
@@ -56,12 +56,12 @@ def step(rank, size, views, share):
     if share:
         low, high = world.share(K * M)
         rows = z.flatten(0, 1)
-        loss = world.from_share((rows[low:high] ** 3).sum())
+        loss = world.scale_for_ddp_mean((rows[low:high] ** 3).sum())
     else:
         loss = loss_of(z)
     loss.backward()
     module = getattr(net, "module", net)
-    mean = world.mean(loss.detach()).item()
+    mean = world.all_reduce_mean(loss.detach()).item()
     labels = world.gather_images(torch.arange(M)[held_m.start : held_m.stop])
     return (
         mean, [p.grad.numpy() for p in module.parameters()], [b.numpy() for b in module.buffers()], z.detach().numpy(),
@@ -93,19 +93,19 @@ def test_shares_of_a_loss_equal_one_process(tmp_path):
 
 
 def sums(rank, size):
-    world = World(Place(rank, size, rank, size), Grid(size, 1), torch.device("cpu"))
+    world = World(RankInfo(rank, size, rank, size), Grid(size, 1), torch.device("cpu"))
     x = torch.tensor([1.0 + rank], requires_grad=True)
-    total = world.sum(x)
+    total = world.all_reduce_sum_with_grad(x)
     (total * (rank + 2)).backward()
-    reduced = world.reduce(torch.tensor([3.0]))
-    flags = world.any(rank == 1, False)
+    reduced = world.all_reduce_sum(torch.tensor([3.0]))
+    flags = world.any_rank(rank == 1, False)
     shares = world.share(7)
     failed = None
     try:
-        world.first(lambda: (_ for _ in ()).throw(UserError("no")))
+        world.on_rank0(lambda: (_ for _ in ()).throw(UserError("no")))
     except UserError as error:
         failed = str(error)
-    return total.item(), x.grad.item(), reduced.item(), flags, shares, world.first(lambda: rank), failed
+    return total.item(), x.grad.item(), reduced.item(), flags, shares, world.on_rank0(lambda: rank), failed
 
 
 def test_exchanges(tmp_path):
@@ -118,7 +118,7 @@ def test_exchanges(tmp_path):
 @pytest.mark.parametrize("count", [0, 1, 5, 16, 17])
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_shares_cover_everything_evenly(count, size):
-    worlds = [World(Place(r, size, r, size), Grid(size, 1), torch.device("cpu")) for r in range(size)]
+    worlds = [World(RankInfo(r, size, r, size), Grid(size, 1), torch.device("cpu")) for r in range(size)]
     bounds = [world.share(count) for world in worlds]
     assert bounds[0][0] == 0 and bounds[-1][1] == count
     assert all(a[1] == b[0] for a, b in itertools.pairwise(bounds))
@@ -128,16 +128,16 @@ def test_shares_cover_everything_evenly(count, size):
 def test_environment(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert Place.from_environment() == Place()
+    assert RankInfo.from_environment() == RankInfo()
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(UserError, match="WORLD_SIZE"):
-        Place.from_environment()
+        RankInfo.from_environment()
     for name, value in {"WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    assert Place.from_environment() == Place(1, 4, 1, 2)
+    assert RankInfo.from_environment() == RankInfo(1, 4, 1, 2)
 
 
 def test_one_process_needs_no_group():
     world = one_process()
     z = torch.randn(2, 3, 4)
-    assert world.gather_views(z) is z and world.sum(z) is z and world.any(True) == [True]
+    assert world.gather_views(z) is z and world.all_reduce_sum_with_grad(z) is z and world.any_rank(True) == [True]

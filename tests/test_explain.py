@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ssl_dist import backbones, config, methods
-from ssl_dist.distributed.world import Place
+from ssl_dist.distributed.world import RankInfo
 from ssl_dist.run.blueprint import derive
 from ssl_dist.train import explain
 
@@ -39,7 +39,7 @@ def say(load):
 
 
 def memory(settings, world=1):
-    return explain.Memory.of(derive(settings, Place(0, world, 0, world)))
+    return explain.Memory.of(derive(settings, RankInfo(0, world, 0, world)))
 
 
 # ---------------------------------------------------------------------------------------------------- text

@@ -197,7 +197,7 @@ def test_nt_xent_of_two_processes():
     temperature = next(t for t in (0.15, 0.5, 0.1) if _is_single(x, y, t, fixture, prefix))
 
     def rank(world):
-        mine = slice(world.place.rank * half, (world.place.rank + 1) * half)
+        mine = slice(world.rank_info.rank * half, (world.rank_info.rank + 1) * half)
         views = torch.stack([x[mine], y[mine]]).requires_grad_()
         method = simclr.Method(nn.Identity(), info(x.shape[1]), simclr.Options(temperature=temperature))
         method.projector = nn.Identity()

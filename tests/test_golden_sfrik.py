@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_dist.distributed.rank import Place
+from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.distributed.world import World, choose_device, one_process
 from ssl_dist.grid import Grid
 from ssl_dist.methods import align_uniform, sfrik, simclr, vicreg
@@ -198,8 +198,8 @@ def test_projector(dtype):
 
 def on_ranks(rank, size, cases, x, y):
     """This rank's loss and the gradients of its half of the images, for every (name, official options)."""
-    place, found = Place(rank, size, rank, size), []
-    world = World(place, Grid(size, 1), choose_device(place))
+    rank_info, found = RankInfo(rank, size, rank, size), []
+    world = World(rank_info, Grid(size, 1), choose_device(rank_info))
     half = slice(rank * len(x) // size, (rank + 1) * len(x) // size)
     for name, official in cases:
         views = [torch.from_numpy(t[half]).double().requires_grad_() for t in (x, y)]

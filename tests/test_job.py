@@ -10,7 +10,7 @@ import pytest
 
 from ssl_dist import job
 from ssl_dist.distributed import world as world_module
-from ssl_dist.distributed.rank import Place
+from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.distributed.world import choose_device
 from ssl_dist.errors import UserError
 from ssl_dist.slurm import submit
@@ -73,12 +73,12 @@ def test_uneven_tasks_are_a_users_mistake():
 
 
 def test_cores_of_a_rank(monkeypatch):
-    cores = Place(0, 1, 0, 1).cores
-    assert Place(0, 4, 0, 4).cores == max(1, cores // 4)
+    cores = RankInfo(0, 1, 0, 1).cores
+    assert RankInfo(0, 4, 0, 4).cores == max(1, cores // 4)
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")
-    assert Place(0, 4, 0, 4).cores == max(1, cores // 4), "torchrun in a job"
+    assert RankInfo(0, 4, 0, 4).cores == max(1, cores // 4), "torchrun in a job"
     monkeypatch.setenv("SSL_DIST_BY_SRUN", "1")
-    assert Place(0, 4, 0, 4).cores == 6
+    assert RankInfo(0, 4, 0, 4).cores == 6
 
 
 def test_any_code_but_0_ends_the_tasks_process(monkeypatch):
@@ -94,16 +94,16 @@ def test_any_code_but_0_ends_the_tasks_process(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("place", "visible", "on_node", "chosen"),
+    ("rank_info", "visible", "on_node", "chosen"),
     [
-        (Place(5, 8, 1, 4), 4, None, "cuda:1"),  # torchrun, or srun that shows all GPUs to every task
-        (Place(5, 8, 1, 4), 1, "4", "cuda:0"),  # srun --gpus-per-task=1: a task sees its own
-        (Place(5, 8, 1, 4), 1, None, None),  # torchrun in a job with CUDA_VISIBLE_DEVICES=0
-        (Place(5, 8, 1, 4), 1, "1", None),  # four ranks would share one GPU
-        (Place(5, 8, 1, 4), 0, None, "cpu"),
+        (RankInfo(5, 8, 1, 4), 4, None, "cuda:1"),  # torchrun, or srun that shows all GPUs to every task
+        (RankInfo(5, 8, 1, 4), 1, "4", "cuda:0"),  # srun --gpus-per-task=1: a task sees its own
+        (RankInfo(5, 8, 1, 4), 1, None, None),  # torchrun in a job with CUDA_VISIBLE_DEVICES=0
+        (RankInfo(5, 8, 1, 4), 1, "1", None),  # four ranks would share one GPU
+        (RankInfo(5, 8, 1, 4), 0, None, "cpu"),
     ],
 )
-def test_the_gpu_of_a_rank(monkeypatch, place, visible, on_node, chosen):
+def test_the_gpu_of_a_rank(monkeypatch, rank_info, visible, on_node, chosen):
     monkeypatch.setattr(world_module.torch.cuda, "is_available", lambda: visible > 0)
     monkeypatch.setattr(world_module.torch.cuda, "device_count", lambda: visible)
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", on_node or "4")
@@ -112,9 +112,9 @@ def test_the_gpu_of_a_rank(monkeypatch, place, visible, on_node, chosen):
         monkeypatch.setenv("SSL_DIST_BY_SRUN", "1")
     if chosen is None:
         with pytest.raises(UserError, match="4 ranks on this node but 1 GPU"):
-            choose_device(place)
+            choose_device(rank_info)
     else:
-        assert str(choose_device(place)) == chosen
+        assert str(choose_device(rank_info)) == chosen
 
 
 # ---------------------------------------------------------------------------------------------------- the site

@@ -110,7 +110,7 @@ def test_ragged_shares_add_up(num_views, num_images, hidden, data):
     bounds = [0, *cuts, problem.num_units]
 
     def rank(world):
-        return problem.by_sweep(*bounds[world.place.rank :][:2], world.reduce)
+        return problem.by_sweep(*bounds[world.rank_info.rank :][:2], world.all_reduce_sum)
 
     parts = thread_world.run(rank, Grid(3, 1))
     joined = (

@@ -27,7 +27,7 @@ def cluster(x, k, key=KEY, world=None, positions=None, count=None, **more):
 
 def own_rows(world, x, interleaved):
     if interleaved:
-        return torch.arange(world.place.rank, len(x), world.place.size)
+        return torch.arange(world.rank_info.rank, len(x), world.rank_info.world_size)
     low, high = world.share(len(x))
     return torch.arange(low, high)
 
@@ -157,7 +157,10 @@ def test_fewer_different_rows_than_clusters():
 def test_the_watchdog_hears_of_every_centre_and_iteration():
     """A phase that changes counts as progress, however long the whole takes."""
     world, heard = one_process(), []
-    reduce, world.reduce = world.reduce, lambda x: heard.append((world.state.phase, world.state.bound)) or reduce(x)
+    reduce, world.all_reduce_sum = (
+        world.all_reduce_sum,
+        lambda x: heard.append((world.state.phase, world.state.bound)) or reduce(x),
+    )
     cluster(rows(101, groups=30, spread=1.0), 12, world=world, num_starts=2)
     phases = [phase for phase, bound in heard if bound == kmeans.STUCK]
     assert len({*phases}) > 2 * 12 and len(phases) >= len(heard) - 2, "all but the first centre of a start"

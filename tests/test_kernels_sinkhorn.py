@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.special import logsumexp
 
 from ssl_dist.distributed.world import one_process
-from ssl_dist.errors import Fault
+from ssl_dist.errors import Fault, RaisedOn
 from ssl_dist.grid import Grid
 from ssl_dist.kernels import sinkhorn
 from tests import thread_world
@@ -98,7 +98,7 @@ def test_scores_beyond_float64_still_give_every_cluster_images():
 
 
 def _of_rank(world, x, lamb, bounds):
-    own = slice(*bounds[world.place.rank : world.place.rank + 2])
+    own = slice(*bounds[world.rank_info.rank : world.rank_info.rank + 2])
     return run(x[own], lamb, world=world, num_rows=len(x))[1]
 
 
@@ -161,7 +161,10 @@ def test_the_scores_are_worked_on_in_place():
 def test_the_watchdog_hears_of_every_ten_iterations():
     """A phase that changes counts as progress, however long the whole takes."""
     world, heard = one_process(), []
-    reduce, world.reduce = world.reduce, lambda x: heard.append((world.state.phase, world.state.bound)) or reduce(x)
+    reduce, world.all_reduce_sum = (
+        world.all_reduce_sum,
+        lambda x: heard.append((world.state.phase, world.state.bound)) or reduce(x),
+    )
     _, made = run(logits(60, 9), 25.0, world=world)
     assert all(bound == sinkhorn.STUCK for _, bound in heard), "before the iterations, too"
     phases = [phase for phase, _ in heard if not phase.startswith("the exponentials")]
@@ -174,7 +177,7 @@ def test_scores_that_are_not_finite_end_the_run_on_all_ranks(bad):
     x = logits(60, 9)
     x[3, 4] = bad
     ends = thread_world.run(lambda world: _fault(lambda: _of_rank(world, x, 25.0, (0, 30, 60))), Grid(2, 1))
-    assert all("not finite" in str(end) and end.agreed for end in ends)
+    assert all("not finite" in str(end) and end.raised_on is RaisedOn.EVERY_RANK for end in ends)
 
 
 def test_a_transport_without_an_end_is_a_fault(monkeypatch):

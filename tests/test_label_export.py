@@ -11,7 +11,7 @@ import torch
 
 from ssl_dist import cli, config
 from ssl_dist.data import labels
-from ssl_dist.distributed.rank import Place
+from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.run.blueprint import derive
 from ssl_dist.storage import checkpoint
 from ssl_dist.train.loop import train
@@ -32,7 +32,7 @@ def run(digits, tmp_path_factory):
 
 
 def blueprint_of(digits, *more):
-    return derive(config.load(CONFIG, [f"data.root={digits}", "run_dir=none", *SMALL, *more]), Place())
+    return derive(config.load(CONFIG, [f"data.root={digits}", "run_dir=none", *SMALL, *more]), RankInfo())
 
 
 def test_the_file_holds_the_labels_of_every_training_image(run, digits, tmp_path, capsys):

@@ -5,7 +5,7 @@ import pytest
 
 from ssl_dist import config, methods
 from ssl_dist.data import labels
-from ssl_dist.distributed.rank import Place
+from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.errors import UserError
 from ssl_dist.run.blueprint import derive
 
@@ -58,7 +58,7 @@ def test_a_missing_file_or_column_is_told(tmp_path):
 def derived(data, tmp_path, text, *more):
     path = written(tmp_path / "labels.csv", text)
     own = [f"data.root={data}", f"run_dir={tmp_path / 'run'}", "data.reader=arrays", f"data.labels.file={path}"]
-    return derive(config.load(CONFIG, [*own, "optim.batch_size=2", *more]), Place())
+    return derive(config.load(CONFIG, [*own, "optim.batch_size=2", *more]), RankInfo())
 
 
 def test_a_training_takes_the_labels_of_the_file(digits, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ssl_dist.distributed import rendezvous
-from ssl_dist.distributed.rank import Place
+from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.distributed.rendezvous import StoppedWhileWaiting
 from ssl_dist.distributed.world import World, join_world
 from ssl_dist.errors import Fault, UserError
@@ -32,7 +32,7 @@ def port(monkeypatch):
 
 def join_as_two_of_three(rank, size):
     try:
-        rendezvous.join(Place(rank, 3, rank, 3), CPU, never, patience=2)
+        rendezvous.join(RankInfo(rank, 3, rank, 3), CPU, never, timeout=2)
     except Fault as fault:
         return str(fault)
 
@@ -44,14 +44,14 @@ def test_a_rank_that_does_not_come_is_named(tmp_path):
 
 def test_rank_0_that_does_not_come_is_named(port):
     with pytest.raises(Fault, match=rf"rank 0 does not answer at 127\.0\.0\.1:{port} .*did it start\?"):
-        rendezvous.join(Place(1, 2, 1, 2), CPU, never, patience=0.3)
+        rendezvous.join(RankInfo(1, 2, 1, 2), CPU, never, timeout=0.3)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_wish_to_stop_is_heard_while_waiting(port, rank):
     start = time.monotonic()
     with pytest.raises(StoppedWhileWaiting):
-        rendezvous.join(Place(rank, 2, rank, 2), CPU, lambda: time.monotonic() > start + 0.3)
+        rendezvous.join(RankInfo(rank, 2, rank, 2), CPU, lambda: time.monotonic() > start + 0.3)
     assert time.monotonic() - start < 5
 
 
@@ -60,7 +60,7 @@ def test_a_port_that_is_in_use_is_a_users_mistake(port):
         other.bind(("127.0.0.1", port))
         other.listen()
         with pytest.raises(UserError, match=f"MASTER_PORT = {port} is in use"):
-            rendezvous.join(Place(0, 2, 0, 2), CPU, never, patience=1)
+            rendezvous.join(RankInfo(0, 2, 0, 2), CPU, never, timeout=1)
 
 
 @pytest.mark.parametrize("value", [None, "one"])
@@ -70,25 +70,25 @@ def test_an_environment_without_a_port(monkeypatch, value):
     if value:
         monkeypatch.setenv("MASTER_PORT", value)
     with pytest.raises(UserError, match="MASTER_ADDR and MASTER_PORT"):
-        rendezvous.join(Place(0, 2, 0, 2), CPU, never)
+        rendezvous.join(RankInfo(0, 2, 0, 2), CPU, never)
 
 
 def proven(rank, size, broken):
-    world = World(Place(rank, size, rank, size), Grid(size // 2, 2), CPU)
+    world = World(RankInfo(rank, size, rank, size), Grid(size // 2, 2), CPU)
     if broken == "no backward sum":
-        reduce = World.reduce
+        reduce = World.all_reduce_sum
         # the backward of a gather asks for the sum of a gradient; that of the forward is left as it is
-        World.reduce = lambda self, x: x if x.dim() == 3 else reduce(self, x)
+        World.all_reduce_sum = lambda self, x: x if x.dim() == 3 else reduce(self, x)
     if broken == "wrong order":
         world.grid = Grid(2, size // 2) if size > 2 else Grid(2, 1)
         gather = World._gather
         World._gather = lambda self, x: gather(self, x).flip(0)
     if broken == "wrong sum":
-        reduce = World.reduce
-        World.reduce = lambda self, x: reduce(self, x) * (2 if x.dim() == 0 else 1)
+        reduce = World.all_reduce_sum
+        World.all_reduce_sum = lambda self, x: reduce(self, x) * (2 if x.dim() == 0 else 1)
     start = time.perf_counter()
     try:
-        rendezvous.prove(world)
+        rendezvous.self_test(world)
     except Fault as fault:
         return str(fault)
     return time.perf_counter() - start
@@ -109,9 +109,9 @@ def test_self_test_finds_what_is_broken(tmp_path, broken, said):
 
 
 def start(rank, size):
-    world = join_world(Place.from_environment(), Grid(1, 2))
+    world = join_world(RankInfo.from_environment(), Grid(1, 2))
     try:
-        return world.everyone(os.environ["RANK"]), world.place.size
+        return world.all_gather_object(os.environ["RANK"]), world.rank_info.world_size
     finally:
         world.close()
 

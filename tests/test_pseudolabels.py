@@ -31,7 +31,7 @@ def test_every_rank_learns_the_labels_of_all(size):
     def replace(world):
         labels = PseudoLabels(3, 7, 3, seed=0)
         before = labels.of_images.clone()
-        own = torch.arange(world.place.rank, 7, size)
+        own = torch.arange(world.rank_info.rank, 7, size)
         labels.replace([0, 2], [new[0, own], new[1, own]], own, world)
         assert torch.equal(labels.of_images[1], before[1])
         return before, labels

@@ -7,19 +7,19 @@ from torch import nn
 
 from ssl_dist import config
 from ssl_dist.clock import Clock
-from ssl_dist.distributed.rank import Place
+from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.distributed.world import World
 from ssl_dist.nn.layers import KeyedDropout
 from ssl_dist.run.blueprint import derive
 from ssl_dist.train import relabel
-from ssl_dist.train.state import Training
+from ssl_dist.train.state import TrainState
 from tests import ranks
 
 CONFIG = "configs/digits/relational-conv4.yaml"
 LIMIT, BATCH = 54, 12  # four batches of 12 and a tail of 6
 
 
-def make(data, run, place):
+def make(data, run, rank_info):
     wanted = [f"data.root={data}", f"run_dir={run}", f"data.limit={LIMIT}", "data.reader=arrays", "precision=fp64"]
     wanted += [
         f"optim.batch_size={BATCH}",
@@ -27,8 +27,8 @@ def make(data, run, place):
         "data.eval_resize=36",
         "data.eval_interpolation=bicubic",
     ]
-    blueprint = derive(config.load(CONFIG, wanted), place)
-    run = Training(blueprint, World(place, blueprint.grid, torch.device("cpu")))
+    blueprint = derive(config.load(CONFIG, wanted), rank_info)
+    run = TrainState(blueprint, World(rank_info, blueprint.grid, torch.device("cpu")))
     run.method.backbone.layer4.add_module("drop", KeyedDropout(0.5, 0))
     relu = run.method.backbone.layer4.relu
     run.method.backbone.layer4.relu = nn.Sequential(relu, run.method.backbone.layer4.drop)
@@ -37,7 +37,7 @@ def make(data, run, place):
 
 def outputs(rank, size, data, run, kinds):
     """For every kind of extraction: positions and values of this rank, then the running mean of the first layer."""
-    training = make(data, run, Place(rank, size, rank, size))
+    training = make(data, run, RankInfo(rank, size, rank, size))
     extract = training.extract_at(Clock(7, 4, 100))
     found = []
     for augmented, in_training in kinds:
@@ -85,7 +85,7 @@ def test_the_modes_differ_and_only_training_moves_statistics(one_process):
 
 def test_the_test_transform_is_that_of_extraction(one_process, digits, tmp_path):
     """In evaluation mode without augmentation: exactly what the features file would hold, row by row."""
-    run = make(digits, tmp_path / "run", Place())
+    run = make(digits, tmp_path / "run", RankInfo())
     from ssl_dist.views.make import test_views
 
     with run.blueprint.open_reader() as reader:
@@ -97,14 +97,14 @@ def test_the_test_transform_is_that_of_extraction(one_process, digits, tmp_path)
 
 
 def test_augmented_views_depend_on_the_step(digits, tmp_path):
-    run = make(digits, tmp_path / "run", Place())
+    run = make(digits, tmp_path / "run", RankInfo())
     at = [run.extract_at(Clock(step, 4, 100))(run.method.backbone, augmented=True).values for step in (1, 1, 2)]
     assert torch.equal(at[0], at[1]) and not torch.equal(at[0], at[2])
 
 
 def test_the_watchdog_sees_a_new_phase_every_batch_wherever_it_looks(digits, tmp_path, monkeypatch):
     """Its time limit is of a batch: reading and making views are in it, and no two batches have one phase."""
-    run = make(digits, tmp_path / "run", Place())
+    run = make(digits, tmp_path / "run", RankInfo())
     state, seen = run.world.state, []
     make_test_views = relabel.views.test_views
 

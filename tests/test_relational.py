@@ -130,7 +130,7 @@ def test_any_grid_of_ranks_equals_the_loops(aggregation, grid, fused):
     def rank(world):
         own = world.synchronize_batchnorm(copy.deepcopy(method)).train()
         own.fused = fused
-        of_views, of_images = (f(world.place.rank, n) for f, n in ((grid.view_range, 4), (grid.image_range, 6)))
+        of_views, of_images = (f(world.rank_info.rank, n) for f, n in ((grid.view_range, 4), (grid.image_range, 6)))
         output = own(batch_of(views[of_views.start : of_views.stop, of_images.start : of_images.stop]), world)
         output.loss.backward()
         return output, gradients(own), dict(own.named_buffers())

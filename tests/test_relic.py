@@ -293,7 +293,7 @@ def test_any_grid_of_ranks_equals_one(grid, loss, pairing):
 
     def rank(world):
         own = world.synchronize_batchnorm(copy.deepcopy(method)).train()
-        of_views, of_images = (f(world.place.rank, n) for f, n in ((grid.view_range, 2), (grid.image_range, 8)))
+        of_views, of_images = (f(world.rank_info.rank, n) for f, n in ((grid.view_range, 2), (grid.image_range, 8)))
         view, image = slice(of_views.start, of_views.stop), slice(of_images.start, of_images.stop)
         part = Batch(
             [group[view, image] for group in batch.views], [ids[view] for ids in batch.view_ids],

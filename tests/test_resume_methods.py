@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from ssl_dist import config, methods
-from ssl_dist.distributed.rank import Place
+from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.distributed.signals import STOPPED
 from ssl_dist.distributed.world import one_process
 from ssl_dist.run.blueprint import derive
 from ssl_dist.storage import checkpoint
 from ssl_dist.train.loop import claimed, fit
-from ssl_dist.train.state import Training
+from ssl_dist.train.state import TrainState
 
 TRAINED = [name for name in methods.names() if methods.find(name).trainable]
 STEPS = 24  # two epochs of ten steps and a part of the third
@@ -36,7 +36,7 @@ class StopAfter:
         return self.left == 0
 
 
-class Watched(Training):
+class Watched(TrainState):
     """The real training, which notes before which steps the method looked at all images."""
 
     def __init__(self, *arguments):
@@ -69,7 +69,7 @@ def train(wanted, until, session):
 
     session: a number of which nothing may depend, the seed of torch's and numpy's own generators.
     """
-    blueprint, world = derive(wanted, Place()), one_process()
+    blueprint, world = derive(wanted, RankInfo()), one_process()
     with claimed(blueprint, world):
         training = Watched(blueprint, world)
         torch.manual_seed(session), np.random.seed(session)

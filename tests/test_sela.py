@@ -43,7 +43,7 @@ def extract_of(world, asked=None):
     def extract(network, augmented=False, training=False):
         if asked is not None:
             asked.append((augmented, training))
-        own = torch.arange(world.place.rank, IMAGES, world.place.size)
+        own = torch.arange(world.rank_info.rank, IMAGES, world.rank_info.world_size)
         with torch.no_grad():
             return Rows(own, network(PIXELS[own]))
 

@@ -161,10 +161,10 @@ def test_random_weights_are_saved_and_done(digits, tmp_path):
 
 
 def weights_of_first_step(digits, tmp_path):
-    from ssl_dist.distributed.world import Place
+    from ssl_dist.distributed.world import RankInfo
     from ssl_dist.run.blueprint import derive
 
-    return derive(config.load(CONFIG, overrides(digits, tmp_path / "none")), Place()).build().state_dict()
+    return derive(config.load(CONFIG, overrides(digits, tmp_path / "none")), RankInfo()).build().state_dict()
 
 
 def test_a_non_finite_loss_ends_the_run_with_step_and_remedy(digits, tmp_path):
@@ -247,10 +247,10 @@ def damaged_in_rank_1(rank, size, data, run):
 
 def test_a_mistake_that_only_one_rank_meets_is_said_by_that_rank(digits, tmp_path):
     from ssl_dist.data.beton import Beton
-    from ssl_dist.distributed.world import Place
+    from ssl_dist.distributed.world import RankInfo
     from ssl_dist.run.blueprint import derive
 
-    plan = derive(config.load(CONFIG, overrides(digits, tmp_path / "none")), Place()).plan
+    plan = derive(config.load(CONFIG, overrides(digits, tmp_path / "none")), RankInfo()).plan
     bad = int(plan.global_ids(0)[-1])
     other = tmp_path / "other"
     shutil.copytree(digits, other)

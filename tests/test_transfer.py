@@ -212,11 +212,11 @@ def test_every_recipe_makes_a_training(run):
 
 
 def loaded(rank, size, runs):
-    from ssl_dist.distributed.rank import Place
+    from ssl_dist.distributed.rank import RankInfo
     from ssl_dist.distributed.world import join_world
     from ssl_dist.grid import Grid
 
-    with join_world(Place.from_environment(), Grid(size, 1)) as world:
+    with join_world(RankInfo.from_environment(), Grid(size, 1)) as world:
         return load_together(Path(runs[rank]), world)[1].sha256
 
 

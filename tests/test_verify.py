@@ -12,7 +12,7 @@ import torch
 
 from ssl_dist import cli, methods
 from ssl_dist.config import Section
-from ssl_dist.distributed.rank import Place
+from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.errors import Fault
 from ssl_dist.grid import Grid
 from ssl_dist.run.blueprint import derive
@@ -55,7 +55,7 @@ def test_every_method_is_certified(name, tmp_path):
         assert {case.config.precision for case in cases} == {"fp64", "fp32"}
         assert {case.config.optim.steps for case in cases if case.config.precision == "fp64"} == {10}
     if methods.find(name).free_views:
-        by_four = all(num % 4 == 0 for num, _ in derive(cases[0].config, Place()).info.view_groups)
+        by_four = all(num % 4 == 0 for num, _ in derive(cases[0].config, RankInfo()).info.view_groups)
         assert {verify.say(row.grid) for row in rows} == (ALL if by_four else ALL - {"1x4"})
 
 
@@ -110,7 +110,7 @@ class Method(SSLMethod):
         other = labels[:, None] != labels if self.options.pull == "class" else labels[:, None] >= 0
         return Output((a - b).square().mean() + ((a @ b.T).square() * other).sum() / len(a) ** 2)
 '''
-GATHER = "z, labels = world.gather_views(z, batch), world.gather_images(labels, batch)"
+GATHER = "z, labels = world.gather_views(z), world.gather_images(labels)"
 
 
 @pytest.mark.slow

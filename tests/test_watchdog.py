@@ -14,14 +14,14 @@ import pytest
 HEAD = """
 import pathlib, sys, time
 from ssl_dist.errors import Fault, UserError
-from ssl_dist.distributed.rank import Place
+from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.distributed.watchdog import Watchdog
 
 logs = pathlib.Path(sys.argv[1])
 (logs / "board").mkdir()
-with Watchdog(Place(), timeout=0.5) as dog, dog.reporting():
-    state = dog.state
-    dog.show(logs, "s1")
+with Watchdog(RankInfo(), timeout=0.5) as watchdog, watchdog.reporting():
+    state = watchdog.state
+    watchdog.publish(logs, "s1")
     state.phase, state.bound = "", 0.0
     state.step = 3
     print("begun", flush=True)
@@ -145,10 +145,10 @@ def test_ranks_hear_that_their_launcher_died(tmp_path):
     os.environ["TORCHELASTIC_RUN_ID"] = "x"
     code = '''
     import pathlib, time
-    from ssl_dist.distributed.rank import Place
+    from ssl_dist.distributed.rank import RankInfo
     from ssl_dist.distributed.watchdog import Watchdog
     told = pathlib.Path({told!r})
-    with Watchdog(Place(), 5.0, lambda: told.write_text("told")):
+    with Watchdog(RankInfo(), 5.0, lambda: told.write_text("told")):
         print("begun", flush=True)
         end = time.monotonic() + 20
         while not told.exists() and time.monotonic() < end:
@@ -173,7 +173,7 @@ def test_ranks_hear_that_their_launcher_died(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("own", "inside", "others", "is_behind"),
+    ("own", "in_collective", "others", "is_straggler"),
     [
         (5, False, [6, 6], True),  # the others have gone on
         (5, False, [5, 5], True),  # in user code, as far as can be seen
@@ -184,17 +184,17 @@ def test_ranks_hear_that_their_launcher_died(tmp_path):
         (5, False, [6, 4], False),
     ],
 )
-def test_who_is_behind(tmp_path, own, inside, others, is_behind):
-    from ssl_dist.distributed.heartbeat import Board, State
-    from ssl_dist.distributed.rank import Place
+def test_who_is_a_straggler(tmp_path, own, in_collective, others, is_straggler):
+    from ssl_dist.distributed.heartbeat import Heartbeat, RankState
+    from ssl_dist.distributed.rank import RankInfo
     from ssl_dist.distributed.watchdog import Watchdog
 
     (tmp_path / "board").mkdir()
     for rank, number in enumerate(others, 1):
-        state = State(Place(rank, 3))
-        state.record["exchange"] = number
-        state.move_to(Board(tmp_path, "s1", Place(rank, 3)).path(rank), "s1")
-    dog = Watchdog(Place(0, 3), 60.0)
-    dog.board = Board(tmp_path, "s1", Place(0, 3))
-    dog.state.record["exchange"], dog.state.record["inside"] = own, inside
-    assert dog._is_behind() == is_behind
+        state = RankState(RankInfo(rank, 3))
+        state.record["collective"] = number
+        state.move_to(Heartbeat(tmp_path, "s1", RankInfo(rank, 3)).path(rank), "s1")
+    watchdog = Watchdog(RankInfo(0, 3), 60.0)
+    watchdog.heartbeat = Heartbeat(tmp_path, "s1", RankInfo(0, 3))
+    watchdog.state.record["collective"], watchdog.state.record["in_collective"] = own, in_collective
+    assert watchdog._is_straggler() == is_straggler

@@ -1,42 +1,42 @@
-"""Ranks as threads: the exchanges of `ssl_dist.distributed.world.World` without processes, in milliseconds."""
+"""Ranks as threads: the collectives of `ssl_dist.distributed.world.World` without processes, in milliseconds."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from ssl_dist.distributed.world import Place, World
+from ssl_dist.distributed.world import RankInfo, World
 from ssl_dist.grid import Grid
 
 TIMEOUT = 30.0
 
 
 class ThreadWorld(World):
-    def __init__(self, rank, grid, meeting):
-        super().__init__(Place(rank, grid.size), grid, torch.device("cpu"))
-        self._barrier, self._table = meeting
+    def __init__(self, rank, grid, rendezvous):
+        super().__init__(RankInfo(rank, grid.size), grid, torch.device("cpu"))
+        self._barrier, self._table = rendezvous
 
-    def _exchange(self, x):
+    def _all_gather(self, x):
         """Every rank's tensor, in the order of ranks."""
-        return [tensor.clone() for tensor in self.everyone(x.detach().clone())]
+        return [tensor.clone() for tensor in self.all_gather_object(x.detach().clone())]
 
-    def everyone(self, value):
-        self._table[self.place.rank] = value
+    def all_gather_object(self, value):
+        self._table[self.rank_info.rank] = value
         self._barrier.wait(TIMEOUT)
         everything = list(self._table)
         self._barrier.wait(TIMEOUT)
         return everything
 
-    def reduce(self, x):
-        return sum(self._exchange(x))
+    def all_reduce_sum(self, x):
+        return sum(self._all_gather(x))
 
-    def sum(self, x):
+    def all_reduce_sum_with_grad(self, x):
         return _Sum.apply(x, self)
 
-    def gather_images(self, x_B, batch=None):
-        return torch.cat(self._exchange(x_B)[:: self.grid.views])
+    def gather_images(self, x_B):
+        return torch.cat(self._all_gather(x_B)[:: self.grid.views])
 
-    def gather_views(self, z_VBD, batch=None):
+    def gather_views(self, z_VBD):
         return _Gather.apply(z_VBD, self)
 
 
@@ -44,40 +44,40 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, world):
         ctx.world = world
-        return world.reduce(x)
+        return world.all_reduce_sum(x)
 
     @staticmethod
     def backward(ctx, grad):
-        return ctx.world.reduce(grad), None
+        return ctx.world.all_reduce_sum(grad), None
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z_VBD, world):
         ctx.world, grid = world, world.grid
-        parts = world._exchange(z_VBD)
+        parts = world._all_gather(z_VBD)
         rows = [torch.cat(parts[v :: grid.views], dim=1) for v in range(grid.views)]
         return torch.cat(rows)
 
     @staticmethod
     def backward(ctx, grad_KMD):
-        world, total = ctx.world, ctx.world.reduce(grad_KMD)
-        views = world.grid.view_range(world.place.rank, total.shape[0])
-        images = world.grid.image_range(world.place.rank, total.shape[1])
+        world, total = ctx.world, ctx.world.all_reduce_sum(grad_KMD)
+        views = world.grid.view_range(world.rank_info.rank, total.shape[0])
+        images = world.grid.image_range(world.rank_info.rank, total.shape[1])
         return total[views.start : views.stop, images.start : images.stop], None
 
 
 def run(function, grid=None):
     """function(world) on every rank of the grid (default: one rank); the results in the order of ranks."""
     grid = grid or Grid(1, 1)
-    meeting = threading.Barrier(grid.size), [None] * grid.size
+    rendezvous = threading.Barrier(grid.size), [None] * grid.size
 
     def one(rank):
         torch.set_num_threads(1)
         try:
-            return function(ThreadWorld(rank, grid, meeting))
+            return function(ThreadWorld(rank, grid, rendezvous))
         except BaseException:
-            meeting[0].abort()
+            rendezvous[0].abort()
             raise
 
     with ThreadPoolExecutor(grid.size) as pool:

@@ -30,12 +30,12 @@ import json, sys
 import ssl_dist.train, ssl_dist.run.plots, ssl_dist.data.arrays
 from ssl_dist import config, explain
 from ssl_dist.run.blueprint import derive
-from ssl_dist.distributed.world import Place
+from ssl_dist.distributed.world import RankInfo
 wanted = config.load(sys.argv[1], sys.argv[3:])
 if wanted.data.reader == "ffcv":
     import ssl_dist.data.ffcv_reader
 size = int(sys.argv[2])
-b = derive(wanted, Place(0, size, 0, size))
+b = derive(wanted, RankInfo(0, size, 0, size))
 estimate = explain.Memory.of(b).total(b.grid)
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 print(json.dumps([int(status["VmHWM"].split()[0]) / 1024, estimate / 2**20]))

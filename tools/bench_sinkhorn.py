@@ -74,7 +74,7 @@ def peak() -> float:
 def ours(rank: int, size: int, arguments) -> tuple[float, float, float]:
     import torch
 
-    from ssl_dist.distributed.rank import Place
+    from ssl_dist.distributed.rank import RankInfo
     from ssl_dist.distributed.world import World, join_world
     from ssl_dist.grid import Grid
     from ssl_dist.methods import sela
@@ -90,8 +90,8 @@ def ours(rank: int, size: int, arguments) -> tuple[float, float, float]:
             super().__init__(*arguments)
             self.stamps = []
 
-        def reduce(self, x):
-            total = super().reduce(x)
+        def all_reduce_sum(self, x):
+            total = super().all_reduce_sum(x)
             if len(x.shape):
                 self.stamps.append((time.perf_counter(), time.process_time()))
             if len(self.stamps) > ITERATIONS:
@@ -100,9 +100,9 @@ def ours(rank: int, size: int, arguments) -> tuple[float, float, float]:
 
     torch.set_num_threads(1)
     sela.Method.warm_up(sela.Options(), torch.float32)
-    place = Place(rank, size, rank, size)
-    join_world(place, Grid(size, 1))
-    world = Clocked(place, Grid(size, 1), torch.device("cpu"))
+    rank_info = RankInfo(rank, size, rank, size)
+    join_world(rank_info, Grid(size, 1))
+    world = Clocked(rank_info, Grid(size, 1), torch.device("cpu"))
     info = Info(arguments.images, 0, ((1, 32),), size, 1.0, arguments.features)
     method = sela.Method(torch.nn.Identity(), info, sela.Options(clusters=arguments.clusters, tolerance=1e-12))
     before = peak()

@@ -167,11 +167,11 @@ class Ours:
         self.steps = 0
 
     def turn(self) -> list[float]:
-        from ssl_dist.distributed.rank import Place
+        from ssl_dist.distributed.rank import RankInfo
         from ssl_dist.distributed.world import one_process
         from ssl_dist.run.blueprint import derive
         from ssl_dist.train.loop import claimed
-        from ssl_dist.train.state import Training
+        from ssl_dist.train.state import TrainState
 
         wanted = SKIPPED + self.arguments.steps
         changed = self.config.model_copy(
@@ -181,8 +181,8 @@ class Ours:
             }
         )
         self.steps += 1
-        with one_process() as world, claimed(blueprint := derive(changed, Place()), world):
-            return self.steps_of(Training(blueprint, world))
+        with one_process() as world, claimed(blueprint := derive(changed, RankInfo()), world):
+            return self.steps_of(TrainState(blueprint, world))
 
     def steps_of(self, run) -> list[float]:
         from ssl_dist.distributed.signals import StopRequest

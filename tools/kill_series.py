@@ -40,7 +40,7 @@ SPEED = ("images_per_s", "views_per_s", "data_wait", "seconds_per_step")
 def rank_main(folder: Path, plan: dict, arguments: list[str]) -> int:
     """`ssl-dist` in a rank that notes what it sees and kills as planned."""
     from ssl_dist import cli
-    from ssl_dist.train.state import Training
+    from ssl_dist.train.state import TrainState
 
     rank = int(os.environ["RANK"])
     (folder / f"pid-{rank}").write_text(str(os.getpid()))
@@ -62,7 +62,7 @@ def rank_main(folder: Path, plan: dict, arguments: list[str]) -> int:
     def is_planned(when: str, step: int) -> bool:
         return plan.get("when") == when and plan["rank"] == rank and step - first_step[0] == plan["after"]
 
-    to_device, save = Training.to_device, Training._save
+    to_device, save = TrainState.to_device, TrainState._save
 
     def noting(self, host):
         first_step.append(host.step)
@@ -78,7 +78,7 @@ def rank_main(folder: Path, plan: dict, arguments: list[str]) -> int:
             kill_after(plan["delay"])
         save(self, clock)
 
-    Training.to_device, Training._save = noting, saving
+    TrainState.to_device, TrainState._save = noting, saving
     return cli.main(arguments)
 
 

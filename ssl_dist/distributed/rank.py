@@ -1,4 +1,4 @@
-"""Where a process stands among the ranks of a run, as its launcher says."""
+"""Which rank of a run this process is, read from the launcher's environment variables."""
 
 import os
 import socket
@@ -10,40 +10,40 @@ BY_SRUN = "SSL_DIST_BY_SRUN"  # in the environment of ranks that srun has starte
 
 
 @dataclass(frozen=True)
-class Place:
-    """A rank of `size`, and of `local_size` on this node. One process alone when there is no launcher."""
+class RankInfo:
+    """Rank `rank` of `world_size`; `local_rank` of `local_world_size` on its node. 0 of 1 without a launcher."""
 
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
     local_rank: int = 0
-    local_size: int = 1
+    local_world_size: int = 1
 
     @staticmethod
-    def from_environment() -> "Place":
+    def from_environment() -> "RankInfo":
         """torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE."""
         if "RANK" not in os.environ:
-            return Place()
+            return RankInfo()
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         try:
-            return Place(*(int(os.environ[name]) for name in names))
+            return RankInfo(*(int(os.environ[name]) for name in names))
         except (KeyError, ValueError):
             missing = [name for name in names if not os.environ.get(name, "").isdigit()]
             raise UserError(f"environment: RANK is set but {missing[0]} is not a number; start with torchrun") from None
 
     @property
-    def is_first(self) -> bool:
+    def is_rank0(self) -> bool:
         return self.rank == 0
 
     @property
     def alone(self) -> bool:
-        return self.size == 1
+        return self.world_size == 1
 
     @property
     def cores(self) -> int:
         """The cores of this rank: what srun gave it, else its share of those that this process may use."""
         if BY_SRUN in os.environ and "SLURM_CPUS_PER_TASK" in os.environ:
             return int(os.environ["SLURM_CPUS_PER_TASK"])
-        return max(1, available_cores() // self.local_size)
+        return max(1, available_cores() // self.local_world_size)
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {socket.gethostname()}"

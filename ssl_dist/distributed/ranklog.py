@@ -5,21 +5,21 @@ import sys
 import time
 from pathlib import Path
 
-from ssl_dist.distributed.rank import Place
+from ssl_dist.distributed.rank import RankInfo
 
 
 class RankLog:
     """Keeps nothing before `open`; from then on also the stacks of all threads if the process crashes."""
 
-    def __init__(self, place: Place):
-        self.place = place
+    def __init__(self, rank_info: RankInfo):
+        self.rank_info = rank_info
         self._file = None
         self._shows_crashes = False
 
     def open(self, logs: Path) -> None:
         """From now on in this folder; an evaluation has several trainings, one after another."""
         self.close()
-        self._file = open(logs / f"rank-{self.place.rank}.log", "a", encoding="utf-8")  # noqa: SIM115 - kept open
+        self._file = open(logs / f"rank-{self.rank_info.rank}.log", "a", encoding="utf-8")  # noqa: SIM115 - kept open
         if not faulthandler.is_enabled():  # else the program that this runs in has its own way
             faulthandler.enable(self._file)
             self._shows_crashes = True

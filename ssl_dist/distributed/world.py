@@ -1,8 +1,9 @@
-"""The ranks of a run, and all that they exchange. Besides meeting.py the only file that names torch.distributed.
+"""The ranks of a run and their collectives. Only this file and rendezvous.py name torch.distributed.
 
-Gradient rule: `gather_views` and `sum` have a SUM backward, and `wrap` averages gradients over the ranks. So when the
-*mean over the ranks* of the returned loss is the loss of the global batch, the gradients equal those of one process:
-a loss computed in full on every rank is returned as it is, a rank's share of a sum goes through `from_share`.
+Gradient rule: `gather_views` and `all_reduce_sum_with_grad` have a SUM backward, and DDP averages gradients over the
+ranks. So when the *mean over the ranks* of the returned loss is the loss of the global batch, the gradients equal those
+of one process: a loss computed in full on every rank is returned as it is, a rank's share of a sum goes through
+`scale_for_ddp_mean`.
 """
 
 import os
@@ -15,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ssl_dist.distributed import rendezvous
-from ssl_dist.distributed.heartbeat import State
-from ssl_dist.distributed.rank import BY_SRUN, Place
-from ssl_dist.errors import Fault, UserError
+from ssl_dist.distributed.heartbeat import RankState
+from ssl_dist.distributed.rank import BY_SRUN, RankInfo
+from ssl_dist.errors import Fault, RaisedOn, UserError
 from ssl_dist.grid import Grid
 from ssl_dist.nn import batchnorm
 
@@ -25,60 +26,60 @@ T = TypeVar("T")
 
 
 class World:
-    """All ranks of a run, the grid they form, and the few exchanges that methods and the loop need."""
+    """The process group of a run, the grid that its ranks form, and the collectives of methods and the loop."""
 
-    def __init__(self, place: Place, grid: Grid, device: torch.device, state: State | None = None):
-        assert grid.size == place.size, "the grid must hold every rank"
-        self.place, self.grid, self.device = place, grid, device
-        self.state = state or State(place)  # what this rank is doing, for the watchdog and the other ranks
+    def __init__(self, rank_info: RankInfo, grid: Grid, device: torch.device, state: RankState | None = None):
+        assert grid.size == rank_info.world_size, "the grid must hold every rank"
+        self.rank_info, self.grid, self.device = rank_info, grid, device
+        self.state = state or RankState(rank_info)  # what this rank is doing, for the watchdog and the other ranks
 
     def __enter__(self) -> "World":
         return self
 
     def __exit__(self, _kind, error: BaseException | None, _traceback) -> None:
         if error is None or self.device.type == "cpu":
-            self.close()  # with NCCL this would wait for exchanges that never end; the end of the process frees them
+            self.close()  # with NCCL this would wait for collectives that never end; the end of the process frees them
 
     @property
-    def is_first(self) -> bool:
-        return self.place.is_first
+    def is_rank0(self) -> bool:
+        return self.rank_info.is_rank0
 
     @property
     def alone(self) -> bool:
-        return self.place.alone
+        return self.rank_info.alone
 
     # ------------------------------------------------------------------ for methods
 
-    def gather_views(self, z_VBD: Tensor, batch: Any = None) -> Tensor:
+    def gather_views(self, z_VBD: Tensor) -> Tensor:
         """The global batch's representations [K, M, D] in canonical (view, image) order, from [V_local, B_local, D]."""
         return z_VBD if self.alone else _GatherViews.apply(z_VBD, self)
 
-    def gather_images(self, x_B: Tensor, batch: Any = None) -> Tensor:
+    def gather_images(self, x_B: Tensor) -> Tensor:
         """A quantity of the images of the global batch [M, ...] from [B_local, ...]; no gradient."""
         return x_B if self.alone else self._gather(x_B)[:: self.grid.views].flatten(0, 1)
 
-    def sum(self, x: Tensor) -> Tensor:
+    def all_reduce_sum_with_grad(self, x: Tensor) -> Tensor:
         """The sum over the ranks, with gradient."""
         return x if self.alone else _Sum.apply(x, self)
 
-    def reduce(self, x: Tensor) -> Tensor:
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
         """The sum over the ranks, without gradient; `x` is not changed."""
-        return x if self.alone else self._reduce(x)
+        return x if self.alone else self._all_reduce_sum(x)
 
-    def _reduce(self, x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    def _all_reduce_sum(self, x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
         total = x.detach().clone(memory_format=torch.contiguous_format)
-        with self.state.exchange("all_reduce"):
+        with self.state.collective("all_reduce"):
             dist.all_reduce(total, group=group)
         return total
 
     def share(self, count: int) -> tuple[int, int]:
         """This rank's even share [lo, hi) of `count` pieces of work."""
-        rank, size = self.place.rank, self.place.size
+        rank, size = self.rank_info.rank, self.rank_info.world_size
         return rank * count // size, (rank + 1) * count // size
 
-    def from_share(self, loss_share: Tensor) -> Tensor:
+    def scale_for_ddp_mean(self, loss_share: Tensor) -> Tensor:
         """A loss whose mean over the ranks is the sum of the ranks' shares."""
-        return loss_share * self.place.size
+        return loss_share * self.rank_info.world_size
 
     # ------------------------------------------------------------------ for the loop
 
@@ -103,7 +104,7 @@ class World:
             batchnorm.refuse_others(module)
         if self.device.type == "cuda":
             return module if self.alone else nn.SyncBatchNorm.convert_sync_batchnorm(module)
-        return batchnorm.synchronize(module, self.reduce)
+        return batchnorm.synchronize(module, self.all_reduce_sum)
 
     def view_columns(self, module: nn.Module) -> batchnorm.ViewColumns | None:
         """For a method whose views pass alone, after `synchronize_batchnorm`. None: every rank holds all views."""
@@ -111,10 +112,10 @@ class World:
             return None
         groups = []
         for column in range(self.grid.views):  # every rank takes part in the making of every group
-            with self.state.exchange("new_group"):
-                ranks = list(range(column, self.place.size, self.grid.views))
+            with self.state.collective("new_group"):
+                ranks = list(range(column, self.rank_info.world_size, self.grid.views))
                 groups.append(dist.new_group(ranks, timeout=rendezvous.NO_LIMIT))  # the watchdog is the one clock
-        group = groups[self.grid.view_shard(self.place.rank)]
+        group = groups[self.grid.view_shard(self.rank_info.rank)]
 
         def to_column(layer: nn.Module) -> Callable[[], None]:
             name, own = ("process_group", group) if self.device.type == "cuda" else ("reduce", in_column)
@@ -123,7 +124,7 @@ class World:
             return lambda: setattr(layer, name, before)
 
         def in_column(x: Tensor) -> Tensor:
-            return self._reduce(x, group)
+            return self._all_reduce_sum(x, group)
 
         return batchnorm.ViewColumns(module, to_column)
 
@@ -131,66 +132,63 @@ class World:
         """[columns, ...] from every rank's [...]: those of the ranks that hold the first images; no gradient."""
         return self._gather(x)[: self.grid.views]
 
-    def mean(self, x: Tensor) -> Tensor:
+    def all_reduce_mean(self, x: Tensor) -> Tensor:
         """The mean over the ranks, without gradient."""
-        return self.reduce(x) / self.place.size
+        return self.all_reduce_sum(x) / self.rank_info.world_size
 
-    def any(self, *flags: bool | Tensor) -> list[bool]:
-        """For every flag, whether it is up on any rank. One small all-reduce, and the only wait for a GPU in a step."""
+    def any_rank(self, *flags: bool | Tensor) -> list[bool]:
+        """For every flag, whether it is set on any rank. One small all-reduce, the only wait for a GPU in a step."""
         up = torch.stack([torch.as_tensor(flag, dtype=torch.float32, device=self.device) for flag in flags])
         if self.alone:
             return [value > 0 for value in up.tolist()]
-        with self.state.exchange("all_reduce"):
+        with self.state.collective("all_reduce"):
             dist.all_reduce(up, dist.ReduceOp.MAX)
             return [value > 0 for value in up.tolist()]
 
-    def first(self, action: Callable[[], T]) -> T:
-        """What `action` returns on rank 0, on every rank; a `UserError` or `OSError` there is raised on every rank, the
-        latter as a `Fault`."""
+    def on_rank0(self, action: Callable[[], T]) -> T:
+        """What `action` returns on rank 0, broadcast to every rank. A `UserError` or `OSError` there is raised on every
+        rank, the latter as a `Fault`."""
         answer: list[Any] = [None, None]
-        if self.is_first:
+        if self.is_rank0:
             try:
                 answer[0] = action()
             except UserError as error:
-                answer[1] = error
+                answer[1] = UserError(str(error), RaisedOn.EVERY_RANK)
             except OSError as error:
-                what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-                answer[1] = Fault(f"{self.place} at step {self.state.step}: {what}")
-            if answer[1] is not None:
-                answer[1].agreed = True
+                cause = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+                answer[1] = Fault(f"{self.rank_info} at step {self.state.step}: {cause}", RaisedOn.EVERY_RANK)
         if not self.alone:
-            with self.state.exchange("broadcast"):
+            with self.state.collective("broadcast"):
                 dist.broadcast_object_list(answer, src=0)
-        if answer[1] is not None:
-            raise answer[1]
-        return answer[0]
+        value, error = answer
+        if error is not None:
+            raise error
+        return value
 
-    def agreed(self, action: Callable[[], T]) -> T:
-        """What `action` returns here. A `UserError` that any rank meets in it is raised on every rank."""
-        mistake, answer = None, None
+    def raise_together(self, action: Callable[[], T]) -> T:
+        """What `action` returns on this rank. A `UserError` in it on any rank is raised on every rank."""
+        message: str | None = None
         try:
-            answer = action()
+            value = action()
         except UserError as error:
-            mistake = error
-        for said in self.everyone(None if mistake is None else str(mistake)):
-            if said is not None:
-                error = UserError(said)
-                error.agreed = True
-                raise error
-        return answer
+            message = str(error)
+        for first in self.all_gather_object(message):
+            if first is not None:
+                raise UserError(first, RaisedOn.EVERY_RANK)
+        return value
 
-    def everyone(self, value: T) -> list[T]:
-        """Every rank's plain value, in the order of ranks."""
+    def all_gather_object(self, value: T) -> list[T]:
+        """The values of all ranks, by rank; they must pickle."""
         if self.alone:
             return [value]
-        values: list[Any] = [None] * self.place.size
-        with self.state.exchange("all_gather"):
+        values: list[Any] = [None] * self.rank_info.world_size
+        with self.state.collective("all_gather"):
             dist.all_gather_object(values, value)
         return values
 
     def barrier(self) -> None:
         if not self.alone:
-            with self.state.exchange("barrier"):
+            with self.state.collective("barrier"):
                 dist.barrier()
 
     def close(self) -> None:
@@ -200,45 +198,46 @@ class World:
     def _gather(self, x: Tensor) -> Tensor:
         """[W, ...] from every rank's [...]; the shapes are equal by the grid."""
         flat = x.detach().flatten()
-        out = flat.new_empty(self.place.size * flat.numel())
-        with self.state.exchange("all_gather"):
+        out = flat.new_empty(self.rank_info.world_size * flat.numel())
+        with self.state.collective("all_gather"):
             dist.all_gather_into_tensor(out, flat)
         return out.view(-1, *x.shape)
 
 
-def choose_device(place: Place) -> torch.device:
+def choose_device(rank_info: RankInfo) -> torch.device:
     """The rank's own GPU where there is one for each rank of the node, else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
     on_node = int(os.environ.get("SLURM_GPUS_ON_NODE", 0)) if BY_SRUN in os.environ else 0
-    if count == 1 < place.local_size <= on_node:
+    if count == 1 < rank_info.local_world_size <= on_node:
         return torch.device("cuda", 0)  # srun --gpus-per-task shows every rank its own GPU alone
-    if count < place.local_size:
+    if count < rank_info.local_world_size:
         raise UserError(
-            f"{place.local_size} ranks on this node but {count} GPUs are visible; start {count} ranks, "
+            f"{rank_info.local_world_size} ranks on this node but {count} GPUs are visible; start {count} ranks, "
             "or set CUDA_VISIBLE_DEVICES= to run on the CPU"
         )
-    return torch.device("cuda", place.local_rank)
+    return torch.device("cuda", rank_info.local_rank)
 
 
 def join_world(
-    place: Place, grid: Grid, state: State | None = None, is_stopping: Callable[[], bool] = lambda: False
+    rank_info: RankInfo, grid: Grid, state: RankState | None = None, is_stopping: Callable[[], bool] = lambda: False
 ) -> World:
-    """Join the other ranks (nothing to do for one rank); see `meeting.join` for what it raises."""
-    device = choose_device(place)
+    """Wait for the other ranks and form their process group; one rank has nothing to wait for. Raises what
+    `rendezvous.join` raises, and `Fault` when a self-test fails."""
+    device = choose_device(rank_info)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    world = World(place, grid, device, state)
+    world = World(rank_info, grid, device, state)
     if not world.alone:
-        rendezvous.join(place, device, is_stopping)
-        rendezvous.prove(world)
+        rendezvous.join(rank_info, device, is_stopping)
+        rendezvous.self_test(world)
     return world
 
 
 def one_process(device: torch.device | None = None) -> World:
     """A world of one rank, for work that needs no other: reading checkpoints, tests."""
-    return World(Place(), Grid(1, 1), device or torch.device("cpu"))
+    return World(RankInfo(), Grid(1, 1), device or torch.device("cpu"))
 
 
 class _GatherViews(torch.autograd.Function):
@@ -252,8 +251,8 @@ class _GatherViews(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_KMD):
-        grid, rank = ctx.world.grid, ctx.world.place.rank
-        grad = ctx.world.reduce(grad_KMD)
+        grid, rank = ctx.world.grid, ctx.world.rank_info.rank
+        grad = ctx.world.all_reduce_sum(grad_KMD)
         views, images = grid.view_range(rank, grad.shape[0]), grid.image_range(rank, grad.shape[1])
         return grad[views.start : views.stop, images.start : images.stop].contiguous(), None
 
@@ -262,8 +261,8 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, world: World):
         ctx.world = world
-        return world.reduce(x)
+        return world.all_reduce_sum(x)
 
     @staticmethod
     def backward(ctx, grad):
-        return ctx.world.reduce(grad), None
+        return ctx.world.all_reduce_sum(grad), None

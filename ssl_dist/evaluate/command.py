@@ -14,14 +14,14 @@ from ssl_dist.config import ClassSubset, Section, parse_yaml, to_tree, validate
 from ssl_dist.data.catalog import facts
 from ssl_dist.data.reader import Reader
 from ssl_dist.data.readers import open_dataset, read_info, require_name, splits_present
-from ssl_dist.distributed.rank import Place
+from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.distributed.signals import STOPPED
 from ssl_dist.distributed.watchdog import Watchdog
 from ssl_dist.distributed.world import World, join_world
 from ssl_dist.errors import UserError
 from ssl_dist.evaluate import search
 from ssl_dist.grid import Grid
-from ssl_dist.results.figures import Album, has_pictures
+from ssl_dist.results.figures import FigureWriter, has_pictures
 from ssl_dist.run.encoder import (
     STUCK,
     DatasetRef,
@@ -35,7 +35,7 @@ from ssl_dist.run.encoder import (
 )
 from ssl_dist.storage.features import check_pair, read_features
 from ssl_dist.transfer.recipe import Stopped
-from ssl_dist.transfer.subject import Subject, chosen_images, held_out
+from ssl_dist.transfer.subject import EvalContext, chosen_images, held_out
 
 LONGEST = 7 * 24 * 3600.0  # seconds that an evaluator may take on rank 0; one that dies is noticed at once
 
@@ -80,10 +80,10 @@ def extract(weights: Path, splits: Sequence[str], overrides: Sequence[str], out:
     folder = out or weights / "features"
     if out is None and not weights.is_dir():
         raise UserError(f"{weights}: is a file; say with --out where its features shall go")
-    place = Place.from_environment()
+    rank_info = RankInfo.from_environment()
     if any(word.startswith("backbone.") for word in overrides):
         encoder, note = _of_others(weights, overrides)
-        if place.rank == 0:
+        if rank_info.rank == 0:
             print(note, file=sys.stderr, flush=True)
         source = source_of(encoder, {})
     else:
@@ -92,12 +92,12 @@ def extract(weights: Path, splits: Sequence[str], overrides: Sequence[str], out:
             raise UserError(f"override {others[0]!r}: of the data, {', '.join(DATA_KEYS)} can be set here")
         encoder = load_encoder(weights)
         source = source_of(encoder, data)
-    threads = place.cores
+    threads = rank_info.cores
     wanted = splits or _labelled_splits(source)
     with (
-        Watchdog(place, STUCK) as dog,
-        join_world(place, Grid(place.size, 1), dog.state) as world,
-        dog.reporting(),
+        Watchdog(rank_info, STUCK) as watchdog,
+        join_world(rank_info, Grid(rank_info.world_size, 1), watchdog.state) as world,
+        watchdog.reporting(),
     ):
         if encoder.ids:  # of a training, which may have saved meanwhile
             encoder = load_together(weights, world)[1]
@@ -121,7 +121,7 @@ def _labelled_splits(source: DatasetRef) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EvalRequest:
     """What the words of an evaluation ask for. data: overrides of the data set; subset: of its training images, None:
     all; share: of them to hold out, None: nothing is; validation: whether what is not searched is measured on them;
     options: of every evaluator; grids: of those to search over."""
@@ -136,7 +136,7 @@ class Wanted:
 
 def parse(
     chosen: Sequence[str], overrides: Sequence[str], validation: float | None = None, searched: Sequence[str] = ()
-) -> Wanted:
+) -> EvalRequest:
     """The words of `ssl-dist evaluate`, checked as far as they can be without the run. Raises `UserError`."""
     data, others = split_overrides(overrides, (*DATA_KEYS, SUBSET))
     options = evaluators.parse_options(chosen, others)
@@ -147,7 +147,7 @@ def parse(
     subset = data.pop(SUBSET, None)
     if subset is not None:
         subset = validate(_Images, {"subset": parse_yaml(subset, f"override {SUBSET}={subset}")}, "data.").subset
-    return Wanted(data, subset, share, validation is not None, options, grids)
+    return EvalRequest(data, subset, share, validation is not None, options, grids)
 
 
 def evaluate(
@@ -171,16 +171,16 @@ def evaluate(
     source = source_of(encoder, wanted.data)
     train, test = _labelled_splits(source)
     train_ids, words = (None, None) if wanted.subset is None else chosen_images(source, train, wanted.subset)
-    place = Place.from_environment()
+    rank_info = RankInfo.from_environment()
     with (
-        Watchdog(place, encoder.config.timeout) as dog,
-        join_world(place, Grid(place.size, 1), dog.state) as world,
-        dog.reporting(),
+        Watchdog(rank_info, encoder.config.timeout) as watchdog,
+        join_world(rank_info, Grid(rank_info.world_size, 1), watchdog.state) as world,
+        watchdog.reporting(),
     ):
         encoder = load_together(run, world)[1]
-        world.first(lambda: results.require_writable(run / "results.json"))
-        whole = Subject(run, encoder, source, train, test, world, dog, train_ids, subset=words)
-        held = None if wanted.share is None else world.agreed(lambda: held_out(whole, wanted.share))
+        world.on_rank0(lambda: results.require_writable(run / "results.json"))
+        whole = EvalContext(run, encoder, source, train, test, world, watchdog, train_ids, subset=words)
+        held = None if wanted.share is None else world.raise_together(lambda: held_out(whole, wanted.share))
         records = []
         try:
             for name in chosen:
@@ -190,36 +190,36 @@ def evaluate(
                     subject = held if wanted.validation else whole
                     records += _measured(subject, name, wanted.options[name])
         except Stopped as stopped:
-            if world.is_first:
+            if world.is_rank0:
                 print(f"stopped; the same command goes on with {stopped}", file=sys.stderr, flush=True)
             return STOPPED, records
         return 0, records
 
 
-def _searched(whole: Subject, held: Subject, name: str, grid: search.Grid) -> list[dict]:
+def _searched(whole: EvalContext, held: EvalContext, name: str, grid: search.Grid) -> list[dict]:
     """The records of every combination on the held-out part, and those of the best one on the test split."""
     tries = [_measured(held, name, each.options, f"one of a search: {each}") for each in grid.candidates]
     values = [{record["name"]: record["value"] for record in records} for records in tries]
-    number = whole.world.agreed(lambda: search.best(values))
+    number = whole.world.raise_together(lambda: search.best(values))
     best, score = grid.candidates[number], search.top1(values[number])
     _say(whole.world, f"{name}: {best} has the highest top-1 of {len(tries)} on {held.part}, {score:.2f}")
     remark = f"{best} chosen of {grid} by top-1 on {held.part}"
     return [*itertools.chain(*tries), *_measured(whole, name, best.options, remark)]
 
 
-def _measured(subject: Subject, name: str, options: Section, remark: str | None = None) -> list[dict]:
+def _measured(subject: EvalContext, name: str, options: Section, remark: str | None = None) -> list[dict]:
     """The evaluator's records, measured or read again. `remark` goes to their protocol."""
     world, evaluator, path = subject.world, evaluators.find(name), subject.run / "results.json"
     fitted = None if subject.subset is None else f"fitted on {subject.subset} of {subject.train}"
     seen = None
     if subject.part is not None and methods.find(subject.encoder.config.method.name).needs_labels:
         seen = "the encoder may have been trained on these labels"
-    measured = world.first(lambda: evaluators.protocol(evaluator, options))  # it may read a file
+    measured = world.on_rank0(lambda: evaluators.protocol(evaluator, options))  # it may read a file
     protocol = "; ".join(filter(None, (measured, fitted, seen, remark)))
     tree = to_tree(options)
     metadata = subject.metadata
-    known = world.first(lambda: [r for r in results.read(path) if _is_measured(r, protocol, tree, metadata)])
-    if known and world.first(lambda: _lacks_pictures(subject, name)):
+    known = world.on_rank0(lambda: [r for r in results.read(path) if _is_measured(r, protocol, tree, metadata)])
+    if known and world.on_rank0(lambda: _lacks_pictures(subject, name)):
         _say(world, f"{name}: has no pictures of this checkpoint; measuring again")
     elif known:
         _say(world, f"{name}: in {path} already")
@@ -232,21 +232,21 @@ def _measured(subject: Subject, name: str, options: Section, remark: str | None 
             if split not in subject.files:
                 subject.files[split] = _fresh_features(subject, split)
         with world.state.phase_of(f"evaluator {name}", LONGEST):
-            values = world.first(lambda: _from_features(subject, name, options))
+            values = world.on_rank0(lambda: _from_features(subject, name, options))
     _say(world, f"{name}: {time.perf_counter() - start:.1f} s")
     records = results.make_records(values, protocol, metadata, seed=subject.encoder.config.seed, options=tree)
-    world.first(lambda: results.add(path, records))
+    world.on_rank0(lambda: results.add(path, records))
     return records
 
 
-def _lacks_pictures(subject: Subject, name: str) -> bool:
+def _lacks_pictures(subject: EvalContext, name: str) -> bool:
     """Whether the evaluator would draw what is not there: of an earlier version's run, or removed."""
     if subject.part is not None or not evaluators.draws(evaluators.find(name)):
         return False
     return not has_pictures(subject.run / "figures", name, subject.encoder.sha256)
 
 
-def _from_features(subject: Subject, name: str, options: Section) -> dict[str, float]:
+def _from_features(subject: EvalContext, name: str, options: Section) -> dict[str, float]:
     train, test = (read_features(subject.files[split]) for split in (subject.train, subject.test))
     check_pair(train, test)
     if train.metadata["checkpoint"] != subject.encoder.sha256:
@@ -260,26 +260,26 @@ def _from_features(subject: Subject, name: str, options: Section) -> dict[str, f
         return evaluator.run(train, test, options)  # to choose by; pictures are of the test split
 
     def open_split(split: str) -> Reader:
-        return open_dataset(source.root, split, source.reader, threads=subject.world.place.cores)
+        return open_dataset(source.root, split, source.reader, threads=subject.world.rank_info.cores)
 
-    with Album(subject.run / "figures", test, open_split, subject.encoder.config.data, name) as album:
+    with FigureWriter(subject.run / "figures", test, open_split, subject.encoder.config.data, name) as album:
         return evaluator.run(train, test, options, album)
 
 
-def _fresh_features(subject: Subject, split: str) -> Path:
+def _fresh_features(subject: EvalContext, split: str) -> Path:
     """The features file of a split by the run's newest checkpoint; it is extracted when it is missing or stale."""
     world, encoder, source = subject.world, subject.encoder, subject.source
     path = features_path(subject.run / "features", source, split)
-    if world.first(lambda: is_fresh(path, encoder, source, split)):
+    if world.on_rank0(lambda: is_fresh(path, encoder, source, split)):
         _say(world, f"{path}: fresh")
         return path
     reason = "stale (of another checkpoint, transform or data, or damaged)" if path.exists() else "missing"
     _say(world, f"{path}: {reason}; extracting")
-    return extract_features(encoder, source, split, path.parent, world, world.place.cores)
+    return extract_features(encoder, source, split, path.parent, world, world.rank_info.cores)
 
 
 def _say(world: World, text: str) -> None:
-    if world.is_first:
+    if world.is_rank0:
         print(text, file=sys.stderr, flush=True)
 
 

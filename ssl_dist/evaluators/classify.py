@@ -12,7 +12,7 @@ from ssl_dist.run.encoder import Encoder, load_together
 from ssl_dist.storage import checkpoint
 from ssl_dist.transfer.classification import classify, draw
 from ssl_dist.transfer.recipe import encoder_file
-from ssl_dist.transfer.subject import Subject
+from ssl_dist.transfer.subject import EvalContext
 
 
 class Options(Section):
@@ -31,7 +31,7 @@ def protocol(options: Options) -> str:
     return f"inference by the classifier of {Path(options.head).name} ({newest[1][:12]}), all test images, centre crop"
 
 
-def measure(subject: Subject, options: Options) -> dict[str, float]:
+def measure(subject: EvalContext, options: Options) -> dict[str, float]:
     """`classify_top1` and `classify_top5` in percent.
 
     Raises `UserError` when there is no classifier, when it is of another run or checkpoint, and when it was trained on
@@ -39,13 +39,13 @@ def measure(subject: Subject, options: Options) -> dict[str, float]:
     """
     path, world = subject.run if options.head is None else Path(options.head), subject.world
     method, own = load_together(path, world)
-    world.agreed(lambda: _check(method, own, subject, options, path))
-    found = classify(method, own, subject.source, subject.test, world, world.place.cores, subject.test_ids)
+    world.raise_together(lambda: _check(method, own, subject, options, path))
+    found = classify(method, own, subject.source, subject.test, world, world.rank_info.cores, subject.test_ids)
     draw(found, subject, "classify", "the classifier")
     return found.values("classify")
 
 
-def _check(method: SSLMethod, own: Encoder, subject: Subject, options: Options, path: Path) -> None:
+def _check(method: SSLMethod, own: Encoder, subject: EvalContext, options: Options, path: Path) -> None:
     """`own` is the encoder of the checkpoint that holds the classifier."""
     said = f"classify.head = {'null' if options.head is None else repr(options.head)}"
     if type(method).logits is SSLMethod.logits:

@@ -28,7 +28,7 @@ from ssl_dist.errors import UserError
 from ssl_dist.kernels.kmeans import kmeans
 from ssl_dist.keys import EVALUATION, ORDER, hash64, permutation
 from ssl_dist.results.confusion import class_names
-from ssl_dist.results.figures import Album
+from ssl_dist.results.figures import FigureWriter
 from ssl_dist.storage.features import Features, check_pair, require_labels
 
 DRAWS = True
@@ -61,7 +61,7 @@ def protocol(options: Options) -> str:
     )
 
 
-def run(train: Features, test: Features, options: Options, album: Album | None = None) -> dict[str, float]:
+def run(train: Features, test: Features, options: Options, album: FigureWriter | None = None) -> dict[str, float]:
     """`clusters_nmi`, `_ami`, `_ari` and, in percent, `_majority_top1` and `_hungarian_top1` of the test split, and
     `clusters_train_...` of the training split; of labels of a file only those.
 
@@ -178,7 +178,9 @@ def _rows_in(part: Features, num_centres: int, options: Options) -> int:
 # -------------------------------------------------------------------------------------------------- pictures
 
 
-def _draw(album: Album, part: Features, rows: np.ndarray, clusters_n: np.ndarray, how: str, options: Options) -> None:
+def _draw(
+    album: FigureWriter, part: Features, rows: np.ndarray, clusters_n: np.ndarray, how: str, options: Options
+) -> None:
     """The clusters of these rows, by purity."""
     from ssl_dist.results import charts  # matplotlib takes a second
 

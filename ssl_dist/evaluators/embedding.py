@@ -24,7 +24,7 @@ from ssl_dist.config import NonNegativeInt, PositiveFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
 from ssl_dist.keys import EVALUATION, hash64
 from ssl_dist.results.confusion import class_names
-from ssl_dist.results.figures import Album
+from ssl_dist.results.figures import FigureWriter
 from ssl_dist.results.sampling import evenly
 from ssl_dist.storage.features import Features, check_pair, require_labels
 
@@ -49,7 +49,7 @@ class Options(Section):
     seed: NonNegativeInt = Field(0, description="of the choice of images and of t-SNE")
 
 
-def run(train: Features, test: Features, options: Options, album: Album | None = None) -> dict[str, float]:
+def run(train: Features, test: Features, options: Options, album: FigureWriter | None = None) -> dict[str, float]:
     """`embedding_pca2_variance` and `embedding_pca10_variance`, percent of the first components; how many explain 90 %,
     `embedding_pca90_dims`; `embedding_pca_trustworthiness` and `embedding_tsne_trustworthiness`.
 
@@ -96,7 +96,7 @@ def _check_counts(count: int, test: Features, options: Options) -> None:
 
 
 def _draw(
-    album: Album,
+    album: FigureWriter,
     test: Features,
     rows: np.ndarray,
     maps: dict[str, np.ndarray],
@@ -179,7 +179,7 @@ def write_projector(
         ) from None
 
 
-def _thumbnails(album: Album, test: Features, rows: np.ndarray) -> torch.Tensor:
+def _thumbnails(album: FigureWriter, test: Features, rows: np.ndarray) -> torch.Tensor:
     blocks = []
     for start in range(0, len(rows), 256):
         images = torch.from_numpy(album.images(test, rows[start : start + 256])).permute(0, 3, 1, 2).float() / 255

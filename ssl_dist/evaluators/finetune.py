@@ -6,7 +6,7 @@ from pydantic import Field
 
 from ssl_dist.config import PositiveFloat
 from ssl_dist.transfer.recipe import CROP_AND_FLIP, Overrides, Recipe, trained
-from ssl_dist.transfer.subject import Subject
+from ssl_dist.transfer.subject import EvalContext
 
 _SEMI = {"name": "sgd", "batch_size": 256, "epochs": 20, "schedule": "epoch_cosine"}
 
@@ -57,7 +57,7 @@ def protocol(options: Options) -> str:
     )
 
 
-def measure(subject: Subject, options: Options) -> dict[str, float]:
+def measure(subject: EvalContext, options: Options) -> dict[str, float]:
     """`finetune_top1` and `finetune_top5` in percent."""
     recipe, module = _resolved(options)
     return trained(subject, "finetune", "fine_tuning", recipe, module).values("finetune")

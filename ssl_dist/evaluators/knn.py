@@ -20,7 +20,7 @@ from ssl_dist.errors import UserError
 from ssl_dist.kernels.neighbours import neighbours, votes
 from ssl_dist.results.accuracy import target_rank
 from ssl_dist.results.confusion import add_pictures, class_names
-from ssl_dist.results.figures import Album
+from ssl_dist.results.figures import FigureWriter
 from ssl_dist.storage.features import Features, check_pair, require_labels
 
 PROTOCOL = (
@@ -47,7 +47,7 @@ class Options(Section):
     memory_mb: PositiveInt = Field(512, description="MiB for blocks of rows and cosines; less is slower")
 
 
-def run(train: Features, test: Features, options: Options, album: Album | None = None) -> dict[str, float]:
+def run(train: Features, test: Features, options: Options, album: FigureWriter | None = None) -> dict[str, float]:
     """Percent correct: `knn<k>_top1` and `knn<k>_top5` for every k, `knn<k>_T<t>_top1` for a T other than 0.07.
 
     Top-5 counts the first min(5, k) classes, as the official codes do. Pictures are of the largest k and the first T.

@@ -25,7 +25,7 @@ from torch import Tensor
 from ssl_dist.config import PositiveFloat, PositiveInt, Section
 from ssl_dist.results.accuracy import target_rank
 from ssl_dist.results.confusion import add_pictures, class_names
-from ssl_dist.results.figures import Album
+from ssl_dist.results.figures import FigureWriter
 from ssl_dist.storage.features import Features, check_pair, require_labels
 
 PROTOCOL = "multinomial logistic regression on frozen features, at its optimum: L2, C={c}, standardize={standardize}"
@@ -57,7 +57,7 @@ class Fit:
     converged: bool
 
 
-def run(train: Features, test: Features, options: Options, album: Album | None = None) -> dict[str, float]:
+def run(train: Features, test: Features, options: Options, album: FigureWriter | None = None) -> dict[str, float]:
     """`logistic_top1`, `logistic_top5`, `logistic_train_top1` in percent, and `logistic_converged`, 1 or 0.
 
     A class that the training split lacks is never predicted. Raises `UserError` for files that do not belong together,

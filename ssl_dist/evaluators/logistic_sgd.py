@@ -24,7 +24,7 @@ from ssl_dist.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from ssl_dist.errors import UserError
 from ssl_dist.keys import INIT, ORDER, hash64, normals, permutation
 from ssl_dist.results.accuracy import target_rank
-from ssl_dist.results.figures import Album
+from ssl_dist.results.figures import FigureWriter
 from ssl_dist.storage.features import Features, check_pair, require_labels
 
 PROTOCOL = (
@@ -56,7 +56,7 @@ class Epoch:
     loss: float
 
 
-def run(train: Features, test: Features, options: Options, album: Album | None = None) -> dict[str, float]:
+def run(train: Features, test: Features, options: Options, album: FigureWriter | None = None) -> dict[str, float]:
     """`logistic_sgd_top1`, `logistic_sgd_top5` and `logistic_sgd_train_top1` in percent, after the last epoch.
 
     Raises `UserError` for files that do not belong together, missing labels, fewer than two classes and a training

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from ssl_dist.transfer.recipe import CROP_AND_FLIP, Overrides, Recipe, trained
-from ssl_dist.transfer.subject import Subject
+from ssl_dist.transfer.subject import EvalContext
 
 RECIPES = {
     "relational": Recipe(
@@ -76,7 +76,7 @@ def protocol(options: Options) -> str:
     )
 
 
-def measure(subject: Subject, options: Options) -> dict[str, float]:
+def measure(subject: EvalContext, options: Options) -> dict[str, float]:
     """`probe_top1` and `probe_top5` in percent; `probe_<stage>_top1` and `_top5` for every stage."""
     recipe, module = _resolved(options)
     return trained(subject, "probe", "linear_probe", recipe, module).values("probe")

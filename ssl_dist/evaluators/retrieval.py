@@ -25,7 +25,7 @@ from ssl_dist.config import PositiveInt, Section
 from ssl_dist.errors import UserError
 from ssl_dist.keys import EVALUATION, hash64
 from ssl_dist.results.confusion import add_pictures, class_names
-from ssl_dist.results.figures import Album
+from ssl_dist.results.figures import FigureWriter
 from ssl_dist.results.sampling import evenly
 from ssl_dist.storage.features import Features, check_pair, require_labels
 
@@ -53,7 +53,7 @@ class Options(Section):
     )
 
 
-def run(train: Features, test: Features, options: Options, album: Album | None = None) -> dict[str, float]:
+def run(train: Features, test: Features, options: Options, album: FigureWriter | None = None) -> dict[str, float]:
     """`retrieval_top<k>` and, for k above 1, `retrieval_precision<k>`, and `retrieval_map`, in percent.
 
     Raises `UserError` for files that do not belong together, missing labels, fewer than two classes and a k above the
@@ -187,7 +187,12 @@ def _warn_of_missing(test: Features, gallery: Features, leave_out: bool) -> None
 
 
 def _draw(
-    album: Album, test: Features, gallery: Features, nearest_NK: np.ndarray, precision_N: np.ndarray, options: Options
+    album: FigureWriter,
+    test: Features,
+    gallery: Features,
+    nearest_NK: np.ndarray,
+    precision_N: np.ndarray,
+    options: Options,
 ) -> None:
     from ssl_dist.results import charts  # matplotlib takes a second
 

@@ -26,10 +26,10 @@ def whiten(x_ND: Tensor, dim_out: int, world) -> Tensor:
     """The rows' `dim_out` largest principal components, each divided by its standard deviation, as unit vectors:
     float64 [n, dim_out] of this rank's rows [n, D]. The components are equal on all ranks, their signs arbitrary."""
     x_ND = x_ND.double()
-    packed = world.reduce(F.pad(x_ND.sum(0), (0, 1), value=len(x_ND)))
+    packed = world.all_reduce_sum(F.pad(x_ND.sum(0), (0, 1), value=len(x_ND)))
     count = packed[-1]
     centred = x_ND - packed[:-1] / count
-    covariance = world.reduce(centred.T @ centred) / count
+    covariance = world.all_reduce_sum(centred.T @ centred) / count
     axes = covariance.new_zeros(len(covariance), dim_out)
     first, last = world.share(1)
     with world.state.phase_of("whitening", STUCK):  # thousands of dimensions take a CPU a minute
@@ -37,7 +37,7 @@ def whiten(x_ND: Tensor, dim_out: int, world) -> Tensor:
             variances, axes = torch.linalg.eigh(covariance)
             floor = (FLOOR * variances[-1]).clamp_min(torch.finfo(variances.dtype).tiny)
             axes = axes[:, -dim_out:] / variances[-dim_out:].clamp_min(floor).sqrt()
-        axes = world.reduce(axes.contiguous())
+        axes = world.all_reduce_sum(axes.contiguous())
     return F.normalize(centred @ axes)
 
 
@@ -79,13 +79,13 @@ class _Rows:
         which, row = own.nonzero(as_tuple=True)
         found = self.x_ND.new_zeros(len(places), self.x_ND.shape[1])
         found[which] = self.x_ND[row]
-        return self.world.reduce(found)
+        return self.world.all_reduce_sum(found)
 
     def everywhere(self, values: Tensor) -> Tensor:
         """What each rank has of its rows [n], of all rows [count], on every rank."""
         full = values.new_zeros(self.count)
         full[self.positions] = values
-        return self.world.reduce(full)
+        return self.world.all_reduce_sum(full)
 
     def distances(self, centres: Tensor) -> Tensor:
         """Squared, [n, k]."""
@@ -107,7 +107,7 @@ class _Rows:
         """The places of the rows with the largest distances; of equal ones the first."""
         values, rows = distances.topk(min(count, len(distances)))
         own = list(zip((-values).tolist(), self.positions[rows].tolist(), strict=True))
-        return [place for _, place in sorted(chain.from_iterable(self.world.everyone(own)))[:count]]
+        return [place for _, place in sorted(chain.from_iterable(self.world.all_gather_object(own)))[:count]]
 
 
 def _plus_plus(rows: _Rows, num_clusters: int, key: np.uint64) -> Tensor:
@@ -126,7 +126,7 @@ def _plus_plus(rows: _Rows, num_clusters: int, key: np.uint64) -> Tensor:
                 places = draws * rows.count
             drawn = rows.at(np.minimum(places, rows.count - 1).astype(np.int64).tolist())
             left = torch.minimum(distances[:, None], rows.distances(drawn))
-            best = rows.world.reduce(left.sum(0)).argmin()
+            best = rows.world.all_reduce_sum(left.sum(0)).argmin()
             centres, distances = torch.cat([centres, drawn[best][None]]), left[:, best]
     return centres
 
@@ -143,7 +143,7 @@ def _lloyd(rows: _Rows, centres: Tensor, max_iterations: int) -> tuple[Tensor, f
             sums[:-1, :-1].index_add_(0, labels, rows.x_ND)
             sums[:-1, -1] = torch.bincount(labels, minlength=num_clusters)
             sums[-1, 0], sums[-1, 1] = distances.sum(), (labels != before).sum()
-            sums = rows.world.reduce(sums)
+            sums = rows.world.all_reduce_sum(sums)
             if sums[-1, 1] == 0 or iteration == max_iterations:
                 break
             counts = sums[:-1, -1:]

@@ -19,7 +19,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from ssl_dist.errors import Fault
+from ssl_dist.errors import Fault, RaisedOn
 
 BLOCK = {"cpu": 2**22, "cuda": 2**26}  # bytes of a block of rows: what the caches hold; on a GPU to fill it
 PIECE = 1024  # rows whose sums are taken by one thread; they are added in order, so threads change no result
@@ -58,29 +58,30 @@ def sinkhorn_knopp(scores_NK: Tensor, num_rows: int, lamb: float, tolerance: flo
     num_columns = scores_NK.shape[1]
     with world.state.phase_of(f"the exponentials {title}", STUCK):
         c = _exponentials(scores_NK, lamb, world)
-        c /= world.reduce(c.sum())
+        c /= world.all_reduce_sum(c.sum())
         sums = scores_NK.new_zeros(num_columns)
         for part, block in _blocks(scores_NK):
             sums += c[part] @ block
-        sums = world.reduce(sums)
+        sums = world.all_reduce_sum(sums)
     half_step = _by_loops if scores_NK.device.type == "cpu" else _by_blocks
     iterations = 0
     while True:
         with world.state.phase_of(f"Sinkhorn-Knopp {title}, iteration {iterations}", STUCK):
             for _ in range(1 if iterations == 0 else CHECK):
                 r = 1 / (num_columns * sums)
-                sums, error = world.reduce(half_step(scores_NK, c, r, num_rows)).split([num_columns, 1])
+                sums, error = world.all_reduce_sum(half_step(scores_NK, c, r, num_rows)).split([num_columns, 1])
                 iterations += 1
         error = float(error)
         if not math.isfinite(error):
-            raise _agreed(f"Sinkhorn-Knopp {title}: the scores are not finite; lower optim.lr")
+            raise Fault(f"Sinkhorn-Knopp {title}: the scores are not finite; lower optim.lr", RaisedOn.EVERY_RANK)
         if error <= tolerance:
             labels = torch.cat([(block * r).argmax(1) for _, block in _blocks(scores_NK)])
             return Assignment(labels, c, r, error, iterations)
         if iterations > PATIENCE:
-            raise _agreed(
+            raise Fault(
                 f"Sinkhorn-Knopp {title}: the error is {error:g} after {iterations} iterations, above the tolerance "
-                f"{tolerance:g}; lower lambda ({lamb:g}) or raise the tolerance"
+                f"{tolerance:g}; lower lambda ({lamb:g}) or raise the tolerance",
+                RaisedOn.EVERY_RANK,
             )
 
 
@@ -101,7 +102,7 @@ def _exponentials(scores_NK: Tensor, lamb: float, world) -> Tensor:
         block -= block.amax(1, keepdim=True)
         divisors[part] = -lamb * block.logsumexp(1)  # logarithms, from -lambda log K to 0
         largest = torch.maximum(largest, block.amax(0)) if len(block) else largest
-    largest = scores_NK.new_tensor(world.everyone(largest.tolist())).amax(0)
+    largest = scores_NK.new_tensor(world.all_gather_object(largest.tolist())).amax(0)
     for _, block in _blocks(scores_NK):
         block.sub_(largest).mul_(lamb).clamp_(min=FLOOR).exp_()
     return (divisors + lamb * math.log(scores_NK.shape[1]) / 2).clamp(FLOOR, -FLOOR).exp()
@@ -169,10 +170,3 @@ def warm_up() -> None:
     """Compile the loops: seconds the first time, then read from numba's cache."""
     one = torch.ones(1, 2, dtype=torch.float64)
     _by_loops(one, one[:, 0].clone(), one[0].clone(), 1)
-
-
-def _agreed(text: str) -> Fault:
-    """All ranks meet it together, since what they look at is exchanged."""
-    fault = Fault(text)
-    fault.agreed = True
-    return fault

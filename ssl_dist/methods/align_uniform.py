@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ssl_dist.config import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
-from ssl_dist.methods.base import Batch, Info, Output, SSLMethod
+from ssl_dist.methods.base import Batch, Info, Output, SSLMethod, World
 from ssl_dist.nn.layers import mlp
 
 
@@ -39,8 +39,7 @@ def uniformity(z_MD: Tensor, scale: float) -> Tensor:
     return exponents.flatten().logsumexp(0) - math.log(num_images * (num_images - 1))
 
 
-class Method(SSLMethod):
-    Options = Options
+class Method(SSLMethod[Options]):
     num_views = 2
     views_together = False
 
@@ -53,7 +52,7 @@ class Method(SSLMethod):
     def embed(self, images: Tensor) -> Tensor:
         return self.projector(self.backbone(images))
 
-    def forward(self, batch: Batch, world) -> Output:
+    def forward(self, batch: Batch, world: World) -> Output:
         """The loss is small work on [M, M] and computed in full on every rank. Metrics: the unweighted terms."""
         z_KMD = self.gathered(batch, world, self.embed)
         with torch.autocast(z_KMD.device.type, enabled=False):

@@ -1,16 +1,17 @@
 """What a method is: a module that turns a batch of views into a loss. Everything here is paper-independent."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, get_args, get_origin
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ssl_dist.config import Section
+from ssl_dist.kernels.ranks import Ranks
 from ssl_dist.keys import DROPOUT, hash64, row_keys
 from ssl_dist.nn.batchnorm import one_view
 from ssl_dist.nn.layers import KeyedDropout, keyed_rows
@@ -65,20 +66,83 @@ class Output:
     detached [..., D], from which the run's health (collapse) is judged."""
 
     loss: Tensor
-    metrics: dict[str, float | Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, float | Tensor] = field(default_factory=dict)
     histograms: dict[str, Tensor] = field(default_factory=dict)
     representations: Tensor | None = None
 
 
-class SSLMethod(nn.Module):
-    """Base of every method. A subclass in `methods/<name>.py` is called `Method` and names its `Options`.
+class Clock(Protocol):
+    """The training's progress in optimizer steps, which every schedule is a function of. It does not change itself."""
 
-    State is parameters and buffers only. A method calls `world.gather_views`, `world.sum` and their like; it never
-    asks for a rank or a size. Draws come from `ssl_dist.keys`, never from torch's global generator.
+    @property
+    def step(self) -> int:
+        """Steps completed."""
+
+    @property
+    def total_steps(self) -> int:
+        """Steps at which the training ends."""
+
+    @property
+    def epoch(self) -> int:
+        """The epoch, counted from 0, to which the next step belongs."""
+
+    @property
+    def epochs_done(self) -> float:
+        """Epochs completed, with the fraction of the current one."""
+
+    @property
+    def total_epochs(self) -> float:
+        """Epochs at which the training ends."""
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that is completed, in [0, 1]."""
+
+
+class World(Ranks, Protocol):
+    """All ranks of a training, as a method sees them: collectives, and no rank or world size.
+
+    Gradients are averaged over the ranks. So a loss that every rank computes in full is returned as it is; where each
+    rank computes a share of a sum, `scale_for_ddp_mean` of its share is returned.
     """
 
-    Options: ClassVar[type[Section]]
-    views_together: ClassVar[bool] = True  # views of one size pass the backbone as one batch (BatchNorm over all)
+    def gather_views(self, z_VBD: Tensor) -> Tensor:
+        """Representations [K, M, D] of the global batch in canonical (view, image) order, with gradient, from this
+        rank's [V_local, B_local, D]."""
+
+    def gather_images(self, x_B: Tensor) -> Tensor:
+        """What belongs to the images of the global batch, [M, ...], without gradient, from [B_local, ...]."""
+
+    def all_reduce_sum_with_grad(self, x: Tensor) -> Tensor:
+        """The sum of the ranks' tensors of one shape, on every rank, with gradient."""
+
+    def all_reduce_mean(self, x: Tensor) -> Tensor:
+        """The mean of the ranks' tensors of one shape, on every rank, without gradient."""
+
+    def scale_for_ddp_mean(self, loss_share: Tensor) -> Tensor:
+        """A loss whose mean over the ranks is the sum of their shares."""
+
+
+class Extract(Protocol):
+    """A network's outputs for all training images, spread over the ranks."""
+
+    def __call__(self, network: nn.Module, augmented: bool = False, training: bool = False) -> Rows:
+        """network: images [N, 3, S, S] -> [N, D], without gradient. augmented: of a random view by the first group's
+        recipe, instead of the test transform. training: in the network's training mode."""
+
+
+OptionsT = TypeVar("OptionsT", bound=Section)
+
+
+class SSLMethod(nn.Module, Generic[OptionsT]):
+    """Base of every method. A subclass in `methods/<name>.py` is `class Method(SSLMethod[Options])`.
+
+    State is parameters and buffers only. A method calls `world.gather_views`, `world.all_reduce_sum` and their like; it
+    never asks for a rank or a size. Draws come from `ssl_dist.keys`, never from torch's global generator.
+    """
+
+    Options: ClassVar[type[Section]] = Section  # the one in SSLMethod[...]
+    views_together: bool = True  # views of one size pass the backbone as one batch (BatchNorm over all)
     trainable: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
     free_views: ClassVar[bool] = False  # K is the user's choice, so views may be spread over the ranks
@@ -86,32 +150,39 @@ class SSLMethod(nn.Module):
 
     num_views: int
 
-    def __init__(self, backbone: nn.Module, info: Info, options: Section):
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        for base in getattr(cls, "__orig_bases__", ()):
+            if get_origin(base) is SSLMethod:
+                (cls.Options,) = get_args(base)
+
+    def __init__(self, backbone: nn.Module, info: Info, options: OptionsT):
         super().__init__()
         self.backbone = backbone
         self.info = info
         self.options = options
 
     @classmethod
-    def explain(cls, num_views: int, batch_size: int, options: Section, world_size: int = 1) -> dict[str, str]:
+    def explain(cls, num_views: int, batch_size: int, options: OptionsT, world_size: int = 1) -> dict[str, str]:
         """What of this method a plan should show, name -> text; for example the pairs of a step and those of a rank."""
         return {}
 
     @classmethod
-    def warm_up(cls, options: Section, dtype: torch.dtype) -> None:
+    def warm_up(cls, options: OptionsT, dtype: torch.dtype) -> None:
         """Compile what the method needs compiled. Called before the ranks meet, or they would wait for one another."""
 
-    def forward(self, batch: Batch, world) -> Output:
+    def forward(self, batch: Batch, world: World) -> Output:
+        """The loss of this rank's views; the mean over the ranks must be the loss of the global batch."""
         raise NotImplementedError(f"{type(self).__module__} must define forward")
 
-    def before_step(self, clock, extract, world) -> list[nn.Parameter]:
+    def before_step(self, clock: Clock, extract: Extract, world: World) -> list[nn.Parameter]:
         """Called before every step. Returns the parameters it re-drew; their optimizer state is reset."""
         return []
 
-    def after_step(self, clock) -> None:
+    def after_step(self, clock: Clock) -> None:
         """Called after every optimizer step (EMA of a target network)."""
 
-    def parameter_groups(self) -> list[dict]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
         """What learns, in groups as torch's optimizers take them. "lr_factor" of a group multiplies its rate."""
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
 
@@ -150,9 +221,9 @@ class SSLMethod(nn.Module):
         with self.keyed(batch, view_id[None]), one_view(int(view_id)):
             return at_least_float32(network(images))
 
-    def gathered(self, batch: Batch, world, network: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def gathered(self, batch: Batch, world: World, network: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Representations [K, M, D] of the global batch, views in the order of their ids; see `represent`."""
-        return torch.cat([world.gather_views(z, batch) for z in self.represent(batch, network)])
+        return torch.cat([world.gather_views(z) for z in self.represent(batch, network)])
 
     @contextlib.contextmanager
     def keyed(self, batch: Batch, view_ids: Tensor) -> Iterator[None]:

@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ssl_dist.clock import Clock
 from ssl_dist.config import PositiveInt, Section
 from ssl_dist.errors import UserError
 from ssl_dist.kernels.kmeans import kmeans, whiten
 from ssl_dist.keys import INIT, METHOD, RELABEL, hash64, normals
-from ssl_dist.methods.base import Batch, Info, Output, Rows, SSLMethod, at_least_float32
+from ssl_dist.methods.base import Batch, Clock, Info, Output, Rows, SSLMethod, World, at_least_float32
 from ssl_dist.nn.layers import mlp
 from ssl_dist.nn.pseudolabels import PseudoLabels
 
@@ -46,8 +45,7 @@ def weighted_cross_entropy(logits_BK: Tensor, labels_B: Tensor, weight_K: Tensor
     return (weight_B * F.cross_entropy(logits_BK, labels_B, reduction="none")).sum(), weight_B.sum()
 
 
-class Method(SSLMethod):
-    Options = Options
+class Method(SSLMethod[Options]):
     num_views = 1
 
     def __init__(self, backbone: nn.Module, info: Info, options: Options):
@@ -105,7 +103,7 @@ class Method(SSLMethod):
         bias.zero_()
         return [weight, bias]
 
-    def forward(self, batch: Batch, world) -> Output:
+    def forward(self, batch: Batch, world: World) -> Output:
         """Metrics: the share of images whose cluster the head predicts, in percent; what the last clustering was, with
         the mean squared distance to the centres (between unit vectors)."""
         [z_VBD] = self.represent(batch)
@@ -113,6 +111,6 @@ class Method(SSLMethod):
         [labels_B] = self.labels.of(batch.positions)
         loss_share, weight_share = weighted_cross_entropy(logits_BK, labels_B, self.weight)
         correct = (logits_BK.detach().argmax(1) == labels_B).double().mean()
-        metrics = {"accuracy": 100 * world.mean(correct), "cluster_distance": self.distance.clone()}
-        loss = world.from_share(loss_share / world.reduce(weight_share))
-        return Output(loss, metrics | self.labels.metrics(), {}, world.gather_images(z_VBD[0].detach(), batch))
+        metrics = {"accuracy": 100 * world.all_reduce_mean(correct), "cluster_distance": self.distance.clone()}
+        loss = world.scale_for_ddp_mean(loss_share / world.all_reduce_sum(weight_share))
+        return Output(loss, metrics | self.labels.metrics(), {}, world.gather_images(z_VBD[0].detach()))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ssl_dist.config import PositiveFloat, Section
 from ssl_dist.errors import UserError
-from ssl_dist.methods.base import Batch, Info, Output, SSLMethod, at_least_float32
+from ssl_dist.methods.base import Batch, Info, Output, SSLMethod, World, at_least_float32
 from ssl_dist.methods.linear_probe import OUTPUT
 from ssl_dist.methods.supervised import accuracy
 
@@ -21,8 +21,7 @@ class Options(Section):
     )
 
 
-class Method(SSLMethod):
-    Options = Options
+class Method(SSLMethod[Options]):
     needs_labels = True
     num_views = 1
 
@@ -43,7 +42,7 @@ class Method(SSLMethod):
         """[N, C] of the classifier, at least float32, from images [N, 3, S, S]."""
         return {OUTPUT: at_least_float32(self.classifier(self.backbone(images)))}
 
-    def forward(self, batch: Batch, world) -> Output:
+    def forward(self, batch: Batch, world: World) -> Output:
         """Metrics: accuracy in percent."""
         with self.keyed(batch, batch.view_ids[0]):
             logits_BC = self.logits(batch.views[0][0])[OUTPUT]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ssl_dist.config import NonNegativeFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
 from ssl_dist.keys import METHOD, hash64, uniform_rows
-from ssl_dist.methods.base import Batch, Info, Output, SSLMethod, at_least_float32
+from ssl_dist.methods.base import Batch, Info, Output, SSLMethod, World, at_least_float32
 
 
 class Options(Section):
@@ -115,8 +115,7 @@ class PriorNet(nn.Module):
 # ---------------------------------------------------------------------------------------------------- method
 
 
-class Method(SSLMethod):
-    Options = Options
+class Method(SSLMethod[Options]):
     num_views = 1
 
     def __init__(self, backbone: nn.Module, info: Info, options: Options):
@@ -147,13 +146,13 @@ class Method(SSLMethod):
     def warm_up(cls, options: Options, dtype: torch.dtype) -> None:
         uniform_rows(hash64(0), np.zeros(1, np.int64), 1)
 
-    def forward(self, batch: Batch, world) -> Output:
+    def forward(self, batch: Batch, world: World) -> Output:
         """Metrics: the terms of the loss before they are weighted."""
         with self.keyed(batch, batch.view_ids[0]):
             y, maps = self.backbone.forward_stages(batch.views[0][0])
         y = at_least_float32(y)
         terms = self.terms(y, self.of_image_before(y, batch, world), maps[self.stage], self.drawn(batch, y))
-        metrics = {f"loss_{name}": world.mean(term.detach()) for name, term in terms.items()}
+        metrics = {f"loss_{name}": world.all_reduce_mean(term.detach()) for name, term in terms.items()}
         return Output(self.weighted(terms), metrics, representations=world.gather_images(y.detach()))
 
     def terms(self, y_BD: Tensor, y_before_BD: Tensor, maps_BCHW: Tensor, drawn_BD: Tensor) -> dict[str, Tensor]:
@@ -181,7 +180,7 @@ class Method(SSLMethod):
         The pairs of two images are those of the official code, (y, map of the next image), named by their map: features
         travel between the ranks, and maps, which are much larger, stay.
         """
-        everyone = world.gather_views(y_BD[None], batch)[0]
+        everyone = world.gather_views(y_BD[None])[0]
         own = (world.gather_images(batch.image_ids) == batch.image_ids[:, None]).int().argmax(1)
         return everyone.roll(1, 0)[own]
 

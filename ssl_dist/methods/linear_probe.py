@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ssl_dist.config import PositiveFloat, Section
 from ssl_dist.errors import UserError
-from ssl_dist.methods.base import Batch, Info, Output, SSLMethod, at_least_float32
+from ssl_dist.methods.base import Batch, Info, Output, SSLMethod, World, at_least_float32
 from ssl_dist.methods.supervised import accuracy
 
 # Kernel, stride and padding of SeLa's max-pooling on the maps of its AlexNet.
@@ -40,8 +40,7 @@ class Options(Section):
     )
 
 
-class Method(SSLMethod):
-    Options = Options
+class Method(SSLMethod[Options]):
     needs_labels = True
     num_views = 1
 
@@ -82,7 +81,7 @@ class Method(SSLMethod):
         heads = zip(self.names, self.heads.values(), inputs, strict=True)
         return {name: at_least_float32(head(x)) for name, head, x in heads}
 
-    def forward(self, batch: Batch, world) -> Output:
+    def forward(self, batch: Batch, world: World) -> Output:
         """The sum of the probes' cross-entropies. Metrics: the accuracy of each in percent."""
         with self.keyed(batch, batch.view_ids[0]):
             logits = self.logits(batch.views[0][0])

@@ -8,7 +8,6 @@ class Options(Section):
     pass
 
 
-class Method(SSLMethod):
-    Options = Options
+class Method(SSLMethod[Options]):
     trainable = False
     num_views = 1

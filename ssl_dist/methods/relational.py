@@ -19,7 +19,7 @@ from ssl_dist.config import NonNegativeFloat, PositiveInt, Probability, Section
 from ssl_dist.errors import UserError
 from ssl_dist.kernels import relation
 from ssl_dist.keys import LABELLED, hash64, uniform_rows
-from ssl_dist.methods.base import Batch, Info, Output, SSLMethod
+from ssl_dist.methods.base import Batch, Info, Output, SSLMethod, World
 from ssl_dist.nn.batchnorm import update_running
 from ssl_dist.nn.layers import mlp
 
@@ -168,8 +168,7 @@ class DotProduct(nn.Module):
 # ---------------------------------------------------------------------------------------------------- method
 
 
-class Method(SSLMethod):
-    Options = Options
+class Method(SSLMethod[Options]):
     free_views = True
 
     def __init__(self, backbone: nn.Module, info: Info, options: Options):
@@ -215,7 +214,7 @@ class Method(SSLMethod):
         if options.aggregation != "max" and not torch.cuda.is_available():
             relation.warm_up(dtype)
 
-    def forward(self, batch: Batch, world) -> Output:
+    def forward(self, batch: Batch, world: World) -> Output:
         """This rank scores its even share of the pairs of the whole global batch.
 
         Metrics: accuracy over all pairs, over positives and over negatives, in percent; a pair is called positive
@@ -228,7 +227,7 @@ class Method(SSLMethod):
         num_views, num_images, _ = z_KMD.shape
         labels_M = torch.full((num_images,), -1, device=z_KMD.device)
         if self.options.labelled:
-            labels_M = world.gather_images(self._known(batch), batch)
+            labels_M = world.gather_images(self._known(batch))
         num_units = num_views * (num_views - 1) // 2 * num_images
         lo, hi = world.share(num_units)
         # The head is a small part of the work and its sums run over all pairs: never in half precision.
@@ -236,7 +235,7 @@ class Method(SSLMethod):
             loss_share, logits, target = self.relate(z_KMD, labels_M, lo, hi, world)
         right = (logits > 0) == target
         counts = torch.stack([(right & target).sum(), target.sum(), (right & ~target).sum(), (~target).sum()])
-        right_positive, num_positive, right_negative, num_negative = world.reduce(counts)
+        right_positive, num_positive, right_negative, num_negative = world.all_reduce_sum(counts)
         metrics = {
             "accuracy": 100 * (right_positive + right_negative) / (2 * num_units),
             "accuracy_positive": 100 * right_positive / num_positive,
@@ -248,7 +247,7 @@ class Method(SSLMethod):
         if self.options.labelled:  # the sizes of these depend on the labels: a GPU is waited for
             positive, negative = score[target], score[~target]
         histograms = {"relation_score_positive": positive, "relation_score_negative": negative}
-        return Output(world.from_share(loss_share), metrics, histograms, z_KMD.detach())
+        return Output(world.scale_for_ddp_mean(loss_share), metrics, histograms, z_KMD.detach())
 
     def _known(self, batch: Batch) -> Tensor:
         """Labels int64 [B_local] of the images whose label is given to the method, -1 for the others."""
@@ -266,7 +265,7 @@ class Method(SSLMethod):
         target = torch.stack([torch.ones_like(left, dtype=torch.bool), (one == other) & (one >= 0)])
         if self.fused and head.can_sweep and head.training and z_ND.device.type == "cpu":
             share = relation.Share(couples(num_views, num_images), num_images, lo, hi, labels_M.numpy())
-            return *head.sweep(z_ND, share, gamma, alpha, world.reduce), target
+            return *head.sweep(z_ND, share, gamma, alpha, world.all_reduce_sum), target
         logits = head(z_ND, left.repeat(2), torch.cat([positive, negative])).view(2, -1)
         num_pairs = num_views * (num_views - 1) * num_images
         return focal_bce(logits, target, gamma, alpha).sum() / num_pairs, logits.detach(), target

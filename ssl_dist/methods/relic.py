@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ssl_dist.config import FiniteFloat, NonNegativeFloat, PositiveFloat, PositiveInt, Probability, Section
 from ssl_dist.errors import UserError
-from ssl_dist.methods.base import Batch, Info, Output, SSLMethod
+from ssl_dist.methods.base import Batch, Clock, Info, Output, SSLMethod, World
 from ssl_dist.nn.layers import ema_update
 
 COPIES = 2  # the target is a copy of the online network after this many first steps, an average from then on
@@ -96,10 +96,9 @@ def gamma_of(step: int, total: int, base: float) -> float:
 # ---------------------------------------------------------------------------------------------------- method
 
 
-class Method(SSLMethod):
+class Method(SSLMethod[Options]):
     """views.groups: the global views (2 in the paper), then, if any, the local ones, smaller and any number."""
 
-    Options = Options
     free_views = True
     views_together = False
     fixed_length = True  # gamma
@@ -140,7 +139,7 @@ class Method(SSLMethod):
     def encoder(self) -> nn.Module:
         return self.target_backbone
 
-    def forward(self, batch: Batch, world) -> Output:
+    def forward(self, batch: Batch, world: World) -> Output:
         """Metrics: the terms of the loss, factor and bias of the logits, gamma of the coming average, and the share of
         images that are found, in percent; each a mean over the pairs of a target view and an online view."""
         with torch.no_grad():
@@ -189,7 +188,7 @@ class Method(SSLMethod):
         loss = means["instance"] + self.options.alpha * means["invariance"]
         return loss, {name: value.detach() for name, value in means.items()}
 
-    def after_step(self, clock) -> None:
+    def after_step(self, clock: Clock) -> None:
         """The target follows the online network, running statistics included (step: clock.step - 1)."""
         gamma = gamma_of(clock.step - 1, self.total, self.options.gamma)
         for target, online in ((self.target_backbone, self.backbone), (self.target_head, self.head)):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_dist.config import Section
-from ssl_dist.methods.base import Batch, Info, Output, SSLMethod
+from ssl_dist.methods.base import Batch, Info, Output, SSLMethod, World
 
 TURNS = 4
 
@@ -34,8 +34,7 @@ def turn_targets(num_images: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.arange(TURNS, device=device).repeat_interleave(num_images)
 
 
-class Method(SSLMethod):
-    Options = Options
+class Method(SSLMethod[Options]):
     num_views = 1
 
     def __init__(self, backbone: nn.Module, info: Info, options: Options):
@@ -50,10 +49,10 @@ class Method(SSLMethod):
         """Of every image's four turns, [4, B_local, D], which pass the network as one batch."""
         return super().represent(turned(batch), network)
 
-    def forward(self, batch: Batch, world) -> Output:
+    def forward(self, batch: Batch, world: World) -> Output:
         """Metrics: accuracy over all turned images, in percent."""
         h_4BD = self.represent(batch)[0]
         logits, target = self.classifier(h_4BD.flatten(0, 1)), turn_targets(h_4BD.shape[1], h_4BD.device)
-        accuracy = 100 * world.mean((logits.argmax(1) == target).double().mean())
+        accuracy = 100 * world.all_reduce_mean((logits.argmax(1) == target).double().mean())
         upright = world.gather_images(h_4BD[0].detach())
         return Output(F.cross_entropy(logits, target), {"accuracy": accuracy}, representations=upright)

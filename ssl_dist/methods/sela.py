@@ -18,11 +18,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ssl_dist.clock import Clock
 from ssl_dist.config import PositiveFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
 from ssl_dist.kernels import sinkhorn
-from ssl_dist.methods.base import Batch, Info, Output, Rows, SSLMethod, at_least_float32
+from ssl_dist.methods.base import Batch, Clock, Info, Output, Rows, SSLMethod, World, at_least_float32
 from ssl_dist.nn.pseudolabels import PseudoLabels
 
 BLOCK = 2**26  # bytes of activations and of scores in float64 that are made at once
@@ -67,8 +66,7 @@ def heads_loss(logits_HBK: list[Tensor], labels_HB: Tensor) -> Tensor:
     return torch.stack(losses).mean(0)
 
 
-class Method(SSLMethod):
-    Options = Options
+class Method(SSLMethod[Options]):
     num_views = 1
     fixed_length = True  # the relabelings
 
@@ -126,17 +124,17 @@ class Method(SSLMethod):
         self.labels.replace(heads, labels, rows.positions, world)
         self.sinkhorn.copy_(torch.tensor([iterations / len(labels), worst], dtype=torch.float64))
 
-    def forward(self, batch: Batch, world) -> Output:
+    def forward(self, batch: Batch, world: World) -> Output:
         """Metrics: the share of images whose label the heads predict, in percent, and what the last relabeling was."""
         [z_VBD] = self.represent(batch)
         logits_HBK = [at_least_float32(head(z_VBD.flatten(0, 1))) for head in self.heads]
         labels_HB = self.labels.of(batch.positions)
         correct = torch.stack([z.detach().argmax(1) for z in logits_HBK]) == labels_HB
         metrics = {
-            "accuracy": 100 * world.mean(correct.double().mean()),
+            "accuracy": 100 * world.all_reduce_mean(correct.double().mean()),
             "sinkhorn_iterations": self.sinkhorn[0].clone(),
             "sinkhorn_error": self.sinkhorn[1].clone(),
         }
         # Ranks hold equally many images, so the mean of their means is that of the global batch.
         loss = heads_loss(logits_HBK, labels_HB).mean()
-        return Output(loss, metrics | self.labels.metrics(), {}, world.gather_images(z_VBD[0].detach(), batch))
+        return Output(loss, metrics | self.labels.metrics(), {}, world.gather_images(z_VBD[0].detach()))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ssl_dist.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Section
 from ssl_dist.errors import UserError
-from ssl_dist.methods.base import Batch, Info, Output, SSLMethod
+from ssl_dist.methods.base import Batch, Info, Output, SSLMethod, World
 from ssl_dist.nn.layers import mlp
 
 
@@ -100,8 +100,7 @@ def invariance(z_KMD: Tensor, general: list[int]) -> Tensor:
 # ---------------------------------------------------------------------------------------------------- method
 
 
-class Method(SSLMethod):
-    Options = Options
+class Method(SSLMethod[Options]):
     free_views = True
 
     def __init__(self, backbone: nn.Module, info: Info, options: Options):
@@ -136,13 +135,13 @@ class Method(SSLMethod):
     def embed(self, images: Tensor) -> Tensor:
         return self.projector(self.backbone(images))
 
-    def forward(self, batch: Batch, world) -> Output:
+    def forward(self, batch: Batch, world: World) -> Output:
         """Every rank takes its even share of the rows of the Gram matrices. Metrics: the unweighted terms."""
         embeddings = self.gathered(batch, world, self.embed)
         with torch.autocast(embeddings.device.type, enabled=False):
             similar, share = self.terms(embeddings, *world.share(embeddings.shape[1]))
-        loss = self.options.sim_coeff * similar + self.options.mmd_coeff * world.from_share(share)
-        metrics = {"invariance": similar.detach(), "discrepancy": world.reduce(share.detach())}
+        loss = self.options.sim_coeff * similar + self.options.mmd_coeff * world.scale_for_ddp_mean(share)
+        metrics = {"invariance": similar.detach(), "discrepancy": world.all_reduce_sum(share.detach())}
         return Output(loss, metrics, representations=embeddings.detach())
 
     def terms(self, embeddings_KMD: Tensor, lo: int, hi: int) -> tuple[Tensor, Tensor]:

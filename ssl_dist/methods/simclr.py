@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ssl_dist.config import PositiveFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
-from ssl_dist.methods.base import Batch, Info, Output, SSLMethod
+from ssl_dist.methods.base import Batch, Info, Output, SSLMethod, World
 from ssl_dist.nn.layers import mlp
 
 
@@ -61,8 +61,7 @@ def log_of_mean(log_probability_N: Tensor) -> Tensor:
 LOSSES = {"nt_xent": nt_xent, "log_of_mean": log_of_mean}
 
 
-class Method(SSLMethod):
-    Options = Options
+class Method(SSLMethod[Options]):
     num_views = 2
 
     def __init__(self, backbone: nn.Module, info: Info, options: Options):
@@ -77,7 +76,7 @@ class Method(SSLMethod):
         loss = f"{options.loss}, temperature {options.temperature:g}"
         return {"similarities": f"{rows} x {rows} a step, {-(-rows // world_size)} x {rows} a rank; {loss}"}
 
-    def forward(self, batch: Batch, world) -> Output:
+    def forward(self, batch: Batch, world: World) -> Output:
         """This rank compares its even share of the views with all those of the global batch.
 
         Metrics: accuracy, how often the partner is the most similar candidate, in percent.
@@ -87,7 +86,7 @@ class Method(SSLMethod):
         with torch.autocast(z_ND.device.type, enabled=False):  # exponentials of similarities: never in half precision
             logits, partner = candidates(z_ND, self.options.temperature, lo, hi)
             share = -F.cross_entropy(logits, partner, reduction="none")
-            log_probability = world.sum(F.pad(share, (lo, len(z_ND) - hi)))  # one number an anchor, now on every rank
+            log_probability = world.all_reduce_sum_with_grad(F.pad(share, (lo, len(z_ND) - hi)))  # one number an anchor
             loss = LOSSES[self.options.loss](log_probability)
-        correct = world.reduce((logits.detach().argmax(1) == partner).sum())
+        correct = world.all_reduce_sum((logits.detach().argmax(1) == partner).sum())
         return Output(loss, {"accuracy": 100 * correct / len(z_ND)}, representations=z_ND.detach())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssl_dist.config import Section
 from ssl_dist.errors import UserError
-from ssl_dist.methods.base import Batch, Info, Output, SSLMethod, at_least_float32
+from ssl_dist.methods.base import Batch, Info, Output, SSLMethod, World, at_least_float32
 from ssl_dist.methods.rotation import TURNS, turn_targets, turned
 
 
@@ -19,8 +19,7 @@ class Options(Section):
     rotation: bool = Field(False, description="also tell by how many quarters an image is turned; both losses weigh 1")
 
 
-class Method(SSLMethod):
-    Options = Options
+class Method(SSLMethod[Options]):
     needs_labels = True
     num_views = 1
 
@@ -39,7 +38,7 @@ class Method(SSLMethod):
     def logits(self, images: Tensor) -> dict[str, Tensor]:
         return {"output": at_least_float32(self.classifier(self.backbone(images)))}
 
-    def forward(self, batch: Batch, world) -> Output:
+    def forward(self, batch: Batch, world: World) -> Output:
         """Metrics: accuracy of the labels in percent; with rotation the accuracy of the turns and both losses too."""
         h_VBD = self.represent(batch)[0]
         logits = self.classifier(h_VBD[0])
@@ -49,11 +48,14 @@ class Method(SSLMethod):
             turns, target = self.rotation_classifier(h_VBD.flatten(0, 1)), turn_targets(h_VBD.shape[1], h_VBD.device)
             rotation_loss = F.cross_entropy(turns, target)
             metrics["accuracy_rotation"] = accuracy(turns, target, world)
-            metrics |= {"loss_labels": world.mean(loss.detach()), "loss_rotation": world.mean(rotation_loss.detach())}
+            metrics |= {
+                "loss_labels": world.all_reduce_mean(loss.detach()),
+                "loss_rotation": world.all_reduce_mean(rotation_loss.detach()),
+            }
             loss = loss + rotation_loss
         return Output(loss, metrics, representations=world.gather_images(h_VBD[0].detach()))
 
 
 def accuracy(logits: Tensor, target: Tensor, world) -> Tensor:
     """Of all ranks, which hold equally many rows, in percent."""
-    return 100 * world.mean((logits.argmax(1) == target).double().mean())
+    return 100 * world.all_reduce_mean((logits.argmax(1) == target).double().mean())

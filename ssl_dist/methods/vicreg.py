@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ssl_dist.config import NonNegativeFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
-from ssl_dist.methods.base import Batch, Info, Output, SSLMethod
+from ssl_dist.methods.base import Batch, Info, Output, SSLMethod, World
 from ssl_dist.nn.layers import mlp
 
 
@@ -43,8 +43,7 @@ def covariance(z_MD: Tensor, lo: int = 0, hi: int | None = None) -> Tensor:
     return rows.square().sum() / dim
 
 
-class Method(SSLMethod):
-    Options = Options
+class Method(SSLMethod[Options]):
     num_views = 2
     views_together = False
 
@@ -63,7 +62,7 @@ class Method(SSLMethod):
     def embed(self, images: Tensor) -> Tensor:
         return self.projector(self.backbone(images))
 
-    def forward(self, batch: Batch, world) -> Output:
+    def forward(self, batch: Batch, world: World) -> Output:
         """Every rank takes its even share of the rows of the covariance matrices. Metrics: the unweighted terms."""
         z_KMD, options = self.gathered(batch, world, self.embed), self.options
         x_MD, y_MD = z_KMD
@@ -73,10 +72,10 @@ class Method(SSLMethod):
             std = (variance(x_MD) + variance(y_MD)) / 2
             cov_share = covariance(x_MD, lo, hi) + covariance(y_MD, lo, hi)
         loss = options.sim_coeff * invariance + options.std_coeff * std
-        loss = loss + options.cov_coeff * world.from_share(cov_share)
+        loss = loss + options.cov_coeff * world.scale_for_ddp_mean(cov_share)
         metrics = {
             "invariance": invariance.detach(),
             "variance": std.detach(),
-            "covariance": world.reduce(cov_share.detach()),
+            "covariance": world.all_reduce_sum(cov_share.detach()),
         }
         return Output(loss, metrics, representations=z_KMD.detach())

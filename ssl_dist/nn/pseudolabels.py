@@ -46,7 +46,7 @@ class PseudoLabels(nn.Module):
         for head, labels in zip(heads, labels_Hn, strict=True):
             own = torch.zeros_like(self.of_images[head])
             own[positions] = labels.to(own.dtype)
-            new = world.reduce(own)
+            new = world.all_reduce_sum(own)
             changed += float((new != self.of_images[head]).double().mean()) / len(heads)
             self.of_images[head] = new
             sizes.append(self.sizes(head).double() / len(new))

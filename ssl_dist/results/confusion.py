@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ssl_dist.results.figures import Album
+from ssl_dist.results.figures import FigureWriter
 from ssl_dist.storage.features import Features
 
 if TYPE_CHECKING:
@@ -27,7 +27,9 @@ def matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.nd
     return np.bincount(labels * num_classes + predicted, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def add_pictures(album: Album, test: Features, names: list[str], predicted: np.ndarray, name: str, how: str) -> None:
+def add_pictures(
+    album: FigureWriter, test: Features, names: list[str], predicted: np.ndarray, name: str, how: str
+) -> None:
     """Those of `pictures` of predictions int64 [N] for the images of `test`."""
     if len(names) > MOST_CLASSES:  # before the matrix is made, too
         return

@@ -50,7 +50,7 @@ def has_pictures(folder: Path, evaluator: str, checkpoint: str) -> bool:
     return False
 
 
-class Album:
+class FigureWriter:
     """Where the pictures of one evaluator go, and where it finds images; use as a context manager, or call `close`.
 
     folder: of the pictures; test: the split that is measured, whose data set, name and checkpoint mark the pictures;
@@ -108,7 +108,7 @@ class Album:
         while self._readers:
             self._readers.popitem()[1].close()
 
-    def __enter__(self) -> "Album":
+    def __enter__(self) -> "FigureWriter":
         return self
 
     def __exit__(self, *_) -> None:

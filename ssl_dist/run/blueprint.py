@@ -19,7 +19,7 @@ from ssl_dist.data import labels, plan
 from ssl_dist.data.catalog import facts
 from ssl_dist.data.reader import SplitInfo
 from ssl_dist.data.readers import open_dataset, read_info, require_name, splits_present
-from ssl_dist.distributed.rank import Place
+from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.errors import UserError
 from ssl_dist.keys import INIT, hash64
 from ssl_dist.methods.base import Info, SSLMethod
@@ -28,9 +28,9 @@ from ssl_dist.storage import weights
 
 
 @dataclass(frozen=True)
-class Blueprint:
+class RunPlan:
     config: Config
-    place: Place
+    rank_info: RankInfo
     method_class: type[SSLMethod]
     options: Section
     split: SplitInfo
@@ -60,8 +60,8 @@ class Blueprint:
     def grid(self) -> grid.Grid:
         return grid.choose(
             self.config.data.view_shards,
-            self.place.size,
-            self.place.local_size,
+            self.rank_info.world_size,
+            self.rank_info.local_world_size,
             self.config.optim.batch_size,
             [spec.num for spec in self.specs],
             self.method_class.free_views,
@@ -127,7 +127,7 @@ class Blueprint:
     def threads(self) -> int:
         """Threads that make views on this rank: its share of the cores."""
         workers = self.config.data.workers
-        return self.place.cores if workers == "auto" else workers
+        return self.rank_info.cores if workers == "auto" else workers
 
     def open_reader(self):
         reader = self._open()
@@ -172,8 +172,8 @@ def build_method(
     return method_class(backbone, replace(info, feature_dim=backbone.feature_dim, stages=backbone.stages), options)
 
 
-def derive(config: Config, place: Place) -> Blueprint:
-    """The blueprint of `config` for a rank at `place`. Raises `UserError` for everything that can not run."""
+def derive(config: Config, rank_info: RankInfo) -> RunPlan:
+    """The plan of `config` on this rank. Raises `UserError` for everything that can not run."""
     method_class = methods.find(config.method.name)
     options = methods.build_options(method_class, config.method.options)
     backbones.check(config.backbone.name, config.backbone.zero_init_residual)
@@ -188,7 +188,7 @@ def derive(config: Config, place: Place) -> Blueprint:
             f"data.split = {split_name!r}: method {config.method.name} needs labels and this split has none; "
             "choose a labelled split"
         )
-    blueprint = Blueprint(config, place, method_class, options, split, given)
+    blueprint = RunPlan(config, rank_info, method_class, options, split, given)
     _ = (
         blueprint.num_views,
         blueprint.specs,

@@ -17,7 +17,7 @@ from ssl_dist.data.normalize import normalized
 from ssl_dist.data.reader import Reader, SplitInfo
 from ssl_dist.data.readers import open_dataset, read_info
 from ssl_dist.distributed.world import World
-from ssl_dist.errors import UserError
+from ssl_dist.errors import RaisedOn, UserError
 from ssl_dist.methods.base import Info, SSLMethod
 from ssl_dist.progress import Counter
 from ssl_dist.run import blueprint
@@ -76,14 +76,13 @@ def load_together(path: Path, world: World) -> tuple[SSLMethod, Encoder]:
 
     Raises `UserError` on every rank.
     """
-    method, encoder = world.agreed(lambda: load_method(path))
-    first = world.first(lambda: (str(encoder.file), encoder.sha256))
+    method, encoder = world.raise_together(lambda: load_method(path))
+    first = world.on_rank0(lambda: (str(encoder.file), encoder.sha256))
     if encoder.sha256 != first[1]:
         method, encoder = load_method(Path(first[0]))
-    if len(set(world.everyone(encoder.sha256))) > 1:
-        error = UserError(f"{path}: changes while it is read; evaluate when the training has saved")
-        error.agreed = True
-        raise error
+    if len(set(world.all_gather_object(encoder.sha256))) > 1:
+        message = f"{path}: changes while it is read; evaluate when the training has saved"
+        raise UserError(message, RaisedOn.EVERY_RANK)
     return method, encoder
 
 
@@ -135,13 +134,13 @@ def extract_features(
     Every rank passes an even range of ids and writes it beside the file; rank 0 joins the parts.
     """
     path = features_path(folder, source, split)
-    token = world.first(lambda: _prepare(folder))
+    token = world.on_rank0(lambda: _prepare(folder))
     with open_dataset(source.root, split, source.reader, threads=threads) as reader:
         info = reader.info
         low, high = world.share(info.count)
         title = f"features {source.name} {split}"
         with (
-            Counter(title, high - low, "image", quiet=not world.is_first) as counter,
+            Counter(title, high - low, "image", quiet=not world.is_rank0) as counter,
             world.state.phase_of(f"the extraction of {split}", STUCK),
         ):
             ids = np.arange(low, high, dtype=np.int64)
@@ -149,7 +148,7 @@ def extract_features(
             to_input = normalized(encoder.normalize, torch.float32, world.device)
             rows = list(outputs(module, to_input, encoder.config.data, reader, ids, world, threads, counter))
         part = np.concatenate(rows) if rows else np.empty((0, 0), np.float32)
-        labels = reader.labels(np.arange(info.count, dtype=np.int64)) if world.is_first else None
+        labels = reader.labels(np.arange(info.count, dtype=np.int64)) if world.is_rank0 else None
     metadata = {
         "classes": json.dumps(list(info.classes)),
         "dataset": source.name,
@@ -170,13 +169,13 @@ def extract_features(
     if world.alone:
         join([part])
         return path
-    part_paths = [_part_of(path, rank, token) for rank in range(world.place.size)]
+    part_paths = [_part_of(path, rank, token) for rank in range(world.rank_info.world_size)]
     waiting = world.state.phase_of(f"the wait for the other ranks' parts of {split}", PATIENCE)
-    with waiting, durable.temporary(part_paths[world.place.rank]) as file:
+    with waiting, durable.temporary(part_paths[world.rank_info.rank]) as file:
         np.save(file, part)
         durable.sync(file)  # rank 0 may read it on another node
         world.barrier()
-        world.first(lambda: join([np.load(part_path, mmap_mode="r") for part_path in part_paths]))
+        world.on_rank0(lambda: join([np.load(part_path, mmap_mode="r") for part_path in part_paths]))
     return path
 
 

@@ -9,9 +9,9 @@ from sklearn.metrics import normalized_mutual_info_score
 from ssl_dist import config
 from ssl_dist.config import Config
 from ssl_dist.data import labels
-from ssl_dist.distributed.rank import Place
+from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.errors import UserError
-from ssl_dist.run.blueprint import Blueprint, derive
+from ssl_dist.run.blueprint import RunPlan, derive
 from ssl_dist.storage import checkpoint
 from ssl_dist.storage.durable import atomic_write_or_refuse
 
@@ -38,17 +38,17 @@ def export_labels(run: Path, out: Path, overrides: Sequence[str]) -> str:
     return said + _information(blueprint, ids, of_images)
 
 
-def _blueprint(state: dict, overrides: Sequence[str]) -> Blueprint:
+def _blueprint(state: dict, overrides: Sequence[str]) -> RunPlan:
     tree = state["config"]
     for override in overrides:
         key, equals, value = override.partition("=")
         if key not in KEYS or not equals:
             raise UserError(f"override {override!r}: {' and '.join(KEYS)} can be set here")
         tree = tree | {"data": tree["data"] | {key.removeprefix("data."): value}}
-    return derive(config.validate(Config, tree), Place())
+    return derive(config.validate(Config, tree), RankInfo())
 
 
-def _information(blueprint: Blueprint, ids: np.ndarray, of_images: np.ndarray) -> str:
+def _information(blueprint: RunPlan, ids: np.ndarray, of_images: np.ndarray) -> str:
     """Normalised mutual information of every head's labels with the known ones: 1 when either gives the other."""
     if not blueprint.split.labelled:
         return ""

@@ -19,7 +19,7 @@ from submitit.helpers import clean_env
 from ssl_dist import config, evaluators
 from ssl_dist.config import Config
 from ssl_dist.config.section import parse_yaml
-from ssl_dist.distributed.rank import Place
+from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.errors import UserError
 from ssl_dist.evaluate.command import parse
 from ssl_dist.job import Job
@@ -35,8 +35,8 @@ def train(options: argparse.Namespace) -> int:
     site = read_site(options.site, vars(options))
     wanted = variants(options.config, options.overrides, options.seeds or [], options.sweep or [])
     for settings in wanted:
-        place = Place(0, site.nodes * site.ranks_per_node, 0, site.ranks_per_node)
-        blueprint = derive(settings, place)
+        rank_info = RankInfo(0, site.nodes * site.ranks_per_node, 0, site.ranks_per_node)
+        blueprint = derive(settings, rank_info)
         run_folder.check(blueprint.run, settings)
     if options.then is not None:
         _check_evaluation("--then", options.then)

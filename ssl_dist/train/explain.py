@@ -18,19 +18,19 @@ from torch.utils._pytree import tree_leaves
 
 from ssl_dist.config import Config
 from ssl_dist.data.loader import AHEAD
-from ssl_dist.distributed.rank import Place
+from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.grid import Grid, splits
 from ssl_dist.methods.base import Batch
 from ssl_dist.run import folder as run_folder
-from ssl_dist.run.blueprint import Blueprint, derive
+from ssl_dist.run.blueprint import RunPlan, derive
 from ssl_dist.storage import checkpoint
 from ssl_dist.train import online_knn, optim
 
 
 def explain(config: Config, world_size: int, ranks_per_node: int | None = None) -> str:
     """A text of `name: value` lines. Raises `UserError` for everything that could not run."""
-    place = Place(0, world_size, 0, ranks_per_node or world_size)
-    blueprint = derive(config, place)
+    rank_info = RankInfo(0, world_size, 0, ranks_per_node or world_size)
+    blueprint = derive(config, rank_info)
     run_folder.check(blueprint.run, config)
     memory = Memory.of(blueprint)
     lines = _data(blueprint) | _grid(blueprint, memory) | _training(blueprint) | _memory(memory) | _files(blueprint)
@@ -38,7 +38,7 @@ def explain(config: Config, world_size: int, ranks_per_node: int | None = None) 
     return "\n".join(f"{name:<{width}}  {text}".replace("\n", "\n" + " " * (width + 2)) for name, text in lines.items())
 
 
-def _data(b: Blueprint) -> dict[str, str]:
+def _data(b: RunPlan) -> dict[str, str]:
     split, used = b.split, len(b.plan.train_ids)
     part = "" if used == split.count else f", {used} of them used"
     classes = f"{len(split.classes)} classes" if split.labelled else "no labels"
@@ -53,7 +53,7 @@ def _data(b: Blueprint) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------- who holds what
 
 
-def _grid(b: Blueprint, memory: "Memory") -> dict[str, str]:
+def _grid(b: RunPlan, memory: "Memory") -> dict[str, str]:
     grid, images = b.grid, b.config.optim.batch_size
     groups = " + ".join(f"{s.num} x {s.size} px" for s in b.specs)
     held = " + ".join(f"{s.num // grid.views} x {s.size} px" for s in b.specs)
@@ -64,7 +64,7 @@ def _grid(b: Blueprint, memory: "Memory") -> dict[str, str]:
         "global batch": f"{images} images, {images * b.num_views} views",
         "ranks": f"{grid.size} = {grid.images} image shard(s) x {grid.views} view shard(s)",
         "each rank": f"{images // grid.images} images, {held} views of each",
-        "who holds what": _who(grid) + _where(grid, b.place.local_size),
+        "who holds what": _who(grid) + _where(grid, b.rank_info.local_world_size),
         "splits": _splits(b, memory),
     } | b.method_class.explain(b.num_views, images, b.options, grid.size)
 
@@ -89,13 +89,13 @@ def _where(grid: Grid, ranks_per_node: int) -> str:
     return f"{nodes}, view shards {'inside a node' if grid.inside(ranks_per_node) else 'spread over several nodes'}"
 
 
-def _splits(b: Blueprint, memory: "Memory") -> str:
+def _splits(b: RunPlan, memory: "Memory") -> str:
     """Every split that divides, a line each: what data.view_shards can be. Views and the network's memory are the
     same for all; decoded images are fewer where a rank holds fewer of them."""
-    images, ranks_per_node = b.config.optim.batch_size, b.place.local_size
+    images, ranks_per_node = b.config.optim.batch_size, b.rank_info.local_world_size
     groups = [spec.num for spec in b.specs]
     rows = [f"{'data.view_shards':>16} {'Wi x Wv':>9} {'images':>7} {'views':>9} {'MiB':>9}  a rank"]
-    for grid in splits(b.place.size, images, groups, b.method_class.free_views):
+    for grid in splits(b.rank_info.world_size, images, groups, b.method_class.free_views):
         held = "+".join(str(num // grid.views) for num in groups)
         total = f"{_mib(memory.total(grid)):.1f}"
         notes = ["chosen"] * (grid == b.grid) + ["over nodes"] * (not grid.inside(ranks_per_node))
@@ -104,7 +104,7 @@ def _splits(b: Blueprint, memory: "Memory") -> str:
     return "\n".join(rows)
 
 
-def _training(b: Blueprint) -> dict[str, str]:
+def _training(b: RunPlan) -> dict[str, str]:
     if not b.method_class.trainable:
         return {"training": "none: the weights are written as they are drawn"}
     clock, options = b.clock(), b.config.optim
@@ -121,7 +121,7 @@ def _training(b: Blueprint) -> dict[str, str]:
     } | _online(b)
 
 
-def _online(b: Blueprint) -> dict[str, str]:
+def _online(b: RunPlan) -> dict[str, str]:
     every = b.config.log.knn_every_epochs
     if every is None:
         return {}
@@ -138,7 +138,7 @@ class Memory:
     On a GPU `waiting` and the decoded images lie in the host's memory, the rest on the device. Of the loss only the
     representations are counted: what a method does with them is its own."""
 
-    blueprint: Blueprint
+    blueprint: RunPlan
     parameters: int  # numbers in the backbone
     feature_dim: int
     weights: int  # those trained with gradients, optimizer state and, on several ranks, buckets that average gradients
@@ -148,7 +148,7 @@ class Memory:
     representations: int  # of all ranks, and their gradient
 
     @staticmethod
-    def of(b: Blueprint) -> "Memory":
+    def of(b: RunPlan) -> "Memory":
         element, images, trainable = b.dtype.itemsize, b.config.optim.batch_size, b.method_class.trainable
         with torch.device("meta"):
             method = b.build()
@@ -156,8 +156,8 @@ class Memory:
         trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
         name = b.config.optim.name
         copies = 4 if name in ("adam", "adamw") else 3 if name == "lars" or b.config.optim.momentum else 2
-        copies += b.place.size > 1
-        pixels = sum(images * spec.num * 3 * spec.size**2 for spec in b.specs) // b.place.size
+        copies += b.rank_info.world_size > 1
+        pixels = sum(images * spec.num * 3 * spec.size**2 for spec in b.specs) // b.rank_info.world_size
         return Memory(
             blueprint=b,
             parameters=sum(p.numel() for p in method.backbone.parameters()),
@@ -180,7 +180,7 @@ class Memory:
         return sum(parts) + self.decoded(grid)
 
 
-def _peak(b: Blueprint, method) -> int:
+def _peak(b: RunPlan, method) -> int:
     """The most that forward and backward of the backbone hold at once on this rank, beside weights and input."""
     method.train()
     half = b.config.precision == "bf16"
@@ -255,7 +255,7 @@ def _mib(num_bytes: int) -> float:
     return num_bytes / 2**20
 
 
-def _files(b: Blueprint) -> dict[str, str]:
+def _files(b: RunPlan) -> dict[str, str]:
     kept = checkpoint.steps(b.run)
     state = f"resumes after step {kept[-1]}" if kept else "new"
     return {"run folder": f"{b.run} ({state})"}

@@ -9,18 +9,18 @@ import torch
 
 from ssl_dist import views
 from ssl_dist.config import Config
-from ssl_dist.distributed.rank import Place
+from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.distributed.rendezvous import StoppedWhileWaiting
 from ssl_dist.distributed.signals import STOPPED, StopRequest
 from ssl_dist.distributed.watchdog import Watchdog
 from ssl_dist.distributed.world import World, join_world
-from ssl_dist.errors import Fault, UserError
+from ssl_dist.errors import Fault, RaisedOn, UserError
 from ssl_dist.nn import batchnorm
 from ssl_dist.run import folder as run_folder
-from ssl_dist.run.blueprint import Blueprint, derive
+from ssl_dist.run.blueprint import RunPlan, derive
 from ssl_dist.train import optim
 from ssl_dist.train.preflight import agree
-from ssl_dist.train.state import Training
+from ssl_dist.train.state import TrainState
 
 
 def train(wanted: Config) -> int:
@@ -30,43 +30,46 @@ def train(wanted: Config) -> int:
     """
     if wanted.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    place = Place.from_environment()
-    blueprint = derive(wanted, place)
+    rank_info = RankInfo.from_environment()
+    blueprint = derive(wanted, rank_info)
     for spec in blueprint.specs:
         views.warm_up(spec)  # compile before the ranks meet, or they wait for one another
     blueprint.method_class.warm_up(blueprint.options, blueprint.dtype)
     if not torch.cuda.is_available():
         batchnorm.warm_up(blueprint.dtype)
-    with StopRequest() as stop, Watchdog(place, wanted.timeout, stop.request) as dog:
+    with StopRequest() as stop, Watchdog(rank_info, wanted.timeout, stop.request) as watchdog:
         try:
-            world = join_world(place, blueprint.grid, dog.state, lambda: stop.requested)
+            world = join_world(rank_info, blueprint.grid, watchdog.state, lambda: stop.requested)
         except StoppedWhileWaiting:
-            if place.local_rank == 0:
+            if rank_info.local_rank == 0:
                 print("stopped before all ranks had come; nothing has begun", file=sys.stderr, flush=True)
             return STOPPED
-        with world, dog.reporting():
-            return train_in(world, dog, stop, blueprint)[0]
+        with world, watchdog.reporting():
+            return train_in(world, watchdog, stop, blueprint)[0]
 
 
-def train_in(world: World, dog: Watchdog, stop: StopRequest, blueprint: Blueprint) -> tuple[int, Training]:
+def train_in(world: World, watchdog: Watchdog, stop: StopRequest, blueprint: RunPlan) -> tuple[int, TrainState]:
     """Run the training of `blueprint` among ranks that have met. Returns its exit code, and it as it then is."""
     with claimed(blueprint, world):
-        dog.show(blueprint.run / "logs", agree(blueprint, world))
+        watchdog.publish(blueprint.run / "logs", agree(blueprint, world))
         try:
-            run = Training(blueprint, world)
+            run = TrainState(blueprint, world)
         except UserError as error:
-            error.agreed = True  # config, images and checkpoint are the same on all ranks, so all have met it
-            raise
-        if world.is_first:
-            run_folder.note_start(run.folder, blueprint.config, run.clock.step, world.place.size)
-        dog.log.note(f"{world.place} of {world.place.size} (pid {os.getpid()}) begins after step {run.clock.step}")
+            # config, images and checkpoint are the same on all ranks, so all raise it
+            raise UserError(str(error), RaisedOn.EVERY_RANK) from error
+        if world.is_rank0:
+            run_folder.note_start(run.folder, blueprint.config, run.clock.step, world.rank_info.world_size)
+        rank_info = world.rank_info
+        watchdog.log.note(
+            f"{rank_info} of {rank_info.world_size} (pid {os.getpid()}) begins after step {run.clock.step}"
+        )
         code = fit(run, stop)
-        dog.log.note("stopped on request" if code == STOPPED else "done")
+        watchdog.log.note("stopped on request" if code == STOPPED else "done")
         return code, run
 
 
 @contextlib.contextmanager
-def claimed(blueprint: Blueprint, world: World) -> Iterator[None]:
+def claimed(blueprint: RunPlan, world: World) -> Iterator[None]:
     """The run's folder belongs to this training meanwhile: rank 0 holds the lock and has accepted the config."""
     locks = []
 
@@ -75,7 +78,7 @@ def claimed(blueprint: Blueprint, world: World) -> Iterator[None]:
         run_folder.accept(blueprint.run, blueprint.config)
 
     try:
-        world.first(claim)
+        world.on_rank0(claim)
         yield
     finally:
         for lock in locks:
@@ -85,10 +88,11 @@ def claimed(blueprint: Blueprint, world: World) -> Iterator[None]:
 class NonFiniteLoss(Fault):
     """The loss of some rank was NaN or infinite; the optimizer has not taken that step."""
 
-    agreed = True
+    def __init__(self, message: str):
+        super().__init__(message, RaisedOn.EVERY_RANK)
 
 
-def fit(run: Training, stop: StopRequest) -> int:
+def fit(run: TrainState, stop: StopRequest) -> int:
     """Train to the end, or to the step at which any rank was asked to stop. Returns the exit code."""
     clock, method, world, settings = run.clock, run.method, run.world, run.config
     if clock.done:
@@ -102,7 +106,7 @@ def fit(run: Training, stop: StopRequest) -> int:
             optim.set_lr(run.optimizer, optim.lr(settings.optim, clock))
 
             output = run.forward(batch)
-            stopping, broken = world.any(stop.requested, ~torch.isfinite(output.loss.detach()))
+            stopping, broken = world.any_rank(stop.requested, ~torch.isfinite(output.loss.detach()))
             if broken:
                 raise NonFiniteLoss(run.diagnosis(clock, output))
             run.optimizer.zero_grad(set_to_none=True)
@@ -120,7 +124,7 @@ def fit(run: Training, stop: StopRequest) -> int:
             if log is not None:
                 log.after_step(clock)
             if stopping and not clock.done:
-                if world.is_first:
+                if world.is_rank0:
                     print(f"stopping after step {clock.step}, which is saved", file=sys.stderr, flush=True)
                 return STOPPED
     run.finish(clock)

@@ -69,7 +69,7 @@ class OnlineKNN:
         ):
             rows = list(outputs(encoder, to_input, self.config.data, reader, own, world, self.threads, counter))
             features_ND = self._joined(np.concatenate(rows), low)
-            found = world.first(lambda: self._voted(features_ND))
+            found = world.on_rank0(lambda: self._voted(features_ND))
         world.state.step = step  # an extraction counts its batches there
         return found
 
@@ -79,7 +79,7 @@ class OnlineKNN:
             return own
         rows_ND = torch.zeros(len(self.ids), own.shape[1], device=self.world.device)
         rows_ND[low : low + len(own)] = torch.from_numpy(own).to(rows_ND)
-        return self.world.reduce(rows_ND).cpu().numpy()
+        return self.world.all_reduce_sum(rows_ND).cpu().numpy()
 
     def _voted(self, features_ND: np.ndarray) -> float:
         parts = slice(0, -self.num_queries), slice(-self.num_queries, None)

@@ -7,53 +7,49 @@ import time
 from pathlib import Path
 
 from ssl_dist import config
-from ssl_dist.distributed.heartbeat import archive_endings
+from ssl_dist.distributed.heartbeat import archive_exit_reports
 from ssl_dist.distributed.world import World
-from ssl_dist.errors import UserError
+from ssl_dist.errors import RaisedOn, UserError
 from ssl_dist.numba_cache import PACKAGE
-from ssl_dist.run.blueprint import Blueprint
+from ssl_dist.run.blueprint import RunPlan
 from ssl_dist.run.folder import flat
 from ssl_dist.storage import checkpoint
 
 LOCAL = ("data.root", "data.reader", "data.workers")  # keys that may differ from node to node
-PATIENCE = 30.0  # seconds after which a file made on one node must be seen on the others (NFS caches attributes)
+VISIBLE_TIMEOUT_S = 30.0  # in which a file made on one node must be seen on the others (NFS caches attributes)
 
 
-def agree(blueprint: Blueprint, world: World) -> str:
+def agree(blueprint: RunPlan, world: World) -> str:
     """A name of this start, the same on all ranks. Raises `UserError` on all of them when they do not belong together.
 
     Compared are the program, its libraries, the config and the images trained on; then every rank must see a file that
     the first one has made in RUN/logs.
     """
-    said = world.everyone((str(world.place), _facts(blueprint)))
-    first_name, first = said[0]
-    for name, facts in said[1:]:
+    facts_of_ranks = world.all_gather_object((str(world.rank_info), _facts(blueprint)))
+    first_name, first = facts_of_ranks[0]
+    for name, facts in facts_of_ranks[1:]:
         for key in sorted(first.keys() | facts.keys()):
             if facts.get(key) != first.get(key):
-                raise _agreed(
+                raise UserError(
                     f"{key}: {first_name} has {first.get(key)!r}, {name} has {facts.get(key)!r}; "
-                    "start all ranks with the same program, config and data"
+                    "start all ranks with the same program, config and data",
+                    RaisedOn.EVERY_RANK,
                 )
     logs = blueprint.run / "logs"
-    start = world.first(lambda: _begin(logs))
-    sees = world.everyone(_appears(_token(logs, start)))
-    world.first(lambda: _token(logs, start).unlink())
-    blind = [name for (name, _), seen in zip(said, sees, strict=True) if not seen]
+    start = world.on_rank0(lambda: _begin(logs))
+    sees = world.all_gather_object(_appears(_token(logs, start)))
+    world.on_rank0(lambda: _token(logs, start).unlink())
+    blind = [name for (name, _), seen in zip(facts_of_ranks, sees, strict=True) if not seen]
     if blind:
-        raise _agreed(
+        raise UserError(
             f"run_dir = {str(blueprint.run)!r}: {', '.join(blind[:4])} cannot see what {first_name} writes there; "
-            "choose a folder on a file system that all nodes share"
+            "choose a folder on a file system that all nodes share",
+            RaisedOn.EVERY_RANK,
         )
     return start
 
 
-def _agreed(text: str) -> UserError:
-    error = UserError(text)
-    error.agreed = True
-    return error
-
-
-def _facts(blueprint: Blueprint) -> dict[str, object]:
+def _facts(blueprint: RunPlan) -> dict[str, object]:
     settings = {key: value for key, value in flat(config.to_tree(blueprint.config)).items() if key not in LOCAL}
     settings["run_dir"] = os.path.abspath(blueprint.run)
     sources = sorted(PACKAGE.rglob("*.py"))
@@ -71,7 +67,7 @@ def _begin(logs: Path) -> str:
     (logs / "board").mkdir(exist_ok=True)
     for record in (logs / "board").iterdir():
         record.unlink()
-    archive_endings(logs)
+    archive_exit_reports(logs)
     for left in logs.glob(".start-*"):
         left.unlink()  # of a start that was killed
     start = secrets.token_hex(8)
@@ -80,7 +76,7 @@ def _begin(logs: Path) -> str:
 
 
 def _appears(path: Path) -> bool:
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + VISIBLE_TIMEOUT_S
     while not path.exists():
         if time.monotonic() > end:
             return False

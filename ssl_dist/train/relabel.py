@@ -13,7 +13,7 @@ from ssl_dist.keys import DROPOUT, RELABEL, hash64, row_keys
 from ssl_dist.methods.base import Rows, at_least_float32
 from ssl_dist.nn.layers import keyed_rows
 from ssl_dist.progress import Counter
-from ssl_dist.run.blueprint import Blueprint
+from ssl_dist.run.blueprint import RunPlan
 
 BATCH = 256  # images of a rank's pass in evaluation mode, where its size changes nothing
 PHASE = "the outputs for new labels"
@@ -21,7 +21,7 @@ STUCK = 600.0  # seconds without a batch after which a rank ends
 
 
 def outputs(
-    blueprint: Blueprint,
+    blueprint: RunPlan,
     world: World,
     to_input: Callable[[Tensor], Tensor],
     step: int,
@@ -42,7 +42,7 @@ def outputs(
     mode, values, done = network.training, None, 0
     network.train(training)
     title = f"outputs of {count} images"
-    quiet = not world.is_first or count < 20_000  # a few seconds' work needs no bar inside the training's
+    quiet = not world.is_rank0 or count < 20_000  # a few seconds' work needs no bar inside the training's
     with (
         world.state.phase_of(PHASE, STUCK),
         blueprint.open_reader() as reader,

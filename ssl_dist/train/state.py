@@ -20,23 +20,23 @@ from ssl_dist.distributed import world as world_module
 from ssl_dist.distributed.signals import StopRequest
 from ssl_dist.errors import UserError
 from ssl_dist.methods.base import Batch, Output, Rows
-from ssl_dist.run.blueprint import Blueprint
+from ssl_dist.run.blueprint import RunPlan
 from ssl_dist.run.log import RunLog
 from ssl_dist.storage import checkpoint
 from ssl_dist.train import collapse, online_knn, optim, relabel
 from ssl_dist.train.online_knn import OnlineKNN
 
 
-class Training:
+class TrainState:
     """Making one writes nothing; it goes on after the newest checkpoint in the run's folder."""
 
-    def __init__(self, blueprint: Blueprint, world: world_module.World):
+    def __init__(self, blueprint: RunPlan, world: world_module.World):
         self.blueprint, self.world, self.config = blueprint, world, blueprint.config
         self.folder = blueprint.run
         if self.config.deterministic:
             torch.use_deterministic_algorithms(True)
         method = blueprint.build()
-        if blueprint.given_weights is not None and world.is_first:
+        if blueprint.given_weights is not None and world.is_rank0:
             print(f"backbone.weights: {blueprint.given_weights.note}", file=sys.stderr, flush=True)
         if self.config.channels_last:
             method.to(memory_format=torch.channels_last)
@@ -56,7 +56,7 @@ class Training:
 
     def _resume(self) -> int:
         """Load the newest valid checkpoint, if there is one; returns the steps it has completed."""
-        path = self.world.first(lambda: checkpoint.newest(self.folder))
+        path = self.world.on_rank0(lambda: checkpoint.newest(self.folder))
         if path is None:
             return 0
         state = checkpoint.load(path)
@@ -80,11 +80,11 @@ class Training:
         plan, specs, world = self.blueprint.plan, self.blueprint.specs, self.world
         pin = world.device.type == "cuda"
         reader = self.blueprint.open_reader()
-        return TrainLoader(reader, plan, specs, world.grid, world.place.rank, self.blueprint.threads, pin)
+        return TrainLoader(reader, plan, specs, world.grid, world.rank_info.rank, self.blueprint.threads, pin)
 
     def log(self) -> contextlib.AbstractContextManager:
         """The run's log on rank 0, None elsewhere."""
-        if not self.world.is_first:
+        if not self.world.is_rank0:
             return contextlib.nullcontext()
         title = f"{self.config.method.name} {self.config.backbone.name}"
         return RunLog(self.folder, self.clock, title, self.config.optim.batch_size, self.blueprint.num_views)
@@ -92,7 +92,8 @@ class Training:
     def batches(self, loader: TrainLoader, log: RunLog | None) -> Iterator[HostBatch]:
         """The batches that are left. The watchdog is told of each step, the log of the time waited for it."""
         state, iterator = self.world.state, loader.batches(self.clock.step, self.clock.total_steps)
-        state.phase, state.bound = "the first step", watchdog.COMPILING if self.config.compile else watchdog.FIRST_STEP
+        first_step = watchdog.COMPILE_TIMEOUT_S if self.config.compile else watchdog.FIRST_STEP_TIMEOUT_S
+        state.phase, state.bound = "the first step", first_step
         for step in range(self.clock.step + 1, self.clock.total_steps + 1):
             state.step = step
             start = time.perf_counter()
@@ -138,7 +139,10 @@ class Training:
 
     def write(self, log: RunLog | None, clock: Clock, output: Output) -> None:
         """Log this step. Every rank takes part, because the loss is averaged over them."""
-        metrics = {"loss": float(self.world.mean(output.loss.detach())), "lr": self.optimizer.param_groups[0]["lr"]}
+        metrics = {
+            "loss": float(self.world.all_reduce_mean(output.loss.detach())),
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
         metrics |= {name: float(value) for name, value in output.metrics.items()}
         if log is not None:
             if output.representations is not None:
@@ -146,8 +150,8 @@ class Training:
                 metrics["effective_rank"] = collapse.effective_rank(output.representations)
             log.write(clock, metrics, output.histograms)
         if clock.step == 1 or clock.due(every_epochs=self.config.log.images_every_epochs):
-            with self.world.state.phase_of("the pictures", watchdog.SAVE):
-                self.world.first(lambda: self.show_views(log, clock))
+            with self.world.state.phase_of("the pictures", watchdog.SAVE_TIMEOUT_S):
+                self.world.on_rank0(lambda: self.show_views(log, clock))
 
     def show_views(self, log: RunLog, clock: Clock, num_images: int = 8) -> None:
         """All views of the first images of this step, also those that other ranks hold: TensorBoard and views.png."""
@@ -176,8 +180,8 @@ class Training:
     def save(self, clock: Clock, stop: StopRequest) -> None:
         """Rank 0 writes a checkpoint; the others wait, and a failure there ends all of them."""
         stop.saving = True
-        with self.world.state.phase_of(f"the save of step {clock.step}", watchdog.SAVE):
-            self.world.first(lambda: self._save(clock))
+        with self.world.state.phase_of(f"the save of step {clock.step}", watchdog.SAVE_TIMEOUT_S):
+            self.world.on_rank0(lambda: self._save(clock))
         stop.saving = False
 
     def _save(self, clock: Clock) -> None:
@@ -187,7 +191,7 @@ class Training:
             "config": config.to_tree(self.config),
             "method": self.method.state_dict(),
             "optimizer": {} if self.optimizer is None else self.optimizer.state_dict(),
-            "world_size": self.world.place.size,
+            "world_size": self.world.rank_info.world_size,
             "versions": checkpoint.versions(),
             "normalize": config.to_tree(self.blueprint.normalize),
             "info": dataclasses.asdict(self.blueprint.info),
@@ -204,8 +208,8 @@ class Training:
 
     def finish(self, clock: Clock) -> None:
         """What stands at the end of a run: a checkpoint, also of a method that takes no step, and the loss curve."""
-        with self.world.state.phase_of("the end of the run", watchdog.SAVE):
-            self.world.first(lambda: self._finish(clock))
+        with self.world.state.phase_of("the end of the run", watchdog.SAVE_TIMEOUT_S):
+            self.world.on_rank0(lambda: self._finish(clock))
 
     def _finish(self, clock: Clock) -> None:
         if not checkpoint.steps(self.folder):
@@ -218,7 +222,7 @@ class Training:
     def diagnosis(self, clock: Clock, output: Output) -> str:
         """Why a non-finite loss ends the run, in one line. Every rank takes part."""
         terms = {"loss": float(output.loss.detach())} | {name: float(v) for name, v in output.metrics.items()}
-        said = self.world.everyone((str(self.world.place), terms))
+        said = self.world.all_gather_object((str(self.world.rank_info), terms))
         bad = [(name, terms) for name, terms in said if not math.isfinite(terms["loss"])]
         names = ", ".join(name for name, _ in bad[:4]) + (f" and {len(bad) - 4} more" if len(bad) > 4 else "")
         values = ", ".join(f"{name} = {value:g}" for name, value in bad[0][1].items())

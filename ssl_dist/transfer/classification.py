@@ -16,7 +16,7 @@ from ssl_dist.results import confusion
 from ssl_dist.results.accuracy import target_rank
 from ssl_dist.results.figures import add_picture
 from ssl_dist.run.encoder import STUCK, DatasetRef, Encoder, outputs
-from ssl_dist.transfer.subject import Subject
+from ssl_dist.transfer.subject import EvalContext
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Classified:
         return found
 
 
-def draw(found: Classified, subject: Subject, evaluator: str, how: str) -> None:
+def draw(found: Classified, subject: EvalContext, evaluator: str, how: str) -> None:
     """RUN/figures gets the confusions of the last classifier; `how` says in words what that is."""
     if subject.part is not None:  # to choose by; pictures are of the test split
         return
@@ -52,7 +52,7 @@ def draw(found: Classified, subject: Subject, evaluator: str, how: str) -> None:
             add_picture(subject.run / "figures", subject.metadata, evaluator, *picture)
 
     with subject.world.state.phase_of("the pictures", STUCK):
-        subject.world.first(write)
+        subject.world.on_rank0(write)
 
 
 class _Scores(nn.Module):
@@ -85,13 +85,13 @@ def classify(
         labels = torch.from_numpy(reader.labels(ids))
         method.float().eval()
         names, num_classes = classifiers(method, encoder)
-        world.agreed(lambda: _check_labels(labels, source, split, num_classes))
+        world.raise_together(lambda: _check_labels(labels, source, split, num_classes))
         low, high = world.share(len(ids))
         counts_HCC = torch.zeros(len(names), num_classes, num_classes, dtype=torch.int64)
         among_five_H = torch.zeros(len(names), dtype=torch.int64)
         done = low
         with (
-            Counter(f"classify {source.name} {split}", high - low, "image", quiet=not world.is_first) as counter,
+            Counter(f"classify {source.name} {split}", high - low, "image", quiet=not world.is_rank0) as counter,
             world.state.phase_of(f"the classification of {split}", STUCK),
         ):
             module = _Scores(method).to(world.device, memory_format=torch.channels_last)
@@ -108,8 +108,8 @@ def classify(
                     ones = torch.ones_like(target_B)
                     counts_HCC[h].index_put_((target_B, predicted_B), ones, accumulate=True)
     with world.state.phase_of(f"the classification of {split}, of the other ranks", STUCK):
-        counts_HCC = world.reduce(counts_HCC.to(world.device)).cpu()
-        among_five_H = world.reduce(among_five_H.to(world.device)).cpu()
+        counts_HCC = world.all_reduce_sum(counts_HCC.to(world.device)).cpu()
+        among_five_H = world.all_reduce_sum(among_five_H.to(world.device)).cpu()
     return Classified(dict(zip(names, counts_HCC, strict=True)), dict(zip(names, among_five_H.tolist(), strict=True)))
 
 

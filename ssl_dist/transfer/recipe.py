@@ -14,13 +14,13 @@ from pydantic import Field
 from ssl_dist import config
 from ssl_dist.config import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 from ssl_dist.distributed.signals import STOPPED, StopRequest
-from ssl_dist.errors import UserError
+from ssl_dist.errors import RaisedOn, UserError
 from ssl_dist.run.blueprint import derive
 from ssl_dist.run.encoder import Encoder
 from ssl_dist.storage.durable import atomic_write_or_refuse
 from ssl_dist.train.loop import train_in
 from ssl_dist.transfer.classification import Classified, classify, draw
-from ssl_dist.transfer.subject import Subject
+from ssl_dist.transfer.subject import EvalContext
 
 CROP_AND_FLIP = {"random_resized_crop": {"scale": [0.08, 1.0], "ratio": [0.75, 4 / 3]}, "horizontal_flip": 0.5}
 
@@ -70,7 +70,7 @@ def _words(view: dict) -> list[str]:
     return [name.replace("_", " ") for name in view]
 
 
-def trained(subject: Subject, name: str, module: str, recipe: Recipe, options: dict) -> Classified:
+def trained(subject: EvalContext, name: str, module: str, recipe: Recipe, options: dict) -> Classified:
     """Train `module` of ssl_dist/transfer by the recipe, or go on with it, and classify the test split.
 
     Raises `Stopped`, and `UserError` for what can not run.
@@ -78,28 +78,27 @@ def trained(subject: Subject, name: str, module: str, recipe: Recipe, options: d
     digest = subject.digest({"recipe": recipe.optim, "view": recipe.view, "options": options})
     folder = subject.run / "evaluations" / f"{name}-{digest}"
     world = subject.world
-    is_new = world.first(lambda: _prepare(folder, subject))
+    is_new = world.on_rank0(lambda: _prepare(folder, subject))
     settings = config.validate(config.Config, _tree(subject, folder, module, recipe, options))
     try:
-        blueprint = world.agreed(lambda: derive(settings, world.place))
+        blueprint = world.raise_together(lambda: derive(settings, world.rank_info))
     except UserError as error:
         if is_new:
-            world.first(lambda: shutil.rmtree(folder))
+            world.on_rank0(lambda: shutil.rmtree(folder))
         # The keys of the training are options of the evaluator here.
-        mistake = UserError(str(error).replace("optim.", f"{name}.").replace("method.options.", f"{name}."))
-        mistake.agreed = True
-        raise mistake from None
+        message = str(error).replace("optim.", f"{name}.").replace("method.options.", f"{name}.")
+        raise UserError(message, RaisedOn.EVERY_RANK) from None
     with StopRequest() as stop:
-        code, training = train_in(world, subject.dog, stop, blueprint)
+        code, training = train_in(world, subject.watchdog, stop, blueprint)
     if code == STOPPED:
         raise Stopped(str(folder))
-    threads = world.place.cores
+    threads = world.rank_info.cores
     found = classify(training.method, subject.encoder, subject.source, subject.test, world, threads, subject.test_ids)
     draw(found, subject, name, f"the {module.replace('_', ' ')} of {recipe.paper}")
     return found
 
 
-def _prepare(folder: Path, subject: Subject) -> bool:
+def _prepare(folder: Path, subject: EvalContext) -> bool:
     """The backbone's weights as a file of the training, which begins from it like any from given weights. Returns
     whether the folder is new."""
     is_new = not folder.exists()
@@ -119,7 +118,7 @@ def encoder_file(encoder: Encoder) -> bytes:
     return safetensors.torch.save(tensors)
 
 
-def _tree(subject: Subject, folder: Path, module: str, recipe: Recipe, options: dict) -> dict:
+def _tree(subject: EvalContext, folder: Path, module: str, recipe: Recipe, options: dict) -> dict:
     """The config of the training."""
     run, source = subject.encoder.config, subject.source
     data = run.data

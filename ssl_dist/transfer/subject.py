@@ -16,7 +16,7 @@ from ssl_dist.run.encoder import DatasetRef, Encoder
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvalContext:
     """A run's encoder, the data set it is measured on, and the ranks that do it together.
 
     train_ids: the images of the training split that may be used, None: all; test_ids: those of the split `test` that
@@ -31,7 +31,7 @@ class Subject:
     train: str
     test: str
     world: World
-    dog: Watchdog
+    watchdog: Watchdog
     train_ids: np.ndarray | None = None
     test_ids: np.ndarray | None = None
     subset: str | None = None
@@ -73,7 +73,7 @@ def chosen_images(source: DatasetRef, split: str, subset: ClassSubset | str) -> 
     return ids, f"{subset.per_class} images a class{from_where}"
 
 
-def held_out(subject: Subject, share: float) -> Subject:
+def held_out(subject: EvalContext, share: float) -> EvalContext:
     """The same with `share` of its training images held out and measured on, and the test split out of reach.
 
     The part is drawn by the run's seed, class by class. Raises `UserError` for a class of one image or without labels.

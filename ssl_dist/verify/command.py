@@ -22,10 +22,10 @@ import yaml
 from ssl_dist import config, methods
 from ssl_dist.config import Config, Section
 from ssl_dist.convert.command import convert
-from ssl_dist.distributed.rank import Place
+from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.errors import UserError
 from ssl_dist.grid import Grid, splits
-from ssl_dist.run.blueprint import Blueprint, derive
+from ssl_dist.run.blueprint import RunPlan, derive
 from ssl_dist.verify import ranks as verify_ranks
 from ssl_dist.verify.ranks import Job
 
@@ -164,7 +164,7 @@ def _cases(path: str | Path, said: str, data: list[str], overrides: Sequence[str
     for variant, choice in variants(methods.build_options(method, look.method.options)):
         for precision, length in [("fp64", steps), ("fp32", 1)] if method.trainable else [("fp64", steps)]:
             last = [*own, *choice, f"precision={precision}", f"optim.steps={length}"]
-            blueprint = derive(config.load(path, [*quick, *overrides, *last]), Place())
+            blueprint = derive(config.load(path, [*quick, *overrides, *last]), RankInfo())
             note = f"{name}: {said}, {_describe(blueprint, steps)}"
             yield Case(name, variant, blueprint.config, method.trainable, note, _grids(blueprint))
 
@@ -190,7 +190,7 @@ def _alternatives(annotation: Any) -> list:
     return []
 
 
-def _grids(blueprint: Blueprint) -> dict[int, list[Grid]]:
+def _grids(blueprint: RunPlan) -> dict[int, list[Grid]]:
     """Every grid of every number of ranks. All of these numbers must be able to share the batch."""
     batch, groups = blueprint.config.optim.batch_size, [spec.num for spec in blueprint.specs]
     grids = {size: splits(size, batch, groups, blueprint.method_class.free_views) for size in (1, *SIZES)}
@@ -202,7 +202,7 @@ def _grids(blueprint: Blueprint) -> dict[int, list[Grid]]:
 # ---------------------------------------------------------------------------------------------------- text
 
 
-def _describe(blueprint: Blueprint, steps: int) -> str:
+def _describe(blueprint: RunPlan, steps: int) -> str:
     batch, method = blueprint.config.optim.batch_size, blueprint.method_class
     taken = (
         f"{steps} steps (fp32: 1) of {batch} images x {blueprint.num_views} views" if method.trainable else "no step"

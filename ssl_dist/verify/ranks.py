@@ -22,15 +22,15 @@ from torch import Tensor
 
 from ssl_dist.clock import Clock
 from ssl_dist.config import Config
-from ssl_dist.distributed.rank import Place
+from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.distributed.signals import StopRequest
 from ssl_dist.distributed.world import World, join_world
 from ssl_dist.errors import Fault
 from ssl_dist.grid import Grid
 from ssl_dist.methods.base import Output
-from ssl_dist.run.blueprint import Blueprint, derive
+from ssl_dist.run.blueprint import RunPlan, derive
 from ssl_dist.train.loop import fit
-from ssl_dist.train.state import Training
+from ssl_dist.train.state import TrainState
 
 PATIENCE = 300.0  # seconds in which some rank must have taken a step; the first one may have to compile
 FLOOR = 1e-3  # share of the largest tensor of a kind below which a tensor counts as that share
@@ -72,10 +72,10 @@ def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor], norm: float) 
     return worst
 
 
-class Witness(Training):
+class Witness(TrainState):
     """The real training, which shows its tensors instead of keeping them: one process records, several compare."""
 
-    def __init__(self, blueprint: Blueprint, world: World, pages: Path, alive: Callable[[], None]):
+    def __init__(self, blueprint: RunPlan, world: World, pages: Path, alive: Callable[[], None]):
         super().__init__(blueprint, world)
         self.pages, self.alive = pages, alive
         self.figures: Figures = {}
@@ -89,7 +89,7 @@ class Witness(Training):
         for name, parameter in self.method.named_parameters():
             if parameter.grad is not None:
                 (deep if name.startswith("backbone.") else head)[name] = parameter.grad
-        self.show(clock.step, loss={"loss": self.world.mean(output.loss.detach())}, head=head, deep=deep)
+        self.show(clock.step, loss={"loss": self.world.all_reduce_mean(output.loss.detach())}, head=head, deep=deep)
 
     def save(self, clock: Clock, stop: StopRequest) -> None:
         pass
@@ -178,17 +178,17 @@ def _worst(ranks: list[Figures]) -> Figures:
 def _rank(rank: int, size: int, port: int, jobs: list[Job], prepare: Callable[[], None] | None, answers) -> None:
     """One process of the group. Answers (rank, job, None) at every step, then the job's figures, or a traceback."""
     torch.set_num_threads(1)
-    place = Place(rank, size, rank, size)
+    rank_info = RankInfo(rank, size, rank, size)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
     number = 0
     try:
         if prepare is not None:
             prepare()
-        group = join_world(place, Grid(size, 1))  # the exchanges of every grid go through it
+        group = join_world(rank_info, Grid(size, 1))  # the exchanges of every grid go through it
         for number, job in enumerate(jobs):
-            blueprint = derive(job.config, place)
-            world = World(place, blueprint.grid, torch.device("cpu"))
+            blueprint = derive(job.config, rank_info)
+            world = World(rank_info, blueprint.grid, torch.device("cpu"))
             witness = Witness(blueprint, world, job.pages, lambda number=number: answers.put((rank, number, None)))
             assert fit(witness, StopRequest()) == 0, "nobody asked it to stop"
             answers.put((rank, number, witness.figures))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ssl_dist import results
 from ssl_dist.config import Section, parse_yaml, to_tree, validate
-from ssl_dist.distributed.rank import Place
+from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.distributed.world import choose_device
 from ssl_dist.errors import UserError
 from ssl_dist.results.figures import add_picture
@@ -25,7 +25,7 @@ def run(name: str, weights: Path, roots: Sequence[Path], out: Path, overrides: S
     roots: folders in VOC's format; trained is on the training split of all, tested on the first one's. Checkpoints of
     a training lie in OUT/<task>.
     """
-    if not Place.from_environment().alone:
+    if not RankInfo.from_environment().alone:
         raise UserError("voc: runs in one process; start it without torchrun")
     of_weights = [override for override in overrides if override.partition("=")[0] in pretrained.KEYS]
     options = parse_options(name, [override for override in overrides if override not in of_weights])
@@ -36,8 +36,8 @@ def run(name: str, weights: Path, roots: Sequence[Path], out: Path, overrides: S
     test = data.read_split(roots[:1], kind, options.test_split)
     data.check_disjoint(train, test)
     source = pretrained.load(weights, of_weights)
-    device = choose_device(Place())
-    threads = options.workers or Place().cores
+    device = choose_device(RankInfo())
+    threads = options.workers or RankInfo().cores
     with ThreadPoolExecutor(threads, "image") as pool:
         steps = {"classification": classify, "detection": detect, "segmentation": segment}
         code, values, protocol, digest = steps[name](source, train, test, options, out, device, pool)
@@ -65,7 +65,7 @@ def classify(source: Pretrained, train: Split, test: Split, options, out: Path, 
     parts = [
         classification.features_of(source, part, options, out / "features", device, pool) for part in (train, test)
     ]
-    workers = options.workers or Place().cores
+    workers = options.workers or RankInfo().cores
     values = classification.evaluate(parts[0], train_labels, parts[1], test_labels, options, workers)
     row = {sample: labels.tobytes() for sample, labels in zip(test.samples, test_labels, strict=True)}
     return 0, values, _protocol(classification, options, train), test.digest(row.__getitem__)
@@ -77,7 +77,7 @@ def detect(source: Pretrained, train: Split, test: Split, options, out: Path, de
         sample.objects()
     code = _fit("detection", task, source, train, options, out / "detection")
     if not code and options.statistics_steps and options.norm == "batch":
-        loop.renew_statistics(task, options, options.statistics_steps, options.workers or Place().cores)
+        loop.renew_statistics(task, options, options.statistics_steps, options.workers or RankInfo().cores)
     values, picture = ({}, None) if code else detection.evaluate(task.model, test, device, pool)
     if picture is not None:
         _add_picture(out, source, test, "detection", picture, "Boxes that were found", pictures.BOXES_CAPTION)
@@ -120,7 +120,7 @@ def _fit(name: str, task: loop.Task, source: Pretrained, train: Split, options, 
     }
     facts = {"normalize": to_tree(source.normalize), "data": {"images": listing}}
     with loop.claimed(folder):
-        return loop.fit(task, options, folder, settings, facts, options.workers or Place().cores)
+        return loop.fit(task, options, folder, settings, facts, options.workers or RankInfo().cores)
 
 
 def _protocol(module, options: Section, train: Split, **more) -> str:
