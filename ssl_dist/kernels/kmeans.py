@@ -101,7 +101,8 @@ class _Rows:
             block = self.x_ND[start : start + size]
             found.append(torch.addmm(squares, block, centres.T, alpha=-2).min(1))
         distances, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return labels, (distances + self.squares).clamp_min_(0)
+        distances += self.squares
+        return labels, distances.masked_fill_(distances < SAME * (self.squares + squares[labels]), 0)
 
     def farthest(self, distances: Tensor, count: int) -> list[int]:
         """The places of the rows with the largest distances; of equal ones the first."""
