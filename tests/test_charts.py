@@ -6,7 +6,7 @@ from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
 from ssl_dist.results import charts
-from tests.albums import drawn
+from tests.figure_writer import drawn
 
 
 def texts(figure):

@@ -16,7 +16,7 @@ from ssl_dist.errors import UserError
 from ssl_dist.evaluators import clusters
 from ssl_dist.keys import EVALUATION, ORDER, hash64, permutation
 from ssl_dist.storage.features import Features
-from tests.albums import Sketchbook, drawn
+from tests.figure_writer import Sketchbook, drawn
 
 
 def part(features, labels, split="train", names="abcde"):

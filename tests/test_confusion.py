@@ -14,7 +14,7 @@ from ssl_dist.keys import hash64
 from ssl_dist.results import confusion
 from ssl_dist.results.sampling import evenly
 from ssl_dist.storage.features import Features
-from tests.albums import Sketchbook
+from tests.figure_writer import Sketchbook
 
 
 def part(labels, classes=("cat", "dog", "owl")):

@@ -22,7 +22,7 @@ from ssl_dist.evaluators import embedding
 from ssl_dist.keys import EVALUATION, hash64
 from ssl_dist.results.sampling import evenly
 from ssl_dist.storage.features import Features
-from tests.albums import Sketchbook, drawn
+from tests.figure_writer import Sketchbook, drawn
 
 QUICK = {"iterations": 500, "perplexity": 8.0}
 

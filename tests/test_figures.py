@@ -1,104 +1,173 @@
-"""The pictures: that the right thing stands at the right place. Their looks are judged by eye."""
+"""The album of an evaluation: which images it shows, and what its pictures say of themselves."""
 
 import json
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
+from torchvision.transforms.functional import InterpolationMode, center_crop, resize
 
+from ssl_dist import cli, config
+from ssl_dist.config import Data
+from ssl_dist.data.readers import open_dataset, read_info
 from ssl_dist.errors import UserError
-from ssl_dist.run import plots
+from ssl_dist.results import figures as album_module
+from ssl_dist.results.figures import FigureWriter
+from ssl_dist.storage.features import Features
+from ssl_dist.train.loop import train
 
 
-def read(path):
-    with Image.open(path) as image:
-        assert image.format == "PNG"
-        return np.asarray(image.convert("RGB")).astype(int)
+def part(digits, split, ids=None, name=None):
+    """Features of a split of the digits, or of some images of it."""
+    info = read_info(digits, split)
+    ids = np.arange(info.count) if ids is None else np.asarray(ids)
+    metadata = {
+        "dataset": "digits", "split": name or split, "data": info.sha256, "checkpoint": "c0ffee", "classes": "[]"
+    }  # fmt: skip
+    return Features(np.zeros((len(ids), 2), np.float32), ids % 10, ids, metadata, "the file")
 
 
-def centre_of(picture, color):
-    """Mean (row, column) of the pixels of a colour."""
-    found = np.argwhere(abs(picture - np.array(color)).max(2) <= 2)
-    assert len(found) > 100, color
-    return found.mean(0)
+@pytest.fixture
+def opened(digits):
+    """Opens a split, and remembers which readers it opened."""
+    readers = []
+
+    def open_split(split):
+        readers.append(open_dataset(digits, split, "arrays"))
+        return readers[-1]
+
+    open_split.readers = readers
+    return open_split
 
 
-@pytest.mark.parametrize("size", [4, 32, 224])
-def test_views_stand_in_columns_and_images_in_rows(tmp_path, size):
-    num_views, num_images = 3, 2
-    views = np.zeros((num_views, num_images, 3, size, size), np.uint8)
-    for view in range(num_views):
-        for image in range(num_images):
-            views[view, image] = np.array([40 + 60 * view, 40 + 100 * image, 200])[:, None, None]
-    plots.views_grid(tmp_path / "new" / "views.png", views, ["original", "a", "b"])
-    picture = read(tmp_path / "new" / "views.png")
-    centres = np.array(
-        [[centre_of(picture, (40 + 60 * v, 40 + 100 * i, 200)) for v in range(num_views)] for i in range(num_images)]
-    )
-    assert (np.diff(centres[:, :, 0], axis=0) > 20).all() and (np.diff(centres[:, :, 1], axis=1) > 20).all()
-    assert np.ptp(centres[:, :, 0], axis=1).max() < 2 and np.ptp(centres[:, :, 1], axis=0).max() < 2
+def data(**more):
+    return Data(name="digits", root="x", **more)
 
 
-def test_a_view_stands_upright(tmp_path):
-    view = np.zeros((1, 1, 3, 32, 32), np.uint8)
-    view[..., :16, :] = np.array([200, 40, 40])[:, None, None]
-    view[..., 16:, :] = np.array([40, 40, 200])[:, None, None]
-    plots.views_grid(tmp_path / "views.png", view)
-    picture = read(tmp_path / "views.png")
-    assert centre_of(picture, (200, 40, 40))[0] < centre_of(picture, (40, 40, 200))[0] - 40
+def decoded(digits, split, ids):
+    with open_dataset(digits, split, "arrays") as reader:
+        [(pixels, _, _, _)] = list(reader.batches([np.asarray(ids)]))
+    return pixels
 
 
-def test_many_views_stay_within_a_page(tmp_path):
-    plots.views_grid(tmp_path / "views.png", np.zeros((64, 2, 3, 32, 32), np.uint8))
-    assert read(tmp_path / "views.png").shape[1] < 3200
+def test_the_images_asked_for_in_the_order_asked_for(digits, opened, tmp_path, monkeypatch):
+    monkeypatch.setattr(album_module, "_BLOCK", 2 * 32 * 32 * 3)  # two images a block
+    test, others = part(digits, "test"), part(digits, "train")
+    rows = np.array([7, 3, 300, 3, 0])
+    with FigureWriter(tmp_path, test, opened, data(), "knn") as album:
+        assert not opened.readers, "nothing is opened before an image is needed"
+        assert np.array_equal(album.images(test, rows), decoded(digits, "test", rows))
+        assert np.array_equal(album.images(others, rows), decoded(digits, "train", rows))
+        assert np.array_equal(album.images(test, rows[:1]), decoded(digits, "test", [7]))
+        assert album.images(test, rows[:0]).shape == (0, 32, 32, 3)
+    assert [reader.info.split for reader in opened.readers] == ["test", "train"]
+    for reader in opened.readers:
+        with pytest.raises(ValueError, match="closed"):
+            reader.labels(rows)
 
 
-def test_titles_must_fit(tmp_path):
-    with pytest.raises(ValueError, match="2 titles for 3 views"):
-        plots.views_grid(tmp_path / "x.png", np.zeros((3, 1, 3, 4, 4), np.uint8), ["a", "b"])
+def test_a_piece_of_a_split_shows_the_images_of_its_ids(digits, opened, tmp_path):
+    piece = part(digits, "train", [5, 9, 200], "train[held out 10%]")
+    with FigureWriter(tmp_path, piece, opened, data(), "knn") as album:
+        assert np.array_equal(album.images(piece, np.array([2, 0])), decoded(digits, "train", [200, 5]))
+        path = album.add("x", Figure(), "t", "c")
+        of_others = album.add("x", Figure(), "t", "c", part(digits, "test"))
+    assert path.name == "digits-train-held-out-10-x.png" and of_others.name == "digits-test-x.png"
 
 
-def metrics(path, lines, tail=""):
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
-    return path
+def test_the_images_are_those_of_the_test_transform(digits, opened, tmp_path):
+    test = part(digits, "test")
+    with FigureWriter(tmp_path, test, opened, data(image_size=24, eval_resize=40), "knn") as album:
+        [found] = album.images(test, np.array([11]))
+    image = Image.fromarray(decoded(digits, "test", [11])[0])
+    assert np.array_equal(found, np.asarray(center_crop(resize(image, 40, InterpolationMode.BILINEAR), 24)))
 
 
-def channels_that_stand_out(picture):
-    """Which of red, green and blue are the strongest by far at many pixels: lines are thin, their colours blend."""
-    order = np.sort(picture, axis=2)
-    stand_out = order[:, :, 2] - order[:, :, 1] > 25
-    return {"RGB"[c] for c in range(3) if (stand_out & (picture.argmax(2) == c)).sum() > 100}
+def test_a_picture_says_what_it_is(digits, opened, tmp_path):
+    test = part(digits, "test")
+    with FigureWriter(tmp_path / "new" / "figures", test, opened, data(), "retrieval") as album:
+        figure = Figure(figsize=(1, 1), dpi=50)
+        path = album.add("nearest", figure, "Nearest images", "Cosine ≥ 0 – κ")
+    assert path == tmp_path / "new" / "figures" / "digits-test-nearest.png"
+    with Image.open(path) as picture:
+        assert picture.format == "PNG" and picture.size == (50, 50)
+        texts = {key: picture.text[key] for key in ("Title", "Description", "Evaluator", "Checkpoint")}
+    assert texts == {
+        "Title": "Nearest images", "Description": "Cosine ≥ 0 – κ", "Evaluator": "retrieval", "Checkpoint": "c0ffee"
+    }  # fmt: skip
 
 
-def test_loss_curve(tmp_path):
-    plain = [{"step": s, "epoch": s / 10, "loss": 1 / s} for s in range(1, 50)]
-    plots.loss_curve(tmp_path / "loss.png", metrics(tmp_path / "metrics.jsonl", plain, tail='{"step": 50, "ep'))
-    picture = read(tmp_path / "loss.png")
-    assert channels_that_stand_out(picture) == {"B"}  # the loss
+def test_a_picture_is_written_whole_or_not_at_all(digits, opened, tmp_path, monkeypatch):
+    album = FigureWriter(tmp_path, part(digits, "test"), opened, data(), "knn")
+    path = album.add("x", Figure(figsize=(1, 1)), "old", "")
+    (tmp_path / ".digits-test-x.png.01234567.tmp").touch()  # of one that was killed
 
-    # It falls: the first loss stands higher than the last.
-    rows, columns = np.nonzero(abs(picture - np.array([0x1F, 0x4E, 0x79])).max(2) <= 2)
-    inside = columns > 100  # right of the axis' label
-    rows, columns = rows[inside], columns[inside]
-    assert rows[columns == columns.min()].mean() < rows[columns == columns.max()].mean() - 100
+    def fails(self, file, metadata):
+        file.write(b"half of a picture")
+        raise KeyboardInterrupt
 
-    both = [line | {"accuracy": 80, "accuracy_positive": 70, "accuracy_negative": 90} for line in plain]
-    plots.loss_curve(tmp_path / "loss.png", metrics(tmp_path / "metrics.jsonl", [{"event": "resumed"}, *both]))
-    assert channels_that_stand_out(read(tmp_path / "loss.png")) == {"R", "G", "B"}  # negatives, positives, loss
+    with monkeypatch.context() as patch:
+        patch.setattr(album_module.FigureCanvasAgg, "print_png", fails)
+        with pytest.raises(KeyboardInterrupt):
+            album.add("x", Figure(figsize=(1, 1)), "new", "")
+    assert list(tmp_path.iterdir()) == [path]
+    with Image.open(path) as picture:
+        assert picture.text["Title"] == "old"
 
 
-def test_metrics_that_cannot_be_drawn_are_refused(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    for content, message in (
-        (None, "cannot be read"),
-        ("", "holds no loss"),
-        ('{"a": 1}\n{"b"\n', "line 2 is not JSON"),
-    ):
-        if content is not None:
-            path.write_text(content)
-        with pytest.raises(UserError, match=message) as caught:
-            plots.loss_curve(tmp_path / "loss.png", path)
-        assert str(path) in str(caught.value)
+def test_what_is_refused(digits, opened, tmp_path):
+    test = part(digits, "test")
+    other = Features(test.features, test.labels, test.image_ids, test.metadata | {"data": "other"}, "RUN/f.safetensors")
+    with FigureWriter(tmp_path, test, opened, data(), "knn") as album, pytest.raises(UserError) as caught:
+        album.images(other, np.array([0]))
+    assert "RUN/f.safetensors: features of other images than the split test of digits" in str(caught.value)
+    assert json.dumps(str(caught.value)).count("\\n") == 0
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
-        plots.views_grid(tmp_path / "file" / "x.png", np.zeros((1, 1, 3, 4, 4), np.uint8))
+        FigureWriter(tmp_path / "file" / "figures", test, opened, data(), "knn").add("x", Figure(), "", "")
+
+
+def test_pictures_are_known_by_their_evaluator_and_checkpoint(digits, opened, tmp_path):
+    (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n")
+    assert not album_module.has_pictures(tmp_path / "nowhere", "knn", "c0ffee")
+    assert not album_module.has_pictures(tmp_path, "knn", "c0ffee")
+    FigureWriter(tmp_path, part(digits, "test"), opened, data(), "knn").add("x", Figure(figsize=(1, 1)), "t", "c")
+    assert album_module.has_pictures(tmp_path, "knn", "c0ffee")
+    assert not album_module.has_pictures(tmp_path, "knn", "another")
+    assert not album_module.has_pictures(tmp_path, "logistic", "c0ffee")
+
+
+@pytest.mark.slow
+def test_evaluate_leaves_the_pictures_and_what_they_say(digits, tmp_path, capsys):
+    run = tmp_path / "run"
+    settings = [f"data.root={digits}", f"run_dir={run}", "data.reader=arrays"]
+    assert train(config.load("configs/digits/random_weights-conv4.yaml", settings)) == 0
+    names = ["knn", "logistic", "retrieval", "clusters", "embedding"]
+    quick = ["embedding.limit=120", "embedding.iterations=500", "clusters.starts=1"]
+    assert cli.main(["evaluate", str(run), *names, *quick]) == 0
+    checkpoint = {record["checkpoint"] for record in json.loads((run / "results.json").read_text())}
+    pictures = sorted((run / "figures").iterdir())
+    for path in pictures:
+        with Image.open(path) as picture:
+            picture.load()
+            texts = dict(picture.text)
+        assert texts["Evaluator"] == path.stem.split("-")[2] and {texts["Checkpoint"]} == checkpoint
+        assert texts["Title"] and "digits test" in texts["Description"]
+    assert [path.stem.removeprefix("digits-test-") for path in pictures] == [
+        "clusters-images", "clusters-purity", "embedding-images", "embedding-pca", "embedding-tsne",
+        "knn-classes", "knn-confusion", "logistic-classes", "logistic-confusion",
+        "retrieval-classes", "retrieval-confusion", "retrieval-nearest",
+    ]  # fmt: skip
+    assert (run / "tensorboard" / "embedding" / "projector_config.pbtxt").exists()
+    shown = capsys.readouterr().out
+    assert "retrieval_map" in shown and "clusters_hungarian_top1" in shown and "embedding_tsne_trust" in shown
+
+    assert cli.main(["evaluate", str(run), *names, *quick]) == 0
+    assert capsys.readouterr().err.count("already") == len(names)
+    pictures[5].unlink()
+    pictures[6].unlink()
+    assert cli.main(["evaluate", str(run), *names, *quick]) == 0
+    said = capsys.readouterr().err
+    assert said.count("already") == len(names) - 1 and "knn: has no pictures of this checkpoint" in said
+    assert sorted((run / "figures").iterdir()) == pictures

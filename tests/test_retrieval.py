@@ -16,7 +16,7 @@ from sklearn.metrics import average_precision_score
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators import retrieval
 from ssl_dist.storage.features import Features
-from tests.albums import Sketchbook, drawn
+from tests.figure_writer import Sketchbook, drawn
 
 # Directions with many equal cosines, and a row of zeros.
 EXACT = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [1, 1, 1, 1], [1, 1, -1, -1], [-1, 1, -1, 1], [0, 0, 0, 0]])

@@ -138,7 +138,7 @@ WARM_UP = """
 import torch
 from ssl_dist.kernels import relation_loops
 from ssl_dist.kernels.relation import warm_up
-from tests.test_kernels import Problem
+from tests.test_kernels_relation import Problem
 compiled = [function for function in vars(relation_loops).values() if hasattr(function, "signatures")]
 counts = lambda: [len(function.signatures) for function in compiled]
 assert sum(counts()) == 0 and len(compiled) > 5

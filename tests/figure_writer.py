@@ -1,4 +1,4 @@
-"""An album that keeps figures in memory, with images whose colour tells the split and the image."""
+"""A FigureWriter that keeps figures in memory, with images whose colour tells the split and the image."""
 
 import numpy as np
 from matplotlib.text import Text

@@ -102,7 +102,8 @@ def test_a_skipped_exchange_is_found_by_its_number(logs):
     assert heartbeat.disagreement(own) is None, "the other may be on its way"
     collective(other, "broadcast")
     said = heartbeat.disagreement(own)
-    assert "number 10 was all_gather at test_board.py:" in said and "on rank 0 and broadcast at test_board.py:" in said
+    assert "number 10 was all_gather at test_heartbeat.py:" in said
+    assert "on rank 0 and broadcast at test_heartbeat.py:" in said
     for state in (own, other):
         collective(state, "all_reduce")
     assert "number 10" in heartbeat.disagreement(own), "one skipped before is still among the last"

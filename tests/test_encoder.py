@@ -1,0 +1,159 @@
+"""Extraction: each image once, in order, the same at any world size and for any count that nothing divides."""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ssl_dist import backbones, config, methods
+from ssl_dist.data.readers import open_dataset
+from ssl_dist.distributed.world import one_process
+from ssl_dist.errors import UserError
+from ssl_dist.run import encoder as run_encoder
+from ssl_dist.run.encoder import DatasetRef, Encoder, extract_features, features_path, is_fresh, load_encoder
+from ssl_dist.storage import checkpoint, durable
+from ssl_dist.storage.features import read_features, write_features
+from tests import ranks
+
+
+@pytest.fixture(scope="module")
+def run(digits, tmp_path_factory):
+    from ssl_dist.train.loop import train
+
+    run = tmp_path_factory.mktemp("runs") / "random"
+    overrides = [f"data.root={digits}", f"run_dir={run}", "data.reader=arrays"]
+    assert train(config.load("configs/digits/random_weights-conv4.yaml", overrides)) == 0
+    return run
+
+
+def source(digits, reader="arrays"):
+    return DatasetRef("digits", str(digits), reader)
+
+
+def test_features_are_the_encoders_of_every_image_in_order(run, digits, tmp_path):
+    encoder = load_encoder(run)
+    path = extract_features(encoder, source(digits), "test", tmp_path, one_process(), threads=1)
+    found = read_features(path)
+    with open_dataset(digits, "test", "arrays") as reader:
+        ids = np.arange(reader.info.count)
+        [(pixels, _, _, _)] = list(reader.batches([ids]))
+        labels = reader.labels(ids)
+        mean, std = torch.tensor(reader.info.mean), torch.tensor(reader.info.std)
+    images = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    with torch.no_grad():
+        expected = encoder.module.eval()(images)
+    np.testing.assert_allclose(found.features, expected.numpy(), rtol=1e-4, atol=1e-5)
+    assert np.array_equal(found.labels, labels) and np.array_equal(found.image_ids, ids)
+    assert found.metadata["checkpoint"] == encoder.sha256 and found.metadata["step"] == "0"
+    assert json.loads(found.metadata["classes"]) == [str(n) for n in range(10)]
+
+
+def test_the_resize_of_evaluation_reaches_the_features_and_their_file(run, digits, tmp_path):
+    encoder, read = load_encoder(run), {}
+    for interpolation in ("bilinear", "bicubic"):
+        data = encoder.config.data.model_copy(update={"eval_resize": 40, "eval_interpolation": interpolation})
+        other = replace(encoder, config=encoder.config.model_copy(update={"data": data}))
+        path = extract_features(other, source(digits), "test", tmp_path / interpolation, one_process(), threads=1)
+        assert is_fresh(path, other, source(digits), "test")
+        assert not is_fresh(path, encoder, source(digits), "test")
+        read[interpolation] = read_features(path)
+    transforms = [read[interpolation].metadata["transform"] for interpolation in read]
+    assert transforms[0].startswith("short side to 40, centre crop 32, ")
+    assert transforms[1].startswith("short side to 40 bicubic, centre crop 32, ")
+    assert np.abs(read["bilinear"].features - read["bicubic"].features).max() > 1e-4
+
+
+def in_ranks(rank, size, run, folder, split):
+    from ssl_dist.evaluate.command import extract
+
+    torch.set_num_threads(1)
+    return [str(p) for p in extract(Path(run), [split], [], Path(folder))]
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_any_world_size_writes_the_same_file(run, digits, tmp_path, size):
+    alone = extract_features(load_encoder(run), source(digits), "test", tmp_path / "a", one_process(), 1)
+    assert read_features(alone).features.shape[0] % 7, "the count should not divide evenly"
+    (tmp_path / "b").mkdir()
+    for left in ("digits-test.safetensors", "digits-test.part-0", "digits-test.part-7"):
+        (tmp_path / "b" / f".{left}.01234567.tmp").write_bytes(b"left by an extraction that was killed")
+    ranks.launch(in_ranks, size, tmp_path, run, tmp_path / "b", "test")
+    a, b = read_features(alone), read_features(tmp_path / "b" / alone.name)
+    np.testing.assert_allclose(a.features, b.features, rtol=1e-5, atol=1e-6)
+    assert np.array_equal(a.labels, b.labels) and a.metadata == b.metadata
+    assert [p.name for p in (tmp_path / "b").iterdir()] == [alone.name], "no part is left behind"
+
+
+def test_what_the_killed_left_is_removed_and_what_the_living_write_is_not(run, digits, tmp_path):
+    encoder = load_encoder(run)
+    path = features_path(tmp_path, source(digits), "test")
+    dead = [tmp_path / ".digits-test.part-1.01234567.tmp", tmp_path / ".digits-test.safetensors.89abcdef.tmp"]
+    for left in dead:
+        left.touch()
+    with durable.temporary(run_encoder._part_of(path, 0, "00000000")) as part:  # of a process that is at it
+        part.write(b"rows")
+        extract_features(encoder, source(digits), "test", tmp_path, one_process(), 1)
+        assert sorted(os.listdir(tmp_path)) == [".digits-test.part-0.00000000.tmp", path.name]
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(run, digits, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"{tmp_path}/file/f: cannot be written: .*give another --out"):
+        extract_features(load_encoder(run), source(digits), "test", tmp_path / "file" / "f", one_process(), 1)
+
+
+def test_the_sha256_is_of_the_bytes_that_were_loaded(run, tmp_path, monkeypatch):
+    """Also when a training prunes the checkpoint between the check and the load."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    path = checkpoint.newest(copy)
+    expected = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert load_encoder(path).sha256 == expected
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **options: (path.unlink(), load(*args, **options))[1])
+    assert load_encoder(copy).sha256 == expected and not path.exists()
+
+
+@pytest.mark.requires_ffcv
+def test_readers_agree(run, digits, tmp_path):
+    encoder = load_encoder(run)
+    files = [
+        extract_features(encoder, source(digits, reader), "test", tmp_path / reader, one_process(), threads)
+        for reader, threads in (("arrays", 1), ("ffcv", 2))
+    ]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_freshness(run, digits, tmp_path):
+    encoder = load_encoder(run)
+    path = features_path(tmp_path, source(digits), "test")
+
+    def fresh(encoder=encoder):
+        return is_fresh(path, encoder, source(digits), "test")
+
+    assert not fresh()
+    extract_features(encoder, source(digits), "test", tmp_path, one_process(), 1)
+    assert fresh()
+    assert not fresh(Encoder(encoder.module, encoder.config, encoder.normalize, "0" * 64, 0, encoder.file))
+    found = read_features(path)
+    write_features(path, found.features, found.labels, found.image_ids, found.metadata | {"data": "0" * 64})
+    assert not fresh(), "features of other samples under the same name"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert not fresh(), "a damaged file is extracted again"
+
+
+def test_what_is_no_run(tmp_path):
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        load_encoder(tmp_path)
+
+
+def test_every_method_and_backbone_is_found_by_name():
+    assert {"relational", "random_weights"} <= set(methods.names())
+    assert backbones.build("conv4").feature_dim == 64

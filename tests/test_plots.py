@@ -1,0 +1,104 @@
+"""The pictures: that the right thing stands at the right place. Their looks are judged by eye."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ssl_dist.errors import UserError
+from ssl_dist.run import plots
+
+
+def read(path):
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def centre_of(picture, color):
+    """Mean (row, column) of the pixels of a colour."""
+    found = np.argwhere(abs(picture - np.array(color)).max(2) <= 2)
+    assert len(found) > 100, color
+    return found.mean(0)
+
+
+@pytest.mark.parametrize("size", [4, 32, 224])
+def test_views_stand_in_columns_and_images_in_rows(tmp_path, size):
+    num_views, num_images = 3, 2
+    views = np.zeros((num_views, num_images, 3, size, size), np.uint8)
+    for view in range(num_views):
+        for image in range(num_images):
+            views[view, image] = np.array([40 + 60 * view, 40 + 100 * image, 200])[:, None, None]
+    plots.views_grid(tmp_path / "new" / "views.png", views, ["original", "a", "b"])
+    picture = read(tmp_path / "new" / "views.png")
+    centres = np.array(
+        [[centre_of(picture, (40 + 60 * v, 40 + 100 * i, 200)) for v in range(num_views)] for i in range(num_images)]
+    )
+    assert (np.diff(centres[:, :, 0], axis=0) > 20).all() and (np.diff(centres[:, :, 1], axis=1) > 20).all()
+    assert np.ptp(centres[:, :, 0], axis=1).max() < 2 and np.ptp(centres[:, :, 1], axis=0).max() < 2
+
+
+def test_a_view_stands_upright(tmp_path):
+    view = np.zeros((1, 1, 3, 32, 32), np.uint8)
+    view[..., :16, :] = np.array([200, 40, 40])[:, None, None]
+    view[..., 16:, :] = np.array([40, 40, 200])[:, None, None]
+    plots.views_grid(tmp_path / "views.png", view)
+    picture = read(tmp_path / "views.png")
+    assert centre_of(picture, (200, 40, 40))[0] < centre_of(picture, (40, 40, 200))[0] - 40
+
+
+def test_many_views_stay_within_a_page(tmp_path):
+    plots.views_grid(tmp_path / "views.png", np.zeros((64, 2, 3, 32, 32), np.uint8))
+    assert read(tmp_path / "views.png").shape[1] < 3200
+
+
+def test_titles_must_fit(tmp_path):
+    with pytest.raises(ValueError, match="2 titles for 3 views"):
+        plots.views_grid(tmp_path / "x.png", np.zeros((3, 1, 3, 4, 4), np.uint8), ["a", "b"])
+
+
+def metrics(path, lines, tail=""):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
+    return path
+
+
+def channels_that_stand_out(picture):
+    """Which of red, green and blue are the strongest by far at many pixels: lines are thin, their colours blend."""
+    order = np.sort(picture, axis=2)
+    stand_out = order[:, :, 2] - order[:, :, 1] > 25
+    return {"RGB"[c] for c in range(3) if (stand_out & (picture.argmax(2) == c)).sum() > 100}
+
+
+def test_loss_curve(tmp_path):
+    plain = [{"step": s, "epoch": s / 10, "loss": 1 / s} for s in range(1, 50)]
+    plots.loss_curve(tmp_path / "loss.png", metrics(tmp_path / "metrics.jsonl", plain, tail='{"step": 50, "ep'))
+    picture = read(tmp_path / "loss.png")
+    assert channels_that_stand_out(picture) == {"B"}  # the loss
+
+    # It falls: the first loss stands higher than the last.
+    rows, columns = np.nonzero(abs(picture - np.array([0x1F, 0x4E, 0x79])).max(2) <= 2)
+    inside = columns > 100  # right of the axis' label
+    rows, columns = rows[inside], columns[inside]
+    assert rows[columns == columns.min()].mean() < rows[columns == columns.max()].mean() - 100
+
+    both = [line | {"accuracy": 80, "accuracy_positive": 70, "accuracy_negative": 90} for line in plain]
+    plots.loss_curve(tmp_path / "loss.png", metrics(tmp_path / "metrics.jsonl", [{"event": "resumed"}, *both]))
+    assert channels_that_stand_out(read(tmp_path / "loss.png")) == {"R", "G", "B"}  # negatives, positives, loss
+
+
+def test_metrics_that_cannot_be_drawn_are_refused(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for content, message in (
+        (None, "cannot be read"),
+        ("", "holds no loss"),
+        ('{"a": 1}\n{"b"\n', "line 2 is not JSON"),
+    ):
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(UserError, match=message) as caught:
+            plots.loss_curve(tmp_path / "loss.png", path)
+        assert str(path) in str(caught.value)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        plots.views_grid(tmp_path / "file" / "x.png", np.zeros((1, 1, 3, 4, 4), np.uint8))
