@@ -1,0 +1,41 @@
+"""Files beside the code that must keep up with it."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+import ssl_dist
+from ssl_dist import methods
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_every_methods_paper_is_cited():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == ssl_dist.__version__
+    cited = {one["notes"]: one["identifiers"][0]["value"] for one in citation["references"]}
+    papers = {}
+    for name in methods.names():
+        docstring = importlib.import_module(f"ssl_dist.methods.{name}").__doc__
+        identifiers = re.findall(r"arXiv:\d+\.\d+", docstring.split("\n\n")[0])
+        if identifiers:
+            papers[name] = identifiers[0]
+    assert cited == papers and len(papers) >= 10
+
+
+def test_the_picture_of_the_packages_is_current():
+    done = subprocess.run([sys.executable, ROOT / "tools" / "draw_packages.py", "--check"], check=False)
+    assert done.returncode == 0, "run: python tools/draw_packages.py"
+
+
+def test_the_changelog_tells_of_this_version():
+    assert f"## {ssl_dist.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_issue_templates_are_yaml():
+    for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        assert yaml.safe_load(path.read_text(encoding="utf-8")), path
