@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import importlib.metadata
+import importlib.util
 import itertools
 import re
 import sys
@@ -12,6 +13,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ssl_dist"
+
+SPEC = importlib.util.spec_from_file_location("draw_packages", ROOT / "tools" / "draw_packages.py")
+draw_packages = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(draw_packages)
+imported = draw_packages.imported
 
 # From the ground up, a line a floor. A module may import its own package and the floors below, never its own floor or
 # one above: so no circle can close. A new package must be given its place here.
@@ -50,21 +56,6 @@ def dotted(path):
     """ssl_dist/views/make.py -> ssl_dist.views.make; a package stands for its __init__.py."""
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def imported(tree, module="", is_package=False):
-    """The dotted names that a file imports, at its top or inside functions; relative ones resolved against `module`."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parents = module.split(".") if is_package else module.split(".")[:-1]
-                parents = parents[: len(parents) - node.level + 1]
-                base = ".".join([*parents, *([base] if base else [])])
-            # `from ssl_dist import keys` names ssl_dist.keys
-            yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
 def named(tree, module="", is_package=False):
