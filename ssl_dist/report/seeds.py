@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssl_dist import config, results
+from ssl_dist import config, results, text_table
 from ssl_dist.errors import UserError
 from ssl_dist.run import folder as run_folder
 
@@ -55,20 +55,11 @@ def newest(records: Sequence[dict]) -> list[dict]:
 
 def table(records: list[dict]) -> str:
     """A line a number, with its protocols as footnotes."""
-    protocols = list(dict.fromkeys(record["protocol"] for record in records))
-    head = ("run", "method", "backbone", "step", "data set", "split", "result", "mean ± std", "seeds", "")
-    rows = [head] + [
-        (
-            *(str(r[key]) for key in ("run", "method", "backbone", "step", "dataset", "split", "name")),
-            _value(r), str(len(r["seeds"])), f"[{protocols.index(r['protocol']) + 1}]",
-        )
-        for r in records
-    ]  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join([*lines, "", *(f"[{number}] {text}" for number, text in enumerate(protocols, 1))])
-
-
-def _value(record: dict) -> str:
-    return results.number(record["mean"], record["std"])
+    head = ("run", "method", "backbone", "step", "data set", "split", "result", "mean ± std", "seeds")
+    columns = ("run", "method", "backbone", "step", "dataset", "split", "name")
+    rows = []
+    for record in records:
+        cells = [str(record[column]) for column in columns]
+        cells += [results.number(record["mean"], record["std"]), str(len(record["seeds"]))]
+        rows.append((cells, record["protocol"]))
+    return text_table.with_protocols(head, rows)

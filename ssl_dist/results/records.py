@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from ssl_dist import text_table
 from ssl_dist.errors import UserError
 from ssl_dist.storage import durable
 from ssl_dist.storage.durable import atomic_write_or_refuse
@@ -113,34 +114,13 @@ def table(shown: Sequence[dict]) -> str:
     shown = [record for record in shown if not (record["name"].endswith("_converged") and record["value"] == 1)]
     if not shown:
         return "no results"
-    protocols = list(dict.fromkeys(record["protocol"] for record in shown))
-    rows = [("method", "backbone", "step", "data set", "split", "result", "value", "")]
+    head = ("method", "backbone", "step", "data set", "split", "result", "value")
+    rows = []
     for record in shown:
-        converged = record["name"].endswith("_converged")
-        rows.append(
-            (
-                record["method"],
-                record["backbone"],
-                str(record["step"]),
-                record["dataset"],
-                record["split"],
-                record["name"],
-                "NOT CONVERGED" if converged else number(record["value"]),
-                f"[{protocols.index(record['protocol']) + 1}]",
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        # Numbers end at one column, words begin at one.
-        cells = [
-            cell.rjust(width) if column in (2, 6) else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "-" * max(map(len, lines)))
-    lines += ["", *(f"[{i}] {protocol}" for i, protocol in enumerate(protocols, 1))]
-    return "\n".join(lines)
+        cells = [str(record[column]) for column in ("method", "backbone", "step", "dataset", "split", "name")]
+        value = "NOT CONVERGED" if record["name"].endswith("_converged") else number(record["value"])
+        rows.append(([*cells, value], record["protocol"]))
+    return text_table.with_protocols(head, rows, right_aligned=(2, 6))
 
 
 def number(value: float, std: float | None = None) -> str:

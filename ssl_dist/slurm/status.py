@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssl_dist import config
+from ssl_dist import config, text_table
 from ssl_dist.errors import UserError
 from ssl_dist.progress import duration
 from ssl_dist.storage import checkpoint
@@ -30,8 +30,7 @@ def table(runs: Sequence[Path]) -> str:
         for line in note.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
             rows.append(_row(note.parent.parent, entry["job"], entry["kind"]))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(text_table.aligned(rows))
 
 
 def job_of(job: str) -> dict[str, str]:

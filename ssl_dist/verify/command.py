@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
-from ssl_dist import config, methods
+from ssl_dist import config, methods, text_table
 from ssl_dist.config import Config, Section
 from ssl_dist.convert.command import convert
 from ssl_dist.distributed.rank import RankInfo
@@ -222,10 +222,7 @@ def table(rows: list[Row]) -> str:
         ]
         for row in rows
     ]  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    return "\n".join(text_table.aligned(lines))
 
 
 def say(grid: Grid) -> str:

@@ -1,0 +1,81 @@
+"""Text tables, byte for byte as four commands print them."""
+
+import json
+from types import SimpleNamespace
+
+from ssl_dist import report, results
+from ssl_dist.slurm import status
+from ssl_dist.verify import command as verify
+
+RECORD = {
+    "name": "knn20_top1", "value": 97.514, "protocol": "kNN", "options": {}, "dataset": "digits", "split": "test",
+    "data": "d", "seed": 0, "method": "relational", "backbone": "conv4", "checkpoint": "c", "step": 40, "time": "t",
+}  # fmt: skip
+
+
+def test_of_results():
+    records = [
+        RECORD,
+        RECORD | {"name": "logistic_top1", "value": 8.0, "protocol": "linear", "method": "simclr", "step": 1200},
+        RECORD | {"name": "logistic_converged", "value": 0.0, "protocol": "linear"},
+        RECORD | {"name": "clusters_nmi", "value": 0.17352},
+    ]
+    expected = """\
+method      backbone  step  data set  split  result                      value
+-----------------------------------------------------------------------------------
+relational  conv4       40  digits    test   knn20_top1                  97.51  [1]
+simclr      conv4     1200  digits    test   logistic_top1                8.00  [2]
+relational  conv4       40  digits    test   logistic_converged  NOT CONVERGED  [2]
+relational  conv4       40  digits    test   clusters_nmi               0.1735  [1]
+
+[1] kNN
+[2] linear"""
+    assert results.table(records) == expected
+
+
+def test_of_seeds():
+    record = RECORD | {"run": "first", "mean": 91.1667, "std": 1.2583, "seeds": [0, 1, 2]}
+    other = record | {"run": "another-run", "std": None, "seeds": [4], "protocol": "linear", "name": "logistic_top1"}
+    expected = """\
+run          method      backbone  step  data set  split  result         mean ± std    seeds
+-------------------------------------------------------------------------------------------------
+first        relational  conv4     40    digits    test   knn20_top1     91.17 ± 1.26  3      [1]
+another-run  relational  conv4     40    digits    test   logistic_top1  91.17         1      [2]
+
+[1] kNN
+[2] linear"""
+    assert report.table([record, other]) == expected
+
+
+def test_of_jobs(tmp_path, monkeypatch):
+    monkeypatch.setattr(status.shutil, "which", lambda _: "/usr/bin/scontrol")
+    answers = {"17": {"JobState": "PENDING", "Reason": "Priority"}, "1234": {"JobState": "RUNNING", "Restarts": "1"}}
+    monkeypatch.setattr(status, "job_of", lambda job: answers.get(job, {}))
+    monkeypatch.chdir(tmp_path)
+    note = tmp_path / "runs" / "digits" / "slurm" / "jobs.jsonl"
+    note.parent.mkdir(parents=True)
+    jobs = [{"job": job, "kind": kind} for job, kind in (("17", "train"), ("1234", "evaluate"), ("9", "train"))]
+    note.write_text("".join(json.dumps(job) + "\n" for job in jobs))
+    expected = """\
+job   what      state              run          step  epoch  images/s  time left  checkpoint  why
+17    train     PENDING            runs/digits                                                Priority
+1234  evaluate  RUNNING (start 2)  runs/digits
+9     train     gone               runs/digits"""
+    assert status.table([]) == expected
+
+
+def test_of_a_certificate():
+    def row(method, variant, precision, figures, holds):
+        case = SimpleNamespace(method=method, variant=variant, config=SimpleNamespace(precision=precision))
+        return SimpleNamespace(case=case, grid=SimpleNamespace(images=2, views=1), figures=figures, holds=holds)
+
+    equal = dict.fromkeys(("loss", "head", "deep", "buffers", "weights"), 1e-16)
+    rows = [
+        row("relational", "", "fp64", equal, True),
+        row("deepcluster", "multicrop", "fp32", {"loss": 0.25}, False),
+    ]
+    expected = """\
+method       variant    precision  grid  loss     head     deep     buffers  weights
+relational              fp64       2x1   1.0e-16  1.0e-16  1.0e-16  1.0e-16  1.0e-16  equal
+deepcluster  multicrop  fp32       2x1   2.5e-01  -        -        -        -        DIFFERENT"""
+    assert verify.table(rows) == expected
