@@ -40,7 +40,7 @@ def test_the_file_holds_the_labels_of_every_training_image(run, digits, tmp_path
     assert cli.main(["labels", str(run), "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert "48 images by 2 head(s), after step 2" in said and "10 classes: 0." in said
-    ids = blueprint_of(digits).plan.train_ids
+    ids = blueprint_of(digits).order.train_ids
     kept = checkpoint.load(checkpoint.newest(Path(run)))["method"]["labels.of_images"]
     lines = out.read_text().splitlines()
     assert lines[0] == "image_id,label_0,label_1"
@@ -54,7 +54,7 @@ def test_another_run_takes_them_as_labels(run, digits, tmp_path):
     out = tmp_path / "labels.csv"
     assert cli.main(["labels", str(run), "--out", str(out), f"data.root={digits}"]) == 0
     taken = blueprint_of(digits, f"data.labels={{file: {out}, column: 1}}")
-    ids = taken.plan.train_ids
+    ids = taken.order.train_ids
     with taken.open_reader() as reader:
         of_images = torch.from_numpy(reader.labels(ids))
     assert torch.equal(of_images.int(), checkpoint.load(checkpoint.newest(Path(run)))["method"]["labels.of_images"][1])

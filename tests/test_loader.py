@@ -8,7 +8,7 @@ import torch
 
 from ssl_dist.config import ColorJitter, RandomResizedCrop, ViewGroup
 from ssl_dist.data.loader import TrainLoader
-from ssl_dist.data.plan import Plan
+from ssl_dist.data.plan import DataOrder
 from ssl_dist.grid import Grid
 from ssl_dist.views.make import view_specs
 
@@ -41,7 +41,7 @@ class Reader:
 
 
 def loader(reader=None, grid=None, rank=0, threads=1):
-    plan = Plan(np.arange(N), 8, seed=5)
+    plan = DataOrder(np.arange(N), 8, seed=5)
     return TrainLoader(reader or Reader(), plan, view_specs(GROUPS, K, SIZE), grid or Grid(1, 1), rank, threads, False)
 
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssl_dist.data import plan
-from ssl_dist.data.plan import Plan
+from ssl_dist.data.plan import DataOrder
 from ssl_dist.errors import UserError
 from ssl_dist.grid import Grid
 
@@ -14,9 +14,9 @@ from ssl_dist.grid import Grid
 def test_each_image_at_most_once_an_epoch_and_only_the_tail_is_missing(n, m, seed):
     if n < m:
         with pytest.raises(UserError, match=f"batch_size = {m}.*{n} images"):
-            Plan(np.arange(n), m, seed)
+            DataOrder(np.arange(n), m, seed)
         return
-    p = Plan(np.arange(n) * 3, m, seed)
+    p = DataOrder(np.arange(n) * 3, m, seed)
     for epoch in range(2):
         steps = range(epoch * p.steps_per_epoch, (epoch + 1) * p.steps_per_epoch)
         seen = np.concatenate([p.global_ids(s) for s in steps])
@@ -25,7 +25,7 @@ def test_each_image_at_most_once_an_epoch_and_only_the_tail_is_missing(n, m, see
 
 
 def test_ranks_join_to_the_global_batch_at_any_grid():
-    p = Plan(np.arange(100), 12, 1)
+    p = DataOrder(np.arange(100), 12, 1)
     for g in (Grid(1, 1), Grid(2, 1), Grid(3, 2), Grid(4, 3)):
         for step in (0, 7, 8, 33):
             parts = [p.local_ids(step, g, r) for r in range(0, g.size, g.views)]
@@ -35,7 +35,7 @@ def test_ranks_join_to_the_global_batch_at_any_grid():
 
 
 def test_order_depends_on_seed_and_epoch_and_nothing_else():
-    a, b, c = Plan(np.arange(50), 10, 0), Plan(np.arange(50), 10, 0), Plan(np.arange(50), 10, 1)
+    a, b, c = DataOrder(np.arange(50), 10, 0), DataOrder(np.arange(50), 10, 0), DataOrder(np.arange(50), 10, 1)
     assert np.array_equal(b.global_ids(7), a.global_ids(7))  # asked for out of order: no state
     assert np.array_equal(a.global_ids(2), b.global_ids(2))
     assert not np.array_equal(a.epoch_order(0), a.epoch_order(1))
@@ -43,7 +43,7 @@ def test_order_depends_on_seed_and_epoch_and_nothing_else():
 
 
 def test_a_different_tail_is_dropped_every_epoch():
-    p = Plan(np.arange(10), 4, 0)
+    p = DataOrder(np.arange(10), 4, 0)
     tails = {tuple(sorted(p.epoch_order(e)[8:])) for e in range(20)}
     assert len(tails) > 5
 

@@ -88,8 +88,8 @@ def test_the_test_transform_is_that_of_extraction(one_process, digits, tmp_path)
     run = make(digits, tmp_path / "run", RankInfo())
     from ssl_dist.views.make import test_views
 
-    with run.blueprint.open_reader() as reader:
-        [(pixels, heights, widths, _)] = reader.batches([run.blueprint.plan.train_ids])
+    with run.plan.open_reader() as reader:
+        [(pixels, heights, widths, _)] = reader.batches([run.plan.order.train_ids])
     images = test_views(pixels, heights, widths, 32, resize=36, interpolation="bicubic")
     with torch.no_grad():
         wanted = run.method.backbone.eval()(run._normalize(torch.from_numpy(images)))

@@ -250,8 +250,8 @@ def test_a_mistake_that_only_one_rank_meets_is_said_by_that_rank(digits, tmp_pat
     from ssl_dist.distributed.world import RankInfo
     from ssl_dist.run.blueprint import derive
 
-    plan = derive(config.load(CONFIG, overrides(digits, tmp_path / "none")), RankInfo()).plan
-    bad = int(plan.global_ids(0)[-1])
+    order = derive(config.load(CONFIG, overrides(digits, tmp_path / "none")), RankInfo()).order
+    bad = int(order.global_ids(0)[-1])
     other = tmp_path / "other"
     shutil.copytree(digits, other)
     path = other / "train.beton"

@@ -1,7 +1,7 @@
 """Batches of views, made ahead of the training loop by a thread of our own.
 
-One thread asks the reader for decoded images in the plan's order, a pool makes the views, and a short queue hands them
-to the loop. What is handed over is owned by the receiver: no buffer is used twice. An error anywhere reaches the loop
+One thread asks the reader for decoded images in the training's order, a pool makes the views, and a short queue hands
+them to the loop. What is handed over is owned by the receiver: no buffer is used twice. An error anywhere reaches the loop
 as the same exception, behind the batches made before it; closing joins every thread and closes the reader.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ssl_dist import views
-from ssl_dist.data.plan import Plan
+from ssl_dist.data.plan import DataOrder
 from ssl_dist.grid import Grid
 
 AHEAD = 2  # batches that wait in the queue; more only hides stalls longer than two steps
@@ -36,8 +36,10 @@ class HostBatch:
 class TrainLoader:
     """Iterate over the batches of steps start .. stop - 1 for one rank of the grid. Use as a context manager."""
 
-    def __init__(self, reader, plan: Plan, specs: list[views.ViewSpec], grid: Grid, rank: int, threads: int, pin: bool):
-        self.reader, self.plan, self.grid, self.rank = reader, plan, grid, rank
+    def __init__(
+        self, reader, order: DataOrder, specs: list[views.ViewSpec], grid: Grid, rank: int, threads: int, pin: bool
+    ):
+        self.reader, self.order, self.grid, self.rank = reader, order, grid, rank
         self.specs = specs
         self.view_ids = [
             np.array([spec.first_view + v for v in grid.view_range(rank, spec.num)], np.int64) for spec in specs
@@ -94,7 +96,7 @@ class TrainLoader:
     def _produce(self, start: int, stop: int) -> None:
         try:
             with ThreadPoolExecutor(self.threads, "view") as pool:
-                ids = (self.plan.local_ids(step, self.grid, self.rank) for step in range(start, stop))
+                ids = (self.order.local_ids(step, self.grid, self.rank) for step in range(start, stop))
                 decoded = self.reader.batches(ids)
                 try:
                     for step, (pixels, heights, widths, image_ids) in enumerate(decoded, start):
@@ -107,7 +109,7 @@ class TrainLoader:
             self._put(error)
 
     def _batch(self, step, pixels, heights, widths, image_ids, pool) -> HostBatch:
-        epoch = step // self.plan.steps_per_epoch
+        epoch = step // self.order.steps_per_epoch
         made = [
             torch.from_numpy(
                 views.make_views(
@@ -117,7 +119,7 @@ class TrainLoader:
                     image_ids,
                     spec,
                     view_ids,
-                    self.plan.seed,
+                    self.order.seed,
                     epoch,
                     pool=pool,
                     threads=self.threads,

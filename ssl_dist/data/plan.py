@@ -10,7 +10,7 @@ from ssl_dist.keys import HELD_OUT, ORDER, hash64, permutation
 
 
 @dataclass
-class Plan:
+class DataOrder:
     """The order in which the training images are seen.
 
     train_ids: int64, the images that take part; every epoch is a permutation of them drawn from (seed, epoch), cut

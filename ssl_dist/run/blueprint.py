@@ -15,8 +15,9 @@ from torch import nn
 from ssl_dist import backbones, grid, methods, views
 from ssl_dist.clock import Clock
 from ssl_dist.config import Config, Normalize, Section
-from ssl_dist.data import labels, plan
+from ssl_dist.data import labels
 from ssl_dist.data.catalog import facts
+from ssl_dist.data.plan import DataOrder, from_list, limited, per_class
 from ssl_dist.data.reader import SplitInfo
 from ssl_dist.data.readers import open_dataset, read_info, require_name, splits_present
 from ssl_dist.distributed.rank import RankInfo
@@ -69,26 +70,26 @@ class RunPlan:
         )
 
     @cached_property
-    def plan(self) -> plan.Plan:
+    def order(self) -> DataOrder:
         data, count = self.config.data, self.split.count
         if data.subset is None:
-            ids = plan.limited(count, data.limit)
+            ids = limited(count, data.limit)
         else:
             if isinstance(data.subset, str):
-                ids = plan.from_list(data.subset, count)
+                ids = from_list(data.subset, count)
             else:
                 everything = np.arange(count, dtype=np.int64)
                 with self._open() as reader:  # classes are the split's own, whatever labels are given
                     classes = reader.labels(everything)
-                ids = plan.per_class(everything, classes, data.subset.per_class, data.subset.start)
-            ids = ids[plan.limited(len(ids), data.limit)]
-        return plan.Plan(ids, self.config.optim.batch_size, self.config.seed)
+                ids = per_class(everything, classes, data.subset.per_class, data.subset.start)
+            ids = ids[limited(len(ids), data.limit)]
+        return DataOrder(ids, self.config.optim.batch_size, self.config.seed)
 
     @property
     def data_identity(self) -> dict[str, str]:
         """What a resume must find again: the samples of the split, which of them are trained on, and what labels and
         weights were given."""
-        identity = {"split": self.split.sha256, "ids": hashlib.sha256(self.plan.train_ids.tobytes()).hexdigest()}
+        identity = {"split": self.split.sha256, "ids": hashlib.sha256(self.order.train_ids.tobytes()).hexdigest()}
         if self.labels is not None:
             identity["labels"] = hashlib.sha256(self.labels.tobytes()).hexdigest()
         if self.given_weights is not None:
@@ -109,7 +110,7 @@ class RunPlan:
 
     def clock(self, step: int = 0) -> Clock:
         """`step` steps into the training. A method that does not train has none ahead of it."""
-        options, per_epoch = self.config.optim, self.plan.steps_per_epoch
+        options, per_epoch = self.config.optim, self.order.steps_per_epoch
         total = options.steps if options.steps is not None else options.epochs * per_epoch
         return Clock(step, per_epoch, total if self.method_class.trainable else 0)
 
@@ -141,12 +142,12 @@ class RunPlan:
     @cached_property
     def info(self) -> Info:
         return Info(
-            num_images=len(self.plan.train_ids),
+            num_images=len(self.order.train_ids),
             num_classes=len(self.split.classes) if self.split.labelled else 0,
             view_groups=tuple((spec.num, spec.size) for spec in self.specs),
             batch_size=self.config.optim.batch_size,
             total_epochs=self.clock().total_epochs,
-            steps_per_epoch=self.plan.steps_per_epoch,
+            steps_per_epoch=self.order.steps_per_epoch,
             seed=self.config.seed,
         )
 
@@ -188,29 +189,29 @@ def derive(config: Config, rank_info: RankInfo) -> RunPlan:
             f"data.split = {split_name!r}: method {config.method.name} needs labels and this split has none; "
             "choose a labelled split"
         )
-    blueprint = RunPlan(config, rank_info, method_class, options, split, given)
+    plan = RunPlan(config, rank_info, method_class, options, split, given)
     _ = (
-        blueprint.num_views,
-        blueprint.specs,
-        blueprint.grid,
-        blueprint.plan,
-        blueprint.normalize,
-        blueprint.given_weights,
+        plan.num_views,
+        plan.specs,
+        plan.grid,
+        plan.order,
+        plan.normalize,
+        plan.given_weights,
     )
-    train_ids = blueprint.plan.train_ids
+    train_ids = plan.order.train_ids
     if given is not None and method_class.needs_labels and (given[train_ids] < 0).any():
         missing = train_ids[given[train_ids] < 0]
         raise UserError(
             f"data.labels.file: {config.data.labels.file} has no label for {len(missing)} of the images to train on, "
             f"image {missing[0]} for one; add them, or choose the others by data.subset"
         )
-    with blueprint.open_reader():
+    with plan.open_reader():
         pass  # a missing FFCV or a damaged file shows now
     with torch.device("meta"):  # what the method or the backbone refuses shows now, and no memory is taken
-        method = blueprint.build().eval()
-        for size in {spec.size for spec in blueprint.specs}:
+        method = plan.build().eval()
+        for size in {spec.size for spec in plan.specs}:
             try_size(method.backbone, size, config.backbone.name)
-    return blueprint
+    return plan
 
 
 def normalization(config: Config, split: SplitInfo) -> Normalize:

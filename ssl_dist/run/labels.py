@@ -25,20 +25,20 @@ def export_labels(run: Path, out: Path, overrides: Sequence[str]) -> str:
     path, state, _ = checkpoint.load_run(run)
     if BUFFER not in state["method"]:
         raise UserError(f"{path}: method {state['config']['method']['name']} gives its images no labels")
-    blueprint = _blueprint(state, overrides)
-    if state["data"] != blueprint.data_identity:
+    plan = _plan(state, overrides)
+    if state["data"] != plan.data_identity:
         raise UserError(
-            f"data.root = {blueprint.config.data.root!r}: not the images that {path} was trained on; give their folder"
+            f"data.root = {plan.config.data.root!r}: not the images that {path} was trained on; give their folder"
         )
     of_images = state["method"][BUFFER].numpy()
-    ids = blueprint.plan.train_ids
+    ids = plan.order.train_ids
     with atomic_write_or_refuse(out) as file:
         file.write(labels.text(ids, of_images).encode())
     said = f"{out}: labels of {len(ids)} images by {len(of_images)} head(s), after step {state['step']}"
-    return said + _information(blueprint, ids, of_images)
+    return said + _information(plan, ids, of_images)
 
 
-def _blueprint(state: dict, overrides: Sequence[str]) -> RunPlan:
+def _plan(state: dict, overrides: Sequence[str]) -> RunPlan:
     tree = state["config"]
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -48,13 +48,13 @@ def _blueprint(state: dict, overrides: Sequence[str]) -> RunPlan:
     return derive(config.validate(Config, tree), RankInfo())
 
 
-def _information(blueprint: RunPlan, ids: np.ndarray, of_images: np.ndarray) -> str:
+def _information(plan: RunPlan, ids: np.ndarray, of_images: np.ndarray) -> str:
     """Normalised mutual information of every head's labels with the known ones: 1 when either gives the other."""
-    if not blueprint.split.labelled:
+    if not plan.split.labelled:
         return ""
-    with blueprint.open_reader() as reader:
+    with plan.open_reader() as reader:
         known = reader.labels(ids)
     has_label = known >= 0
     scores = [normalized_mutual_info_score(known[has_label], row[has_label]) for row in of_images]
     said = ", ".join(f"{score:.3f}" for score in scores)
-    return f"\nnormalised mutual information with the {len(blueprint.split.classes)} classes: {said}"
+    return f"\nnormalised mutual information with the {len(plan.split.classes)} classes: {said}"

@@ -36,8 +36,8 @@ def train(options: argparse.Namespace) -> int:
     wanted = variants(options.config, options.overrides, options.seeds or [], options.sweep or [])
     for settings in wanted:
         rank_info = RankInfo(0, site.nodes * site.ranks_per_node, 0, site.ranks_per_node)
-        blueprint = derive(settings, rank_info)
-        run_folder.check(blueprint.run, settings)
+        plan = derive(settings, rank_info)
+        run_folder.check(plan.run, settings)
     if options.then is not None:
         _check_evaluation("--then", options.then)
     if options.cluster == "local":

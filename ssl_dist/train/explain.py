@@ -30,16 +30,16 @@ from ssl_dist.train import online_knn, optim
 def explain(config: Config, world_size: int, ranks_per_node: int | None = None) -> str:
     """A text of `name: value` lines. Raises `UserError` for everything that could not run."""
     rank_info = RankInfo(0, world_size, 0, ranks_per_node or world_size)
-    blueprint = derive(config, rank_info)
-    run_folder.check(blueprint.run, config)
-    memory = Memory.of(blueprint)
-    lines = _data(blueprint) | _grid(blueprint, memory) | _training(blueprint) | _memory(memory) | _files(blueprint)
+    plan = derive(config, rank_info)
+    run_folder.check(plan.run, config)
+    memory = Memory.of(plan)
+    lines = _data(plan) | _grid(plan, memory) | _training(plan) | _memory(memory) | _files(plan)
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}".replace("\n", "\n" + " " * (width + 2)) for name, text in lines.items())
 
 
 def _data(b: RunPlan) -> dict[str, str]:
-    split, used = b.split, len(b.plan.train_ids)
+    split, used = b.split, len(b.order.train_ids)
     part = "" if used == split.count else f", {used} of them used"
     classes = f"{len(split.classes)} classes" if split.labelled else "no labels"
     mean, std = (" ".join(f"{v:.4g}" for v in values) for values in (b.normalize.mean, b.normalize.std))
@@ -138,7 +138,7 @@ class Memory:
     On a GPU `waiting` and the decoded images lie in the host's memory, the rest on the device. Of the loss only the
     representations are counted: what a method does with them is its own."""
 
-    blueprint: RunPlan
+    plan: RunPlan
     parameters: int  # numbers in the backbone
     feature_dim: int
     weights: int  # those trained with gradients, optimizer state and, on several ranks, buckets that average gradients
@@ -159,7 +159,7 @@ class Memory:
         copies += b.rank_info.world_size > 1
         pixels = sum(images * spec.num * 3 * spec.size**2 for spec in b.specs) // b.rank_info.world_size
         return Memory(
-            blueprint=b,
+            plan=b,
             parameters=sum(p.numel() for p in method.backbone.parameters()),
             feature_dim=method.backbone.feature_dim,
             weights=(everything + (copies - 1) * trained * trainable) * element,
@@ -171,7 +171,7 @@ class Memory:
 
     def decoded(self, grid: Grid) -> int:
         """Two batches of images as the reader hands them over, padded to the largest: one is replaced by the next."""
-        b = self.blueprint
+        b = self.plan
         images = b.config.optim.batch_size // grid.images if b.method_class.trainable else 0
         return 2 * images * b.split.max_height * b.split.max_width * 3
 
@@ -235,7 +235,7 @@ class Alive(TorchDispatchMode):
 
 
 def _memory(memory: Memory) -> dict[str, str]:
-    b = memory.blueprint
+    b = memory.plan
     parts = {
         "weights, gradients, optimizer": memory.weights,
         "decoded images": memory.decoded(b.grid),

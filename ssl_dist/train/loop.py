@@ -31,34 +31,34 @@ def train(wanted: Config) -> int:
     if wanted.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     rank_info = RankInfo.from_environment()
-    blueprint = derive(wanted, rank_info)
-    for spec in blueprint.specs:
+    plan = derive(wanted, rank_info)
+    for spec in plan.specs:
         views.warm_up(spec)  # compile before the ranks meet, or they wait for one another
-    blueprint.method_class.warm_up(blueprint.options, blueprint.dtype)
+    plan.method_class.warm_up(plan.options, plan.dtype)
     if not torch.cuda.is_available():
-        batchnorm.warm_up(blueprint.dtype)
+        batchnorm.warm_up(plan.dtype)
     with StopRequest() as stop, Watchdog(rank_info, wanted.timeout, stop.request) as watchdog:
         try:
-            world = join_world(rank_info, blueprint.grid, watchdog.state, lambda: stop.requested)
+            world = join_world(rank_info, plan.grid, watchdog.state, lambda: stop.requested)
         except StoppedWhileWaiting:
             if rank_info.local_rank == 0:
                 print("stopped before all ranks had come; nothing has begun", file=sys.stderr, flush=True)
             return STOPPED
         with world, watchdog.reporting():
-            return train_in(world, watchdog, stop, blueprint)[0]
+            return train_in(world, watchdog, stop, plan)[0]
 
 
-def train_in(world: World, watchdog: Watchdog, stop: StopRequest, blueprint: RunPlan) -> tuple[int, TrainState]:
-    """Run the training of `blueprint` among ranks that have met. Returns its exit code, and it as it then is."""
-    with claimed(blueprint, world):
-        watchdog.publish(blueprint.run / "logs", agree(blueprint, world))
+def train_in(world: World, watchdog: Watchdog, stop: StopRequest, plan: RunPlan) -> tuple[int, TrainState]:
+    """Run the training of `plan` among ranks that have met. Returns its exit code, and it as it then is."""
+    with claimed(plan, world):
+        watchdog.publish(plan.run / "logs", agree(plan, world))
         try:
-            run = TrainState(blueprint, world)
+            run = TrainState(plan, world)
         except UserError as error:
             # config, images and checkpoint are the same on all ranks, so all raise it
             raise UserError(str(error), RaisedOn.EVERY_RANK) from error
         if world.is_rank0:
-            run_folder.note_start(run.folder, blueprint.config, run.clock.step, world.rank_info.world_size)
+            run_folder.note_start(run.folder, plan.config, run.clock.step, world.rank_info.world_size)
         rank_info = world.rank_info
         watchdog.log.note(
             f"{rank_info} of {rank_info.world_size} (pid {os.getpid()}) begins after step {run.clock.step}"
@@ -69,13 +69,13 @@ def train_in(world: World, watchdog: Watchdog, stop: StopRequest, blueprint: Run
 
 
 @contextlib.contextmanager
-def claimed(blueprint: RunPlan, world: World) -> Iterator[None]:
+def claimed(plan: RunPlan, world: World) -> Iterator[None]:
     """The run's folder belongs to this training meanwhile: rank 0 holds the lock and has accepted the config."""
     locks = []
 
     def claim() -> None:
-        locks.append(run_folder.claim(blueprint.run))
-        run_folder.accept(blueprint.run, blueprint.config)
+        locks.append(run_folder.claim(plan.run))
+        run_folder.accept(plan.run, plan.config)
 
     try:
         world.on_rank0(claim)

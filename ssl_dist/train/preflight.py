@@ -19,13 +19,13 @@ LOCAL = ("data.root", "data.reader", "data.workers")  # keys that may differ fro
 VISIBLE_TIMEOUT_S = 30.0  # in which a file made on one node must be seen on the others (NFS caches attributes)
 
 
-def agree(blueprint: RunPlan, world: World) -> str:
+def agree(plan: RunPlan, world: World) -> str:
     """A name of this start, the same on all ranks. Raises `UserError` on all of them when they do not belong together.
 
     Compared are the program, its libraries, the config and the images trained on; then every rank must see a file that
     the first one has made in RUN/logs.
     """
-    facts_of_ranks = world.all_gather_object((str(world.rank_info), _facts(blueprint)))
+    facts_of_ranks = world.all_gather_object((str(world.rank_info), _facts(plan)))
     first_name, first = facts_of_ranks[0]
     for name, facts in facts_of_ranks[1:]:
         for key in sorted(first.keys() | facts.keys()):
@@ -35,26 +35,26 @@ def agree(blueprint: RunPlan, world: World) -> str:
                     "start all ranks with the same program, config and data",
                     RaisedOn.EVERY_RANK,
                 )
-    logs = blueprint.run / "logs"
+    logs = plan.run / "logs"
     start = world.on_rank0(lambda: _begin(logs))
     sees = world.all_gather_object(_appears(_token(logs, start)))
     world.on_rank0(lambda: _token(logs, start).unlink())
     blind = [name for (name, _), seen in zip(facts_of_ranks, sees, strict=True) if not seen]
     if blind:
         raise UserError(
-            f"run_dir = {str(blueprint.run)!r}: {', '.join(blind[:4])} cannot see what {first_name} writes there; "
+            f"run_dir = {str(plan.run)!r}: {', '.join(blind[:4])} cannot see what {first_name} writes there; "
             "choose a folder on a file system that all nodes share",
             RaisedOn.EVERY_RANK,
         )
     return start
 
 
-def _facts(blueprint: RunPlan) -> dict[str, object]:
-    settings = {key: value for key, value in flat(config.to_tree(blueprint.config)).items() if key not in LOCAL}
-    settings["run_dir"] = os.path.abspath(blueprint.run)
+def _facts(plan: RunPlan) -> dict[str, object]:
+    settings = {key: value for key, value in flat(config.to_tree(plan.config)).items() if key not in LOCAL}
+    settings["run_dir"] = os.path.abspath(plan.run)
     sources = sorted(PACKAGE.rglob("*.py"))
     program = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
-    images = {f"images ({key})": value for key, value in blueprint.data_identity.items()}
+    images = {f"images ({key})": value for key, value in plan.data_identity.items()}
     return settings | images | checkpoint.versions() | {"program": program}
 
 

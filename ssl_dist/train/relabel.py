@@ -21,7 +21,7 @@ STUCK = 600.0  # seconds without a batch after which a rank ends
 
 
 def outputs(
-    blueprint: RunPlan,
+    plan: RunPlan,
     world: World,
     to_input: Callable[[Tensor], Tensor],
     step: int,
@@ -36,8 +36,8 @@ def outputs(
     positions, each spread over all ranks, so that batch statistics are the same on any number of ranks; the tail joins
     the last batch. The mode is put back afterwards. `step`: steps completed, which the draws depend on.
     """
-    plan, spec, count = blueprint.plan, blueprint.specs[0], len(blueprint.plan.train_ids)
-    ranges = list(_in_training(world, count, plan.batch_size) if training else _in_evaluation(world, count))
+    order, spec, count = plan.order, plan.specs[0], len(plan.order.train_ids)
+    ranges = list(_in_training(world, count, order.batch_size) if training else _in_evaluation(world, count))
     positions = np.concatenate([np.arange(low, high) for low, high in ranges])
     mode, values, done = network.training, None, 0
     network.train(training)
@@ -45,20 +45,20 @@ def outputs(
     quiet = not world.is_rank0 or count < 20_000  # a few seconds' work needs no bar inside the training's
     with (
         world.state.phase_of(PHASE, STUCK),
-        blueprint.open_reader() as reader,
-        ThreadPoolExecutor(blueprint.threads, "view") as pool,
+        plan.open_reader() as reader,
+        ThreadPoolExecutor(plan.threads, "view") as pool,
         Counter(title, len(positions), "image", quiet) as counter,
         torch.no_grad(),
     ):
-        for pixels, heights, widths, ids in reader.batches(plan.train_ids[low:high] for low, high in ranges):
+        for pixels, heights, widths, ids in reader.batches(order.train_ids[low:high] for low, high in ranges):
             if augmented:
-                seed = int(hash64(plan.seed, RELABEL))
+                seed = int(hash64(order.seed, RELABEL))
                 view_ids = spec.view_ids[:1]
                 made = views.make_views(
-                    pixels, heights, widths, ids, spec, view_ids, seed, step, pool=pool, threads=blueprint.threads
+                    pixels, heights, widths, ids, spec, view_ids, seed, step, pool=pool, threads=plan.threads
                 )[0]
             else:
-                data = blueprint.config.data
+                data = plan.config.data
                 made = views.test_views(
                     pixels,
                     heights,
@@ -67,9 +67,9 @@ def outputs(
                     _resize(data, spec.size),
                     data.eval_interpolation,
                     pool=pool,
-                    threads=blueprint.threads,
+                    threads=plan.threads,
                 )
-            keys = row_keys(hash64(plan.seed, DROPOUT, RELABEL, step), np.zeros(1, np.int64), ids)
+            keys = row_keys(hash64(order.seed, DROPOUT, RELABEL, step), np.zeros(1, np.int64), ids)
             with keyed_rows(_as_tensor(keys)):
                 found = at_least_float32(network(to_input(torch.from_numpy(made).to(world.device))))
             if values is None:

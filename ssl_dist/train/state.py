@@ -30,14 +30,14 @@ from ssl_dist.train.online_knn import OnlineKNN
 class TrainState:
     """Making one writes nothing; it goes on after the newest checkpoint in the run's folder."""
 
-    def __init__(self, blueprint: RunPlan, world: world_module.World):
-        self.blueprint, self.world, self.config = blueprint, world, blueprint.config
-        self.folder = blueprint.run
+    def __init__(self, plan: RunPlan, world: world_module.World):
+        self.plan, self.world, self.config = plan, world, plan.config
+        self.folder = plan.run
         if self.config.deterministic:
             torch.use_deterministic_algorithms(True)
-        method = blueprint.build()
-        if blueprint.given_weights is not None and world.is_rank0:
-            print(f"backbone.weights: {blueprint.given_weights.note}", file=sys.stderr, flush=True)
+        method = plan.build()
+        if plan.given_weights is not None and world.is_rank0:
+            print(f"backbone.weights: {plan.given_weights.note}", file=sys.stderr, flush=True)
         if self.config.channels_last:
             method.to(memory_format=torch.channels_last)
         self.method = world.synchronize_batchnorm(method).to(world.device).train()
@@ -45,14 +45,14 @@ class TrainState:
         self.optimizer = None
         if method.trainable:
             self.optimizer = optim.build(self.config.optim, method.parameter_groups())
-        self.clock = blueprint.clock(self._resume())
+        self.clock = plan.clock(self._resume())
         if self.config.compile:
             method.backbone.compile()
         self.wrapped = world.wrap(self.method)
         self._knn = None
         if self.config.log.knn_every_epochs is not None:
-            self._knn = OnlineKNN(self.config, world, blueprint.threads)
-        self._normalize = normalized(blueprint.normalize, blueprint.dtype, world.device)
+            self._knn = OnlineKNN(self.config, world, plan.threads)
+        self._normalize = normalized(plan.normalize, plan.dtype, world.device)
 
     def _resume(self) -> int:
         """Load the newest valid checkpoint, if there is one; returns the steps it has completed."""
@@ -60,7 +60,7 @@ class TrainState:
         if path is None:
             return 0
         state = checkpoint.load(path)
-        identity = self.blueprint.data_identity
+        identity = self.plan.data_identity
         if state["data"].get("weights") != identity.get("weights"):
             raise UserError(
                 f"backbone.weights = {self.config.backbone.weights!r}: not the file that {path} began from; give that "
@@ -77,17 +77,17 @@ class TrainState:
         return state["step"]
 
     def loader(self) -> TrainLoader:
-        plan, specs, world = self.blueprint.plan, self.blueprint.specs, self.world
+        order, specs, world = self.plan.order, self.plan.specs, self.world
         pin = world.device.type == "cuda"
-        reader = self.blueprint.open_reader()
-        return TrainLoader(reader, plan, specs, world.grid, world.rank_info.rank, self.blueprint.threads, pin)
+        reader = self.plan.open_reader()
+        return TrainLoader(reader, order, specs, world.grid, world.rank_info.rank, self.plan.threads, pin)
 
     def log(self) -> contextlib.AbstractContextManager:
         """The run's log on rank 0, None elsewhere."""
         if not self.world.is_rank0:
             return contextlib.nullcontext()
         title = f"{self.config.method.name} {self.config.backbone.name}"
-        return RunLog(self.folder, self.clock, title, self.config.optim.batch_size, self.blueprint.num_views)
+        return RunLog(self.folder, self.clock, title, self.config.optim.batch_size, self.plan.num_views)
 
     def batches(self, loader: TrainLoader, log: RunLog | None) -> Iterator[HostBatch]:
         """The batches that are left. The watchdog is told of each step, the log of the time waited for it."""
@@ -115,7 +115,7 @@ class TrainState:
             host.view_ids,  # their numbers are asked for before each pass, which must not wait for the device
             host.image_ids.to(device),
             host.labels.to(device),
-            torch.from_numpy(np.searchsorted(self.blueprint.plan.train_ids, host.image_ids.numpy())).to(device),
+            torch.from_numpy(np.searchsorted(self.plan.order.train_ids, host.image_ids.numpy())).to(device),
             host.step,
         )
 
@@ -132,7 +132,7 @@ class TrainState:
         def extract(network: nn.Module, augmented: bool = False, training: bool = False) -> Rows:
             with self.autocast():
                 return relabel.outputs(
-                    self.blueprint, self.world, self._normalize, clock.step, network, augmented, training
+                    self.plan, self.world, self._normalize, clock.step, network, augmented, training
                 )
 
         return extract
@@ -157,12 +157,12 @@ class TrainState:
         """All views of the first images of this step, also those that other ranks hold: TensorBoard and views.png."""
         from ssl_dist.run import plots  # matplotlib takes a second, which only rank 0 need spend
 
-        step, plan = clock.step - 1, self.blueprint.plan
-        with self.blueprint.open_reader() as reader:
-            [(pixels, heights, widths, ids)] = reader.batches([plan.global_ids(step)[:num_images]])
-        for number, spec in enumerate(self.blueprint.specs):
-            epoch = step // plan.steps_per_epoch
-            made = views.make_views(pixels, heights, widths, ids, spec, spec.view_ids, plan.seed, epoch)
+        step, order = clock.step - 1, self.plan.order
+        with self.plan.open_reader() as reader:
+            [(pixels, heights, widths, ids)] = reader.batches([order.global_ids(step)[:num_images]])
+        for number, spec in enumerate(self.plan.specs):
+            epoch = step // order.steps_per_epoch
+            made = views.make_views(pixels, heights, widths, ids, spec, spec.view_ids, order.seed, epoch)
             log.pictures(f"views/{number}", clock, made)
             name = "views.png" if number == 0 else f"views-{number}.png"
             plots.views_grid(self.folder / name, made)
@@ -193,9 +193,9 @@ class TrainState:
             "optimizer": {} if self.optimizer is None else self.optimizer.state_dict(),
             "world_size": self.world.rank_info.world_size,
             "versions": checkpoint.versions(),
-            "normalize": config.to_tree(self.blueprint.normalize),
-            "info": dataclasses.asdict(self.blueprint.info),
-            "data": self.blueprint.data_identity,
+            "normalize": config.to_tree(self.plan.normalize),
+            "info": dataclasses.asdict(self.plan.info),
+            "data": self.plan.data_identity,
         }
         try:
             checkpoint.save(self.folder, state)

@@ -81,7 +81,7 @@ def trained(subject: EvalContext, name: str, module: str, recipe: Recipe, option
     is_new = world.on_rank0(lambda: _prepare(folder, subject))
     settings = config.validate(config.Config, _tree(subject, folder, module, recipe, options))
     try:
-        blueprint = world.raise_together(lambda: derive(settings, world.rank_info))
+        plan = world.raise_together(lambda: derive(settings, world.rank_info))
     except UserError as error:
         if is_new:
             world.on_rank0(lambda: shutil.rmtree(folder))
@@ -89,7 +89,7 @@ def trained(subject: EvalContext, name: str, module: str, recipe: Recipe, option
         message = str(error).replace("optim.", f"{name}.").replace("method.options.", f"{name}.")
         raise UserError(message, RaisedOn.EVERY_RANK) from None
     with StopRequest() as stop:
-        code, training = train_in(world, subject.watchdog, stop, blueprint)
+        code, training = train_in(world, subject.watchdog, stop, plan)
     if code == STOPPED:
         raise Stopped(str(folder))
     threads = world.rank_info.cores

@@ -164,9 +164,9 @@ def _cases(path: str | Path, said: str, data: list[str], overrides: Sequence[str
     for variant, choice in variants(methods.build_options(method, look.method.options)):
         for precision, length in [("fp64", steps), ("fp32", 1)] if method.trainable else [("fp64", steps)]:
             last = [*own, *choice, f"precision={precision}", f"optim.steps={length}"]
-            blueprint = derive(config.load(path, [*quick, *overrides, *last]), RankInfo())
-            note = f"{name}: {said}, {_describe(blueprint, steps)}"
-            yield Case(name, variant, blueprint.config, method.trainable, note, _grids(blueprint))
+            plan = derive(config.load(path, [*quick, *overrides, *last]), RankInfo())
+            note = f"{name}: {said}, {_describe(plan, steps)}"
+            yield Case(name, variant, plan.config, method.trainable, note, _grids(plan))
 
 
 def variants(options: Section) -> Iterator[tuple[str, list[str]]]:
@@ -190,10 +190,10 @@ def _alternatives(annotation: Any) -> list:
     return []
 
 
-def _grids(blueprint: RunPlan) -> dict[int, list[Grid]]:
+def _grids(plan: RunPlan) -> dict[int, list[Grid]]:
     """Every grid of every number of ranks. All of these numbers must be able to share the batch."""
-    batch, groups = blueprint.config.optim.batch_size, [spec.num for spec in blueprint.specs]
-    grids = {size: splits(size, batch, groups, blueprint.method_class.free_views) for size in (1, *SIZES)}
+    batch, groups = plan.config.optim.batch_size, [spec.num for spec in plan.specs]
+    grids = {size: splits(size, batch, groups, plan.method_class.free_views) for size in (1, *SIZES)}
     if batch % max(SIZES):
         raise UserError(f"optim.batch_size = {batch}: {max(SIZES)} ranks cannot share it; give a multiple of 4")
     return grids
@@ -202,13 +202,13 @@ def _grids(blueprint: RunPlan) -> dict[int, list[Grid]]:
 # ---------------------------------------------------------------------------------------------------- text
 
 
-def _describe(blueprint: RunPlan, steps: int) -> str:
-    batch, method = blueprint.config.optim.batch_size, blueprint.method_class
+def _describe(plan: RunPlan, steps: int) -> str:
+    batch, method = plan.config.optim.batch_size, plan.method_class
     taken = (
-        f"{steps} steps (fp32: 1) of {batch} images x {blueprint.num_views} views" if method.trainable else "no step"
+        f"{steps} steps (fp32: 1) of {batch} images x {plan.num_views} views" if method.trainable else "no step"
     )
     together = "" if method.free_views else "; views are not sharded"
-    return f"{blueprint.config.backbone.name}; takes {taken}{together}"
+    return f"{plan.config.backbone.name}; takes {taken}{together}"
 
 
 def table(rows: list[Row]) -> str:

@@ -75,8 +75,8 @@ def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor], norm: float) 
 class Witness(TrainState):
     """The real training, which shows its tensors instead of keeping them: one process records, several compare."""
 
-    def __init__(self, blueprint: RunPlan, world: World, pages: Path, alive: Callable[[], None]):
-        super().__init__(blueprint, world)
+    def __init__(self, plan: RunPlan, world: World, pages: Path, alive: Callable[[], None]):
+        super().__init__(plan, world)
         self.pages, self.alive = pages, alive
         self.figures: Figures = {}
 
@@ -187,9 +187,9 @@ def _rank(rank: int, size: int, port: int, jobs: list[Job], prepare: Callable[[]
             prepare()
         group = join_world(rank_info, Grid(size, 1))  # the exchanges of every grid go through it
         for number, job in enumerate(jobs):
-            blueprint = derive(job.config, rank_info)
-            world = World(rank_info, blueprint.grid, torch.device("cpu"))
-            witness = Witness(blueprint, world, job.pages, lambda number=number: answers.put((rank, number, None)))
+            plan = derive(job.config, rank_info)
+            world = World(rank_info, plan.grid, torch.device("cpu"))
+            witness = Witness(plan, world, job.pages, lambda number=number: answers.put((rank, number, None)))
             assert fit(witness, StopRequest()) == 0, "nobody asked it to stop"
             answers.put((rank, number, witness.figures))
         group.close()
