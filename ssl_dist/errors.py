@@ -1,5 +1,7 @@
 """The exceptions that end a command with one line for people and no traceback."""
 
+import difflib
+from collections.abc import Iterable
 from enum import Enum
 
 
@@ -28,3 +30,9 @@ class Fault(RuntimeError):
     def __init__(self, message: str, raised_on: RaisedOn = RaisedOn.THIS_RANK, code: int = 1):
         super().__init__(message)
         self.raised_on, self.code = raised_on, code
+
+
+def did_you_mean(name: str, names: Iterable[str], cutoff: float = 0.6, who: str = "you") -> str:
+    """`did you mean 'x'? ` with the nearest of `names`, for a message; empty when none is as near as `cutoff`."""
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
+    return f"did {who} mean {near[0]!r}? " if near else ""

@@ -299,7 +299,7 @@ def test_images_that_do_not_fit_are_named(tmp_path):
 def test_a_folder_that_can_not_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     message = refusal("digits", None, tmp_path / "file" / "out")
-    assert "--out" in message and "can not be written" in message
+    assert "--out" in message and "cannot be written" in message
 
 
 @pytest.fixture
@@ -313,7 +313,7 @@ def small_files_only():
 
 def test_a_full_disk(tmp_path, small_files_only):
     message = refusal("folder", simple_folder(tmp_path / "source"), tmp_path / "out")
-    assert message.startswith(f"--out {tmp_path / 'out'}: can not be written (File too large)")
+    assert message.startswith(f"--out {tmp_path / 'out'}: cannot be written: File too large")
     assert os.listdir(tmp_path / "out") == []
 
 

@@ -3,7 +3,6 @@
 Initial weights are drawn from torch's global generator, which the caller seeds.
 """
 
-import difflib
 import re
 from functools import partial
 
@@ -13,7 +12,7 @@ from ssl_dist.backbones.base import Backbone
 from ssl_dist.backbones.conv4 import Conv4
 from ssl_dist.backbones.resnetv2 import ResNetV2
 from ssl_dist.backbones.timm_model import TimmModel, timm_package
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, did_you_mean
 
 _TIMM = "timm/"
 WIDTHS = (2, 4, 5)
@@ -54,9 +53,7 @@ def check(name: str, zero_init_residual: bool = False) -> None:
             f"as resnet18x2, x4 or x5 (wide) and with {_SMALL_STEM} (for images of 32 px)"
         )
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"backbone.name = {name!r}: no such backbone; {hint}{rest}")
+        raise UserError(f"backbone.name = {name!r}: no such backbone; {did_you_mean(name, known)}{rest}")
     if zero_init_residual and not _is_resnet(name):
         raise UserError(
             f"backbone.zero_init_residual = true: backbone {name} has no such option (resnet18 to resnet200 have); "

@@ -4,7 +4,6 @@ Unknown keys, wrong types and values out of range raise `UserError` with one lin
 remedy, with the nearest name for a misspelt one.
 """
 
-import difflib
 import re
 import types
 import typing
@@ -13,7 +12,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, did_you_mean
 
 LARGEST = 10**9  # of two of them the product, in bytes of float64, still is an int64
 PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -88,8 +87,7 @@ def _describe(section: type[BaseModel], faults: list[dict], prefix: str) -> str:
     key = prefix + ".".join(str(part) for part in path)
     if fault["type"] == "extra_forbidden":
         names = _names_at(section, path[:-1])
-        near = difflib.get_close_matches(str(path[-1]), names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(names)}"
+        hint = did_you_mean(str(path[-1]), names, cutoff=0.5).rstrip() or f"known here: {', '.join(names)}"
         return f"unknown key {key} = {_show(fault['input'])}: {hint}"
     if fault["type"] == "missing":
         return f"missing key {key}: it must be given"

@@ -6,8 +6,6 @@ resume: it is complete under its name or not there at all.
 """
 
 import contextlib
-import difflib
-import os
 import sys
 import zipfile
 import zlib
@@ -26,8 +24,10 @@ from ssl_dist.data import manifest
 from ssl_dist.data.beton import JPG, MAX_SIDE, RAW, Beton, Digest, Writer
 from ssl_dist.data.catalog import CATALOG, Entry, facts
 from ssl_dist.data.manifest import Encoding, Manifest, SplitFacts
-from ssl_dist.errors import UserError
+from ssl_dist.distributed.rank import available_cores
+from ssl_dist.errors import UserError, did_you_mean
 from ssl_dist.progress import Counter
+from ssl_dist.storage.durable import refuse_unwritable
 
 JPEG_QUALITY = 95
 CHUNK = 32  # images a thread takes at once
@@ -58,7 +58,7 @@ def convert(
     out = Path(out) if out is not None else Path("data") / name
     if root is None and entry is not None and entry.source in ("cifar", "stl10"):
         root = out / "download"
-    workers, quiet = _cores() if workers is None else workers, not progress
+    workers, quiet = available_cores() if workers is None else workers, not progress
     if workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
     encoding = _encoding(entry, max_side)
@@ -71,7 +71,7 @@ def convert(
         _say(f"{out}: was written with other sizes or classes; converting again", quiet)
         previous = None
     splits: dict[str, SplitFacts] = dict(previous.splits) if previous is not None else {}
-    with _writing_to(out):
+    with refuse_unwritable(f"--out {out}", "free space there or choose another folder"):
         out.mkdir(parents=True, exist_ok=True)
         # The split for pre-training comes first: no dataset.json is without its mean and standard deviation.
         for split in sorted(source.splits, key=lambda split: split != uses.pretraining):
@@ -108,8 +108,7 @@ def _named(dataset: str, root: str | Path | None, name: str | None) -> tuple[str
     if dataset != "folder":
         if dataset not in CATALOG:
             known = [*CATALOG, "folder"]
-            near = difflib.get_close_matches(dataset, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            hint = did_you_mean(dataset, known).rstrip() or f"known are {', '.join(known)}"
             raise UserError(f"convert {dataset}: no such data set; {hint} (folder: any folder of images)")
         if name not in (None, dataset):
             raise UserError(f"--name {name}: only `convert folder` takes a name; leave it out")
@@ -226,18 +225,3 @@ def _split_facts(beton: Beton, num_classes: int, digest: str, listing: str) -> S
 def _say(text: str, quiet: bool) -> None:
     if not quiet:
         print(text, file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _writing_to(out: Path):
-    """A full disk or a folder without permission in one line."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"--out {out}: can not be written ({error.strerror or error}); free space there or choose another folder"
-        ) from None
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -12,14 +12,13 @@ One of images has `protocol(options)`, and instead of `run` it has `measure(subj
 together (transfer/subject.py). Neither needs an edit elsewhere.
 """
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Sequence
 from types import ModuleType
 
 from ssl_dist.config import Section, parse_yaml, validate
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, did_you_mean
 
 
 def names() -> list[str]:
@@ -30,8 +29,7 @@ def names() -> list[str]:
 def find(name: str) -> ModuleType:
     """The evaluator's module. Raises `UserError` with the nearest name for one that does not exist."""
     if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(name, names(), cutoff=0.5)
         raise UserError(f"unknown evaluator {name!r}: {hint}known: {', '.join(names())}")
     return importlib.import_module(f"{__name__}.{name}")
 

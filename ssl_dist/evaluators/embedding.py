@@ -26,6 +26,7 @@ from ssl_dist.keys import EVALUATION, hash64
 from ssl_dist.results.confusion import class_names
 from ssl_dist.results.figures import FigureWriter
 from ssl_dist.results.sampling import evenly
+from ssl_dist.storage.durable import refuse_unwritable
 from ssl_dist.storage.features import Features, check_pair, require_labels
 
 PROTOCOL = (
@@ -160,7 +161,7 @@ def write_projector(
     about = [[" ".join(names[label].split()), str(image)] for label, image in zip(
         test.labels[rows], test.image_ids[rows], strict=True
     )]  # fmt: skip
-    try:
+    with refuse_unwritable(folder, "give a run's folder that can, with space left"):
         shutil.rmtree(new, ignore_errors=True)  # of one that was killed
         with SummaryWriter(str(new)) as writer:
             writer.add_embedding(
@@ -173,10 +174,6 @@ def write_projector(
             )
         shutil.rmtree(folder, ignore_errors=True)
         new.rename(folder)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written: {error.strerror}; give a run's folder that can, with space left"
-        ) from None
 
 
 def _thumbnails(album: FigureWriter, test: Features, rows: np.ndarray) -> torch.Tensor:

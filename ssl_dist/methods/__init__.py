@@ -1,12 +1,11 @@
 """Methods by name. A method is a file of this folder: its stem is the name that a config gives."""
 
-import difflib
 import importlib
 import pkgutil
 
 from ssl_dist import config
 from ssl_dist.config import Section
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, did_you_mean
 from ssl_dist.methods.base import SSLMethod
 
 _EVALUATIONS = ("fine_tuning", "linear_probe")  # trained on top of a method's backbone to measure it
@@ -24,8 +23,7 @@ def find(name: str) -> type[SSLMethod]:
     """
     known = names()
     if name not in (*known, *_EVALUATIONS):
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(name, known)
         raise UserError(f"method.name = {name!r}: no such method; {hint}methods: {', '.join(known)}")
     return importlib.import_module(f"{__name__}.{name}").Method
 

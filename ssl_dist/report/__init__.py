@@ -4,12 +4,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssl_dist.errors import UserError
 from ssl_dist.report import comparison, page
 from ssl_dist.report import run as runs
 from ssl_dist.report.run import Run
 from ssl_dist.report.seeds import over_seeds, table
-from ssl_dist.storage import durable
+from ssl_dist.storage.durable import atomic_write_or_refuse
 
 __all__ = ["over_seeds", "read", "report", "table", "write"]
 
@@ -37,11 +36,8 @@ def write(several: Sequence[Run], out: Path | None) -> Path:
     """Write the page of one run, or of several side by side, whole or not at all; returns where it is."""
     text = page.of_run(several[0]) if len(several) == 1 else comparison.of_runs(several)
     path = out if out is not None else _common_folder(several) / "report.html"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        durable.write_text(path, text)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}; give another file with --out") from None
+    with atomic_write_or_refuse(path, "give another file with --out") as file:
+        file.write(text.encode())
     return path
 
 

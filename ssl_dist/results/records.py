@@ -84,13 +84,9 @@ def add(path: str | Path, new: Sequence[dict]) -> list[dict]:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """One process at a time: another that reads before we have written would put back the file without our records."""
-    try:
+    with durable.refuse_unwritable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         held = durable.lock(path, os.O_RDWR | os.O_CREAT)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written: {error.strerror}; give a folder that can, with space left"
-        ) from None
     try:
         yield
     finally:

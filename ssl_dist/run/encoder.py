@@ -181,10 +181,8 @@ def extract_features(
 
 def _prepare(folder: Path) -> str:
     """Make the folder, free of what killed extractions left there; returns what the parts of this one are named by."""
-    try:
+    with durable.refuse_unwritable(folder, "give another --out"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}; give another --out") from None
     durable.remove_dead(folder)
     return durable.new_token()
 

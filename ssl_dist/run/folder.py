@@ -30,20 +30,19 @@ def claim(run: Path) -> int:
     written or is taken.
     """
     starts = run / "logs" / "starts.jsonl"
-    try:
+    with durable.refuse_unwritable(f"run_dir = {str(run)!r}", "choose another folder"):
         run.mkdir(parents=True, exist_ok=True)
         if not os.access(run, os.W_OK | os.X_OK):
             raise PermissionError(13, "Permission denied")
         for name in ("checkpoints", "logs", "tensorboard"):
             (run / name).mkdir(exist_ok=True)
-        descriptor = _lock(starts)
-    except BlockingIOError:
-        raise UserError(
-            f"run_dir = {str(run)!r}: another process is writing it{_last_start(starts)}; "
-            "wait for it, or choose another run_dir"
-        ) from None
-    except OSError as error:
-        raise UserError(f"run_dir = {str(run)!r}: cannot be written: {error.strerror}; choose another folder") from None
+        try:
+            descriptor = _lock(starts)
+        except BlockingIOError:
+            raise UserError(
+                f"run_dir = {str(run)!r}: another process is writing it{_last_start(starts)}; "
+                "wait for it, or choose another run_dir"
+            ) from None
     durable.remove_dead(run)
     checkpoint.remove_leftovers(run)
     return descriptor

@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ssl_dist.errors import UserError
+from ssl_dist.storage.durable import atomic_write_or_refuse
 
 _LOSS, _BOTH, _POSITIVE, _NEGATIVE = "#1f4e79", "#444444", "#2a8f4c", "#c0504d"
 _GREY = "#666666"
@@ -107,9 +108,5 @@ def _plot() -> tuple[Figure, Axes]:
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        FigureCanvasAgg(figure).print_png(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}; give a folder that can") from None
+    with atomic_write_or_refuse(Path(path)) as file:
+        FigureCanvasAgg(figure).print_png(file)

@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from ssl_dist.errors import UserError
 
+_REMEDY = "give a folder that can, with space left"
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
@@ -38,19 +39,21 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def atomic_write_or_refuse(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes `path`'s place when the block ends well, and leaves no trace when it does not.
-
-    Raises `UserError` when the folder cannot be written.
-    """
+def refuse_unwritable(target: object, remedy: str = _REMEDY) -> Iterator[None]:
+    """Turn an OSError of the block into the `UserError` that `target`, a path or key = value, cannot be written."""
     try:
+        yield
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written: {error.strerror or error}; {remedy}") from None
+
+
+@contextmanager
+def atomic_write_or_refuse(path: Path, remedy: str = _REMEDY) -> Iterator[BinaryIO]:
+    """`atomic_write` that makes the folder, too, and raises `UserError` where it cannot be written."""
+    with refuse_unwritable(path, remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             yield file
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written: {error.strerror}; give a folder that can, with space left"
-        ) from None
 
 
 @contextmanager

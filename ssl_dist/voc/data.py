@@ -11,7 +11,6 @@ torchvision's VOCDetection wants the year's own path below a VOCdevkit and retur
 such folder, joins several (07+12) and names the file that is damaged.
 """
 
-import difflib
 import hashlib
 import math
 import re
@@ -25,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from ssl_dist.data.pillow import CONVERTIBLE, DAMAGED, why
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, did_you_mean
 
 CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -253,8 +252,7 @@ def _object(node: ElementTree.Element, path: Path) -> tuple[tuple[float, ...], i
     """Box, label and whether it is difficult."""
     name = (node.findtext("name") or "").strip()
     if name not in CLASSES:
-        near = difflib.get_close_matches(name, CLASSES, n=1)
-        hint = f"did it mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(name, CLASSES, who="it")
         raise UserError(f"{path}: unknown class {name[:40]!r}: {hint}known are {', '.join(CLASSES)}")
     corners = [_number(node, f"bndbox/{key}", path) for key in ("xmin", "ymin", "xmax", "ymax")]
     x0, y0, x1, y1 = corners[0] - 1, corners[1] - 1, *corners[2:]  # counted from 1, the last pixel inside

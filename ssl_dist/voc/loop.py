@@ -77,13 +77,12 @@ def seed_new_layers(seed: int) -> None:
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """The folder belongs to this process meanwhile, by a lock that dies with it. Raises `UserError` if it is taken."""
-    try:
+    with durable.refuse_unwritable(folder, "choose another --out"):
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        held = durable.lock(folder / "lock", os.O_WRONLY | os.O_CREAT, wait=False)
-    except BlockingIOError:
-        raise UserError(f"{folder}: another process is writing it; wait for it, or choose another --out") from None
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}; choose another --out") from None
+        try:
+            held = durable.lock(folder / "lock", os.O_WRONLY | os.O_CREAT, wait=False)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is writing it; wait for it, or choose another --out") from None
     try:
         durable.remove_dead(folder)
         checkpoint.remove_leftovers(folder)
