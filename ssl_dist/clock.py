@@ -1,11 +1,11 @@
-"""Time in a training run, counted in optimizer steps; everything scheduled is a function of a `Clock`."""
+"""The progress of a training in optimizer steps. Every schedule is a function of it."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Clock:
-    """step: steps completed; total_steps: where the training ends."""
+    """step: steps completed; total_steps: steps at which the training ends."""
 
     step: int
     steps_per_epoch: int

@@ -9,7 +9,7 @@ class RaisedOn(Enum):
     """Which ranks raise an error, and so which of them print it."""
 
     EVERY_RANK = "all ranks raise it together: rank 0 prints it"
-    THIS_RANK = "the other ranks have not met it: this rank prints it"
+    THIS_RANK = "the other ranks do not raise it: this rank prints it"
     EACH_MACHINE = "raised before the rendezvous, most likely by all ranks: the first rank of each machine prints it"
 
 

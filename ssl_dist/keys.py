@@ -8,7 +8,7 @@ The mixing function is the finaliser of SplitMix64 (Steele, Lea & Flood, OOPSLA 
 import numpy as np
 from numba import njit
 
-# What a key is for is one of its words, so that two uses with the same seed never share a stream.
+# The purpose of a key is one of its words, so that two uses with the same seed never share a stream.
 ORDER, VIEWS, INIT, METHOD, DROPOUT, RELABEL, LABELLED, EVALUATION, HELD_OUT, TRANSFER = range(1, 11)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -16,7 +16,7 @@ _ODD = np.uint64(0xD1342543DE82EF95)
 
 
 @njit(inline="always", cache=True)
-def mix64(z):
+def mix64(z: np.uint64) -> np.uint64:
     """SplitMix64's finaliser: a bijection of 64-bit integers that spreads every input bit."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -24,19 +24,19 @@ def mix64(z):
 
 
 @njit(inline="always", cache=True)
-def fold(key, word):
+def fold(key: np.uint64, word: int | np.integer) -> np.uint64:
     """A new key from `key` and one more integer. `fold(fold(k, a), b)` differs from `fold(fold(k, b), a)`."""
     return mix64(key * _ODD + mix64(np.uint64(word) + _GOLDEN))
 
 
 @njit(inline="always", cache=True)
-def uniform(key, n):
+def uniform(key: np.uint64, n: int) -> np.float64:
     """The n-th draw of `key`: float64 in [0, 1), 53 random bits."""
     return np.float64(mix64(key + np.uint64(n + 1) * _GOLDEN) >> np.uint64(11)) * (1.0 / 9007199254740992.0)
 
 
 @njit(cache=True, nogil=True)
-def _draws(key, count):
+def _draws(key: np.uint64, count: int) -> np.ndarray:
     out = np.empty(count, np.uint64)
     for n in range(count):
         out[n] = mix64(key + np.uint64(n + 1) * _GOLDEN)
@@ -44,7 +44,7 @@ def _draws(key, count):
 
 
 @njit(cache=True)
-def _fold(key, word):
+def _fold(key: np.uint64, word: np.uint64) -> np.uint64:
     return fold(key, word)
 
 
@@ -73,7 +73,7 @@ def normals(key: np.uint64, count: int) -> np.ndarray:
 
 
 @njit(cache=True, nogil=True)
-def _fold_rows(key, firsts, seconds, out):
+def _fold_rows(key: np.uint64, firsts: np.ndarray, seconds: np.ndarray, out: np.ndarray) -> None:
     for i in range(len(firsts)):
         first = fold(key, firsts[i])
         for j in range(len(seconds)):
@@ -83,7 +83,7 @@ def _fold_rows(key, firsts, seconds, out):
 def row_keys(key: np.uint64, firsts: np.ndarray, seconds: np.ndarray) -> np.ndarray:
     """The keys of (*words of `key`, firsts[i], seconds[j]): uint64 [len(firsts), len(seconds)]."""
     out = np.empty((len(firsts), len(seconds)), np.uint64)
-    _fold_rows(key, *(np.ascontiguousarray(words, np.int64) for words in (firsts, seconds)), out)
+    _fold_rows(key, np.ascontiguousarray(firsts, np.int64), np.ascontiguousarray(seconds, np.int64), out)
     return out
 
 
@@ -95,7 +95,7 @@ def uniform_rows(key: np.uint64, ids: np.ndarray, width: int) -> np.ndarray:
 
 
 @njit(cache=True, nogil=True)
-def _uniform_rows(key, ids, out):
+def _uniform_rows(key: np.uint64, ids: np.ndarray, out: np.ndarray) -> None:
     for i in range(len(ids)):
         row = fold(key, ids[i])
         for n in range(out.shape[1]):

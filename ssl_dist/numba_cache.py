@@ -1,7 +1,7 @@
 """Where compiled functions are kept between runs.
 
 numba's own cache looks at the file of a compiled function and not at the compiled functions it calls: after a change in
-`color.py` alone, `views.py` would silently go on with the old code. So the cache's folder is named by a digest of all
+`color.py` alone, `render.py` would silently go on with the old code. So the cache's folder is named by a digest of all
 files that hold compiled functions, and any change starts a new one.
 """
 
@@ -15,23 +15,23 @@ PACKAGE = Path(__file__).parent
 
 
 def use() -> None:
-    """Point numba to the folder of these sources, unless NUMBA_CACHE_DIR says otherwise. Call before compiling."""
+    """Name the folder of these sources to numba, unless NUMBA_CACHE_DIR is set. Call it before compiling."""
     if "NUMBA_CACHE_DIR" in os.environ:
         return
     folder = _writable(f"numba-{digest(PACKAGE)}")
     os.environ["NUMBA_CACHE_DIR"] = str(folder)
-    if "numba" in sys.modules:  # it has read its environment already
+    if "numba" in sys.modules:  # imported before: it has read its environment already
         sys.modules["numba"].config.CACHE_DIR = str(folder)
 
 
 def digest(package: Path) -> str:
-    """Of the sources below `package` that hold compiled functions."""
-    found = hashlib.sha256()
+    """Hex digits of the hash of all sources below `package` that hold compiled functions."""
+    sha256 = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         source = path.read_bytes()
         if b"njit" in source:
-            found.update(path.relative_to(package).as_posix().encode() + b"\0" + source)
-    return found.hexdigest()[:16]
+            sha256.update(path.relative_to(package).as_posix().encode() + b"\0" + source)
+    return sha256.hexdigest()[:16]
 
 
 def _writable(name: str) -> Path:

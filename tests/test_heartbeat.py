@@ -81,7 +81,7 @@ def test_a_rank_whose_process_has_ended_is_gone(logs):
     other.record["pid"] = process.pid
     assert not heartbeat.is_gone(1)
     other.record["launcher"] = os.getppid()
-    assert not heartbeat.is_sibling(1), "it has another parent than this process"
+    assert heartbeat.sibling_pid(1) is None, "it has another parent than this process"
     process.kill()
     process.stdin.close()
     while not heartbeat.is_gone(1):  # a zombie until it is waited for
@@ -113,9 +113,10 @@ def test_endings(logs):
     (own, _), heartbeat = pair(logs)
     own.step = 4
     assert heartbeat.exit_report(0) is None
-    heartbeat.write_exit_report(own, "it broke", behind=1, code=1, traceback="Traceback ...")
+    heartbeat.write_exit_report(own, "it broke", blamed_rank=1, code=1, traceback="Traceback ...")
     report = heartbeat.exit_report(0)
-    assert (report.step, report.cause, report.behind, report.code) == (4, "it broke", 1, 1)
+    assert (report.step, report.cause, report.blamed_rank, report.code) == (4, "it broke", 1, 1)
+    assert json.loads((logs / "error-0.json").read_text())["behind"] == 1, "the keys of the file stay"
     assert Heartbeat(logs, "later", RankInfo(1, 2)).exit_report(0) is None
     archive_exit_reports(logs)
     assert heartbeat.exit_report(0) is None
@@ -142,8 +143,8 @@ def test_phases(logs):
 
 def test_endings_that_name_themselves_come_first(logs):
     rank_info = [RankInfo(rank, 4) for rank in range(4)]
-    for rank, behind in ((1, 2), (2, None), (3, 2)):
-        Heartbeat(logs, "s1", rank_info[rank]).write_exit_report(RankState(rank_info[rank]), f"of {rank}", behind, 1)
+    for rank, blamed in ((1, 2), (2, None), (3, 2)):
+        Heartbeat(logs, "s1", rank_info[rank]).write_exit_report(RankState(rank_info[rank]), f"of {rank}", blamed, 1)
     assert [report.rank for report in Heartbeat(logs, "s1", rank_info[0]).exit_reports()] == [2, 1, 3]
     assert Heartbeat(logs, "s2", rank_info[0]).exit_reports() == []
     assert Heartbeat(logs / "gone", "s1", rank_info[0]).exit_reports() == []

@@ -1,4 +1,4 @@
-"""Ranks that find each other, those that do not come, and the self-test that the found ones pass."""
+"""The rendezvous of the ranks, with and without all of them, and the self-test after it."""
 
 import os
 import socket
@@ -10,7 +10,7 @@ import torch
 from ssl_dist.distributed import rendezvous
 from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.distributed.rendezvous import StoppedWhileWaiting
-from ssl_dist.distributed.world import World, join_world
+from ssl_dist.distributed.world import World, join_world, self_test
 from ssl_dist.errors import Fault, UserError
 from ssl_dist.grid import Grid
 from tests import ranks
@@ -88,7 +88,7 @@ def proven(rank, size, broken):
         World.all_reduce_sum = lambda self, x: reduce(self, x) * (2 if x.dim() == 0 else 1)
     start = time.perf_counter()
     try:
-        rendezvous.self_test(world)
+        self_test(world)
     except Fault as fault:
         return str(fault)
     return time.perf_counter() - start

@@ -195,6 +195,5 @@ def test_who_is_a_straggler(tmp_path, own, in_collective, others, is_straggler):
         state.record["collective"] = number
         state.move_to(Heartbeat(tmp_path, "s1", RankInfo(rank, 3)).path(rank), "s1")
     watchdog = Watchdog(RankInfo(0, 3), 60.0)
-    watchdog.heartbeat = Heartbeat(tmp_path, "s1", RankInfo(0, 3))
     watchdog.state.record["collective"], watchdog.state.record["in_collective"] = own, in_collective
-    assert watchdog._is_straggler() == is_straggler
+    assert watchdog._is_straggler(Heartbeat(tmp_path, "s1", RankInfo(0, 3))) == is_straggler

@@ -1,3 +1,3 @@
-"""Ranks: who this process is, how ranks find each other, what they exchange, and how a hang ends."""
+"""Ranks: their launch, rendezvous and collectives, and the watchdog that ends a run which hangs."""
 
 __all__ = ["heartbeat", "rank", "ranklog", "rendezvous", "signals", "watchdog", "world"]

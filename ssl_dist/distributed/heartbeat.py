@@ -1,9 +1,9 @@
-"""What every rank publishes of itself, readable when the rank is stuck or dead.
+"""The state that every rank publishes, readable while the rank hangs and after it has died.
 
 `RankState` is what one rank is doing: its step, its phase, and the number and call site of its last collective. A run
 keeps every rank's state in a memory-mapped file, RUN/logs/board/rank-N, so that an update costs a memory write and
 survives the death of the rank; a thread increments its beat and flushes the page. Clocks of two hosts are never
-compared: a rank is silent when its beat does not change during an observation.
+compared: a rank is silent when its beat does not change while another rank observes it.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ from ssl_dist.storage.durable import atomic_write
 
 RECORD = np.dtype(
     [
-        ("start", "S16"),  # of which start of the run; a record of an earlier one is nobody's
+        ("start", "S16"),  # which start of the run; records of earlier ones do not count
         ("host", "S64"),
-        ("machine", "S64"),  # what tells two machines of one name apart, and two views of one machine's processes
+        ("machine", "S64"),  # distinguishes machines of one host name, and containers of one machine
         ("pid", "i8"),
         ("launcher", "i8"),  # the process that started the rank
         ("beat", "i8"),
-        ("step", "i8"),  # the one being taken, counted from 1; 0 before the first
-        ("collective", "i8"),  # how many collectives were begun
+        ("step", "i8"),  # the current one, counted from 1; 0 before the first
+        ("collective", "i8"),  # number of collectives begun
         ("in_collective", "i1"),  # whether the last of them has not ended
         ("call_sites", "S96", 4),  # operation and line of code of the last ones; number n is at n % 4
     ]
@@ -40,7 +40,7 @@ NUM_CALL_SITES = RECORD["call_sites"].shape[0]
 
 
 def _machine() -> bytes:
-    """The boot of this machine and the numbering of processes that is seen here; containers may share host names."""
+    """The boot and the process namespace of this machine; containers may share host names."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{boot.read_text().strip()[:36]} {os.stat('/proc/self/ns/pid').st_ino}".encode() if boot.exists() else b""
 
@@ -86,9 +86,9 @@ class RankState:
         self.record["in_collective"] = 0
 
     def move_to(self, path: Path, start: str) -> None:
-        """From now on the state is in this file."""
+        """Keep the state in this file."""
         self.record["start"] = start.encode()
-        path.unlink(missing_ok=True)  # a reader of the former one keeps what it has
+        path.unlink(missing_ok=True)  # who reads the former file keeps its content
         path.write_bytes(self.record.tobytes())
         with open(path, "r+b") as file:
             self._pages = mmap.mmap(file.fileno(), RECORD.itemsize)
@@ -97,12 +97,12 @@ class RankState:
     def beat(self) -> None:
         self.record["beat"] += 1
         if self._pages is not None:
-            with contextlib.suppress(OSError):  # a file system that is away for a while must not end the watchdog
+            with contextlib.suppress(OSError):  # a file system that fails for a while must not end the watchdog
                 self._pages.flush()
 
 
 def _caller() -> str:
-    """The line of code that called a collective, outside this file, world.py and the libraries."""
+    """file:line that called a collective, outside this file, world.py and the libraries."""
     frame = sys._getframe(3)
     while frame.f_back is not None and (
         frame.f_code.co_filename in _OWN_FILES or "-packages" in frame.f_code.co_filename
@@ -113,7 +113,7 @@ def _caller() -> str:
 
 @dataclass(frozen=True)
 class ExitReport:
-    """Why a rank has ended: logs/error-<rank>.json. behind: the rank that it blames, None: itself."""
+    """Why a rank has ended: logs/error-<rank>.json. blamed_rank: whose fault it was; None: its own."""
 
     rank: int
     host: str
@@ -121,10 +121,19 @@ class ExitReport:
     start: str
     step: int
     cause: str
-    behind: int | None
+    blamed_rank: int | None  # "behind" in the file
     code: int
     time: str
     traceback: str = ""
+
+    @staticmethod
+    def from_json(text: str) -> "ExitReport":
+        fields = json.loads(text)
+        return ExitReport(blamed_rank=fields.pop("behind"), **fields)
+
+    def to_json(self) -> str:
+        fields = {"behind" if name == "blamed_rank" else name: value for name, value in asdict(self).items()}
+        return json.dumps(fields, indent=1) + "\n"
 
 
 class Heartbeat:
@@ -136,11 +145,11 @@ class Heartbeat:
     def path(self, rank: int) -> Path:
         return self.logs / "board" / f"rank-{rank}"
 
-    def others(self) -> list[int]:
+    def other_ranks(self) -> list[int]:
         return [rank for rank in range(self.rank_info.world_size) if rank != self.rank_info.rank]
 
     def record(self, rank: int) -> np.ndarray | None:
-        """The state that `rank` has published; None before it has in this start, or when it cannot be read now."""
+        """The state that `rank` has published; None: not yet in this start, or it cannot be read now."""
         try:
             data = self.path(rank).read_bytes()
         except OSError:
@@ -151,54 +160,55 @@ class Heartbeat:
         return record if record["start"] == self.start.encode() else None
 
     def exit_report(self, rank: int) -> ExitReport | None:
-        """Why `rank` has ended in this start; None where it has written no report, or it cannot be read now."""
+        """Why `rank` has ended in this start; None: it has written no report, or it cannot be read now."""
         try:
-            found = ExitReport(**json.loads((self.logs / f"error-{rank}.json").read_text(encoding="utf-8")))
+            report = ExitReport.from_json((self.logs / f"error-{rank}.json").read_text(encoding="utf-8"))
         except OSError:
             return None
-        return found if found.start == self.start else None
+        return report if report.start == self.start else None
 
     def exit_reports(self) -> list[ExitReport]:
-        """The reports of the other ranks; those that blame themselves come first."""
+        """The reports of the other ranks; those that blame no other rank come first."""
         try:
             names = set(os.listdir(self.logs))  # makes an NFS client ask the server again
         except OSError:
             return []
-        found = [self.exit_report(rank) for rank in self.others() if f"error-{rank}.json" in names]
-        return sorted((e for e in found if e is not None), key=lambda e: (e.behind is not None, e.rank))
+        reports = [self.exit_report(rank) for rank in self.other_ranks() if f"error-{rank}.json" in names]
+        return sorted((r for r in reports if r is not None), key=lambda r: (r.blamed_rank is not None, r.rank))
 
     def write_exit_report(
-        self, state: RankState, cause: str, behind: int | None, code: int, traceback: str = ""
+        self, state: RankState, cause: str, blamed_rank: int | None, code: int, traceback: str = ""
     ) -> None:
-        """Write this rank's report. A folder that is full or gone is named on stderr."""
+        """Write this rank's report. A failure to write goes to stderr."""
         record = state.record
         report = ExitReport(
-            self.rank_info.rank, _text(record["host"]), int(record["pid"]), self.start, state.step, cause, behind, code,
-            time.strftime("%Y-%m-%dT%H:%M:%S%z"), traceback,
+            self.rank_info.rank, _text(record["host"]), int(record["pid"]), self.start, state.step, cause,
+            blamed_rank, code, time.strftime("%Y-%m-%dT%H:%M:%S%z"), traceback,
         )  # fmt: skip
         try:
             with atomic_write(self.logs / f"error-{self.rank_info.rank}.json") as file:
-                file.write((json.dumps(asdict(report), indent=1) + "\n").encode())
+                file.write(report.to_json().encode())
         except OSError as error:
             print(
                 f"{self.logs}: the exit report of {self.rank_info} was not written: {error.strerror}", file=sys.stderr
             )
 
     def is_gone(self, rank: int) -> bool:
-        """Whether the process of `rank` has ended, where it is on this machine; False: it has not, or who knows."""
+        """Whether the process of `rank` has ended; False also where it cannot be known, on another machine."""
         record = self.record(rank)
         if record is None or not MACHINE or record["machine"] != MACHINE:
             return False
         stat = _stat(int(record["pid"]))
         return stat is None or stat[0] in "ZX"
 
-    def is_sibling(self, rank: int) -> bool:
-        """Whether the process of `rank` lives on this machine and has the same launcher as this one."""
+    def sibling_pid(self, rank: int) -> int | None:
+        """The process of `rank` if it lives on this machine and has the same launcher as this one, else None."""
         record = self.record(rank)
         if record is None or not MACHINE or record["machine"] != MACHINE:
-            return False
-        stat = _stat(int(record["pid"]))
-        return stat is not None and int(stat[1]) == int(record["launcher"]) == os.getppid()
+            return None
+        pid = int(record["pid"])
+        stat = _stat(pid)
+        return pid if stat is not None and int(stat[1]) == int(record["launcher"]) == os.getppid() else None
 
     def name(self, rank: int) -> str:
         """`rank 3 on host (pid 77) at step 12`, as far as it is known."""
@@ -210,13 +220,13 @@ class Heartbeat:
     def beats(self) -> dict[int, int]:
         """The beats of the other ranks that have published a state and no exit report."""
         ended = {report.rank for report in self.exit_reports()}
-        records = {rank: self.record(rank) for rank in self.others() if rank not in ended}
+        records = {rank: self.record(rank) for rank in self.other_ranks() if rank not in ended}
         return {rank: int(record["beat"]) for rank, record in records.items() if record is not None}
 
     def disagreement(self, state: RankState) -> str | None:
-        """A collective that was not the same one on two ranks, in words; None: there is none among their last."""
+        """The error message of a collective that was another one on another rank; None: none among the last ones."""
         own = _call_sites(state.record)
-        for rank in self.others():
+        for rank in self.other_ranks():
             record = self.record(rank)
             other = {} if record is None else _call_sites(record)
             for number in sorted(own.keys() & other.keys()):
@@ -236,7 +246,7 @@ def _call_sites(record: np.ndarray) -> dict[int, str]:
 
 
 def _stat(pid: int) -> list[str] | None:
-    """State letter and parent of a process; None: there is none."""
+    """State letter and parent of a process; None: it does not exist."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ssl_dist.errors import UserError
 
-BY_SRUN = "SSL_DIST_BY_SRUN"  # in the environment of ranks that srun has started, each with cores and GPUs of its own
+BY_SRUN = "SSL_DIST_BY_SRUN"  # environment variable of ranks that srun has started, each with cores and GPUs of its own
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class RankInfo:
 
     @staticmethod
     def from_environment() -> "RankInfo":
-        """torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE."""
+        """From RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, as torchrun sets them. Raises `UserError`."""
         if "RANK" not in os.environ:
             return RankInfo()
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -40,7 +40,7 @@ class RankInfo:
 
     @property
     def cores(self) -> int:
-        """The cores of this rank: what srun gave it, else its share of those that this process may use."""
+        """The number of cores of this rank: what srun gave it, else its share of those that this process may use."""
         if BY_SRUN in os.environ and "SLURM_CPUS_PER_TASK" in os.environ:
             return int(os.environ["SLURM_CPUS_PER_TASK"])
         return max(1, available_cores() // self.local_world_size)
@@ -50,5 +50,5 @@ class RankInfo:
 
 
 def available_cores() -> int:
-    """Cores this process may use."""
+    """The number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

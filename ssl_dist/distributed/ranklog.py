@@ -1,31 +1,32 @@
-"""RUN/logs/rank-N.log: what happened to one rank, with the time."""
+"""The log of one rank, RUN/logs/rank-N.log: events with their time."""
 
 import faulthandler
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 from ssl_dist.distributed.rank import RankInfo
 
 
 class RankLog:
-    """Keeps nothing before `open`; from then on also the stacks of all threads if the process crashes."""
+    """Writes nothing before `open`; after it also the stacks of all threads if the process crashes."""
 
     def __init__(self, rank_info: RankInfo):
         self.rank_info = rank_info
-        self._file = None
+        self._file: TextIO | None = None
         self._shows_crashes = False
 
     def open(self, logs: Path) -> None:
-        """From now on in this folder; an evaluation has several trainings, one after another."""
+        """Write to this folder until the next call; an evaluation has several trainings, one after another."""
         self.close()
         self._file = open(logs / f"rank-{self.rank_info.rank}.log", "a", encoding="utf-8")  # noqa: SIM115 - kept open
-        if not faulthandler.is_enabled():  # else the program that this runs in has its own way
+        if not faulthandler.is_enabled():  # else the surrounding program has set its own
             faulthandler.enable(self._file)
             self._shows_crashes = True
 
     def note(self, text: str) -> None:
-        """One entry of the file. A full disk must not hide the fault that is being noted."""
+        """Add an entry. A full disk must not hide the fault that the entry is about."""
         if self._file is None:
             return
         try:
@@ -35,7 +36,7 @@ class RankLog:
             print(f"{self._file.name}: {error.strerror}", file=sys.stderr, flush=True)
 
     def stacks(self) -> None:
-        """Where every thread is."""
+        """Add the stacks of all threads."""
         if self._file is not None:
             faulthandler.dump_traceback(self._file)
 

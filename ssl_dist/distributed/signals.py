@@ -1,35 +1,38 @@
-"""A wish to stop. Signals set a flag and nothing else; the loop looks at it between two steps."""
+"""Requests to stop: a signal sets a flag and nothing else, and the loop reads the flag between two steps."""
 
 import os
 import signal
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 STOPPED = 75  # exit code: stopped on request after a checkpoint; start the same command again
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 class StopRequest:
-    """Use as a context manager around the loop: handlers are there inside it and the former ones come back after it."""
+    """Use as a context manager around the loop: it handles the signals inside and restores their handlers after it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.requested = False
-        self.saving = False  # a save is never broken off
+        self.saving = False  # a save is never interrupted
         self._interrupts = 0
-        self._former = {}
+        self._former_handlers: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
 
-    def __enter__(self):
+    def __enter__(self) -> "StopRequest":
         for number in _SIGNALS:
-            self._former[number] = signal.signal(number, self._handle)
+            self._former_handlers[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *_):
-        for number, handler in self._former.items():
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former_handlers.items():
             signal.signal(number, handler)
 
     def request(self) -> None:
-        """Ask from within the program; what the signals do."""
+        """Request a stop from within the program, as the signals do."""
         self.requested = True
 
-    def _handle(self, number, _frame) -> None:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.requested = True
         if number == signal.SIGINT:
             self._interrupts += 1

@@ -9,6 +9,7 @@ of one process: a loss computed in full on every rank is returned as it is, a ra
 import os
 import warnings
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -36,7 +37,9 @@ class World:
     def __enter__(self) -> "World":
         return self
 
-    def __exit__(self, _kind, error: BaseException | None, _traceback) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         if error is None or self.device.type == "cpu":
             self.close()  # with NCCL this would wait for collectives that never end; the end of the process frees them
 
@@ -78,7 +81,7 @@ class World:
         return rank * count // size, (rank + 1) * count // size
 
     def scale_for_ddp_mean(self, loss_share: Tensor) -> Tensor:
-        """A loss whose mean over the ranks is the sum of the ranks' shares."""
+        """The loss whose mean over the ranks is the sum of the ranks' shares."""
         return loss_share * self.rank_info.world_size
 
     # ------------------------------------------------------------------ for the loop
@@ -114,8 +117,9 @@ class World:
         for column in range(self.grid.views):  # every rank takes part in the making of every group
             with self.state.collective("new_group"):
                 ranks = list(range(column, self.rank_info.world_size, self.grid.views))
-                groups.append(dist.new_group(ranks, timeout=rendezvous.NO_LIMIT))  # the watchdog is the one clock
+                groups.append(dist.new_group(ranks, timeout=rendezvous.COLLECTIVE_TIMEOUT))
         group = groups[self.grid.view_shard(self.rank_info.rank)]
+        assert isinstance(group, dist.ProcessGroup), "a rank belongs to the group of its column"
 
         def to_column(layer: nn.Module) -> Callable[[], None]:
             name, own = ("process_group", group) if self.device.type == "cuda" else ("reduce", in_column)
@@ -148,22 +152,21 @@ class World:
     def on_rank0(self, action: Callable[[], T]) -> T:
         """What `action` returns on rank 0, broadcast to every rank. A `UserError` or `OSError` there is raised on every
         rank, the latter as a `Fault`."""
-        answer: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]  # value, exception
         if self.is_rank0:
             try:
-                answer[0] = action()
+                outcome[0] = action()
             except UserError as error:
-                answer[1] = UserError(str(error), RaisedOn.EVERY_RANK)
+                outcome[1] = UserError(str(error), RaisedOn.EVERY_RANK)
             except OSError as error:
                 cause = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-                answer[1] = Fault(f"{self.rank_info} at step {self.state.step}: {cause}", RaisedOn.EVERY_RANK)
+                outcome[1] = Fault(f"{self.rank_info} at step {self.state.step}: {cause}", RaisedOn.EVERY_RANK)
         if not self.alone:
             with self.state.collective("broadcast"):
-                dist.broadcast_object_list(answer, src=0)
-        value, error = answer
-        if error is not None:
-            raise error
-        return value
+                dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
     def raise_together(self, action: Callable[[], T]) -> T:
         """What `action` returns on this rank. A `UserError` in it on any rank is raised on every rank."""
@@ -172,9 +175,9 @@ class World:
             value = action()
         except UserError as error:
             message = str(error)
-        for first in self.all_gather_object(message):
-            if first is not None:
-                raise UserError(first, RaisedOn.EVERY_RANK)
+        for message_of_rank in self.all_gather_object(message):
+            if message_of_rank is not None:
+                raise UserError(message_of_rank, RaisedOn.EVERY_RANK)
         return value
 
     def all_gather_object(self, value: T) -> list[T]:
@@ -224,15 +227,39 @@ def join_world(
     rank_info: RankInfo, grid: Grid, state: RankState | None = None, is_stopping: Callable[[], bool] = lambda: False
 ) -> World:
     """Wait for the other ranks and form their process group; one rank has nothing to wait for. Raises what
-    `rendezvous.join` raises, and `Fault` when a self-test fails."""
+    `rendezvous.join` and `self_test` raise."""
     device = choose_device(rank_info)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     world = World(rank_info, grid, device, state)
     if not world.alone:
         rendezvous.join(rank_info, device, is_stopping)
-        rendezvous.self_test(world)
+        self_test(world)
     return world
+
+
+def self_test(world: World) -> None:
+    """Check at start-up that gathered values are in canonical order and gradients are summed; some milliseconds.
+
+    The cell (k, m) of the global batch holds its own number, and rank r's loss is r + 1 times the sum of squares; so
+    the gradient of a cell must be 2 cell (1 + 2 + ... + W). Raises `Fault`: a library or network that computes wrong
+    sums would train a wrong model silently.
+    """
+    grid, rank, size = world.grid, world.rank_info.rank, world.rank_info.world_size
+    num_views, num_images = 2 * grid.views, 3 * grid.images
+    cells = torch.arange(1.0, num_views * num_images + 1, device=world.device).view(num_views, num_images, 1)
+    views, images = grid.view_range(rank, num_views), grid.image_range(rank, num_images)
+    own = cells[views.start : views.stop, images.start : images.stop].clone().requires_grad_()
+    gathered = world.gather_views(own)
+    if not torch.equal(gathered.detach(), cells):
+        raise Fault(f"{world.rank_info}: self-test: gathered representations are not in canonical order")
+    (gathered.square().sum() * (rank + 1)).backward()
+    assert own.grad is not None, "a leaf of the graph"
+    if not torch.equal(own.grad, own.detach() * size * (size + 1)):
+        raise Fault(f"{world.rank_info}: self-test: gradients of gathered views are not summed over the ranks")
+    total = world.all_reduce_sum_with_grad(own.sum())
+    if total.item() != cells.sum() * 1.0:
+        raise Fault(f"{world.rank_info}: self-test: a sum over the ranks is {total.item():g}, not {cells.sum():g}")
 
 
 def one_process(device: torch.device | None = None) -> World:
@@ -242,7 +269,7 @@ def one_process(device: torch.device | None = None) -> World:
 
 class _GatherViews(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z_VBD, world: World):
+    def forward(ctx: Any, z_VBD: Tensor, world: World) -> Tensor:
         ctx.world, grid = world, world.grid
         num_views, num_images = z_VBD.shape[:2]
         parts = world._gather(z_VBD).unflatten(0, (grid.images, grid.views))
@@ -250,7 +277,7 @@ class _GatherViews(torch.autograd.Function):
         return canonical.reshape(grid.views * num_views, grid.images * num_images, *z_VBD.shape[2:])
 
     @staticmethod
-    def backward(ctx, grad_KMD):
+    def backward(ctx: Any, grad_KMD: Tensor) -> tuple[Tensor, None]:
         grid, rank = ctx.world.grid, ctx.world.rank_info.rank
         grad = ctx.world.all_reduce_sum(grad_KMD)
         views, images = grid.view_range(rank, grad.shape[0]), grid.image_range(rank, grad.shape[1])
@@ -259,10 +286,10 @@ class _GatherViews(torch.autograd.Function):
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, world: World):
+    def forward(ctx: Any, x: Tensor, world: World) -> Tensor:
         ctx.world = world
         return world.all_reduce_sum(x)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.world.all_reduce_sum(grad), None
