@@ -80,7 +80,7 @@ FAULTS = {  # what is said of it
         r"rank 0 on \S+ at step 3: rank 1 on \S+ ended at step 3: ValueError: planned failure in the loader",
     ],
     "skipped_exchange": [
-        r"the ranks disagree, one has skipped an exchange: number \d+ was all_reduce at \w+.py:\d+ on rank 0 "
+        r"the ranks disagree, one has skipped a collective: number \d+ was all_reduce at \w+.py:\d+ on rank 0 "
         r"and all_reduce at \w+.py:\d+ on rank 1"
     ],
     "not_finite": [
