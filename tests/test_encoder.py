@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from ssl_dist import backbones, config, methods
-from ssl_dist.data.readers import open_dataset
+from ssl_dist.data.readers import Dataset
 from ssl_dist.distributed.world import one_process
 from ssl_dist.errors import UserError
 from ssl_dist.run import encoder as run_encoder
-from ssl_dist.run.encoder import DatasetRef, Encoder, extract_features, features_path, is_fresh, load_encoder
+from ssl_dist.run.encoder import Encoder, extract_features, features_path, is_fresh, load_encoder
 from ssl_dist.storage import checkpoint, durable
 from ssl_dist.storage.features import read_features, write_features
 from tests import ranks
@@ -33,14 +33,14 @@ def run(digits, tmp_path_factory):
 
 
 def source(digits, reader="arrays"):
-    return DatasetRef("digits", str(digits), reader)
+    return Dataset(digits, reader=reader)
 
 
 def test_features_are_the_encoders_of_every_image_in_order(run, digits, tmp_path):
     encoder = load_encoder(run)
     path = extract_features(encoder, source(digits), "test", tmp_path, one_process(), threads=1)
     found = read_features(path)
-    with open_dataset(digits, "test", "arrays") as reader:
+    with Dataset(digits, reader="arrays").open("test") as reader:
         ids = np.arange(reader.info.count)
         [(pixels, _, _, _)] = list(reader.batches([ids]))
         labels = reader.labels(ids)

@@ -10,7 +10,7 @@ from torchvision.transforms.functional import InterpolationMode, center_crop, re
 
 from ssl_dist import cli, config
 from ssl_dist.config import Data
-from ssl_dist.data.readers import open_dataset, read_info
+from ssl_dist.data.readers import Dataset
 from ssl_dist.errors import UserError
 from ssl_dist.results import figures as album_module
 from ssl_dist.results.figures import FigureWriter
@@ -20,7 +20,7 @@ from ssl_dist.train.loop import train
 
 def part(digits, split, ids=None, name=None):
     """Features of a split of the digits, or of some images of it."""
-    info = read_info(digits, split)
+    info = Dataset(digits).info(split)
     ids = np.arange(info.count) if ids is None else np.asarray(ids)
     metadata = {
         "dataset": "digits", "split": name or split, "data": info.sha256, "checkpoint": "c0ffee", "classes": "[]"
@@ -34,7 +34,7 @@ def opened(digits):
     readers = []
 
     def open_split(split):
-        readers.append(open_dataset(digits, split, "arrays"))
+        readers.append(Dataset(digits, reader="arrays").open(split))
         return readers[-1]
 
     open_split.readers = readers
@@ -46,7 +46,7 @@ def data(**more):
 
 
 def decoded(digits, split, ids):
-    with open_dataset(digits, split, "arrays") as reader:
+    with Dataset(digits, reader="arrays").open(split) as reader:
         [(pixels, _, _, _)] = list(reader.batches([np.asarray(ids)]))
     return pixels
 

@@ -11,6 +11,7 @@ import pytest
 
 from ssl_dist import cli, results
 from ssl_dist.data import plan
+from ssl_dist.data.readers import Dataset
 from ssl_dist.evaluate.command import evaluate
 from ssl_dist.evaluators import knn, logistic, probe
 from ssl_dist.storage.features import read_features
@@ -58,12 +59,8 @@ def test_validation_measures_a_part_of_the_training_split(run):
 def test_validation_leaves_the_test_split_alone(digits, tmp_path, monkeypatch):
     run = pretrained(digits, tmp_path / "run")
     opened = []
-    for module in ("ssl_dist.evaluate.command", "ssl_dist.run.encoder", "ssl_dist.transfer.subject"):
-        original = sys.modules[module].open_dataset
-        monkeypatch.setattr(
-            f"{module}.open_dataset",
-            lambda root, split, *a, of=original, **k: (opened.append(split), of(root, split, *a, **k))[1],
-        )
+    open_split = Dataset.open
+    monkeypatch.setattr(Dataset, "open", lambda self, split, *a: (opened.append(split), open_split(self, split, *a))[1])
     assert evaluate(run, ["knn"], ["knn.k=[5]"], validation=0.1)[0] == 0
     assert opened and set(opened) == {"train"}
     assert os.listdir(run / "features") == ["digits-train.safetensors"]

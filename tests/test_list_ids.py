@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ssl_dist.convert.command import convert
-from ssl_dist.data.readers import open_dataset
+from ssl_dist.data.readers import Dataset
 from ssl_dist.errors import UserError
 from tests.make_images import simple_folder
 
@@ -30,7 +30,7 @@ def test_an_id_is_the_place_in_the_converted_file(root, tmp_path):
     (tmp_path / "list.txt").write_text("\n".join(lines))
     assert list_ids.ids_of(tmp_path / "list.txt", root, "train") == [0, 3, 7]
     convert("folder", root, tmp_path / "data", workers=1, progress=False)
-    with open_dataset(tmp_path / "data", "train", "arrays") as reader:
+    with Dataset(tmp_path / "data", reader="arrays").open("train") as reader:
         labels = reader.labels(np.array([0, 3, 7]))
     classes = sorted({path.parent.name for path in files})
     assert [classes[label] for label in labels] == [files[i].parent.name for i in (0, 3, 7)]

@@ -9,9 +9,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ssl_dist import config
 from ssl_dist.convert.command import convert
-from ssl_dist.data.readers import open_dataset
+from ssl_dist.data.readers import Dataset
+from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.distributed.world import one_process
 from ssl_dist.errors import UserError
+from ssl_dist.run.blueprint import derive
 from ssl_dist.run.encoder import load_encoder
 from ssl_dist.storage import checkpoint
 from ssl_dist.train import online_knn
@@ -48,14 +50,14 @@ def test_it_is_the_knn_of_the_encoder_on_held_out_images(run, digits):
     values = logged(run)
     assert list(values) == [4, 8, 12]
     encoder = load_encoder(run)
-    with open_dataset(digits, "train", "arrays") as reader, torch.no_grad():
+    with Dataset(digits, reader="arrays").open("train") as reader, torch.no_grad():
         count = reader.info.count
         labels = reader.labels(np.arange(count))
         [(pixels, _, _, _)] = reader.batches([np.arange(count)])
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (encoder.normalize.mean, encoder.normalize.std))
         h = encoder.module((torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - mean) / std).double()
     h = (h / h.norm(dim=1, keepdim=True)).numpy()
-    used = online_knn.OnlineKNN(settings(digits, run), one_process(), 1)
+    used = online_knn.OnlineKNN(derive(settings(digits, run), RankInfo()), one_process())
     queries, bank = used.ids[-used.num_queries :], used.ids[: -used.num_queries]
     assert sorted(used.ids) == list(range(count)) and not set(queries) & set(bank)
     assert used.num_queries == pytest.approx(count / 11, rel=0.05)

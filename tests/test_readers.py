@@ -14,7 +14,7 @@ from PIL import Image
 from ssl_dist.convert.command import convert
 from ssl_dist.data import readers
 from ssl_dist.data.beton import JPG, RAW, Beton, Writer
-from ssl_dist.data.readers import open_dataset, read_info, splits_present
+from ssl_dist.data.readers import Dataset
 from ssl_dist.errors import UserError
 from tests.make_images import jpeg, odd_folder, picture, with_noise_before_marker
 
@@ -70,7 +70,7 @@ def test_pixels_are_pillows(odd, reader, threads):
     expected = stored(odd)
     assert len(expected) == COUNT and {JPG, RAW} == set(Beton(odd / "train.beton").modes)
     steps = numbers(range(COUNT), [3], [10, 0, 10, 5, 5], [], [1, 2])
-    with open_dataset(odd, "train", reader, threads=threads) as opened:
+    with Dataset(odd, reader=reader).open("train", threads) as opened:
         batches = list(opened.batches(steps))
     assert len(batches) == len(steps)
     # All batches are compared at the end: a buffer used twice would show.
@@ -88,7 +88,7 @@ def test_pixels_are_pillows(odd, reader, threads):
 
 @pytest.mark.parametrize("reader", READERS)
 def test_batches_are_fresh(odd, reader):
-    with open_dataset(odd, "val", reader) as opened:
+    with Dataset(odd, reader=reader).open("val") as opened:
         kept = [pixels for pixels, *_ in opened.batches(numbers([0, 1]) * 12)]
     assert all(not np.shares_memory(a, b) for a, b in itertools.combinations(kept, 2))
     kept[0][:] = 0
@@ -97,13 +97,13 @@ def test_batches_are_fresh(odd, reader):
 
 @pytest.mark.parametrize("reader", READERS)
 def test_info_and_labels(odd, reader):
-    with open_dataset(odd, "train", reader) as opened:
-        assert opened.info == read_info(odd, "train")
+    with Dataset(odd, reader=reader).open("train") as opened:
+        assert opened.info == Dataset(odd).info("train")
         assert opened.info.classes == ("cat", "dog") and opened.info.count == COUNT and opened.info.labelled
         assert (opened.info.max_height, opened.info.max_width) == (150, 300)
         assert opened.labels(np.arange(COUNT)).tolist() == [0] * 5 + [1] * 6
         assert opened.labels(np.array([9, 0])).tolist() == [1, 0] and opened.labels(np.array([0])).dtype == np.int64
-    assert splits_present(odd) == ("train", "val")
+    assert Dataset(odd).splits == ("train", "val")
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -115,7 +115,7 @@ def test_any_way_to_stop(odd, reader, threads):
         yield np.arange(4)
         raise RuntimeError("the plan failed")
 
-    with open_dataset(odd, "train", reader, threads=threads) as opened:
+    with Dataset(odd, reader=reader).open("train", threads) as opened:
         endless = (np.array([i % COUNT] * 4) for i in itertools.count())
         for number, _ in enumerate(opened.batches(endless)):
             if number == 3:
@@ -139,7 +139,7 @@ def test_any_way_to_stop(odd, reader, threads):
 @pytest.mark.parametrize("ids", [[-1], [COUNT], [[0]]])
 @pytest.mark.parametrize("reader", READERS)
 def test_ids_out_of_range(odd, reader, ids):
-    with open_dataset(odd, "train", reader) as opened, pytest.raises(IndexError, match=r"0\.\.10"):
+    with Dataset(odd, reader=reader).open("train") as opened, pytest.raises(IndexError, match=r"0\.\.10"):
         next(opened.batches([np.array(ids)]))
 
 
@@ -173,7 +173,7 @@ CHANGES = {
 @pytest.mark.parametrize("reader", READERS)
 def test_damaged_images_are_named(own, reader, image_id, change, threads):
     damage(own, image_id, CHANGES[change])
-    with open_dataset(own, "train", reader, threads=threads) as opened:
+    with Dataset(own, reader=reader).open("train", threads) as opened:
         with pytest.raises(UserError, match=rf"train\.beton: image {image_id} is damaged.*ssl-dist convert") as caught:
             list(opened.batches(numbers([1, 2], [3, 4, 5, image_id, 6], [7])))
         assert "\n" not in str(caught.value)
@@ -196,7 +196,7 @@ def without_check_values(root):
 def test_without_check_values_the_decoder_judges(own, reader):
     without_check_values(own)
     damage(own, 0, CHANGES["zeros"])
-    with open_dataset(own, "train", reader) as opened:
+    with Dataset(own, reader=reader).open("train") as opened:
         assert len(list(opened.batches(numbers([1, 2, 9])))) == 1
         with pytest.raises(UserError, match=r"image 0 is damaged \(Pillow"):
             list(opened.batches(numbers([0])))
@@ -207,7 +207,7 @@ def test_a_jpeg_of_another_size_is_refused(own, reader):
     without_check_values(own)
     smaller = jpeg(picture(20, 20), quality=30)
     damage(own, 0, lambda data: smaller + bytes(len(data) - len(smaller)))
-    with open_dataset(own, "train", reader) as opened, pytest.raises(UserError, match="image 0 is damaged"):
+    with Dataset(own, reader=reader).open("train") as opened, pytest.raises(UserError, match="image 0 is damaged"):
         list(opened.batches(numbers([0])))
 
 
@@ -218,7 +218,7 @@ def test_a_jpeg_that_only_earns_a_warning_is_shown(own, reader):
         for _ in range(COUNT):
             writer.add(0, JPG, 70, 90, data)
         writer.finish()
-    with open_dataset(own, "train", reader) as opened:
+    with Dataset(own, reader=reader).open("train") as opened:
         ((pixels, *_),) = opened.batches(numbers([4]))
     assert (pixels[0] == stored(own)[0]).all()
 
@@ -228,7 +228,7 @@ def test_a_jpeg_that_only_earns_a_warning_is_shown(own, reader):
 
 def refusal(root, split="train", reader="arrays"):
     with pytest.raises(UserError) as caught:
-        open_dataset(root, split, reader)
+        Dataset(root, reader=reader).open(split)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -238,7 +238,7 @@ def test_mistakes_are_named(own, tmp_path_factory):
     assert "dataset.json" in message and "ssl-dist convert" in message
     assert "'test'" in (message := refusal(own, "test")) and "train, val" in message
     with pytest.raises(UserError, match="train, val"):
-        read_info(own, "test")
+        Dataset(own).info("test")
     assert "must be ffcv or arrays" in refusal(own, reader="hdf5")
 
     described = json.loads((own / "dataset.json").read_text())
@@ -273,7 +273,7 @@ def test_without_ffcv_the_remedy_is_said(odd, monkeypatch):
 @pytest.mark.requires_ffcv
 def test_ffcv_leaves_the_numbers_of_threads_alone(odd):
     torch.set_num_threads(2)
-    with open_dataset(odd, "train", "ffcv", threads=3) as opened:
+    with Dataset(odd, reader="ffcv").open("train", 3) as opened:
         assert torch.get_num_threads() == 2
         list(opened.batches(numbers([0])))
     assert torch.get_num_threads() == 2
@@ -292,6 +292,6 @@ def test_the_types_of_numba_stay_as_they_are(digits):
     from numba import types
 
     before = types.uint8[::1].key
-    with open_dataset(digits, "test", "ffcv") as reader:
+    with Dataset(digits, reader="ffcv").open("test") as reader:
         list(reader.batches([np.arange(2)]))
     assert types.uint8[::1].key == before and types.uint8[::1].mutable

@@ -69,6 +69,20 @@ def uninterrupted(digits, tmp_path_factory):
     return run
 
 
+@pytest.mark.parametrize("more", [(), ("log.knn_every_epochs=1",), ("data.subset={per_class: 6, start: 0}",)])
+def test_the_data_set_is_opened_once(digits, tmp_path, monkeypatch, more):
+    """dataset.json and the file of the training split; its pictures, kNN and labels use what is open."""
+    from ssl_dist.data import manifest, readers
+
+    opened = []
+    load, beton = manifest.load, readers.Beton
+    monkeypatch.setattr(manifest, "load", lambda root: (opened.append("dataset.json"), load(root))[1])
+    monkeypatch.setattr(readers, "Beton", lambda path: (opened.append(path.name), beton(path))[1])
+    assert run_training(digits, tmp_path / "run", "optim.steps=1", *more) == 0
+    assert (tmp_path / "run" / "views.png").exists()
+    assert opened == ["dataset.json", "train.beton"]
+
+
 def test_a_run_leaves_what_it_should(uninterrupted):
     run = uninterrupted
     assert checkpoint.steps(run) == [3, 6]

@@ -14,7 +14,7 @@ import torch
 
 from ssl_dist import config
 from ssl_dist.convert.command import convert
-from ssl_dist.data.readers import open_dataset
+from ssl_dist.data.readers import Dataset
 from ssl_dist.errors import UserError
 from ssl_dist.evaluate.command import evaluate
 from ssl_dist.evaluators import finetune, probe
@@ -94,7 +94,7 @@ def test_the_classifier_is_counted_image_by_image(run, measured, digits):
     [folder] = [path for path in (run / "evaluations").iterdir() if path.name.startswith("probe")]
     method, encoder = load_method(folder)
     right, among_five = 0, 0
-    with open_dataset(digits, "test", "arrays") as reader, torch.no_grad():
+    with Dataset(digits, reader="arrays").open("test") as reader, torch.no_grad():
         count = reader.info.count
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoder.normalize.mean, encoder.normalize.std))
         for pixels, _, _, [image_id] in reader.batches([[i] for i in range(count)]):

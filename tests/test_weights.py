@@ -292,9 +292,9 @@ def test_extract_reads_a_file_of_others(official, digits, tmp_path, capsys):
     said = capsys.readouterr()
     assert f"{path}: a dictionary of backbone, relation" in said.err and "not used: nothing" in said.err
     found = read_features(Path(said.out.strip()))
-    from ssl_dist.data.readers import open_dataset
+    from ssl_dist.data.readers import Dataset
 
-    with open_dataset(digits, "test", "arrays") as reader:
+    with Dataset(digits, reader="arrays").open("test") as reader:
         [(pixels, _, _, _)] = list(reader.batches([np.arange(64)]))
     with torch.no_grad():
         wanted = conv4((torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - 0.5) / 0.25)

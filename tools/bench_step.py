@@ -78,10 +78,10 @@ class Port:
         from torchvision import transforms
 
         from ssl_dist import backbones
-        from ssl_dist.data.readers import open_dataset
+        from ssl_dist.data.readers import Dataset
 
         self.torch, self.arguments = torch, arguments
-        with open_dataset(arguments.data, "train", "arrays") as reader:
+        with Dataset(arguments.data, reader="arrays").open("train") as reader:
             import numpy as np
             from PIL import Image
 

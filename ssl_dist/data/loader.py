@@ -1,8 +1,8 @@
 """Batches of views, made ahead of the training loop by a thread of our own.
 
 One thread asks the reader for decoded images in the training's order, a pool makes the views, and a short queue hands
-them to the loop. What is handed over is owned by the receiver: no buffer is used twice. An error anywhere reaches the loop
-as the same exception, behind the batches made before it; closing joins every thread and closes the reader.
+them to the loop. What is handed over is owned by the receiver: no buffer is used twice. An error anywhere reaches the
+loop as the same exception, behind the batches made before it; closing joins every thread and closes the reader.
 """
 
 import queue

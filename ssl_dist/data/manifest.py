@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from ssl_dist.config import Section, validate
 from ssl_dist.errors import UserError
 from ssl_dist.storage.durable import sync_folder
@@ -49,8 +51,8 @@ class Manifest(Section):
     training: str
     evaluation: str
     image_size: int | None
-    mean: list[float]
-    std: list[float]
+    mean: tuple[float, float, float] = Field(strict=False)
+    std: tuple[float, float, float] = Field(strict=False)
     measured_images: int
     paper_mean: list[float] | None
     paper_std: list[float] | None

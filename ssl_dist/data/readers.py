@@ -1,74 +1,95 @@
 """Open a converted data set: what is known of its splits, and the reader of one."""
 
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
-from ssl_dist.data import manifest
+import numpy as np
+
+from ssl_dist.data import catalog, manifest
 from ssl_dist.data.beton import Beton
 from ssl_dist.data.reader import Reader, SplitInfo
 from ssl_dist.errors import UserError
 
 
-def splits_present(root: str | Path) -> tuple[str, ...]:
-    """Names of the splits below a converted data set's folder. Raises `UserError` without a dataset.json."""
-    return tuple(manifest.load(root).splits)
+class Dataset:
+    """A converted data set, opened: dataset.json is read here, the file of a split when it is first asked for, once.
 
-
-def require_name(root: str | Path, name: str) -> None:
-    """Raises `UserError` when the data set below `root` has another name."""
-    found = manifest.load(root).name
-    if found != name:
-        raise UserError(
-            f"data.name = {name!r}: {root} holds the data set {found!r}; set data.name={found}, or data.root"
-        )
-
-
-def read_info(root: str | Path, split: str) -> SplitInfo:
-    """What is known of a split; its file is opened and compared with dataset.json. Raises `UserError`."""
-    return _open(root, split)[0]
-
-
-def open_dataset(
-    root: str | Path, split: str, reader: Literal["ffcv", "arrays"] = "ffcv", *, threads: int = 1
-) -> Reader:
-    """The reader of a split; a context manager. threads: how many decode a batch.
-
-    Raises `UserError` for a missing, truncated or foreign file, an unknown split, a count other than dataset.json's,
-    and for `reader="ffcv"` where FFCV can not be imported.
+    name: refused when the data set has another one. reader: ffcv or arrays, which readers of splits are. Raises
+    `UserError`, also without a dataset.json.
     """
-    info, beton = _open(root, split)
-    if reader == "arrays":
-        from ssl_dist.data.arrays import ArraysReader
 
-        return ArraysReader(info, beton, threads)
-    if reader != "ffcv":
-        raise UserError(f"data.reader = {reader!r}: must be ffcv or arrays")
-    from ssl_dist.data.ffcv_reader import FfcvReader
+    def __init__(self, root: str | Path, name: str | None = None, reader: str = "ffcv"):
+        self.root, self.reader = str(root), reader
+        self._manifest = manifest.load(root)
+        self._opened: dict[str, tuple[SplitInfo, Beton]] = {}
+        self.name = self._manifest.name
+        if name not in (None, self.name):
+            raise UserError(
+                f"data.name = {name!r}: {root} holds the data set {self.name!r}; set data.name={self.name}, "
+                "or data.root"
+            )
 
-    return FfcvReader(info, beton, threads)
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self._manifest.splits)
 
+    @cached_property
+    def uses(self) -> catalog.Facts:
+        """The splits for pre-training, training and evaluation."""
+        return catalog.facts(self.name, self.splits)
 
-def _open(root: str | Path, split: str) -> tuple[SplitInfo, Beton]:
-    found = manifest.load(root)
-    if split not in found.splits:
-        raise UserError(f"data.split = {split!r}: {root} holds the splits {', '.join(found.splits)}; choose one")
-    said = found.splits[split]
-    beton = Beton(Path(root) / f"{split}.beton")
-    if beton.count != said.count:
-        raise UserError(
-            f"{beton.path}: holds {beton.count} images and {manifest.FILE} says {said.count}; "
-            f"convert again: `ssl-dist convert DATASET --root SOURCE --out {root}`"
+    def info(self, split: str) -> SplitInfo:
+        """What is known of a split, whose file is compared with dataset.json."""
+        return self._open(split)[0]
+
+    def labels(self, split: str) -> np.ndarray:
+        """int64 [N], -1 unknown."""
+        return self._open(split)[1].labels
+
+    def open(self, split: str, threads: int = 1) -> Reader:
+        """The reader of a split; a context manager. threads: how many decode a batch.
+
+        Raises `UserError` for a missing, truncated or foreign file, an unknown split, a count other than
+        dataset.json's, and for the reader ffcv where FFCV can not be imported.
+        """
+        info, beton = self._open(split)
+        if self.reader == "arrays":
+            from ssl_dist.data.arrays import ArraysReader
+
+            return ArraysReader(info, beton, threads)
+        if self.reader != "ffcv":
+            raise UserError(f"data.reader = {self.reader!r}: must be ffcv or arrays")
+        from ssl_dist.data.ffcv_reader import FfcvReader
+
+        return FfcvReader(info, beton, threads)
+
+    def _open(self, split: str) -> tuple[SplitInfo, Beton]:
+        if split not in self._opened:
+            self._opened[split] = self._read(split)
+        return self._opened[split]
+
+    def _read(self, split: str) -> tuple[SplitInfo, Beton]:
+        if split not in self.splits:
+            raise UserError(
+                f"data.split = {split!r}: {self.root} holds the splits {', '.join(self.splits)}; choose one"
+            )
+        facts = self._manifest.splits[split]
+        beton = Beton(Path(self.root) / f"{split}.beton")
+        if beton.count != facts.count:
+            raise UserError(
+                f"{beton.path}: holds {beton.count} images and {manifest.FILE} says {facts.count}; "
+                f"convert again: `ssl-dist convert DATASET --root SOURCE --out {self.root}`"
+            )
+        info = SplitInfo(
+            name=self.name,
+            split=split,
+            count=beton.count,
+            classes=tuple(self._manifest.classes),
+            max_height=int(beton.heights.max()),
+            max_width=int(beton.widths.max()),
+            labelled=bool((beton.labels >= 0).all()),
+            mean=self._manifest.mean,
+            std=self._manifest.std,
+            sha256=facts.sha256,
         )
-    info = SplitInfo(
-        name=found.name,
-        split=split,
-        count=beton.count,
-        classes=tuple(found.classes),
-        max_height=int(beton.heights.max()),
-        max_width=int(beton.widths.max()),
-        labelled=bool((beton.labels >= 0).all()),
-        mean=tuple(found.mean),
-        std=tuple(found.std),
-        sha256=said.sha256,
-    )
-    return info, beton
+        return info, beton

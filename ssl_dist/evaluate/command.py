@@ -11,9 +11,8 @@ from pydantic import Field
 
 from ssl_dist import config, evaluators, methods, results
 from ssl_dist.config import ClassSubset, Section, parse_yaml, to_tree, validate
-from ssl_dist.data.catalog import facts
 from ssl_dist.data.reader import Reader
-from ssl_dist.data.readers import open_dataset, read_info, require_name, splits_present
+from ssl_dist.data.readers import Dataset
 from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.distributed.signals import STOPPED
 from ssl_dist.distributed.watchdog import Watchdog
@@ -24,7 +23,6 @@ from ssl_dist.grid import Grid
 from ssl_dist.results.figures import FigureWriter, has_pictures
 from ssl_dist.run.encoder import (
     STUCK,
-    DatasetRef,
     Encoder,
     extract_features,
     features_path,
@@ -45,16 +43,14 @@ SUBSET = "data.subset"
 OTHERS_KEYS = (*DATA_KEYS, "data.image_size", "data.eval_resize", "views.normalize", "backbone.name")
 
 
-def source_of(encoder: Encoder, overrides: dict[str, str]) -> DatasetRef:
+def source_of(encoder: Encoder, overrides: dict[str, str]) -> Dataset:
     """The data set to evaluate on: the run's own unless `data.name`, `data.root` or `data.reader` say otherwise."""
     data = encoder.config.data
-    source = DatasetRef(
-        overrides.get("data.name", data.name),
+    return Dataset(
         overrides.get("data.root", data.root),
+        overrides.get("data.name", data.name),
         overrides.get("data.reader", data.reader),
     )
-    require_name(source.root, source.name)
-    return source
 
 
 class _Images(Section):
@@ -93,7 +89,7 @@ def extract(weights: Path, splits: Sequence[str], overrides: Sequence[str], out:
         encoder = load_encoder(weights)
         source = source_of(encoder, data)
     threads = rank_info.cores
-    wanted = splits or _labelled_splits(source)
+    wanted = splits or (source.uses.training, source.uses.evaluation)
     with (
         Watchdog(rank_info, STUCK) as watchdog,
         join_world(rank_info, Grid(rank_info.world_size, 1), watchdog.state) as world,
@@ -110,14 +106,8 @@ def _of_others(path: Path, overrides: Sequence[str]) -> tuple[Encoder, str]:
         if override.partition("=")[0] not in OTHERS_KEYS:
             raise UserError(f"override {override!r}: of weights of others, {', '.join(OTHERS_KEYS)} can be set")
     settings = config.overridden({"run_dir": str(path.parent), "method": {"name": path.name}, "data": {}}, overrides)
-    require_name(settings.data.root, settings.data.name)
-    training = facts(settings.data.name, splits_present(settings.data.root)).training
-    return load_others(path, settings, read_info(settings.data.root, training))
-
-
-def _labelled_splits(source: DatasetRef) -> list[str]:
-    known = facts(source.name, splits_present(source.root))
-    return [known.training, known.evaluation]
+    dataset = Dataset(settings.data.root, settings.data.name)
+    return load_others(path, settings, dataset.info(dataset.uses.training))
 
 
 @dataclass(frozen=True)
@@ -169,7 +159,7 @@ def evaluate(
         raise UserError(f"{run}: not a run's folder; train first")
     encoder = load_encoder(run)
     source = source_of(encoder, wanted.data)
-    train, test = _labelled_splits(source)
+    train, test = source.uses.training, source.uses.evaluation
     train_ids, words = (None, None) if wanted.subset is None else chosen_images(source, train, wanted.subset)
     rank_info = RankInfo.from_environment()
     with (
@@ -260,7 +250,7 @@ def _from_features(subject: EvalContext, name: str, options: Section) -> dict[st
         return evaluator.run(train, test, options)  # to choose by; pictures are of the test split
 
     def open_split(split: str) -> Reader:
-        return open_dataset(source.root, split, source.reader, threads=subject.world.rank_info.cores)
+        return source.open(split, subject.world.rank_info.cores)
 
     with FigureWriter(subject.run / "figures", test, open_split, subject.encoder.config.data, name) as album:
         return evaluator.run(train, test, options, album)

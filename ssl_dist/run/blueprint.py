@@ -16,10 +16,9 @@ from ssl_dist import backbones, grid, methods, views
 from ssl_dist.clock import Clock
 from ssl_dist.config import Config, Normalize, Section
 from ssl_dist.data import labels
-from ssl_dist.data.catalog import facts
 from ssl_dist.data.plan import DataOrder, from_list, limited, per_class
-from ssl_dist.data.reader import SplitInfo
-from ssl_dist.data.readers import open_dataset, read_info, require_name, splits_present
+from ssl_dist.data.reader import Reader, SplitInfo
+from ssl_dist.data.readers import Dataset
 from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.errors import UserError
 from ssl_dist.keys import INIT, hash64
@@ -34,6 +33,7 @@ class RunPlan:
     rank_info: RankInfo
     method_class: type[SSLMethod]
     options: Section
+    dataset: Dataset
     split: SplitInfo
     labels: np.ndarray | None = None  # int64 [images of the split], where they are not the split's own
 
@@ -78,10 +78,8 @@ class RunPlan:
             if isinstance(data.subset, str):
                 ids = from_list(data.subset, count)
             else:
-                everything = np.arange(count, dtype=np.int64)
-                with self._open() as reader:  # classes are the split's own, whatever labels are given
-                    classes = reader.labels(everything)
-                ids = per_class(everything, classes, data.subset.per_class, data.subset.start)
+                classes = self.dataset.labels(self.split.split)  # the split's own, whatever labels are given
+                ids = per_class(np.arange(count, dtype=np.int64), classes, data.subset.per_class, data.subset.start)
             ids = ids[limited(len(ids), data.limit)]
         return DataOrder(ids, self.config.optim.batch_size, self.config.seed)
 
@@ -130,14 +128,11 @@ class RunPlan:
         workers = self.config.data.workers
         return self.rank_info.cores if workers == "auto" else workers
 
-    def open_reader(self):
-        reader = self._open()
+    def open_reader(self) -> Reader:
+        reader = self.dataset.open(self.split.split, self.threads)
         if self.labels is not None:
             reader.replace_labels(self.labels)
         return reader
-
-    def _open(self):
-        return open_dataset(self.config.data.root, self.split.split, self.config.data.reader, threads=self.threads)
 
     @cached_property
     def info(self) -> Info:
@@ -178,9 +173,10 @@ def derive(config: Config, rank_info: RankInfo) -> RunPlan:
     method_class = methods.find(config.method.name)
     options = methods.build_options(method_class, config.method.options)
     backbones.check(config.backbone.name, config.backbone.zero_init_residual)
-    require_name(config.data.root, config.data.name)
-    split_name = config.data.split or natural_split(config)
-    split, given = read_info(config.data.root, split_name), None
+    dataset = Dataset(config.data.root, config.data.name, config.data.reader)
+    # Without labels a method trains on everything there is.
+    split_name = config.data.split or (dataset.uses.training if method_class.needs_labels else dataset.uses.pretraining)
+    split, given = dataset.info(split_name), None
     if config.data.labels is not None:
         given = labels.read(config.data.labels.file, config.data.labels.column, split.count)
         split = replace(split, classes=tuple(map(str, range(given.max() + 1))), labelled=bool((given >= 0).any()))
@@ -189,7 +185,7 @@ def derive(config: Config, rank_info: RankInfo) -> RunPlan:
             f"data.split = {split_name!r}: method {config.method.name} needs labels and this split has none; "
             "choose a labelled split"
         )
-    plan = RunPlan(config, rank_info, method_class, options, split, given)
+    plan = RunPlan(config, rank_info, method_class, options, dataset, split, given)
     _ = (
         plan.num_views,
         plan.specs,
@@ -229,12 +225,6 @@ def try_size(backbone: nn.Module, size: int, name: str) -> None:
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"data.image_size: views of {size} px do not fit backbone {name}: {reason}") from None
-
-
-def natural_split(config: Config) -> str:
-    """Where a method without labels trains: everything there is; with labels: the training split."""
-    known = facts(config.data.name, splits_present(config.data.root))
-    return known.training if methods.find(config.method.name).needs_labels else known.pretraining
 
 
 def refuse_random_layers(module: nn.Module, name: str) -> None:

@@ -15,7 +15,7 @@ from ssl_dist import backbones, methods, views
 from ssl_dist.config import Config, Data, Normalize, validate
 from ssl_dist.data.normalize import normalized
 from ssl_dist.data.reader import Reader, SplitInfo
-from ssl_dist.data.readers import open_dataset, read_info
+from ssl_dist.data.readers import Dataset
 from ssl_dist.distributed.world import World
 from ssl_dist.errors import RaisedOn, UserError
 from ssl_dist.methods.base import Info, SSLMethod
@@ -101,20 +101,11 @@ def load_others(path: Path, settings: Config, split: SplitInfo) -> tuple[Encoder
     return Encoder(module, settings, blueprint.normalization(settings, split), found.sha256, 0, path), found.note
 
 
-@dataclass(frozen=True)
-class DatasetRef:
-    """A data set to extract from: its name, folder and reader."""
-
-    name: str
-    root: str
-    reader: str
+def features_path(folder: Path, dataset: Dataset, split: str) -> Path:
+    return folder / f"{dataset.name}-{split}.safetensors"
 
 
-def features_path(folder: Path, source: DatasetRef, split: str) -> Path:
-    return folder / f"{source.name}-{split}.safetensors"
-
-
-def is_fresh(path: Path, encoder: Encoder, source: DatasetRef, split: str) -> bool:
+def is_fresh(path: Path, encoder: Encoder, dataset: Dataset, split: str) -> bool:
     """Whether `path` holds what `encoder` would write of the split as it is now. A damaged file does not."""
     if not path.exists():
         return False
@@ -122,23 +113,21 @@ def is_fresh(path: Path, encoder: Encoder, source: DatasetRef, split: str) -> bo
         metadata = read_features(path).metadata
     except UserError:
         return False
-    wanted = (encoder.sha256, encoder.transform, read_info(source.root, split).sha256)
+    wanted = (encoder.sha256, encoder.transform, dataset.info(split).sha256)
     return (metadata["checkpoint"], metadata["transform"], metadata["data"]) == wanted
 
 
-def extract_features(
-    encoder: Encoder, source: DatasetRef, split: str, folder: Path, world: World, threads: int
-) -> Path:
+def extract_features(encoder: Encoder, dataset: Dataset, split: str, folder: Path, world: World, threads: int) -> Path:
     """Write the features file of a split: float32 [N, D], one row an image in the order of ids.
 
     Every rank passes an even range of ids and writes it beside the file; rank 0 joins the parts.
     """
-    path = features_path(folder, source, split)
+    path = features_path(folder, dataset, split)
     token = world.on_rank0(lambda: _prepare(folder))
-    with open_dataset(source.root, split, source.reader, threads=threads) as reader:
+    with dataset.open(split, threads) as reader:
         info = reader.info
         low, high = world.share(info.count)
-        title = f"features {source.name} {split}"
+        title = f"features {dataset.name} {split}"
         with (
             Counter(title, high - low, "image", quiet=not world.is_rank0) as counter,
             world.state.phase_of(f"the extraction of {split}", STUCK),
@@ -151,7 +140,7 @@ def extract_features(
         labels = reader.labels(np.arange(info.count, dtype=np.int64)) if world.is_rank0 else None
     metadata = {
         "classes": json.dumps(list(info.classes)),
-        "dataset": source.name,
+        "dataset": dataset.name,
         "split": split,
         "data": info.sha256,
         "transform": encoder.transform,

@@ -125,7 +125,7 @@ def _online(b: RunPlan) -> dict[str, str]:
     every = b.config.log.knn_every_epochs
     if every is None:
         return {}
-    return {"online kNN": f"every {every} epochs, on images held out of split {online_knn.labelled_split(b.config)}"}
+    return {"online kNN": f"every {every} epochs, on images held out of split {online_knn.labelled_split(b)}"}
 
 
 # ---------------------------------------------------------------------------------------------------- memory

@@ -11,15 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ssl_dist.config import Config
-from ssl_dist.data import plan
-from ssl_dist.data.catalog import facts
-from ssl_dist.data.readers import open_dataset, read_info, splits_present
+from ssl_dist.data.plan import held_out, limited
 from ssl_dist.distributed.world import World
 from ssl_dist.errors import UserError
 from ssl_dist.kernels.neighbours import neighbours, votes
 from ssl_dist.progress import Counter
 from ssl_dist.results.accuracy import target_rank
+from ssl_dist.run.blueprint import RunPlan
 from ssl_dist.run.encoder import STUCK, outputs
 from ssl_dist.storage.features import Features, require_labels
 
@@ -29,13 +27,13 @@ IMAGES, SHARE = 11_000, 1 / 11  # of the split, and of these the ones held out
 MEMORY = 512 << 20  # bytes for blocks of rows and cosines
 
 
-def labelled_split(config: Config) -> str:
+def labelled_split(plan: RunPlan) -> str:
     """The split that it works on. Raises `UserError` when that has no labels."""
-    split = facts(config.data.name, splits_present(config.data.root)).training
-    if not read_info(config.data.root, split).labelled:
+    split = plan.dataset.uses.training
+    if not plan.dataset.info(split).labelled:
         raise UserError(
-            f"log.knn_every_epochs = {config.log.knn_every_epochs}: needs labels, and split {split} of "
-            f"{config.data.root} has none; set it to null"
+            f"log.knn_every_epochs = {plan.config.log.knn_every_epochs}: needs labels, and split {split} of "
+            f"{plan.dataset.root} has none; set it to null"
         )
     return split
 
@@ -43,20 +41,16 @@ def labelled_split(config: Config) -> str:
 class OnlineKNN:
     """The same images at every call; each rank passes its share of them."""
 
-    def __init__(self, config: Config, world: World, threads: int):
-        self.config, self.world, self.threads = config, world, threads
-        self.split = labelled_split(config)
-        with self._open() as reader:
-            ids = plan.limited(reader.info.count, IMAGES)
-            asked = f"log.knn_every_epochs = {config.log.knn_every_epochs}"
-            queries = plan.held_out(ids, reader.labels(ids), SHARE, config.seed, asked)
-            self.ids = np.concatenate([np.setdiff1d(ids, queries), queries])
-            self.labels = reader.labels(self.ids)
+    def __init__(self, plan: RunPlan, world: World):
+        self.plan, self.world = plan, world
+        self.split = labelled_split(plan)
+        labels = plan.dataset.labels(self.split)
+        ids = limited(len(labels), IMAGES)
+        key = f"log.knn_every_epochs = {plan.config.log.knn_every_epochs}"
+        queries = held_out(ids, labels[ids], SHARE, plan.config.seed, key)
+        self.ids = np.concatenate([np.setdiff1d(ids, queries), queries])
+        self.labels = labels[self.ids]
         self.num_queries = len(queries)
-
-    def _open(self):
-        data = self.config.data
-        return open_dataset(data.root, self.split, data.reader, threads=self.threads)
 
     def accuracy(self, encoder: nn.Module, to_input: Callable[[Tensor], Tensor]) -> float:
         """Percent of the held-out images whose class the others tell, by an encoder in evaluation mode."""
@@ -64,10 +58,11 @@ class OnlineKNN:
         world, own, step = self.world, self.ids[low:high], self.world.state.step
         with (
             world.state.phase_of("the online kNN", STUCK),
-            self._open() as reader,
+            self.plan.dataset.open(self.split, self.plan.threads) as reader,
             Counter("online kNN", len(own), "image", quiet=True) as counter,
         ):
-            rows = list(outputs(encoder, to_input, self.config.data, reader, own, world, self.threads, counter))
+            data, threads = self.plan.config.data, self.plan.threads
+            rows = list(outputs(encoder, to_input, data, reader, own, world, threads, counter))
             features_ND = self._joined(np.concatenate(rows), low)
             found = world.on_rank0(lambda: self._voted(features_ND))
         world.state.step = step  # an extraction counts its batches there

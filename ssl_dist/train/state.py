@@ -51,7 +51,7 @@ class TrainState:
         self.wrapped = world.wrap(self.method)
         self._knn = None
         if self.config.log.knn_every_epochs is not None:
-            self._knn = OnlineKNN(self.config, world, plan.threads)
+            self._knn = OnlineKNN(plan, world)
         self._normalize = normalized(plan.normalize, plan.dtype, world.device)
 
     def _resume(self) -> int:
@@ -131,9 +131,7 @@ class TrainState:
 
         def extract(network: nn.Module, augmented: bool = False, training: bool = False) -> Rows:
             with self.autocast():
-                return relabel.outputs(
-                    self.plan, self.world, self._normalize, clock.step, network, augmented, training
-                )
+                return relabel.outputs(self.plan, self.world, self._normalize, clock.step, network, augmented, training)
 
         return extract
 

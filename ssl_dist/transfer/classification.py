@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_dist.data.normalize import normalized
-from ssl_dist.data.readers import open_dataset, read_info
+from ssl_dist.data.readers import Dataset
 from ssl_dist.distributed.world import World
 from ssl_dist.errors import UserError
 from ssl_dist.methods.base import SSLMethod
@@ -15,7 +15,7 @@ from ssl_dist.progress import Counter
 from ssl_dist.results import confusion
 from ssl_dist.results.accuracy import target_rank
 from ssl_dist.results.figures import add_picture
-from ssl_dist.run.encoder import STUCK, DatasetRef, Encoder, outputs
+from ssl_dist.run.encoder import STUCK, Encoder, outputs
 from ssl_dist.transfer.subject import EvalContext
 
 
@@ -45,7 +45,7 @@ def draw(found: Classified, subject: EvalContext, evaluator: str, how: str) -> N
 
     def write() -> None:
         counts_CC = list(found.confusion.values())[-1].numpy()
-        known = read_info(subject.source.root, subject.test).classes
+        known = subject.source.info(subject.test).classes
         names = [*known, *(str(label) for label in range(len(known), len(counts_CC)))]
         what = f"{counts_CC.sum():,} images of {subject.source.name} {subject.test}"
         for picture in confusion.pictures(counts_CC, names, evaluator, how, what):
@@ -69,7 +69,7 @@ class _Scores(nn.Module):
 def classify(
     method: SSLMethod,
     encoder: Encoder,
-    source: DatasetRef,
+    source: Dataset,
     split: str,
     world: World,
     threads: int,
@@ -80,7 +80,7 @@ def classify(
     The method is left in evaluation mode and float32. Raises `UserError` for images without a label, and for classes
     that the classifier does not know.
     """
-    with open_dataset(source.root, split, source.reader, threads=threads) as reader:
+    with source.open(split, threads) as reader:
         ids = np.arange(reader.info.count, dtype=np.int64) if ids is None else ids
         labels = torch.from_numpy(reader.labels(ids))
         method.float().eval()
@@ -122,7 +122,7 @@ def classifiers(method: SSLMethod, encoder: Encoder) -> tuple[list[str], int]:
     return list(found), next(iter(found.values())).shape[1]
 
 
-def _check_labels(labels: Tensor, source: DatasetRef, split: str, num_classes: int) -> None:
+def _check_labels(labels: Tensor, source: Dataset, split: str, num_classes: int) -> None:
     missing = int((labels < 0).sum())
     if missing:
         raise UserError(

@@ -9,10 +9,10 @@ import numpy as np
 
 from ssl_dist.config import ClassSubset
 from ssl_dist.data import plan
-from ssl_dist.data.readers import open_dataset, read_info
+from ssl_dist.data.readers import Dataset
 from ssl_dist.distributed.watchdog import Watchdog
 from ssl_dist.distributed.world import World
-from ssl_dist.run.encoder import DatasetRef, Encoder
+from ssl_dist.run.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class EvalContext:
 
     run: Path
     encoder: Encoder
-    source: DatasetRef
+    source: Dataset
     train: str
     test: str
     world: World
@@ -44,7 +44,7 @@ class EvalContext:
         return {
             "dataset": self.source.name,
             "split": self.part or self.test,
-            "data": read_info(self.source.root, self.test).sha256,
+            "data": self.source.info(self.test).sha256,
             "checkpoint": self.encoder.sha256,
             "step": str(self.encoder.step),
             "method": self.encoder.config.method.name,
@@ -54,21 +54,20 @@ class EvalContext:
     def digest(self, settings: dict) -> str:
         """Eight letters that stand for these settings on these images by this checkpoint."""
         parts = [json.dumps(settings, sort_keys=True), self.encoder.sha256, self.train, self.source.name]
-        parts += [read_info(self.source.root, self.train).sha256]
+        parts += [self.source.info(self.train).sha256]
         digest = hashlib.sha256("\n".join(parts).encode())
         if self.train_ids is not None:
             digest.update(self.train_ids.tobytes())
         return digest.hexdigest()[:8]
 
 
-def chosen_images(source: DatasetRef, split: str, subset: ClassSubset | str) -> tuple[np.ndarray, str]:
+def chosen_images(source: Dataset, split: str, subset: ClassSubset | str) -> tuple[np.ndarray, str]:
     """The ids of `data.subset` in a split, int64 [n], and the choice in words. Raises `UserError`."""
-    count = read_info(source.root, split).count
+    count = source.info(split).count
     if isinstance(subset, str):
         ids = plan.from_list(subset, count)
         return ids, f"the {len(ids)} images of {Path(subset).name} ({hashlib.sha256(ids.tobytes()).hexdigest()[:8]})"
-    everything = np.arange(count, dtype=np.int64)
-    ids = plan.per_class(everything, _labels(source, split, everything), subset.per_class, subset.start)
+    ids = plan.per_class(np.arange(count, dtype=np.int64), source.labels(split), subset.per_class, subset.start)
     from_where = f" from number {subset.start}" if subset.start else ""
     return ids, f"{subset.per_class} images a class{from_where}"
 
@@ -80,13 +79,8 @@ def held_out(subject: EvalContext, share: float) -> EvalContext:
     """
     source, split, ids = subject.source, subject.train, subject.train_ids
     if ids is None:
-        ids = np.arange(read_info(source.root, split).count, dtype=np.int64)
-    held = plan.held_out(ids, _labels(source, split, ids), share, subject.encoder.config.seed)
+        ids = np.arange(source.info(split).count, dtype=np.int64)
+    held = plan.held_out(ids, source.labels(split)[ids], share, subject.encoder.config.seed)
     rest = np.setdiff1d(ids, held, assume_unique=True)
     part = f"{split}[held out {100 * share:g}%]"
     return replace(subject, test=split, train_ids=rest, test_ids=held, part=part)
-
-
-def _labels(source: DatasetRef, split: str, ids: np.ndarray) -> np.ndarray:
-    with open_dataset(source.root, split, source.reader, threads=1) as reader:
-        return reader.labels(ids)

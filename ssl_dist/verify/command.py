@@ -204,9 +204,7 @@ def _grids(plan: RunPlan) -> dict[int, list[Grid]]:
 
 def _describe(plan: RunPlan, steps: int) -> str:
     batch, method = plan.config.optim.batch_size, plan.method_class
-    taken = (
-        f"{steps} steps (fp32: 1) of {batch} images x {plan.num_views} views" if method.trainable else "no step"
-    )
+    taken = f"{steps} steps (fp32: 1) of {batch} images x {plan.num_views} views" if method.trainable else "no step"
     together = "" if method.free_views else "; views are not sharded"
     return f"{plan.config.backbone.name}; takes {taken}{together}"
 
