@@ -48,7 +48,7 @@ setup(
     description="Self-supervised pre-training of image backbones at any world size, and its evaluation",
     license="MIT",
     packages=find_packages(include=["ssl_dist", "ssl_dist.*"]),
-    package_data={"ssl_dist": ["published.yaml", "py.typed"], "ssl_dist.report": ["page.css", "page.js"]},
+    package_data={"ssl_dist": ["py.typed"], "ssl_dist.report": ["page.css", "page.js", "published.yaml"]},
     python_requires=">=3.11",
     install_requires=REQUIRES,
     extras_require=EXTRAS,

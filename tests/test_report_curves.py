@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 
 from ssl_dist.report import curves
-from ssl_dist.report.curves import HEIGHT, LEFT, MOST, RIGHT, WIDTH, Curve, chart
+from ssl_dist.report.curves import HEIGHT, LEFT, MAX_POINTS, RIGHT, WIDTH, Curve, chart
 
 
 def drawn(*lines, **options):
@@ -53,7 +53,7 @@ def test_a_long_curve_is_thinned_and_keeps_its_range():
     points = [(n / 100, 100.0 if n == 5555 else math.sin(n)) for n in range(10_000)]
     figure = drawn(points)
     [line] = polylines(figure)
-    assert 100 < len(line) <= MOST
+    assert 100 < len(line) <= MAX_POINTS
     [band] = [p.get("points") for p in figure.iter("polygon")]
     heights = [float(point.split(",")[1]) for point in band.split()]
     assert min(heights) == pytest.approx(8, abs=1)  # the one high value reaches the top

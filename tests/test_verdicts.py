@@ -40,12 +40,12 @@ def healthy(num_lines=100, every=20, seed=0, **changes):
 
 def judged(lines, optim=ADAM, total=None):
     total = lines[-1]["step"] if total is None else total
-    return {verdict.subject: verdict for verdict in verdicts.judge(lines, optim, total)}
+    return {verdict.check: verdict for verdict in verdicts.judge(lines, optim, total)}
 
 
 def the_only_alarm(lines, optim=ADAM):
-    """The verdict that is no `fine` or `note`, of a run that has nothing else."""
-    [alarm] = [v for v in judged(lines, optim).values() if v.level not in ("fine", "note")]
+    """The verdict that is no `ok` or `info`, of a run that has nothing else."""
+    [alarm] = [v for v in judged(lines, optim).values() if v.level not in ("ok", "info")]
     assert alarm.words and alarm.measured and alarm.threshold and alarm.remedy and alarm.level in verdicts.LEVELS
     return alarm
 
@@ -72,31 +72,31 @@ HEALTHY = {
 def test_healthy_runs_raise_no_alarm(kind):
     for seed in range(20):
         found = judged(healthy(seed=seed, **HEALTHY[kind]))
-        assert {v.subject: v.measured for v in found.values() if v.level not in ("fine", "note")} == {}
+        assert {v.check: v.measured for v in found.values() if v.level not in ("ok", "info")} == {}
 
 
 @pytest.mark.parametrize(
     ("key", "curve", "level", "measured"),
     [
-        ("feature_std", lambda t: 0.5 * math.exp(-8 * t), "ill", "feature_std 0.000"),
-        ("effective_rank", lambda t: 1 + 30 * math.exp(-20 * t), "ill", "effective rank 1"),
-        ("effective_rank", lambda t: 3.0, "look", "effective rank 3"),
-        ("feature_std", lambda t: 0.08, "look", "feature_std 0.08"),
-        ("feature_std", lambda t: math.nan, "ill", "feature_std nan"),
+        ("feature_std", lambda t: 0.5 * math.exp(-8 * t), "error", "feature_std 0.000"),
+        ("effective_rank", lambda t: 1 + 30 * math.exp(-20 * t), "error", "effective rank 1"),
+        ("effective_rank", lambda t: 3.0, "warning", "effective rank 3"),
+        ("feature_std", lambda t: 0.08, "warning", "feature_std 0.08"),
+        ("feature_std", lambda t: math.nan, "error", "feature_std nan"),
     ],
 )
 def test_collapse(key, curve, level, measured):
     alarm = the_only_alarm(healthy(**{key: curve}))
-    assert (alarm.subject, alarm.level) == ("Collapse", level) and measured in alarm.measured
+    assert (alarm.check, alarm.level) == ("Collapse", level) and measured in alarm.measured
 
 
 def test_saturated_relation_head():
     early = exact(90.0, 90.0, 90.0)[:5] + exact(99.9, 99.9, 99.9)[5:]
     alarm = the_only_alarm(early)
-    assert (alarm.subject, alarm.level) == ("Relation head", "ill") and "99.9 %" in alarm.measured
+    assert (alarm.check, alarm.level) == ("Relation head", "error") and "99.9 %" in alarm.measured
     assert "after 12 % of the training" in alarm.words
     alarm = the_only_alarm(exact(95.0, 95.0, 95.0)[:70] + early[70:])
-    assert alarm.level == "look" and "after" not in alarm.words
+    assert alarm.level == "warning" and "after" not in alarm.words
 
 
 def test_relation_head_that_guesses_or_says_one_thing():
@@ -104,7 +104,7 @@ def test_relation_head_that_guesses_or_says_one_thing():
     assert "nearly every pair positive" in the_only_alarm(exact(51.5, 99.0, 4.0)).words
     assert "nearly every pair negative" in the_only_alarm(exact(51.5, 4.0, 99.0)).words
     few = judged(exact(50.2, 52.0, 48.4)[:3])["Relation head"]
-    assert few.level == "fine"  # three steps prove nothing
+    assert few.level == "ok"  # three steps prove nothing
 
 
 def exact(both, positive, negative):
@@ -112,30 +112,30 @@ def exact(both, positive, negative):
     return [line | values for line in healthy()]
 
 
-@pytest.mark.parametrize(("share", "level"), [(0.2, "look"), (0.6, "ill")])
+@pytest.mark.parametrize(("share", "level"), [(0.2, "warning"), (0.6, "error")])
 def test_starving_loader(share, level):
     alarm = the_only_alarm(healthy(data_wait=lambda t: share))
-    assert (alarm.subject, alarm.level) == ("Images", level) and f"{100 * share:.0f} %" in alarm.measured
+    assert (alarm.check, alarm.level) == ("Images", level) and f"{100 * share:.0f} %" in alarm.measured
 
 
 def test_a_slow_start_is_no_starving_loader():
     lines = healthy(data_wait=lambda t: 0.9 * (t == 0), seconds_per_step=lambda t: 1000.0 if t == 0 else 0.15)
-    assert judged(lines)["Images"].level == "fine"
+    assert judged(lines)["Images"].level == "ok"
 
 
 def test_waiting_is_weighted_by_time():
     lines = healthy(data_wait=lambda t: 0.5 if t > 0.9 else 0.0, seconds_per_step=lambda t: 2.0 if t > 0.9 else 0.1)
-    assert judged(lines)["Images"].level == "ill"  # a tenth of the steps, most of the time
+    assert judged(lines)["Images"].level == "error"  # a tenth of the steps, most of the time
 
 
 @pytest.mark.parametrize(
     ("loss", "level", "words"),
     [
-        (lambda t: 0.1 - 0.05 * t if t < 0.5 else 0.075 + 0.2 * (t - 0.5), "ill", "ends above where it began"),
-        (lambda t: 0.1 - 0.1 * t if t < 0.5 else 0.05 + 0.075 * (t - 0.5), "look", "of its fall"),
-        (lambda t: 0.7, "look", "has not fallen"),
-        (lambda t: math.nan if t > 0.7 else 0.1 - 0.1 * t, "ill", "not a number since step 1,401"),
-        (lambda t: math.inf if t > 0.99 else 0.1 - 0.05 * t, "ill", "not a number since step 1,981"),
+        (lambda t: 0.1 - 0.05 * t if t < 0.5 else 0.075 + 0.2 * (t - 0.5), "error", "ends above where it began"),
+        (lambda t: 0.1 - 0.1 * t if t < 0.5 else 0.05 + 0.075 * (t - 0.5), "warning", "of its fall"),
+        (lambda t: 0.7, "warning", "has not fallen"),
+        (lambda t: math.nan if t > 0.7 else 0.1 - 0.1 * t, "error", "not a number since step 1,401"),
+        (lambda t: math.inf if t > 0.99 else 0.1 - 0.05 * t, "error", "not a number since step 1,981"),
     ],
 )
 def test_diverging_loss(loss, level, words):
@@ -145,12 +145,12 @@ def test_diverging_loss(loss, level, words):
 
 def test_still_falling():
     lines = healthy(loss=lambda t: 1.0 - 0.5 * t)
-    assert judged(lines)["Length"].level == "note" and "30 % of the fall" in judged(lines)["Length"].measured
+    assert judged(lines)["Length"].level == "info" and "30 % of the fall" in judged(lines)["Length"].measured
     going_on = judged(lines, total=10 * lines[-1]["step"])
-    assert going_on["Length"].level == "fine" and going_on["End of training"].level == "note"
+    assert going_on["Length"].level == "ok" and going_on["End of training"].level == "info"
     assert "10 %" in going_on["End of training"].words
     level = judged(healthy(loss=lambda t: 1.0 + math.exp(-30 * t)))["Length"]
-    assert level.level == "fine" and not level.remedy
+    assert level.level == "ok" and not level.remedy
 
 
 @pytest.mark.parametrize(
@@ -164,24 +164,24 @@ def test_still_falling():
 )
 def test_learning_rate(lr, optim, words):
     alarm = the_only_alarm(healthy(lr=lr), optim)
-    assert alarm.subject == "Learning rate" and words in alarm.words
+    assert alarm.check == "Learning rate" and words in alarm.words
 
 
 def test_a_warm_up_is_compared_with_the_whole_training():
     lines = healthy(lr=lambda t: t * 1e-3)
-    assert judged(lines, Optim(warmup_epochs=10), total=lines[-1]["step"] * 20)["Learning rate"].level == "fine"
+    assert judged(lines, Optim(warmup_epochs=10), total=lines[-1]["step"] * 20)["Learning rate"].level == "ok"
 
 
 def test_lars_takes_high_rates():
-    assert judged(healthy(lr=lambda t: 9.6), Optim(name="lars", lr=9.6))["Learning rate"].level == "fine"
+    assert judged(healthy(lr=lambda t: 9.6), Optim(name="lars", lr=9.6))["Learning rate"].level == "ok"
 
 
 def test_what_is_not_logged_is_unknown():
     assert {v.level for v in verdicts.judge([], ADAM, None)} == {"unknown"}
     bare = [{"step": n, "epoch": n / 10} for n in range(1, 50)]
-    assert {v.subject for v in verdicts.judge(bare, ADAM, 49) if v.level != "unknown"} == {"End of training"}
+    assert {v.check for v in verdicts.judge(bare, ADAM, 49) if v.level != "unknown"} == {"End of training"}
     odd = [line | {"loss": "0.1", "data_wait": None, "feature_std": True} for line in bare]
-    assert {v.subject for v in verdicts.judge(odd, ADAM, 49) if v.level != "unknown"} == {"End of training"}
+    assert {v.check for v in verdicts.judge(odd, ADAM, 49) if v.level != "unknown"} == {"End of training"}
     few = judged(healthy(num_lines=5))
     assert few["Loss"].level == few["Length"].level == "unknown" and few["Loss"].measured == "5 lines"
 

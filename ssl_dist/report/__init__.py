@@ -48,7 +48,7 @@ def _common_folder(several: Sequence[Run]) -> Path:
 
 
 def _results(several: Sequence[Run]) -> str:
-    """The results of the runs that have some, over seeds, and what is to be said of the others."""
+    """The results of the runs that have some, over seeds, and the notes on the others."""
     measured = [run.folder for run in several if run.records]
-    said = [f"{run.folder}: {note}" for run in several if not run.records for note in run.notes.get("results", [])]
-    return "\n".join([*([table(over_seeds(measured))] if measured else []), *said])
+    notes = [f"{run.folder}: {note}" for run in several if not run.records for note in run.notes.get("results", [])]
+    return "\n".join([*([table(over_seeds(measured))] if measured else []), *notes])

@@ -37,8 +37,8 @@ def overlaid(several: Sequence[Run], keys: Sequence[str] | None = None) -> Html:
 
 def _plotted(several: Sequence[Run]) -> list[str]:
     keys = dict.fromkeys(key for run in several for line in run.lines for key in line)
-    found = [key for key in keys if key not in _UNPLOTTED and any(run.values(key) for run in several)]
-    return sorted(found, key=lambda key: FIRST.index(key) if key in FIRST else len(FIRST))  # a stable sort
+    plotted = [key for key in keys if key not in _UNPLOTTED and any(run.values(key) for run in several)]
+    return sorted(plotted, key=lambda key: FIRST.index(key) if key in FIRST else len(FIRST))  # a stable sort
 
 
 def _charts(key: str, several: Sequence[Run], named: bool) -> list[Html]:
@@ -55,21 +55,24 @@ def _charts(key: str, several: Sequence[Run], named: bool) -> list[Html]:
     ]
 
 
-def _chart(key: str, found: Sequence[Curve], suffix: str, named: bool) -> Html:
-    thin, few, slow = verdicts.COLLAPSED_STD, verdicts.COLLAPSED_RANK, 100 * verdicts.WAITING
+def _chart(key: str, curves: Sequence[Curve], suffix: str, named: bool) -> Html:
     match key:
         case "lr":
-            return chart("learning rate", "", found, named, from_zero=True)
+            return chart("learning rate", "", curves, named, from_zero=True)
         case "feature_std":
-            return chart(key, "1: isotropic", found, named, True, (thin, "collapsed below"))
+            return chart(key, "1: isotropic", curves, named, True, (verdicts.COLLAPSED_STD, "collapsed below"))
         case "effective_rank":
-            return chart("effective rank", "directions", found, named, True, (few, "collapsed below"))
+            return chart(
+                "effective rank", "directions", curves, named, True, (verdicts.COLLAPSED_RANK, "collapsed below")
+            )
         case "images_per_s":
-            return chart("throughput", "images/s", found, named, from_zero=True)
+            return chart("throughput", "images/s", curves, named, from_zero=True)
         case "data_wait":
-            return chart("waiting for images", "% of the time", found, named, True, (slow, "slow above"))
+            return chart(
+                "waiting for images", "% of the time", curves, named, True, (100 * verdicts.SLOW_WAIT, "slow above")
+            )
     unit = "%" if key.startswith("accuracy") else "% of held-out images" if key == online_knn.NAME else ""
-    return chart(_words(key) + suffix, unit, found, named)
+    return chart(_words(key) + suffix, unit, curves, named)
 
 
 def _words(key: str) -> str:

@@ -50,16 +50,15 @@ def _overview(several: Sequence[Run], names: Sequence[Html]) -> Html:
 
 
 def _notes(several: Sequence[Run], part: str) -> Html:
-    said = [run for run in several if run.notes.get(part)]
-    return joined(*(element("div", element("b", run.name), notes(run, part)) for run in said))
+    noted = [run for run in several if run.notes.get(part)]
+    return joined(*(element("div", element("b", run.name), notes(run, part)) for run in noted))
 
 
 def _health(several: Sequence[Run], heads: list[Html]) -> Html:
-    judged = [{verdict.subject: verdict for verdict in health.judge(run)} for run in several]
-    subjects = dict.fromkeys(subject for found in judged for subject in found)
+    judged = [{verdict.check: verdict for verdict in health.judge(run)} for run in several]
+    checks = dict.fromkeys(check for by_check in judged for check in by_check)
     rows = [
-        [element("th", subject, scope="row"), *(_verdict(found.get(subject)) for found in judged)]
-        for subject in subjects
+        [element("th", check, scope="row"), *(_verdict(by_check.get(check)) for by_check in judged)] for check in checks
     ]
     return table(["", *heads], rows, class_="verdicts")
 
@@ -67,7 +66,7 @@ def _health(several: Sequence[Run], heads: list[Html]) -> Html:
 def _verdict(verdict: Verdict | None) -> Html:
     if verdict is None:
         return element("td", "–")
-    words = None if verdict.level == "fine" else element("div", verdict.words)
+    words = None if verdict.level == "ok" else element("div", verdict.words)
     remedy = element("div", verdict.remedy, class_="remedy") if verdict.remedy else None
     return element("td", health.badge(verdict.level), words, remedy, element("div", element("small", verdict.measured)))
 
@@ -75,18 +74,18 @@ def _verdict(verdict: Verdict | None) -> Html:
 def _results(several: Sequence[Run], names: Sequence[Html]) -> Html | None:
     """A row a number, measured alike (data set, split and protocol); the highest accuracy is bold."""
     keys = ("dataset", "split", "name", "protocol")
-    found = [{tuple(record[key] for key in keys): record for record in run.records} for run in several]
-    order = sorted(dict.fromkeys(key for records in found for key in records), key=lambda key: key[:2])
+    by_run = [{tuple(record[key] for key in keys): record for record in run.records} for run in several]
+    order = sorted(dict.fromkeys(key for records in by_run for key in records), key=lambda key: key[:2])
     if not order:
         return None
     protocols = list(dict.fromkeys(key[3] for key in order))
     rows, group = [], None
     for key in order:
         if group != (group := key[:2]):
-            rows.append([scores.group_row(*group, columns=len(several) + 1)])
-        values = [records[key]["value"] for records in found if key in records]
+            rows.append([scores.group_row(key[0], key[1], columns=len(several) + 1)])
+        values = [records[key]["value"] for records in by_run if key in records]
         best = max(values) if len(values) > 1 and key[2].endswith(("_top1", "_top5")) else None
-        cells = [_value(run, records.get(key), best) for run, records in zip(several, found, strict=True)]
+        cells = [_value(run, records.get(key), best) for run, records in zip(several, by_run, strict=True)]
         rows.append([element("td", key[2], scores.mark(protocols, key[3])), *cells])
     return joined(table(["result", *map(number_head, names)], rows), scores.footnotes(protocols))
 
@@ -100,7 +99,7 @@ def _value(run: Run, record: dict | None, best: float | None) -> Html:
 
 def _over_seeds(several: Sequence[Run]) -> Html | None:
     try:
-        found = seeds.over_seeds([run.folder for run in several if run.records])
+        means = seeds.over_seeds([run.folder for run in several if run.records])
     except UserError as error:  # two runs of one config and seed have a column each above, but no mean
         return element("p", f"No mean over seeds: {error}.", class_="none")
     rows = [
@@ -112,7 +111,7 @@ def _over_seeds(several: Sequence[Run]) -> Html | None:
             number_cell(results.number(record["mean"], record["std"])),
             ", ".join(map(str, record["seeds"])),
         ]
-        for record in found
+        for record in means
         if record["std"] is not None
     ]
     if not rows:
@@ -127,9 +126,8 @@ def _published(several: Sequence[Run]) -> Html:
     first = {run.title: run for run in reversed(several)}
     shown = [run for run in several if first[run.title] is run and scores.has_published(run)]
     if not shown:
-        return element(
-            "p", "No number of a paper is known here for these runs (ssl_dist/published.yaml).", class_="none"
-        )
+        words = "No number of a paper is known here for these runs (ssl_dist/report/published.yaml)."
+        return element("p", words, class_="none")
     return joined(
         *(element("div", element("h3", f"{run.title} (here: {run.name})"), scores.published(run)) for run in shown)
     )

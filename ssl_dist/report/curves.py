@@ -12,7 +12,7 @@ from ssl_dist.report.markup import Html, element, number
 
 WIDTH, HEIGHT = 440, 210
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 8, 34
-MOST = 240  # points of a curve; of more lines, each point is the mean of several
+MAX_POINTS = 240  # of a curve; of more lines, each point is the mean of several
 COLOURS = 8  # classes c0 to c7 in page.css
 
 
@@ -78,16 +78,16 @@ def _legend(curves: Sequence[Curve]) -> Html:
 
 
 def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float, float, float]]:
-    """(x, mean, lowest, highest) of at most MOST groups of neighbours; a group with a NaN is NaN."""
-    size = -(-len(points) // MOST)
+    """(x, mean, lowest, highest) of at most MAX_POINTS groups of neighbours; a group with a NaN is NaN."""
+    size = -(-len(points) // MAX_POINTS)
     groups = [points[start : start + size] for start in range(0, len(points), size)] if points else []
-    found = []
+    thinned = []
     for group in groups:
         values = [y for _, y in group]
         whole = all(map(math.isfinite, values))
         low, high = (min(values), max(values)) if whole else (math.nan, math.nan)
-        found.append((group[-1][0], sum(values) / len(values) if whole else math.nan, low, high))
-    return found
+        thinned.append((group[-1][0], sum(values) / len(values) if whole else math.nan, low, high))
+    return thinned
 
 
 def _ticks(lowest: float, highest: float) -> list[float]:

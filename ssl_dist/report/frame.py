@@ -30,10 +30,9 @@ def document(title: str, body: Sequence[Html | None]) -> str:
         element("title", title),
         element("style", style),
     )
-    made = datetime.now().astimezone().isoformat(" ", "minutes")
-    footer = element(
-        "footer", f"Made by ssl-dist {__version__} at {made}. This file needs no other one and no network."
-    )
+    time = datetime.now().astimezone().isoformat(" ", "minutes")
+    words = f"Made by ssl-dist {__version__} at {time}. This file needs no other one and no network."
+    footer = element("footer", words)
     return "<!doctype html>\n" + element(
         "html", head, element("body", *body, footer, element("script", script)), lang="en"
     )
@@ -44,7 +43,7 @@ def navigation() -> Html:
     return element("nav", *(element("a", name, href=f"#{name.lower()}") for name in names))
 
 
-def section(id: str, title: str, *parts: Html) -> Html:
+def section(id: str, title: str, *parts: Html | None) -> Html:
     return element("section", element("h2", title), *parts, id=id)
 
 

@@ -7,13 +7,13 @@ from ssl_dist.report.markup import Html, element, joined
 from ssl_dist.report.pictures import Picture
 from ssl_dist.report.run import Run
 
-WIDE = 1000  # pixels, above which a picture takes the whole width from the start
+WIDE_PIXELS = 1000  # above which a picture takes the whole width from the start
 
 
 def views(several: Sequence[Run]) -> Html:
     """The grids of views of each run, one for each recipe, in boxes that scroll where a grid is wide."""
     words = "Each row is an image, each column one of its views, as the network sees them (before normalisation)."
-    said = element("p", words) if any(run.views for run in several) else None
+    legend = element("p", words) if any(run.views for run in several) else None
     parts = []
     for run in several:
         grids = [
@@ -26,11 +26,11 @@ def views(several: Sequence[Run]) -> Html:
         ]
         name = element("h3", run.name) if len(several) > 1 else None
         parts.append(element("div", name, notes(run, "views"), *grids))
-    return joined(said, element("div", *parts, class_="beside"))
+    return joined(legend, element("div", *parts, class_="beside"))
 
 
 def figures(several: Sequence[Run]) -> Html:
-    """All pictures, evaluator by evaluator; those of one name beside each other. A click enlarges one."""
+    """All pictures, evaluator by evaluator; those of one name beside one another. A click enlarges one."""
     by_evaluator: dict[str, list[Html]] = {}
     names = dict.fromkeys(picture.name for run in several for picture in run.figures)
     for name in names:
@@ -56,7 +56,7 @@ def _figure(picture: Picture, whose: str | None) -> Html:
         picture.caption,
     )
     button = element("button", _image(picture), class_="picture", type="button", title="larger or smaller")
-    return element("figure", words, button, class_="large" if picture.width > WIDE and whose is None else None)
+    return element("figure", words, button, class_="large" if picture.width > WIDE_PIXELS and whose is None else None)
 
 
 def _image(picture: Picture) -> Html:

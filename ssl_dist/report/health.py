@@ -7,38 +7,38 @@ from ssl_dist.report import run as runs
 from ssl_dist.report import verdicts
 from ssl_dist.report.markup import Html, count, element, joined, number
 from ssl_dist.report.run import Run
-from ssl_dist.report.verdicts import Verdict
+from ssl_dist.report.verdicts import Level, Verdict
 
-WORDS = {"fine": "fine", "note": "to know", "look": "look", "ill": "ill", "unknown": "unknown"}
+WORDS: dict[Level, str] = {"ok": "fine", "info": "to know", "warning": "look", "error": "ill", "unknown": "unknown"}
 
 
 def judge(run: Run) -> list[Verdict]:
     """The verdicts on a run, the most serious first; none on a method that does not train."""
-    found = verdicts.judge(run.lines, run.config.optim, run.total_steps) if run.trains else []
-    return sorted(found, key=lambda verdict: verdicts.LEVELS.index(verdict.level))
+    judged = verdicts.judge(run.lines, run.config.optim, run.total_steps) if run.trains else []
+    return sorted(judged, key=lambda verdict: verdicts.LEVELS.index(verdict.level))
 
 
-def badge(level: str) -> Html:
+def badge(level: Level) -> Html:
     return element("span", WORDS[level], class_=f"badge {level}")
 
 
-def verdicts_of(run: Run, found: Sequence[Verdict]) -> Html:
+def verdicts_of(run: Run, judged: Sequence[Verdict]) -> Html:
     """A row a verdict."""
     if not run.trains:
         return element("p", f"{run.config.method.name} does not train: there is nothing to judge.", class_="none")
-    return joined(*map(verdict_row, found))
+    return joined(*map(_verdict_row, judged))
 
 
-def verdict_row(verdict: Verdict) -> Html:
+def _verdict_row(verdict: Verdict) -> Html:
     detail = f"{verdict.measured}. Healthy: {verdict.threshold}."
     remedy = element("p", verdict.remedy, class_="remedy") if verdict.remedy else None
-    words = element("p", element("b", verdict.subject), ". ", verdict.words)
+    words = element("p", element("b", verdict.check), ". ", verdict.words)
     return element(
         "div", badge(verdict.level), element("div", words, remedy, element("small", detail)), class_="verdict"
     )
 
 
-def key_numbers(run: Run, found: Sequence[Verdict]) -> Html:
+def key_numbers(run: Run, judged: Sequence[Verdict]) -> Html:
     best = [record for record in run.results if record["name"].endswith("_top1")]
     cells = [
         (f"{record['name']}, {record['dataset']} {record['split']}", f"{record['value']:.2f}") for record in best[:4]
@@ -49,17 +49,18 @@ def key_numbers(run: Run, found: Sequence[Verdict]) -> Html:
     rates = [rate for _, rate in run.values("images_per_s")]
     if rates:
         cells.append(("images a second, median", number(statistics.median(rates))))
-    if found:
-        cells.append((f"health, {count(found, 'check')}", _summary(found)))
+    if judged:
+        cells.append((f"health, {count(judged, 'check')}", _summary(judged)))
     items = [element("div", element("dt", name), element("dd", value)) for name, value in cells]
     return element("dl", *items, class_="numbers") if items else Html("")
 
 
-def _summary(found: Sequence[Verdict]) -> Html:
-    """How many checks found an illness, or perhaps one."""
-    counts = [(level, sum(verdict.level == level for verdict in found)) for level in ("ill", "look")]
-    shown = [element("span", f"{number} {level}", class_=f"badge {level}") for level, number in counts if number]
-    return joined(*shown) if shown else element("span", "no illness", class_="badge fine")
+def _summary(judged: Sequence[Verdict]) -> Html:
+    """How many checks found a fault, or perhaps one."""
+    levels: tuple[Level, ...] = ("error", "warning")
+    counts = [(level, sum(verdict.level == level for verdict in judged)) for level in levels]
+    shown = [element("span", f"{number} {WORDS[level]}", class_=f"badge {level}") for level, number in counts if number]
+    return joined(*shown) if shown else element("span", "no illness", class_="badge ok")
 
 
 def duration(seconds: float) -> str:

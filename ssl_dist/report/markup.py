@@ -52,8 +52,9 @@ def table(heads: list, rows: list[list], class_: str | None = None) -> Html:
 
 
 def _cell(name: str, content: object, **attributes: str) -> Html:
-    is_cell = isinstance(content, Html) and content.startswith(("<td", "<th"))
-    return content if is_cell else element(name, content, **attributes)
+    if isinstance(content, Html) and content.startswith(("<td", "<th")):
+        return content
+    return element(name, content, **attributes)
 
 
 def number_cell(*children: object) -> Html:

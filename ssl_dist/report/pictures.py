@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from ssl_dist.errors import UserError
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG file: its bytes and size in pixels, and the texts that evaluators/album.py puts into it."""
+    """A PNG file: its bytes and size in pixels, and the texts that results/figures.py puts into it."""
 
     name: str
     data: bytes
@@ -35,10 +36,11 @@ def read(path: Path) -> Picture:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             image.load()
+            assert isinstance(image, PngImageFile)
             texts = {key: str(value) for key, value in image.text.items()}
             width, height = image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or "not a whole PNG"
         raise UserError(f"{path}: cannot be shown: {reason}; remove it and draw it again") from None
-    known = texts.get("Title") or path.stem, texts.get("Description", ""), texts.get("Evaluator", "")
-    return Picture(path.name, data, width, height, *known, texts.get("Checkpoint"))
+    title, caption = texts.get("Title") or path.stem, texts.get("Description", "")
+    return Picture(path.name, data, width, height, title, caption, texts.get("Evaluator", ""), texts.get("Checkpoint"))

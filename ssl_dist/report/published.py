@@ -1,4 +1,4 @@
-"""What authors published for a run's method, data set and backbone: ssl_dist/published.yaml."""
+"""What authors published for a run's method, data set and backbone: published.yaml, beside this file."""
 
 from importlib import resources
 
@@ -27,7 +27,7 @@ class Published(Section):
 
 def read() -> list[Published]:
     """All rows of the file."""
-    text = resources.files("ssl_dist").joinpath("published.yaml").read_text(encoding="utf-8")
+    text = resources.files("ssl_dist.report").joinpath("published.yaml").read_text(encoding="utf-8")
     return [
         validate(Published, row, f"published.yaml: row {number}: ")
         for number, row in enumerate(parse_yaml(text, "published.yaml"), 1)

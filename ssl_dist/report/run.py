@@ -1,4 +1,4 @@
-"""What lies in a run's folder, read for its page: nothing that is missing or torn is an error, it is said in words."""
+"""What lies in a run's folder, read for its page. What is missing or torn is no error but a note on the page."""
 
 import json
 import math
@@ -15,11 +15,11 @@ from ssl_dist.report import pictures
 from ssl_dist.report.markup import count
 from ssl_dist.report.pictures import Picture
 from ssl_dist.report.seeds import newest
+from ssl_dist.report.verdicts import MAX_MAGNITUDE, is_amount, is_number
 from ssl_dist.storage import checkpoint
 
 VIEWS = "views*.png"
-HUGE = 1e100  # what exceeds it is drawn as no number
-LAST = 2**53  # steps and epochs beyond it are no counts
+MAX_COUNT = 2**53  # of steps and epochs; what is beyond it is no count
 
 
 @dataclass
@@ -68,8 +68,8 @@ class Run:
 
     def values(self, key: str) -> list[tuple[float, float]]:
         """(epoch, value) of the lines that have the number; NaN where it is none that can be drawn."""
-        found = [(line["epoch"], line[key]) for line in self.lines if type(line.get(key)) in (int, float)]
-        return [(epoch, float(value) if abs(value) < HUGE else math.nan) for epoch, value in found]
+        logged = [(line["epoch"], line[key]) for line in self.lines if is_number(line.get(key))]
+        return [(epoch, float(value) if abs(value) < MAX_MAGNITUDE else math.nan) for epoch, value in logged]
 
     def note(self, part: str, sentence: str) -> None:
         self.notes.setdefault(part, []).append(sentence)
@@ -108,15 +108,15 @@ def training(run: Run) -> str:
 
 def _read_checkpoint(run: Run) -> None:
     try:
-        found = checkpoint.newest_digest(run.folder)
+        newest_valid = checkpoint.newest_digest(run.folder)
     except UserError as error:
         run.note("title", f"No checkpoint can be used: {error}.")
         return
-    if found is None:
+    if newest_valid is None:
         run.note("title", f"There is no checkpoint yet; {training(run)} makes one.")
         return
-    run.checkpoint, run.digest = found[0].name, found[1]
-    newer = [step for step in checkpoint.steps(run.folder) if step > run.step]
+    run.checkpoint, run.digest = newest_valid[0].name, newest_valid[1]
+    newer = [step for step in checkpoint.steps(run.folder) if step > checkpoint.step_of(run.checkpoint)]
     if newer:
         run.note("title", f"A newer checkpoint, of step {newer[-1]:,}, is damaged and passed over.")
 
@@ -166,9 +166,9 @@ def _read_views(run: Run) -> None:
 
 
 def _read_figures(run: Run) -> None:
-    found = _readable(run, "pictures", sorted((run.folder / "figures").glob("*.png")))
-    run.figures = [picture for picture in found if run.digest is None or picture.checkpoint in (None, run.digest)]
-    stale = [picture.name for picture in found if picture not in run.figures]
+    drawn = _readable(run, "pictures", sorted((run.folder / "figures").glob("*.png")))
+    run.figures = [picture for picture in drawn if run.digest is None or picture.checkpoint in (None, run.digest)]
+    stale = [picture.name for picture in drawn if picture not in run.figures]
     drawing = [name for name in ("knn", "retrieval", "clusters", "embedding") if name in evaluators.names()]
     again = command(run, "evaluate", *drawing)
     if stale:
@@ -189,13 +189,13 @@ def _read_evaluations(run: Run) -> None:
 
 
 def _readable(run: Run, part: str, paths: Sequence[Path]) -> list[Picture]:
-    found = []
+    readable = []
     for path in paths:
         try:
-            found.append(pictures.read(path))
+            readable.append(pictures.read(path))
         except UserError as error:
             run.note(part, f"{error}.")
-    return found
+    return readable
 
 
 def _json_lines(path: Path, is_good: Callable[[dict], bool]) -> tuple[list[dict], list[int]]:
@@ -219,7 +219,7 @@ def _json_lines(path: Path, is_good: Callable[[dict], bool]) -> tuple[list[dict]
 
 def _is_metrics_line(line: dict) -> bool:
     step, epoch = line.get("step"), line.get("epoch")
-    return isinstance(step, int) and isinstance(epoch, int | float) and 0 <= step < LAST and 0 <= epoch < LAST
+    return isinstance(step, int) and isinstance(epoch, int | float) and 0 <= step < MAX_COUNT and 0 <= epoch < MAX_COUNT
 
 
 def _is(things: Sequence) -> str:
@@ -231,7 +231,7 @@ def seconds(run: Run) -> float:
     total, last = 0.0, 0
     for line in run.lines:
         time = line.get("seconds_per_step")
-        if type(time) in (int, float) and 0 <= time < HUGE:
+        if is_amount(time):
             total += (line["step"] - last) * time
             last = line["step"]
     return total

@@ -59,14 +59,14 @@ def has_published(run: Run) -> bool:
 
 def published(run: Run) -> Html:
     """The numbers of papers for the run's method, data set and backbone, each with its protocol and source."""
-    found, data = beside(run.config), run.config.data
-    if not found:
+    papers, data = beside(run.config), run.config.data
+    if not papers:
         why = "" if data.subset is None and data.limit is None else ", trained on a part of the images"
-        words = f"No published number is known here for {run.title}{why} (ssl_dist/published.yaml)."
+        words = f"No published number is known here for {run.title}{why} (ssl_dist/report/published.yaml)."
         return element("p", words, class_="none")
-    texts = list(dict.fromkeys(map(_footnote, found)))
+    texts = list(dict.fromkeys(map(_footnote, papers)))
     rows = []
-    for row in found:
+    for row in papers:
         remarks = [row.variant, "backbone not named" if row.backbone is None else None, _length(run, row)]
         small = element("small", "; ".join(filter(None, remarks)))
         what = element("td", row.result, mark(texts, _footnote(row)), element("br"), small)

@@ -8,12 +8,13 @@ from ssl_dist import config, results, text_table
 from ssl_dist.errors import UserError
 from ssl_dist.run import folder as run_folder
 
-SAME = ("method", "backbone", "step", "dataset", "split", "data", "name", "protocol")  # what a seed may not change
+# What must be equal for a mean over seeds.
+GROUP_KEYS = ("method", "backbone", "step", "dataset", "split", "data", "name", "protocol")
 
 
 def over_seeds(runs: Sequence[Path]) -> list[dict]:
-    """One record for every number that runs of one config, but for the seed, have measured alike: what is in `SAME`,
-    `run` (the first run's name), mean, std (of the sample, n - 1; None for one seed) and seeds.
+    """One record for every number that runs of one config, but for the seed, have measured alike: the keys in
+    `GROUP_KEYS`, `run` (the first run's name), mean, std (of the sample, n - 1; None for one seed) and seeds.
 
     Raises `UserError` for a run without results, and for two runs of one config that have the same seed.
     """
@@ -21,18 +22,19 @@ def over_seeds(runs: Sequence[Path]) -> list[dict]:
     for run in runs:
         settings, records = _read(run)
         for record in records:
-            values = groups.setdefault((settings, *(record[key] for key in SAME)), {})
-            if record["seed"] in values:
-                raise UserError(f"{run}: has the seed, {record['seed']}, and the config of {values[record['seed']][0]}")
-            values[record["seed"]] = run, record["value"]
-    found = []
+            by_seed = groups.setdefault((settings, *(record[key] for key in GROUP_KEYS)), {})
+            seed = record["seed"]
+            if seed in by_seed:
+                raise UserError(f"{run}: has the seed, {seed}, and the config of {by_seed[seed][0]}")
+            by_seed[seed] = run, record["value"]
+    means = []
     for (_, *key), by_seed in groups.items():
         values = [value for _, value in by_seed.values()]
         std = statistics.stdev(values) if len(values) > 1 else None
         first = next(iter(by_seed.values()))[0]
         more = {"run": first.name, "mean": statistics.fmean(values), "std": std, "seeds": sorted(by_seed)}
-        found.append(dict(zip(SAME, key, strict=True)) | more)
-    return found
+        means.append(dict(zip(GROUP_KEYS, key, strict=True)) | more)
+    return means
 
 
 def _read(run: Path) -> tuple[str, list[dict]]:
@@ -46,11 +48,11 @@ def _read(run: Path) -> tuple[str, list[dict]]:
 
 
 def newest(records: Sequence[dict]) -> list[dict]:
-    """The last measurement of each number, without the news that a fit has converged, which is no result."""
-    found: dict[tuple, dict] = {}
+    """The last measurement of each number, without records that a fit has converged, which is no result."""
+    latest: dict[tuple, dict] = {}
     for record in sorted(records, key=lambda record: record["time"]):
-        found[record["name"], record["dataset"], record["split"], record["protocol"]] = record
-    return [record for record in found.values() if not record["name"].endswith("_converged") or not record["value"]]
+        latest[record["name"], record["dataset"], record["split"], record["protocol"]] = record
+    return [record for record in latest.values() if not record["name"].endswith("_converged") or not record["value"]]
 
 
 def table(records: list[dict]) -> str:

@@ -77,15 +77,15 @@ def _defaults(settings: Config) -> dict[str, object]:
         "data": {"name": settings.data.name, "root": "-"},
         "method": {"name": settings.method.name},
     }
-    found = _spelt_out(config.validate(Config, needed))
-    return {key: value for key, value in found.items() if key not in _NEEDED}
+    defaults = _spelt_out(config.validate(Config, needed))
+    return {key: value for key, value in defaults.items() if key not in _NEEDED}
 
 
 def _flat(tree: dict | list, prefix: str = "") -> dict[str, object]:
     """Keys with dots; a list of sections counts its items (views.groups.0.size)."""
-    found: dict[str, object] = {}
+    flat: dict[str, object] = {}
     for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
         has_sections = isinstance(value, list) and any(isinstance(item, dict) for item in value)
         deeper = isinstance(value, dict) or has_sections
-        found |= _flat(value, f"{prefix}{key}.") if deeper else {f"{prefix}{key}": value}
-    return found
+        flat |= _flat(value, f"{prefix}{key}.") if deeper else {f"{prefix}{key}": value}
+    return flat
