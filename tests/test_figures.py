@@ -52,7 +52,7 @@ def decoded(digits, split, ids):
 
 
 def test_the_images_asked_for_in_the_order_asked_for(digits, opened, tmp_path, monkeypatch):
-    monkeypatch.setattr(album_module, "_BLOCK", 2 * 32 * 32 * 3)  # two images a block
+    monkeypatch.setattr(album_module, "_BLOCK_BYTES", 2 * 32 * 32 * 3)  # two images a block
     test, others = part(digits, "test"), part(digits, "train")
     rows = np.array([7, 3, 300, 3, 0])
     with FigureWriter(tmp_path, test, opened, data(), "knn") as album:

@@ -125,7 +125,7 @@ def _draw(
         f" {options.iterations} iterations; neighbours mean something, distances between groups and axes do not",
     }
     count = len(np.unique(labels))
-    same = f", in colours that repeat over {count} classes" if count > charts.MOST_NUMBERS else ""
+    same = f", in colours that repeat over {count} classes" if count > charts.MAX_LABELLED_CLASSES else ""
     titles = {"pca": "Features by principal components", "tsne": "Features by t-SNE"}
     for name, xy_N2 in maps.items():
         album.add(

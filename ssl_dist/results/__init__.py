@@ -1,4 +1,4 @@
-"""What evaluations find: numbers in results.json, and pictures."""
+"""The results of evaluations: numbers in results.json, and pictures."""
 
 from ssl_dist.results.records import add, is_of_a_whole_split, make_records, number, read, require_writable, table
 

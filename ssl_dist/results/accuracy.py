@@ -8,10 +8,10 @@ def target_rank(scores_QC: Tensor, targets_Q: Tensor) -> Tensor:
     """How many classes stand before each target when scores fall and, where they are equal, class indices rise.
 
     scores [Q, C], targets int64 [Q] in [-1, C) -> int64 [Q]; top-n is right where the rank is below n. A target of -1
-    is a class that the scores do not know: its rank is so high that it is never right, however few classes there are.
+    is a class without scores: its rank is so high that it is never right, however few classes there are.
     """
     num_classes = scores_QC.shape[1]
     score_Q1 = scores_QC.gather(1, targets_Q.clamp_min(0)[:, None])
     earlier_QC = torch.arange(num_classes, device=scores_QC.device) < targets_Q[:, None]
-    before_QC = (scores_QC > score_Q1) | ((scores_QC == score_Q1) & earlier_QC)
-    return before_QC.sum(1).where(targets_Q >= 0, torch.iinfo(torch.int64).max)
+    ahead_QC = (scores_QC > score_Q1) | ((scores_QC == score_Q1) & earlier_QC)
+    return ahead_QC.sum(1).where(targets_Q >= 0, torch.iinfo(torch.int64).max)

@@ -1,7 +1,7 @@
 """Figures of an evaluation: confusion matrices, bars of classes, grids of images, maps of points.
 
 Arrays in, a matplotlib figure out; nothing here reads or writes a file. Colours are Okabe and Ito's, which the
-colour-blind tell apart, and what a colour says is said by words, places or shapes as well.
+colour-blind tell apart, and words, positions or shapes say what a colour says, too.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-BAR, MARK, RIGHT, WRONG = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+BAR, RIGHT, WRONG = "#0072B2", "#009E73", "#D55E00"
 INK, GREY, PALE = "#444444", "#666666", "#e4e4e4"
-MOST_BARS = 40
-MOST_NAMES = 60
-MOST_NUMBERS = 20  # classes of which each has its number in the matrix, and its name beside a map
+MAX_BARS = 40
+MAX_AXIS_NAMES = 60
+MAX_LABELLED_CLASSES = 20  # classes of which each has its number in the matrix, and its name beside a map
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#7A3E9D", "#999999")
 SHAPES = ("o", "s", "^", "D", "v", "P", "X")
 
@@ -28,7 +28,7 @@ def confusion(share_CC: np.ndarray, names: Sequence[str]) -> Figure:
     Cells are labelled up to 20 classes, axes up to 60.
     """
     count = len(names)
-    side = min(9.0, 2.6 + 0.42 * min(count, MOST_NUMBERS) + 0.06 * max(0, count - MOST_NUMBERS))
+    side = min(9.0, 2.6 + 0.42 * min(count, MAX_LABELLED_CLASSES) + 0.06 * max(0, count - MAX_LABELLED_CLASSES))
     figure, axes = _plot(side + 0.9, side)
     image = axes.imshow(
         share_CC, cmap=colormaps["Blues"].with_extremes(bad=PALE), vmin=0, vmax=100, interpolation="nearest"
@@ -37,8 +37,8 @@ def confusion(share_CC: np.ndarray, names: Sequence[str]) -> Figure:
     axes.grid(False)
     axes.set_xlabel("predicted class", color=INK, fontsize=9)
     axes.set_ylabel("true class", color=INK, fontsize=9)
-    if count <= MOST_NAMES:
-        size = 8 if count <= MOST_NUMBERS else 6
+    if count <= MAX_AXIS_NAMES:
+        size = 8 if count <= MAX_LABELLED_CLASSES else 6
         axes.set_xticks(
             range(count), [_short(name) for name in names], rotation=90 if count > 12 else 45, fontsize=size
         )
@@ -49,7 +49,7 @@ def confusion(share_CC: np.ndarray, names: Sequence[str]) -> Figure:
     else:
         axes.tick_params(labelsize=8)
     axes.tick_params(length=0, labelcolor=INK)
-    if count <= MOST_NUMBERS:
+    if count <= MAX_LABELLED_CLASSES:
         for row, column in np.ndindex(share_CC.shape):
             value = share_CC[row, column]
             if value >= 0.5:
@@ -63,33 +63,31 @@ def confusion(share_CC: np.ndarray, names: Sequence[str]) -> Figure:
     return figure
 
 
-def class_bars(values_C: np.ndarray, names: Sequence[str], mean: float, label: str, things: str = "classes") -> Figure:
+def class_bars(values_C: np.ndarray, names: Sequence[str], mean: float, label: str, noun: str = "classes") -> Figure:
     """A bar of percent for every class, the best at the top; of more than 40 classes the 20 best and the 20 worst.
 
-    Classes whose value is NaN are left out; equal ones stand in the order of their labels. things: what the bars are
-    of, if not of classes.
+    Classes whose value is NaN are left out; equal ones stand in the order of their labels. noun: what the bars are of,
+    if not of classes.
     """
     order = [int(i) for i in np.argsort(-values_C, kind="stable") if not np.isnan(values_C[i])]
-    half, hidden = MOST_BARS // 2, len(order) - MOST_BARS
+    half, hidden = MAX_BARS // 2, len(order) - MAX_BARS
     shown: list[int | None] = [*order[:half], None, *order[-half:]] if hidden > 0 else list(order)
     figure, axes = _plot(6.5, max(1.6, 0.9 + 0.24 * len(shown)))
-    longest = max(float(np.nanmax(values_C)), mean)
-    behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # of a text: the line of the mean may pass there
-    for place, index in enumerate(shown):
+    highest = max(float(np.nanmax(values_C)), mean)
+    text_box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # the line of the mean may pass behind a text
+    for row, index in enumerate(shown):
         if index is None:
-            axes.text(
-                1, place, f"... {hidden} {things} between ...", va="center", fontsize=8, color=GREY, style="italic"
-            )
+            axes.text(1, row, f"... {hidden} {noun} between ...", va="center", fontsize=8, color=GREY, style="italic")
             continue
-        axes.barh(place, values_C[index], color=BAR, height=0.7)
-        end = values_C[index] + longest / 100
-        text = axes.text(end, place, f"{values_C[index]:.1f}", va="center", fontsize=8, color=INK)
-        text.set(bbox=behind, zorder=4)
+        axes.barh(row, values_C[index], color=BAR, height=0.7)
+        end = values_C[index] + highest / 100
+        text = axes.text(end, row, f"{values_C[index]:.1f}", va="center", fontsize=8, color=INK)
+        text.set(bbox=text_box, zorder=4)
     axes.axvline(mean, color=WRONG, linewidth=1.2, linestyle="--", zorder=3)
     axes.text(mean, -0.75, f"all images {mean:.1f}", ha="center", va="bottom", fontsize=8, color=WRONG)
     axes.set_yticks(range(len(shown)), ["" if i is None else _short(names[i], 30) for i in shown], fontsize=8)
     axes.set_ylim(len(shown) - 0.4, -0.7)
-    axes.set_xlim(0, max(1.0, 1.1 * longest))
+    axes.set_xlim(0, max(1.0, 1.1 * highest))
     axes.grid(axis="x", color=PALE, linewidth=0.8)
     axes.tick_params(length=0, labelcolor=INK, labelsize=8)
     axes.spines["left"].set_visible(False)
@@ -157,11 +155,13 @@ def points(xy_N2: np.ndarray, labels_N: np.ndarray, names: Sequence[str], axis_n
     wide, high = np.ptp(xy_N2, axis=0)
     figure, axes = _plot(7.6, 0.5 + 6 * min(1.1, max(0.5, high / wide if wide > 0 else 1.1)))
     present = [int(label) for label in np.unique(labels_N)]
-    named = len(present) <= MOST_NUMBERS
+    named = len(present) <= MAX_LABELLED_CLASSES
     for number, label in enumerate(present):
         own = xy_N2[labels_N == label]
         color, shape = PALETTE[number % len(PALETTE)], SHAPES[number % len(SHAPES)]
-        axes.scatter(*own.T, s=11, c=color, marker=shape, linewidths=0, alpha=0.65, label=_short(names[label]))
+        axes.scatter(
+            own[:, 0], own[:, 1], s=11, c=color, marker=shape, linewidths=0, alpha=0.65, label=_short(names[label])
+        )
     axes.set(xlabel=axis_names[0], ylabel=axis_names[1])
     axes.xaxis.label.set_color(INK)
     axes.yaxis.label.set_color(INK)
@@ -175,7 +175,7 @@ def points(xy_N2: np.ndarray, labels_N: np.ndarray, names: Sequence[str], axis_n
         legend = figure.legend(
             loc="outside right center", frameon=False, fontsize=8, markerscale=2, handletextpad=0.2, labelcolor=INK
         )
-        for handle in legend.legend_handles:
+        for handle in filter(None, legend.legend_handles):
             handle.set_alpha(1)
     return figure
 
@@ -183,23 +183,23 @@ def points(xy_N2: np.ndarray, labels_N: np.ndarray, names: Sequence[str], axis_n
 def image_map(
     xy_N2: np.ndarray, images: np.ndarray, labels_N: np.ndarray, names: Sequence[str], cells: int = 36
 ) -> Figure:
-    """Images uint8 [N, S, S, 3] where they stand on a map: in each cell of a grid the one that is nearest its middle.
+    """Images uint8 [N, S, S, 3] at their positions on a map: in each cell of a grid the one nearest its middle.
 
-    Frames have the colours of `points`; they say something for up to ten classes, and more have none.
+    Up to ten classes have frames in the colours of `points`.
     """
     present = np.unique(labels_N)
     origin, extent = xy_N2.min(0), max(float(np.ptp(xy_N2, axis=0).max()), 1e-9)
-    place_N2 = (xy_N2 - origin) / extent * cells
-    cell_N2 = np.minimum(place_N2, cells - 1).astype(int)
+    position_N2 = (xy_N2 - origin) / extent * cells
+    cell_N2 = np.minimum(position_N2, cells - 1).astype(int)
     columns, rows = cell_N2.max(0) + 1
     side, frame = images.shape[1], 3
     page = np.full((rows * (side + 2 * frame), columns * (side + 2 * frame), 3), 255, np.uint8)
-    taken = set()
-    for index in np.argsort(np.square(place_N2 - cell_N2 - 0.5).sum(1), kind="stable"):
+    filled_cells: set[tuple[int, int]] = set()
+    for index in np.argsort(np.square(position_N2 - cell_N2 - 0.5).sum(1), kind="stable"):
         (column, row), image, label = cell_N2[index].tolist(), images[index], labels_N[index]
-        if (column, row) in taken:
+        if (column, row) in filled_cells:
             continue
-        taken.add((column, row))
+        filled_cells.add((column, row))
         top, left = (rows - 1 - row) * (side + 2 * frame), column * (side + 2 * frame)  # the map's y rises
         if len(present) <= len(PALETTE):
             red_green_blue = to_rgb(PALETTE[int(np.searchsorted(present, label))])
@@ -227,19 +227,19 @@ def _plot(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _show(axes: Axes, image: np.ndarray, pixels: float) -> None:
-    """Small images are magnified without smoothing."""
+    """Show an image that covers `axes`, `pixels` wide; small images are magnified without smoothing."""
     axes.imshow(image, interpolation="nearest" if len(image) < pixels else "antialiased", aspect="auto")
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
 
 
-def _frame(axes: Axes, color: str, dashes) -> None:
+def _frame(axes: Axes, color: str, dashes: str | tuple[int, tuple[int, int]]) -> None:
     # The spines' own caps would fill the gaps between dashes.
     axes.spines[:].set(visible=True, color=color, linewidth=2, linestyle=dashes, capstyle="butt")
 
 
-def _short(name: str, longest: int = 18) -> str:
+def _short(name: str, max_length: int = 18) -> str:
     name = " ".join(name.split())
-    name = name if len(name) <= longest else name[: longest - 1] + "…"
+    name = name if len(name) <= max_length else name[: max_length - 1] + "…"
     return name.replace("$", r"\$")  # which would start a formula

@@ -1,6 +1,6 @@
-"""What a classifier takes for what: the pictures that kNN, logistic regression and retrieval have in common."""
+"""Confusion matrices and accuracies by class: the pictures that all classifiers have in common."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,15 +11,18 @@ from ssl_dist.storage.features import Features
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST_CLASSES = 2000  # a matrix of more would be no picture
-_NAMED = 3  # confusions that the caption names
+MAX_CLASSES = 2000  # a matrix of more would be no picture
+_NUM_IN_CAPTION = 3  # the most frequent confusions
 
 
 def class_names(*parts: Features) -> list[str]:
     """A name for every label that the parts have: the file's, or the number where the file has none."""
-    count = max(int(part.labels.max()) + 1 for part in parts)
-    known = parts[0].classes
-    return known + [str(label) for label in range(len(known), count)]
+    return names_up_to(max(int(part.labels.max()) + 1 for part in parts), parts[0].classes)
+
+
+def names_up_to(count: int, names: Sequence[str]) -> list[str]:
+    """These names of classes, and numbers for those up to `count` that have no name."""
+    return [*names, *map(str, range(len(names), count))]
 
 
 def matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
@@ -28,14 +31,14 @@ def matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.nd
 
 
 def add_pictures(
-    album: FigureWriter, test: Features, names: list[str], predicted: np.ndarray, name: str, how: str
+    writer: FigureWriter, test: Features, names: list[str], predicted: np.ndarray, name: str, how: str
 ) -> None:
-    """Those of `pictures` of predictions int64 [N] for the images of `test`."""
-    if len(names) > MOST_CLASSES:  # before the matrix is made, too
+    """Write the `pictures` of predictions int64 [N] for the images of `test`."""
+    if len(names) > MAX_CLASSES:  # before the matrix is made, too
         return
     what = f"{len(test):,} images of {test.metadata['dataset']} {test.metadata['split']}"
     for picture in pictures(matrix(test.labels, predicted, len(names)), names, name, how, what):
-        album.add(*picture)
+        writer.add(*picture)
 
 
 def pictures(
@@ -47,12 +50,12 @@ def pictures(
     """
     from ssl_dist.results import charts  # matplotlib takes a second
 
-    if len(names) > MOST_CLASSES:
+    if len(names) > MAX_CLASSES:
         return
     totals = counts.sum(1)
     share = np.where(totals[:, None] > 0, counts * 100 / np.maximum(1, totals)[:, None], np.nan)
     accuracy = float(np.trace(counts) * 100 / totals.sum())
-    blank = "; cells below 0.5 are blank" if len(names) <= charts.MOST_NUMBERS else ""
+    blank = "; cells below 0.5 are blank" if len(names) <= charts.MAX_LABELLED_CLASSES else ""
     yield (
         f"{name}-confusion",
         charts.confusion(share, names),
@@ -73,7 +76,7 @@ def _worst(counts: np.ndarray, share: np.ndarray, names: list[str]) -> str:
     """The most frequent confusions in words."""
     wrong = np.nan_to_num(share.copy())
     np.fill_diagonal(wrong, 0)
-    places = np.argsort(-wrong, axis=None, kind="stable")[:_NAMED]
-    pairs = [divmod(int(place), len(names)) for place in places]
-    said = [f"{names[a]} taken for {names[b]} ({share[a, b]:.0f} %)" for a, b in pairs if counts[a, b] and a != b]
-    return f"Most frequent: {', '.join(said)}." if said else "No image is taken for another class."
+    cells = np.argsort(-wrong, axis=None, kind="stable")[:_NUM_IN_CAPTION]
+    pairs = [divmod(int(cell), len(names)) for cell in cells]
+    confusions = [f"{names[a]} taken for {names[b]} ({share[a, b]:.0f} %)" for a, b in pairs if counts[a, b] and a != b]
+    return f"Most frequent: {', '.join(confusions)}." if confusions else "No image is taken for another class."

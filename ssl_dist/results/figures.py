@@ -1,7 +1,7 @@
-"""The pictures of an evaluation: images of a data set as the encoder sees them, and figures that say what they show.
+"""The pictures of an evaluation: read images of a data set as the encoder sees them, and write figures as PNG files.
 
 A picture is RUN/figures/<dataset>-<split>-<name>.png. Its own text chunks hold Title, Description (the caption),
-Evaluator and Checkpoint (SHA-256), so that whoever shows it needs nothing but the file.
+Evaluator and Checkpoint (SHA-256), so that showing it takes nothing but the file.
 """
 
 import re
@@ -21,16 +21,17 @@ from ssl_dist.storage.durable import atomic_write_or_refuse
 from ssl_dist.storage.features import Features
 from ssl_dist.views.make import test_views
 
-_BLOCK = 64 * 2**20  # bytes of decoded images that are held at once
+_BLOCK_BYTES = 64 * 2**20  # of decoded images that are held at once
 
 
 def add_picture(
-    folder: Path, known: Mapping[str, str], evaluator: str, name: str, figure: Figure, title: str, caption: str
+    folder: Path, metadata: Mapping[str, str], evaluator: str, name: str, figure: Figure, title: str, caption: str
 ) -> Path:
-    """Write a figure, whole or not at all; known: the dataset, split and checkpoint that it shows. See `Album.add`."""
-    file_name = "-".join([known["dataset"], known["split"], name])
+    """Write a figure, whole or not at all, in place of an older one of its name. metadata: the dataset, split and
+    checkpoint that it shows. Raises `UserError` when the folder cannot be written."""
+    file_name = "-".join([metadata["dataset"], metadata["split"], name])
     path = folder / (re.sub(r"[^\w.]+", "-", file_name).strip("-") + ".png")
-    texts = {"Title": title, "Description": caption, "Evaluator": evaluator, "Checkpoint": known["checkpoint"]}
+    texts = {"Title": title, "Description": caption, "Evaluator": evaluator, "Checkpoint": metadata["checkpoint"]}
     with atomic_write_or_refuse(path) as file:
         durable.remove_dead(path.parent)
         FigureCanvasAgg(figure).print_png(file, metadata=texts)
@@ -51,7 +52,7 @@ def has_pictures(folder: Path, evaluator: str, checkpoint: str) -> bool:
 
 
 class FigureWriter:
-    """Where the pictures of one evaluator go, and where it finds images; use as a context manager, or call `close`.
+    """Reads images for the pictures of one evaluator and writes them; use as a context manager, or call `close`.
 
     folder: of the pictures; test: the split that is measured, whose data set, name and checkpoint mark the pictures;
     open_split: the reader of a split by its name, called when an image of it is first asked for; data: image_size and
@@ -62,7 +63,7 @@ class FigureWriter:
         self, folder: Path, test: Features, open_split: Callable[[str], Reader], data: Data, evaluator: str
     ) -> None:
         self.folder = folder
-        self._known, self._open_split, self._data, self._evaluator = test.metadata, open_split, data, evaluator
+        self._metadata, self._open_split, self._data, self._evaluator = test.metadata, open_split, data, evaluator
         self._readers: dict[str, Reader] = {}
 
     def images(self, part: Features, rows: np.ndarray) -> np.ndarray:
@@ -71,20 +72,20 @@ class FigureWriter:
         `part` may be a piece of a split, named split[...]: its image ids are those of the split. Raises `UserError`
         for a damaged image, and when the split is not the one that the features are of.
         """
-        ids, place = np.unique(part.image_ids[rows], return_inverse=True)
+        ids, inverse = np.unique(part.image_ids[rows], return_inverse=True)
         reader = self._reader_of(part)
         size = self._data.image_size
         out = np.empty((len(ids), size, size, 3), np.uint8)
-        step = max(1, _BLOCK // (3 * reader.info.max_height * reader.info.max_width))
+        step = max(1, _BLOCK_BYTES // (3 * reader.info.max_height * reader.info.max_width))
         blocks = [ids[start : start + step] for start in range(0, len(ids), step)]
         done = 0
         for pixels, heights, widths, block in reader.batches(blocks):
-            seen = test_views(
+            views = test_views(
                 pixels, heights, widths, size, self._data.eval_resize, self._data.eval_interpolation
             )  # [n, 3, S, S]
-            out[done : done + len(block)] = seen.transpose(0, 2, 3, 1)
+            out[done : done + len(block)] = views.transpose(0, 2, 3, 1)
             done += len(block)
-        return out[place]
+        return out[inverse]
 
     def _reader_of(self, part: Features) -> Reader:
         split = part.metadata["split"].partition("[")[0]
@@ -98,10 +99,9 @@ class FigureWriter:
         return self._readers[split]
 
     def add(self, name: str, figure: Figure, title: str, caption: str, part: Features | None = None) -> Path:
-        """Write the figure, whole or not at all, in place of an older one of its name. part: the split that it shows,
-        where that is not the one that is measured. Raises `UserError` when the folder cannot be written."""
-        known = self._known if part is None else part.metadata
-        return add_picture(self.folder, known, self._evaluator, name, figure, title, caption)
+        """Write the figure, see `add_picture`. part: the split that it shows, where that is not the measured one."""
+        metadata = self._metadata if part is None else part.metadata
+        return add_picture(self.folder, metadata, self._evaluator, name, figure, title, caption)
 
     def close(self) -> None:
         """Close the readers that were opened."""
@@ -111,5 +111,5 @@ class FigureWriter:
     def __enter__(self) -> "FigureWriter":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -1,8 +1,8 @@
-"""results.json: every number that was measured on a run, with what it takes to know what it means."""
+"""results.json: every number measured on a run, with its protocol, data, checkpoint and time."""
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,15 +18,15 @@ FIELDS = (
     "name", "value", "protocol", "options", "dataset", "split", "data", "seed",
     "method", "backbone", "checkpoint", "step", "time",
 )  # fmt: skip
-_SAME_MEASUREMENT = ("name", "dataset", "split", "data", "protocol", "options", "checkpoint")
-_TYPES = {"options": dict, "value": int | float, "seed": int | None, "step": int}  # the others are text
+_IDENTITY = ("name", "dataset", "split", "data", "protocol", "options", "checkpoint")
+_TYPES = {"options": dict, "value": int | float, "seed": int | None, "step": int}  # the others are str
 
 
 def make_records(
-    values: dict[str, float], protocol: str, known: dict[str, str], seed: int | None, options: dict
+    values: dict[str, float], protocol: str, metadata: Mapping[str, str], seed: int | None, options: dict
 ) -> list[dict]:
-    """One record for each of an evaluator's values. known: the metadata of the test split's features file, or the same
-    of an evaluation of images; seed: the run's, None when it is not known."""
+    """One record for each of an evaluator's values. metadata: that of the test split's features file, or the same of an
+    evaluation on images; seed: the run's, None when it is not known."""
     time = datetime.now(UTC).isoformat(timespec="seconds")
     return [
         {
@@ -34,14 +34,14 @@ def make_records(
             "value": float(value),
             "protocol": protocol,
             "options": options,
-            "dataset": known["dataset"],
-            "split": known["split"],
-            "data": known["data"],
+            "dataset": metadata["dataset"],
+            "split": metadata["split"],
+            "data": metadata["data"],
             "seed": seed,
-            "method": known["method"],
-            "backbone": known["backbone"],
-            "checkpoint": known["checkpoint"],
-            "step": int(known["step"]),
+            "method": metadata["method"],
+            "backbone": metadata["backbone"],
+            "checkpoint": metadata["checkpoint"],
+            "step": int(metadata["step"]),
             "time": time,
         }
         for name, value in values.items()
@@ -53,15 +53,15 @@ def read(path: str | Path) -> list[dict]:
     first record. Raises `UserError` when it is something else."""
     path = Path(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8") or "[]")
+        records = json.loads(path.read_text(encoding="utf-8") or "[]")
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not JSON"
         raise UserError(f"{path}: cannot be read: {reason}; move it away and evaluate again") from None
-    if not isinstance(found, list) or not all(_is_record(record) for record in found):
+    if not isinstance(records, list) or not all(_is_record(record) for record in records):
         raise UserError(f"{path}: not a list of results; move it away and evaluate again")
-    return found
+    return records
 
 
 def add(path: str | Path, new: Sequence[dict]) -> list[dict]:
@@ -75,7 +75,7 @@ def add(path: str | Path, new: Sequence[dict]) -> list[dict]:
     path = Path(path)
     with _locked(path):
         durable.remove_dead(path.parent)
-        merged = {json.dumps([record[field] for field in _SAME_MEASUREMENT]): record for record in [*read(path), *new]}
+        merged = {json.dumps([record[field] for field in _IDENTITY]): record for record in [*read(path), *new]}
         with atomic_write_or_refuse(path) as file:
             file.write((json.dumps(list(merged.values()), indent=2, ensure_ascii=False) + "\n").encode())
     return list(merged.values())
@@ -83,18 +83,18 @@ def add(path: str | Path, new: Sequence[dict]) -> list[dict]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process at a time: another that reads before we have written would put back the file without our records."""
+    """Hold the file's lock: a process that reads before this one has written would write back without its records."""
     with durable.refuse_unwritable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        held = durable.lock(path, os.O_RDWR | os.O_CREAT)
+        descriptor = durable.lock(path, os.O_RDWR | os.O_CREAT)
     try:
         yield
     finally:
-        os.close(held)
+        os.close(descriptor)
 
 
 def is_of_a_whole_split(record: dict) -> bool:
-    """Whether it measures a split, not a part held out of one, which is to choose by and no result to compare."""
+    """Whether it measures a whole split; a part held out of one serves to choose by, not to compare."""
     return "[" not in record["split"]
 
 
@@ -105,9 +105,9 @@ def require_writable(path: Path) -> None:
         raise UserError(f"{path}: cannot be written; give a folder that can, with space left")
 
 
-def table(shown: Sequence[dict]) -> str:
-    """The records as text, one row each, and the protocols below. What is not converged is marked."""
-    shown = [record for record in shown if not (record["name"].endswith("_converged") and record["value"] == 1)]
+def table(records: Sequence[dict]) -> str:
+    """The records as text, one row each, and the protocols below. A fit that did not converge is marked."""
+    shown = [record for record in records if not (record["name"].endswith("_converged") and record["value"] == 1)]
     if not shown:
         return "no results"
     head = ("method", "backbone", "step", "data set", "split", "result", "value")

@@ -1,4 +1,4 @@
-"""Which images a picture shows: chosen by key, evenly over the classes."""
+"""The choice of the images that a picture shows: by key, evenly over the classes."""
 
 import numpy as np
 
@@ -13,6 +13,7 @@ def evenly(labels: np.ndarray, limit: int, key: np.uint64) -> np.ndarray:
     order = permutation(key, len(labels))
     of_class = np.argsort(labels[order], kind="stable")
     classes, first = np.unique(labels[order][of_class], return_index=True)
-    turn = np.arange(len(labels)) - np.repeat(first, np.diff([*first, len(labels)]))
-    which = np.repeat(permutation(hash64(key, 1), len(classes)), np.diff([*first, len(labels)]))
-    return np.sort(order[of_class][np.lexsort((which, turn))[:limit]])
+    sizes = np.diff([*first, len(labels)])
+    round_N = np.arange(len(labels)) - np.repeat(first, sizes)
+    class_place_N = np.repeat(permutation(hash64(int(key), 1), len(classes)), sizes)
+    return np.sort(order[of_class][np.lexsort((class_place_N, round_N))[:limit]])
