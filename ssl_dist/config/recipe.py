@@ -1,6 +1,6 @@
 """The recipe of a group of views: its steps with their parameters, and the order in which they run."""
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -30,7 +30,7 @@ class RandomResizedCrop(Section):
     interpolation: Interpolation = "bilinear"
 
     @model_validator(mode="after")
-    def _ordered(self):
+    def _ordered(self) -> Self:
         _check_rising(self, "ratio")
         if self.scale[0] > self.scale[1] or self.scale[1] > 1:
             raise ValueError(f"scale: [{self.scale[0]}, {self.scale[1]}] must rise and end at 1 at most")
@@ -55,7 +55,7 @@ class Affine(Section):
     shear: Annotated[float, Field(ge=0, lt=90)] = Field(10.0, description="of the x axis, from [-s, s] degrees")
 
     @model_validator(mode="after")
-    def _ordered(self):
+    def _ordered(self) -> Self:
         _check_rising(self, "scale")
         return self
 
@@ -82,7 +82,7 @@ class GaussianBlur(Section):
     )
 
     @model_validator(mode="after")
-    def _odd(self):
+    def _odd(self) -> Self:
         _check_rising(self, "sigma")
         if self.kernel is not None and self.kernel % 2 == 0:
             raise ValueError(f"kernel: {self.kernel} has no middle; make it odd, or null for Pillow's blur")
@@ -109,7 +109,7 @@ class Erasing(Section):
     )
 
     @model_validator(mode="after")
-    def _ordered(self):
+    def _ordered(self) -> Self:
         _check_rising(self, "scale")
         _check_rising(self, "ratio")
         return self
@@ -144,7 +144,7 @@ class ViewGroup(Section):
     padded_crop: PaddedCrop | None = Field(None, description="instead of random_resized_crop")
     horizontal_flip: Probability = Field(0.0, description="probability of a left-right flip")
     quarter_turns: Annotated[list[Literal[0, 1, 2, 3]], Field(min_length=1, max_length=4)] = Field(
-        default_factory=lambda: [0], description="the view is turned counter-clockwise by one of these right angles"
+        [0], description="the view is turned counter-clockwise by one of these right angles"
     )
     affine: Affine | None = None
     color_jitter: ColorJitter | None = None
@@ -159,7 +159,7 @@ class ViewGroup(Section):
     grid_patches: GridPatches | None = None
 
     @model_validator(mode="after")
-    def _fit(self):
+    def _fit(self) -> Self:
         if self.random_resized_crop is not None and self.padded_crop is not None:
             raise ValueError("padded_crop: stands beside random_resized_crop; leave one of the two out")
         for step in get_args(OrderedStep):

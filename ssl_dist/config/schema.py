@@ -5,7 +5,7 @@ A config is flat data. Derived values are properties and are never written back.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, model_validator
@@ -51,15 +51,12 @@ class Views(Section):
     )
 
     @model_validator(mode="after")
-    def _numbers(self):
-        if len(self.groups) > 1:
-            missing = [i for i, group in enumerate(self.groups) if group.num is None]
-            if missing:
-                raise ValueError(f"groups[{missing[0]}].num: must be given when there are several groups")
-            total = sum(group.num for group in self.groups)
-        else:
-            total = self.groups[0].num
-        if None not in (total, self.num) and total != self.num:
+    def _numbers(self) -> Self:
+        nums = [group.num for group in self.groups]
+        if len(nums) > 1 and None in nums:
+            raise ValueError(f"groups[{nums.index(None)}].num: must be given when there are several groups")
+        total = sum(num or 0 for num in nums)
+        if total and self.num and total != self.num:
             raise ValueError(f"num: {self.num} differs from the sum of the groups' num, {total}; leave one of them out")
         return self
 
@@ -104,7 +101,7 @@ class Data(Section):
     )
 
     @model_validator(mode="after")
-    def _resize(self):
+    def _resize(self) -> Self:
         if self.eval_resize is not None and self.eval_resize < self.image_size:
             raise ValueError(f"eval_resize: {self.eval_resize} must be at least image_size, {self.image_size}")
         return self
@@ -157,7 +154,7 @@ class Optim(Section):
         return self.lr if self.lr_batch is None else self.lr * self.batch_size / self.lr_batch
 
     @model_validator(mode="after")
-    def _length(self):
+    def _length(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("epochs: exactly one of epochs and steps must be given; set the other to null")
         return self
@@ -201,9 +198,7 @@ class Config(Section):
     @property
     def num_views(self) -> int | None:
         """K as the config gives it; None when it leaves the number to the method."""
-        if self.views.num is not None:
-            return self.views.num
-        return sum(g.num for g in self.views.groups) if self.views.groups[0].num is not None else None
+        return self.views.num or sum(group.num or 0 for group in self.views.groups) or None
 
 
 # ------------------------------------------------------------------------------------------------- reading
@@ -232,7 +227,8 @@ def overridden(tree: dict, overrides: Sequence[str]) -> Config:
     return validate(Config, tree)
 
 
-def _assign(tree: dict, path: list[str], value: Any, override: str) -> None:
+def _assign(tree: dict | list, path: list[str], value: Any, override: str) -> None:
+    """Put `value` in its place in `tree`, below sections that are made where they are missing."""
     for i, name in enumerate(path[:-1]):
         if isinstance(tree, dict):
             if tree.get(name) is None:
@@ -250,7 +246,7 @@ def _assign(tree: dict, path: list[str], value: Any, override: str) -> None:
 
 
 def _default(path: list[str]) -> dict | list:
-    """What an override below `path` changes when the file says nothing there: a list's default, an empty section."""
+    """What an override below `path` changes where the file has nothing: a list's default, an empty section."""
     *_, (section, name) = list(sections_along(Config, path))[:-1]
     field = section.model_fields.get(name) if section else None
     default = field.get_default(call_default_factory=True) if field else None

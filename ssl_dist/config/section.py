@@ -7,20 +7,23 @@ remedy, with the nearest name for a misspelt one.
 import re
 import types
 import typing
-from typing import Annotated, Any
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ssl_dist.errors import UserError, did_you_mean
 
-LARGEST = 10**9  # of two of them the product, in bytes of float64, still is an int64
-PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
-NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
+MAX_INT = 10**9  # of two of them the product, in bytes of float64, still is an int64
+PositiveInt = Annotated[int, Field(ge=1, le=MAX_INT)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_INT)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+
+AnySection = TypeVar("AnySection", bound=BaseModel)
 
 
 class Section(BaseModel):
@@ -32,18 +35,18 @@ class Section(BaseModel):
 class _Loader(yaml.SafeLoader):
     """The safe loader; `1e-3` is a number (PyYAML follows YAML 1.1, where it is text) and no key may stand twice."""
 
-    def construct_mapping(self, node, deep=False):
-        seen = set()
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
                 line = key_node.start_mark.line + 1
                 raise UserError(f"{self.name}: line {line}: key {key!r} is not a word; keys are names such as optim")
-            if key in seen:
+            if key in keys:
                 raise UserError(
                     f"{self.name}: line {key_node.start_mark.line + 1}: key {key!r} stands twice; remove one"
                 )
-            seen.add(key)
+            keys.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -70,17 +73,18 @@ def parse_yaml(text: str, source: str) -> Any:
             loader.dispose()
 
 
-def validate(section: type[BaseModel], tree: dict, prefix: str = "") -> Any:
+def validate(section: type[AnySection], tree: dict, prefix: str = "") -> AnySection:
     """`tree` as a `section`; the first fault becomes a one-line `UserError` whose key starts with `prefix`."""
     try:
         return section.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_describe(section, error.errors(), prefix)) from None
+        raise UserError(_describe(section, error, prefix)) from None
 
 
-def _describe(section: type[BaseModel], faults: list[dict], prefix: str) -> str:
-    """The first fault in one line. Where a value may be one of several kinds, the kind that got furthest speaks."""
-    paths = [_path(section, fault) for fault in faults]
+def _describe(section: type[BaseModel], error: ValidationError, prefix: str) -> str:
+    """The first fault in one line: of a value that may be of several types, that of the type which got furthest."""
+    faults = error.errors()
+    paths = [_path(section, fault["loc"], fault["type"] == "extra_forbidden") for fault in faults]
     related = [i for i, path in enumerate(paths) if path[: len(paths[0])] == paths[0]]
     deepest = max(related, key=lambda i: len(paths[i]))
     fault, path = faults[deepest], paths[deepest]
@@ -106,10 +110,9 @@ def _show(value: Any) -> str:
     return {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
 
 
-def _path(section: type[BaseModel], fault: dict) -> list:
+def _path(section: type[BaseModel], location: Sequence[int | str], ends_unknown: bool) -> list[int | str]:
     """The keys that lead to the fault, without the alternatives of unions that pydantic puts between them."""
-    location = fault["loc"]
-    unknown = len(location) - 1 if fault["type"] == "extra_forbidden" else None  # that one is the user's word
+    unknown = len(location) - 1 if ends_unknown else None  # that one is the user's word
     return [
         part
         for i, part in enumerate(location)
@@ -117,12 +120,12 @@ def _path(section: type[BaseModel], fault: dict) -> list:
     ]
 
 
-def _is_union_tag(part: Any) -> bool:
+def _is_union_tag(part: int | str) -> bool:
     """pydantic names the alternative of a union in the location, for example 'ClassSubset' or 'literal[...]'."""
     return isinstance(part, str) and (not part.isidentifier() or part[:1].isupper() or part in ("str", "int", "float"))
 
 
-def sections_along(section: type[BaseModel], path: list) -> typing.Iterator[tuple[type[BaseModel] | None, str]]:
+def sections_along(section: type[BaseModel], path: Sequence[int | str]) -> Iterator[tuple[type[BaseModel] | None, str]]:
     """The sections passed on the way down `path`, each with the name looked up in it."""
     current: type[BaseModel] | None = section
     for part in path:
@@ -143,18 +146,19 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _names_at(section: type[BaseModel], path: list) -> list[str]:
+def _names_at(section: type[BaseModel], path: Sequence[int | str]) -> list[str]:
     *_, (current, _) = sections_along(section, path)
     return list(current.model_fields) if current else []
 
 
-def _meaning(section: type[BaseModel], path: list) -> str:
-    found = ""
+def _meaning(section: type[BaseModel], path: Sequence[int | str]) -> str:
+    """The description of the key at `path`, or of the nearest one above it that has one; empty without any."""
+    description = ""
     for current, name in sections_along(section, path):
         field = current.model_fields.get(name) if current and name else None
         if field is not None:
-            found = field.description or ""
-    return found
+            description = field.description or ""
+    return description
 
 
 def to_tree(config: Section) -> dict:

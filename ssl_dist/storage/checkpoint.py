@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import sys
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,7 +16,7 @@ from ssl_dist import __version__
 from ssl_dist.errors import UserError
 from ssl_dist.storage import durable
 from ssl_dist.storage.durable import write_text
-from ssl_dist.storage.weights import OF_DAMAGED_FILES
+from ssl_dist.storage.weights import DAMAGED_FILE_ERRORS
 
 FORMAT = 1
 KEYS = ("format", "step", "config", "method", "optimizer", "world_size", "versions", "normalize", "info", "data")
@@ -28,9 +29,9 @@ def path_of(run: Path, step: int) -> Path:
 
 def step_of(name: str) -> int:
     """The step of a checkpoint of that file name."""
-    found = _NAME.fullmatch(name)
-    assert found, name
-    return int(found[1])
+    match = _NAME.fullmatch(name)
+    assert match, name
+    return int(match[1])
 
 
 def versions() -> dict[str, str]:
@@ -44,7 +45,7 @@ def versions() -> dict[str, str]:
 
 
 def save(run: Path, state: dict[str, Any]) -> Path:
-    """Write `state` as the checkpoint of its step; whatever happens meanwhile, older checkpoints stay whole.
+    """Write `state` as the checkpoint of its step; older checkpoints stay whole, whenever the process is killed.
 
     The checksum is put in place before the file it belongs to, so that no instant shows a checkpoint without one. Where
     the step has a file already, the checksums of both are there until the old file is replaced. Raises OSError (a full
@@ -67,7 +68,7 @@ def _write(state: dict[str, Any], file: BinaryIO) -> str:
     """Returns the SHA-256 of what was written."""
     sink = _Sink(file)
     try:
-        torch.save(state, sink)
+        torch.save(state, sink)  # type: ignore[arg-type]  # of a file it calls write and flush alone
     except RuntimeError:  # torch reports a failed write as one, without its errno
         if sink.error is None:
             raise
@@ -104,7 +105,7 @@ def _put_checksums(path: Path, digests: list[str]) -> None:
 
 
 def _checksums(path: Path) -> list[str] | None:
-    """The SHA-256 of the file at `path`, as told beside it (two while one is replaced by the other). None: not told."""
+    """The SHA-256 recorded beside the file at `path` (two while one replaces the other); None: there is no record."""
     try:
         text = _checksum_path(path).read_text(encoding="ascii", errors="replace")
     except FileNotFoundError:
@@ -113,7 +114,7 @@ def _checksums(path: Path) -> list[str] | None:
 
 
 def steps(run: Path) -> list[int]:
-    """Steps of the checkpoints that lie in the run's folder, rising; nothing is said of their health."""
+    """Steps of the checkpoints in the run's folder, rising, valid or damaged."""
     folder = run / "checkpoints"
     if not folder.is_dir():
         return []
@@ -126,7 +127,7 @@ def prune(run: Path, keep: int, keep_every: int | None, step: int) -> None:
     step: the one just saved. Later ones were passed over as damaged when the run resumed; they are set aside, so that
     they do not count as newest. A checkpoint goes before its checksum: a checksum alone is no damaged checkpoint.
     """
-    for later in [found for found in steps(run) if found > step]:
+    for later in [other for other in steps(run) if other > step]:
         path = path_of(run, later)
         path.rename(path.with_name(path.name + ".damaged"))
         _checksum_path(path).unlink(missing_ok=True)
@@ -152,31 +153,31 @@ def newest(run: Path) -> Path | None:
     Raises `UserError` when there are checkpoints and every one of them is damaged: starting again from nothing would
     throw away a training without a word.
     """
-    found = newest_digest(run)
-    return None if found is None else found[0]
+    checkpoint = newest_digest(run)
+    return None if checkpoint is None else checkpoint[0]
 
 
 def newest_digest(run: Path) -> tuple[Path, str] | None:
     """Path and SHA-256 of `newest`."""
-    found = _open_newest(run)
-    if found is None:
+    checkpoint = _open_newest(run)
+    if checkpoint is None:
         return None
-    path, file, digest = found
+    path, file, digest = checkpoint
     file.close()
     return path, digest
 
 
 def load_newest(run: Path) -> tuple[Path, dict[str, Any], str] | None:
-    """Path, state and SHA-256 of `newest`: all of one file, whatever a training saves and prunes meanwhile."""
-    found = _open_newest(run)
-    if found is None:
+    """Path, state and SHA-256 of `newest`: all of one file, even while a training saves and prunes."""
+    checkpoint = _open_newest(run)
+    if checkpoint is None:
         return None
-    path, file, digest = found
+    path, file, digest = checkpoint
     with file:
         return path, _load(path, file), digest
 
 
-def _open_newest(run: Path) -> tuple[Path, BinaryIO, str] | None:
+def _open_newest(run: Path) -> tuple[Path, BufferedReader, str] | None:
     """`newest`, opened, with its SHA-256."""
     faults: dict[Path, str] = {}
     for path in [path_of(run, step) for step in reversed(steps(run))]:
@@ -187,37 +188,36 @@ def _open_newest(run: Path) -> tuple[Path, BinaryIO, str] | None:
         else:
             digest, fault = _examine(path, file)
             if not fault:
-                break
+                for damaged, reason in faults.items():
+                    warning = f"WARNING: {damaged}: {reason}; passing over it to the one before"
+                    print(warning, file=sys.stderr, flush=True)
+                return path, file, digest
             is_there = durable.is_at(path, file.fileno())
             file.close()
         if not is_there:  # a training has just pruned or replaced it, which is no fault: there is a newer one
             return _open_newest(run)
         faults[path] = fault
-    else:
-        if not faults:
-            return None
-        path, fault = next(iter(faults.items()))
-        raise UserError(
-            f"{path.parent}: all {len(faults)} checkpoints are damaged (the newest, {path.name}: {fault}); "
-            "restore one, or remove the folder to begin anew"
-        )
-    for damaged, fault in faults.items():
-        print(f"WARNING: {damaged}: {fault}; passing over it to the one before", file=sys.stderr, flush=True)
-    return path, file, digest
+    if not faults:
+        return None
+    path, fault = next(iter(faults.items()))
+    raise UserError(
+        f"{path.parent}: all {len(faults)} checkpoints are damaged (the newest, {path.name}: {fault}); "
+        "restore one, or remove the folder to begin anew"
+    )
 
 
-def _examine(path: Path, file: BinaryIO) -> tuple[str, str]:
+def _examine(path: Path, file: BufferedReader) -> tuple[str, str]:
     """The SHA-256 of the open file, and what is wrong with it in words (empty: nothing)."""
     try:
-        told = _checksums(path)
+        recorded = _checksums(path)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         return "", f"cannot be read: {error}"
-    if told is None:
+    if recorded is None:
         return digest, "has no checksum beside it"
-    if not told:
+    if not recorded:
         return digest, "its checksum file is damaged"
-    return digest, "" if digest in told else "its SHA-256 differs from the one beside it (damaged)"
+    return digest, "" if digest in recorded else "its SHA-256 differs from the one beside it (damaged)"
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -243,7 +243,7 @@ def load_run(path: Path) -> tuple[Path, dict[str, Any], str]:
     return newest
 
 
-def _opened(path: Path) -> BinaryIO:
+def _opened(path: Path) -> BufferedReader:
     try:
         return open(path, "rb")
     except FileNotFoundError:
@@ -258,7 +258,7 @@ def _load(path: Path, file: BinaryIO) -> dict[str, Any]:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # torch's text advises to run whatever the file holds
         raise UserError(f"checkpoint {path}: not a checkpoint: it holds more than tensors and plain values") from None
-    except (*OF_DAMAGED_FILES, OSError) as error:
+    except (*DAMAGED_FILE_ERRORS, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint {path}: not a readable checkpoint: {reason}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT or set(KEYS) - set(state):

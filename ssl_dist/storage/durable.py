@@ -1,4 +1,4 @@
-"""Files put in place whole or not at all, whatever instant a process is killed at; what a killed one leaves behind."""
+"""Files written whole or not at all, whenever the process is killed; locks; removal of what killed ones leave."""
 
 import errno
 import fcntl
@@ -86,13 +86,13 @@ def remove_dead(folder: Path) -> None:
     for name in filter(_TEMPORARY.fullmatch, os.listdir(folder)):
         path = folder / name
         try:
-            held = lock(path, os.O_WRONLY, wait=False)
+            descriptor = lock(path, os.O_WRONLY, wait=False)
         except (BlockingIOError, FileNotFoundError, PermissionError):
             continue  # its writer lives, has just finished, or is another user, who may remove it
         try:
             path.unlink(missing_ok=True)
         finally:
-            os.close(held)
+            os.close(descriptor)
 
 
 def lock(path: Path, flags: int, *, wait: bool = True) -> int:

@@ -24,7 +24,7 @@ from ssl_dist.storage import durable
 METADATA = ("classes", "dataset", "split", "data", "transform", "checkpoint", "step", "layer", "method", "backbone")
 _SAME_IN_A_PAIR = ("checkpoint", "layer", "dataset", "transform")
 _DTYPES = {"labels": ("I64", "<i8"), "image_ids": ("I64", "<i8"), "features": ("F32", "<f4")}
-_LONGEST_HEADER = 100_000_000  # the format's own limit
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _CHUNK_BYTES = 16 * 2**20
 
 
@@ -34,7 +34,7 @@ class Features:
     labels int64 [N] (-1 = unknown), image_ids int64 [N] (0 .. N-1 in a file, fewer in a `subset`), metadata: the names
     in `METADATA`. `source` is what errors call it."""
 
-    features: "np.ndarray | _Chosen"
+    features: "np.ndarray | _SelectedRows"
     labels: np.ndarray
     image_ids: np.ndarray
     metadata: dict[str, str]
@@ -67,8 +67,8 @@ class Features:
         in memory, until they are asked for. `split`: the name that the part goes by, where it has one of its own."""
         metadata = self.metadata if split is None else self.metadata | {"split": split}
         source = self.source if split is None else f"{self.source} ({split})"
-        chosen = _Chosen(self.features, np.asarray(rows, np.int64))
-        return Features(chosen, self.labels[rows], self.image_ids[rows], metadata, source, self._mapping)
+        selected = _SelectedRows(self.features, np.asarray(rows, np.int64))
+        return Features(selected, self.labels[rows], self.image_ids[rows], metadata, source, self._mapping)
 
     def _copied(self, which: slice | np.ndarray) -> np.ndarray:
         rows = np.asarray(self.features[which], dtype=np.float32)
@@ -82,10 +82,10 @@ class Features:
 
 
 @dataclass(frozen=True)
-class _Chosen:
-    """Rows of an array that are gathered when they are asked for, by a number, a slice or an array of numbers."""
+class _SelectedRows:
+    """Rows of an array, copied when they are indexed by a number, a slice or an array of numbers."""
 
-    array: "np.ndarray | _Chosen"
+    array: "np.ndarray | _SelectedRows"
     numbers: np.ndarray
 
     @property
@@ -180,15 +180,15 @@ def read_features(path: str | Path) -> Features:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; `ssl-dist extract` writes it") from None
     metadata = header.pop("__metadata__", {})
-    places = {name: _place(header.get(name), name, path) for name in _DTYPES}
-    size_told = start + max(end for _, _, end in places.values())
-    if size != size_told:
-        raise UserError(f"{path}: {size} bytes where {size_told} were written: truncated or damaged; extract again")
-    fault = _fault({name: (np.dtype(_DTYPES[name][1]), place[0]) for name, place in places.items()}, metadata)
+    layouts = {name: _layout(header.get(name), name, path) for name in _DTYPES}
+    expected = start + max(end for _, _, end in layouts.values())
+    if size != expected:
+        raise UserError(f"{path}: {size} bytes where {expected} were written: truncated or damaged; extract again")
+    fault = _fault({name: (np.dtype(_DTYPES[name][1]), shape) for name, (shape, _, _) in layouts.items()}, metadata)
     if not fault:
         arrays = {
             name: np.ndarray(shape, _DTYPES[name][1], buffer=mapping, offset=start + first)
-            for name, (shape, first, _) in places.items()
+            for name, (shape, first, _) in layouts.items()
         }
         labels, image_ids = arrays["labels"].astype(np.int64), arrays["image_ids"].astype(np.int64)
         fault = _fault_in_ids(image_ids) or _fault_in_labels(labels, json.loads(metadata["classes"]))
@@ -200,7 +200,7 @@ def read_features(path: str | Path) -> Features:
 def _read_header(file: BinaryIO, path: Path) -> tuple[dict, int]:
     """The JSON header and the byte at which the tensors start."""
     length = int.from_bytes(file.read(8), "little")
-    text = file.read(length) if 2 <= length <= _LONGEST_HEADER else b""
+    text = file.read(length) if 2 <= length <= _MAX_HEADER_BYTES else b""
     try:
         header = json.loads(text) if len(text) == length else None
     except ValueError:
@@ -210,23 +210,24 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[dict, int]:
     return header, 8 + length
 
 
-def _place(entry: object, name: str, path: Path) -> tuple[tuple[int, ...], int, int]:
+def _layout(entry: object, name: str, path: Path) -> tuple[tuple[int, ...], int, int]:
     """Shape, first byte and end of one tensor of the header."""
     code, dtype = _DTYPES[name]
-    found = entry.get("dtype") if isinstance(entry, dict) else "missing"
-    if found != code:
+    fields = entry if isinstance(entry, dict) else {"dtype": "missing"}
+    if fields.get("dtype") != code:
         raise UserError(
-            f"{path}: not a features file: tensor {name} is {found}, not {code}; `ssl-dist extract` writes one"
+            f"{path}: not a features file: tensor {name} is {fields.get('dtype')}, not {code}; "
+            "`ssl-dist extract` writes one"
         )
-    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    shape, offsets = fields.get("shape"), fields.get("data_offsets")
     if isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2:
-        whole = all(isinstance(n, int) and n >= 0 for n in shape + offsets)
-        if whole and offsets[1] - offsets[0] == math.prod(shape) * np.dtype(dtype).itemsize:
+        are_sizes = all(isinstance(n, int) and n >= 0 for n in shape + offsets)
+        if are_sizes and offsets[1] - offsets[0] == math.prod(shape) * np.dtype(dtype).itemsize:
             return tuple(shape), *offsets
     raise UserError(f"{path}: damaged header: tensor {name} does not fill its place; extract again")
 
 
-# -------------------------------------------------------------------------------------------------- what holds
+# -------------------------------------------------------------------------------------------------- checks
 
 
 def _fault(arrays: dict[str, tuple[np.dtype, tuple[int, ...]]], metadata: dict[str, str]) -> str:

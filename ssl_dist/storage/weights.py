@@ -1,8 +1,8 @@
 """Weights of others: files of the official codes, torchvision and timm, read without running any code from them.
 
 A file is a state_dict, or a dictionary that holds one (`CONTAINERS`). The backbone's tensors lie in it under a prefix
-(`PREFIXES`), by the names of the program that wrote it (`NAMINGS`). All combinations are tried, so nobody need say
-which program it was.
+(`PREFIXES`), by the names of the program that wrote it (`NAMINGS`). All combinations are tried, so the program need not
+be named.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ CONTAINERS = {
 # encoder with its head.
 PREFIXES = ("", "backbone.", "target_encoder.0.", "0.")
 
-KNOWN = (
+KNOWN_FORMATS = (
     "a state_dict of torchvision, timm, SFRIK, VICReg, SeLa or ReLIC, or a dictionary with one under "
     "backbone (relational reasoning), state_dict (SeLa) or model (SFRIK, VICReg)"
 )
@@ -78,45 +78,44 @@ def fit(backbone: nn.Module, name: str, path: Path) -> Weights:
     """
     tree, sha256 = read(path)
     own = backbone.state_dict()
-    container, found = _state_dict(path, tree)
-    hits, best = -1, None
+    container, stored = _state_dict(path, tree)
+    matches, layout, theirs = -1, "", dict[str, str]()  # of the combination with the most tensors in the file
     for prefix in PREFIXES:
         for title, naming in NAMINGS:
-            theirs = {tensor: prefix + renamed(tensor, naming) for tensor in own}
-            count = sum(tensor in found for tensor in theirs.values())
-            if count > hits:
-                hits, best = count, (f"{container}, {title}", theirs)
-    words, theirs = best
-    if hits == 0:
-        seen = ", ".join(list(found)[:4])
-        raise UserError(f"{path}: holds no tensor of backbone {name}; it holds {seen}, ...; known are {KNOWN}")
+            names = {tensor: prefix + renamed(tensor, naming) for tensor in own}
+            count = sum(tensor in stored for tensor in names.values())
+            if count > matches:
+                matches, layout, theirs = count, f"{container}, {title}", names
+    if matches == 0:
+        first = ", ".join(list(stored)[:4])
+        raise UserError(f"{path}: holds no tensor of backbone {name}; it holds {first}, ...; known are {KNOWN_FORMATS}")
     tensors = {}
-    for tensor, wanted in own.items():
-        if theirs[tensor] in found:
-            tensors[tensor] = found[theirs[tensor]]
+    for tensor, expected in own.items():
+        if theirs[tensor] in stored:
+            tensors[tensor] = stored[theirs[tensor]]
         elif tensor.endswith(".num_batches_tracked"):
             tensors[tensor] = torch.zeros((), dtype=torch.int64)
         else:
-            missing = sum(one not in found for one in theirs.values() if not one.endswith("num_batches_tracked"))
+            missing = sum(key not in stored for key in theirs.values() if not key.endswith("num_batches_tracked"))
             raise UserError(
                 f"{path}: lacks {theirs[tensor]} of backbone {name} ({missing} of its {len(own)} tensors are missing; "
-                f"read as: {words}); give the backbone.name that the file was trained with"
+                f"read as: {layout}); give the backbone.name that the file was trained with"
             )
-        if tensors[tensor].shape != wanted.shape:
+        if tensors[tensor].shape != expected.shape:
             raise UserError(
                 f"{path}: {theirs[tensor]} has shape {list(tensors[tensor].shape)}, in backbone {name} "
-                f"{list(wanted.shape)}; give the backbone.name that the file was trained with"
+                f"{list(expected.shape)}; give the backbone.name that the file was trained with"
             )
-        _check(path, theirs[tensor], tensors[tensor], wanted)
-    return Weights(path, words, tensors, sorted(found.keys() - theirs.values()), sha256)
+        _check(path, theirs[tensor], tensors[tensor], expected)
+    return Weights(path, layout, tensors, sorted(stored.keys() - theirs.values()), sha256)
 
 
-def _check(path: Path, name: str, tensor: Tensor, wanted: Tensor) -> None:
-    """Raises `UserError` for a tensor whose values cannot be taken over, or should not."""
+def _check(path: Path, name: str, tensor: Tensor, own: Tensor) -> None:
+    """Raises `UserError` for a tensor whose values cannot be loaded into the backbone's `own`, or should not."""
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         kind = "meta" if tensor.is_meta else "quantized" if tensor.is_quantized else tensor.layout
         fault = f"is no dense tensor with values ({kind})"
-    elif wanted.is_floating_point() and not tensor.is_floating_point():
+    elif own.is_floating_point() and not tensor.is_floating_point():
         fault = f"is of {tensor.dtype}, not of floating point"
     elif not torch.isfinite(tensor).all():
         fault = "holds values that are not finite"
@@ -149,18 +148,18 @@ def read(path: Path) -> tuple[Any, str]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"the object {named[1]}" if named else "something else than tensors and plain values"
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"the object {match[1]}" if match else "something else than tensors and plain values"
         raise UserError(
             f"{path}: not read, for it holds {what}, which could run code; save its state_dict alone where you trust it"
         ) from None
-    except OF_DAMAGED_FILES as error:
+    except DAMAGED_FILE_ERRORS as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: no weights that torch or safetensors can read: {reason}") from None
 
 
 # What torch and safetensors raise over bytes that are not theirs.
-OF_DAMAGED_FILES = (
+DAMAGED_FILE_ERRORS = (
     SafetensorError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
     struct.error,
 )  # fmt: skip
@@ -177,7 +176,7 @@ def _state_dict(path: Path, tree: Any) -> tuple[str, dict[str, Tensor]]:
     if _is_state_dict(tree):
         return "a state_dict", _unwrapped(tree)
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: holds a {type(tree).__name__}; known are {KNOWN}")
+        raise UserError(f"{path}: holds a {type(tree).__name__}; known are {KNOWN_FORMATS}")
     keys = ", ".join(map(str, list(tree)[:8]))
     if {"format", "method", "config"} <= set(tree):
         raise UserError(
@@ -187,7 +186,7 @@ def _state_dict(path: Path, tree: Any) -> tuple[str, dict[str, Tensor]]:
     for key, words in CONTAINERS.items():
         if _is_state_dict(tree.get(key)):
             return f"a dictionary of {keys} ({words})", _unwrapped(tree[key])
-    raise UserError(f"{path}: an unknown dictionary of {keys}; known are {KNOWN}")
+    raise UserError(f"{path}: an unknown dictionary of {keys}; known are {KNOWN_FORMATS}")
 
 
 def _is_state_dict(tree: Any) -> bool:
