@@ -26,7 +26,7 @@ from ssl_dist.data.catalog import CATALOG, Entry, facts
 from ssl_dist.data.manifest import Encoding, Manifest, SplitFacts
 from ssl_dist.distributed.rank import available_cores
 from ssl_dist.errors import UserError, did_you_mean
-from ssl_dist.progress import Counter
+from ssl_dist.progress import Progress
 from ssl_dist.storage.durable import refuse_unwritable
 
 JPEG_QUALITY = 95
@@ -155,7 +155,7 @@ def _still_good(path: Path, said: SplitFacts, images: Images, quiet: bool) -> bo
     if not np.array_equal(beton.labels, images.labels):
         return False
     digest = Digest()
-    with Counter(f"{path.stem}: verifying", beton.count, "image", quiet) as counter:
+    with Progress(f"{path.stem}: verifying", beton.count, "image", quiet) as counter:
         for sample in beton.samples():
             digest.add(*sample)
             counter.update(1)
@@ -169,7 +169,7 @@ def _write(path: Path, images: Images, encoding: Encoding, workers: int, quiet: 
     count = len(images.names)
     with (
         Writer(path, count, page_size(encoding)) as writer,
-        Counter(f"{path.stem}: converting", count, "image", quiet) as counter,
+        Progress(f"{path.stem}: converting", count, "image", quiet) as counter,
         contextlib.closing(_encoded(images, encoding, workers)) as samples,
     ):
         for label, sample in zip(images.labels, samples, strict=True):

@@ -19,7 +19,7 @@ from ssl_dist.data.readers import Dataset
 from ssl_dist.distributed.world import World
 from ssl_dist.errors import RaisedOn, UserError
 from ssl_dist.methods.base import Info, SSLMethod
-from ssl_dist.progress import Counter
+from ssl_dist.progress import Progress
 from ssl_dist.run import blueprint
 from ssl_dist.storage import checkpoint, durable, weights
 from ssl_dist.storage.features import read_features, write_features
@@ -129,13 +129,13 @@ def extract_features(encoder: Encoder, dataset: Dataset, split: str, folder: Pat
         low, high = world.share(info.count)
         title = f"features {dataset.name} {split}"
         with (
-            Counter(title, high - low, "image", quiet=not world.is_rank0) as counter,
+            Progress(title, high - low, "image", quiet=not world.is_rank0) as progress,
             world.state.phase_of(f"the extraction of {split}", STUCK),
         ):
             ids = np.arange(low, high, dtype=np.int64)
             module = encoder.module.to(world.device, memory_format=torch.channels_last)
             to_input = normalized(encoder.normalize, torch.float32, world.device)
-            rows = list(outputs(module, to_input, encoder.config.data, reader, ids, world, threads, counter))
+            rows = list(outputs(module, to_input, encoder.config.data, reader, ids, world, threads, progress))
         part = np.concatenate(rows) if rows else np.empty((0, 0), np.float32)
         labels = reader.labels(np.arange(info.count, dtype=np.int64)) if world.is_rank0 else None
     metadata = {
@@ -188,7 +188,7 @@ def outputs(
     ids: np.ndarray,
     world: World,
     threads: int,
-    counter: Counter,
+    progress: Progress,
 ) -> Iterator[np.ndarray]:
     """What `module`, in evaluation mode on the world's device, makes of the images `ids` under the test transform of
     `data`: float32 [n, D], batch by batch. to_input: uint8 images to the module's input."""
@@ -211,7 +211,7 @@ def outputs(
             )
             found = module(to_input(torch.from_numpy(images).to(world.device)))
             yield found.flatten(1).float().cpu().numpy()
-            counter.update(len(decoded_ids))
+            progress.update(len(decoded_ids))
             world.state.step += 1
 
 

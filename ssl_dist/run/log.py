@@ -22,14 +22,14 @@ class RunLog:
         cut_after(self._metrics_path, clock.step)
         self._metrics = open(self._metrics_path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
         self._board = SummaryWriter(run / "tensorboard", purge_step=clock.step + 1)
-        self._bar = Progress(title, clock)
+        self._bar = Progress(title, clock.total_steps, "step", done=clock.step)
         self._since = (clock.step, time.perf_counter())
         self._waited = 0.0
 
-    def __enter__(self):
+    def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self._bar.close()
         self._metrics.close()
         self._board.close()
@@ -39,7 +39,8 @@ class RunLog:
         self._waited += seconds
 
     def after_step(self, clock: Clock) -> None:
-        self._bar.update(clock)
+        epochs = f"epoch {clock.epochs_done:.1f}/{clock.total_epochs:g}"
+        self._bar.update(1, f"step {clock.step}/{clock.total_steps}, {epochs}")
 
     def write(self, clock: Clock, metrics: dict[str, float], histograms: dict[str, torch.Tensor]) -> None:
         """One line of metrics.jsonl and the same numbers in TensorBoard, with the speed since the last line."""
@@ -63,7 +64,8 @@ class RunLog:
             self._board.add_scalar(f"speed/{name}", value, clock.step)
         for name, values in histograms.items():
             self._board.add_histogram(name, values, clock.step)
-        self._bar.describe(metrics, speed)
+        shown = {name: metrics[name] for name in ("loss", "accuracy") if name in metrics}
+        self._bar.describe(shown | {"images/s": speed["images_per_s"], "views/s": speed["views_per_s"]})
 
     def measured(self, clock: Clock, values: dict[str, float], seconds: float) -> None:
         """Log what was measured between two steps; the time that it took is not the training's."""

@@ -15,7 +15,7 @@ from ssl_dist.data.plan import held_out, limited
 from ssl_dist.distributed.world import World
 from ssl_dist.errors import UserError
 from ssl_dist.kernels.neighbours import neighbours, votes
-from ssl_dist.progress import Counter
+from ssl_dist.progress import Progress
 from ssl_dist.results.accuracy import target_rank
 from ssl_dist.run.blueprint import RunPlan
 from ssl_dist.run.encoder import STUCK, outputs
@@ -59,10 +59,10 @@ class OnlineKNN:
         with (
             world.state.phase_of("the online kNN", STUCK),
             self.plan.dataset.open(self.split, self.plan.threads) as reader,
-            Counter("online kNN", len(own), "image", quiet=True) as counter,
+            Progress("online kNN", len(own), "image", quiet=True) as progress,
         ):
             data, threads = self.plan.config.data, self.plan.threads
-            rows = list(outputs(encoder, to_input, data, reader, own, world, threads, counter))
+            rows = list(outputs(encoder, to_input, data, reader, own, world, threads, progress))
             features_ND = self._joined(np.concatenate(rows), low)
             found = world.on_rank0(lambda: self._voted(features_ND))
         world.state.step = step  # an extraction counts its batches there

@@ -12,7 +12,7 @@ from ssl_dist.distributed.world import World
 from ssl_dist.keys import DROPOUT, RELABEL, hash64, row_keys
 from ssl_dist.methods.base import Rows, at_least_float32
 from ssl_dist.nn.layers import keyed_rows
-from ssl_dist.progress import Counter
+from ssl_dist.progress import Progress
 from ssl_dist.run.blueprint import RunPlan
 
 BATCH = 256  # images of a rank's pass in evaluation mode, where its size changes nothing
@@ -47,7 +47,7 @@ def outputs(
         world.state.phase_of(PHASE, STUCK),
         plan.open_reader() as reader,
         ThreadPoolExecutor(plan.threads, "view") as pool,
-        Counter(title, len(positions), "image", quiet) as counter,
+        Progress(title, len(positions), "image", quiet) as progress,
         torch.no_grad(),
     ):
         for pixels, heights, widths, ids in reader.batches(order.train_ids[low:high] for low, high in ranges):
@@ -77,7 +77,7 @@ def outputs(
             values[done : done + len(found)] = found
             done += len(found)
             world.state.phase = f"{PHASE}, of image {done}"  # another name: the time limit is that of a batch
-            counter.update(len(found))
+            progress.update(len(found))
     network.train(mode)
     with world.state.phase_of(f"{PHASE}, of the other ranks", STUCK):
         world.barrier()  # one that reads from a slower disk may be far behind

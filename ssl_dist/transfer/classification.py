@@ -11,7 +11,7 @@ from ssl_dist.data.readers import Dataset
 from ssl_dist.distributed.world import World
 from ssl_dist.errors import UserError
 from ssl_dist.methods.base import SSLMethod
-from ssl_dist.progress import Counter
+from ssl_dist.progress import Progress
 from ssl_dist.results import confusion
 from ssl_dist.results.accuracy import target_rank
 from ssl_dist.results.figures import add_picture
@@ -91,7 +91,7 @@ def classify(
         among_five_H = torch.zeros(len(names), dtype=torch.int64)
         done = low
         with (
-            Counter(f"classify {source.name} {split}", high - low, "image", quiet=not world.is_rank0) as counter,
+            Progress(f"classify {source.name} {split}", high - low, "image", quiet=not world.is_rank0) as counter,
             world.state.phase_of(f"the classification of {split}", STUCK),
         ):
             module = _Scores(method).to(world.device, memory_format=torch.channels_last)

@@ -24,7 +24,7 @@ from torchvision.transforms.functional import center_crop, resize
 
 from ssl_dist.config import PositiveFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
-from ssl_dist.progress import Counter
+from ssl_dist.progress import Progress
 from ssl_dist.storage.features import Features, read_features, write_features
 from ssl_dist.voc.data import CLASSES, Sample, Split
 from ssl_dist.voc.loop import ahead
@@ -92,7 +92,7 @@ def features_of(
     network = Extractor(pretrained, options.layer).to(device)
     to_input = _input(pretrained, options)
     rows = []
-    with Counter(f"features {split.title}", len(split), "image") as counter, torch.inference_mode():
+    with Progress(f"features {split.title}", len(split), "image") as counter, torch.inference_mode():
         for images in ahead(pool, to_input, ((sample,) for sample in split.samples), BATCH):
             rows.append(network(torch.stack(images).to(device)).cpu().numpy())
             counter.update(len(images))
@@ -186,7 +186,7 @@ def evaluate(
 
     # Beside a fold LIBLINEAR keeps its own form of it, twice as large.
     threads = max(1, min(workers, len(there), MEMORY // (3 * train_rows.nbytes)))
-    with ThreadPoolExecutor(threads, "svm") as pool, Counter("classification", len(there), "SVM") as bar:
+    with ThreadPoolExecutor(threads, "svm") as pool, Progress("classification", len(there), "SVM") as bar:
         rows = []
         for row in pool.map(one, there):
             rows.append(row)

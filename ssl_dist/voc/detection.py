@@ -24,7 +24,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from ssl_dist.config import NonNegativeInt, PositiveFloat, PositiveInt, Probability
 from ssl_dist.errors import UserError
 from ssl_dist.keys import TRANSFER, VIEWS, hash64, uniforms
-from ssl_dist.progress import Counter
+from ssl_dist.progress import Progress
 from ssl_dist.voc import pictures
 from ssl_dist.voc.data import CLASSES, Sample, Split
 from ssl_dist.voc.loop import Task, ahead, seed_new_layers
@@ -143,7 +143,7 @@ def evaluate(model: FasterRCNN, test: Split, device: torch.device, pool) -> tupl
     def load(index: int) -> tuple[int, Image.Image]:
         return index, test.samples[index].image()
 
-    with Counter(f"detection {test.title}", len(test), "image") as counter, torch.inference_mode():
+    with Progress(f"detection {test.title}", len(test), "image") as counter, torch.inference_mode():
         for [(index, image)] in ahead(pool, load, ((i,) for i in range(len(test))), 1):
             (output,) = model([to_tensor(image).to(device)])
             boxes, labels, scores = (output[name].cpu().numpy() for name in ("boxes", "labels", "scores"))

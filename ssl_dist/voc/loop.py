@@ -24,7 +24,7 @@ from ssl_dist.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from ssl_dist.distributed.signals import STOPPED, StopRequest
 from ssl_dist.errors import Fault, UserError
 from ssl_dist.keys import INIT, METHOD, ORDER, TRANSFER, hash64, permutation
-from ssl_dist.progress import Counter
+from ssl_dist.progress import Progress
 from ssl_dist.run.folder import flat
 from ssl_dist.run.log import RunLog
 from ssl_dist.storage import checkpoint, durable
@@ -154,7 +154,7 @@ def renew_statistics(task: Task, options: TrainingOptions, steps: int, workers: 
     with (
         torch.no_grad(),
         ThreadPoolExecutor(workers, "image") as pool,
-        Counter("statistics of BatchNorm", steps, "step") as counter,
+        Progress("statistics of BatchNorm", steps, "step") as counter,
     ):
         for step, items in enumerate(
             ahead(pool, task.load, _plan(clock, task.num_images, options), options.batch_size), clock.step

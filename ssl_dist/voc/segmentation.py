@@ -22,7 +22,7 @@ from ssl_dist.backbones.base import Backbone
 from ssl_dist.config import Normalize, PositiveFloat, PositiveInt, Probability
 from ssl_dist.errors import UserError
 from ssl_dist.keys import TRANSFER, VIEWS, hash64, uniforms
-from ssl_dist.progress import Counter
+from ssl_dist.progress import Progress
 from ssl_dist.voc import pictures
 from ssl_dist.voc.data import CLASSES, VOID, Sample, Split
 from ssl_dist.voc.loop import Task, ahead, seed_new_layers
@@ -142,7 +142,7 @@ def evaluate(
         image = test.samples[index].image()
         return index, image, np.array(test.samples[index].mask(image.size))
 
-    with Counter(f"segmentation {test.title}", len(test), "image") as counter, torch.inference_mode():
+    with Progress(f"segmentation {test.title}", len(test), "image") as counter, torch.inference_mode():
         for [(index, image, mask)] in ahead(pool, load, ((i,) for i in range(len(test))), 1):
             pixels = normalized(image, normalize)[None].to(device)
             predicted = model(pixels)["out"][0].argmax(0).cpu().numpy()

@@ -1,0 +1,29 @@
+"""Progress without a terminal: a line every ten seconds and one at the end."""
+
+import time
+
+from ssl_dist.progress import Progress
+
+
+def lines_of(monkeypatch, capsys, *arguments, status=None, **options):
+    """What is printed of units that take 4 s each."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    with Progress(*arguments, **options) as progress:
+        progress.describe({"loss": 1 / 3})
+        for _ in range(progress.total - options.get("done", 0)):
+            now[0] += 4
+            progress.update(1, status)
+    return capsys.readouterr().err.splitlines()
+
+
+def test_plain_lines(monkeypatch, capsys):
+    assert lines_of(monkeypatch, capsys, "test", 4, "image") == [
+        "test: 3/4, 0.25 images/s, 0:04 left, loss 0.3333",
+        "test: 4/4, 0.25 images/s, 0:00 left, loss 0.3333",
+    ]
+    assert lines_of(monkeypatch, capsys, "sela", 904, "step", done=900, status="step 9") == [
+        "sela: step 9, 0:04 left, loss 0.3333",
+        "sela: step 9, 0:00 left, loss 0.3333",
+    ], "the rate is that of this start"
+    assert lines_of(monkeypatch, capsys, "test", 4, "image", quiet=True) == []
