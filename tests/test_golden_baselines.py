@@ -43,6 +43,9 @@ PAIRS = [("sfrik", f"two/{name}", "two/") for name in found(r"two/(simclr_t[\d.]
     ("ffcvssl", name, "") for name in found(r"(simclr_t[\d.]+)/", FILES["ffcvssl"])
 ]
 
+# Two arrays do not say which of the temperatures beside them they were made with: the one that fits best.
+KNOWN = [float(name.rpartition("t")[2]) for file, name, _ in PAIRS if file == "sfrik"]
+
 
 def array(key, fixture=GOLDEN, dtype=None):
     tensor = torch.from_numpy(np.asarray(fixture[key]))
@@ -179,14 +182,19 @@ def test_candidates_are_the_logits_of_the_official_code():
     x, y = (array(f"two/{view}", fixture, torch.float64) for view in "xy")
     crops = found(r"two/simclr_logits_f64/crop(\d+)", fixture)
     assert crops == ["0", "1"]
-    logits, partner = simclr.candidates(torch.cat([x, y]), 0.15)
     for crop in map(int, crops):
-        anchors = torch.arange(len(x)) + (1 - crop) * len(x)
-        rest = torch.ones_like(logits[anchors], dtype=torch.bool)
-        rest[torch.arange(len(x)), anchors] = rest[torch.arange(len(x)), partner[anchors]] = False
-        positive = logits[anchors, partner[anchors]]
-        ours = torch.cat([positive[:, None], logits[anchors][rest].view(len(x), -1)], 1)
-        close(ours, f"two/simclr_logits_f64/crop{crop}", 1e-9, fixture)
+        theirs = array(f"two/simclr_logits_f64/crop{crop}", fixture)
+
+        def ours(temperature, crop=crop):
+            logits, partner = simclr.candidates(torch.cat([x, y]), temperature)
+            anchors = torch.arange(len(x)) + (1 - crop) * len(x)
+            rest = torch.ones_like(logits[anchors], dtype=torch.bool)
+            rest[torch.arange(len(x)), anchors] = rest[torch.arange(len(x)), partner[anchors]] = False
+            positive = logits[anchors, partner[anchors]]
+            return torch.cat([positive[:, None], logits[anchors][rest].view(len(x), -1)], 1)
+
+        temperature = min(KNOWN, key=lambda t: float((ours(t) - theirs).abs().max()))
+        close(ours(temperature), f"two/simclr_logits_f64/crop{crop}", 1e-9, fixture)
         assert not array(f"two/simclr_labels/crop{crop}", fixture).any()
 
 
@@ -194,7 +202,8 @@ def test_nt_xent_of_two_processes():
     fixture = FILES["sfrik"]
     x, y = (array(f"twoproc/{view}", fixture, torch.float64) for view in "xy")
     prefix, half = "twoproc/f64/simclr", len(x) // 2
-    temperature = next(t for t in (0.15, 0.5, 0.1) if _is_single(x, y, t, fixture, prefix))
+    wanted = float(fixture[f"{prefix}/single/loss"])
+    temperature = min(KNOWN, key=lambda t: abs(simclr_loss(torch.cat([x, y]), "nt_xent", t).item() - wanted))
 
     def rank(world):
         mine = slice(world.rank_info.rank * half, (world.rank_info.rank + 1) * half)
@@ -209,11 +218,6 @@ def test_nt_xent_of_two_processes():
         close(loss, f"{prefix}/rank{number}/loss", 1e-9, fixture)
         for view, tensor in zip("xy", grad, strict=True):
             close(tensor, f"{prefix}/rank{number}/grad_{view}", 1e-9, fixture)
-
-
-def _is_single(x, y, temperature, fixture, prefix):
-    loss = simclr_loss(torch.cat([x, y]), "nt_xent", temperature)
-    return abs(loss.item() - float(fixture[f"{prefix}/single/loss"])) < 1e-9
 
 
 # ---------------------------------------------------------------------------------------------------- rotation
@@ -276,14 +280,15 @@ def test_infomax_loss(case, dtype):
     terms = method.terms(y, y.roll(1, 0), maps, array("dim/prior_sample", dtype=TYPES[dtype]))
     loss = method.weighted(terms)
     loss.backward()
-    # In class_default a unit of the original lies within f32's rounding of its ReLU's kink.
-    tolerance, of_gradients = {"f64": (1e-9, 1e-9), "f32": (1e-5, 3e-3 if case == "class_default" else 1e-5)}[dtype]
-    prefix = f"dim/{case}/{dtype}"
+    tolerance, prefix = {"f64": 1e-9, "f32": 1e-5}[dtype], f"dim/{case}/{dtype}"
     close(loss, f"{prefix}/loss", tolerance)
     assert len(terms) == np.count_nonzero(weights)
     for name, tensor in (("grad_y", y), ("grad_M", maps)):
         if f"{prefix}/{name}" in GOLDEN:
-            close(tensor.grad, f"{prefix}/{name}", of_gradients)
+            exact = array(f"dim/{case}/f64/{name}").double()
+            # where a unit of the original lies within f32's rounding of its ReLU's kink, its f32 is that far off itself
+            of_original = (array(f"{prefix}/{name}").double() - exact).abs().max() / exact.abs().max()
+            close(tensor.grad, f"{prefix}/{name}", max(tolerance, 2 * float(of_original)))
         else:
             assert tensor.grad is None
 

@@ -169,11 +169,13 @@ def test_adam_steps(aggregation, dtype, path):
                 assert error.max() <= 0.1 * step * groups[0]["lr"], name
     checked = {int(m[1]) for key in GOLDEN if (m := re.match(rf"{prefix}/{dtype}/after(\d+)/", key))}
     assert checked and checked <= set(range(1, len(data) + 1))
-    rest = np.mean(history[1:], axis=0)
-    assert history[0][0] == pytest.approx(float(GOLDEN[f"{prefix}/{dtype}/loss_step1"]), rel=tolerance)
-    assert history[0][1] == pytest.approx(float(GOLDEN[f"{prefix}/{dtype}/acc_step1"]), rel=1e-6)
-    assert rest[0] == pytest.approx(float(GOLDEN[f"{prefix}/{dtype}/loss_mean_steps2_3"]), rel=tolerance)
-    assert rest[1] == pytest.approx(float(GOLDEN[f"{prefix}/{dtype}/acc_mean_steps2_3"]), rel=1e-6)
+    pattern = rf"{prefix}/{dtype}/(loss|acc)_(?:mean_)?steps?(\d+)(?:_(\d+))?$"
+    means = {key: m for key in GOLDEN if (m := re.match(pattern, key))}
+    assert {m[1] for m in means.values()} == {"loss", "acc"}
+    for key, m in means.items():
+        loss, accuracy = np.mean(history[int(m[2]) - 1 : int(m[3] or m[2])], axis=0)
+        ours, allowed = (loss, tolerance) if m[1] == "loss" else (accuracy, 1e-6)
+        assert ours == pytest.approx(float(GOLDEN[key]), rel=allowed), key
 
 
 def _ours(name):
