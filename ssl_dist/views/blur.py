@@ -31,9 +31,9 @@ class Work(NamedTuple):
 
 
 @njit(cache=True)
-def new_work(size, highest_sigma, kernel):
-    """Buffers for blurs with sigma up to `highest_sigma` and kernels of `kernel` pixels (0: Pillow's blur)."""
-    margin = kernel // 2 if kernel > 0 else int(_box_radius(highest_sigma))
+def new_work(size: int, max_sigma: float, kernel: int) -> Work:
+    """Buffers for blurs with sigma up to `max_sigma` and kernels of `kernel` pixels (0: Pillow's blur)."""
+    margin = kernel // 2 if kernel > 0 else int(_box_radius(max_sigma))
     return Work(
         np.empty(3 * size * size, np.uint8),
         np.empty(3 * size * size, np.uint8),
@@ -49,7 +49,7 @@ def new_work(size, highest_sigma, kernel):
 
 
 @njit(cache=True)
-def _box_radius(sigma):
+def _box_radius(sigma: float) -> np.float32:
     """The radius (float32) of the box whose `PASSES` passes have the variance sigma**2."""
     variance = F(F(sigma) * F(sigma) / F(PASSES))
     length = F(math.sqrt(12.0 * np.float64(variance) + 1.0))
@@ -60,33 +60,37 @@ def _box_radius(sigma):
 
 
 @njit(cache=True, inline="always")
-def _box_level(total, far, inner, outer):
+def _box_level(total: np.uint32, far: np.uint32, inner: np.uint32, outer: np.uint32) -> np.uint8:
     """inner * total + outer * far as an 8-bit level; all is below 2**32."""
     return np.uint8(np.uint32(total * inner + far * outer + ROUND) >> FRACTION)
 
 
 @njit(cache=True, nogil=True)
-def _box_rows(view, size, radius, inner, outer, line, sums):
+def _box_rows(
+    view: np.ndarray, size: int, radius: int, inner: np.uint32, outer: np.uint32, line: np.ndarray, sums: np.ndarray
+) -> None:
     """One pass along the rows of view uint8 [3, S, S], flat, in place. Beyond the edges their pixels are repeated."""
-    size, margin = U(size), U(radius + 1)
-    for row in range(U(0), U(view.shape[0]), size):
+    side, margin = U(size), U(radius + 1)
+    for row in range(U(0), U(view.shape[0]), side):
         for x in range(margin):
             line[x] = view[row]
-            line[margin + size + x] = view[row + size - U(1)]
-        for x in range(size):
+            line[margin + side + x] = view[row + side - U(1)]
+        for x in range(side):
             line[margin + x] = view[row + x]
-        for x in range(size):
+        for x in range(side):
             sums[x] = line[x + U(1)]
         for shift in range(U(2), margin + margin):
-            for x in range(size):
+            for x in range(side):
                 sums[x] += line[x + shift]
-        for x in range(size):
+        for x in range(side):
             far = np.uint32(line[x]) + np.uint32(line[x + margin + margin])
             view[row + x] = _box_level(sums[x], far, inner, outer)
 
 
 @njit(cache=True, nogil=True)
-def _box_columns(view, size, radius, inner, outer, sums, out):
+def _box_columns(
+    view: np.ndarray, size: int, radius: int, inner: np.uint32, outer: np.uint32, sums: np.ndarray, out: np.ndarray
+) -> None:
     """One pass along the columns of view uint8 [3, S, S], flat -> out, as view. The edges are as in `_box_rows`."""
     for first in range(0, view.shape[0], size * size):
         for y in range(size):
@@ -105,7 +109,7 @@ def _box_columns(view, size, radius, inner, outer, sums, out):
 
 
 @njit(cache=True, nogil=True)
-def blur_as_pillow(view, sigma, work):
+def blur_as_pillow(view: np.ndarray, sigma: float, work: Work) -> None:
     """GaussianBlur(sigma) of view uint8 [3, S, S], in place."""
     size, levels = view.shape[1], view.reshape(view.size)
     box = _box_radius(sigma)
@@ -123,14 +127,14 @@ def blur_as_pillow(view, sigma, work):
 
 
 @njit(cache=True, inline="always")
-def _mirrored(i, size):
+def _mirrored(i: int, size: int) -> int:
     """The index i beyond the edges, reflected at the edge pixel; |i| < size beyond either edge."""
     i = abs(i)
     return i if i < size else 2 * size - 2 - i
 
 
 @njit(cache=True, nogil=True)
-def blur_as_torchvision(view, sigma, kernel, work):
+def blur_as_torchvision(view: np.ndarray, sigma: float, kernel: int, work: Work) -> None:
     """gaussian_blur(view, [kernel, kernel], sigma) of view uint8 [3, S, S], in place. kernel: odd, kernel // 2 < S."""
     size, half, levels = view.shape[1], kernel // 2, view.reshape(view.size)
     weights, smooth, sums, source = work.weights, work.smooth, work.levels, work.first

@@ -14,32 +14,32 @@ VALUE_SAFE = {"nnan", "ninf", "nsz"}  # no NaN or infinity can arise; to reorder
 
 
 @njit(cache=True, nogil=True)
-def _luminance(r, g, b):
+def _luminance(r: np.float32, g: np.float32, b: np.float32) -> np.float32:
     """(19595 r + 38470 g + 7471 b + 32768) >> 16 of float32 levels; every term is below 2**24, so this is exact."""
     return F(I((F(19595) * r + F(38470) * g + F(7471) * b + F(32768)) * F(1 / 65536)))
 
 
 @njit(cache=True, nogil=True, fastmath=VALUE_SAFE)
-def _blend(base, level, factor):
+def _blend(base: np.float32, level: np.float32, factor: np.float32) -> np.uint8:
     """base + factor (level - base), clipped and truncated to 8 bits, as ImagingBlend."""
     return np.uint8(I(min(max(base + factor * (level - base), F(0)), F(255))))
 
 
 @njit(cache=True, nogil=True, fastmath=VALUE_SAFE)
-def _blend_all(rgb, base, factor):
+def _blend_all(rgb: np.ndarray, base: np.float32, factor: np.float32) -> None:
     levels = rgb.reshape(rgb.size)
     for i in range(levels.shape[0]):
         levels[i] = _blend(base, F(levels[i]), factor)
 
 
 @njit(cache=True, nogil=True)
-def adjust_brightness(rgb, factor):
+def adjust_brightness(rgb: np.ndarray, factor: np.float32) -> None:
     """Blend with black. factor: float32 >= 0."""
     _blend_all(rgb, F(0), factor)
 
 
 @njit(cache=True, nogil=True)
-def _sum_luminance(red, green, blue):
+def _sum_luminance(red: np.ndarray, green: np.ndarray, blue: np.ndarray) -> np.uint32:
     total = np.uint32(0)
     for i in range(red.shape[0]):
         total = np.uint32(total + np.uint32(_luminance(F(red[i]), F(green[i]), F(blue[i]))))
@@ -47,9 +47,9 @@ def _sum_luminance(red, green, blue):
 
 
 @njit(cache=True, nogil=True)
-def adjust_contrast(rgb, factor):
+def adjust_contrast(rgb: np.ndarray, factor: np.float32) -> None:
     """Blend with the rounded mean luminance of the view. factor: float32 >= 0."""
-    num_pixels, total = rgb.shape[1], 0
+    num_pixels, total = rgb.shape[1], np.int64(0)
     for lo in range(0, num_pixels, 65536):  # a sum of 32 bits is four times as fast and holds so many levels
         hi = lo + 65536
         total += _sum_luminance(rgb[0, lo:hi], rgb[1, lo:hi], rgb[2, lo:hi])
@@ -57,7 +57,7 @@ def adjust_contrast(rgb, factor):
 
 
 @njit(cache=True, nogil=True, fastmath=VALUE_SAFE)
-def adjust_saturation(rgb, factor):
+def adjust_saturation(rgb: np.ndarray, factor: np.float32) -> None:
     """Blend with the luminance of each pixel. factor: float32 >= 0."""
     red, green, blue = rgb[0], rgb[1], rgb[2]
     for i in range(red.shape[0]):
@@ -69,13 +69,13 @@ def adjust_saturation(rgb, factor):
 
 
 @njit(cache=True, nogil=True, fastmath=VALUE_SAFE)
-def _channel(value, chroma, distance):
+def _channel(value: np.float32, chroma: np.float32, distance: np.float32) -> np.uint8:
     """value - chroma clip(distance, 0, 1) in levels, truncated as torchvision's conversion to uint8 does."""
     return np.uint8(I((value - chroma * min(max(distance, F(0)), F(1))) * F(255.999 / 255)))
 
 
 @njit(cache=True, nogil=True, fastmath=VALUE_SAFE)
-def adjust_hue(rgb, shift):
+def adjust_hue(rgb: np.ndarray, shift: np.float32) -> None:
     """Turn the hue by `shift` (float32 in [-0.5, 0.5], turns of the wheel); HSV saturation and value stay.
 
     With the hue h in sextants, 0 <= h < 6, a colour of value V and chroma C has the channels V - C clip(d, 0, 1):
@@ -98,7 +98,7 @@ def adjust_hue(rgb, shift):
 
 
 @njit(cache=True, nogil=True)
-def to_gray(rgb):
+def to_gray(rgb: np.ndarray) -> None:
     """All three channels become the luminance."""
     red, green, blue = rgb[0], rgb[1], rgb[2]
     for i in range(red.shape[0]):
@@ -109,7 +109,7 @@ def to_gray(rgb):
 
 
 @njit(cache=True, nogil=True)
-def solarize(rgb, threshold):
+def solarize(rgb: np.ndarray, threshold: int) -> None:
     """Levels from `threshold` (0 to 255) on are inverted, as ImageOps.solarize does."""
     levels = rgb.reshape(rgb.size)
     for i in range(levels.shape[0]):

@@ -34,7 +34,7 @@ SLOTS = 58
 
 CENTRE, RANDOM, PADDED = 0, 1, 2  # what CROP may be
 ORDERED = ("color_jitter", "grayscale", "gaussian_blur", "solarize")
-NO_STEP, COLOR_JITTER, TO_GRAY, GAUSSIAN_BLUR, SOLARIZATION = 0, 1, 2, 3, 4  # what ORDER may hold
+COLOR_JITTER, TO_GRAY, GAUSSIAN_BLUR, SOLARIZATION = 1, 2, 3, 4  # what ORDER may hold; 0: no step
 NOT_MOVED = (0.0, 0.0, 0.0, 1.0, 0.0)  # what an affine step that is left out has drawn
 
 # Numbers of the draws. The crop's try t uses DRAW_CROP + 4 t + (0 area, 1 ratio, 2 top, 3 left).
@@ -57,6 +57,9 @@ DRAW_ERASED = 63  # a try takes four: area, ratio, top, left
 DRAW_CELLS = 103  # eight exchanges
 DRAW_PATCH = 111  # a cell takes two: down, right
 
+Rectangle = tuple[int, int, int, int]  # top, left, height, width
+AffineParameters = tuple[float, float, float, float, float]  # degrees, pixels right and down, scale, shear
+
 
 class ViewParameters(NamedTuple):
     """What is done to one view. A factor of 1 (hue, sigma: 0) stands for a step that is left out."""
@@ -74,8 +77,8 @@ class ViewParameters(NamedTuple):
     sigma: float = 0.0  # of the blur, pixels
     solarize: bool = False
     turns: int = 0  # right angles, counter-clockwise
-    affine: tuple[float, float, float, float, float] = NOT_MOVED  # degrees, pixels right and down, scale, shear
-    erased: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, left, height, width; nothing where the height is 0
+    affine: AffineParameters = NOT_MOVED
+    erased: Rectangle = (0, 0, 0, 0)  # nothing where the height is 0
     patch: tuple[int, int] = (0, 0)  # top, left of a grid's patch
 
 
@@ -137,12 +140,12 @@ def numeric_recipe(group: ViewGroup, size: int) -> np.ndarray:
 
 
 @njit(inline="always", cache=True)
-def _between(recipe, slot, u):
+def _between(recipe: np.ndarray, slot: int, u: float) -> float:
     return recipe[slot] + (recipe[slot + 1] - recipe[slot]) * u
 
 
 @njit(cache=True, nogil=True)
-def _draw_crop(recipe, key, height, width):
+def _draw_crop(recipe: np.ndarray, key: np.uint64, height: int, width: int) -> Rectangle:
     """The crop of RandomResizedCrop.get_params: ten tries, then the largest central crop within the ratio's range."""
     area = height * width
     for attempt in range(CROP_TRIES):
@@ -164,7 +167,7 @@ def _draw_crop(recipe, key, height, width):
 
 
 @njit(cache=True, inline="always")
-def _shuffled(key, n, count):
+def _shuffled(key: np.uint64, n: int, count: int) -> int:
     """0 .. count - 1 in an order drawn by Fisher and Yates' exchanges, from draw n on.
 
     Four bits a place, the first one lowest: an array would cost more than all the draws.
@@ -178,7 +181,7 @@ def _shuffled(key, n, count):
 
 
 @njit(cache=True, inline="always")
-def resized(recipe, height, width):
+def resized(recipe: np.ndarray, height: int, width: int) -> tuple[int, int]:
     """Height and width that a crop of height x width pixels is resized to, before S x S pixels of it are kept."""
     if recipe[CROP] == RANDOM:
         return int(recipe[SIZE]), int(recipe[SIZE])
@@ -186,7 +189,7 @@ def resized(recipe, height, width):
 
 
 @njit(cache=True, nogil=True)
-def _draw_corner(recipe, key, height, width):
+def _draw_corner(recipe: np.ndarray, key: np.uint64, height: int, width: int) -> tuple[int, int]:
     """The top left corner of RandomCrop's window in the image resized and padded; in the padding it is negative."""
     new_height, new_width = resized(recipe, height, width)
     padding, size = int(recipe[PADDING]), int(recipe[SIZE])
@@ -196,7 +199,7 @@ def _draw_corner(recipe, key, height, width):
 
 
 @njit(cache=True, nogil=True)
-def _draw_affine(recipe, key):
+def _draw_affine(recipe: np.ndarray, key: np.uint64) -> AffineParameters:
     """The parameters of RandomAffine.get_params."""
     return (
         _between(recipe, DEGREES, uniform(key, DRAW_MOVE)),
@@ -208,7 +211,7 @@ def _draw_affine(recipe, key):
 
 
 @njit(cache=True, nogil=True)
-def _draw_erased(recipe, key):
+def _draw_erased(recipe: np.ndarray, key: np.uint64) -> Rectangle:
     """The rectangle of RandomErasing.get_params: ten tries, then nothing; it is lower and narrower than the view."""
     size = int(recipe[SIZE])
     for attempt in range(ERASING_TRIES):
@@ -222,7 +225,7 @@ def _draw_erased(recipe, key):
 
 
 @njit(cache=True, nogil=True)
-def draw_parameters(recipe, key, height, width):
+def draw_parameters(recipe: np.ndarray, key: np.uint64, height: int, width: int) -> ViewParameters:
     """The parameters of the view with this key of an image of height x width pixels, after a resize before a crop."""
     crop, corner = (0, 0, height, width), (0, 0)
     if recipe[CROP] == RANDOM:
@@ -263,7 +266,7 @@ def draw_parameters(recipe, key, height, width):
 
 
 @njit(cache=True, nogil=True)
-def draw_patch(recipe, key, n):
+def draw_patch(recipe: np.ndarray, key: np.uint64, n: int) -> tuple[int, int]:
     """Top and left of the n-th patch of a grid; `key` is that of the group's first view, which all its views share."""
     cell = _shuffled(key, DRAW_CELLS, 9) >> 4 * n & 15
     step = (int(recipe[SIZE]) - int(recipe[PATCH]) - int(recipe[PATCH_JITTER])) // 2

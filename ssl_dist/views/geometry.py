@@ -10,11 +10,11 @@ import numpy as np
 from numba import njit
 
 from ssl_dist.keys import fold
-from ssl_dist.views.draw import PATCH, draw_patch
+from ssl_dist.views.draw import PATCH, AffineParameters, Rectangle, draw_patch
 
 
 @njit(cache=True, nogil=True)
-def _copy(view, source):
+def _copy(view: np.ndarray, source: np.ndarray) -> np.ndarray:
     """view uint8 [3, S, S] -> source uint8 [3 S S]; an assignment of slices would take a second more to compile."""
     levels = view.reshape(view.size)
     for i in range(levels.shape[0]):
@@ -23,7 +23,7 @@ def _copy(view, source):
 
 
 @njit(cache=True, nogil=True)
-def turn(view, quarters, source):
+def turn(view: np.ndarray, quarters: int, source: np.ndarray) -> None:
     """Turned counter-clockwise by `quarters` (1, 2 or 3) right angles. source: uint8 [3 S S], room for a copy."""
     size = view.shape[1]
     before = _copy(view, source)
@@ -36,7 +36,7 @@ def turn(view, quarters, source):
 
 
 @njit(cache=True, nogil=True)
-def move(view, affine, source):
+def move(view: np.ndarray, affine: AffineParameters, source: np.ndarray) -> None:
     """The affine step (degrees clockwise, right, down, scale, shear in degrees) about the middle; black outside."""
     angle, right, down, scale, shear = affine
     size, middle = view.shape[1], view.shape[1] * 0.5
@@ -68,7 +68,7 @@ def move(view, affine, source):
 
 
 @njit(cache=True, nogil=True)
-def erase(view, rectangle, red, green, blue):
+def erase(view: np.ndarray, rectangle: Rectangle, red: float, green: float, blue: float) -> None:
     """The rectangle (top, left, height, width) becomes one colour, levels from 0 to 255."""
     top, left, height, width = rectangle
     for y in range(top, top + height):
@@ -79,7 +79,16 @@ def erase(view, rectangle, red, green, blue):
 
 
 @njit(cache=True, nogil=True)
-def cut_patches(image, recipe, epoch_key, image_id, first_view, view_ids, out, b):
+def cut_patches(
+    image: np.ndarray,
+    recipe: np.ndarray,
+    epoch_key: np.uint64,
+    image_id: int,
+    first_view: int,
+    view_ids: np.ndarray,
+    out: np.ndarray,
+    b: int,
+) -> None:
     """The patches of these views out of image uint8 [3, S, S] into out[:, b], uint8 [V, B, 3, P, P]."""
     key, size = fold(fold(epoch_key, image_id), first_view), int(recipe[PATCH])
     for v in range(view_ids.shape[0]):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ssl_dist.config.recipe import Interpolation, Resize, ViewGroup
 from ssl_dist.errors import UserError
@@ -29,7 +30,7 @@ class ViewSpec:
     params: np.ndarray
     resize: Resize | None = None  # of an image before random resized crops are taken out of it
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.params.flags.writeable = False
 
     @property
@@ -50,18 +51,19 @@ class ViewSpec:
 
 def view_specs(groups: Sequence[ViewGroup], num_views: int, image_size: int) -> list[ViewSpec]:
     """One spec a group, view ids counted through all of them. Raises `UserError` unless the nums make `num_views`."""
-    nums = [num_views if group.num is None and len(groups) == 1 else group.num for group in groups]
-    if None in nums:
-        raise UserError(f"views.groups[{nums.index(None)}].num = null: give each of several groups its num")
-    if sum(nums) != num_views:
-        raise UserError(f"views.groups: num adds up to {sum(nums)}, but {num_views} views are wanted; change either")
-    specs, first = [], 0
-    for n, (group, num) in enumerate(zip(groups, nums, strict=True)):
+    specs: list[ViewSpec] = []
+    first = 0
+    for n, group in enumerate(groups):
+        num = num_views if group.num is None and len(groups) == 1 else group.num
+        if num is None:
+            raise UserError(f"views.groups[{n}].num = null: give each of several groups its num")
         size = image_size if group.size is None else group.size
         _check_sizes(group, num, size, f"views.groups.{n}")
         before = group.resize if group.random_resized_crop is not None else None
         specs.append(ViewSpec(size, num, first, numeric_recipe(group, size), before))
         first += num
+    if first != num_views:
+        raise UserError(f"views.groups: num adds up to {first}, but {num_views} views are wanted; change either")
     return specs
 
 
@@ -89,11 +91,11 @@ def _check_sizes(group: ViewGroup, num: int, size: int, name: str) -> None:
         )
 
 
-def _read_only(array, dtype):
+def _read_only(array: ArrayLike, dtype: type) -> np.ndarray:
     """A contiguous read-only view: writable and read-only arrays are two types to numba, each its own compilation."""
-    array = np.ascontiguousarray(array, dtype).view()
-    array.flags.writeable = False
-    return array
+    view: np.ndarray = np.ascontiguousarray(array, dtype).view()
+    view.flags.writeable = False
+    return view
 
 
 def make_views(
@@ -126,40 +128,52 @@ def make_views(
     # the kernel does not check its indices
     assert np.min(heights) >= 1 and np.max(heights) <= pixels.shape[1], (heights, pixels.shape)
     assert np.min(widths) >= 1 and np.max(widths) <= pixels.shape[2], (widths, pixels.shape)
-    pixels = _read_only(pixels, np.uint8)
+    pixels, epoch_key = _read_only(pixels, np.uint8), hash64(seed, VIEWS, epoch)
     heights, widths, ids, view_ids = (_read_only(a, np.int64) for a in (heights, widths, ids, view_ids))
-    arguments = (spec, pixels, heights, widths, ids, view_ids, hash64(seed, VIEWS, epoch), out)
+
+    def make(lo: int, hi: int) -> None:
+        slices = pixels[lo:hi], heights[lo:hi], widths[lo:hi], ids[lo:hi]
+        _make_slice(spec, *slices, view_ids, epoch_key, out, lo)
+
     if pool is None:
-        _make_slice(*arguments, 0, num_images)
+        make(0, num_images)
         return out
     edges = [num_images * i // threads for i in range(threads + 1)]
-    for job in [pool.submit(_make_slice, *arguments, lo, hi) for lo, hi in pairwise(edges) if lo < hi]:
+    for job in [pool.submit(make, lo, hi) for lo, hi in pairwise(edges) if lo < hi]:
         job.result()
     return out
 
 
-def _make_slice(spec, pixels, heights, widths, ids, view_ids, epoch_key, out, lo, hi):
-    """The views of images lo .. hi - 1."""
-    pixels, heights, widths, ids = pixels[lo:hi], heights[lo:hi], widths[lo:hi], ids[lo:hi]
+def _make_slice(
+    spec: ViewSpec,
+    pixels: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    ids: np.ndarray,
+    view_ids: np.ndarray,
+    epoch_key: np.uint64,
+    out: np.ndarray,
+    first: int,
+) -> None:
+    """The views of n images into out[:, first : first + n]."""
     if spec.resize is None and not spec.patches:
-        render.make_range(pixels, heights, widths, ids, view_ids, spec.params, epoch_key, out, lo)
+        render.make_range(pixels, heights, widths, ids, view_ids, spec.params, epoch_key, out, first)
         return
-    for b in range(hi - lo):  # image by image, because one that is very long becomes large
-        image, image_id = pixels[b], ids[b : b + 1]
-        sides = heights[b : b + 1], widths[b : b + 1]
+    for b in range(len(pixels)):  # image by image, because one that is very long becomes large
+        image, height, width, image_id = (array[b : b + 1] for array in (pixels, heights, widths, ids))
         if spec.resize is not None:
-            image = _resized(image, heights[b], widths[b], spec.resize)
-            sides = tuple(_read_only([side], np.int64) for side in image.shape[:2])
+            image = _resized(pixels[b], heights[b], widths[b], spec.resize)[None]
+            height, width = (_read_only([side], np.int64) for side in image.shape[1:3])
         if not spec.patches:
-            render.make_range(image[None], *sides, image_id, view_ids, spec.params, epoch_key, out, lo + b)
+            render.make_range(image, height, width, image_id, view_ids, spec.params, epoch_key, out, first + b)
             continue
         whole = np.empty((1, 1, 3, spec.side, spec.side), np.uint8)
-        first = _read_only([spec.first_view], np.int64)
-        render.make_range(image[None], *sides, image_id, first, spec.params, epoch_key, whole, 0)
-        geometry.cut_patches(whole[0, 0], spec.params, epoch_key, ids[b], spec.first_view, view_ids, out, lo + b)
+        whole_view = _read_only([spec.first_view], np.int64)
+        render.make_range(image, height, width, image_id, whole_view, spec.params, epoch_key, whole, 0)
+        geometry.cut_patches(whole[0, 0], spec.params, epoch_key, ids[b], spec.first_view, view_ids, out, first + b)
 
 
-def _resized(image, height, width, resize):
+def _resized(image: np.ndarray, height: int, width: int, resize: Resize) -> np.ndarray:
     """The first height x width pixels of image uint8 [H, W, 3] resized, uint8 [H', W', 3]."""
     sides = resample.proportional(resize.short_side, int(height), int(width))
     bicubic = resize.interpolation == "bicubic"
@@ -210,27 +224,12 @@ def render_view(image: np.ndarray, spec: ViewSpec, parameters: ViewParameters) -
     image = _read_only(image, np.uint8)
     if spec.resize is not None:
         image = _resized(image, image.shape[0], image.shape[1], spec.resize)
-    top, left, height, width = (int(n) for n in parameters.crop)
+    top, left, height, width = parameters.crop
     assert top >= 0 and height > 0 and top + height <= image.shape[0], (parameters.crop, image.shape)
     assert left >= 0 and width > 0 and left + width <= image.shape[1], (parameters.crop, image.shape)
-    drawn = ViewParameters(
-        (top, left, height, width),
-        bool(parameters.flip),
-        bool(parameters.jitter),
-        *(float(factor) for factor in parameters[3:7]),
-        tuple(int(step) for step in parameters.order),
-        bool(parameters.grayscale),
-        tuple(int(n) for n in parameters.corner),
-        float(parameters.sigma),
-        bool(parameters.solarize),
-        int(parameters.turns),
-        tuple(float(number) for number in parameters.affine),
-        tuple(int(n) for n in parameters.erased),
-        tuple(int(n) for n in parameters.patch),
-    )
     out = np.empty((3, spec.side, spec.side), np.uint8)
-    render.make_one(image, spec.params, drawn, out)
-    top, left = drawn.patch
+    render.make_one(image, spec.params, parameters, out)
+    top, left = parameters.patch
     return out[:, top : top + spec.size, left : left + spec.size]
 
 

@@ -22,13 +22,14 @@ from ssl_dist.views.draw import (
     SOLARIZATION,
     THRESHOLD,
     TO_GRAY,
+    ViewParameters,
     draw_parameters,
     resized,
 )
 
 
 @njit(cache=True, inline="always")
-def _new_work(recipe, max_height, max_width):
+def _new_work(recipe: np.ndarray, max_height: int, max_width: int) -> tuple[resample.Work, blur.Work]:
     """Buffers of one thread for resizing and for blurring, reused for all its views."""
     size = int(recipe[SIZE])
     shortest = size if recipe[CROP] == RANDOM else int(recipe[RESIZE])
@@ -37,7 +38,7 @@ def _new_work(recipe, max_height, max_width):
 
 
 @njit(cache=True, inline="always")
-def _jitter(rgb, drawn):
+def _jitter(rgb: np.ndarray, drawn: ViewParameters) -> None:
     for step in drawn.order:
         if step == 0 and drawn.brightness != 1:
             color.adjust_brightness(rgb, np.float32(drawn.brightness))
@@ -50,7 +51,14 @@ def _jitter(rgb, drawn):
 
 
 @njit(cache=True, inline="always")
-def _render(image, recipe, drawn, work, blur_work, out):
+def _render(
+    image: np.ndarray,
+    recipe: np.ndarray,
+    drawn: ViewParameters,
+    work: resample.Work,
+    blur_work: blur.Work,
+    out: np.ndarray,
+) -> None:
     """One view of image uint8 [H, W, 3] with the parameters drawn -> out uint8 [3, S, S]."""
     size = out.shape[1]
     height, width = resized(recipe, drawn.crop[2], drawn.crop[3])
@@ -82,7 +90,17 @@ def _render(image, recipe, drawn, work, blur_work, out):
 
 
 @njit(cache=True, nogil=True)
-def make_range(pixels, heights, widths, ids, view_ids, recipe, epoch_key, out, first):
+def make_range(
+    pixels: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    ids: np.ndarray,
+    view_ids: np.ndarray,
+    recipe: np.ndarray,
+    epoch_key: np.uint64,
+    out: np.ndarray,
+    first: int,
+) -> None:
     """The views of n images uint8 [n, Hmax, Wmax, 3] into out[:, first : first + n], uint8 [V, B, 3, S, S]."""
     work, blur_work = _new_work(recipe, pixels.shape[1], pixels.shape[2])
     for b in range(pixels.shape[0]):
@@ -93,7 +111,7 @@ def make_range(pixels, heights, widths, ids, view_ids, recipe, epoch_key, out, f
 
 
 @njit(cache=True, nogil=True)
-def make_one(image, recipe, drawn, out):
+def make_one(image: np.ndarray, recipe: np.ndarray, drawn: ViewParameters, out: np.ndarray) -> None:
     """The view with the parameters drawn of image uint8 [H, W, 3] -> out uint8 [3, S, S]."""
     work, blur_work = _new_work(recipe, image.shape[0], image.shape[1])
     _render(image, recipe, drawn, work, blur_work, out)

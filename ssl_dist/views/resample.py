@@ -8,7 +8,8 @@ these by a level or two, and bicubic ones by more at hard edges, where the filte
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite.ir import Constant, IntType
@@ -20,19 +21,22 @@ HALF = 1 << (BITS - 1)
 U, I = np.uint64, np.int32  # noqa: E741 - unsigned indices spare the test for negative ones
 
 
+AxisPlan = tuple[np.ndarray, np.ndarray]  # first source pixel uint64 [S]; weights uint64 [S, taps], flat
+
+
 class Work(NamedTuple):
     """Buffers of one thread, reused for every image it resizes to S x S pixels out of at most Hmax x Wmax."""
 
     filter: np.ndarray  # float64 [max taps], the filter at one result pixel
-    x_plan: tuple[np.ndarray, np.ndarray]  # first source pixel uint64 [S]; weights uint64 [S, taps], flat
-    y_plan: tuple[np.ndarray, np.ndarray]
+    x_plan: AxisPlan
+    y_plan: AxisPlan
     packed: np.ndarray  # uint64 [Wmax + max taps, 2], flat: a row of pixels as (red and green, blue)
     rows: np.ndarray  # uint8 [3, Hmax + max taps, S], flat: the result of the horizontal pass
     sums: np.ndarray  # int32 [S]
 
 
 @njit(cache=True, inline="always")
-def new_work(max_height, max_width, kept_height, kept_width, shortest, bicubic):
+def new_work(max_height: int, max_width: int, kept_height: int, kept_width: int, shortest: int, bicubic: bool) -> Work:
     """Buffers for a resize to sides of `shortest` pixels or more, of which kept_height x kept_width are kept.
 
     The spare pixels after a row and rows after an image are read with weight 0 only.
@@ -48,31 +52,36 @@ def new_work(max_height, max_width, kept_height, kept_width, shortest, bicubic):
     )
 
 
-@intrinsic
-def _multiply_add(typingctx, total, pixel, weight):
+def _intrinsic(define: Callable[..., Any]) -> Any:
+    """numba's `intrinsic`, by whose type a caller would pass the typing context, too."""
+    return intrinsic(define)
+
+
+@_intrinsic
+def _multiply_add(typingctx: Any, total: Any, pixel: Any, weight: Any) -> Any:
     """total + pixel * weight in 32 bits; numba widens int32 arithmetic to 64 bits, which halves the speed of SIMD."""
 
-    def generate(context, builder, signature, arguments):
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.add(arguments[0], builder.mul(arguments[1], arguments[2]))
 
     return types.int32(types.int32, types.int32, types.int32), generate
 
 
-@intrinsic
-def _level(typingctx, total):
+@_intrinsic
+def _level(typingctx: Any, total: Any) -> Any:
     """The 8-bit level of a sum of weighted pixels, again in 32 bits."""
 
-    def generate(context, builder, signature, arguments):
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.trunc(builder.lshr(arguments[0], Constant(IntType(32), BITS)), IntType(8))
 
     return types.uint8(types.int32), generate
 
 
-@intrinsic
-def _clipped_level(typingctx, total):
+@_intrinsic
+def _clipped_level(typingctx: Any, total: Any) -> Any:
     """The 8-bit level of a sum of weighted pixels that may be out of range, in 32 bits, too."""
 
-    def generate(context, builder, signature, arguments):
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         lowest, highest = (Constant(IntType(32), level) for level in (0, 255))
         level = builder.ashr(arguments[0], Constant(IntType(32), BITS))
         level = builder.select(builder.icmp_signed("<", level, lowest), lowest, level)
@@ -83,7 +92,7 @@ def _clipped_level(typingctx, total):
 
 
 @njit(cache=True, inline="always")
-def _cubic(x):
+def _cubic(x: float) -> float:
     """Pillow's bicubic filter (a = -1/2) at the distance x >= 0; 0 from 2 on."""
     if x < 1:
         return (1.5 * x - 2.5) * x * x + 1.0
@@ -91,7 +100,15 @@ def _cubic(x):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def plan_axis(in_len, resized_len, offset, mirror, bicubic, filter, plan):
+def plan_axis(
+    in_len: int,
+    resized_len: int,
+    offset: int,
+    mirror: bool | np.bool_,
+    bicubic: bool,
+    filter: np.ndarray,
+    plan: AxisPlan,
+) -> int:
     """Plan of an axis: resize `in_len` pixels to `resized_len`, of which S from `offset` on are kept.
 
     Fills plan: start [S], the first source pixel of each result pixel, and weights [S, T], both mirrored left-right
@@ -137,7 +154,19 @@ def plan_axis(in_len, resized_len, offset, mirror, bicubic, filter, plan):
 
 
 @njit(cache=True, nogil=True)
-def resample_rows(image, stride, origin, width, first_row, num_rows, plan, taps, bicubic, packed, rows):
+def resample_rows(
+    image: np.ndarray,
+    stride: int,
+    origin: int,
+    width: int,
+    first_row: int,
+    num_rows: int,
+    plan: AxisPlan,
+    taps: int,
+    bicubic: bool,
+    packed: np.ndarray,
+    rows: np.ndarray,
+) -> None:
     """Horizontal pass over rows first_row .. first_row + num_rows - 1 of a crop, into the same rows of `rows`.
 
     image: uint8, flat, `stride` bytes a row; the crop begins at byte `origin` and is `width` pixels wide. rows: uint8
@@ -187,7 +216,9 @@ def resample_rows(image, stride, origin, width, first_row, num_rows, plan, taps,
 
 
 @njit(cache=True, nogil=True)
-def resample_columns(rows, plan, taps, bicubic, sums, out):
+def resample_columns(
+    rows: np.ndarray, plan: AxisPlan, taps: int, bicubic: bool, sums: np.ndarray, out: np.ndarray
+) -> None:
     """Vertical pass: rows uint8 [3, R, W], flat -> out uint8 [3, S, W], flat; W is the length of `sums`."""
     start, weights = plan
     size, width, plane = U(start.shape[0]), U(sums.shape[0]), U(rows.shape[0] // 3)
@@ -217,7 +248,7 @@ def resample_columns(rows, plan, taps, bicubic, sums, out):
 
 
 @njit(cache=True, inline="always")
-def proportional(short_side, height, width):
+def proportional(short_side: int, height: int, width: int) -> tuple[int, int]:
     """Height and width with the short side resized to `short_side` and the long one in proportion, rounded down."""
     new_height = short_side if height <= width else int(short_side * height / width)
     new_width = short_side if width <= height else int(short_side * width / height)
@@ -225,7 +256,16 @@ def proportional(short_side, height, width):
 
 
 @njit(cache=True, inline="always")
-def resize_crop(image, crop, resized, corner, flip, bicubic, work, out):
+def resize_crop(
+    image: np.ndarray,
+    crop: tuple[int, int, int, int],
+    resized: tuple[int, int],
+    corner: tuple[int, int],
+    flip: bool,
+    bicubic: bool,
+    work: Work,
+    out: np.ndarray,
+) -> None:
     """The crop (top, left, height, width) of image uint8 [H, W, 3] -> out uint8 [3, S, S], mirrored where `flip`.
 
     The crop is resized to `resized` (height, width), of which the S x S pixels from `corner` (top, left) on are kept;
@@ -247,7 +287,7 @@ def resize_crop(image, crop, resized, corner, flip, bicubic, work, out):
 
 
 @njit(cache=True, nogil=True)
-def resize_image(image, height, width, resized, bicubic):
+def resize_image(image: np.ndarray, height: int, width: int, resized: tuple[int, int], bicubic: bool) -> np.ndarray:
     """The first height x width pixels of image uint8 [H, W, 3] -> uint8 [resized height, resized width, 3]."""
     new_height, new_width = resized
     work = new_work(height, width, new_height, new_width, min(new_height, new_width), bicubic)
