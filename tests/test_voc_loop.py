@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,8 +15,7 @@ from ssl_dist.errors import Fault, UserError
 from ssl_dist.storage import checkpoint
 from ssl_dist.voc import loop
 
-SETTINGS = {"task": "toy", "train": "numbers", "options": {"steps": 9}}
-FACTS = {"normalize": {"mean": [0, 0, 0], "std": [1, 1, 1]}, "data": {}}
+SETTINGS = {"task": "toy", "train": "numbers", "images": "ab", "normalize": {"mean": [0, 0, 0], "std": [1, 1, 1]}}
 
 
 class Toy(nn.Module):
@@ -30,7 +30,7 @@ class Toy(nn.Module):
 
 
 def toy(seen=None, on_load=lambda epoch, index: None):
-    loop.seed_new_layers(3)
+    loop.seed_torch(3)
     model = Toy()
 
     def load(epoch, index):
@@ -55,8 +55,13 @@ def options(**changes):
 def fit(folder, task, **changes):
     given = options(**changes)
     settings = SETTINGS | {"options": {"steps": given.steps, "workers": given.workers}}
-    with loop.claimed(folder):
-        return loop.fit(task, given, folder, settings, FACTS, 2)
+    with loop.claimed(folder), ThreadPoolExecutor(2) as pool:
+        return loop.fit(task, given, folder, settings, pool)
+
+
+def renew_statistics(task, steps):
+    with ThreadPoolExecutor(2) as pool:
+        loop.renew_statistics(task, options(), steps, pool)
 
 
 def test_every_image_once_an_epoch_in_an_order_of_its_own(tmp_path):
@@ -141,7 +146,7 @@ def test_statistics_are_the_mean_over_the_batches_that_would_follow(tmp_path):
     task.model.norm.running_mean.fill_(5.0)
     task.model.norm.num_batches_tracked.fill_(100)  # as after a training
     before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
-    loop.renew_statistics(task, options(), 4, 2)
+    renew_statistics(task, 4)
     follow = [loop.epoch_order(3, epoch, 11)[start : start + 4].tolist() for epoch in (4, 5, 6) for start in (0, 4)]
     assert [list(ids) for ids in seen] == follow[1:5], "9 steps were taken, the next is the second of epoch 4"
     maps = []
@@ -159,7 +164,7 @@ def test_statistics_are_the_mean_over_the_batches_that_would_follow(tmp_path):
     kept = toy()
     kept.frozen.append(kept.model.norm)
     kept.model.norm.running_mean.fill_(5.0)
-    loop.renew_statistics(kept, options(), 2, 2)
+    renew_statistics(kept, 2)
     assert (kept.model.norm.running_mean == 5.0).all(), "statistics that stay"
 
 

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, confusion_matrix, jaccard_score
 
+from ssl_dist.voc.data import Objects
 from ssl_dist.voc.metrics import (
-    THRESHOLDS,
+    IOU_THRESHOLDS,
     Detections,
     average_precision,
     class_iou,
@@ -133,12 +134,12 @@ def test_detections_equal_the_slow_loop(seed):
             boxes[i] = true_boxes[rng.integers(num_true)] + rng.integers(-1, 2, 4) * 0.25
         true_labels, labels = rng.integers(0, 3, num_true), rng.integers(0, 3, num_found)
         difficult, scores = rng.random(num_true) < 0.3, rng.integers(1, 6, num_found) / 6  # many equal scores
-        counted.add(boxes, labels, scores, true_boxes, true_labels, difficult)
+        counted.add(boxes, labels, scores, Objects(true_boxes, true_labels, difficult))
         for label, score, box in zip(labels, scores, boxes, strict=True):
             found[label].append((image, score, box.astype(np.float64)))
         for label, box, hard in zip(true_labels, true_boxes, difficult, strict=True):
             true[label].append((image, box.astype(np.float64), bool(hard)))
-    for threshold in THRESHOLDS:
+    for threshold in IOU_THRESHOLDS:
         wanted = [slow_detection_ap(found[c], true[c], threshold) for c in range(3)]
         np.testing.assert_allclose(counted.ap(threshold), wanted, atol=1e-12)
 
@@ -150,9 +151,11 @@ def one_image(boxes, scores, true_boxes, difficult=None, labels=None, true_label
         boxes,
         np.array(labels or [0] * len(boxes)),
         np.array(scores, np.float32),
-        true_boxes,
-        np.array(true_labels or [0] * len(true_boxes)),
-        np.array(difficult or [False] * len(true_boxes)),
+        Objects(
+            true_boxes,
+            np.array(true_labels or [0] * len(true_boxes)),
+            np.array(difficult or [False] * len(true_boxes)),
+        ),
     )
     return counted
 

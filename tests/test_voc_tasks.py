@@ -19,7 +19,7 @@ from ssl_dist.errors import UserError
 from ssl_dist.keys import hash64
 from ssl_dist.storage import checkpoint
 from ssl_dist.voc import detection, loop, pictures, segmentation
-from ssl_dist.voc.data import CLASSES, VOID, read_split
+from ssl_dist.voc.data import CLASSES, VOID, read_split, to_tensor
 from ssl_dist.voc.metrics import Detections, confusion
 from ssl_dist.voc.pretrained import Pretrained
 from tests import golden_fill
@@ -219,7 +219,7 @@ def test_perfect_boxes_are_100(voc):
     val, found = split(voc, "val"), Detections(len(CLASSES))
     for sample in val.samples:
         o = sample.objects()
-        found.add(o.boxes, o.labels, np.ones(len(o.labels)), o.boxes, o.labels, o.difficult)
+        found.add(o.boxes, o.labels, np.ones(len(o.labels)), o)
     values = detection.summary(found, val)
     assert set(values.values()) == {100.0} and len(values) == 6 + 4
     nothing = Detections(len(CLASSES))
@@ -244,7 +244,7 @@ class Oracle(torch.nn.Module):
         self.known, self.asked = {}, []
         for sample in samples:
             o = sample.objects()
-            key = float(detection.to_tensor(sample.image()).sum())
+            key = float(to_tensor(sample.image()).sum())
             self.known[key] = sample.id, torch.tensor(o.boxes), torch.tensor(o.labels + 1)
 
     def forward(self, images):
@@ -268,7 +268,7 @@ def test_every_test_image_counts_once(voc):
 
 
 def test_a_picture_has_a_few_of_the_images(voc, monkeypatch):
-    monkeypatch.setattr(pictures, "COUNT", 2)
+    monkeypatch.setattr(pictures, "MAX_IMAGES", 2)
     val = split(voc, "val")
     with ThreadPoolExecutor(2) as pool:
         _, picture = detection.evaluate(Oracle(val.samples), val, CPU, pool)
@@ -291,9 +291,9 @@ def test_pictures():
 
 
 def fit(task, options, folder):
-    settings = {"task": "toy", "train": "shapes", "options": {}}
-    with loop.claimed(folder):
-        return loop.fit(task, options, folder, settings, {"normalize": {}, "data": {}}, 2)
+    settings = {"task": "toy", "train": "shapes", "images": "ab", "normalize": {}, "options": {}}
+    with loop.claimed(folder), ThreadPoolExecutor(2) as pool:
+        return loop.fit(task, options, folder, settings, pool)
 
 
 @pytest.mark.parametrize("kind", [pytest.param("detection", marks=pytest.mark.slow), "segmentation"])

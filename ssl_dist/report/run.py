@@ -128,7 +128,8 @@ def _read_metrics(run: Run) -> None:
     path = run.folder / "metrics.jsonl"
     run.lines, faulty = _json_lines(path, _is_metrics_line)
     if faulty:
-        run.note("curves", f"{count(faulty, 'line')} of metrics.jsonl cannot be read and {_is(faulty)} left out: line "
+        verb = "is" if len(faulty) == 1 else "are"
+        run.note("curves", f"{count(faulty, 'line')} of metrics.jsonl cannot be read and {verb} left out: line "
                  f"{', '.join(map(str, faulty[:5]))}{', ...' if len(faulty) > 5 else ''}.")  # fmt: skip
     if not run.lines:
         every = run.config.log.every_steps
@@ -220,10 +221,6 @@ def _json_lines(path: Path, is_good: Callable[[dict], bool]) -> tuple[list[dict]
 def _is_metrics_line(line: dict) -> bool:
     step, epoch = line.get("step"), line.get("epoch")
     return isinstance(step, int) and isinstance(epoch, int | float) and 0 <= step < MAX_COUNT and 0 <= epoch < MAX_COUNT
-
-
-def _is(things: Sequence) -> str:
-    return "is" if len(things) == 1 else "are"
 
 
 def seconds(run: Run) -> float:

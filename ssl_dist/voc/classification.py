@@ -7,11 +7,13 @@ the test, as in that code, whose mean average precision is the one by area. The 
 its minimum is the same and the solver draws no random numbers.
 """
 
+import contextlib
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -26,24 +28,24 @@ from ssl_dist.config import PositiveFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
 from ssl_dist.progress import Progress
 from ssl_dist.storage.features import Features, read_features, write_features
-from ssl_dist.voc.data import CLASSES, Sample, Split
-from ssl_dist.voc.loop import ahead
+from ssl_dist.voc.data import CLASSES, Sample, Split, normalized
+from ssl_dist.voc.loop import read_ahead
 from ssl_dist.voc.metrics import classification_ap
 from ssl_dist.voc.pretrained import Pretrained
 
-KIND = "Main"
 PROTOCOL = (
     "one-vs-rest linear SVM on frozen features of {layer}, short side {resize}, {crop} {size}, cost of each class by "
     "{folds} folds of {train}; VOC's mean average precision by 11 points and by area, difficult ones ignored"
 )
 COSTS = sorted([2.0**power for power in range(-19, -3)] + [10.0**power for power in range(-7, 3)])
-LARGEST = 9216  # features of a stage at most: its map is averaged to the largest grid that fits (Goyal et al. 2019)
-BATCH = 32
-MEMORY = 8 << 30  # bytes for the fits that run at once
+MAX_FEATURES = 9216  # of a stage, whose map is averaged to the largest grid that fits (Goyal et al. 2019)
+EXTRACTION_BATCH_SIZE = 32
+MAX_FIT_BYTES = 8 << 30  # of the fits that run at once
 OUTPUT = "output"
 
 
 class Options(Section):
+    IMAGE_SET: ClassVar = "Main"
     train_split: str = "trainval"
     test_split: str = "test"
     layer: str = Field(OUTPUT, description="output, or a stage of the backbone")
@@ -56,7 +58,7 @@ class Options(Section):
     workers: PositiveInt | None = Field(None, description="threads that read images and fit; null: the cores there are")
 
     @model_validator(mode="after")
-    def _crop(self):
+    def _crop(self) -> "Options":
         if self.resize < self.size:
             raise ValueError(f"resize: {self.resize} is below the size of the crop, {self.size}")
         return self
@@ -66,13 +68,13 @@ class Options(Section):
 
 
 def features_of(
-    pretrained: Pretrained, split: Split, options: Options, folder: Path, device: torch.device, pool
+    pretrained: Pretrained, split: Split, options: Options, folder: Path, device: torch.device, pool: Executor
 ) -> Features:
     """The features of a split, read from `folder` where they are there and fresh."""
-    path = folder / f"voc-{split.samples[0].root.name}-{split.name}-{options.layer}.safetensors"
+    path = folder / f"voc-{split.dataset}-{split.name}-{options.layer}.safetensors"
     metadata = {
         "classes": json.dumps(CLASSES),
-        "dataset": split.samples[0].root.name,
+        "dataset": split.dataset,
         "split": split.name,
         "data": split.digest(),
         "transform": f"short side to {options.resize}, {options.crop} {options.size}, {pretrained.normalize}",
@@ -83,58 +85,52 @@ def features_of(
         "backbone": pretrained.name,
     }
     if path.exists():
-        try:
-            known = read_features(path)
-        except UserError:
-            known = None  # damaged: made again
-        if known is not None and known.metadata == metadata:
-            return known
+        with contextlib.suppress(UserError):  # damaged: made again
+            stored = read_features(path)
+            if stored.metadata == metadata:
+                return stored
     network = Extractor(pretrained, options.layer).to(device)
     to_input = _input(pretrained, options)
-    rows = []
+    parts = []
     with Progress(f"features {split.title}", len(split), "image") as counter, torch.inference_mode():
-        for images in ahead(pool, to_input, ((sample,) for sample in split.samples), BATCH):
-            rows.append(network(torch.stack(images).to(device)).cpu().numpy())
+        for images in read_ahead(pool, to_input, ((sample,) for sample in split.samples), EXTRACTION_BATCH_SIZE):
+            parts.append(network(torch.stack(images).to(device)).cpu().numpy())
             counter.update(len(images))
-    found = np.concatenate(rows)
-    number = np.arange(len(split), dtype=np.int64)
-    write_features(path, found, np.full(len(split), -1, np.int64), number, metadata)  # an image has several classes
+    no_labels = np.full(len(split), -1, np.int64)  # an image has several classes
+    write_features(path, np.concatenate(parts), no_labels, np.arange(len(split), dtype=np.int64), metadata)
     return read_features(path)
 
 
 class Extractor(nn.Module):
     """Images [N, 3, S, S] -> features [N, D] of a layer; a stage's map is averaged to the largest square grid that
-    gives at most `LARGEST` numbers."""
+    gives at most `MAX_FEATURES` numbers."""
 
     def __init__(self, pretrained: Pretrained, layer: str):
         super().__init__()
         stages = pretrained.backbone.stages
         if layer != OUTPUT and layer not in stages:
-            known = ", ".join([OUTPUT, *stages])
-            raise UserError(f"layer = {layer!r}: backbone {pretrained.name} has {known}")
+            raise UserError(f"layer = {layer!r}: backbone {pretrained.name} has {', '.join([OUTPUT, *stages])}")
         self.backbone, self.layer = pretrained.backbone, layer
-        self.side = 0 if layer == OUTPUT else max(1, int((LARGEST / stages[layer]) ** 0.5))
+        self.side = 0 if layer == OUTPUT else max(1, int((MAX_FEATURES / stages[layer]) ** 0.5))
 
     def forward(self, images: Tensor) -> Tensor:
         try:
             if self.layer == OUTPUT:
                 return self.backbone(images).flatten(1)
-            found = self.backbone.forward_stages(images)[1][self.layer]
+            stage_map = self.backbone.forward_stages(images)[1][self.layer]
         except (RuntimeError, ValueError) as error:
             size = images.shape[-1]
             raise UserError(f"size = {size}: does not fit the backbone: {str(error).splitlines()[0]}") from None
-        side = min(self.side, *found.shape[-2:])
-        return nn.functional.adaptive_avg_pool2d(found, side).flatten(1)
+        side = min(self.side, *stage_map.shape[-2:])
+        return nn.functional.adaptive_avg_pool2d(stage_map, side).flatten(1)
 
 
-def _input(pretrained: Pretrained, options: Options):
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (pretrained.normalize.mean, pretrained.normalize.std))
-
+def _input(pretrained: Pretrained, options: Options) -> Callable[[Sample], Tensor]:
     def load(sample: Sample) -> Tensor:
         image = resize(sample.image(), options.resize)
         square = [options.size, options.size]
         image = resize(image, square) if options.crop == "whole" else center_crop(image, square)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255).sub_(mean).div_(std)
+        return normalized(image, pretrained.normalize)
 
     return load
 
@@ -172,9 +168,9 @@ def choose_cost(rows: np.ndarray, positive: np.ndarray, options: Options) -> flo
 def evaluate(
     train: Features, train_labels: np.ndarray, test: Features, test_labels: np.ndarray, options: Options, workers: int
 ) -> dict[str, float]:
-    """Percent: the means over the classes that there are, by 11 points and by area, and every class's average
-    precision by 11 points; and whether all fits converged. labels: [N, 20] of 1, 0 and -1. Says the costs on stderr."""
-    there = classes_there(train_labels, test_labels, options)
+    """Percent: the means over the classes that are present, by 11 points and by area, and every class's average
+    precision by 11 points; and whether all fits converged; costs on stderr. labels: [N, 20] of 1, 0 and -1."""
+    present = present_classes(train_labels, test_labels, options)
     train_rows, test_rows = unit_rows(train), unit_rows(test)
 
     def one(label: int) -> tuple[float, float, float, bool]:
@@ -185,10 +181,10 @@ def evaluate(
         return *classification_ap(scores, test_labels[:, label]), cost, machine.n_iter_ < options.max_iter
 
     # Beside a fold LIBLINEAR keeps its own form of it, twice as large.
-    threads = max(1, min(workers, len(there), MEMORY // (3 * train_rows.nbytes)))
-    with ThreadPoolExecutor(threads, "svm") as pool, Progress("classification", len(there), "SVM") as bar:
+    threads = max(1, min(workers, len(present), MAX_FIT_BYTES // (3 * train_rows.nbytes)))
+    with ThreadPoolExecutor(threads, "svm") as pool, Progress("classification", len(present), "SVM") as bar:
         rows = []
-        for row in pool.map(one, there):
+        for row in pool.map(one, present):
             rows.append(row)
             bar.update(1)
     eleven, area, costs, converged = (np.array(column) for column in zip(*rows, strict=True))
@@ -197,19 +193,19 @@ def evaluate(
         "voc_classification_map_area": 100 * area.mean(),
         "voc_classification_converged": float(converged.all()),
     }
-    chosen = ", ".join(f"{CLASSES[label]} {cost:.3g}" for label, cost in zip(there, costs, strict=True))
+    chosen = ", ".join(f"{CLASSES[label]} {cost:.3g}" for label, cost in zip(present, costs, strict=True))
     print(f"classification: costs {chosen}", file=sys.stderr, flush=True)
-    return values | {f"voc_classification_ap_{CLASSES[c]}": 100 * ap for c, ap in zip(there, eleven, strict=True)}
+    return values | {f"voc_classification_ap_{CLASSES[c]}": 100 * ap for c, ap in zip(present, eleven, strict=True)}
 
 
-def classes_there(train_labels: np.ndarray, test_labels: np.ndarray, options: Options) -> list[int]:
+def present_classes(train_labels: np.ndarray, test_labels: np.ndarray, options: Options) -> list[int]:
     """The classes that the images show: all 20 in VOC itself. Raises `UserError` for one with too few images."""
-    there = []
+    present = []
     for label, name in enumerate(CLASSES):
         positive, tested = int((train_labels[:, label] > 0).sum()), int((test_labels[:, label] > 0).sum())
         if not positive and not tested:
             continue
-        there.append(label)
+        present.append(label)
         if min(positive, len(train_labels) - positive) < options.folds:
             raise UserError(
                 f"train_split = {options.train_split!r}: {positive} of {len(train_labels)} images show a {name}; "
@@ -217,8 +213,8 @@ def classes_there(train_labels: np.ndarray, test_labels: np.ndarray, options: Op
             )
         if not tested:
             raise UserError(f"test_split = {options.test_split!r}: no image shows a {name}; choose another split")
-    if not there:
+    if not present:
         raise UserError(
             f"train_split = {options.train_split!r}: no image shows any class; restore the lists of classes"
         )
-    return there
+    return present

@@ -21,8 +21,11 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
+from ssl_dist.config import Normalize
 from ssl_dist.data.pillow import CONVERTIBLE, DAMAGED, why
 from ssl_dist.errors import UserError, did_you_mean
 
@@ -33,7 +36,7 @@ CLASSES = (
 VOID = 255  # in masks: pixels at the borders of objects, which count neither way
 
 _ID = re.compile(r"\w[\w.-]*")  # no path
-_LARGEST_XML = 1 << 20  # bytes; those of VOC have a few thousand
+_MAX_XML_BYTES = 1 << 20  # those of VOC have a few thousand
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,8 @@ class Sample:
     def objects(self) -> Objects:
         """What the annotation tells. Raises `UserError` naming the file."""
         path = self.annotation_path
-        found = [_object(node, path) for node in parse_xml(path).findall("object")]
-        boxes, labels, difficult = zip(*found, strict=True) if found else ((), (), ())
+        objects = [_object(node, path) for node in parse_xml(path).findall("object")]
+        boxes, labels, difficult = zip(*objects, strict=True) if objects else ((), (), ())
         return Objects(
             np.array(boxes, np.float32).reshape(-1, 4), np.array(labels, np.int64), np.array(difficult, np.bool_)
         )
@@ -109,6 +112,11 @@ class Split:
         return len(self.samples)
 
     @property
+    def dataset(self) -> str:
+        """The name of the (first) folder."""
+        return self.samples[0].root.name
+
+    @property
     def title(self) -> str:
         """VOC2007+VOC2012 trainval, for example."""
         roots = dict.fromkeys(sample.root.name for sample in self.samples)
@@ -116,19 +124,16 @@ class Split:
 
     def digest(self, truth: Callable[[Sample], bytes] = lambda _: b"") -> str:
         """SHA-256 of ids, files of images and what `truth` gives for each."""
-        return hashlib.sha256(b"".join(self._digests(truth))).hexdigest()
-
-    def _digests(self, truth):
-        for sample in self.samples:
-            for part in (sample.id.encode(), _bytes(sample.image_path), truth(sample)):
-                yield hashlib.sha256(part).digest()
+        parts = ((sample.id.encode(), _bytes(sample.image_path), truth(sample)) for sample in self.samples)
+        digests = (hashlib.sha256(part).digest() for of_sample in parts for part in of_sample)
+        return hashlib.sha256(b"".join(digests)).hexdigest()
 
     @cached_property
     def labels(self) -> np.ndarray:
         """int8 [N, 20]: 1 the class is there, -1 it is not, 0 only in objects marked difficult."""
         columns = []
         for name in CLASSES:
-            table = {}
+            table: dict[Sample, int] = {}
             for root in dict.fromkeys(sample.root for sample in self.samples):
                 table |= {Sample(root, id): label for id, label in _labels(root, name, self.name).items()}
             missing = [sample for sample in self.samples if sample not in table]
@@ -141,7 +146,7 @@ class Split:
 
 def read_split(roots: Sequence[Path], kind: str, name: str) -> Split:
     """The split `name` of all `roots`. kind: Main (classification, detection) or Segmentation. Raises `UserError`."""
-    samples = []
+    samples: list[Sample] = []
     for root in roots:
         path = _list_path(root, kind, name)
         if not path.is_file():
@@ -184,6 +189,17 @@ def _refuse_root(root: Path, kind: str, path: Path) -> None:
     raise UserError(
         f"{path}: there is no such split; there are {', '.join(there) or 'none'}; choose by train_split and test_split"
     )
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """float32 [3, H, W] in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
+
+
+def normalized(image: Image.Image, normalize: Normalize) -> Tensor:
+    """float32 [3, H, W]."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (normalize.mean, normalize.std))
+    return to_tensor(image).sub_(mean).div_(std)
 
 
 def _list_path(root: Path, kind: str, name: str) -> Path:
@@ -233,15 +249,15 @@ def _picture(path: Path) -> Image.Image:
 class _NoDoctype(ElementTree.TreeBuilder):
     """Refuses a document type: VOC has none, and in it entities would be defined that grow without bound."""
 
-    def doctype(self, name, pubid, system):
+    def doctype(self, name: str, pubid: str | None, system: str) -> None:
         raise ValueError("it has a document type (DTD), which is not read")
 
 
 def parse_xml(path: Path) -> ElementTree.Element:
     """The root element of an annotation. Raises `UserError` for what is no plain XML."""
     data = _bytes(path)
-    if len(data) > _LARGEST_XML:
-        raise UserError(f"{path}: {len(data)} bytes, an annotation has at most {_LARGEST_XML}; restore the file")
+    if len(data) > _MAX_XML_BYTES:
+        raise UserError(f"{path}: {len(data)} bytes, an annotation has at most {_MAX_XML_BYTES}; restore the file")
     try:
         return ElementTree.fromstring(data, ElementTree.XMLParser(target=_NoDoctype()))
     except (ElementTree.ParseError, ValueError, LookupError) as error:

@@ -8,7 +8,8 @@ BatchNorm trained, one more behind layer4, its statistics taken anew over 200 ba
 coder, RoIAlign and the assignment of anchors are torchvision's.
 """
 
-from typing import Annotated
+from concurrent.futures import Executor
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -26,23 +27,23 @@ from ssl_dist.errors import UserError
 from ssl_dist.keys import TRANSFER, VIEWS, hash64, uniforms
 from ssl_dist.progress import Progress
 from ssl_dist.voc import pictures
-from ssl_dist.voc.data import CLASSES, Sample, Split
-from ssl_dist.voc.loop import Task, ahead, seed_new_layers
-from ssl_dist.voc.metrics import THRESHOLDS, Detections
+from ssl_dist.voc.data import CLASSES, Sample, Split, to_tensor
+from ssl_dist.voc.loop import Task, read_ahead, seed_torch
+from ssl_dist.voc.metrics import IOU_THRESHOLDS, Detections
 from ssl_dist.voc.pretrained import Pretrained
-from ssl_dist.voc.trunk import TransferOptions, freeze, layers, require_resnet
+from ssl_dist.voc.trunk import Layers, TransferOptions, freeze, require_resnet
 
-KIND = "Main"
 PROTOCOL = (
     "Faster R-CNN C4, {steps} steps of {batch_size}, lr {lr}, short side {min_sizes} (test {test_size}), BatchNorm "
     "{norm} (statistics of {statistics_steps} batches), {frozen_stages} stages frozen, trained on {train}; VOC's "
     "average precision by 11 points and by area, difficult objects ignored, ap: mean over IoU 0.5 to 0.95, last step, "
     "seed {seed}"
 )
-ANCHORS = (32, 64, 128, 256, 512)  # sides in pixels
+ANCHOR_SIDES = (32, 64, 128, 256, 512)  # pixels
 
 
 class Options(TransferOptions):
+    IMAGE_SET: ClassVar = "Main"
     train_split: str = "trainval"
     test_split: str = "test"
     steps: PositiveInt = 24000
@@ -64,19 +65,17 @@ def build(pretrained: Pretrained, options: Options) -> tuple[FasterRCNN, list[nn
     """The detector on the backbone's own modules, and those of them that stay in evaluation mode."""
     backbone = require_resnet(pretrained, "detection")
     frozen = freeze(pretrained, options)
-    seed_new_layers(options.seed)
-    trunk = layers(backbone, 3)
-    trunk.out_channels = backbone.stages["layer3"]
+    seed_torch(options.seed)
     width = backbone.feature_dim
     norm = nn.BatchNorm2d(width) if options.norm == "batch" else nn.Identity()
-    head = nn.Sequential(backbone.layer4, norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
+    head = nn.Sequential(backbone.get_submodule("layer4"), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
     model = FasterRCNN(
-        trunk,
+        Layers(backbone, 3),
         min_size=options.test_size,
         max_size=options.max_size,
         image_mean=list(pretrained.normalize.mean),
         image_std=list(pretrained.normalize.std),
-        rpn_anchor_generator=AnchorGenerator((ANCHORS,), ((0.5, 1.0, 2.0),)),
+        rpn_anchor_generator=AnchorGenerator((ANCHOR_SIDES,), ((0.5, 1.0, 2.0),)),
         rpn_pre_nms_top_n_train=12000,
         rpn_pre_nms_top_n_test=6000,
         box_roi_pool=MultiScaleRoIAlign(["0"], output_size=14, sampling_ratio=0),
@@ -97,10 +96,9 @@ def task(pretrained: Pretrained, train: Split, options: Options, device: torch.d
     def load(epoch: int, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         return augmented(train.samples[index], hash64(options.seed, TRANSFER, VIEWS, epoch, index), options)
 
-    def loss(items: list) -> dict[str, Tensor]:
-        images, targets = zip(*items, strict=True)
-        targets = [{name: value.to(device) for name, value in target.items()} for target in targets]
-        return model([image.to(device) for image in images], targets)
+    def loss(items: list[tuple[Tensor, dict[str, Tensor]]]) -> dict[str, Tensor]:
+        targets = [{name: value.to(device) for name, value in target.items()} for _, target in items]
+        return model([image.to(device) for image, _ in items], targets)
 
     return Task(model, len(train), load, loss, frozen)
 
@@ -121,7 +119,7 @@ def augmented(sample: Sample, key: np.uint64, options: Options) -> tuple[Tensor,
     if empty.any():
         box = " ".join(f"{c:g}" for c in objects.boxes[empty.argmax()])
         raise UserError(f"{sample.annotation_path}: a box ({box}) lies outside of the image of {width}x{height} pixels")
-    boxes = boxes * np.float32([new_width / width, new_height / height] * 2)
+    boxes = boxes * np.array([new_width / width, new_height / height] * 2, np.float32)
     image = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
     if flip < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -130,44 +128,36 @@ def augmented(sample: Sample, key: np.uint64, options: Options) -> tuple[Tensor,
     return to_tensor(image), target
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """float32 [3, H, W] in [0, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
-
-
-def evaluate(model: FasterRCNN, test: Split, device: torch.device, pool) -> tuple[dict[str, float], Figure]:
+def evaluate(model: nn.Module, test: Split, device: torch.device, pool: Executor) -> tuple[dict[str, float], Figure]:
     """Every image of the test split once, one at a time, at its own proportions. Values in percent, and a picture."""
     model.eval()
-    found, rows, shown = Detections(len(CLASSES)), set(pictures.chosen(len(test))), []
-
-    def load(index: int) -> tuple[int, Image.Image]:
-        return index, test.samples[index].image()
+    detections, rows, shown = Detections(len(CLASSES)), set(pictures.chosen(len(test))), []
 
     with Progress(f"detection {test.title}", len(test), "image") as counter, torch.inference_mode():
-        for [(index, image)] in ahead(pool, load, ((i,) for i in range(len(test))), 1):
+        for index, [image] in enumerate(read_ahead(pool, Sample.image, ((sample,) for sample in test.samples), 1)):
             (output,) = model([to_tensor(image).to(device)])
             boxes, labels, scores = (output[name].cpu().numpy() for name in ("boxes", "labels", "scores"))
             objects = test.samples[index].objects()
-            found.add(boxes, labels - 1, scores, objects.boxes, objects.labels, objects.difficult)
+            detections.add(boxes, labels - 1, scores, objects)
             if index in rows:
                 shown.append((image, objects, boxes, labels - 1, scores))
             counter.update(1)
-    return summary(found, test), pictures.boxes(shown)
+    return summary(detections, test), pictures.boxes(shown)
 
 
-def summary(found: Detections, test: Split) -> dict[str, float]:
-    """Means over the classes that the split has: ap50, ap75 and ap (over all thresholds), by 11 points and by area; and
-    every class's ap50 by 11 points."""
-    ap_TCK = 100 * np.stack([found.ap(threshold) for threshold in THRESHOLDS])
-    there_C = ~np.isnan(ap_TCK[0, :, 0])
-    if not there_C.any():
+def summary(detections: Detections, test: Split) -> dict[str, float]:
+    """Means over the classes that the split holds: ap50, ap75 and ap (over all thresholds), by 11 points and by area;
+    and every class's ap50 by 11 points."""
+    ap_TCK = 100 * np.stack([detections.ap(threshold) for threshold in IOU_THRESHOLDS])
+    present_C = ~np.isnan(ap_TCK[0, :, 0])
+    if not present_C.any():
         raise UserError(f"test_split = {test.name!r}: holds no object that is not difficult; choose another split")
-    mean_TK = ap_TCK[:, there_C].mean(1)
+    mean_TK = ap_TCK[:, present_C].mean(1)
     values = {}
     for kind, name in enumerate(("11point", "area")):
         values[f"voc_detection_ap50_{name}"] = mean_TK[0, kind]
-        values[f"voc_detection_ap75_{name}"] = mean_TK[THRESHOLDS.index(0.75), kind]
+        values[f"voc_detection_ap75_{name}"] = mean_TK[IOU_THRESHOLDS.index(0.75), kind]
         values[f"voc_detection_ap_{name}"] = mean_TK[:, kind].mean()
-    for label in np.flatnonzero(there_C):
+    for label in np.flatnonzero(present_C):
         values[f"voc_detection_ap50_{CLASSES[label]}"] = ap_TCK[0, label, 0]
     return values

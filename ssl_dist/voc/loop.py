@@ -1,20 +1,26 @@
 """Training for a transfer: one process, seeded, resumed exactly. What a task trains on is behind `Task`.
 
+`train.loop` draws views of one size and shares a method's loss between ranks; here images of any size go with their
+boxes or masks through one process, in steps whose rate follows other papers, so one loop for both would be two in one
+function. What does not depend on that is shared: clock, log, stop request, checkpoints and the setting of rates.
+
 The order of images, their augmentation and every draw of torch's generator are functions of (seed, step), so weights,
 momenta and the step are all that is saved. On a CPU a resume is exact bit for bit; on a GPU the gradients of RoIAlign
 and of upsampling are summed in an order that varies.
 """
 
 import dataclasses
+import functools
 import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Generic, TypeVar
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -30,7 +36,8 @@ from ssl_dist.run.log import RunLog
 from ssl_dist.storage import checkpoint, durable
 from ssl_dist.train import optim
 
-FREE = ("workers", "log_every")  # options that change no number
+FREE_OPTIONS = ("workers", "log_every")  # they change no number
+Item = TypeVar("Item")
 
 
 class TrainingOptions(Section):
@@ -49,14 +56,14 @@ class TrainingOptions(Section):
 
 
 @dataclasses.dataclass
-class Task:
+class Task(Generic[Item]):
     """What is trained. load: (epoch, index) -> one image of the training split, augmented, on the CPU; loss: a list of
     those -> named terms, whose sum is minimised. frozen: modules whose statistics stay."""
 
     model: nn.Module
     num_images: int
-    load: Callable[[int, int], Any]
-    loss: Callable[[list], dict[str, Tensor]]
+    load: Callable[[int, int], Item]
+    loss: Callable[[list[Item]], dict[str, Tensor]]
     frozen: list[nn.Module]
 
     def train_mode(self) -> None:
@@ -64,19 +71,19 @@ class Task:
         for module in self.frozen:
             module.eval()
 
+    def batches(self, clock: Clock, options: TrainingOptions, pool: Executor) -> Iterator[list[Item]]:
+        """The batches of the steps that follow `clock`. The tail of an epoch that fills no batch is dropped."""
+        return read_ahead(pool, self.load, _order(clock, self.num_images, options), options.batch_size)
 
-def seed_torch(seed: int, purpose: int, number: int = 0) -> None:
-    """Give torch's generators, on every device, the state that belongs to a step or to new layers."""
+
+def seed_torch(seed: int, purpose: int = INIT, number: int = 0) -> None:
+    """Give torch's generators, on every device, the state that belongs to new layers or, for METHOD, to a step."""
     torch.manual_seed(int(hash64(seed, TRANSFER, purpose, number)) & 0x7FFFFFFFFFFFFFFF)
-
-
-def seed_new_layers(seed: int) -> None:
-    seed_torch(seed, INIT)
 
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """The folder belongs to this process meanwhile, by a lock that dies with it. Raises `UserError` if it is taken."""
+    """Hold the folder's lock, which dies with the process. Raises `UserError` when another process has it."""
     with durable.refuse_unwritable(folder, "choose another --out"):
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         try:
@@ -91,31 +98,27 @@ def claimed(folder: Path) -> Iterator[None]:
         os.close(held)
 
 
-def fit(task: Task, options: TrainingOptions, folder: Path, settings: dict, facts: dict, workers: int) -> int:
+def fit(task: Task, options: TrainingOptions, folder: Path, settings: dict, pool: Executor) -> int:
     """Train to the last step, or go on with what `folder` holds; 0 when complete, 75 when asked to stop.
 
-    settings: plain values that must be the same on resume; facts: normalize and data for the checkpoint.
+    settings: plain values that must be the same on resume, among them the names task and train, normalize and images
+    (SHA-256 of the ids).
     """
     per_epoch = task.num_images // options.batch_size
     if per_epoch == 0:
         raise UserError(f"batch_size = {options.batch_size}: larger than the {task.num_images} images to train on")
     optimizer = _optimizer(task.model, options)
-    step = _resume(task.model, optimizer, folder, settings)
-    clock = Clock(step, per_epoch, options.steps)
+    clock = Clock(_resume(task.model, optimizer, folder, settings), per_epoch, options.steps)
     if clock.done:
         return 0
     task.train_mode()
     title = f"{settings['task']} {settings['train']}"
-    with (
-        StopRequest() as stop,
-        RunLog(folder, clock, title, options.batch_size, 1) as log,
-        ThreadPoolExecutor(workers, "image") as pool,
-    ):
-        for items in ahead(pool, task.load, _plan(clock, task.num_images, options), options.batch_size):
+    with StopRequest() as stop, RunLog(folder, clock, title, options.batch_size, 1) as log:
+        for items in task.batches(clock, options, pool):
             optim.set_lr(optimizer, lr(options, clock))
             seed_torch(options.seed, METHOD, clock.step)
             terms = task.loss(items)
-            loss = sum(terms.values())
+            loss = functools.reduce(torch.add, terms.values())
             if not torch.isfinite(loss):
                 shown = ", ".join(f"{name} {float(value.detach()):g}" for name, value in terms.items())
                 raise Fault(f"{folder}: step {clock.step + 1}: the loss is not finite ({shown}); try a lower lr")
@@ -129,7 +132,7 @@ def fit(task: Task, options: TrainingOptions, folder: Path, settings: dict, fact
             stopping = stop.requested
             if stopping or clock.done or clock.due(every_epochs=1):
                 stop.saving = True
-                _save(task.model, optimizer, clock.step, folder, settings, facts)
+                _save(task.model, optimizer, clock.step, folder, settings)
                 stop.saving = False
             log.after_step(clock)
             if stopping and not clock.done:
@@ -138,7 +141,7 @@ def fit(task: Task, options: TrainingOptions, folder: Path, settings: dict, fact
     return 0
 
 
-def renew_statistics(task: Task, options: TrainingOptions, steps: int, workers: int) -> None:
+def renew_statistics(task: Task, options: TrainingOptions, steps: int, pool: Executor) -> None:
     """Put the mean over `steps` batches of training images in the place of BatchNorm's running mean and variance.
 
     The running ones weigh the last batches most and mix those of weights that have changed since ("precise BN" of
@@ -151,14 +154,8 @@ def renew_statistics(task: Task, options: TrainingOptions, steps: int, workers: 
         norm.reset_running_stats()
         norm.momentum = None  # torch's word for the mean of all batches since the reset
     clock = Clock(options.steps, task.num_images // options.batch_size, options.steps + steps)
-    with (
-        torch.no_grad(),
-        ThreadPoolExecutor(workers, "image") as pool,
-        Progress("statistics of BatchNorm", steps, "step") as counter,
-    ):
-        for step, items in enumerate(
-            ahead(pool, task.load, _plan(clock, task.num_images, options), options.batch_size), clock.step
-        ):
+    with torch.no_grad(), Progress("statistics of BatchNorm", steps, "step") as counter:
+        for step, items in enumerate(task.batches(clock, options, pool), clock.step):
             seed_torch(options.seed, METHOD, step)
             task.loss(items)
             counter.update(1)
@@ -167,35 +164,39 @@ def renew_statistics(task: Task, options: TrainingOptions, steps: int, workers: 
 
 
 def lr(options: TrainingOptions, clock: Clock) -> float:
-    """The learning rate of the step that follows `clock.step` completed ones."""
+    """The learning rate of the step that follows `clock.step` completed ones.
+
+    Unlike that of `train.optim`, the warm-up does not begin at 0, and milestones are rounded to the nearest step.
+    """
     if clock.step < options.warmup_steps:
         return options.lr * (clock.step + 1) / (options.warmup_steps + 1)
     return options.lr * 0.1 ** sum(clock.step >= round(share * clock.total_steps) for share in options.milestones)
 
 
-def epoch_order(seed: int, epoch: int, num_images: int):
+def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
     """int64 [N]: the images in the order of this epoch."""
     return permutation(hash64(seed, TRANSFER, ORDER, epoch), num_images)
 
 
-def _plan(clock: Clock, num_images: int, options: TrainingOptions) -> Iterator[tuple[int, int]]:
-    """(epoch, index) of every image from this step to the last. The tail of an epoch that fills no batch is dropped."""
-    order = (-1, None)
+def _order(clock: Clock, num_images: int, options: TrainingOptions) -> Iterator[tuple[int, int]]:
+    """(epoch, index) of every image from this step to the last."""
     for step in range(clock.step, clock.total_steps):
         epoch, within = divmod(step, clock.steps_per_epoch)
-        if order[0] != epoch:
-            order = (epoch, epoch_order(options.seed, epoch, num_images))
-        for index in order[1][within * options.batch_size : (within + 1) * options.batch_size]:
+        if within == 0 or step == clock.step:
+            order = epoch_order(options.seed, epoch, num_images)
+        for index in order[within * options.batch_size : (within + 1) * options.batch_size]:
             yield epoch, int(index)
 
 
-def ahead(pool: ThreadPoolExecutor, load: Callable, plan: Iterable[tuple], size: int) -> Iterator[list]:
-    """Lists of `size` results of load(*arguments), in the order of `plan`, read two lists ahead by the pool."""
-    plan, waiting = iter(plan), deque()
+def read_ahead(
+    pool: Executor, load: Callable[..., Item], arguments: Iterable[tuple], size: int
+) -> Iterator[list[Item]]:
+    """Lists of `size` results of load(*arguments), in their order, read two lists ahead by the pool."""
+    remaining, waiting = iter(arguments), deque[Future[Item]]()
     try:
         while True:
-            while len(waiting) < 3 * size and (arguments := next(plan, None)) is not None:
-                waiting.append(pool.submit(load, *arguments))
+            while len(waiting) < 3 * size and (next_arguments := next(remaining, None)) is not None:
+                waiting.append(pool.submit(load, *next_arguments))
             if not waiting:
                 return
             yield [waiting.popleft().result() for _ in range(min(size, len(waiting)))]
@@ -215,7 +216,7 @@ def _optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.SGD:
     return torch.optim.SGD([group for group in groups if group["params"]], lr=options.lr, momentum=options.momentum)
 
 
-def _save(model, optimizer, step: int, folder: Path, settings: dict, facts: dict) -> None:
+def _save(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, folder: Path, settings: dict) -> None:
     state = {
         "format": checkpoint.FORMAT,
         "step": step,
@@ -224,25 +225,25 @@ def _save(model, optimizer, step: int, folder: Path, settings: dict, facts: dict
         "optimizer": optimizer.state_dict(),
         "world_size": 1,
         "versions": checkpoint.versions(),
-        "normalize": facts["normalize"],
+        "normalize": settings["normalize"],
         "info": {},
-        "data": facts["data"],
+        "data": {"images": settings["images"]},
     }
     checkpoint.save(folder, state)
     checkpoint.prune(folder, keep=2, keep_every=None, step=step)
 
 
-def _resume(model, optimizer, folder: Path, settings: dict) -> int:
+def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, settings: dict) -> int:
     """Load the newest checkpoint, if there is one. Returns the steps completed."""
-    found = checkpoint.load_newest(folder)
-    if found is None:
+    newest = checkpoint.load_newest(folder)
+    if newest is None:
         return 0
-    path, state, _ = found
-    there, now = flat(state["config"]), flat(settings)
+    path, state, _ = newest
+    old, new = flat(state["config"]), flat(settings)
     different = [
-        f"{key} (there {there.get(key)!r}, now {now.get(key)!r})"
-        for key in sorted(there.keys() | now.keys())
-        if there.get(key) != now.get(key) and key.removeprefix("options.") not in FREE
+        f"{key} (there {old.get(key)!r}, now {new.get(key)!r})"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key.removeprefix("options.") not in FREE_OPTIONS
     ]
     if different:
         raise UserError(

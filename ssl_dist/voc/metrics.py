@@ -7,9 +7,9 @@ the devkit's rules are written out here.
 
 import numpy as np
 
-from ssl_dist.voc.data import VOID
+from ssl_dist.voc.data import VOID, Objects
 
-THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
+IOU_THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
 
 
 def average_precision(hit_N: np.ndarray, num_positives: int) -> tuple[float, float]:
@@ -21,10 +21,10 @@ def average_precision(hit_N: np.ndarray, num_positives: int) -> tuple[float, flo
     """
     if num_positives == 0:
         return np.nan, np.nan
-    found_N = np.cumsum(hit_N)
-    precision_N = found_N / np.arange(1, len(hit_N) + 1)
+    num_hits_N = np.cumsum(hit_N)
+    precision_N = num_hits_N / np.arange(1, len(hit_N) + 1)
     highest_N = np.maximum.accumulate(precision_N[::-1])[::-1]
-    first_K = np.searchsorted(10 * found_N, np.arange(11) * num_positives)
+    first_K = np.searchsorted(10 * num_hits_N, np.arange(11) * num_positives)
     reached = first_K[first_K < len(hit_N)]
     return float(highest_N[reached].sum() / 11), float(highest_N[hit_N].sum() / num_positives)
 
@@ -56,33 +56,33 @@ class Detections:
     def __init__(self, num_classes: int):
         # For each class: of every box found its score, highest IoU with a true box of its image, and that box's number
         # among all of the class (-1: the image has none); of every true box whether it is difficult.
-        self._found = [([], [], []) for _ in range(num_classes)]
-        self._difficult = [[] for _ in range(num_classes)]
+        self._detected: list[tuple[list, list, list]] = [([], [], []) for _ in range(num_classes)]
+        self._difficult: list[list[bool]] = [[] for _ in range(num_classes)]
 
-    def add(self, boxes, labels, scores, true_boxes, true_labels, difficult) -> None:
-        """One image: numpy arrays [n, 4], [n], [n] of what was found, and [m, 4], [m], [m] of what is there."""
-        for label, (found, known) in enumerate(zip(self._found, self._difficult, strict=True)):
-            mine, true = labels == label, true_labels == label
+    def add(self, boxes: np.ndarray, labels: np.ndarray, scores: np.ndarray, true: Objects) -> None:
+        """One image: the boxes, labels and scores found, [n, 4], [n] and [n], and what is truly there."""
+        for label, (columns, difficult) in enumerate(zip(self._detected, self._difficult, strict=True)):
+            mine, there = labels == label, true.labels == label
             best, which = np.zeros(mine.sum()), np.full(mine.sum(), -1)
-            if true.any() and mine.any():
-                overlap = iou(boxes[mine], true_boxes[true])
-                best, which = overlap.max(1), overlap.argmax(1) + len(known)
-            for values, new in zip(found, (scores[mine], best, which), strict=True):
-                values.extend(new)
-            known.extend(difficult[true])
+            if there.any() and mine.any():
+                overlap = iou(boxes[mine], true.boxes[there])
+                best, which = overlap.max(1), overlap.argmax(1) + len(difficult)
+            for column, new in zip(columns, (scores[mine], best, which), strict=True):
+                column.extend(new)
+            difficult.extend(true.difficult[there])
 
     def ap(self, threshold: float) -> np.ndarray:
         """Average precision by 11 points and area, [C, 2]; nan for a class without objects that count.
 
         In the order of scores each box goes to the true box of its class that it overlaps most. From `threshold` on
-        it is right the first time, wrong again and again, and of no account where that one is difficult; below it is
+        it is right the first time, wrong every other time, and ignored where that one is difficult; below it is
         wrong (VOCevaldet of the devkit).
         """
-        return np.array([self._ap(label, threshold) for label in range(len(self._found))])
+        return np.array([self._ap(label, threshold) for label in range(len(self._detected))])
 
     def _ap(self, label: int, threshold: float) -> tuple[float, float]:
         difficult = np.array(self._difficult[label], np.bool_)
-        score, best, which = (np.array(values) for values in self._found[label])
+        score, best, which = (np.array(values) for values in self._detected[label])
         order = ranking(score)
         best, which = best[order], which[order].astype(np.int64)
         near = (best >= threshold) & (which >= 0)

@@ -40,11 +40,11 @@ def load(path: Path, overrides: Sequence[str]) -> Pretrained:
     overrides: of a file of weights `backbone.name` (needed unless `ssl-dist export` wrote the file) and
     `views.normalize` (unless given: that of the export, else ImageNet's).
     """
-    given = dict(override.partition("=")[::2] for override in overrides)
-    facts = {} if path.is_dir() else _facts(path)
-    name = given.get("backbone.name", facts.get("backbone"))
+    values = dict(override.partition("=")[::2] for override in overrides)
+    metadata = {} if path.is_dir() else _export_metadata(path)
+    name = values.get("backbone.name", metadata.get("backbone"))
     if name is None:
-        if given:
+        if values:
             raise UserError(f"override {overrides[0]!r}: is for files of weights, and needs backbone.name=... too")
         encoder = run_encoder.load_encoder(path)
         settings = encoder.config
@@ -55,13 +55,11 @@ def load(path: Path, overrides: Sequence[str]) -> Pretrained:
         )  # fmt: skip
     if path.is_dir():
         raise UserError(f"override {overrides[0]!r}: {path} is a folder, whose run tells it; leave it out")
-    normalize, step = _input(path, given, facts)
-    found = weights.fit(backbones.build(name), name, path)
-    print(found.note, file=sys.stderr, flush=True)
-    backbone = _filled(name, found.tensors)
-    return Pretrained(
-        backbone, name, facts.get("method", path.name), normalize, found.sha256, step, None
-    )  # fmt: skip
+    normalize, step = _normalize_and_step(path, values, metadata)
+    fitted = weights.fit(backbones.build(name), name, path)
+    print(fitted.note, file=sys.stderr, flush=True)
+    backbone = _filled(name, fitted.tensors)
+    return Pretrained(backbone, name, metadata.get("method", path.name), normalize, fitted.sha256, step, None)
 
 
 def _filled(name: str, tensors: dict[str, torch.Tensor]) -> Backbone:
@@ -70,28 +68,28 @@ def _filled(name: str, tensors: dict[str, torch.Tensor]) -> Backbone:
     return backbone.float().eval()
 
 
-def _facts(path: Path) -> dict[str, str]:
-    """What `ssl-dist export` tells of its file; nothing for a file of others."""
+def _export_metadata(path: Path) -> dict[str, str]:
+    """What `ssl-dist export` wrote about its file; empty for a file of others."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            facts = file.metadata() or {}
+            metadata = file.metadata() or {}
     except (safetensors.SafetensorError, OSError):
         return {}  # no safetensors file; whoever reads it next says what is wrong with it
-    return facts if set(export.FACTS) <= set(facts) else {}
+    return metadata if set(export.FACTS) <= set(metadata) else {}
 
 
-def _input(path: Path, given: dict[str, str], facts: dict[str, str]) -> tuple[Normalize, int]:
-    """How images are normalised, and the step that the file tells (0: none)."""
-    known = CATALOG["imagenet"]
-    normalize, step = Normalize(mean=known.paper_mean, std=known.paper_std), 0
-    if facts:
+def _normalize_and_step(path: Path, values: dict[str, str], metadata: dict[str, str]) -> tuple[Normalize, int]:
+    """How images are normalised, and the step in the file's metadata (0: none). values: those of the overrides."""
+    imagenet = CATALOG["imagenet"]
+    normalize, step = Normalize(mean=imagenet.paper_mean, std=imagenet.paper_std), 0
+    if metadata:
         try:
-            normalize, step = json.loads(facts["normalize"]), int(facts["step"])
+            tree, step = json.loads(metadata["normalize"]), int(metadata["step"])
         except ValueError:
             raise UserError(f"{path}: damaged metadata (normalize, step); export it again") from None
-        normalize = validate(Normalize, normalize, f"{path}: normalize.")
-    if "views.normalize" in given:
-        tree = parse_yaml(given["views.normalize"], f"override 'views.normalize={given['views.normalize']}'")
+        normalize = validate(Normalize, tree, f"{path}: normalize.")
+    if "views.normalize" in values:
+        tree = parse_yaml(values["views.normalize"], f"override 'views.normalize={values['views.normalize']}'")
         if not isinstance(tree, dict):
             raise UserError(f"views.normalize = {tree!r}: write {{mean: [r, g, b], std: [r, g, b]}}")
         normalize = validate(Normalize, tree, "views.normalize.")

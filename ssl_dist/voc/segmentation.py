@@ -7,7 +7,8 @@ MoCo's (He et al. 2020, appendix A): 30,000 steps of 16 crops of 513 px, scaled 
 left out.
 """
 
-from typing import Annotated
+from concurrent.futures import Executor
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -24,13 +25,12 @@ from ssl_dist.errors import UserError
 from ssl_dist.keys import TRANSFER, VIEWS, hash64, uniforms
 from ssl_dist.progress import Progress
 from ssl_dist.voc import pictures
-from ssl_dist.voc.data import CLASSES, VOID, Sample, Split
-from ssl_dist.voc.loop import Task, ahead, seed_new_layers
+from ssl_dist.voc.data import CLASSES, VOID, Sample, Split, normalized
+from ssl_dist.voc.loop import Task, read_ahead, seed_torch
 from ssl_dist.voc.metrics import class_iou, confusion
 from ssl_dist.voc.pretrained import Pretrained
 from ssl_dist.voc.trunk import TransferOptions, dilate_last, freeze
 
-KIND = "Segmentation"
 PROTOCOL = (
     "FCN head at stride {stride}, {steps} steps of {batch_size}, lr {lr}, crops of {crop}, BatchNorm {norm}, "
     "{frozen_stages} stages frozen, trained on {train}; mean IoU over the classes, whole images, void ignored, "
@@ -41,6 +41,7 @@ SCALES = (0.5, 2.0)
 
 
 class Options(TransferOptions):
+    IMAGE_SET: ClassVar = "Segmentation"
     train_split: str = "train"
     test_split: str = "val"
     steps: PositiveInt = 30000
@@ -50,7 +51,7 @@ class Options(TransferOptions):
 
 
 class Trunk(nn.Module):
-    """Images to {"out": the last map}, as torchvision's segmentation networks want it."""
+    """Images to {"out": the last map}, the form that torchvision's segmentation networks take."""
 
     def __init__(self, backbone: Backbone):
         super().__init__()
@@ -73,14 +74,14 @@ def build(pretrained: Pretrained, options: Options) -> tuple[FCN, list[nn.Module
     trunk, (height, width) = Trunk(backbone), (192, 256)
     try:
         with torch.no_grad():
-            found = trunk.eval()(torch.zeros(1, 3, height, width))["out"]
+            last_map = trunk.eval()(torch.zeros(1, 3, height, width))["out"]
     except (NotImplementedError, RuntimeError, ValueError) as error:
         raise UserError(
             f"backbone.name = {pretrained.name!r}: voc segmentation needs maps of images of any size: "
             f"{str(error).splitlines()[0]}; choose another backbone"
         ) from None
-    seed_new_layers(options.seed)
-    return FCN(trunk, FCNHead(found.shape[1], len(NAMES))), frozen, width // found.shape[3]
+    seed_torch(options.seed)
+    return FCN(trunk, FCNHead(last_map.shape[1], len(NAMES))), frozen, width // last_map.shape[3]
 
 
 def task(pretrained: Pretrained, train: Split, options: Options, device: torch.device) -> tuple[Task, int]:
@@ -92,7 +93,7 @@ def task(pretrained: Pretrained, train: Split, options: Options, device: torch.d
         key = hash64(options.seed, TRANSFER, VIEWS, epoch, index)
         return augmented(train.samples[index], key, options.crop, pretrained.normalize)
 
-    def loss(items: list) -> dict[str, Tensor]:
+    def loss(items: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         images, masks = (torch.stack(parts).to(device) for parts in zip(*items, strict=True))
         return {"cross_entropy": mean_loss(model(images)["out"], masks)}
 
@@ -117,33 +118,27 @@ def augmented(sample: Sample, key: np.uint64, crop: int, normalize: Normalize) -
     indices = torch.from_numpy(np.array(mask.resize(size, Image.Resampling.NEAREST))).long()
     if flip < 0.5:
         pixels, indices = pixels.flip(2), indices.flip(1)
-    x, y = (int(place * (max(side - crop, 0) + 1)) for place, side in zip((left, upper), size, strict=True))
+    x, y = (int(share * (max(side - crop, 0) + 1)) for share, side in zip((left, upper), size, strict=True))
     pixels, indices = pixels[:, y : y + crop, x : x + crop], indices[y : y + crop, x : x + crop]
     height, width = indices.shape
     padding = (0, crop - width, 0, crop - height)
     return nn.functional.pad(pixels, padding), nn.functional.pad(indices, padding, value=VOID)
 
 
-def normalized(image: Image.Image, normalize: Normalize) -> Tensor:
-    """float32 [3, H, W]."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (normalize.mean, normalize.std))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255).sub_(mean).div_(std)
-
-
 def evaluate(
-    model: FCN, test: Split, normalize: Normalize, device: torch.device, pool
+    model: nn.Module, test: Split, normalize: Normalize, device: torch.device, pool: Executor
 ) -> tuple[dict[str, float], Figure]:
     """Every image of the test split once, whole: values in percent, means over the classes that occur; a picture."""
     model.eval()
     total = np.zeros((len(NAMES), len(NAMES)), np.int64)
     rows, shown = set(pictures.chosen(len(test))), []
 
-    def load(index: int) -> tuple[int, Image.Image, np.ndarray]:
-        image = test.samples[index].image()
-        return index, image, np.array(test.samples[index].mask(image.size))
+    def load(sample: Sample) -> tuple[Image.Image, np.ndarray]:
+        image = sample.image()
+        return image, np.array(sample.mask(image.size))
 
     with Progress(f"segmentation {test.title}", len(test), "image") as counter, torch.inference_mode():
-        for [(index, image, mask)] in ahead(pool, load, ((i,) for i in range(len(test))), 1):
+        for index, [(image, mask)] in enumerate(read_ahead(pool, load, ((sample,) for sample in test.samples), 1)):
             pixels = normalized(image, normalize)[None].to(device)
             predicted = model(pixels)["out"][0].argmax(0).cpu().numpy()
             total += confusion(predicted, mask, len(NAMES))

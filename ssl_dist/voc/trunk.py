@@ -34,16 +34,17 @@ def require_resnet(pretrained: Pretrained, task: str) -> ResNet:
 
 
 def freeze(pretrained: Pretrained, options: TransferOptions) -> list[nn.Module]:
-    """Take what shall not train out of the gradient; returns the modules that stay in evaluation mode."""
-    backbone, frozen = pretrained.backbone, []
+    """Switch off the gradient of what shall not train; returns the modules that stay in evaluation mode."""
+    backbone = pretrained.backbone
+    frozen: list[nn.Module] = []
     if options.frozen_stages:
         if not isinstance(backbone, ResNet):
             raise UserError(
                 f"frozen_stages = {options.frozen_stages}: backbone {pretrained.name} is not one of resnet18 to "
                 "resnet200; set it to 0"
             )
-        stages = [[backbone.conv1, backbone.bn1], *([getattr(backbone, f"layer{n}")] for n in (1, 2, 3, 4))]
-        frozen += [module for stage in stages[: options.frozen_stages] for module in stage]
+        stages = [["conv1", "bn1"], *([f"layer{number}"] for number in (1, 2, 3, 4))]
+        frozen += [backbone.get_submodule(name) for stage in stages[: options.frozen_stages] for name in stage]
     if options.norm == "frozen":
         frozen += [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
     for module in frozen:
@@ -51,18 +52,22 @@ def freeze(pretrained: Pretrained, options: TransferOptions) -> list[nn.Module]:
     return frozen
 
 
-def layers(backbone: ResNet, last: int) -> nn.Sequential:
-    """The stem and layer1 to layer`last`, by their own names."""
-    names = ("conv1", "bn1", "relu", "maxpool", *(f"layer{number}" for number in range(1, last + 1)))
-    return nn.Sequential(OrderedDict((name, getattr(backbone, name)) for name in names))
+class Layers(nn.Sequential):
+    """The stem and layer1 to layer`last` of a ResNet, by their own names; out_channels: those of its map."""
+
+    def __init__(self, backbone: ResNet, last: int):
+        names = ("conv1", "bn1", "relu", "maxpool", *(f"layer{number}" for number in range(1, last + 1)))
+        super().__init__(OrderedDict((name, backbone.get_submodule(name)) for name in names))
+        self.out_channels: int = backbone.stages[f"layer{last}"]
 
 
 def dilate_last(backbone: Backbone) -> None:
     """Give layer4 of a ResNet stride 1 and, behind its first block, dilation 2, where blocks are bottlenecks:
     torchvision's replace_stride_with_dilation=[False, False, True], which has none for basic blocks."""
-    if not isinstance(backbone, ResNet) or not isinstance(backbone.layer4[0], Bottleneck):
+    if not isinstance(backbone, ResNet):
         return
-    first, *others = backbone.layer4
-    first.conv2.stride = first.downsample[0].stride = (1, 1)
-    for block in others:
-        block.conv2.dilation = block.conv2.padding = (2, 2)
+    for number, block in enumerate(backbone.get_submodule("layer4").children()):
+        if isinstance(block, Bottleneck) and number == 0:
+            block.conv2.stride = block.downsample[0].stride = (1, 1)
+        elif isinstance(block, Bottleneck):
+            block.conv2.dilation = block.conv2.padding = (2, 2)
