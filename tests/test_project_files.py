@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 import ssl_dist
-from ssl_dist import methods
+from ssl_dist import cli, methods
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,6 +30,12 @@ def test_every_methods_paper_is_cited():
 def test_the_picture_of_the_packages_is_current():
     done = subprocess.run([sys.executable, ROOT / "tools" / "draw_packages.py", "--check"], check=False)
     assert done.returncode == 0, "run: python tools/draw_packages.py"
+
+
+def test_the_page_of_config_keys_is_current(capsys):
+    assert cli.main(["keys", "--markdown"]) == 0
+    page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    assert page == capsys.readouterr().out, "run: ssl-dist keys --markdown > docs/config.md"
 
 
 def test_the_changelog_tells_of_this_version():

@@ -17,7 +17,7 @@ class Resize(Section):
     """Resize the whole image before it is cropped, in proportion; antialiased when it shrinks."""
 
     short_side: PositiveInt = Field(description="pixels of the resized image's short side")
-    interpolation: Interpolation = "bilinear"
+    interpolation: Interpolation = Field("bilinear", description="of the resizing")
 
 
 class RandomResizedCrop(Section):
@@ -27,7 +27,7 @@ class RandomResizedCrop(Section):
         (0.08, 1.0), strict=False, description="share of the image's area"
     )
     ratio: tuple[PositiveFloat, PositiveFloat] = Field((0.75, 4 / 3), strict=False, description="width / height")
-    interpolation: Interpolation = "bilinear"
+    interpolation: Interpolation = Field("bilinear", description="of the resizing")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

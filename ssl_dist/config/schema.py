@@ -32,8 +32,8 @@ from ssl_dist.errors import UserError
 class Normalize(Section):
     """Per-channel mean and standard deviation of pixels in [0, 1]."""
 
-    mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat] = Field(strict=False)
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(strict=False)
+    mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat] = Field(strict=False, description="of red, green and blue")
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(strict=False, description="of red, green and blue")
 
 
 class Views(Section):
@@ -67,14 +67,14 @@ class Views(Section):
 class ClassSubset(Section):
     """The images number start .. start + per_class - 1 of every class, counted in id order."""
 
-    per_class: PositiveInt
-    start: NonNegativeInt = 0
+    per_class: PositiveInt = Field(description="images of every class")
+    start: NonNegativeInt = Field(0, description="the first of them, counted from 0 within its class")
 
 
 class LabelsFile(Section):
     """Labels in the place of the split's own: CSV with the columns image_id, label[, label ...]."""
 
-    file: str
+    file: str = Field(description="CSV file")
     column: NonNegativeInt = Field(0, description="which of the label columns, counted from 0")
 
 
@@ -123,7 +123,7 @@ class MethodSection(Section):
 
 
 class Optim(Section):
-    name: Literal["adam", "adamw", "sgd", "lars"] = "adam"
+    name: Literal["adam", "adamw", "sgd", "lars"] = Field("adam", description="the optimizer")
     lr: PositiveFloat = Field(1e-3, description="learning rate at its highest, for a batch of `lr_batch` images")
     lr_batch: PositiveInt | None = Field(
         None, description="the rate is lr * batch_size / lr_batch (LARS recipes: 256); null: lr as it stands"

@@ -133,16 +133,16 @@ def sections_along(section: type[BaseModel], path: Sequence[int | str]) -> Itera
             continue
         yield current, part
         field = current.model_fields.get(part) if current else None
-        current = _section_in(field.annotation) if field else None
+        current = section_in(field.annotation) if field else None
     yield current, ""
 
 
-def _section_in(annotation: Any) -> type[BaseModel] | None:
+def section_in(annotation: Any) -> type[BaseModel] | None:
     """The section inside an annotation such as `ColorJitter | None` or `list[ViewGroup]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, list, Annotated):
-        return next(filter(None, map(_section_in, typing.get_args(annotation))), None)
+        return next(filter(None, map(section_in, typing.get_args(annotation))), None)
     return None
 
 

@@ -46,14 +46,14 @@ OUTPUT = "output"
 
 class Options(Section):
     IMAGE_SET: ClassVar = "Main"
-    train_split: str = "trainval"
-    test_split: str = "test"
+    train_split: str = Field("trainval", description="list of images to train on, a file of ImageSets")
+    test_split: str = Field("test", description="list of images to test on")
     layer: str = Field(OUTPUT, description="output, or a stage of the backbone")
     size: Annotated[int, Field(ge=8, le=4096)] = Field(224, description="side of the network's input in pixels")
     resize: Annotated[int, Field(ge=8, le=4096)] = Field(256, description="short side before that")
     crop: Literal["whole", "centre"] = Field("whole", description="all of the image, squeezed, or its centre")
     costs: Annotated[list[PositiveFloat], Field(min_length=1)] = Field(COSTS, description="to choose from")
-    folds: Annotated[int, Field(ge=2, le=100)] = 3
+    folds: Annotated[int, Field(ge=2, le=100)] = Field(3, description="of the cross-validation that chooses a cost")
     max_iter: PositiveInt = Field(2000, description="of LIBLINEAR")
     workers: PositiveInt | None = Field(None, description="threads that read images and fit; null: the cores there are")
 

@@ -44,8 +44,8 @@ ANCHOR_SIDES = (32, 64, 128, 256, 512)  # pixels
 
 class Options(TransferOptions):
     IMAGE_SET: ClassVar = "Main"
-    train_split: str = "trainval"
-    test_split: str = "test"
+    train_split: str = Field("trainval", description="list of images to train on, a file of ImageSets")
+    test_split: str = Field("test", description="list of images to test on")
     steps: PositiveInt = 24000
     lr: PositiveFloat = 0.02
     warmup_steps: NonNegativeInt = 100

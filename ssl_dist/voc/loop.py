@@ -44,10 +44,10 @@ class TrainingOptions(Section):
     """The options that detection and segmentation share; defaults are each task's own."""
 
     seed: NonNegativeInt = Field(0, description="of new layers, the order of images, augmentation and sampling")
-    steps: PositiveInt
+    steps: PositiveInt = Field(description="length of the training in optimizer steps")
     batch_size: PositiveInt = Field(16, description="images in a step")
-    lr: PositiveFloat
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    lr: PositiveFloat = Field(description="learning rate at its highest")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of SGD")
     weight_decay: NonNegativeFloat = Field(1e-4, description="of all but BatchNorm")
     warmup_steps: NonNegativeInt = Field(0, description="linear rise of the rate from 0")
     milestones: list[Probability] = Field(description="shares of the training after which the rate falls to a tenth")

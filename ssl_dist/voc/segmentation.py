@@ -42,8 +42,8 @@ SCALES = (0.5, 2.0)
 
 class Options(TransferOptions):
     IMAGE_SET: ClassVar = "Segmentation"
-    train_split: str = "train"
-    test_split: str = "val"
+    train_split: str = Field("train", description="list of images to train on, a file of ImageSets")
+    test_split: str = Field("val", description="list of images to test on")
     steps: PositiveInt = 30000
     lr: PositiveFloat = 0.003
     milestones: list[Probability] = Field([0.7, 0.9])
