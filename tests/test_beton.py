@@ -152,7 +152,7 @@ def test_ffcv_has_the_same_types():
 
     assert types.HeaderType.itemsize == beton.HEADER.itemsize and types.CURRENT_VERSION == beton.VERSION
     assert types.FieldDescType.itemsize == beton.FIELD.itemsize
-    assert types.ALLOC_TABLE_TYPE.itemsize == beton.PLACE.itemsize
+    assert types.ALLOC_TABLE_TYPE.itemsize == beton.ALLOCATION.itemsize
     theirs = types.get_metadata_type([RGBImageField(), IntField()])
     assert theirs.itemsize == beton.SAMPLE.itemsize
     assert [types.TYPE_ID_HANDLER[i] for i in (beton.IMAGE_FIELD, beton.INT_FIELD)] == [RGBImageField, IntField]

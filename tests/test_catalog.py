@@ -2,7 +2,7 @@
 
 import pytest
 
-from ssl_dist.data.catalog import CATALOG, Facts, facts
+from ssl_dist.data.catalog import CATALOG, SplitRoles, split_roles
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ from ssl_dist.data.catalog import CATALOG, Facts, facts
     ],
 )
 def test_splits(name, present, expected):
-    assert facts(name, present) == Facts(*expected)
+    assert split_roles(name, present) == SplitRoles(*expected)
 
 
 @pytest.mark.parametrize("name", CATALOG)

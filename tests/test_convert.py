@@ -87,7 +87,7 @@ def test_mean_and_std(tmp_path):
 
 def test_mean_and_std_of_evenly_spaced_images(tmp_path, monkeypatch):
     source = simple_folder(tmp_path / "source", per_class=5, splits=("train",))
-    monkeypatch.setattr("ssl_dist.convert.statistics.MOST", 4)
+    monkeypatch.setattr("ssl_dist.convert.statistics.MAX_IMAGES", 4)
     told = run("folder", source, tmp_path / "out")
     file = Beton(tmp_path / "out" / "train.beton")
     pixels = np.stack([file.sample(i) for i in (0, 2, 5, 7)]).reshape(-1, 3) / 255

@@ -10,8 +10,8 @@ import sys
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +19,18 @@ import numpy as np
 from ssl_dist.convert.encode import Sample, encode, page_size
 from ssl_dist.convert.images import Images
 from ssl_dist.convert.sources import open_source
-from ssl_dist.convert.statistics import measure
+from ssl_dist.convert.statistics import Moments, measure
 from ssl_dist.data import manifest
 from ssl_dist.data.beton import JPG, MAX_SIDE, RAW, Beton, Digest, Writer
-from ssl_dist.data.catalog import CATALOG, Entry, facts
+from ssl_dist.data.catalog import CATALOG, Entry, SplitRoles, split_roles
 from ssl_dist.data.manifest import Encoding, Manifest, SplitFacts
 from ssl_dist.distributed.rank import available_cores
 from ssl_dist.errors import UserError, did_you_mean
 from ssl_dist.progress import Progress
-from ssl_dist.storage.durable import refuse_unwritable
+from ssl_dist.storage.durable import refuse_unwritable, remove_dead
 
 JPEG_QUALITY = 95
-CHUNK = 32  # images a thread takes at once
+IMAGES_PER_TASK = 32  # of a thread
 
 
 def convert(
@@ -49,12 +49,12 @@ def convert(
     cifar100, supercifar100 and stl10 are downloaded to it where missing; None: OUT/download). out: None: data/<name>.
     name: of a folder's data set, None: the folder's own; a name of the catalog brings that entry's facts along.
     max_side: pixels; larger images are shrunk to it; None: the catalog's, 512 for a folder. workers: threads that
-    encode; None: one a core. progress: tell about it on standard error.
+    encode; None: one a core. progress: shown on standard error.
 
     Run again, it verifies the splits that are complete (SHA-256 over every sample) and makes those that are missing,
     damaged, of another encoding or of another list of images. Raises `UserError` for all that the user can mend.
     """
-    name, entry = _named(dataset, root, name)
+    name, entry = _name_and_entry(dataset, root, name)
     out = Path(out) if out is not None else Path("data") / name
     if root is None and entry is not None and entry.source in ("cifar", "stl10"):
         root = out / "download"
@@ -62,48 +62,63 @@ def convert(
     if workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
     encoding = _encoding(entry, max_side)
-    previous = _previous(out, name, quiet)
+    previous = _previous_manifest(out, name, quiet)
     source = open_source(dataset, Path(root) if root is not None else None)
-    uses = facts(name, source.splits)
-    if uses.pretraining not in source.splits:
+    roles = split_roles(name, source.splits)
+    if roles.pretraining not in source.splits:
         raise UserError(f"--root {root}: has neither train/ nor unlabeled/; looked for images to train on")
     if previous is not None and (previous.encoding != encoding or previous.classes != source.classes):
-        _say(f"{out}: was written with other sizes or classes; converting again", quiet)
+        _log(f"{out}: was written with other sizes or classes; converting again", quiet)
         previous = None
-    splits: dict[str, SplitFacts] = dict(previous.splits) if previous is not None else {}
+    splits = dict(previous.splits) if previous is not None else {}
     with refuse_unwritable(f"--out {out}", "free space there or choose another folder"):
         out.mkdir(parents=True, exist_ok=True)
+        remove_dead(out)
         # The split for pre-training comes first: no dataset.json is without its mean and standard deviation.
-        for split in sorted(source.splits, key=lambda split: split != uses.pretraining):
+        for split in sorted(source.splits, key=lambda split: split != roles.pretraining):
             images, path = source.splits[split], out / f"{split}.beton"
-            kept = split in splits and _still_good(path, splits[split], images, quiet)
-            if not kept:
-                digest = _write(path, images, encoding, workers, quiet)
-                splits[split] = _split_facts(Beton(path), len(source.classes), digest, images.listing())
-            if split == uses.pretraining:
-                before = (previous.mean, previous.std, previous.measured_images) if kept else None
-                mean, std, number = before or measure(Beton(path), workers)
-            written = Manifest(
-                name=name,
-                about=entry.about if entry is not None else "images of a folder",
-                classes=source.classes,
-                splits={split: splits[split] for split in source.splits if split in splits},
-                pretraining=uses.pretraining,
-                training=uses.training,
-                evaluation=uses.evaluation,
-                image_size=entry.image_size if entry is not None else None,
-                mean=mean,
-                std=std,
-                measured_images=number,
-                paper_mean=list(entry.paper_mean) if entry is not None and entry.paper_mean else None,
-                paper_std=list(entry.paper_std) if entry is not None and entry.paper_std else None,
-                encoding=encoding,
-            )
-            manifest.save(out, written)
-    return written
+            is_kept = split in splits and _is_intact(path, splits[split], images, quiet)
+            if not is_kept:
+                splits[split] = _write(path, images, len(source.classes), encoding, workers, quiet)
+            if split == roles.pretraining:
+                if previous is not None and is_kept:
+                    moments: Moments = (previous.mean, previous.std, previous.measured_images)
+                else:
+                    moments = measure(Beton(path), workers)
+            written = {name: splits[name] for name in source.splits if name in splits}
+            result = _manifest(name, entry, source.classes, written, roles, moments, encoding)
+            manifest.save(out, result)
+    return result
 
 
-def _named(dataset: str, root: str | Path | None, name: str | None) -> tuple[str, Entry | None]:
+def _manifest(
+    name: str,
+    entry: Entry | None,
+    classes: list[str],
+    splits: dict[str, SplitFacts],
+    roles: SplitRoles,
+    moments: Moments,
+    encoding: Encoding,
+) -> Manifest:
+    return Manifest(
+        name=name,
+        about=entry.about if entry is not None else "images of a folder",
+        classes=classes,
+        splits=splits,
+        pretraining=roles.pretraining,
+        training=roles.training,
+        evaluation=roles.evaluation,
+        image_size=entry.image_size if entry is not None else None,
+        mean=moments[0],
+        std=moments[1],
+        measured_images=moments[2],
+        paper_mean=list(entry.paper_mean) if entry is not None and entry.paper_mean else None,
+        paper_std=list(entry.paper_std) if entry is not None and entry.paper_std else None,
+        encoding=encoding,
+    )
+
+
+def _name_and_entry(dataset: str, root: str | Path | None, name: str | None) -> tuple[str, Entry | None]:
     """The data set's name and its entry in the catalog."""
     if dataset != "folder":
         if dataset not in CATALOG:
@@ -129,28 +144,28 @@ def _encoding(entry: Entry | None, max_side: int | None) -> Encoding:
     return Encoding(raw_side=min(raw_side, max_side), max_side=max_side, jpeg_quality=JPEG_QUALITY)
 
 
-def _previous(out: Path, name: str, quiet: bool) -> Manifest | None:
-    """What an earlier conversion left in `out`; another data set is not written over."""
+def _previous_manifest(out: Path, name: str, quiet: bool) -> Manifest | None:
+    """That of an earlier conversion into `out`. Raises `UserError` for another data set's: it is not written over."""
     if not (out / manifest.FILE).exists():
         return None
     try:
         previous = manifest.load(out)
     except UserError as error:
-        _say(f"{error}; doing so", quiet)
+        _log(f"{error}; doing so", quiet)
         return None
     if previous.name != name:
         raise UserError(f"--out {out}: holds the data set {previous.name!r}; choose another folder for {name!r}")
     return previous
 
 
-def _still_good(path: Path, said: SplitFacts, images: Images, quiet: bool) -> bool:
+def _is_intact(path: Path, recorded: SplitFacts, images: Images, quiet: bool) -> bool:
     """Whether a finished split has the source's images and every byte that was written."""
-    if said.listing != images.listing() or not path.exists():
+    if recorded.listing != images.listing() or not path.exists():
         return False
     try:
         beton = Beton(path)
     except UserError as error:
-        _say(f"{error}; doing so", quiet)
+        _log(f"{error}; doing so", quiet)
         return False
     if not np.array_equal(beton.labels, images.labels):
         return False
@@ -159,13 +174,13 @@ def _still_good(path: Path, said: SplitFacts, images: Images, quiet: bool) -> bo
         for sample in beton.samples():
             digest.add(*sample)
             counter.update(1)
-    good = digest.hexdigest() == said.sha256
-    _say(f"{path}: {'complete, kept' if good else 'damaged, converting it again'}", quiet)
-    return good
+    intact = digest.hexdigest() == recorded.sha256
+    _log(f"{path}: {'complete, kept' if intact else 'damaged, converting it again'}", quiet)
+    return intact
 
 
-def _write(path: Path, images: Images, encoding: Encoding, workers: int, quiet: bool) -> str:
-    """Encode a split into its file; returns the digest."""
+def _write(path: Path, images: Images, num_classes: int, encoding: Encoding, workers: int, quiet: bool) -> SplitFacts:
+    """Encode a split into its file."""
     count = len(images.names)
     with (
         Writer(path, count, page_size(encoding)) as writer,
@@ -175,21 +190,22 @@ def _write(path: Path, images: Images, encoding: Encoding, workers: int, quiet: 
         for label, sample in zip(images.labels, samples, strict=True):
             writer.add(int(label), sample.mode, sample.height, sample.width, sample.data)
             counter.update(1)
-        return writer.finish()
+        digest = writer.finish()
+    return _split_facts(Beton(path), num_classes, digest, images.listing())
 
 
-def _encoded(images: Images, encoding: Encoding, workers: int) -> Iterator[Sample]:
-    """Every image in id order; a bounded number of them is under way."""
+def _encoded(images: Images, encoding: Encoding, workers: int) -> Generator[Sample, None, None]:
+    """Every image in id order; a bounded number of them waits or is being encoded."""
 
     def work(ids: range) -> list[Sample]:
         return [encode(_load(images, i), images.describe(i), encoding) for i in ids]
 
     count = len(images.names)
-    pending: deque = deque()
+    pending: deque[Future[list[Sample]]] = deque()
     with ThreadPoolExecutor(workers, "encode") as pool:
         try:
-            for start in range(0, count, CHUNK):
-                pending.append(pool.submit(work, range(start, min(start + CHUNK, count))))
+            for start in range(0, count, IMAGES_PER_TASK):
+                pending.append(pool.submit(work, range(start, min(start + IMAGES_PER_TASK, count))))
                 if len(pending) > 3 * workers:
                     yield from pending.popleft().result()
             while pending:
@@ -207,11 +223,11 @@ def _load(images: Images, i: int) -> bytes | np.ndarray:
 
 
 def _split_facts(beton: Beton, num_classes: int, digest: str, listing: str) -> SplitFacts:
-    known = beton.labels[beton.labels >= 0]
+    labels = beton.labels[beton.labels >= 0]
     return SplitFacts(
         count=beton.count,
-        labelled=len(known) == beton.count,
-        class_counts=np.bincount(known, minlength=num_classes).tolist(),
+        labelled=len(labels) == beton.count,
+        class_counts=np.bincount(labels, minlength=num_classes).tolist(),
         max_height=int(beton.heights.max()),
         max_width=int(beton.widths.max()),
         raw=int((beton.modes == RAW).sum()),
@@ -222,6 +238,6 @@ def _split_facts(beton: Beton, num_classes: int, digest: str, listing: str) -> S
     )
 
 
-def _say(text: str, quiet: bool) -> None:
+def _log(text: str, quiet: bool) -> None:
     if not quiet:
         print(text, file=sys.stderr, flush=True)

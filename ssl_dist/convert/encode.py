@@ -8,7 +8,7 @@ from PIL import Image
 
 from ssl_dist.data.beton import JPG, MAX_SIDE, PAGE_SIZE, RAW
 from ssl_dist.data.manifest import Encoding
-from ssl_dist.data.pillow import CONVERTIBLE, DAMAGED, why
+from ssl_dist.data.pillow import CONVERTIBLE_MODES, DAMAGED_IMAGE_ERRORS, reason_of
 from ssl_dist.errors import UserError
 
 
@@ -24,8 +24,8 @@ class Sample:
 
 def page_size(encoding: Encoding) -> int:
     """Bytes of a page that holds any image of this encoding: a JPEG is kept only if it needs less."""
-    size, most = PAGE_SIZE, 3 * max(encoding.max_side, encoding.raw_side) ** 2
-    while size < most and size < 1 << 31:
+    size, largest_image = PAGE_SIZE, 3 * max(encoding.max_side, encoding.raw_side) ** 2
+    while size < largest_image and size < 1 << 31:
         size *= 2
     return size
 
@@ -65,9 +65,11 @@ def _open(data: bytes, name: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
-    except DAMAGED as error:
-        raise UserError(f"{name}: can not be read as an image ({why(error)}); replace or remove the file") from None
-    if image.mode not in CONVERTIBLE:
+    except DAMAGED_IMAGE_ERRORS as error:
+        raise UserError(
+            f"{name}: can not be read as an image ({reason_of(error)}); replace or remove the file"
+        ) from None
+    if image.mode not in CONVERTIBLE_MODES:
         raise UserError(f"{name}: pixels of mode {image.mode!r} do not fit 8 bits; save it with 8 bits a channel")
     if max(image.size) > MAX_SIDE:
         raise UserError(f"{name}: {image.size[0]}x{image.size[1]} pixels, at most {MAX_SIDE} a side can be stored")
@@ -77,5 +79,5 @@ def _open(data: bytes, name: str) -> Image.Image:
 def _rgb(image: Image.Image, name: str) -> Image.Image:
     try:
         return image.convert("RGB")
-    except DAMAGED as error:
-        raise UserError(f"{name}: can not be made RGB ({why(error)}); save it as an RGB image") from None
+    except DAMAGED_IMAGE_ERRORS as error:
+        raise UserError(f"{name}: can not be made RGB ({reason_of(error)}); save it as an RGB image") from None

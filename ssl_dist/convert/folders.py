@@ -2,6 +2,7 @@
 
 import os
 import zipfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -58,11 +59,11 @@ def _is_image(name: str) -> bool:
 
 def _image_files(folder: Path, root: Path) -> list[str]:
     """Image files below `folder`, relative to `root`, in the order of torchvision's ImageFolder."""
-    found = []
+    files: list[str] = []
     for path, _, names in sorted(os.walk(folder, followlinks=True)):
         relative = os.path.relpath(path, root)
-        found += [os.path.normpath(os.path.join(relative, name)) for name in sorted(names) if _is_image(name)]
-    return found
+        files += [os.path.normpath(os.path.join(relative, name)) for name in sorted(names) if _is_image(name)]
+    return files
 
 
 def _list_classes(folder: Path, root: Path) -> dict[str, list[str]]:
@@ -70,9 +71,9 @@ def _list_classes(folder: Path, root: Path) -> dict[str, list[str]]:
     stray = sorted(entry.name for entry in os.scandir(folder) if entry.is_file() and _is_image(entry.name))
     names = _folders(folder)
     if not names:
-        looked = f"one folder a class, with images ({', '.join(EXTENSIONS)})"
+        layout = f"one folder a class, with images ({', '.join(EXTENSIONS)})"
         remedy = "images without classes belong in unlabeled/" if stray else f"or in it {', '.join(FOLDER_SPLITS)}"
-        raise UserError(f"{folder}: holds no class folder; looked for {looked}; {remedy}")
+        raise UserError(f"{folder}: holds no class folder; looked for {layout}; {remedy}")
     if stray:
         raise UserError(f"{folder / stray[0]}: lies outside of every class folder; move or remove it")
     by_class = {name: _image_files(folder / name, root) for name in names}
@@ -113,7 +114,9 @@ def _tiny_archive(path: Path, inside: str) -> Source:
     return _tiny_source(train, annotations, path, partial(ZipImages, archive, inside))
 
 
-def _tiny_source(train: list[str], annotations: str, where: Path, images) -> Source:
+def _tiny_source(
+    train: list[str], annotations: str, where: Path, images: Callable[[list[str], list[int]], Images]
+) -> Source:
     """train: paths train/<class>/...; annotations: lines <file>, <class>, <box>, parted by tabs."""
     if not train:
         raise UserError(f"{where}: holds no image below train/; unpack the archive again")

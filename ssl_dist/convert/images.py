@@ -1,4 +1,4 @@
-"""What a source of images is, before they are converted: splits, each with its images in id order."""
+"""A source of images to convert: splits, each with its images in id order."""
 
 import hashlib
 import zipfile
@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+Labels = Sequence[int] | np.ndarray
+
 
 class Images:
     """The images of a split. labels: int64 [N], -1 unknown; names: what the source calls them, [N]."""
 
-    def __init__(self, names: Sequence[str], labels: Sequence[int] | np.ndarray):
+    def __init__(self, names: Sequence[str], labels: Labels):
         self.names = names
         self.labels = np.asarray(labels, np.int64)
         assert len(self.labels) == len(names)
@@ -27,13 +29,13 @@ class Images:
 
     def listing(self) -> str:
         """SHA-256 of the names: tells whether the source still lists the same images."""
-        return hashlib.sha256("\n".join(map(str, self.names)).encode("utf-8", "surrogateescape")).hexdigest()
+        return hashlib.sha256("\n".join(self.names).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 class FileImages(Images):
     """Files below a folder; names are relative to it."""
 
-    def __init__(self, folder: Path, names: Sequence[str], labels):
+    def __init__(self, folder: Path, names: Sequence[str], labels: Labels):
         super().__init__(names, labels)
         self.folder = folder
 
@@ -47,7 +49,7 @@ class FileImages(Images):
 class ZipImages(Images):
     """Members of an open archive below the folder `inside` it."""
 
-    def __init__(self, archive: zipfile.ZipFile, inside: str, names: Sequence[str], labels):
+    def __init__(self, archive: zipfile.ZipFile, inside: str, names: Sequence[str], labels: Labels):
         super().__init__(names, labels)
         self.archive, self.inside = archive, inside
 
@@ -61,8 +63,8 @@ class ZipImages(Images):
 class PixelImages(Images):
     """An array uint8 [N, H, W, 3] (mapped from a file, perhaps)."""
 
-    def __init__(self, pixels: np.ndarray, labels):
-        super().__init__(range(len(pixels)), labels)
+    def __init__(self, pixels: np.ndarray, labels: Labels):
+        super().__init__([str(i) for i in range(len(pixels))], labels)
         self.pixels = pixels
 
     def load(self, i: int) -> np.ndarray:

@@ -1,13 +1,18 @@
 """Where each data set's images come from: folders and archives, torchvision's files, scikit-learn's digits."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from ssl_dist.convert.folders import image_folder, tiny_imagenet
-from ssl_dist.convert.images import PixelImages, Source
+from ssl_dist.convert.images import Images, PixelImages, Source
 from ssl_dist.data.catalog import CATALOG
 from ssl_dist.errors import UserError
+
+Opened = TypeVar("Opened")
 
 
 def open_source(dataset: str, root: Path | None) -> Source:
@@ -26,7 +31,9 @@ def open_source(dataset: str, root: Path | None) -> Source:
     return image_folder(root)
 
 
-def _fetch(dataset: str, root: Path, folder: str, archive: str, open_split):
+def _fetch(
+    dataset: str, root: Path, folder: str, archive: str, open_split: Callable[[Path], Opened]
+) -> tuple[Path, Opened]:
     """`open_split(root)` with torchvision's own check and download; one line where neither helps."""
     if root.name == folder:
         root = root.parent
@@ -47,11 +54,9 @@ def cifar(dataset: str, root: Path) -> Source:
     from torchvision.datasets import CIFAR10, CIFAR100
 
     cls = CIFAR10 if dataset == "cifar10" else CIFAR100
-    splits, classes = {}, None
+    splits: dict[str, Images] = {}
     for split, train in (("train", True), ("test", False)):
-        root, data = _fetch(
-            dataset, root, cls.base_folder, cls.filename, lambda at, train=train: cls(at, train=train, download=True)
-        )
+        root, data = _fetch(dataset, root, cls.base_folder, cls.filename, partial(cls, train=train, download=True))
         labels, classes = data.targets, data.classes
         if dataset == "supercifar100":
             # torchvision keeps the fine labels only; the files' checksums were verified above.
@@ -66,16 +71,14 @@ def stl10(root: Path) -> Source:
     """STL-10: 100,000 unlabeled, 5,000 training and 8,000 test images, mapped from the binary files."""
     from torchvision.datasets import STL10
 
-    root, data = _fetch(
-        "stl10", root, STL10.base_folder, STL10.filename, lambda at: STL10(at, split="test", download=True)
-    )
-    splits = {}
+    root, data = _fetch("stl10", root, STL10.base_folder, STL10.filename, partial(STL10, split="test", download=True))
+    splits: dict[str, Images] = {}
     for split in ("unlabeled", "train", "test"):
         folder = root / STL10.base_folder
         # Column-major pictures: [N, 3, W, H] in the file.
         pixels = np.memmap(folder / f"{split}_X.bin", np.uint8, "r").reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)
-        known = split != "unlabeled"
-        labels = np.fromfile(folder / f"{split}_y.bin", np.uint8) - 1 if known else np.full(len(pixels), -1)
+        labelled = split != "unlabeled"
+        labels = np.fromfile(folder / f"{split}_y.bin", np.uint8) - 1 if labelled else np.full(len(pixels), -1)
         splits[split] = PixelImages(pixels, labels)
     return Source(list(data.classes), splits)
 
@@ -93,11 +96,11 @@ def digits() -> Source:
     large = [np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)) for image in grey]
     pixels = np.repeat(np.stack(large)[..., None], 3, axis=3)
     labels = data.target.astype(np.int64)
-    place = np.empty(len(labels), np.int64)  # of an image among those of its digit
+    position = np.empty(len(labels), np.int64)  # of an image among those of its digit
     for digit in range(10):
         members = labels == digit
-        place[members] = np.arange(members.sum())
-    test = place % 5 == 4
+        position[members] = np.arange(members.sum())
+    test = position % 5 == 4
     return Source(
         [str(digit) for digit in range(10)],
         {"train": PixelImages(pixels[~test], labels[~test]), "test": PixelImages(pixels[test], labels[test])},

@@ -1,6 +1,7 @@
 """Mean and standard deviation of a data set's pixels."""
 
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -9,11 +10,12 @@ from numba import njit
 from ssl_dist.data.arrays import stored_image
 from ssl_dist.data.beton import Beton
 
-MOST = 20_000  # images that are measured
+MAX_IMAGES = 20_000  # that are measured
+Moments = tuple[Sequence[float], Sequence[float], int]  # mean and standard deviation per channel, images measured
 
 
 @njit(cache=True, nogil=True)
-def _sums(pixels):
+def _sums(pixels: np.ndarray) -> np.ndarray:
     """Sum and sum of squares of each channel of pixels, uint8 [H, W, 3]: int64 [2, 3], exact."""
     sums = np.zeros((2, 3), np.int64)
     for y in range(pixels.shape[0]):
@@ -25,17 +27,17 @@ def _sums(pixels):
     return sums
 
 
-def measure(beton: Beton, threads: int) -> tuple[list[float], list[float], int]:
-    """Per channel mean and standard deviation of pixels in [0, 1], six decimals, and the number of images measured:
-    up to `MOST`, evenly spaced. Every image counts the same, whatever its size. Independent of `threads`."""
-    number = min(beton.count, MOST)
+def measure(beton: Beton, threads: int) -> Moments:
+    """Moments of pixels in [0, 1], six decimals, of up to `MAX_IMAGES` images, evenly spaced, each with the same weight
+    whatever its size. Independent of `threads`."""
+    count = min(beton.count, MAX_IMAGES)
 
     def moments(i: int) -> np.ndarray:
-        pixels = stored_image(beton, i * beton.count // number)
+        pixels = stored_image(beton, i * beton.count // count)
         return _sums(pixels) / (pixels.shape[0] * pixels.shape[1])
 
     with ThreadPoolExecutor(threads) as pool:
-        found = np.stack(list(pool.map(moments, range(number)))) / [[[255.0], [255.0**2]]]
-    first, second = ([math.fsum(found[:, order, channel]) / number for channel in range(3)] for order in range(2))
+        mean_powers = np.stack(list(pool.map(moments, range(count)))) / [[[255.0], [255.0**2]]]
+    first, second = ([math.fsum(mean_powers[:, order, channel]) / count for channel in range(3)] for order in range(2))
     std = [math.sqrt(max(0.0, square - mean * mean)) for mean, square in zip(first, second, strict=True)]
-    return [round(mean, 6) for mean in first], [round(value, 6) for value in std], number
+    return [round(mean, 6) for mean in first], [round(value, 6) for value in std], count

@@ -7,18 +7,18 @@ from numba import njit
 from PIL import Image
 
 from ssl_dist.data.beton import RAW, Beton, check_value
-from ssl_dist.data.pillow import DAMAGED, why
+from ssl_dist.data.pillow import DAMAGED_IMAGE_ERRORS, reason_of
 from ssl_dist.data.reader import Reader, damaged
 
 
 @njit(cache=True, nogil=True)
-def is_sound(data, check):
+def is_sound(data: np.ndarray, check: int) -> bool:
     """Whether the bytes of a sample match its check value (0: it has none)."""
     return check == 0 or np.int64(check_value(data)) == check
 
 
 @njit(cache=True, nogil=True)
-def copy_raw(image, height, width, destination):
+def copy_raw(image: np.ndarray, height: int | np.int64, width: int | np.int64, destination: np.ndarray) -> None:
     """Stored pixels uint8 [height * width * 3] to the top left of destination, uint8 [Hmax, Wmax, 3]."""
     row = width * 3
     for y in range(height):
@@ -28,7 +28,17 @@ def copy_raw(image, height, width, destination):
 
 
 @njit(cache=True, nogil=True)
-def _copy_all_raw(ids, data, pointers, sizes, modes, heights, widths, checks, pixels):
+def _copy_all_raw(
+    ids: np.ndarray,
+    data: np.ndarray,
+    pointers: np.ndarray,
+    sizes: np.ndarray,
+    modes: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    checks: np.ndarray,
+    pixels: np.ndarray,
+) -> int:
     """Copy the raw images among `ids`; returns the first place whose bytes are damaged, or -1."""
     for i in range(ids.size):
         n = ids[i]
@@ -41,7 +51,7 @@ def _copy_all_raw(ids, data, pointers, sizes, modes, heights, widths, checks, pi
 
 
 class ArraysReader(Reader):
-    def _decode(self, ids, pixels):
+    def _decode(self, ids: np.ndarray, pixels: np.ndarray) -> None:
         beton = self._open_file()
         data = np.asarray(beton.data)
         columns = beton.pointers, beton.sizes, beton.modes, beton.heights, beton.widths, beton.checks
@@ -67,9 +77,9 @@ def stored_image(beton: Beton, image_id: int) -> np.ndarray:
     if beton.modes[image_id] == RAW:
         return data.reshape(*size, 3)
     try:
-        pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    except DAMAGED as error:
-        raise damaged(beton, image_id, f"Pillow: {why(error)}") from None
+        pixels = np.asarray(Image.open(io.BytesIO(data.tobytes())).convert("RGB"))
+    except DAMAGED_IMAGE_ERRORS as error:
+        raise damaged(beton, image_id, f"Pillow: {reason_of(error)}") from None
     if pixels.shape[:2] != size:
         raise damaged(beton, image_id, f"it shows {pixels.shape[:2]} pixels and the file says {size}")
     return pixels

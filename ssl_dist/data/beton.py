@@ -13,7 +13,9 @@ import fcntl
 import hashlib
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numba import njit
@@ -39,7 +41,7 @@ SAMPLE = np.dtype(
         "itemsize": 24,
     }
 )
-PLACE = np.dtype([("sample_id", "<u8"), ("pointer", "<u8"), ("size", "<u8")])
+ALLOCATION = np.dtype([("sample_id", "<u8"), ("pointer", "<u8"), ("size", "<u8")])
 
 FIELDS = np.zeros(2, FIELD)
 for _field, _type_id, _name in zip(FIELDS, (IMAGE_FIELD, INT_FIELD), (b"image", b"label"), strict=True):
@@ -51,7 +53,7 @@ MAX_SIDE = 65535  # sides are 16 bits wide
 
 
 @njit(cache=True, nogil=True)
-def check_value(data):
+def check_value(data: np.ndarray) -> np.uint64:
     """24 bits from a sample's bytes (uint8 [n]), never 0. A sum weighted by position: loops without a carried
     product, so it runs at memory speed and costs nothing beside decoding."""
     plain = np.uint64(0)
@@ -67,10 +69,10 @@ def check_value(data):
 class Digest:
     """SHA-256 over (label, mode, height, width, size, bytes) of every sample in id order."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._sha = hashlib.sha256()
 
-    def add(self, label: int, mode: int, height: int, width: int, data) -> None:
+    def add(self, label: int, mode: int, height: int, width: int, data: bytes | memoryview) -> None:
         self._sha.update(struct.pack("<qBHHQ", label, mode, height, width, len(data)))
         self._sha.update(data)
 
@@ -91,7 +93,7 @@ class Writer:
         self.temporary = self.path.with_name(f".{self.path.name}.tmp")
         self.digest = Digest()
         self._records = np.zeros(count, SAMPLE)
-        self._places = np.zeros(count, PLACE)
+        self._allocations = np.zeros(count, ALLOCATION)
         self._next = 0
         data_start = RECORDS_START + self._records.nbytes
         self._pointer = -(-data_start // page_size) * page_size
@@ -105,10 +107,10 @@ class Writer:
         self._file.truncate(0)
         self._file.write(bytes(self._pointer))
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         if not self._file.closed:
             self.temporary.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # what could not be flushed belongs to a file that is gone
@@ -124,7 +126,7 @@ class Writer:
             self._pointer += room
         check = int(check_value(np.frombuffer(data, np.uint8)))
         self._records[self._next] = (mode, width, height, self._pointer, list(check.to_bytes(3, "little")), label)
-        self._places[self._next] = (self._next, self._pointer, len(data))
+        self._allocations[self._next] = (self._next, self._pointer, len(data))
         self._file.write(data)
         self.digest.add(label, mode, height, width, data)
         self._pointer += len(data)
@@ -136,7 +138,7 @@ class Writer:
         padding = -self._pointer % self.page_size  # FFCV reads whole pages
         self._file.write(bytes(padding))
         table = self._pointer + padding
-        self._file.write(self._places.tobytes())
+        self._file.write(self._allocations.tobytes())
         self._file.flush()
         header = np.array([(VERSION, len(FIELDS), self.page_size, self.count, table)], HEADER)
         # A file opened for appending writes at its end only; the front goes through its own handle.
@@ -159,7 +161,7 @@ class Beton:
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        records, places = _read_tables(self.path)
+        records, allocations = _read_tables(self.path)
         self.count = len(records)
         self.labels = records["label"].astype(np.int64)
         self.modes = records["mode"].copy()
@@ -167,13 +169,13 @@ class Beton:
             records[name].astype(np.int64) for name in ("height", "width", "pointer")
         )
         self.checks = records["check"].astype(np.int64) @ np.array([1, 1 << 8, 1 << 16])
-        # FFCV's own writer lists the places in the order in which its workers ended.
-        order = np.argsort(places["sample_id"], kind="stable")
-        self.sizes = places["size"][order].astype(np.int64)
+        # FFCV's own writer lists the allocations in the order in which its workers ended.
+        order = np.argsort(allocations["sample_id"], kind="stable")
+        self.sizes = allocations["size"][order].astype(np.int64)
         raw = self.modes == RAW
         if (
-            (places["sample_id"][order] != np.arange(self.count)).any()
-            or (places["pointer"][order] != records["pointer"]).any()
+            (allocations["sample_id"][order] != np.arange(self.count)).any()
+            or (allocations["pointer"][order] != records["pointer"]).any()
             or (self.sizes[raw] != (self.heights * self.widths * 3)[raw]).any()
             or (self.pointers + self.sizes).max() > self.path.stat().st_size
         ):
@@ -185,15 +187,15 @@ class Beton:
         start = self.pointers[image_id]
         return self.data[start : start + self.sizes[image_id]]
 
-    def samples(self):
+    def samples(self) -> Iterator[tuple[int, int, int, int, memoryview]]:
         """(label, mode, height, width, bytes) of every sample in id order, as `Digest.add` takes them."""
-        columns = (self.labels, self.modes, self.heights, self.widths)
-        for image_id in range(self.count):
-            yield (*(int(column[image_id]) for column in columns), self.sample(image_id))
+        rows = zip(self.labels, self.modes, self.heights, self.widths, strict=True)
+        for image_id, (label, mode, height, width) in enumerate(rows):
+            yield int(label), int(mode), int(height), int(width), self.sample(image_id).data
 
 
 def _read_tables(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The records and the places of a file whose frame is sound."""
+    """The records and the allocations of a file whose frame is sound."""
     if not path.is_file():
         raise _refused(path, "there is no such file")
     size = path.stat().st_size
@@ -210,12 +212,12 @@ def _read_tables(path: Path) -> tuple[np.ndarray, np.ndarray]:
             raise _refused(path, "its fields are not `image` and `label`")
         if table == 0 or count == 0:
             raise _refused(path, "its writer did not finish it")
-        expected = table + count * PLACE.itemsize
+        expected = table + count * ALLOCATION.itemsize
         if size != expected:
             raise _refused(path, f"it has {size} bytes and its header speaks of {expected}: truncated or damaged")
         records = np.fromfile(file, SAMPLE, count)
         file.seek(table)
-        return records, np.fromfile(file, PLACE, count)
+        return records, np.fromfile(file, ALLOCATION, count)
 
 
 def _refused(path: Path, reason: str) -> UserError:

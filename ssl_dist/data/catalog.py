@@ -30,42 +30,42 @@ class Entry:
 # Mean and standard deviation: the official code of self-supervised relational reasoning (Patacchiola & Storkey,
 # NeurIPS 2020), which keeps three digits and uses round numbers for STL-10, tiny-ImageNet and SlimageNet64; for
 # ImageNet what torchvision and the other papers use.
-_CIFAR10 = {"paper_mean": (0.491, 0.482, 0.447), "paper_std": (0.247, 0.243, 0.262)}
-_CIFAR100 = {"paper_mean": (0.507, 0.487, 0.441), "paper_std": (0.267, 0.256, 0.276)}
-_HALF = {"paper_mean": (0.5, 0.5, 0.5), "paper_std": (0.5, 0.5, 0.5)}
-_QUARTER = {"paper_mean": (0.5, 0.5, 0.5), "paper_std": (0.25, 0.25, 0.25)}
-_IMAGENET = {"paper_mean": (0.485, 0.456, 0.406), "paper_std": (0.229, 0.224, 0.225)}
+_CIFAR10 = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
+_CIFAR100 = (0.507, 0.487, 0.441), (0.267, 0.256, 0.276)
+_HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+_QUARTER = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # fmt: off
 CATALOG: dict[str, Entry] = {
     "cifar10": Entry(
         "60,000 photos of 32x32 in 10 classes (Krizhevsky 2009); torchvision, downloaded where missing",
-        "cifar", "train", "train", "test", 32, 10, **_CIFAR10,
+        "cifar", "train", "train", "test", 32, 10, *_CIFAR10,
     ),
     "cifar100": Entry(
         "60,000 photos of 32x32 in 100 classes (Krizhevsky 2009); torchvision, downloaded where missing",
-        "cifar", "train", "train", "test", 32, 100, **_CIFAR100,
+        "cifar", "train", "train", "test", 32, 100, *_CIFAR100,
     ),
     "supercifar100": Entry(
         "CIFAR-100 with its 20 coarse labels; torchvision, downloaded where missing",
-        "cifar", "train", "train", "test", 32, 20, **_CIFAR100,
+        "cifar", "train", "train", "test", 32, 20, *_CIFAR100,
     ),
     "stl10": Entry(
         "100,000 unlabeled and 13,000 labelled photos of 96x96 in 10 classes (Coates et al. 2011); torchvision, "
         "downloaded where missing",
-        "stl10", "unlabeled", "train", "test", 96, 10, raw_side=96, **_HALF,
+        "stl10", "unlabeled", "train", "test", 96, 10, *_HALF, raw_side=96,
     ),
     "tiny-imagenet": Entry(
         "110,000 photos of 64x64 in 200 classes (Stanford CS231n); tiny-imagenet-200.zip, its folder, or a folder",
-        "tiny-imagenet", "train", "train", "val", 64, 200, **_QUARTER,
+        "tiny-imagenet", "train", "train", "val", 64, 200, *_QUARTER,
     ),
     "slimagenet64": Entry(
         "SlimageNet64: 200 photos of 64x64 from each class of ImageNet (Antoniou et al. 2020); an image folder",
-        "folder", "train", "train", "test", 64, 1000, **_QUARTER,
+        "folder", "train", "train", "test", 64, 1000, *_QUARTER,
     ),
     "imagenet": Entry(
         "ILSVRC 2012: 1,281,167 and 50,000 photos in 1,000 classes; an image folder with train/ and val/",
-        "folder", "train", "train", "val", 224, 1000, **_IMAGENET,
+        "folder", "train", "train", "val", 224, 1000, *_IMAGENET,
     ),
     "digits": Entry(
         "scikit-learn's 1,797 handwritten digits of 8x8, enlarged to 32x32 RGB; needs no download",
@@ -76,7 +76,7 @@ CATALOG: dict[str, Entry] = {
 
 
 @dataclass(frozen=True)
-class Facts:
+class SplitRoles:
     """Which split serves for what. A name may be absent from the folder: opening it then lists those present."""
 
     pretraining: str
@@ -84,21 +84,21 @@ class Facts:
     evaluation: str
 
 
-def facts(name: str, splits_present: Collection[str]) -> Facts:
+def split_roles(name: str, splits_present: Collection[str]) -> SplitRoles:
     """The splits of data set `name`, of which `splits_present` were converted. What the catalog says where that split
     is present, else the rule for a folder of one's own: pre-training on unlabeled, else train; training on train;
     evaluation on test, else val."""
-    own = Facts(
+    default = SplitRoles(
         pretraining="unlabeled" if "unlabeled" in splits_present else "train",
         training="train",
         evaluation="test" if "test" in splits_present else "val",
     )
     entry = CATALOG.get(name)
     if entry is None:
-        return own
-    return Facts(
+        return default
+    return SplitRoles(
         *(
-            getattr(entry, use) if getattr(entry, use) in splits_present else getattr(own, use)
+            getattr(entry, use) if getattr(entry, use) in splits_present else getattr(default, use)
             for use in ("pretraining", "training", "evaluation")
         )
     )

@@ -12,8 +12,10 @@ What is not used of FFCV, and why:
 """
 
 import ctypes
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import llvmlite.binding
 import numba
@@ -30,8 +32,8 @@ from ssl_dist.errors import UserError
 
 
 @contextmanager
-def _held(owner, name: str, value):
-    """`owner.name` is `value` meanwhile."""
+def _attribute_set(owner: object, name: str, value: object) -> Iterator[None]:
+    """Set `owner.name` to `value` inside the block."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -41,8 +43,8 @@ def _held(owner, name: str, value):
 
 
 @contextmanager
-def _threads_kept():
-    """FFCV sets the process's numbers of threads when it is imported and with every Loader; they are put back."""
+def _thread_counts_kept() -> Iterator[None]:
+    """Put the process's numbers of threads back, which FFCV sets when it is imported and with every Loader."""
     before = torch.get_num_threads(), numba.get_num_threads()
     try:
         yield
@@ -52,7 +54,7 @@ def _threads_kept():
 
 
 # FFCV keeps two constants in a numba dictionary that only Python reads; compiling it would take 5 s at every start.
-with _threads_kept(), _held(numba.typed, "Dict", dict):
+with _thread_counts_kept(), _attribute_set(numba.typed, "Dict", dict):
     try:
         from ffcv import libffcv
         from ffcv.fields.rgb_image import SimpleRGBImageDecoder
@@ -60,6 +62,8 @@ with _threads_kept(), _held(numba.typed, "Dict", dict):
         from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
         from ffcv.pipeline.allocation_query import AllocationQuery
         from ffcv.pipeline.compiler import Compiler
+        from ffcv.pipeline.state import State
+        from ffcv.reader import Reader as FfcvFile
     except (ImportError, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
@@ -74,24 +78,34 @@ for _name in ("tjInitDecompress", "tjDecompressHeader3", "tjDecompress2", "tjDes
     llvmlite.binding.add_symbol(_name, ctypes.cast(_function, ctypes.c_void_p).value)
 
 _P, _I = types.intp, types.int32
-_init_decompress = types.ExternalFunction("tjInitDecompress", _P())
-_decompress_header = types.ExternalFunction("tjDecompressHeader3", _I(_P, _P, types.uint64, _P, _P, _P, _P))
-_decompress = types.ExternalFunction("tjDecompress2", _I(_P, _P, types.uint64, _P, _I, _I, _I, _I, _I))
-_destroy = types.ExternalFunction("tjDestroy", _I(_P))
+# Any: numba declares its types of functions as callables that make signatures.
+_init_decompress: Any = types.ExternalFunction("tjInitDecompress", _P())
+_decompress_header: Any = types.ExternalFunction("tjDecompressHeader3", _I(_P, _P, types.uint64, _P, _P, _P, _P))
+_decompress: Any = types.ExternalFunction("tjDecompress2", _I(_P, _P, types.uint64, _P, _I, _I, _I, _I, _I))
+_destroy: Any = types.ExternalFunction("tjDestroy", _I(_P))
 
 SOUND, DAMAGED, DOUBTFUL = 0, 1, 2
 
 
 @njit(cache=True, nogil=True)
-def _decode_images(ids, pixels, verdicts, metadata, data, pointers, sizes, checks):
+def _decode_images(
+    ids: np.ndarray,
+    pixels: np.ndarray,
+    statuses: np.ndarray,
+    metadata: np.ndarray,
+    data: np.ndarray,
+    pointers: np.ndarray,
+    sizes: np.ndarray,
+    checks: np.ndarray,
+) -> None:
     """Decode whole images into the top left of pixels, uint8 [n, Hmax, Wmax, 3].
 
-    metadata: FFCV's records; data, pointers (sorted), sizes: what its memory manager reads from. verdicts[i]: SOUND;
+    metadata: FFCV's records; data, pointers (sorted), sizes: what its memory manager reads from. statuses[i]: SOUND;
     DAMAGED, the bytes are not those that were written; DOUBTFUL, libturbojpeg complained.
     """
     handle = _init_decompress()
-    found = np.empty(4, np.int32)  # width, height, subsampling, colour space of a JPEG's header
-    at = found.ctypes.data
+    header = np.empty(4, np.int32)  # of a JPEG: width, height, subsampling, colour space
+    at = header.ctypes.data
     row = pixels.shape[2] * 3
     for i in range(ids.size):
         record = metadata[ids[i]]
@@ -100,20 +114,20 @@ def _decode_images(ids, pixels, verdicts, metadata, data, pointers, sizes, check
         image = data[start : start + size]
         height, width = np.int64(record["height"]), np.int64(record["width"])
         if not is_sound(image, checks[ids[i]]):
-            verdicts[i] = DAMAGED
+            statuses[i] = DAMAGED
         elif record["mode"] == RAW:
-            verdicts[i] = SOUND
+            statuses[i] = SOUND
             copy_raw(image, height, width, pixels[i])
         else:
-            verdicts[i] = DOUBTFUL
+            statuses[i] = DOUBTFUL
             source, target = image.ctypes.data, pixels[i].ctypes.data
             if (
                 _decompress_header(handle, source, size, at, at + 4, at + 8, at + 12) == 0
-                and found[0] == width
-                and found[1] == height
+                and header[0] == width
+                and header[1] == height
                 and _decompress(handle, source, size, target, width, row, height, 0, 0) == 0
             ):
-                verdicts[i] = SOUND
+                statuses[i] = SOUND
     _destroy(handle)
 
 
@@ -121,14 +135,14 @@ class MappedFile(OSCacheManager):
     """FFCV's manager that maps the file, without the Python tables of every sample's pages that only the other manager
     reads: 12 s and 1.4 GB for ImageNet, on every rank."""
 
-    def __init__(self, reader):
+    def __init__(self, reader: FfcvFile):
         self.reader = reader
         order = np.argsort(reader.alloc_table["ptr"])
         self.ptrs, self.sizes = reader.alloc_table["ptr"][order], reader.alloc_table["size"][order]
         self.context = OSCacheContext(self)
 
     @property
-    def state_type(self):
+    def state_type(self) -> types.Tuple:
         """FFCV's own marks numba's one uint8 array type as read-only for the whole process: functions compiled before
         are not found any more (a KeyError deep inside numba), and later ones cannot write."""
         mapped = types.Array(types.uint8, 1, "C", readonly=True)
@@ -142,17 +156,17 @@ class WholeImage(SimpleRGBImageDecoder):
         super().__init__()
         self.shape, self.checks = (info.max_height, info.max_width, 3), checks
 
-    def declare_state_and_memory(self, previous_state):
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, tuple[AllocationQuery, AllocationQuery]]:
         state = replace(previous_state, jit_mode=True, shape=self.shape, dtype=np.dtype("u1"))
         return state, (AllocationQuery(self.shape, np.dtype("u1")), AllocationQuery((), np.dtype("u1")))
 
-    def generate_code(self):
+    def generate_code(self) -> Callable[..., tuple]:
         checks = self.checks
 
-        def decode(batch_indices, destination, metadata, storage_state):
-            pixels, verdicts = destination
+        def decode(batch_indices: np.ndarray, destination: tuple, metadata: np.ndarray, storage_state: tuple) -> tuple:
+            pixels, statuses = destination
             data, pointers, sizes = storage_state
-            _decode_images(batch_indices, pixels, verdicts, metadata, np.asarray(data), pointers, sizes, checks)
+            _decode_images(batch_indices, pixels, statuses, metadata, np.asarray(data), pointers, sizes, checks)
             return destination
 
         return decode
@@ -162,8 +176,8 @@ class FfcvReader(Reader):
     def __init__(self, info: SplitInfo, beton: Beton, threads: int = 1):
         super().__init__(info, beton, threads)
         # FFCV would compile the Python function around our compiled one, which takes seconds and saves nothing.
-        interpreted = _held(Compiler, "is_enabled", False)
-        with _threads_kept(), interpreted, _held(ffcv_loader, "OSCacheManager", MappedFile):
+        interpreted = _attribute_set(Compiler, "is_enabled", False)
+        with _thread_counts_kept(), interpreted, _attribute_set(ffcv_loader, "OSCacheManager", MappedFile):
             loader = ffcv_loader.Loader(
                 str(beton.path),
                 batch_size=1,  # of buffers that are never allocated
@@ -177,21 +191,21 @@ class FfcvReader(Reader):
         stages, (self._node,) = loader.code
         ((self._stage, _),) = stages
 
-    def _decode(self, ids, pixels):
+    def _decode(self, ids: np.ndarray, pixels: np.ndarray) -> None:
         beton = self._open_file()
-        verdicts = np.empty(len(ids), np.uint8)
+        statuses = np.empty(len(ids), np.uint8)
         self._stage(
             batch_indices=ids,
             metadata=self._metadata,
             storage_state=self._context.state,
-            **{f"memory_{self._node}": (pixels, verdicts), f"shared_memory_{self._node}": None},
+            **{f"memory_{self._node}": (pixels, statuses), f"shared_memory_{self._node}": None},
         )
-        for i in np.flatnonzero(verdicts):
-            if verdicts[i] == DAMAGED:
+        for i in np.flatnonzero(statuses):
+            if statuses[i] == DAMAGED:
                 raise damaged(beton, int(ids[i]), "its check value differs")
             # Pillow is the judge of what a JPEG shows, for both readers: it takes some that libturbojpeg warns of.
             put_image(beton, int(ids[i]), pixels[i])
 
-    def close(self):
+    def close(self) -> None:
         super().close()
         self._context = self._metadata = self._stage = None

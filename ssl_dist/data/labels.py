@@ -1,4 +1,4 @@
-"""Labels from a text file in the place of a split's own: pseudo-labels that a method has made, or anybody's."""
+"""Labels from a text file in the place of a split's own: pseudo-labels of a method, or any other."""
 
 import csv
 from pathlib import Path
@@ -8,8 +8,8 @@ import numpy as np
 from ssl_dist.errors import UserError
 
 KEYS = ("data.labels.file", "data.labels.column")
-MOST = 10**8  # images, where nobody says how many there are
-LONGEST = 6  # digits of a label: a classifier has an output for every number up to the largest
+MAX_IMAGES = 10**8  # where their number is unknown
+MAX_DIGITS = 6  # of a label: a classifier has an output for every number up to the largest
 
 
 def read(path: str | Path, column: int, count: int | None, keys: tuple[str, str] = KEYS) -> np.ndarray:
@@ -21,7 +21,7 @@ def read(path: str | Path, column: int, count: int | None, keys: tuple[str, str]
     the line.
     """
     labels = np.full(count or 0, -1, np.int64)
-    last = (MOST if count is None else count) - 1
+    last = (MAX_IMAGES if count is None else count) - 1
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file)
@@ -33,8 +33,8 @@ def read(path: str | Path, column: int, count: int | None, keys: tuple[str, str]
             for number, row in enumerate(rows, 2):
                 if len(row) != len(names) or not all(word.isascii() and word.isdigit() for word in row):
                     raise _fault(keys, path, number, f"must be {len(names)} whole numbers")
-                if len(row[0]) > 18 or len(row[1 + column]) > LONGEST:
-                    raise _fault(keys, path, number, f"a label has {LONGEST} digits at most, an id 18")
+                if len(row[0]) > 18 or len(row[1 + column]) > MAX_DIGITS:
+                    raise _fault(keys, path, number, f"a label has {MAX_DIGITS} digits at most, an id 18")
                 image_id = int(row[0])
                 if image_id > last:
                     raise _fault(keys, path, number, f"image {image_id} is not in the split's 0..{last}")
@@ -50,7 +50,7 @@ def read(path: str | Path, column: int, count: int | None, keys: tuple[str, str]
 
 
 def text(image_ids: np.ndarray, labels: np.ndarray) -> str:
-    """Such a file: image_ids int64 [n], labels whole numbers [columns, n], named label_0, label_1, ..."""
+    """The text of such a file: image_ids int64 [n], labels whole numbers [columns, n], named label_0, label_1, ..."""
     names = ["image_id", *(f"label_{column}" for column in range(len(labels)))]
     rows = np.column_stack([image_ids, *labels]).tolist()
     return "".join(",".join(map(str, row)) + "\n" for row in [names, *rows])

@@ -1,7 +1,6 @@
 """dataset.json: what `convert` tells of a folder of .beton files, and every reader checks."""
 
 import json
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +8,7 @@ from pydantic import Field
 
 from ssl_dist.config import Section, validate
 from ssl_dist.errors import UserError
-from ssl_dist.storage.durable import sync_folder
+from ssl_dist.storage.durable import write_text
 
 FILE = "dataset.json"
 
@@ -40,7 +39,7 @@ class SplitFacts(Section):
 
 class Manifest(Section):
     """The data set. mean, std: per channel, pixels in [0, 1], measured on `measured_images` images, evenly spaced, of
-    the split for pre-training; every image counts the same. pretraining, training, evaluation: see `catalog.Facts`."""
+    the split for pre-training; every image counts the same. pretraining, training, evaluation: `catalog.SplitRoles`."""
 
     format: Literal[1] = 1
     name: str
@@ -76,12 +75,4 @@ def load(root: str | Path) -> Manifest:
 
 def save(root: Path, manifest: Manifest) -> None:
     """Replace dataset.json in one step."""
-    path = root / FILE
-    temporary = root / f".{FILE}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(manifest.model_dump(mode="json"), file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(root)
+    write_text(root / FILE, json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""Pillow's faults: what it raises for a damaged file, and which pictures it maps to RGB as they look."""
+"""What Pillow raises for a damaged file, and which pictures it maps to RGB as they look."""
 
 import struct
 import zlib
@@ -6,12 +6,20 @@ import zlib
 from PIL import Image, UnidentifiedImageError
 
 # What Pillow raises for a damaged file, depending on the format.
-DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+DAMAGED_IMAGE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 # 8-bit pictures that `convert("RGB")` maps to what they show; 16-bit and float ones it clips instead.
-CONVERTIBLE = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
+CONVERTIBLE_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
 
 
-def why(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Pillow's complaint in a few words."""
     unknown = isinstance(error, UnidentifiedImageError)  # its text names a memory address
     return "no picture that Pillow knows" if unknown else " ".join(str(error).split())

@@ -22,7 +22,7 @@ class DataOrder:
     seed: int
     _order: tuple[int, np.ndarray] | None = field(default=None, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.train_ids) < self.batch_size:
             raise UserError(
                 f"optim.batch_size = {self.batch_size}: larger than the {len(self.train_ids)} images to train on; "
@@ -47,8 +47,8 @@ class DataOrder:
 
     def local_ids(self, step: int, grid: Grid, rank: int) -> np.ndarray:
         """Image ids [M / Wi] that `rank` holds at `step`."""
-        held = grid.image_range(rank, self.batch_size)
-        return self.global_ids(step)[held.start : held.stop]
+        shard = grid.image_range(rank, self.batch_size)
+        return self.global_ids(step)[shard.start : shard.stop]
 
 
 def limited(num_images: int, limit: int | None) -> np.ndarray:
@@ -60,7 +60,7 @@ def limited(num_images: int, limit: int | None) -> np.ndarray:
 
 def per_class(ids: np.ndarray, labels: np.ndarray, count: int, start: int) -> np.ndarray:
     """The images number start .. start + count - 1 of every class, in id order. Raises if a class has too few."""
-    chosen = []
+    selected = []
     for label in np.unique(labels):
         if label < 0:
             raise UserError("data.subset: per_class needs labels, and some images of this split have none")
@@ -70,27 +70,27 @@ def per_class(ids: np.ndarray, labels: np.ndarray, count: int, start: int) -> np
                 f"data.subset: class {label} has {int((labels == label).sum())} images, "
                 f"not the {start + count} that start = {start} and per_class = {count} need"
             )
-        chosen.append(members)
-    return np.sort(np.concatenate(chosen))
+        selected.append(members)
+    return np.sort(np.concatenate(selected))
 
 
-def held_out(ids: np.ndarray, labels: np.ndarray, share: float, seed: int, asked: str = "") -> np.ndarray:
+def held_out(ids: np.ndarray, labels: np.ndarray, share: float, seed: int, setting: str | None = None) -> np.ndarray:
     """About `share` of the images of every class, in id order: at least one, and at least one of them is left.
 
     ids, labels: int64 [n]. A function of the seed and of which images a class has, so all that is chosen or compared on
-    a held-out part uses the same one. Raises for a class with one image, in the words of who `asked`.
+    a held-out part uses the same one. Raises for a class with one image, naming the `setting` (None: --validation).
     """
-    asked = asked or f"--validation {share:g}"
-    chosen = []
+    setting = setting or f"--validation {share:g}"
+    selected = []
     for label in np.unique(labels):
         members = np.sort(ids[labels == label])
         if label < 0:
-            raise UserError(f"{asked}: needs labels, and {len(members)} images of this split have none")
+            raise UserError(f"{setting}: needs labels, and {len(members)} images of this split have none")
         if len(members) < 2:
-            raise UserError(f"{asked}: class {label} has one image, and needs one to learn from and one to hold out")
+            raise UserError(f"{setting}: class {label} has one image, and needs one to learn from and one to hold out")
         count = min(max(1, int(share * len(members) + 0.5)), len(members) - 1)
-        chosen.append(members[permutation(hash64(seed, HELD_OUT, int(label)), len(members))[:count]])
-    return np.sort(np.concatenate(chosen))
+        selected.append(members[permutation(hash64(seed, HELD_OUT, int(label)), len(members))[:count]])
+    return np.sort(np.concatenate(selected))
 
 
 def from_list(path: str, num_images: int) -> np.ndarray:

@@ -34,9 +34,9 @@ class Dataset:
         return tuple(self._manifest.splits)
 
     @cached_property
-    def uses(self) -> catalog.Facts:
+    def uses(self) -> catalog.SplitRoles:
         """The splits for pre-training, training and evaluation."""
-        return catalog.facts(self.name, self.splits)
+        return catalog.split_roles(self.name, self.splits)
 
     def info(self, split: str) -> SplitInfo:
         """What is known of a split, whose file is compared with dataset.json."""

@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_dist.config import Normalize
-from ssl_dist.data.pillow import CONVERTIBLE, DAMAGED, why
+from ssl_dist.data.pillow import CONVERTIBLE_MODES, DAMAGED_IMAGE_ERRORS, reason_of
 from ssl_dist.errors import UserError, did_you_mean
 
 CLASSES = (
@@ -72,7 +72,7 @@ class Sample:
     def image(self) -> Image.Image:
         """The picture, RGB."""
         image = _picture(self.image_path)
-        if image.mode not in CONVERTIBLE:
+        if image.mode not in CONVERTIBLE_MODES:
             raise UserError(f"{self.image_path}: pixels of mode {image.mode!r} do not fit 8 bits; save it as RGB")
         return image.convert("RGB")
 
@@ -237,8 +237,8 @@ def _picture(path: Path) -> Image.Image:
     try:
         image = Image.open(path)
         image.load()
-    except DAMAGED as error:
-        reason = getattr(error, "strerror", None) or why(error)
+    except DAMAGED_IMAGE_ERRORS as error:
+        reason = getattr(error, "strerror", None) or reason_of(error)
         raise UserError(f"{path}: can not be read as an image ({reason}); restore the file") from None
     return image
 
