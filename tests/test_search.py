@@ -8,7 +8,7 @@ from ssl_dist.evaluate import search
 
 def test_every_combination_once_the_last_option_fastest():
     words = ["knn.k=[[1],[5]]", "logistic.c=[0.1,1,10]", "knn.temperature=[[0.07],[0.5]]"]
-    found = search.grids(["knn", "logistic", "probe"], ["knn.precision=fp64"], words)
+    found = search.search_spaces(["knn", "logistic", "probe"], ["knn.precision=fp64"], words)
     assert set(found) == {"knn", "logistic"}
     assert [(c.options.k, c.options.temperature) for c in found["knn"].candidates] == [
         ([1], [0.07]), ([1], [0.5]), ([5], [0.07]), ([5], [0.5]),
@@ -17,7 +17,7 @@ def test_every_combination_once_the_last_option_fastest():
     assert [candidate.options.c for candidate in found["logistic"].candidates] == [0.1, 1.0, 10.0]
     assert str(found["knn"].candidates[1]) == "knn.k=[1] knn.temperature=[0.5]"
     assert str(found["logistic"]) == "logistic.c=[0.1, 1, 10]"
-    assert search.grids(["knn"], [], []) == {}
+    assert search.search_spaces(["knn"], [], []) == {}
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_every_combination_once_the_last_option_fastest():
 )
 def test_mistakes(searched, line):
     with pytest.raises(UserError, match=line) as caught:
-        search.grids(["knn"], ["knn.precision=fp64"], searched)
+        search.search_spaces(["knn"], ["knn.precision=fp64"], searched)
     assert "\n" not in str(caught.value)
 
 
@@ -58,8 +58,8 @@ def test_the_best_has_the_highest_top1_and_comes_first():
             for score in scores
         ]
 
-    assert search.best(tried(50.0, 70.0, 60.0)) == 1
-    assert search.best(tried(50.0, 70.0, 70.0)) == 1
+    assert search.best_index(tried(50.0, 70.0, 60.0)) == 1
+    assert search.best_index(tried(50.0, 70.0, 70.0)) == 1
     assert search.top1({"clusters_majority_top1": 90.0, "clusters_hungarian_top1": 30.0}) == 30, "purity grows with K"
     assert search.top1({"knn5_top1": 3.0, "knn20_top1": 4.0, "knn5_top5": 9.0}) == 4.0
     with pytest.raises(UserError, match="this evaluator gives a_top5, a_train_top1; leave it out"):

@@ -1,24 +1,68 @@
 """Evaluations of a trained backbone, one file each, found by name: `find("knn")` is ssl_dist/evaluators/knn.py.
 
-An evaluator of features defines
-    PROTOCOL: str                                 a sentence that names the protocol, with {option} where one decides;
-                                                  or protocol(options) -> str where more than a word depends on them
-    class Options(config.Section)                 documented fields
-    run(train, test, options, album=None) -> dict[str, float]
-                                                  features of two splits -> values by name; accuracies in percent.
-                                                  With an album (results/figures.py) it draws pictures as well
-    DRAWS = True                                  if it does: it runs again where its pictures are missing
-One of images has `protocol(options)`, and instead of `run` it has `measure(subject, options)`, which all ranks call
-together (transfer/subject.py). Neither needs an edit elsewhere.
+To add one, lay a module here that has the members of `FeatureEvaluator` or of `ImageEvaluator`. No other file needs an
+edit: the command line, searches, results.json and the report take it by its name.
 """
 
 import importlib
 import pkgutil
 from collections.abc import Sequence
-from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from ssl_dist.config import Section, parse_yaml, validate
 from ssl_dist.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from ssl_dist.results.figures import FigureWriter
+    from ssl_dist.storage.features import Features
+    from ssl_dist.transfer.subject import EvalContext
+
+OptionsT = TypeVar("OptionsT", bound=Section)
+InputT = TypeVar("InputT", bound=Section, contravariant=True)
+
+
+@runtime_checkable
+class _Describing(Protocol[InputT]):
+    def protocol(self, options: InputT) -> str:
+        """The sentence that results.json keeps beside every number: how it was measured."""
+
+
+class FeatureEvaluator(Protocol[OptionsT]):
+    """A module that works on the features of two splits, on rank 0. It needs neither model nor images.
+
+    PROTOCOL: a sentence that says how is measured, with {option} where an option decides; where more than a word
+    depends on them the module has a function protocol(options) in its place, as `ImageEvaluator` has. DRAWS = True: it
+    draws pictures; it runs again where they are missing. Options: a Section, its fields documented and with defaults.
+    """
+
+    PROTOCOL: str
+    Options: type[OptionsT]
+
+    def run(
+        self, train: "Features", test: "Features", options: OptionsT, writer: "FigureWriter | None" = None
+    ) -> dict[str, float]:
+        """Values by name, <evaluator>_..., accuracies in percent. A search chooses by those that end in _top1.
+
+        Rows are read in blocks, so that files larger than memory do: `Features.rows`, `Features.take`. writer: writes
+        the pictures and reads the images in them; None for a part held out of the training split, and where the values
+        alone are wanted. Raises `UserError` for what the user can mend.
+        """
+
+
+@runtime_checkable
+class ImageEvaluator(_Describing[OptionsT], Protocol[OptionsT]):
+    """A module that works on images, on all ranks together. Options: as those of a `FeatureEvaluator`."""
+
+    Options: type[OptionsT]
+
+    def measure(self, context: "EvalContext", options: OptionsT) -> dict[str, float]:
+        """Values by name, as those of `FeatureEvaluator.run`. Every rank calls it and returns the same.
+
+        Raises `UserError` on every rank (`World.raise_together`), and `transfer.recipe.Stopped` on request to stop.
+        """
+
+
+Evaluator = FeatureEvaluator[Any] | ImageEvaluator[Any]  # one that is found by name has options of its own
 
 
 def names() -> list[str]:
@@ -26,7 +70,7 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
-def find(name: str) -> ModuleType:
+def find(name: str) -> Evaluator:
     """The evaluator's module. Raises `UserError` with the nearest name for one that does not exist."""
     if name not in names():
         hint = did_you_mean(name, names(), cutoff=0.5)
@@ -43,7 +87,7 @@ def parse_options(chosen: Sequence[str], overrides: Sequence[str] = ()) -> dict[
 
 
 def option_trees(chosen: Sequence[str], overrides: Sequence[str]) -> dict[str, dict]:
-    """What the overrides say of every chosen evaluator, as option: value. Raises `UserError`."""
+    """The overrides of every chosen evaluator, as option: value. Raises `UserError`."""
     trees: dict[str, dict] = {name: {} for name in chosen}
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -62,18 +106,13 @@ def build_options(name: str, tree: dict) -> Section:
     return validate(find(name).Options, tree, f"{name}.")
 
 
-def sees_images(evaluator: ModuleType) -> bool:
-    """Whether it works on images; the others read features files."""
-    return hasattr(evaluator, "measure")
-
-
-def draws(evaluator: ModuleType) -> bool:
+def draws(evaluator: Evaluator) -> bool:
     """Whether an evaluator of features leaves pictures."""
     return getattr(evaluator, "DRAWS", False)
 
 
-def protocol(evaluator: ModuleType, options: Section) -> str:
-    """The sentence that says how the evaluator measured."""
-    if hasattr(evaluator, "PROTOCOL"):
-        return evaluator.PROTOCOL.format(**options.model_dump())
-    return evaluator.protocol(options)
+def protocol(evaluator: Evaluator, options: Section) -> str:
+    """The sentence that says how the evaluator measures with these options."""
+    if isinstance(evaluator, _Describing):
+        return evaluator.protocol(options)
+    return evaluator.PROTOCOL.format(**options.model_dump())

@@ -1,4 +1,4 @@
-"""Inference alone: what a trained classifier makes of the test split, of its own data set or of another one."""
+"""Inference alone: a trained classifier on the test split of its own data set or of another one."""
 
 import hashlib
 from pathlib import Path
@@ -31,33 +31,37 @@ def protocol(options: Options) -> str:
     return f"inference by the classifier of {Path(options.head).name} ({newest[1][:12]}), all test images, centre crop"
 
 
-def measure(subject: EvalContext, options: Options) -> dict[str, float]:
+def measure(context: EvalContext, options: Options) -> dict[str, float]:
     """`classify_top1` and `classify_top5` in percent.
 
     Raises `UserError` when there is no classifier, when it is of another run or checkpoint, and when it was trained on
     images that are held out.
     """
-    path, world = subject.run if options.head is None else Path(options.head), subject.world
-    method, own = load_together(path, world)
-    world.raise_together(lambda: _check(method, own, subject, options, path))
-    found = classify(method, own, subject.source, subject.test, world, world.rank_info.cores, subject.test_ids)
-    draw(found, subject, "classify", "the classifier")
-    return found.values("classify")
+    path, world = context.run if options.head is None else Path(options.head), context.world
+    method, encoder = load_together(path, world)
+    world.raise_together(lambda: _check(method, encoder, context, options, path))
+    classified = classify(method, encoder, context)
+    draw(classified, context, "classify", "the classifier")
+    return classified.values("classify")
 
 
-def _check(method: SSLMethod, own: Encoder, subject: EvalContext, options: Options, path: Path) -> None:
-    """`own` is the encoder of the checkpoint that holds the classifier."""
-    said = f"classify.head = {'null' if options.head is None else repr(options.head)}"
+def _check(method: SSLMethod, encoder: Encoder, context: EvalContext, options: Options, path: Path) -> None:
+    """`encoder` is that of the checkpoint in `path`, which holds the classifier."""
+    setting = f"classify.head = {'null' if options.head is None else repr(options.head)}"
     if type(method).logits is SSLMethod.logits:
         raise UserError(
-            f"{said}: {path} holds {own.config.method.name}, which does not classify; give the folder of a probe or a "
-            "fine-tuning (RUN/evaluations/...), or a supervised run"
+            f"{setting}: {path} holds {encoder.config.method.name}, which does not classify; give the folder of a "
+            "probe or a fine-tuning (RUN/evaluations/...), or a supervised run"
         )
     if options.head is not None:
-        begun_from = checkpoint.load_hashed(own.file)[0]["data"].get("weights")
-        if begun_from != hashlib.sha256(encoder_file(subject.encoder)).hexdigest():
+        initial_weights = checkpoint.load_hashed(encoder.file)[0]["data"].get("weights")
+        if initial_weights != hashlib.sha256(encoder_file(context.encoder)).hexdigest():
             raise UserError(
-                f"{said}: was not trained on the newest checkpoint of {subject.run}; evaluate the run that it is of"
+                f"{setting}: was not trained on the newest checkpoint of {context.run}; evaluate the run that it is of"
             )
-    if subject.part is not None and own.ids != hashlib.sha256(subject.train_ids.tobytes()).hexdigest():
-        raise UserError(f"{said}: was trained on images of {subject.part}; leave --validation out, or probe with it")
+    if context.held_out is not None:
+        assert context.train_ids is not None, "a part was held out of the training images"
+        if encoder.ids != hashlib.sha256(context.train_ids.tobytes()).hexdigest():
+            raise UserError(
+                f"{setting}: was trained on images of {context.held_out}; leave --validation out, or probe with it"
+            )

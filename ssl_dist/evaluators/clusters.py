@@ -61,7 +61,7 @@ def protocol(options: Options) -> str:
     )
 
 
-def run(train: Features, test: Features, options: Options, album: FigureWriter | None = None) -> dict[str, float]:
+def run(train: Features, test: Features, options: Options, writer: FigureWriter | None = None) -> dict[str, float]:
     """`clusters_nmi`, `_ami`, `_ari` and, in percent, `_majority_top1` and `_hungarian_top1` of the test split, and
     `clusters_train_...` of the training split; of labels of a file only those.
 
@@ -83,14 +83,14 @@ def run(train: Features, test: Features, options: Options, album: FigureWriter |
             raise UserError(
                 f"clusters.labels = {options.labels!r}: has label {highest} for {len(train)} images; number them from 0"
             )
-        if album is not None:
-            _draw(album, train, rows, clusters_N[rows], f"column {options.column} of {options.labels}", options)
+        if writer is not None:
+            _draw(writer, train, rows, clusters_N[rows], f"column {options.column} of {options.labels}", options)
         return _named("clusters_train_", scores(train.labels[rows], clusters_N[rows]))
     centres_KD = _fitted(train, options)
     train_N, test_N = (_assigned(part, centres_KD, options) for part in (train, test))
-    if album is not None:
+    if writer is not None:
         what = f"k-means with {len(centres_KD)} clusters on training images"
-        _draw(album, test, np.arange(len(test)), test_N, what, options)
+        _draw(writer, test, np.arange(len(test)), test_N, what, options)
     values = _named("clusters_", scores(test.labels, test_N))
     return values | _named("clusters_train_", scores(train.labels, train_N))
 
@@ -179,7 +179,7 @@ def _rows_in(part: Features, num_centres: int, options: Options) -> int:
 
 
 def _draw(
-    album: FigureWriter, part: Features, rows: np.ndarray, clusters_n: np.ndarray, how: str, options: Options
+    writer: FigureWriter, part: Features, rows: np.ndarray, clusters_n: np.ndarray, how: str, options: Options
 ) -> None:
     """The clusters of these rows, by purity."""
     from ssl_dist.results import charts  # matplotlib takes a second
@@ -195,7 +195,7 @@ def _draw(
     if empty := len(sizes_K) - len(order):
         what += f", {empty} more without an image"
     purity = float(counts_KC.max(1).sum() * 100 / len(rows))
-    album.add(
+    writer.add(
         "clusters-purity",
         charts.class_bars(
             purity_K, [f"{k}: {names[best_K[k]]} ({sizes_K[k]:,})" for k in range(len(sizes_K))], purity,
@@ -212,9 +212,9 @@ def _draw(
         own = rows[clusters_n == k]
         own = own[permutation(hash64(options.seed, EVALUATION, k), len(own))[:_COLUMNS]]
         title = f"cluster {k}: {sizes_K[k]:,} images\n{purity_K[k]:.0f} % {names[best_K[k]]}"
-        pages.append((title, album.images(part, own), part.labels[own] == best_K[k]))
+        pages.append((title, writer.images(part, own), part.labels[own] == best_K[k]))
     some = "" if len(order) <= _ROWS else f"; shown are the {_ROWS // 2} purest and the {_ROWS // 2} least pure"
-    album.add(
+    writer.add(
         "clusters-images",
         charts.clusters(pages),
         "Images of clusters",

@@ -4,7 +4,7 @@ Both are scikit-learn's, of test images that are chosen by key, evenly over the 
 the variance that principal components explain, in percent, and trustworthiness (Venna & Kaski, 2001; 1 where every
 neighbour on the map is one among the features). One thread and a seed, so that a map can be made again.
 
-With an album the same images go to TensorBoard's projector, RUN/tensorboard/embedding: their first 128 principal
+With a writer the same images go to TensorBoard's projector, RUN/tensorboard/embedding: their first 128 principal
 components, classes and thumbnails.
 """
 
@@ -50,7 +50,7 @@ class Options(Section):
     seed: NonNegativeInt = Field(0, description="of the choice of images and of t-SNE")
 
 
-def run(train: Features, test: Features, options: Options, album: FigureWriter | None = None) -> dict[str, float]:
+def run(train: Features, test: Features, options: Options, writer: FigureWriter | None = None) -> dict[str, float]:
     """`embedding_pca2_variance` and `embedding_pca10_variance`, percent of the first components; how many explain 90 %,
     `embedding_pca90_dims`; `embedding_pca_trustworthiness` and `embedding_tsne_trustworthiness`.
 
@@ -77,10 +77,10 @@ def run(train: Features, test: Features, options: Options, album: FigureWriter |
     values = {f"embedding_pca{n}_variance": float(explained_E[:n][-1]) for n in (2, 10)}
     values["embedding_pca90_dims"] = float(min(len(explained_E), np.searchsorted(explained_E, 90) + 1))
     values |= {f"embedding_{name}_trustworthiness": float(value) for name, value in trust.items()}
-    if album is not None:
-        thumbnails = _thumbnails(album, test, rows)
-        _draw(album, test, rows, maps, thumbnails, pca.explained_variance_ratio_, trust, options)
-        folder = album.folder.parent / "tensorboard" / "embedding"
+    if writer is not None:
+        thumbnails = _thumbnails(writer, test, rows)
+        _draw(writer, test, rows, maps, thumbnails, pca.explained_variance_ratio_, trust, options)
+        folder = writer.folder.parent / "tensorboard" / "embedding"
         write_projector(folder, components_NE[:, :_PROJECTED], thumbnails, test, rows)
     return values
 
@@ -97,7 +97,7 @@ def _check_counts(count: int, test: Features, options: Options) -> None:
 
 
 def _draw(
-    album: FigureWriter,
+    writer: FigureWriter,
     test: Features,
     rows: np.ndarray,
     maps: dict[str, np.ndarray],
@@ -128,7 +128,7 @@ def _draw(
     same = f", in colours that repeat over {count} classes" if count > charts.MAX_LABELLED_CLASSES else ""
     titles = {"pca": "Features by principal components", "tsne": "Features by t-SNE"}
     for name, xy_N2 in maps.items():
-        album.add(
+        writer.add(
             f"embedding-{name}",
             charts.points(xy_N2, labels, names, axis_names[name]),
             titles[name],
@@ -136,7 +136,7 @@ def _draw(
             f" {options.neighbours} neighbours (1: all that are near on the map are near among the features).",
         )
     images = (thumbnails * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    album.add(
+    writer.add(
         "embedding-images",
         charts.image_map(maps["tsne"], images, labels, names),
         "Images where t-SNE puts them",
@@ -176,10 +176,10 @@ def write_projector(
         new.rename(folder)
 
 
-def _thumbnails(album: FigureWriter, test: Features, rows: np.ndarray) -> torch.Tensor:
+def _thumbnails(writer: FigureWriter, test: Features, rows: np.ndarray) -> torch.Tensor:
     blocks = []
     for start in range(0, len(rows), 256):
-        images = torch.from_numpy(album.images(test, rows[start : start + 256])).permute(0, 3, 1, 2).float() / 255
+        images = torch.from_numpy(writer.images(test, rows[start : start + 256])).permute(0, 3, 1, 2).float() / 255
         side = min(images.shape[-1], _THUMBNAIL)
         blocks.append(F.interpolate(images, (side, side), mode="bilinear", antialias=True).clamp(0, 1))
     return torch.cat(blocks)

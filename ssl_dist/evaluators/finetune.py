@@ -5,14 +5,16 @@ from typing import Literal
 from pydantic import Field
 
 from ssl_dist.config import PositiveFloat
-from ssl_dist.transfer.recipe import CROP_AND_FLIP, Overrides, Recipe, trained
+from ssl_dist.transfer.recipe import CROP_AND_FLIP, Overrides, Recipe, train_and_classify
 from ssl_dist.transfer.subject import EvalContext
 
-_SEMI = {"name": "sgd", "batch_size": 256, "epochs": 20, "schedule": "epoch_cosine"}
+_SEMI_SUPERVISED = {"name": "sgd", "batch_size": 256, "epochs": 20, "schedule": "epoch_cosine"}
 
 
 def _semi_supervised(paper: str, backbone_lr: float, head_lr: float) -> Recipe:
-    return Recipe(paper, _SEMI | {"lr": backbone_lr}, CROP_AND_FLIP, {"head_lr": head_lr / backbone_lr, "init": 0.01})
+    return Recipe(
+        paper, _SEMI_SUPERVISED | {"lr": backbone_lr}, CROP_AND_FLIP, {"head_lr": head_lr / backbone_lr, "init": 0.01}
+    )
 
 
 RECIPES = {
@@ -50,19 +52,20 @@ class Options(Overrides):
 
 
 def protocol(options: Options) -> str:
-    recipe, module = _resolved(options)
+    recipe, method_options = _resolved(options)
     return (
-        f"fine-tuning of the whole network as in {recipe.paper}: {recipe.words}, rate of the classifier "
-        f"{module['head_lr']:g} times that; last epoch, all test images, centre crop"
+        f"fine-tuning of the whole network as in {recipe.paper}: {recipe.description}, rate of the classifier "
+        f"{method_options['head_lr']:g} times that; last epoch, all test images, centre crop"
     )
 
 
-def measure(subject: EvalContext, options: Options) -> dict[str, float]:
+def measure(context: EvalContext, options: Options) -> dict[str, float]:
     """`finetune_top1` and `finetune_top5` in percent."""
-    recipe, module = _resolved(options)
-    return trained(subject, "finetune", "fine_tuning", recipe, module).values("finetune")
+    recipe, method_options = _resolved(options)
+    return train_and_classify(context, "finetune", "fine_tuning", recipe, method_options).values("finetune")
 
 
 def _resolved(options: Options) -> tuple[Recipe, dict]:
-    recipe = RECIPES[options.recipe].changed(options)
+    """The recipe with the user's changes, and the options of the method `fine_tuning`."""
+    recipe = RECIPES[options.recipe].replaced(options)
     return recipe, recipe.options | ({} if options.head_lr is None else {"head_lr": options.head_lr})

@@ -47,7 +47,7 @@ class Options(Section):
     memory_mb: PositiveInt = Field(512, description="MiB for blocks of rows and cosines; less is slower")
 
 
-def run(train: Features, test: Features, options: Options, album: FigureWriter | None = None) -> dict[str, float]:
+def run(train: Features, test: Features, options: Options, writer: FigureWriter | None = None) -> dict[str, float]:
     """Percent correct: `knn<k>_top1` and `knn<k>_top5` for every k, `knn<k>_T<t>_top1` for a T other than 0.07.
 
     Top-5 counts the first min(5, k) classes, as the official codes do. Pictures are of the largest k and the first T.
@@ -71,10 +71,10 @@ def run(train: Features, test: Features, options: Options, album: FigureWriter |
                 for top, limit in ((1, 1), (5, min(5, k))):
                     name = _name(k, temperature, top)
                     correct[name] = correct.get(name, 0) + int((rank_Q < limit).sum())
-                if album is not None and (k, temperature) == (counts[-1], options.temperature[0]):
+                if writer is not None and (k, temperature) == (counts[-1], options.temperature[0]):
                     predicted_N[start : start + len(row_QK)] = votes_QC.numpy().argmax(1)  # of equals the first
-    if album is not None:
-        add_pictures(album, test, class_names(test, train), predicted_N, "knn", f"kNN with {counts[-1]} neighbours")
+    if writer is not None:
+        add_pictures(writer, test, class_names(test, train), predicted_N, "knn", f"kNN with {counts[-1]} neighbours")
     return {name: number * 100.0 / len(test) for name, number in correct.items()}
 
 

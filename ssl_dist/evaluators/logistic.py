@@ -57,7 +57,7 @@ class Fit:
     converged: bool
 
 
-def run(train: Features, test: Features, options: Options, album: FigureWriter | None = None) -> dict[str, float]:
+def run(train: Features, test: Features, options: Options, writer: FigureWriter | None = None) -> dict[str, float]:
     """`logistic_top1`, `logistic_top5`, `logistic_train_top1` in percent, and `logistic_converged`, 1 or 0.
 
     A class that the training split lacks is never predicted. Raises `UserError` for files that do not belong together,
@@ -77,9 +77,9 @@ def run(train: Features, test: Features, options: Options, album: FigureWriter |
         )
     top1, top5 = _accuracies(fitted, test, options.memory_mb << 20)
     train_top1, _ = _accuracies(fitted, train, options.memory_mb << 20)
-    if album is not None:
+    if writer is not None:
         predicted_N = _predicted(fitted, test, options.memory_mb << 20)
-        add_pictures(album, test, class_names(test, train), predicted_N, "logistic", "logistic regression")
+        add_pictures(writer, test, class_names(test, train), predicted_N, "logistic", "logistic regression")
     return {
         "logistic_top1": top1,
         "logistic_top5": top5,

@@ -34,7 +34,7 @@ class Options(Section):
     memory_mb: PositiveInt = Field(4096, description="MiB; scikit-learn needs all rows at once, so more is refused")
 
 
-def run(train: Features, test: Features, options: Options, album: FigureWriter | None = None) -> dict[str, float]:
+def run(train: Features, test: Features, options: Options, writer: FigureWriter | None = None) -> dict[str, float]:
     """`logistic_calibrated_top1` and `logistic_calibrated_top5` in percent.
 
     Raises `UserError` for files that do not belong together, missing labels, fewer than two classes, a class with

@@ -56,7 +56,7 @@ class Epoch:
     loss: float
 
 
-def run(train: Features, test: Features, options: Options, album: FigureWriter | None = None) -> dict[str, float]:
+def run(train: Features, test: Features, options: Options, writer: FigureWriter | None = None) -> dict[str, float]:
     """`logistic_sgd_top1`, `logistic_sgd_top5` and `logistic_sgd_train_top1` in percent, after the last epoch.
 
     Raises `UserError` for files that do not belong together, missing labels, fewer than two classes and a training

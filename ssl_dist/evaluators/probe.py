@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ssl_dist.transfer.recipe import CROP_AND_FLIP, Overrides, Recipe, trained
+from ssl_dist.transfer.recipe import CROP_AND_FLIP, Overrides, Recipe, train_and_classify
 from ssl_dist.transfer.subject import EvalContext
 
 RECIPES = {
@@ -67,22 +67,24 @@ class Options(Overrides):
 
 
 def protocol(options: Options) -> str:
-    recipe, module = _resolved(options)
-    statistics = ", BatchNorm of the backbone in training mode" if module.get("batchnorm") == "batch" else ""
-    where = "output" if module.get("stages") is None else f"stages ({module['stages']})"
+    recipe, method_options = _resolved(options)
+    statistics = ", BatchNorm of the backbone in training mode" if method_options.get("batchnorm") == "batch" else ""
+    stages = method_options.get("stages")
+    where = "output" if stages is None else f"stages ({stages})"
     return (
-        f"linear probe on the frozen backbone's {where} as in {recipe.paper}: {recipe.words}{statistics}; last epoch, "
-        "all test images, centre crop"
+        f"linear probe on the frozen backbone's {where} as in {recipe.paper}: {recipe.description}{statistics}; last "
+        "epoch, all test images, centre crop"
     )
 
 
-def measure(subject: EvalContext, options: Options) -> dict[str, float]:
+def measure(context: EvalContext, options: Options) -> dict[str, float]:
     """`probe_top1` and `probe_top5` in percent; `probe_<stage>_top1` and `_top5` for every stage."""
-    recipe, module = _resolved(options)
-    return trained(subject, "probe", "linear_probe", recipe, module).values("probe")
+    recipe, method_options = _resolved(options)
+    return train_and_classify(context, "probe", "linear_probe", recipe, method_options).values("probe")
 
 
 def _resolved(options: Options) -> tuple[Recipe, dict]:
-    recipe = RECIPES[options.recipe].changed(options)
-    given = {name: getattr(options, name) for name in ("stages", "batchnorm") if getattr(options, name) is not None}
-    return recipe, recipe.options | given
+    """The recipe with the user's changes, and the options of the method `linear_probe`."""
+    recipe = RECIPES[options.recipe].replaced(options)
+    changes = {"stages": options.stages, "batchnorm": options.batchnorm}
+    return recipe, recipe.options | {name: value for name, value in changes.items() if value is not None}

@@ -53,7 +53,7 @@ class Options(Section):
     )
 
 
-def run(train: Features, test: Features, options: Options, album: FigureWriter | None = None) -> dict[str, float]:
+def run(train: Features, test: Features, options: Options, writer: FigureWriter | None = None) -> dict[str, float]:
     """`retrieval_top<k>` and, for k above 1, `retrieval_precision<k>`, and `retrieval_map`, in percent.
 
     Raises `UserError` for files that do not belong together, missing labels, fewer than two classes and a k above the
@@ -79,8 +79,8 @@ def run(train: Features, test: Features, options: Options, album: FigureWriter |
             precision_N[query] = average_precision(rank_R)
             nearest_NK[query] = rows_N[: nearest_NK.shape[1]]
     _warn_of_missing(test, gallery, leave_out)
-    if album is not None:
-        _draw(album, test, gallery, nearest_NK, precision_N, options)
+    if writer is not None:
+        _draw(writer, test, gallery, nearest_NK, precision_N, options)
     values = {f"retrieval_top{k}": hits[k] * 100.0 / len(test) for k in counts}
     values |= {f"retrieval_precision{k}": found[k] * 100.0 / (k * len(test)) for k in counts if k > 1}  # 1: top-1
     return values | {"retrieval_map": float(precision_N.mean() * 100)}
@@ -187,7 +187,7 @@ def _warn_of_missing(test: Features, gallery: Features, leave_out: bool) -> None
 
 
 def _draw(
-    album: FigureWriter,
+    writer: FigureWriter,
     test: Features,
     gallery: Features,
     nearest_NK: np.ndarray,
@@ -198,16 +198,16 @@ def _draw(
 
     names = class_names(test, gallery)
     predicted_N = gallery.labels[nearest_NK[:, 0]]
-    add_pictures(album, test, names, predicted_N, _name(options), "the nearest image")
+    add_pictures(writer, test, names, predicted_N, _name(options), "the nearest image")
     right_N = predicted_N == test.labels
     panels = []
     for wanted, said in ((True, "nearest image of the same class"), (False, "nearest image of another class")):
         rows = _queries(test.labels, right_N == wanted, options)
         title = f"{said} ({(right_N == wanted).mean() * 100:.1f} % of queries)"
         if len(rows):
-            panels.append((title, [_row(album, test, gallery, row, nearest_NK[row], names) for row in rows]))
+            panels.append((title, [_row(writer, test, gallery, row, nearest_NK[row], names) for row in rows]))
     where = f"{len(gallery):,} images of {gallery.metadata['dataset']} {gallery.metadata['split']}"
-    album.add(
+    writer.add(
         f"{_name(options)}-nearest",
         charts.neighbours(panels),
         "Queries and their nearest images",
@@ -232,6 +232,6 @@ def _queries(labels: np.ndarray, eligible: np.ndarray, options: Options) -> np.n
     return chosen[np.argsort(labels[chosen], kind="stable")]
 
 
-def _row(album, test, gallery, query, rows, names) -> tuple[np.ndarray, list[str]]:
-    images = np.concatenate([album.images(test, np.array([query])), album.images(gallery, rows)])
+def _row(writer, test, gallery, query, rows, names) -> tuple[np.ndarray, list[str]]:
+    images = np.concatenate([writer.images(test, np.array([query])), writer.images(gallery, rows)])
     return images, [names[label] for label in (test.labels[query], *gallery.labels[rows])]

@@ -124,7 +124,7 @@ def _training(folder: Path, settings: Config) -> Job:
 def _evaluator(site: Site, folder: Path, run: Path, words: list[str], dependency: str | None = None) -> Executor:
     """Of an evaluation, started when the training has ended well; Slurm cancels it when the training fails. Evaluators
     of images train on all ranks of the site; those of features need one task."""
-    if not any(evaluators.sees_images(evaluators.find(word)) for word in words if "=" not in word):
+    if not any(isinstance(evaluators.find(word), evaluators.ImageEvaluator) for word in words if "=" not in word):
         site = site.model_copy(update={"nodes": 1, "tasks_per_node": 1, "gpus_per_node": site.gpus_per_node and 1})
     more = {} if dependency is None else {"dependency": dependency, "kill-on-invalid-dep": "yes"}
     return executor(site, folder / "%A", f"{run.name}-evaluate", **more)

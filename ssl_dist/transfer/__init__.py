@@ -1,3 +1,3 @@
-"""Trainings on top of a pre-trained backbone that measure it: linear probes and fine-tuning."""
+"""Measure a pre-trained backbone by training on top of it: linear probes and fine-tuning."""
 
 __all__ = ["classification", "recipe", "subject"]

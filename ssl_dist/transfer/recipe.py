@@ -1,6 +1,6 @@
-"""A training on top of a run's backbone and its test: what the evaluators `probe` and `finetune` have in common.
+"""Train on top of a run's backbone by a paper's recipe, and test: what `probe` and `finetune` have in common.
 
-The training is a run of its own in RUN/evaluations, by the loop of every other: on any number of ranks, stopped and
+The training is a run of its own in RUN/evaluations, with the loop of every run: on any number of ranks, stopped and
 resumed at any step, with its log in TensorBoard. The network of its last step is tested, never the best one.
 """
 
@@ -26,11 +26,11 @@ CROP_AND_FLIP = {"random_resized_crop": {"scale": [0.08, 1.0], "ratio": [0.75, 4
 
 
 class Stopped(Exception):
-    """The ranks were asked to stop; the training is saved and goes on with the same command."""
+    """Raised on every rank after a request to stop: the training is saved, and the same command resumes it."""
 
 
 class Overrides(Section):
-    """What may be changed of a recipe; null: as the recipe says."""
+    """Options that replace values of a recipe; null: the recipe's."""
 
     epochs: PositiveInt | None = Field(None, description="null: the recipe's")
     batch_size: PositiveInt | None = Field(None, description="null: the recipe's")
@@ -41,45 +41,42 @@ class Overrides(Section):
 @dataclass(frozen=True)
 class Recipe:
     """One paper's protocol. optim: section of a config; view: recipe of the training views, None: the test transform;
-    options: of the module in ssl_dist/transfer."""
+    options: of the method that is trained, methods/linear_probe.py or fine_tuning.py."""
 
     paper: str
     optim: dict
     view: dict | None = None
     options: dict = field(default_factory=dict)
 
-    def changed(self, overrides: Overrides) -> "Recipe":
-        given = {name: value for name in Overrides.model_fields if (value := getattr(overrides, name)) is not None}
-        return Recipe(self.paper, self.optim | given, self.view, self.options)
+    def replaced(self, overrides: Overrides) -> "Recipe":
+        """The recipe with the values of the overrides that are not null."""
+        values = {name: value for name in Overrides.model_fields if (value := getattr(overrides, name)) is not None}
+        return Recipe(self.paper, self.optim | values, self.view, self.options)
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """The protocol in a few words."""
-        known = self.optim
+        optim = self.optim
         schedule = {"constant": "constant rate", "cosine": "cosine", "epoch_cosine": "cosine by epoch"}.get(
-            known.get("schedule", "constant"), f"a tenth of the rate after epochs {known.get('milestone_epochs')}"
+            optim.get("schedule", "constant"), f"a tenth of the rate after epochs {optim.get('milestone_epochs')}"
         )
-        views = "test transform" if self.view is None else " and ".join(_words(self.view))
+        views = "test transform" if self.view is None else " and ".join(name.replace("_", " ") for name in self.view)
         return (
-            f"{known['name']}, rate {known['lr']:g}, weight decay {known.get('weight_decay', 0):g}, {schedule}, "
-            f"{known['epochs']} epochs of batches of {known['batch_size']}, views: {views}"
+            f"{optim['name']}, rate {optim['lr']:g}, weight decay {optim.get('weight_decay', 0):g}, {schedule}, "
+            f"{optim['epochs']} epochs of batches of {optim['batch_size']}, views: {views}"
         )
 
 
-def _words(view: dict) -> list[str]:
-    return [name.replace("_", " ") for name in view]
+def train_and_classify(context: EvalContext, name: str, method: str, recipe: Recipe, options: dict) -> Classified:
+    """Train the method of this name by the recipe, or resume that training, and classify the test split.
 
-
-def trained(subject: EvalContext, name: str, module: str, recipe: Recipe, options: dict) -> Classified:
-    """Train `module` of ssl_dist/transfer by the recipe, or go on with it, and classify the test split.
-
-    Raises `Stopped`, and `UserError` for what can not run.
+    name: the evaluator's. Raises `Stopped`, and `UserError` for a training that cannot run.
     """
-    digest = subject.digest({"recipe": recipe.optim, "view": recipe.view, "options": options})
-    folder = subject.run / "evaluations" / f"{name}-{digest}"
-    world = subject.world
-    is_new = world.on_rank0(lambda: _prepare(folder, subject))
-    settings = config.validate(config.Config, _tree(subject, folder, module, recipe, options))
+    digest = context.digest({"recipe": recipe.optim, "view": recipe.view, "options": options})
+    folder = context.run / "evaluations" / f"{name}-{digest}"
+    world = context.world
+    is_new = world.on_rank0(lambda: _prepare(folder, context))
+    settings = config.validate(config.Config, _config_tree(context, folder, method, recipe, options))
     try:
         plan = world.raise_together(lambda: derive(settings, world.rank_info))
     except UserError as error:
@@ -89,26 +86,25 @@ def trained(subject: EvalContext, name: str, module: str, recipe: Recipe, option
         message = str(error).replace("optim.", f"{name}.").replace("method.options.", f"{name}.")
         raise UserError(message, RaisedOn.EVERY_RANK) from None
     with StopRequest() as stop:
-        code, training = train_in(world, subject.watchdog, stop, plan)
+        code, training = train_in(world, context.watchdog, stop, plan)
     if code == STOPPED:
         raise Stopped(str(folder))
-    threads = world.rank_info.cores
-    found = classify(training.method, subject.encoder, subject.source, subject.test, world, threads, subject.test_ids)
-    draw(found, subject, name, f"the {module.replace('_', ' ')} of {recipe.paper}")
-    return found
+    classified = classify(training.method, context.encoder, context)
+    draw(classified, context, name, f"the {method.replace('_', ' ')} of {recipe.paper}")
+    return classified
 
 
-def _prepare(folder: Path, subject: EvalContext) -> bool:
-    """The backbone's weights as a file of the training, which begins from it like any from given weights. Returns
-    whether the folder is new."""
+def _prepare(folder: Path, context: EvalContext) -> bool:
+    """Write the files that the training starts from: the backbone's weights and the ids of its images. Returns whether
+    the folder is new."""
     is_new = not folder.exists()
     path = folder / "encoder.safetensors"
     if not path.exists():
         with atomic_write_or_refuse(path) as file:
-            file.write(encoder_file(subject.encoder))
-    if subject.train_ids is not None:
+            file.write(encoder_file(context.encoder))
+    if context.train_ids is not None:
         with atomic_write_or_refuse(folder / "train_ids.txt") as file:
-            file.write("".join(f"{i}\n" for i in subject.train_ids).encode())
+            file.write("".join(f"{i}\n" for i in context.train_ids).encode())
     return is_new
 
 
@@ -118,9 +114,9 @@ def encoder_file(encoder: Encoder) -> bytes:
     return safetensors.torch.save(tensors)
 
 
-def _tree(subject: EvalContext, folder: Path, module: str, recipe: Recipe, options: dict) -> dict:
+def _config_tree(context: EvalContext, folder: Path, method: str, recipe: Recipe, options: dict) -> dict:
     """The config of the training."""
-    run, source = subject.encoder.config, subject.source
+    run, dataset = context.encoder.config, context.dataset
     data = run.data
     view = recipe.view
     if view is None:  # the test transform
@@ -129,14 +125,14 @@ def _tree(subject: EvalContext, folder: Path, module: str, recipe: Recipe, optio
         "seed": run.seed,
         "run_dir": str(folder),
         "data": {
-            "name": source.name, "root": source.root, "reader": source.reader, "split": subject.train,
+            "name": dataset.name, "root": dataset.root, "reader": dataset.reader, "split": context.train,
             "image_size": data.image_size, "eval_resize": data.eval_resize, "workers": data.workers,
             "eval_interpolation": data.eval_interpolation,
-            "subset": None if subject.train_ids is None else str(folder / "train_ids.txt"),
+            "subset": None if context.train_ids is None else str(folder / "train_ids.txt"),
         },
-        "views": {"normalize": config.to_tree(subject.encoder.normalize), "groups": [view]},
+        "views": {"normalize": config.to_tree(context.encoder.normalize), "groups": [view]},
         "backbone": {"name": run.backbone.name, "weights": str(folder / "encoder.safetensors")},
-        "method": {"name": module, "options": recipe.options | options},
+        "method": {"name": method, "options": recipe.options | options},
         "optim": recipe.optim,
         "precision": run.precision,
         "channels_last": run.channels_last,

@@ -1,4 +1,4 @@
-"""What an evaluation works on: a run's encoder, and which images it may learn from and is measured on."""
+"""The context of an evaluation: a run's encoder, and the images that it learns from and is measured on."""
 
 import hashlib
 import json
@@ -17,17 +17,17 @@ from ssl_dist.run.encoder import Encoder
 
 @dataclass(frozen=True)
 class EvalContext:
-    """A run's encoder, the data set it is measured on, and the ranks that do it together.
+    """A run's encoder, the data set that it is measured on, and the ranks that do it together.
 
-    train_ids: the images of the training split that may be used, None: all; test_ids: those of the split `test` that
-    are counted, None: all; subset: the user's choice of training images in words, None: all; part: what the images that
-    are counted are called, where they are not the whole split; files: features files by split, once they are up to
-    date.
+    train, test: names of splits; train_ids: the images of `train` that may be used, None: all; test_ids: the measured
+    images of `test`, None: all; subset: the user's choice of training images in words, None: all; held_out: the name of
+    the part of `train` that is measured in place of the test split, None: the test split is measured; features_files:
+    by split, once they are up to date.
     """
 
     run: Path
     encoder: Encoder
-    source: Dataset
+    dataset: Dataset
     train: str
     test: str
     world: World
@@ -35,16 +35,16 @@ class EvalContext:
     train_ids: np.ndarray | None = None
     test_ids: np.ndarray | None = None
     subset: str | None = None
-    part: str | None = None
-    files: dict[str, Path] = field(default_factory=dict)
+    held_out: str | None = None
+    features_files: dict[str, Path] = field(default_factory=dict)
 
     @property
     def metadata(self) -> dict[str, str]:
         """What results.json keeps of it."""
         return {
-            "dataset": self.source.name,
-            "split": self.part or self.test,
-            "data": self.source.info(self.test).sha256,
+            "dataset": self.dataset.name,
+            "split": self.held_out or self.test,
+            "data": self.dataset.info(self.test).sha256,
             "checkpoint": self.encoder.sha256,
             "step": str(self.encoder.step),
             "method": self.encoder.config.method.name,
@@ -52,35 +52,35 @@ class EvalContext:
         }
 
     def digest(self, settings: dict) -> str:
-        """Eight letters that stand for these settings on these images by this checkpoint."""
-        parts = [json.dumps(settings, sort_keys=True), self.encoder.sha256, self.train, self.source.name]
-        parts += [self.source.info(self.train).sha256]
+        """Eight hexadecimal digits of a hash of these settings, the checkpoint and the training images."""
+        parts = [json.dumps(settings, sort_keys=True), self.encoder.sha256, self.train, self.dataset.name]
+        parts += [self.dataset.info(self.train).sha256]
         digest = hashlib.sha256("\n".join(parts).encode())
         if self.train_ids is not None:
             digest.update(self.train_ids.tobytes())
         return digest.hexdigest()[:8]
 
 
-def chosen_images(source: Dataset, split: str, subset: ClassSubset | str) -> tuple[np.ndarray, str]:
+def chosen_images(dataset: Dataset, split: str, subset: ClassSubset | str) -> tuple[np.ndarray, str]:
     """The ids of `data.subset` in a split, int64 [n], and the choice in words. Raises `UserError`."""
-    count = source.info(split).count
+    count = dataset.info(split).count
     if isinstance(subset, str):
         ids = plan.from_list(subset, count)
         return ids, f"the {len(ids)} images of {Path(subset).name} ({hashlib.sha256(ids.tobytes()).hexdigest()[:8]})"
-    ids = plan.per_class(np.arange(count, dtype=np.int64), source.labels(split), subset.per_class, subset.start)
+    ids = plan.per_class(np.arange(count, dtype=np.int64), dataset.labels(split), subset.per_class, subset.start)
     from_where = f" from number {subset.start}" if subset.start else ""
     return ids, f"{subset.per_class} images a class{from_where}"
 
 
-def held_out(subject: EvalContext, share: float) -> EvalContext:
-    """The same with `share` of its training images held out and measured on, and the test split out of reach.
+def hold_out(context: EvalContext, share: float) -> EvalContext:
+    """The same context with `share` of its training images held out, and measured instead of the test split.
 
     The part is drawn by the run's seed, class by class. Raises `UserError` for a class of one image or without labels.
     """
-    source, split, ids = subject.source, subject.train, subject.train_ids
+    dataset, split, ids = context.dataset, context.train, context.train_ids
     if ids is None:
-        ids = np.arange(source.info(split).count, dtype=np.int64)
-    held = plan.held_out(ids, source.labels(split)[ids], share, subject.encoder.config.seed)
-    rest = np.setdiff1d(ids, held, assume_unique=True)
-    part = f"{split}[held out {100 * share:g}%]"
-    return replace(subject, test=split, train_ids=rest, test_ids=held, part=part)
+        ids = np.arange(dataset.info(split).count, dtype=np.int64)
+    held_out_ids = plan.held_out(ids, dataset.labels(split)[ids], share, context.encoder.config.seed)
+    train_ids = np.setdiff1d(ids, held_out_ids, assume_unique=True)
+    name = f"{split}[held out {100 * share:g}%]"
+    return replace(context, test=split, train_ids=train_ids, test_ids=held_out_ids, held_out=name)
