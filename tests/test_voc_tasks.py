@@ -277,7 +277,7 @@ def test_a_picture_has_a_few_of_the_images(voc, monkeypatch):
 
 
 def test_pictures():
-    assert pictures.chosen(4952) == [4952 * i // 12 for i in range(12)] and pictures.chosen(3) == [0, 1, 2]
+    assert pictures.rows_to_draw(4952) == [4952 * i // 12 for i in range(12)] and pictures.rows_to_draw(3) == [0, 1, 2]
     colours = pictures.palette()
     known = {0: (0, 0, 0), 1: (128, 0, 0), 8: (64, 0, 0), 15: (192, 128, 128), 20: (0, 64, 128), VOID: (255, 255, 255)}
     assert all(tuple(colours[index]) == colour for index, colour in known.items())

@@ -15,7 +15,7 @@ _UNPLOTTED = {"step", "epoch", "views_per_s", "seconds_per_step"}  # the axis, a
 
 
 def charts(run: Run) -> Html:
-    """A chart a metric of one run, with all accuracies of its pretext task in one."""
+    """A chart for each metric of one run, with all accuracies of its pretext task in one."""
     keys = _plotted([run])
     together = [key for key in keys if key.startswith("accuracy")]
     shown = []
@@ -28,24 +28,24 @@ def charts(run: Run) -> Html:
     return element("div", *shown, class_="charts")
 
 
-def overlaid(several: Sequence[Run], keys: Sequence[str] | None = None) -> Html:
-    """A chart a metric, all or those of `keys`, with a curve for each run that logged it."""
-    plotted = [key for key in _plotted(several) if keys is None or key in keys]
-    shown = [drawn for key in plotted for drawn in _charts(key, several, named=True)]
+def overlaid(runs: Sequence[Run], keys: Sequence[str] | None = None) -> Html:
+    """A chart for each metric, all or those of `keys`, with a curve for each run that logged it."""
+    plotted = [key for key in _plotted(runs) if keys is None or key in keys]
+    shown = [drawn for key in plotted for drawn in _charts(key, runs, named=True)]
     return element("div", *shown, class_="charts")
 
 
-def _plotted(several: Sequence[Run]) -> list[str]:
-    keys = dict.fromkeys(key for run in several for line in run.lines for key in line)
-    plotted = [key for key in keys if key not in _UNPLOTTED and any(run.values(key) for run in several)]
+def _plotted(runs: Sequence[Run]) -> list[str]:
+    keys = dict.fromkeys(key for run in runs for line in run.lines for key in line)
+    plotted = [key for key in keys if key not in _UNPLOTTED and any(run.values(key) for run in runs)]
     return sorted(plotted, key=lambda key: FIRST.index(key) if key in FIRST else len(FIRST))  # a stable sort
 
 
-def _charts(key: str, several: Sequence[Run], named: bool) -> list[Html]:
-    """One chart, or one for each method where losses of several methods would not compare."""
+def _charts(key: str, runs: Sequence[Run], named: bool) -> list[Html]:
+    """One chart, or one for each method where losses of different methods would not compare."""
     scale = 100.0 if key == "data_wait" else 1.0  # a share, shown in percent
     by_method: dict[str, list[Curve]] = {}
-    for style, run in enumerate(several):
+    for style, run in enumerate(runs):
         if run.values(key):
             points = [(epoch, scale * value) for epoch, value in run.values(key)]
             method = "" if key in _COMMON else run.config.method.name

@@ -13,34 +13,34 @@ from ssl_dist.report.run import Run
 from ssl_dist.report.verdicts import Verdict
 
 
-def of_runs(several: Sequence[Run]) -> str:
+def of_runs(runs: Sequence[Run]) -> str:
     """The whole document of two runs or more."""
     names = [
         element("span", run.name, class_=f"key c{number % COLOURS}", title=str(run.folder))
-        for number, run in enumerate(several)
+        for number, run in enumerate(runs)
     ]
     heads = [element("th", name, scope="col") for name in names]
     return document(
-        f"{len(several)} runs: {', '.join(run.name for run in several)}",
+        f"{len(runs)} runs: {', '.join(run.name for run in runs)}",
         [
-            element("h1", f"{len(several)} runs side by side"),
-            _overview(several, names),
-            _notes(several, "title"),
+            element("h1", f"{len(runs)} runs side by side"),
+            _overview(runs, names),
+            _notes(runs, "title"),
             navigation(),
-            section("health", "Health", _health(several, heads)),
-            section("results", "Results", _notes(several, "results"), _results(several, names), _over_seeds(several)),
-            section("published", "Published", _published(several)),
-            section("curves", "Curves", _notes(several, "curves"), overlaid(several)),
-            section("views", "Views", gallery.views(several)),
-            section("pictures", "Pictures", _notes(several, "pictures"), gallery.figures(several)),
-            section("config", "Config", settings.differences(several, heads)),
+            section("health", "Health", _health(runs, heads)),
+            section("results", "Results", _notes(runs, "results"), _results(runs, names), _over_seeds(runs)),
+            section("published", "Published", _published(runs)),
+            section("curves", "Curves", _notes(runs, "curves"), overlaid(runs)),
+            section("views", "Views", gallery.views(runs)),
+            section("pictures", "Pictures", _notes(runs, "pictures"), gallery.figures(runs)),
+            section("config", "Config", settings.differences(runs, heads)),
         ],
     )
 
 
-def _overview(several: Sequence[Run], names: Sequence[Html]) -> Html:
+def _overview(runs: Sequence[Run], names: Sequence[Html]) -> Html:
     rows = []
-    for run, name in zip(several, names, strict=True):
+    for run, name in zip(runs, names, strict=True):
         config, total = run.config, run.total_steps
         step = "none" if run.step is None else f"{run.step:,}" + (f" of {total:,}" if total else "")
         digest = element("code", run.digest[:12] + "…", title=run.digest) if run.digest else "none"
@@ -49,13 +49,13 @@ def _overview(several: Sequence[Run], names: Sequence[Html]) -> Html:
     return table(["run", "method", "backbone", "data set", "seed", "step", "checkpoint"], rows)
 
 
-def _notes(several: Sequence[Run], part: str) -> Html:
-    noted = [run for run in several if run.notes.get(part)]
+def _notes(runs: Sequence[Run], part: str) -> Html:
+    noted = [run for run in runs if run.notes.get(part)]
     return joined(*(element("div", element("b", run.name), notes(run, part)) for run in noted))
 
 
-def _health(several: Sequence[Run], heads: list[Html]) -> Html:
-    judged = [{verdict.check: verdict for verdict in health.judge(run)} for run in several]
+def _health(runs: Sequence[Run], heads: list[Html]) -> Html:
+    judged = [{verdict.check: verdict for verdict in health.judge(run)} for run in runs]
     checks = dict.fromkeys(check for by_check in judged for check in by_check)
     rows = [
         [element("th", check, scope="row"), *(_verdict(by_check.get(check)) for by_check in judged)] for check in checks
@@ -71,10 +71,10 @@ def _verdict(verdict: Verdict | None) -> Html:
     return element("td", health.badge(verdict.level), words, remedy, element("div", element("small", verdict.measured)))
 
 
-def _results(several: Sequence[Run], names: Sequence[Html]) -> Html | None:
-    """A row a number, measured alike (data set, split and protocol); the highest accuracy is bold."""
+def _results(runs: Sequence[Run], names: Sequence[Html]) -> Html | None:
+    """A row for each number, measured alike (data set, split and protocol); the highest accuracy is bold."""
     keys = ("dataset", "split", "name", "protocol")
-    by_run = [{tuple(record[key] for key in keys): record for record in run.records} for run in several]
+    by_run = [{tuple(record[key] for key in keys): record for record in run.records} for run in runs]
     order = sorted(dict.fromkeys(key for records in by_run for key in records), key=lambda key: key[:2])
     if not order:
         return None
@@ -82,10 +82,10 @@ def _results(several: Sequence[Run], names: Sequence[Html]) -> Html | None:
     rows, group = [], None
     for key in order:
         if group != (group := key[:2]):
-            rows.append([scores.group_row(key[0], key[1], columns=len(several) + 1)])
+            rows.append([scores.group_row(key[0], key[1], columns=len(runs) + 1)])
         values = [records[key]["value"] for records in by_run if key in records]
         best = max(values) if len(values) > 1 and key[2].endswith(("_top1", "_top5")) else None
-        cells = [_value(run, records.get(key), best) for run, records in zip(several, by_run, strict=True)]
+        cells = [_value(run, records.get(key), best) for run, records in zip(runs, by_run, strict=True)]
         rows.append([element("td", key[2], scores.mark(protocols, key[3])), *cells])
     return joined(table(["result", *map(number_head, names)], rows), scores.footnotes(protocols))
 
@@ -97,9 +97,9 @@ def _value(run: Run, record: dict | None, best: float | None) -> Html:
     return number_cell(element("b", shown) if record["value"] == best else shown, scores.stale(run, record))
 
 
-def _over_seeds(several: Sequence[Run]) -> Html | None:
+def _over_seeds(runs: Sequence[Run]) -> Html | None:
     try:
-        means = seeds.over_seeds([run.folder for run in several if run.records])
+        means = seeds.over_seeds([run.folder for run in runs if run.records])
     except UserError as error:  # two runs of one config and seed have a column each above, but no mean
         return element("p", f"No mean over seeds: {error}.", class_="none")
     rows = [
@@ -121,10 +121,10 @@ def _over_seeds(several: Sequence[Run]) -> Html | None:
     return joined(element("h3", "Over seeds"), table(heads, rows), element("p", words, class_="none"))
 
 
-def _published(several: Sequence[Run]) -> Html:
+def _published(runs: Sequence[Run]) -> Html:
     """Once for all runs of one method, backbone and data set, beside the first of them."""
-    first = {run.title: run for run in reversed(several)}
-    shown = [run for run in several if first[run.title] is run and scores.has_published(run)]
+    first = {run.title: run for run in reversed(runs)}
+    shown = [run for run in runs if first[run.title] is run and scores.has_published(run)]
     if not shown:
         words = "No number of a paper is known here for these runs (ssl_dist/report/published.yaml)."
         return element("p", words, class_="none")

@@ -10,12 +10,12 @@ from ssl_dist.report.run import Run
 WIDE_PIXELS = 1000  # above which a picture takes the whole width from the start
 
 
-def views(several: Sequence[Run]) -> Html:
+def views(runs: Sequence[Run]) -> Html:
     """The grids of views of each run, one for each recipe, in boxes that scroll where a grid is wide."""
     words = "Each row is an image, each column one of its views, as the network sees them (before normalisation)."
-    legend = element("p", words) if any(run.views for run in several) else None
+    legend = element("p", words) if any(run.views for run in runs) else None
     parts = []
-    for run in several:
+    for run in runs:
         grids = [
             element(
                 "figure",
@@ -24,19 +24,19 @@ def views(several: Sequence[Run]) -> Html:
             )
             for number, picture in enumerate(run.views)
         ]
-        name = element("h3", run.name) if len(several) > 1 else None
+        name = element("h3", run.name) if len(runs) > 1 else None
         parts.append(element("div", name, notes(run, "views"), *grids))
     return joined(legend, element("div", *parts, class_="beside"))
 
 
-def figures(several: Sequence[Run]) -> Html:
+def figures(runs: Sequence[Run]) -> Html:
     """All pictures, evaluator by evaluator; those of one name beside one another. A click enlarges one."""
     by_evaluator: dict[str, list[Html]] = {}
-    names = dict.fromkeys(picture.name for run in several for picture in run.figures)
+    names = dict.fromkeys(picture.name for run in runs for picture in run.figures)
     for name in names:
-        for run in several:
+        for run in runs:
             for picture in [picture for picture in run.figures if picture.name == name]:
-                shown = _figure(picture, run.name if len(several) > 1 else None)
+                shown = _figure(picture, run.name if len(runs) > 1 else None)
                 by_evaluator.setdefault(picture.evaluator or "others", []).append(shown)
     parts = [
         joined(element("h3", evaluator), element("div", *shown, class_="pictures"))

@@ -3,10 +3,9 @@
 import statistics
 from collections.abc import Sequence
 
-from ssl_dist.report import run as runs
 from ssl_dist.report import verdicts
 from ssl_dist.report.markup import Html, count, element, joined, number
-from ssl_dist.report.run import Run
+from ssl_dist.report.run import Run, seconds
 from ssl_dist.report.verdicts import Level, Verdict
 
 WORDS: dict[Level, str] = {"ok": "fine", "info": "to know", "warning": "look", "error": "ill", "unknown": "unknown"}
@@ -23,7 +22,7 @@ def badge(level: Level) -> Html:
 
 
 def verdicts_of(run: Run, judged: Sequence[Verdict]) -> Html:
-    """A row a verdict."""
+    """A row for each verdict."""
     if not run.trains:
         return element("p", f"{run.config.method.name} does not train: there is nothing to judge.", class_="none")
     return joined(*map(_verdict_row, judged))
@@ -43,9 +42,8 @@ def key_numbers(run: Run, judged: Sequence[Verdict]) -> Html:
     cells = [
         (f"{record['name']}, {record['dataset']} {record['split']}", f"{record['value']:.2f}") for record in best[:4]
     ]
-    seconds = runs.seconds(run)
-    if seconds:
-        cells.append(("time in steps", duration(seconds)))
+    if seconds(run):
+        cells.append(("time in steps", duration(seconds(run))))
     rates = [rate for _, rate in run.values("images_per_s")]
     if rates:
         cells.append(("images a second, median", number(statistics.median(rates))))
@@ -63,8 +61,8 @@ def _summary(judged: Sequence[Verdict]) -> Html:
     return joined(*shown) if shown else element("span", "no illness", class_="badge ok")
 
 
-def duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
+def duration(time_s: float) -> str:
+    minutes = round(time_s / 60)
     if minutes < 2:
-        return f"{seconds:.0f} s"
+        return f"{time_s:.0f} s"
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

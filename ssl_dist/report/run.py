@@ -76,7 +76,7 @@ class Run:
 
 
 def read(folder: Path) -> Run:
-    """Raises `UserError` when the folder is none of a run, or its config.yaml is damaged."""
+    """Raises `UserError` when the folder is not a run's, or its config.yaml is damaged."""
     run = _open(folder)
     _read_checkpoint(run)
     _read_metrics(run)
@@ -199,23 +199,23 @@ def _readable(run: Run, part: str, paths: Sequence[Path]) -> list[Picture]:
     return readable
 
 
-def _json_lines(path: Path, is_good: Callable[[dict], bool]) -> tuple[list[dict], list[int]]:
-    """The good lines and the numbers of the others; the last one, where it has no end yet, is neither."""
+def _json_lines(path: Path, is_valid: Callable[[dict], bool]) -> tuple[list[dict], list[int]]:
+    """The valid lines, and the line numbers of the others; an unfinished last line is neither."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:  # also the missing file of a run that has not begun
         return [], []
-    good, faulty = [], []
+    valid, faulty = [], []
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
         try:
             value: Any = json.loads(line)
         except (ValueError, RecursionError):
             value = None
-        if isinstance(value, dict) and is_good(value):
-            good.append(value)
+        if isinstance(value, dict) and is_valid(value):
+            valid.append(value)
         else:
             faulty.append(number)
-    return good, faulty
+    return valid, faulty
 
 
 def _is_metrics_line(line: dict) -> bool:

@@ -56,7 +56,7 @@ def newest(records: Sequence[dict]) -> list[dict]:
 
 
 def table(records: list[dict]) -> str:
-    """A line a number, with its protocols as footnotes."""
+    """A line for each number, with its protocols as footnotes."""
     head = ("run", "method", "backbone", "step", "data set", "split", "result", "mean ± std", "seeds")
     columns = ("run", "method", "backbone", "step", "dataset", "split", "name")
     rows = []

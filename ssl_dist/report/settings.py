@@ -8,7 +8,7 @@ from ssl_dist.report.markup import Html, count, element, joined, table
 from ssl_dist.report.run import Run
 from ssl_dist.run import folder as run_folder
 
-_NEEDED = ("run_dir", "data.name", "data.root", "method.name")  # what has no default, or decides on the others
+_REQUIRED = ("run_dir", "data.name", "data.root", "method.name")  # what has no default, or decides on the others
 
 
 def keys(run: Run) -> Html:
@@ -23,9 +23,9 @@ def keys(run: Run) -> Html:
     )
 
 
-def differences(several: Sequence[Run], heads: list[Html]) -> Html:
+def differences(runs: Sequence[Run], heads: list[Html]) -> Html:
     """The keys whose values differ, a column a run, and how many are the same."""
-    trees = [_spelt_out(run.config) for run in several]
+    trees = [_spelt_out(run.config) for run in runs]
     rows, same = [], 0
     for key in dict.fromkeys(key for tree in trees for key in tree):
         cells = [shown(tree[key]) if key in tree else "–" for tree in trees]
@@ -72,13 +72,13 @@ def _spelt_out(settings: Config) -> dict[str, object]:
 
 def _defaults(settings: Config) -> dict[str, object]:
     """The same keys, as far as they have a default."""
-    needed = {
+    required = {
         "run_dir": "-",
         "data": {"name": settings.data.name, "root": "-"},
         "method": {"name": settings.method.name},
     }
-    defaults = _spelt_out(config.validate(Config, needed))
-    return {key: value for key, value in defaults.items() if key not in _NEEDED}
+    defaults = _spelt_out(config.validate(Config, required))
+    return {key: value for key, value in defaults.items() if key not in _REQUIRED}
 
 
 def _flat(tree: dict | list, prefix: str = "") -> dict[str, object]:

@@ -52,7 +52,7 @@ class Objects:
 
 @dataclass(frozen=True)
 class Sample:
-    """An image of a folder, read when it is asked for."""
+    """An image of a folder; its files are read by `image`, `objects` and `mask`."""
 
     root: Path
     id: str
@@ -70,14 +70,14 @@ class Sample:
         return self.root / "SegmentationClass" / f"{self.id}.png"
 
     def image(self) -> Image.Image:
-        """The picture, RGB."""
+        """The image, RGB. Raises `UserError`."""
         image = _picture(self.image_path)
         if image.mode not in CONVERTIBLE_MODES:
             raise UserError(f"{self.image_path}: pixels of mode {image.mode!r} do not fit 8 bits; save it as RGB")
         return image.convert("RGB")
 
     def objects(self) -> Objects:
-        """What the annotation tells. Raises `UserError` naming the file."""
+        """The objects in the annotation. Raises `UserError` naming the file."""
         path = self.annotation_path
         objects = [_object(node, path) for node in parse_xml(path).findall("object")]
         boxes, labels, difficult = zip(*objects, strict=True) if objects else ((), (), ())
@@ -185,9 +185,9 @@ def _refuse_root(root: Path, kind: str, path: Path) -> None:
             f"--root {root}: no folder in VOC's format (ImageSets, JPEGImages, Annotations); give one such as "
             "VOCdevkit/VOC2007"
         )
-    there = sorted(file.stem for file in path.parent.glob("*.txt") if "_" not in file.stem)
+    splits = sorted(file.stem for file in path.parent.glob("*.txt") if "_" not in file.stem)
     raise UserError(
-        f"{path}: there is no such split; there are {', '.join(there) or 'none'}; choose by train_split and test_split"
+        f"{path}: there is no such split; there are {', '.join(splits) or 'none'}; choose by train_split and test_split"
     )
 
 

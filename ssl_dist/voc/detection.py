@@ -89,7 +89,7 @@ def build(pretrained: Pretrained, options: Options) -> tuple[FasterRCNN, list[nn
 
 def task(pretrained: Pretrained, train: Split, options: Options, device: torch.device) -> Task:
     for sample in train.samples:
-        sample.objects()  # a damaged annotation shows now and not after an hour
+        sample.objects()  # a damaged annotation shows now and not during the training
     model, frozen = build(pretrained, options)
     model.to(device)
 
@@ -131,7 +131,7 @@ def augmented(sample: Sample, key: np.uint64, options: Options) -> tuple[Tensor,
 def evaluate(model: nn.Module, test: Split, device: torch.device, pool: Executor) -> tuple[dict[str, float], Figure]:
     """Every image of the test split once, one at a time, at its own proportions. Values in percent, and a picture."""
     model.eval()
-    detections, rows, shown = Detections(len(CLASSES)), set(pictures.chosen(len(test))), []
+    detections, rows, shown = Detections(len(CLASSES)), set(pictures.rows_to_draw(len(test))), []
 
     with Progress(f"detection {test.title}", len(test), "image") as counter, torch.inference_mode():
         for index, [image] in enumerate(read_ahead(pool, Sample.image, ((sample,) for sample in test.samples), 1)):

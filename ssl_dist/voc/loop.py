@@ -1,8 +1,8 @@
 """Training for a transfer: one process, seeded, resumed exactly. What a task trains on is behind `Task`.
 
 `train.loop` draws views of one size and shares a method's loss between ranks; here images of any size go with their
-boxes or masks through one process, in steps whose rate follows other papers, so one loop for both would be two in one
-function. What does not depend on that is shared: clock, log, stop request, checkpoints and the setting of rates.
+boxes or masks through one process, at a rate that counts steps by other rules, so a common loop would branch at nearly
+every line. What does not depend on that is shared: clock, log, stop request, checkpoints and the setting of rates.
 
 The order of images, their augmentation and every draw of torch's generator are functions of (seed, step), so weights,
 momenta and the step are all that is saved. On a CPU a resume is exact bit for bit; on a GPU the gradients of RoIAlign
@@ -83,7 +83,7 @@ def seed_torch(seed: int, purpose: int = INIT, number: int = 0) -> None:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which dies with the process. Raises `UserError` when another process has it."""
+    """Hold the folder's lock, which ends with the process. Raises `UserError` when another process has it."""
     with durable.refuse_unwritable(folder, "choose another --out"):
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         try:

@@ -62,14 +62,14 @@ class Detections:
     def add(self, boxes: np.ndarray, labels: np.ndarray, scores: np.ndarray, true: Objects) -> None:
         """One image: the boxes, labels and scores found, [n, 4], [n] and [n], and what is truly there."""
         for label, (columns, difficult) in enumerate(zip(self._detected, self._difficult, strict=True)):
-            mine, there = labels == label, true.labels == label
-            best, which = np.zeros(mine.sum()), np.full(mine.sum(), -1)
-            if there.any() and mine.any():
-                overlap = iou(boxes[mine], true.boxes[there])
+            of_class, true_of_class = labels == label, true.labels == label
+            best, which = np.zeros(of_class.sum()), np.full(of_class.sum(), -1)
+            if true_of_class.any() and of_class.any():
+                overlap = iou(boxes[of_class], true.boxes[true_of_class])
                 best, which = overlap.max(1), overlap.argmax(1) + len(difficult)
-            for column, new in zip(columns, (scores[mine], best, which), strict=True):
+            for column, new in zip(columns, (scores[of_class], best, which), strict=True):
                 column.extend(new)
-            difficult.extend(true.difficult[there])
+            difficult.extend(true.difficult[true_of_class])
 
     def ap(self, threshold: float) -> np.ndarray:
         """Average precision by 11 points and area, [C, 2]; nan for a class without objects that count.

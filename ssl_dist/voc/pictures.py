@@ -24,10 +24,10 @@ MASKS_CAPTION = (
 )
 
 
-def chosen(number: int) -> list[int]:
+def rows_to_draw(num_images: int) -> list[int]:
     """Rows of the split whose images are drawn: evenly spaced."""
-    count = min(MAX_IMAGES, number)
-    return [i * number // count for i in range(count)]
+    count = min(MAX_IMAGES, num_images)
+    return [i * num_images // count for i in range(count)]
 
 
 def boxes(shown: Sequence[tuple[Image.Image, Objects, np.ndarray, np.ndarray, np.ndarray]]) -> Figure:

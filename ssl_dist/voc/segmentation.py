@@ -131,7 +131,7 @@ def evaluate(
     """Every image of the test split once, whole: values in percent, means over the classes that occur; a picture."""
     model.eval()
     total = np.zeros((len(NAMES), len(NAMES)), np.int64)
-    rows, shown = set(pictures.chosen(len(test))), []
+    rows, shown = set(pictures.rows_to_draw(len(test))), []
 
     def load(sample: Sample) -> tuple[Image.Image, np.ndarray]:
         image = sample.image()
