@@ -8,6 +8,7 @@ from ssl_dist.data import labels
 from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.errors import UserError
 from ssl_dist.run.blueprint import derive
+from tests.messages import naming
 
 CONFIG = "configs/digits/relational-conv4.yaml"
 
@@ -75,7 +76,7 @@ def test_a_method_that_needs_labels_needs_all_of_them(digits, tmp_path, monkeypa
     ids = written(tmp_path / "ids.txt", "0\n1\n2\n7\n")
     assert derived(digits, tmp_path, text).info.num_classes == 3, "relational reasoning does not"
     monkeypatch.setattr(methods.find("relational"), "needs_labels", True)
-    with pytest.raises(UserError, match="no label for 1 of the images to train on, image 7"):
+    with pytest.raises(UserError, match=naming("no label", 1, "image 7")):
         derived(digits, tmp_path, text, f"data.subset={ids}")
     written(ids, "0\n1\n2\n")
     assert derived(digits, tmp_path, text, f"data.subset={ids}").info.num_images == 3

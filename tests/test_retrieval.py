@@ -17,6 +17,7 @@ from ssl_dist.errors import UserError
 from ssl_dist.evaluators import retrieval
 from ssl_dist.storage.features import Features
 from tests.figure_writer import Sketchbook, drawn
+from tests.messages import naming
 
 # Directions with many equal cosines, and a row of zeros.
 EXACT = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [1, 1, 1, 1], [1, 1, -1, -1], [-1, 1, -1, 1], [0, 0, 0, 0]])
@@ -152,7 +153,7 @@ def test_a_class_that_cannot_be_found_counts_as_nothing(caplog):
         "retrieval_top1": 50, "retrieval_top4": 50, "retrieval_precision4": 25,
         "retrieval_map": 100 * (1 + 2 / 4) / 2 / 2,
     }  # fmt: skip
-    assert "1 of 2 queries have a class of which the file has no image to find" in caplog.text
+    assert "1 of 2 queries" in caplog.text
     caplog.clear()
     alone = part(EXACT[:3], [0, 0, 1])  # the third has nobody but itself
     assert retrieval.run(train, alone, retrieval.Options(k=[1], gallery="test"))["retrieval_top1"] < 100
@@ -161,9 +162,9 @@ def test_a_class_that_cannot_be_found_counts_as_nothing(caplog):
 
 def test_what_is_refused():
     train, test = random_part(30), random_part(10, seed=1)
-    with pytest.raises(UserError, match=r"retrieval\.k = 31: 30 images of the file can be found; .* numbers up to 30"):
+    with pytest.raises(UserError, match=naming("retrieval.k = 31", 30, 30)):
         retrieval.run(train, test, retrieval.Options(k=[31, 1]))
-    with pytest.raises(UserError, match=r"retrieval\.k = 10: 9 images of the file can be found"):
+    with pytest.raises(UserError, match=naming("retrieval.k = 10", 9)):
         retrieval.run(train, test, retrieval.Options(k=[10], gallery="test"))
     with pytest.raises(UserError, match="no label"):
         retrieval.run(train, part(test.features, [-1] * 10), retrieval.Options())

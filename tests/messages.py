@@ -1,0 +1,9 @@
+"""What tests ask of a message: that it names the thing, the value and the remedy, in whatever words between them."""
+
+import re
+
+
+def naming(*facts):
+    """A pattern for `match` and `re.search`: these facts in this order, each as it stands and no part of a longer word
+    or number."""
+    return "(?s)" + ".*".join(rf"(?<!\w)(?<!\d\.){re.escape(str(fact))}(?!\w|\.\d)" for fact in facts)
