@@ -27,10 +27,11 @@ ALLOCATORS = {
 }
 WORKER = """
 import json, sys
-import ssl_dist.train, ssl_dist.run.plots, ssl_dist.data.arrays
-from ssl_dist import config, explain
+import ssl_dist.train.loop, ssl_dist.run.plots, ssl_dist.data.arrays
+from ssl_dist import config
+from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.run.blueprint import derive
-from ssl_dist.distributed.world import RankInfo
+from ssl_dist.train import explain
 wanted = config.load(sys.argv[1], sys.argv[3:])
 if wanted.data.reader == "ffcv":
     import ssl_dist.data.ffcv_reader

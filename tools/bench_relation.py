@@ -80,7 +80,8 @@ def main() -> None:
     for features in arguments.features:
         for num_views in arguments.views:
             torch.manual_seed(0)
-            method = Method(Given(features), Info(NUM_IMAGES, 0, ((num_views, 32),), 1.0), Options()).train()
+            info = Info(NUM_IMAGES, 0, ((num_views, 32),), NUM_IMAGES, 1.0, features)
+            method = Method(Given(features), info, Options()).train()
             z_KMD = torch.randn(num_views, NUM_IMAGES, features)
             losses = [cpu_time(side, method, z_KMD)[1] for side in sides.values()]  # also warms up
             if max(losses) - min(losses) > 1e-5:

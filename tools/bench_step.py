@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="conv4")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=6, help="timed steps a turn")
+    parser.add_argument("--reader", choices=["ffcv", "arrays"], default="ffcv", help="of our side")
     parser.add_argument("--worker", choices=["port", "ours"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -153,11 +154,12 @@ class Ours:
         import tempfile
 
         from ssl_dist import config
+        from ssl_dist.data.readers import Dataset
 
         self.arguments, self.folder = arguments, Path(tempfile.mkdtemp(prefix="bench-step-"))
         tree = {
             "run_dir": str(self.folder / "run"),
-            "data": {"name": "cifar10", "root": arguments.data},
+            "data": {"name": Dataset(arguments.data).name, "root": arguments.data, "reader": arguments.reader},
             "views": {"num": arguments.views},
             "backbone": {"name": arguments.backbone},
             "optim": {"batch_size": arguments.images, "epochs": None, "steps": 1},
