@@ -36,9 +36,13 @@ EXTRAS = {
     "test": [
         "pytest>=8,<10",
         "pytest-timeout>=2.3,<3",  # a rank that hangs fails its test instead of stopping the whole run
-        "pytest-xdist>=3.6,<4",  # the quick tests on all cores: half of them wait, for ranks and clocks
+        "pytest-xdist>=3.6,<4",  # tests on all cores, and more at once than there are: half of them wait
+        "pytest-cov>=6,<8",  # the share of lines that tests run, a figure in the output of CI
         "hypothesis>=6.100,<7",  # property tests of the index arithmetic, keys and data plan
         "ruff>=0.9,<1",  # linter and formatter; part of the test command
+        "mypy>=1.15,<3",  # type checker; part of the test command
+        "types-PyYAML",  # the types of yaml, for mypy
+        "types-tqdm",  # those of tqdm
     ],
 }
 

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Sets the checkout up where needed, then checks style and runs the tests, quick ones first. Ends with pytest's summary.
+# Sets the checkout up where needed, then checks style and types and runs the tests, quick ones first. Ends with
+# pytest's summary.
 #
-#   bash launch/test.sh                     everything: the quick tests on all cores, then those marked slow one by one
+#   bash launch/test.sh                     everything: the quick tests, then those marked slow
 #   bash launch/test.sh --quick             without the tests marked slow, and without Slurm and Chromium for them
+#   COVERAGE=1 bash launch/test.sh          also the share of the package's lines that the quick tests run
 #   bash launch/test.sh [--quick] tests/test_config.py -k hints       what follows goes to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -21,16 +23,21 @@ ruff check --quiet .
 ruff format --quiet --check .
 if command -v shellcheck >/dev/null; then shellcheck launch/*.sh .ci/run; fi
 
-nothing=5 # pytest's exit code where it found no test of the kind, as in a file that has none
+printf '\n== types: mypy\n'
+mypy | tail -n 1 || true # says how many errors are left
+
+workers=$(($(nproc) + 1)) # half of all tests wait, for ranks, clocks and Slurm; tests/conftest.py says which share one
+nothing=5                 # pytest's exit code where it found no test of the kind, as in a file that has none
 run() { # pytest's arguments; ends the script where a test fails
     local found=0
-    python -m pytest -q "$@" || found=$?
+    python -m pytest -q -n "$workers" --dist loadgroup "$@" || found=$?
     [ $found -eq 0 ] || [ $found -eq $nothing ] || exit $found
     ran+=("$found")
 }
 
 printf '\n== tests: pytest, each test under a time limit\n'
 ran=()
-run -m "not slow" -n auto --dist loadfile "$@"
-[ -z "$slow_too" ] || run -m slow "$@" # alone on the machine: they kill ranks and watch clocks
+run -m "not slow" ${COVERAGE:+--cov --cov-report=} "$@"
+[ -z "${COVERAGE:-}" ] || printf 'lines that the quick tests run: %s%%\n' "$(coverage report --format=total)"
+[ -z "$slow_too" ] || run -m slow "$@"
 [[ " ${ran[*]} " == *" 0 "* ]] || exit $nothing

@@ -1,4 +1,4 @@
-"""Settings of every test: one thread each, a time limit each, quick tests first."""
+"""Settings of every test: one thread each, a time limit each, quick tests first, which ones share a worker."""
 
 import importlib.util
 import os
@@ -35,7 +35,21 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT))
         if item.get_closest_marker("requires_ffcv") and not has_ffcv:
             item.add_marker(pytest.mark.skip(reason="FFCV is not installed (bash launch/install.sh)"))
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+        if (group := _group(item)) is not None:
+            item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, CLUSTERS.get(_group(item), 2)))
+
+
+CLUSTERS = {"slurm": 0, "network": 1}  # the longest chains, which wait most of the time, are begun first
+
+
+def _group(item):
+    """For `--dist loadgroup`: the tests of a group run one after another in one worker. Those of a cluster; those of a
+    file if they are quick or share what a fixture has made. Other slow tests go to whatever worker is free."""
+    if {"_cluster", "_network_cluster"} & set(item.fixturenames):
+        return "network" if "_network_cluster" in item.fixturenames else "slurm"
+    shared = any(d.scope in ("module", "class") for defs in item._fixtureinfo.name2fixturedefs.values() for d in defs)
+    return item.path.stem if shared or not item.get_closest_marker("slow") else None
 
 
 @pytest.fixture(autouse=True)

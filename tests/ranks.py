@@ -7,7 +7,7 @@ import socket
 import traceback
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "numpy", "numba", "ssl_dist.distributed.world"])
+_context.set_forkserver_preload(["tests.preload"])
 
 TIMEOUT = 60.0
 

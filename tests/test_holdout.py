@@ -1,10 +1,9 @@
 """What an evaluation may learn from and is measured on: subsets, a held-out part, a search, on any number of ranks."""
 
+import contextlib
+import io
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +14,8 @@ from ssl_dist.data.readers import Dataset
 from ssl_dist.evaluate.command import evaluate
 from ssl_dist.evaluators import knn, logistic, probe
 from ssl_dist.storage.features import read_features
+from tests import ranks
 from tests.test_transfer import pretrained
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -164,19 +162,23 @@ def test_mistakes_are_one_line(run, capsys, words, line):
     assert not (run / "results.json").exists()
 
 
+def in_ranks(rank, size, run):
+    """Exit code and output of a rank's command."""
+    words = ["evaluate", str(run), "knn", "logistic", "logistic_sgd"]
+    words += ["--search", "knn.k=[[1],[5],[20]]", "logistic.c=[0.1,1]"]
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        return cli.main(words), output.getvalue()
+
+
 @pytest.mark.slow
 def test_any_number_of_ranks_measures_the_same(digits, tmp_path):
-    """355 test images, which neither 2 nor 3 divides, extracted and measured under torchrun as a user would."""
+    """355 test images, which neither 2 nor 3 divides."""
     found = {}
     for size in (1, 2, 3):
         run = pretrained(digits, tmp_path / str(size))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
-                   "--nproc-per-node", str(size), "-m", "ssl_dist", "evaluate", str(run), "knn", "logistic",
-                   "logistic_sgd", "--search", "knn.k=[[1],[5],[20]]", "logistic.c=[0.1,1]"]  # fmt: skip
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("logistic_sgd_top1") == 1, "the table is printed once"
+        codes, outputs = zip(*ranks.launch(in_ranks, size, tmp_path, run), strict=True)
+        assert set(codes) == {0}
+        assert "".join(outputs).count("logistic_sgd_top1") == 1, "the table is printed once"
         records = results.read(run / "results.json")
         found[size] = [(r["name"], r["split"], r["protocol"], r["value"]) for r in records]
         test = read_features(run / "features" / "digits-test.safetensors")

@@ -19,8 +19,8 @@ from ssl_dist.train.loop import claimed, fit
 from ssl_dist.train.state import TrainState
 
 TRAINED = [name for name in methods.names() if methods.find(name).trainable]
-STEPS = 24  # two epochs of ten steps and a part of the third
-RARER = {"sela": ["method.options.relabelings=4"]}  # its times crowd in a short training: a stop must fit between two
+STEPS = 11  # two epochs of four steps and a part of the third
+RARER = {"sela": ["method.options.relabelings=3"]}  # its times crowd in a short training: a stop must fit between two
 TIMES = ("images_per_s", "views_per_s", "data_wait", "seconds_per_step")
 
 
@@ -57,7 +57,7 @@ def settings(name, digits, run, precision):
     return config.load(
         f"configs/digits/{name}-conv4.yaml",
         [
-            f"data.root={digits}", f"run_dir={run}", "data.limit=168", "data.reader=arrays", "data.workers=1",
+            f"data.root={digits}", f"run_dir={run}", "data.limit=72", "data.reader=arrays", "data.workers=1",
             "optim.batch_size=16", "optim.epochs=null", f"optim.steps={STEPS}", f"precision={precision}",
             "checkpoint.every_epochs=null", "log.every_steps=1", "compile=false", *RARER.get(name, []),
         ],
@@ -126,10 +126,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, precision, digits, tmp_pat
 
 
 def test_where_a_run_is_stopped():
-    assert stops(set()) == [12]
-    assert stops({0}) == [12]
-    assert stops({0, 10, 20}) == [12, 15, 20]
-    assert stops({0, 4, 5}) == [2, 4, 12]
+    assert stops(set()) == [5]
+    assert stops({0}) == [5]
+    assert stops({0, 4, 8}) == [5, 6, 8]
+    assert stops({0, 4, 5}) == [2, 4, 5]
     with pytest.raises(AssertionError, match="RARER"):
         stops({0, 1, 2})
 

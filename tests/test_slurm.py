@@ -1,5 +1,7 @@
 """Trainings on a real Slurm of two nodes: what happens to them, in what order, and that the weights do not notice."""
 
+import contextlib
+import io
 import json
 import re
 import runpy
@@ -12,17 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssl_dist import config
+from ssl_dist import cli, config
 from ssl_dist.storage import checkpoint
+from tests import ranks
 from tests.processes import send, until
-from tests.test_train import CONFIG, fingerprint, metrics, overrides, run_training, weights
+from tests.test_train import CONFIG, fingerprint, in_ranks, metrics, overrides, run_training, weights
 
 ROOT = Path(__file__).parent.parent
 SUBMIT = [sys.executable, str(ROOT / "slurm" / "submit.py")]
 OWN = [
-    "optim.steps=90", "checkpoint.every_epochs=null", "log.every_steps=1", "log.images_every_epochs=1000",
+    "optim.steps=60", "checkpoint.every_epochs=null", "log.every_steps=1", "log.images_every_epochs=1000",
     "precision=fp64", "timeout=15",
 ]  # fmt: skip
+BEGUN = 5  # steps
 TWO_NODES = ("--nodes", "2", "--tasks-per-node", "1", "--time", "00:10:00")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -33,7 +37,23 @@ def training(data, run, *more):
 
 def submit(cluster, folder, *words):
     """The ids of the jobs that submit.py names, in its order."""
-    return re.findall(r"^job (\S+):", cluster.run(*SUBMIT, *words, cwd=folder), re.MULTILINE)
+    return named(submit_py(cluster, folder, *words))
+
+
+def submit_py(cluster, folder, *words):
+    """The output of submit.py, called in this process: another one would import torch anew."""
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+        for name, value in cluster.environment.items():
+            patch.setenv(name, value)
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["submit.py", *map(str, words)])
+        assert runpy.run_path(SUBMIT[1])["main"]() == 0
+    return output.getvalue()
+
+
+def named(output):
+    return re.findall(r"^job (\S+):", output, re.MULTILINE)
 
 
 def step_of(run):
@@ -42,13 +62,14 @@ def step_of(run):
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-def has_begun(cluster, job, run, steps=10):
+def has_begun(cluster, job, run, steps=BEGUN):
     """Wait until the training has taken some steps."""
-    until(lambda: step_of(run) >= steps, lambda: cluster.story(job))
+    until(lambda: step_of(run) >= steps, lambda: cluster.story(job), 120)
 
 
 def starts(run):
-    return [json.loads(line) for line in (run / "logs" / "starts.jsonl").read_text().splitlines()]
+    path = run / "logs" / "starts.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def output(cluster, job):
@@ -61,7 +82,7 @@ def output(cluster, job):
 def two_nodes(_cluster, digits, tmp_path_factory):
     """A run of two nodes that nothing has disturbed."""
     folder = tmp_path_factory.mktemp("two-nodes")
-    [job] = submit(_cluster, folder, *training(digits, folder / "run"), *TWO_NODES)
+    [job] = named(_cluster.run(*SUBMIT, *training(digits, folder / "run"), *TWO_NODES, cwd=folder))
     _cluster.wait(job, "COMPLETED", deadline=120)
     return folder / "run"
 
@@ -85,42 +106,99 @@ def test_two_nodes_equal_one_process(two_nodes, digits, tmp_path):
     assert config.load(kept) == config.load(two_nodes / "config.yaml")
 
 
-def test_usr2_saves_and_the_job_is_queued_again_and_finishes(cluster, two_nodes, digits, tmp_path):
-    run = tmp_path / "run"
-    [job] = submit(cluster, tmp_path, *training(digits, run), *TWO_NODES)
-    has_begun(cluster, job, run)
-    cluster.signal(job, "USR2")
-    cluster.wait(job, "COMPLETED", restarts=1, deadline=120)
-    first, second = starts(run)
-    assert first["step"] == 0 and 10 <= second["step"] < 90
-    assert f"stopping after step {second['step']}" in output(cluster, job)
-    assert_undisturbed(run, two_nodes)
+class Life:
+    """A job of two nodes and its run, which is stopped again and again."""
+
+    def __init__(self, cluster, job, run):
+        self.cluster, self.job, self.run = cluster, job, run
+
+    def begin(self):
+        """Wait until the newest start has got further than any before it; the number of starts."""
+        count = int(self.cluster.wait(self.job, "RUNNING", deadline=120)["Restarts"]) + 1
+        until(lambda: len(starts(self.run)) == count, lambda: self.cluster.story(self.job), 120)
+        least = max(step_of(self.run), starts(self.run)[-1]["step"]) + BEGUN
+        has_begun(self.cluster, self.job, self.run, least)
+        return count
+
+    def goes_on(self, count):
+        """Wait for the start after `count` of them; the step that it begins at."""
+        until(lambda: len(starts(self.run)) > count, lambda: self.cluster.story(self.job), 120)
+        assert len(starts(self.run)) == count + 1 and self.cluster.job(self.job)["Restarts"] == str(count)
+        return starts(self.run)[-1]["step"]
 
 
-def test_preemption_by_a_higher_partition(cluster, two_nodes, digits, tmp_path):
-    run = tmp_path / "run"
-    [job] = submit(cluster, tmp_path, *training(digits, run), *TWO_NODES)
-    has_begun(cluster, job, run)
-    script = tmp_path / "urgent.sh"
-    script.write_text("#!/bin/bash\nsleep 2\n")
-    options = ("--partition", "high", "--nodes", "2", "--exclusive")
-    urgent = cluster.submit(script, options=options)
-    cluster.wait(urgent, "COMPLETED")
-    cluster.wait(job, "COMPLETED", restarts=1, deadline=120)
-    assert starts(run)[1]["step"] >= 10, "it had saved before it left"
-    assert_undisturbed(run, two_nodes)
+LIFE = "data.view_shards=2"  # else ranks of one machine share views, those of two machines images
 
 
-def test_a_killed_task_is_named_and_the_job_queued_again(cluster, two_nodes, digits, tmp_path):
-    run = tmp_path / "run"
-    [job] = submit(cluster, tmp_path, *training(digits, run, "checkpoint.every_steps=5"), *TWO_NODES)
-    has_begun(cluster, job, run)
-    send(cluster.pids_of(job, task=1), signal.SIGKILL)
-    cluster.wait(job, "COMPLETED", restarts=1, deadline=120)
-    assert re.search(r"lost rank 1 on \S+ \(pid \d+\) at step \d+: no sign of life", output(cluster, job))
-    assert len((run / "slurm" / f"crashes-{job}.txt").read_text().splitlines()) == 1
-    assert starts(run)[1]["step"] % 5 == 0 and starts(run)[1]["step"] > 0
-    assert_undisturbed(run, two_nodes)
+@pytest.fixture(scope="class")
+def life(_cluster, digits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("life")
+    file = folder / "mine.yaml"
+    file.write_text((ROOT / CONFIG).read_text())
+    more = [LIFE, "optim.steps=30000", "checkpoint.every_steps=5", "--partition", "main"]
+    [job] = submit(_cluster, folder, "train", file, *training(digits, folder / "run", *more)[2:], *TWO_NODES)
+    file.write_text("nonsense")  # what is edited later is another training
+    yield Life(_cluster, job, folder / "run")
+    _cluster.clear()
+
+
+class TestOneTrainingThroughEverything:
+    """Of one job all that may happen to a training, one thing after another; the weights do not notice."""
+
+    def test_usr2_saves_and_the_job_is_queued_again(self, life):
+        count = life.begin()
+        life.cluster.signal(life.job, "USR2")
+        step = life.goes_on(count)
+        assert step >= starts(life.run)[-2]["step"] + BEGUN
+        assert f"stopping after step {step}" in output(life.cluster, life.job)
+
+    def test_preemption_by_a_higher_partition(self, life, tmp_path):
+        count = life.begin()
+        script = tmp_path / "urgent.sh"
+        script.write_text("#!/bin/bash\nsleep 2\n")
+        options = ("--partition", "high", "--nodes", "2", "--exclusive")
+        urgent = life.cluster.submit(script, options=options)
+        life.cluster.wait(urgent, "COMPLETED")
+        step = life.goes_on(count)
+        assert step >= starts(life.run)[-2]["step"] + BEGUN, "it had saved before it left"
+        assert f"stopping after step {step}" in output(life.cluster, life.job)
+
+    def test_a_killed_task_is_named_and_the_job_queued_again(self, life):
+        count = life.begin()
+        send(life.cluster.pids_of(life.job, task=1), signal.SIGKILL)
+        step = life.goes_on(count)
+        text = output(life.cluster, life.job)
+        assert re.search(r"lost rank 1 on \S+ \(pid \d+\) at step \d+: no sign of life", text)
+        assert len((life.run / "slurm" / f"crashes-{life.job}.txt").read_text().splitlines()) == 1
+        assert step % 5 == 0 and step > starts(life.run)[-2]["step"]
+
+    def test_the_crash_of_a_node(self, life):
+        count = life.begin()
+        cluster = life.cluster
+        cluster.crash_node(cluster.nodes[1])
+        until(lambda: cluster.job(life.job)["JobState"] == "PENDING", lambda: cluster.story(life.job), 90)
+        cluster.start_node(cluster.nodes[1])
+        step = life.goes_on(count)
+        assert step % 5 == 0 and step > starts(life.run)[-2]["step"]
+
+    def test_scancel_saves_and_stays_cancelled(self, life):
+        count = life.begin()
+        life.cluster.cancel(life.job)
+        life.cluster.wait(life.job, "CANCELLED")
+        step = starts(life.run)[-1]["step"] + BEGUN
+        until(lambda: checkpoint.steps(life.run)[-1] >= step, lambda: life.cluster.story(life.job))
+        time.sleep(8)  # longer than a requeue takes here
+        now = life.cluster.job(life.job)
+        assert now["JobState"] == "CANCELLED" and now["Restarts"] == str(count - 1)
+        assert len(starts(life.run)) == count
+        assert f"stopping after step {step_of(life.run)}" in output(life.cluster, life.job)
+
+    def test_the_weights_are_those_of_a_run_that_nothing_disturbed(self, life, digits, tmp_path):
+        """Of two ranks without Slurm, up to the same step."""
+        steps = checkpoint.steps(life.run)[-1]
+        more = [*OWN, LIFE, f"optim.steps={steps}"]
+        assert ranks.launch(in_ranks, 2, tmp_path, digits, tmp_path / "run", *more) == [0, 0]
+        assert_undisturbed(life.run, tmp_path / "run")
 
 
 def test_a_crash_that_comes_again_ends_the_job(cluster, digits, tmp_path):
@@ -133,72 +211,33 @@ def test_a_crash_that_comes_again_ends_the_job(cluster, digits, tmp_path):
     assert cluster.wait(job, "FAILED", deadline=90)["Restarts"] == "0"
 
 
-def test_the_crash_of_a_node(cluster, two_nodes, digits, tmp_path):
-    run = tmp_path / "run"
-    [job] = submit(cluster, tmp_path, *training(digits, run, "checkpoint.every_steps=5"), *TWO_NODES)
-    has_begun(cluster, job, run)
-    cluster.crash_node(cluster.nodes[1])
-    until(lambda: cluster.job(job)["JobState"] == "PENDING", lambda: cluster.story(job), 90)
-    cluster.start_node(cluster.nodes[1])
-    cluster.wait(job, "COMPLETED", restarts=1, deadline=150)
-    assert_undisturbed(run, two_nodes)
-
-
-def test_scancel_saves_and_stays_cancelled(cluster, digits, tmp_path):
-    run = tmp_path / "run"
-    [job] = submit(cluster, tmp_path, *training(digits, run), *TWO_NODES)
-    has_begun(cluster, job, run)
-    cluster.cancel(job)
-    cluster.wait(job, "CANCELLED")
-    until(lambda: checkpoint.steps(run), lambda: cluster.story(job))
-    time.sleep(8)  # longer than a requeue takes here
-    assert cluster.job(job)["JobState"] == "CANCELLED" and cluster.job(job)["Restarts"] == "0"
-    assert len(starts(run)) == 1
-
-
-def test_seeds_are_an_array_and_each_is_evaluated(cluster, digits, tmp_path):
-    run = tmp_path / "run"
+def test_an_array_is_queued_again_and_each_seed_evaluated(cluster, digits, tmp_path, capsys):
+    """The last element has the array's own job number."""
+    words = training(digits, tmp_path / "run", "optim.steps=90", "precision=fp32", "data.view_shards=1")
     more = ["--seeds", "3", "4", "--then", "knn", "knn.k=[5]"]
-    jobs = submit(cluster, tmp_path, *training(digits, run, "optim.steps=20", "precision=fp32"), *TWO_NODES, *more)
-    array = jobs[0].partition("_")[0]
+    jobs = submit(cluster, tmp_path, *words, *TWO_NODES, *more)
+    array, runs = jobs[0].partition("_")[0], [tmp_path / f"run-seed{seed}" for seed in (3, 4)]
     assert jobs[:2] == [f"{array}_0", f"{array}_1"] and len(jobs) == 4
     assert all(cluster.job(job)["Dependency"].startswith(f"afterok:{array}_") for job in jobs[2:])
+    for job, run in zip(jobs[:2], runs, strict=True):
+        has_begun(cluster, job, run, steps=2)
+    cluster.signal(array, "USR2")
+    for job, run in zip(jobs[:2], runs, strict=True):
+        cluster.wait(job, "COMPLETED", restarts=1, deadline=150)
+        assert len(starts(run)) == 2 and starts(run)[1]["step"] > 0 and checkpoint.steps(run)[-1] == 90
     for job in jobs[2:]:
         cluster.wait(job, "COMPLETED", deadline=150)
-    found = [json.loads((tmp_path / f"run-seed{seed}" / "results.json").read_text()) for seed in (3, 4)]
+    found = [json.loads((run / "results.json").read_text()) for run in runs]
     assert [records[0]["seed"] for records in found] == [3, 4]
-    runs = [tmp_path / f"run-seed{seed}" for seed in (3, 4)]
-    assert "±" in cluster.run(sys.executable, "-m", "ssl_dist", "report", *runs, PYTHONPATH=ROOT)
-    told = cluster.run(*SUBMIT, "status", *runs, cwd=tmp_path)
-    assert len(re.findall(r"COMPLETED", told)) == 4 and told.count("20/20") == 2, told
-
-
-def test_every_element_of_an_array_is_queued_again(cluster, digits, tmp_path):
-    """The last one has the array's own job number."""
-    words = training(digits, tmp_path / "run", "optim.steps=150", "precision=fp32", "data.view_shards=1")
-    jobs = submit(cluster, tmp_path, *words, *TWO_NODES, "--seeds", "0", "1")
-    runs = [tmp_path / f"run-seed{seed}" for seed in (0, 1)]
-    for job, run in zip(jobs, runs, strict=True):
-        has_begun(cluster, job, run, steps=2)
-    cluster.signal(jobs[0].partition("_")[0], "USR2")
-    for job, run in zip(jobs, runs, strict=True):
-        cluster.wait(job, "COMPLETED", restarts=1, deadline=150)
-        assert len(starts(run)) == 2 and starts(run)[1]["step"] > 0 and checkpoint.steps(run)[-1] == 150
-
-
-def test_what_is_edited_later_is_another_training(cluster, digits, tmp_path):
-    file = tmp_path / "mine.yaml"
-    file.write_text((ROOT / CONFIG).read_text())
-    words = ["train", str(file), *training(digits, tmp_path / "run", "optim.steps=5")[2:]]
-    [job] = submit(cluster, tmp_path, *words, *TWO_NODES, "--partition", "main")
-    file.write_text("nonsense")
-    cluster.wait(job, "COMPLETED", deadline=90)
+    assert cli.main(["report", *map(str, runs)]) == 0 and "±" in capsys.readouterr().out
+    told = submit_py(cluster, tmp_path, "status", *runs)
+    assert len(re.findall(r"COMPLETED", told)) == 4 and told.count("90/90") == 2, told
 
 
 def test_a_failing_training_cancels_its_evaluation(cluster, digits, tmp_path):
     site = tmp_path / "site.yaml"
-    site.write_text("crashes: 0\nnodes: 2\ntasks_per_node: 1\n")
-    more = ["optim.name=sgd", "optim.lr=1e38", "optim.steps=60"]
+    site.write_text("crashes: 0\ntasks_per_node: 1\n")
+    more = ["optim.name=sgd", "optim.lr=1e38"]
     parent, child = submit(
         cluster, tmp_path, *training(digits, tmp_path / "run", *more), "--site", site, "--then", "knn"
     )
@@ -207,35 +246,42 @@ def test_a_failing_training_cancels_its_evaluation(cluster, digits, tmp_path):
     assert "the loss is not finite" in output(cluster, parent)
 
 
-def test_two_jobs_side_by_side_on_one_node(cluster, digits, tmp_path):
-    site = tmp_path / "site.yaml"
-    site.write_text(f"nodes: 1\ntasks_per_node: 2\nsbatch: {{nodelist: {cluster.nodes[0]}}}\n")
+@pytest.fixture(scope="class")
+def jobs(_cluster, digits, tmp_path_factory):
+    """The folder, and name -> job."""
+    folder = tmp_path_factory.mktemp("several")
+    site = folder / "site.yaml"
+    site.write_text(f"nodes: 1\ntasks_per_node: 2\nsbatch: {{nodelist: {_cluster.nodes[0]}}}\n")
     more = ["optim.steps=30000", "data.view_shards=1"]
-    jobs = {
-        name: submit(cluster, tmp_path, *training(digits, tmp_path / name, *more), "--site", site)[0] for name in "ab"
-    }
-    for name, job in jobs.items():
-        has_begun(cluster, job, tmp_path / name)
-    both = [cluster.job(job) for job in jobs.values()]
-    assert [(job["JobState"], job["NodeList"]) for job in both] == [("RUNNING", cluster.nodes[0])] * 2
-    before = [step_of(tmp_path / name) for name in jobs]
-    until(lambda: all(step_of(tmp_path / n) > k for n, k in zip(jobs, before, strict=True)), "both to go on")
-    for job in jobs.values():
-        cluster.cancel(job)
-        cluster.wait(job, "CANCELLED")
-    first, second = (metrics(tmp_path / name)[:10] for name in jobs)
-    assert first == second, "they did not meet"
-
-
-def test_status_of_a_running_and_a_waiting_job(cluster, digits, tmp_path):
+    jobs = {}
+    for name in "ab":
+        [jobs[name]] = submit(_cluster, folder, *training(digits, folder / name, *more), "--site", site)
     whole = ("--nodes", "2", "--tasks-per-node", "4")
-    [first] = submit(cluster, tmp_path, *training(digits, tmp_path / "a", "optim.steps=3000"), *TWO_NODES)
-    [second] = submit(cluster, tmp_path, *training(digits, tmp_path / "b"), *whole)
-    has_begun(cluster, first, tmp_path / "a")
-    until(lambda: cluster.job(second)["Reason"] != "None", "a reason")
-    told = cluster.run(*SUBMIT, "status", tmp_path / "a", tmp_path / "b", cwd=tmp_path).splitlines()
-    assert re.search(rf"^{first} +train +RUNNING +\S+/a +\d+/3000 +\d+\.\d +[\d.]+ +\d+:\d\d", told[1]), told
-    assert re.search(rf"^{second} +train +PENDING +\S+/b .*(Resources|Priority)$", told[2]), told
+    [jobs["c"]] = submit(_cluster, folder, *training(digits, folder / "c"), *whole)
+    for name in "ab":
+        has_begun(_cluster, jobs[name], folder / name, steps=10)
+    yield folder, jobs
+    _cluster.clear()
+
+
+class TestSeveralJobs:
+    """Two on one node, and one that waits for both nodes."""
+
+    def test_side_by_side_on_one_node(self, _cluster, jobs):
+        folder, jobs = jobs
+        both = [_cluster.job(jobs[name]) for name in "ab"]
+        assert [(job["JobState"], job["NodeList"]) for job in both] == [("RUNNING", _cluster.nodes[0])] * 2
+        before = {name: step_of(folder / name) for name in "ab"}
+        until(lambda: all(step_of(folder / name) > step for name, step in before.items()), "both to go on")
+        first, second = (metrics(folder / name)[:10] for name in "ab")
+        assert first == second, "they did not meet"
+
+    def test_status(self, _cluster, jobs):
+        folder, jobs = jobs
+        until(lambda: _cluster.job(jobs["c"])["Reason"] != "None", "a reason")
+        told = submit_py(_cluster, folder, "status", folder / "a", folder / "c").splitlines()
+        assert re.search(rf"^{jobs['a']} +train +RUNNING +\S+/a +\d+/30000 +\d+\.\d +[\d.]+ +\d+:\d\d", told[1]), told
+        assert re.search(rf"^{jobs['c']} +train +PENDING +\S+/c .*(Resources|Priority)$", told[2]), told
 
 
 def test_the_plain_script_does_the_same(cluster, two_nodes, digits, tmp_path):
@@ -336,22 +382,28 @@ def test_here_signals_reach_the_ranks_and_codes_come_back(digits, tmp_path, numb
     process = subprocess.Popen([*SUBMIT, *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     until(lambda: step_of(run) > 2, "a beginning")
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=150)
     assert process.returncode == code and "stopping after step" in said and "Traceback" not in said
     assert checkpoint.steps(run)
 
 
-def test_here_a_failure_is_a_failure_and_nothing_follows(digits, tmp_path):
+def here(words, monkeypatch):
+    """The exit code of submit.py in this process."""
+    monkeypatch.setattr(sys, "argv", ["submit.py", *words])
+    return runpy.run_path(SUBMIT[1])["main"]()
+
+
+def test_here_a_failure_is_a_failure_and_nothing_follows(digits, tmp_path, monkeypatch, capfd):
     words = training(digits, tmp_path / "run", "optim.name=sgd", "optim.lr=1e38")
     more = ["--tasks-per-node", "2", "--cluster", "local", "--then", "knn"]
-    done = subprocess.run([*SUBMIT, *words, *more], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "the loss is not finite" in done.stderr and "features" not in done.stderr
+    assert here([*words, *more], monkeypatch) == 1
+    errors = capfd.readouterr().err
+    assert "the loss is not finite" in errors and "features" not in errors
 
 
-def test_the_same_job_here(digits, tmp_path):
+def test_the_same_job_here(digits, tmp_path, monkeypatch):
     words = [*training(digits, tmp_path / "run", "optim.steps=4"), "--tasks-per-node", "2", "--cluster", "local"]
-    done = subprocess.run([*SUBMIT, *words, "--then", "knn", "knn.k=[5]"], cwd=tmp_path, check=False)
-    assert done.returncode == 0
+    assert here([*words, "--then", "knn", "knn.k=[5]"], monkeypatch) == 0
     assert starts(tmp_path / "run")[0]["world_size"] == 2 and checkpoint.steps(tmp_path / "run") == [4]
     assert json.loads((tmp_path / "run" / "results.json").read_text())
 
@@ -381,8 +433,7 @@ def test_a_fine_tuning_on_two_nodes_survives_a_stop(cluster, digits, tmp_path):
     for name in ("here", "there"):
         assert run_training(digits, tmp_path / name, "precision=fp64", "timeout=15") == 0
     words = ["finetune", "finetune.epochs=12", "finetune.batch_size=32"]
-    command = [sys.executable, "-m", "ssl_dist", "evaluate", str(tmp_path / "here"), *words]
-    subprocess.run(command, check=True, cwd=ROOT)
+    assert cli.main(["evaluate", str(tmp_path / "here"), *words]) == 0
     run = tmp_path / "there"
     [job] = submit(cluster, tmp_path, "evaluate", str(run), *words, *TWO_NODES)
     until(lambda: list(run.glob("evaluations/*/checkpoints/step-*.pt")), lambda: cluster.story(job))
@@ -391,5 +442,5 @@ def test_a_fine_tuning_on_two_nodes_survives_a_stop(cluster, digits, tmp_path):
     for name in ("here", "there"):
         values[name] = [r["value"] for r in json.loads((tmp_path / name / "results.json").read_text())]
     assert values["here"] == values["there"] and len(values["here"]) == 2
-    told = cluster.run(*SUBMIT, "status", run, cwd=tmp_path)
+    told = submit_py(cluster, tmp_path, "status", run)
     assert "evaluate" in told and "COMPLETED" in told
