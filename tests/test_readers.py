@@ -16,6 +16,7 @@ from ssl_dist.data import readers
 from ssl_dist.data.beton import JPG, RAW, Beton, Writer
 from ssl_dist.data.readers import Dataset
 from ssl_dist.errors import UserError
+from ssl_dist.thread_team import ThreadTeam
 from tests.make_images import jpeg, odd_folder, picture, with_noise_before_marker
 
 READERS = [pytest.param("ffcv", marks=pytest.mark.requires_ffcv), "arrays"]
@@ -70,8 +71,8 @@ def test_pixels_are_pillows(odd, reader, threads):
     expected = stored(odd)
     assert len(expected) == COUNT and {JPG, RAW} == set(Beton(odd / "train.beton").modes)
     steps = numbers(range(COUNT), [3], [10, 0, 10, 5, 5], [], [1, 2])
-    with Dataset(odd, reader=reader).open("train", threads) as opened:
-        batches = list(opened.batches(steps))
+    with Dataset(odd, reader=reader).open("train") as opened, ThreadTeam(threads) as team:
+        batches = list(opened.batches(steps, team))
     assert len(batches) == len(steps)
     # All batches are compared at the end: a buffer used twice would show.
     for ids, (pixels, heights, widths, given) in zip(steps, batches, strict=True):
@@ -115,18 +116,17 @@ def test_any_way_to_stop(odd, reader, threads):
         yield np.arange(4)
         raise RuntimeError("the plan failed")
 
-    with Dataset(odd, reader=reader).open("train", threads) as opened:
+    with Dataset(odd, reader=reader).open("train") as opened, ThreadTeam(threads) as team:
         endless = (np.array([i % COUNT] * 4) for i in itertools.count())
-        for number, _ in enumerate(opened.batches(endless)):
+        for number, _ in enumerate(opened.batches(endless, team)):
             if number == 3:
                 break
         assert next(endless)[0] == 4, "ids are read one batch at a time"
         for _ in range(2):
-            assert len(list(opened.batches(numbers([0, 1, 2], [3])))) == 2
+            assert len(list(opened.batches(numbers([0, 1, 2], [3]), team))) == 2
         with pytest.raises(RuntimeError, match="the plan failed"):
-            list(opened.batches(broken()))
-        assert threading.active_count() == before
-        left = opened.batches(endless)
+            list(opened.batches(broken(), team))
+        left = opened.batches(endless, team)
         next(left)
     assert threading.active_count() == before
     with pytest.raises(ValueError, match="closed"):
@@ -173,12 +173,12 @@ CHANGES = {
 @pytest.mark.parametrize("reader", READERS)
 def test_damaged_images_are_named(own, reader, image_id, change, threads):
     damage(own, image_id, CHANGES[change])
-    with Dataset(own, reader=reader).open("train", threads) as opened:
+    with Dataset(own, reader=reader).open("train") as opened, ThreadTeam(threads) as team:
         with pytest.raises(UserError, match=rf"train\.beton: image {image_id} is damaged.*ssl-dist convert") as caught:
-            list(opened.batches(numbers([1, 2], [3, 4, 5, image_id, 6], [7])))
+            list(opened.batches(numbers([1, 2], [3, 4, 5, image_id, 6], [7]), team))
         assert "\n" not in str(caught.value)
         # the others can still be read
-        assert len(list(opened.batches(numbers([1, 2], [5])))) == 2
+        assert len(list(opened.batches(numbers([1, 2], [5]), team))) == 2
 
 
 def without_check_values(root):
@@ -273,9 +273,9 @@ def test_without_ffcv_the_remedy_is_said(odd, monkeypatch):
 @pytest.mark.requires_ffcv
 def test_ffcv_leaves_the_numbers_of_threads_alone(odd):
     torch.set_num_threads(2)
-    with Dataset(odd, reader="ffcv").open("train", 3) as opened:
+    with Dataset(odd, reader="ffcv").open("train") as opened, ThreadTeam(3) as team:
         assert torch.get_num_threads() == 2
-        list(opened.batches(numbers([0])))
+        list(opened.batches(numbers([0]), team))
     assert torch.get_num_threads() == 2
 
 

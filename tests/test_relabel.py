@@ -116,13 +116,13 @@ def test_the_watchdog_sees_a_new_phase_every_batch_wherever_it_looks(digits, tmp
         seen.append((state.phase, state.bound))
         return images.flatten(1)
 
-    monkeypatch.setattr(relabel, "BATCH", 20)
+    monkeypatch.setattr(relabel, "BATCH_SIZE", 20)
     monkeypatch.setattr(relabel.views, "test_views", views)
     state.phase, state.bound = "the first step", 300.0
     module = nn.Identity()
     module.forward = network
     run.extract_at(Clock(0, 4, 100))(module)
-    assert {bound for _, bound in seen} == {relabel.STUCK}
+    assert {bound for _, bound in seen} == {relabel.BATCH_TIMEOUT_S}
     made, passed = seen[::2], seen[1::2]
     assert made == passed and len(set(made)) == len(made) == 3
     assert (state.phase, state.bound) == ("the first step", 300.0)

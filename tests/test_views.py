@@ -1,7 +1,6 @@
 """The view kernel's parameters and their distributions, and that nothing but the keys can change a view."""
 
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from itertools import permutations
 
 import numpy as np
@@ -15,6 +14,7 @@ from torchvision import transforms
 from ssl_dist import views
 from ssl_dist.config import ViewGroup, Views
 from ssl_dist.errors import UserError
+from ssl_dist.thread_team import ThreadTeam
 
 FULL = Views().groups[0]  # random resized crop, flip, colour jitter, grayscale
 
@@ -78,13 +78,13 @@ def test_threads_change_nothing(batch, threads):
     spec = views.view_specs([FULL], 4, 16)[0]
     expected = views.make_views(*batch, spec, spec.view_ids, 1, 0)
     tests = views.test_views(*batch[:3], 16)
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadTeam(threads) as team:
         for _ in range(3):
             out = np.zeros_like(expected)
-            got = views.make_views(*batch, spec, spec.view_ids, 1, 0, out=out, pool=pool, threads=threads)
+            got = views.make_views(*batch, spec, spec.view_ids, 1, 0, out=out, team=team)
             assert got is out
             np.testing.assert_array_equal(got, expected)
-            np.testing.assert_array_equal(views.test_views(*batch[:3], 16, pool=pool, threads=threads), tests)
+            np.testing.assert_array_equal(views.test_views(*batch[:3], 16, team=team), tests)
 
 
 @settings(max_examples=20)

@@ -173,8 +173,8 @@ class WholeImage(SimpleRGBImageDecoder):
 
 
 class FfcvReader(Reader):
-    def __init__(self, info: SplitInfo, beton: Beton, threads: int = 1):
-        super().__init__(info, beton, threads)
+    def __init__(self, info: SplitInfo, beton: Beton):
+        super().__init__(info, beton)
         # FFCV would compile the Python function around our compiled one, which takes seconds and saves nothing.
         interpreted = _attribute_set(Compiler, "is_enabled", False)
         with _thread_counts_kept(), interpreted, _attribute_set(ffcv_loader, "OSCacheManager", MappedFile):

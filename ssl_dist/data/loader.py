@@ -1,14 +1,14 @@
 """Batches of views, made ahead of the training loop by a thread of our own.
 
-One thread asks the reader for decoded images in the training's order, a pool makes the views, and a short queue hands
-them to the loop. What is handed over is owned by the receiver: no buffer is used twice. An error anywhere reaches the
-loop as the same exception, behind the batches made before it; closing joins every thread and closes the reader.
+One thread reads images in the training's order, a team of threads decodes them and makes the views, and a short queue
+hands them to the loop. What is handed over is owned by the receiver: no buffer is used twice. An error anywhere reaches
+the loop as the same exception, behind the batches made before it; closing joins every thread and closes the reader.
 """
 
 import queue
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,11 @@ from torch import Tensor
 
 from ssl_dist import views
 from ssl_dist.data.plan import DataOrder
+from ssl_dist.data.reader import DecodedBatch, Reader
 from ssl_dist.grid import Grid
+from ssl_dist.thread_team import ThreadTeam
+
+MakeView = Callable[[DecodedBatch, ThreadTeam], np.ndarray]  # a view of every image, uint8 [B, 3, S, S]
 
 AHEAD = 2  # batches that wait in the queue; more only hides stalls longer than two steps
 
@@ -37,7 +41,14 @@ class TrainLoader:
     """Iterate over the batches of steps start .. stop - 1 for one rank of the grid. Use as a context manager."""
 
     def __init__(
-        self, reader, order: DataOrder, specs: list[views.ViewSpec], grid: Grid, rank: int, threads: int, pin: bool
+        self,
+        reader: Reader,
+        order: DataOrder,
+        specs: list[views.ViewSpec],
+        grid: Grid,
+        rank: int,
+        threads: int,
+        pin: bool,
     ):
         self.reader, self.order, self.grid, self.rank = reader, order, grid, rank
         self.specs = specs
@@ -45,14 +56,14 @@ class TrainLoader:
             np.array([spec.first_view + v for v in grid.view_range(rank, spec.num)], np.int64) for spec in specs
         ]
         self.threads, self.pin = threads, pin
-        self._queue: queue.Queue = queue.Queue(AHEAD)
+        self._queue: queue.Queue[HostBatch | BaseException | None] = queue.Queue(AHEAD)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> "TrainLoader":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def batches(self, start: int, stop: int) -> Iterator[HostBatch]:
@@ -83,7 +94,7 @@ class TrainLoader:
         while not self._queue.empty():
             self._queue.get_nowait()
 
-    def _put(self, item) -> bool:
+    def _put(self, item: HostBatch | BaseException | None) -> bool:
         """Hand over, unless the loader is being closed."""
         while not self._stop.is_set():
             try:
@@ -94,45 +105,37 @@ class TrainLoader:
         return False
 
     def _produce(self, start: int, stop: int) -> None:
+        ids_per_step = (self.order.local_ids(step, self.grid, self.rank) for step in range(start, stop))
         try:
-            with ThreadPoolExecutor(self.threads, "view") as pool:
-                ids = (self.order.local_ids(step, self.grid, self.rank) for step in range(start, stop))
-                decoded = self.reader.batches(ids)
-                try:
-                    for step, (pixels, heights, widths, image_ids) in enumerate(decoded, start):
-                        if not self._put(self._batch(step, pixels, heights, widths, image_ids, pool)):
-                            return
-                finally:
-                    decoded.close()
+            with ThreadTeam(self.threads) as team, closing(self.reader.batches(ids_per_step, team)) as decoded:
+                for step, images in enumerate(decoded, start):
+                    if not self._put(self._batch(step, images, team)):
+                        return
             self._put(None)
         except BaseException as error:
             self._put(error)
 
-    def _batch(self, step, pixels, heights, widths, image_ids, pool) -> HostBatch:
-        epoch = step // self.order.steps_per_epoch
-        made = [
-            torch.from_numpy(
-                views.make_views(
-                    pixels,
-                    heights,
-                    widths,
-                    image_ids,
-                    spec,
-                    view_ids,
-                    self.order.seed,
-                    epoch,
-                    pool=pool,
-                    threads=self.threads,
-                )
-            )
+    def _batch(self, step: int, images: DecodedBatch, team: ThreadTeam) -> HostBatch:
+        epoch, image_ids = step // self.order.steps_per_epoch, images[-1]
+        groups = [
+            torch.from_numpy(views.make_views(*images, spec, view_ids, self.order.seed, epoch, team=team))
             for spec, view_ids in zip(self.specs, self.view_ids, strict=True)
         ]
         if self.pin:
-            made = [group.pin_memory() for group in made]
+            groups = [group.pin_memory() for group in groups]
         return HostBatch(
             step,
-            made,
+            groups,
             [torch.from_numpy(view_ids) for view_ids in self.view_ids],
             torch.from_numpy(np.array(image_ids, np.int64)),
             torch.from_numpy(np.array(self.reader.labels(image_ids), np.int64)),
         )
+
+
+def view_batches(
+    reader: Reader, ids_per_step: Iterable[np.ndarray], make_view: MakeView, threads: int
+) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
+    """A view of every image, uint8 [B, 3, S, S], and the ids [B], an entry of `ids_per_step` at a time."""
+    with ThreadTeam(threads) as team, closing(reader.batches(ids_per_step, team)) as decoded:
+        for images in decoded:
+            yield make_view(images, team), images[-1]

@@ -1,21 +1,20 @@
 """The reader contract: decoded images of a converted split, in the caller's order, with or without FFCV.
 
-Both readers open the same .beton and yield the same pixels. Neither keeps a thread of its own between batches, and
-every batch is a new array: nothing is overwritten under whoever holds it.
+Both readers open the same .beton and yield the same pixels. Neither has a thread of its own, and every batch is a new
+array: nothing is overwritten under whoever holds it.
 """
 
-import weakref
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Self
 
 import numpy as np
 
 from ssl_dist.data.beton import Beton
 from ssl_dist.errors import UserError
+from ssl_dist.thread_team import ALONE, ThreadTeam
 
-Batch = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # pixels, heights, widths, ids
+DecodedBatch = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # pixels, heights, widths, ids
 
 
 @dataclass(frozen=True)
@@ -37,13 +36,10 @@ class SplitInfo:
 class Reader:
     """Base of both readers; a subclass decodes. Use as a context manager, or call `close`."""
 
-    def __init__(self, info: SplitInfo, beton: Beton, threads: int = 1):
-        assert threads >= 1
+    def __init__(self, info: SplitInfo, beton: Beton):
         self.info = info
         self._beton: Beton | None = beton
-        self._threads = threads
         self._labels: np.ndarray | None = None
-        self._helpers: weakref.WeakSet[ThreadPoolExecutor] = weakref.WeakSet()
 
     def _decode(self, ids: np.ndarray, pixels: np.ndarray) -> None:
         """Write images `ids` (int64 [n]) into the top left of pixels[:n], uint8 [n, Hmax, Wmax, 3]. Called from
@@ -60,37 +56,22 @@ class Reader:
         assert labels.shape == (self.info.count,), labels.shape
         self._labels = labels
 
-    def batches(self, ids_per_step: Iterable[np.ndarray]) -> Iterator[Batch]:
+    def batches(
+        self, ids_per_step: Iterable[np.ndarray], team: ThreadTeam = ALONE
+    ) -> Generator[DecodedBatch, None, None]:
         """One batch an entry of `ids_per_step` (which may be endless; it is read one entry at a time).
 
         Yields (pixels uint8 [B, Hmax, Wmax, 3] with each image at the top left and zeros around it, heights int64 [B],
         widths int64 [B], ids int64 [B]); the arrays belong to the caller. Raises `UserError` naming the image and the
-        file when an image is damaged. Decoding happens in the thread that asks for the next batch, shared with the
-        reader's helpers, which live as long as the iteration.
+        file when an image is damaged. The team, the thread that asks for the next batch among it, decodes.
         """
-        helpers = ThreadPoolExecutor(self._threads - 1, "decode") if self._threads > 1 else None
-        if helpers is not None:
-            self._helpers.add(helpers)
-        try:
-            for ids in ids_per_step:
-                yield self._batch(ids, helpers)
-        finally:
-            if helpers is not None:
-                helpers.shutdown()
+        for ids in ids_per_step:
+            yield self._batch(ids, team)
 
-    def _batch(self, ids: np.ndarray, helpers: ThreadPoolExecutor | None) -> Batch:
+    def _batch(self, ids: np.ndarray, team: ThreadTeam) -> DecodedBatch:
         beton, ids = self._open_file(), self._checked(ids).copy()
         pixels = np.zeros((len(ids), self.info.max_height, self.info.max_width, 3), np.uint8)
-        edges = [len(ids) * part // self._threads for part in range(self._threads + 1)]
-        parts = [slice(start, stop) for start, stop in pairwise(edges) if start < stop]
-        others = [helpers.submit(self._decode, ids[part], pixels[part]) for part in parts[1:]]
-        try:
-            if parts:
-                self._decode(ids[parts[0]], pixels[parts[0]])
-        finally:
-            wait(others)  # nothing may still write into a batch that is given up
-        for other in others:
-            other.result()
+        team.run(lambda low, high: self._decode(ids[low:high], pixels[low:high]), len(ids))
         return pixels, beton.heights[ids], beton.widths[ids], ids
 
     def _checked(self, ids: np.ndarray) -> np.ndarray:
@@ -105,15 +86,13 @@ class Reader:
         return self._beton
 
     def close(self) -> None:
-        """End the helpers of iterations that were left in the middle and let go of the file."""
+        """Let go of the file."""
         self._beton = None
-        for helpers in list(self._helpers):
-            helpers.shutdown()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -46,8 +46,8 @@ class Dataset:
         """int64 [N], -1 unknown."""
         return self._open(split)[1].labels
 
-    def open(self, split: str, threads: int = 1) -> Reader:
-        """The reader of a split; a context manager. threads: how many decode a batch.
+    def open(self, split: str) -> Reader:
+        """The reader of a split; a context manager.
 
         Raises `UserError` for a missing, truncated or foreign file, an unknown split, a count other than
         dataset.json's, and for the reader ffcv where FFCV can not be imported.
@@ -56,12 +56,12 @@ class Dataset:
         if self.reader == "arrays":
             from ssl_dist.data.arrays import ArraysReader
 
-            return ArraysReader(info, beton, threads)
+            return ArraysReader(info, beton)
         if self.reader != "ffcv":
             raise UserError(f"data.reader = {self.reader!r}: must be ffcv or arrays")
         from ssl_dist.data.ffcv_reader import FfcvReader
 
-        return FfcvReader(info, beton, threads)
+        return FfcvReader(info, beton)
 
     def _open(self, split: str) -> tuple[SplitInfo, Beton]:
         if split not in self._opened:

@@ -23,7 +23,7 @@ from ssl_dist.evaluators import Evaluator, FeatureEvaluator, ImageEvaluator
 from ssl_dist.grid import Grid
 from ssl_dist.results.figures import FigureWriter, has_pictures
 from ssl_dist.run.encoder import (
-    STUCK,
+    BATCH_TIMEOUT_S,
     Encoder,
     extract_features,
     features_path,
@@ -65,7 +65,7 @@ def extract(weights: Path, splits: Sequence[str], overrides: Sequence[str], out:
         dataset = dataset_of(encoder, data)
     chosen = splits or (dataset.uses.training, dataset.uses.evaluation)
     with (
-        Watchdog(rank_info, STUCK) as watchdog,
+        Watchdog(rank_info, BATCH_TIMEOUT_S) as watchdog,
         join_world(rank_info, Grid(rank_info.world_size, 1), watchdog.state) as world,
         watchdog.reporting(),
     ):
@@ -274,8 +274,7 @@ def _from_features(context: EvalContext, name: str, evaluator: FeatureEvaluator,
         test = test.subset(context.test_ids, context.held_out)
     if context.held_out is not None:
         return evaluator.run(train, test, options)  # pictures are of the test split only
-    open_split = partial(context.dataset.open, threads=context.world.rank_info.cores)
-    with FigureWriter(context.run / "figures", test, open_split, context.encoder.config.data, name) as writer:
+    with FigureWriter(context.run / "figures", test, context.dataset.open, context.encoder.config.data, name) as writer:
         return evaluator.run(train, test, options, writer)
 
 

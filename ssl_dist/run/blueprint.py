@@ -124,12 +124,12 @@ class RunPlan:
 
     @property
     def threads(self) -> int:
-        """Threads that make views on this rank: its share of the cores."""
+        """Threads that decode images and make views on this rank: its share of the cores."""
         workers = self.config.data.workers
         return self.rank_info.cores if workers == "auto" else workers
 
     def open_reader(self) -> Reader:
-        reader = self.dataset.open(self.split.split, self.threads)
+        reader = self.dataset.open(self.split.split)
         if self.labels is not None:
             reader.replace_labels(self.labels)
         return reader

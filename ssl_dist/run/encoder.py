@@ -1,9 +1,8 @@
 """Distributed extraction: every image of a split once, in the order of ids, through a frozen encoder."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 
 from ssl_dist import backbones, methods, views
 from ssl_dist.config import Config, Data, Normalize, validate
+from ssl_dist.data.loader import view_batches
 from ssl_dist.data.normalize import normalized
-from ssl_dist.data.reader import Reader, SplitInfo
+from ssl_dist.data.reader import DecodedBatch, Reader, SplitInfo
 from ssl_dist.data.readers import Dataset
 from ssl_dist.distributed.world import World
 from ssl_dist.errors import RaisedOn, UserError
@@ -23,11 +23,12 @@ from ssl_dist.progress import Progress
 from ssl_dist.run import blueprint
 from ssl_dist.storage import checkpoint, durable, weights
 from ssl_dist.storage.features import read_features, write_features
+from ssl_dist.thread_team import ThreadTeam
 
-BATCH = 256  # images in a forward pass; without gradients and in evaluation mode its size changes nothing
+BATCH_SIZE = 256  # images in a forward pass; without gradients and in evaluation mode its size changes nothing
 LAYER = "output"
-STUCK = 600.0  # seconds without a batch after which a rank of an extraction ends
-PATIENCE = 4 * 3600.0  # seconds that a rank which is done waits for the others; one that dies is noticed at once
+BATCH_TIMEOUT_S = 600.0  # without a batch, after which a rank of an extraction ends
+PARTS_TIMEOUT_S = 4 * 3600.0  # that a rank which is done waits for the others; one that dies is noticed at once
 
 
 @dataclass(frozen=True)
@@ -124,18 +125,19 @@ def extract_features(encoder: Encoder, dataset: Dataset, split: str, folder: Pat
     """
     path = features_path(folder, dataset, split)
     token = world.on_rank0(lambda: _prepare(folder))
-    with dataset.open(split, threads) as reader:
+    with dataset.open(split) as reader:
         info = reader.info
         low, high = world.share(info.count)
         title = f"features {dataset.name} {split}"
         with (
             Progress(title, high - low, "image", quiet=not world.is_rank0) as progress,
-            world.state.phase_of(f"the extraction of {split}", STUCK),
+            world.state.phase_of(f"the extraction of {split}", BATCH_TIMEOUT_S),
         ):
             ids = np.arange(low, high, dtype=np.int64)
             module = encoder.module.to(world.device, memory_format=torch.channels_last)
             to_input = normalized(encoder.normalize, torch.float32, world.device)
-            rows = list(outputs(module, to_input, encoder.config.data, reader, ids, world, threads, progress))
+            images = eval_images(reader, ids, encoder.config.data, threads)
+            rows = list(outputs(lambda pixels: module(to_input(pixels)), images, world, progress))
         part = np.concatenate(rows) if rows else np.empty((0, 0), np.float32)
         labels = reader.labels(np.arange(info.count, dtype=np.int64)) if world.is_rank0 else None
     metadata = {
@@ -159,7 +161,7 @@ def extract_features(encoder: Encoder, dataset: Dataset, split: str, folder: Pat
         join([part])
         return path
     part_paths = [_part_of(path, rank, token) for rank in range(world.rank_info.world_size)]
-    waiting = world.state.phase_of(f"the wait for the other ranks' parts of {split}", PATIENCE)
+    waiting = world.state.phase_of(f"the wait for the other ranks' parts of {split}", PARTS_TIMEOUT_S)
     with waiting, durable.temporary(part_paths[world.rank_info.rank]) as file:
         np.save(file, part)
         durable.sync(file)  # rank 0 may read it on another node
@@ -180,44 +182,26 @@ def _part_of(path: Path, rank: int, token: str) -> Path:
     return durable.temporary_path(path.with_name(f"{path.stem}.part-{rank}"), token)
 
 
+def eval_images(reader: Reader, ids: np.ndarray, data: Data, threads: int) -> Generator[np.ndarray, None, None]:
+    """The images `ids` under the test transform of `data`, uint8 [n, 3, S, S], batch by batch."""
+
+    def make_view(images: DecodedBatch, team: ThreadTeam) -> np.ndarray:
+        size, resize, interpolation = data.image_size, data.eval_resize, data.eval_interpolation
+        return views.test_views(*images[:3], size, resize, interpolation, team=team)
+
+    batches = (ids[start : start + BATCH_SIZE] for start in range(0, len(ids), BATCH_SIZE))
+    with closing(view_batches(reader, batches, make_view, threads)) as views_and_ids:
+        for images, _ in views_and_ids:
+            yield images
+
+
 def outputs(
-    module: nn.Module,
-    to_input: Callable[[Tensor], Tensor],
-    data: Data,
-    reader: Reader,
-    ids: np.ndarray,
-    world: World,
-    threads: int,
-    progress: Progress,
+    network: Callable[[Tensor], Tensor], images: Generator[np.ndarray, None, None], world: World, progress: Progress
 ) -> Iterator[np.ndarray]:
-    """What `module`, in evaluation mode on the world's device, makes of the images `ids` under the test transform of
-    `data`: float32 [n, D], batch by batch. to_input: uint8 images to the module's input."""
-    batches = (ids[start : start + BATCH] for start in range(0, len(ids), BATCH))
-    with (
-        ThreadPoolExecutor(threads, "view") as pool,
-        torch.no_grad(),
-        _closing(reader.batches(batches)) as decoded,
-    ):
-        for pixels, heights, widths, decoded_ids in decoded:
-            images = views.test_views(
-                pixels,
-                heights,
-                widths,
-                data.image_size,
-                resize=data.eval_resize,
-                interpolation=data.eval_interpolation,
-                pool=pool,
-                threads=threads,
-            )
-            found = module(to_input(torch.from_numpy(images).to(world.device)))
-            yield found.flatten(1).float().cpu().numpy()
-            progress.update(len(decoded_ids))
+    """The network's outputs, float32 [n, D], for batches of images on the world's device, without gradient."""
+    with torch.no_grad(), closing(images):
+        for batch in images:
+            output = network(torch.from_numpy(batch).to(world.device))
+            yield output.flatten(1).float().cpu().numpy()
+            progress.update(len(batch))
             world.state.step += 1
-
-
-@contextmanager
-def _closing(generator):
-    try:
-        yield generator
-    finally:
-        generator.close()

@@ -18,7 +18,7 @@ from ssl_dist.kernels.neighbours import neighbours, votes
 from ssl_dist.progress import Progress
 from ssl_dist.results.accuracy import target_rank
 from ssl_dist.run.blueprint import RunPlan
-from ssl_dist.run.encoder import STUCK, outputs
+from ssl_dist.run.encoder import BATCH_TIMEOUT_S, eval_images, outputs
 from ssl_dist.storage.features import Features, require_labels
 
 K, TEMPERATURE = 20, 0.07
@@ -57,12 +57,12 @@ class OnlineKNN:
         low, high = self.world.share(len(self.ids))
         world, own, step = self.world, self.ids[low:high], self.world.state.step
         with (
-            world.state.phase_of("the online kNN", STUCK),
-            self.plan.dataset.open(self.split, self.plan.threads) as reader,
+            world.state.phase_of("the online kNN", BATCH_TIMEOUT_S),
+            self.plan.dataset.open(self.split) as reader,
             Progress("online kNN", len(own), "image", quiet=True) as progress,
         ):
-            data, threads = self.plan.config.data, self.plan.threads
-            rows = list(outputs(encoder, to_input, data, reader, own, world, threads, progress))
+            images = eval_images(reader, own, self.plan.config.data, self.plan.threads)
+            rows = list(outputs(lambda pixels: encoder(to_input(pixels)), images, world, progress))
             features_ND = self._joined(np.concatenate(rows), low)
             found = world.on_rank0(lambda: self._voted(features_ND))
         world.state.step = step  # an extraction counts its batches there

@@ -14,7 +14,7 @@ from ssl_dist.progress import Progress
 from ssl_dist.results import confusion
 from ssl_dist.results.accuracy import target_rank
 from ssl_dist.results.figures import add_picture
-from ssl_dist.run.encoder import STUCK, Encoder, outputs
+from ssl_dist.run.encoder import BATCH_TIMEOUT_S, Encoder, eval_images, outputs
 from ssl_dist.transfer.subject import EvalContext
 
 
@@ -49,7 +49,7 @@ def draw(classified: Classified, context: EvalContext, evaluator: str, how: str)
         for picture in confusion.pictures(counts_CC, names, evaluator, how, what):
             add_picture(context.run / "figures", context.metadata, evaluator, *picture)
 
-    with context.world.state.phase_of("the pictures", STUCK):
+    with context.world.state.phase_of("the pictures", BATCH_TIMEOUT_S):
         context.world.on_rank0(write)
 
 
@@ -71,8 +71,7 @@ def classify(method: SSLMethod, encoder: Encoder, context: EvalContext) -> Class
     that the classifier has no score for.
     """
     dataset, split, world = context.dataset, context.test, context.world
-    threads = world.rank_info.cores
-    with dataset.open(split, threads) as reader:
+    with dataset.open(split) as reader:
         ids = np.arange(reader.info.count, dtype=np.int64) if context.test_ids is None else context.test_ids
         labels = torch.from_numpy(reader.labels(ids))
         method.float().eval()
@@ -84,17 +83,17 @@ def classify(method: SSLMethod, encoder: Encoder, context: EvalContext) -> Class
         start = low
         with (
             Progress(f"classify {dataset.name} {split}", high - low, "image", quiet=not world.is_rank0) as progress,
-            world.state.phase_of(f"the classification of {split}", STUCK),
+            world.state.phase_of(f"the classification of {split}", BATCH_TIMEOUT_S),
         ):
             module = _Scores(method).to(world.device).to(memory_format=torch.channels_last)
             to_input = normalized(encoder.normalize, torch.float32, world.device)
-            images = ids[low:high]
-            for scores in outputs(module, to_input, encoder.config.data, reader, images, world, threads, progress):
+            images = eval_images(reader, ids[low:high], encoder.config.data, world.rank_info.cores)
+            for scores in outputs(lambda pixels: module(to_input(pixels)), images, world, progress):
                 scores_BHC = torch.from_numpy(scores).view(-1, len(names), num_classes)
                 target_B = labels[start : start + len(scores_BHC)]
                 start += len(scores_BHC)
                 _count(scores_BHC, target_B, counts_HCC, num_top5_H)
-    with world.state.phase_of(f"the classification of {split}, of the other ranks", STUCK):
+    with world.state.phase_of(f"the classification of {split}, of the other ranks", BATCH_TIMEOUT_S):
         counts_HCC = world.all_reduce_sum(counts_HCC.to(world.device)).cpu()
         num_top5_H = world.all_reduce_sum(num_top5_H.to(world.device)).cpu()
     return Classified(dict(zip(names, counts_HCC, strict=True)), dict(zip(names, num_top5_H.tolist(), strict=True)))

@@ -6,9 +6,7 @@ the pixels equal those of torchvision's transforms on PIL images (what that mean
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -16,6 +14,7 @@ from numpy.typing import ArrayLike
 from ssl_dist.config.recipe import Interpolation, Resize, ViewGroup
 from ssl_dist.errors import UserError
 from ssl_dist.keys import VIEWS, hash64
+from ssl_dist.thread_team import ALONE, ThreadTeam
 from ssl_dist.views import geometry, render, resample
 from ssl_dist.views.draw import PATCH, SIZE, ViewParameters, draw_parameters, draw_patch, numeric_recipe
 
@@ -108,13 +107,11 @@ def make_views(
     seed: int,
     epoch: int,
     out: np.ndarray | None = None,
-    pool: ThreadPoolExecutor | None = None,
-    threads: int = 1,
+    team: ThreadTeam = ALONE,
 ) -> np.ndarray:
     """Views uint8 [V, B, 3, S, S] of images b = pixels[b, :heights[b], :widths[b]], pixels uint8 [B, Hmax, Wmax, 3].
 
-    ids int64 [B] and view_ids int64 [V] (any of the spec's) name the draws. The images are cut into `threads` even
-    slices that run in `pool`, or all here without one.
+    ids int64 [B] and view_ids int64 [V] (any of the spec's) name the draws. The team's threads share the images.
     """
     num_images, num_views = len(pixels), len(view_ids)
     assert pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[3] == 3, (pixels.dtype, pixels.shape)
@@ -135,12 +132,7 @@ def make_views(
         slices = pixels[lo:hi], heights[lo:hi], widths[lo:hi], ids[lo:hi]
         _make_slice(spec, *slices, view_ids, epoch_key, out, lo)
 
-    if pool is None:
-        make(0, num_images)
-        return out
-    edges = [num_images * i // threads for i in range(threads + 1)]
-    for job in [pool.submit(make, lo, hi) for lo, hi in pairwise(edges) if lo < hi]:
-        job.result()
+    team.run(make, num_images)
     return out
 
 
@@ -188,8 +180,7 @@ def test_views(
     resize: int | None = None,
     interpolation: Interpolation = "bilinear",
     out: np.ndarray | None = None,
-    pool: ThreadPoolExecutor | None = None,
-    threads: int = 1,
+    team: ThreadTeam = ALONE,
 ) -> np.ndarray:
     """The one view for evaluation, uint8 [B, 3, S, S]: short side to `resize` (null: size), then the centre crop.
 
@@ -204,7 +195,7 @@ def test_views(
     spec = ViewSpec(size, 1, 0, numeric_recipe(group, size))
     ids = np.zeros(len(pixels), np.int64)
     out = None if out is None else out[None]
-    return make_views(pixels, heights, widths, ids, spec, spec.view_ids, 0, 0, out, pool, threads)[0]
+    return make_views(pixels, heights, widths, ids, spec, spec.view_ids, 0, 0, out, team)[0]
 
 
 def draw_view(
