@@ -102,9 +102,9 @@ def test_ties_take_the_lower_image_id_whatever_the_blocks(data, gallery, num_que
 def test_of_collapsed_features_the_order_is_that_of_ids():
     train, test = part(np.ones((50, 3)), np.arange(50) % 5), part(np.ones((7, 3)) * 2, [0, 1, 2, 3, 4, 0, 1])
     ((start, keys),) = retrieval.rankings(test, train, False, 1 << 20)
-    assert start == 0 and ((keys & retrieval._ROW) == np.arange(50)).all()
+    assert start == 0 and ((keys & retrieval._ROW_MASK) == np.arange(50)).all()
     ((_, keys),) = retrieval.rankings(test, test, True, 1 << 20)
-    assert (keys & retrieval._ROW).tolist() == [[i for i in range(7) if i != query] for query in range(7)]
+    assert (keys & retrieval._ROW_MASK).tolist() == [[i for i in range(7) if i != query] for query in range(7)]
 
 
 def test_the_nearest_are_told_apart_down_to_a_billionth():
@@ -124,7 +124,7 @@ def test_keys_are_sorted_and_equal_distances_keep_their_order(distances):
 def test_opposite_features_are_the_farthest():
     train = part([[-1, 0, 0], [0, 1, 0], [1, 0, 0]], [1, 0, 0])
     ((_, keys),) = retrieval.rankings(part([[2, 0, 0]], [0]), train, False, 1 << 20)
-    assert (keys & retrieval._ROW).tolist() == [[2, 1, 0]]
+    assert (keys & retrieval._ROW_MASK).tolist() == [[2, 1, 0]]
     assert (keys >> np.uint64(32)).tolist() == [[0, 2**30, 2**31]]
 
 
@@ -187,7 +187,7 @@ def test_the_pictures(gallery):
     texts, shown = album.texts(f"{prefix}-nearest"), album.images_shown(f"{prefix}-nearest")
     searched = train if gallery == "train" else test
     order = np.concatenate([keys for _, keys in retrieval.rankings(test, searched, gallery == "test", 1 << 20)])
-    order = (order & retrieval._ROW).astype(int)
+    order = (order & retrieval._ROW_MASK).astype(int)
     queries = [shown[i : i + 9] for i in range(0, len(shown), 9)]
     assert len(queries) == 6
     for (split, query), *nearest in queries:

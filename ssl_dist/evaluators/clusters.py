@@ -1,4 +1,4 @@
-"""How well clusters agree with the classes: those of k-means on the features, or labels that a method gave its images.
+"""Agreement of clusters with the classes: clusters of k-means on the features, or labels that a method gave its images.
 
 k-means is fitted on training images (at most `limit`, drawn by key) and every image of both splits goes to the nearest
 centre, of equal ones to the first. Labels of a file (`ssl-dist labels` writes one) are of training images, so what is
@@ -32,7 +32,7 @@ from ssl_dist.results.figures import FigureWriter
 from ssl_dist.storage.features import Features, check_pair, require_labels
 
 DRAWS = True
-_ROWS, _COLUMNS = 20, 14  # clusters in the picture and images of each
+_NUM_ROWS, _NUM_COLUMNS = 20, 14  # clusters in the picture and images of each
 
 
 class Options(Section):
@@ -51,7 +51,7 @@ def protocol(options: Options) -> str:
     """The sentence that says how was measured. A file of labels is named with the start of its SHA-256."""
     scores = "NMI, AMI and ARI as scikit-learn's; majority vote and Hungarian matching with the labels of the split"
     if options.labels is not None:
-        digest = hashlib.sha256(_bytes(Path(options.labels))).hexdigest()[:12]
+        digest = hashlib.sha256(_file_bytes(Path(options.labels))).hexdigest()[:12]
         return f"labels of training images, column {options.column} of {options.labels} ({digest}): {scores}"
     number = "as many clusters as classes" if options.number is None else f"{options.number} clusters"
     rows = "L2-normalised features" if options.normalize else "features as they are"
@@ -71,15 +71,15 @@ def run(train: Features, test: Features, options: Options, writer: FigureWriter 
     check_pair(train, test)
     require_labels(train, test)
     if options.labels is not None:
-        found = labels_file.read(options.labels, options.column, None, ("clusters.labels", "clusters.column"))
-        within_N = train.image_ids < len(found)
+        labels = labels_file.read(options.labels, options.column, None, ("clusters.labels", "clusters.column"))
+        within_N = train.image_ids < len(labels)
         clusters_N = np.full(len(train), -1)
-        clusters_N[within_N] = found[train.image_ids[within_N]]
+        clusters_N[within_N] = labels[train.image_ids[within_N]]
         rows = np.flatnonzero(clusters_N >= 0)
         if len(rows) == 0:
             raise UserError(f"clusters.labels = {options.labels!r}: lists no image of {train.source}")
         highest = clusters_N.max()
-        if highest >= len(train):  # the table of them with the classes would be as long
+        if highest >= len(train):  # the table of clusters and classes would be as long
             raise UserError(
                 f"clusters.labels = {options.labels!r}: has label {highest} for {len(train)} images; number them from 0"
             )
@@ -119,7 +119,7 @@ def _named(prefix: str, values: dict[str, float]) -> dict[str, float]:
     return {prefix + name: value for name, value in values.items()}
 
 
-def _bytes(path: Path) -> bytes:
+def _file_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
@@ -150,20 +150,20 @@ def _fitted(train: Features, options: Options) -> Tensor:
         x_ND[start : start + step] = _prepared(train.take(rows[start : start + step]), options)
     key = hash64(options.seed, EVALUATION)
     world = one_process()
-    found_N, _ = kmeans(x_ND, torch.arange(count), count, number, key, world, options.starts, options.iterations)
-    sums_KD = torch.zeros(number, train.dim, dtype=torch.float64).index_add_(0, found_N, x_ND)
-    sizes_K = torch.bincount(found_N, minlength=number)
+    cluster_N, _ = kmeans(x_ND, torch.arange(count), count, number, key, world, options.starts, options.iterations)
+    sums_KD = torch.zeros(number, train.dim, dtype=torch.float64).index_add_(0, cluster_N, x_ND)
+    sizes_K = torch.bincount(cluster_N, minlength=number)
     return sums_KD[sizes_K > 0] / sizes_K[sizes_K > 0, None]
 
 
 def _assigned(part: Features, centres_KD: Tensor, options: Options) -> np.ndarray:
     """The nearest centre of every row, int64 [N]."""
-    found, step = np.empty(len(part), np.int64), _rows_in(part, len(centres_KD), options)
+    cluster_N, step = np.empty(len(part), np.int64), _rows_in(part, len(centres_KD), options)
     for start in range(0, len(part), step):
         x_RD = _prepared(part.rows(start, min(start + step, len(part))), options)
         distance_RK = torch.addmm(centres_KD.square().sum(1), x_RD, centres_KD.T, alpha=-2)
-        found[start : start + step] = distance_RK.numpy().argmin(1)
-    return found
+        cluster_N[start : start + step] = distance_RK.numpy().argmin(1)
+    return cluster_N
 
 
 def _prepared(rows: np.ndarray, options: Options) -> Tensor:
@@ -206,14 +206,18 @@ def _draw(
         " that class, and how many images the cluster has. The dashed line is the accuracy by majority vote.",
         part,
     )  # fmt: skip
-    shown = order if len(order) <= _ROWS else order[: _ROWS // 2] + order[-(_ROWS // 2) :]
+    shown = order if len(order) <= _NUM_ROWS else order[: _NUM_ROWS // 2] + order[-(_NUM_ROWS // 2) :]
     pages = []
     for k in shown:
         own = rows[clusters_n == k]
-        own = own[permutation(hash64(options.seed, EVALUATION, k), len(own))[:_COLUMNS]]
+        own = own[permutation(hash64(options.seed, EVALUATION, k), len(own))[:_NUM_COLUMNS]]
         title = f"cluster {k}: {sizes_K[k]:,} images\n{purity_K[k]:.0f} % {names[best_K[k]]}"
         pages.append((title, writer.images(part, own), part.labels[own] == best_K[k]))
-    some = "" if len(order) <= _ROWS else f"; shown are the {_ROWS // 2} purest and the {_ROWS // 2} least pure"
+    some = (
+        ""
+        if len(order) <= _NUM_ROWS
+        else f"; shown are the {_NUM_ROWS // 2} purest and the {_NUM_ROWS // 2} least pure"
+    )
     writer.add(
         "clusters-images",
         charts.clusters(pages),

@@ -1,6 +1,6 @@
 """Maps of the features in two dimensions: principal components and t-SNE (van der Maaten & Hinton, 2008).
 
-Both are scikit-learn's, of test images that are chosen by key, evenly over the classes. Measured is what the maps keep:
+Both are scikit-learn's, of test images that are chosen by key, evenly over the classes. Measured is how much they keep:
 the variance that principal components explain, in percent, and trustworthiness (Venna & Kaski, 2001; 1 where every
 neighbour on the map is one among the features). One thread and a seed, so that a map can be made again.
 
@@ -10,7 +10,7 @@ components, classes and thumbnails.
 
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -35,8 +35,8 @@ PROTOCOL = (
     " {neighbours} neighbours"
 )
 DRAWS = True
-_PROJECTED = 128  # dimensions that the projector gets; it reduces by itself what is wider than 200
-_THUMBNAIL = 40  # pixels; the projector takes a picture of all thumbnails of 8192 pixels at the most
+_PROJECTOR_DIMS = 128  # the projector reduces by itself what is wider than 200
+_THUMBNAIL_SIZE = 40  # pixels; the projector takes a picture of all thumbnails of 8192 pixels at the most
 
 
 class Options(Section):
@@ -50,6 +50,13 @@ class Options(Section):
     seed: NonNegativeInt = Field(0, description="of the choice of images and of t-SNE")
 
 
+class _Map(NamedTuple):
+    """Positions [N, 2] of images, and their trustworthiness."""
+
+    xy_N2: np.ndarray
+    trustworthiness: float
+
+
 def run(train: Features, test: Features, options: Options, writer: FigureWriter | None = None) -> dict[str, float]:
     """`embedding_pca2_variance` and `embedding_pca10_variance`, percent of the first components; how many explain 90 %,
     `embedding_pca90_dims`; `embedding_pca_trustworthiness` and `embedding_tsne_trustworthiness`.
@@ -61,8 +68,8 @@ def run(train: Features, test: Features, options: Options, writer: FigureWriter 
     require_labels(train, test)
     rows = evenly(test.labels, options.limit, hash64(options.seed, EVALUATION))
     _check_counts(len(rows), test, options)
-    x_ND = torch.from_numpy(test.take(rows)).double()
-    x_ND = (F.normalize(x_ND) if options.normalize else x_ND).numpy()
+    features_ND = torch.from_numpy(test.take(rows)).double()
+    x_ND = (F.normalize(features_ND) if options.normalize else features_ND).numpy()
     if not np.ptp(x_ND, axis=0).any():
         raise UserError(f"{test.source}: all images have the same features; the checkpoint has collapsed, use another")
     with threadpool_limits(1):  # sums in one order, whatever the machine: t-SNE can make another map of a last digit
@@ -71,17 +78,19 @@ def run(train: Features, test: Features, options: Options, writer: FigureWriter 
         tsne = TSNE(
             perplexity=options.perplexity, max_iter=options.iterations, init="pca", random_state=options.seed
         ).fit_transform(x_ND)
-        maps = {"pca": components_NE[:, :2], "tsne": tsne}
-        trust = {name: trustworthiness(x_ND, xy_N2, n_neighbors=options.neighbours) for name, xy_N2 in maps.items()}
+        maps = {
+            name: _Map(xy_N2, trustworthiness(x_ND, xy_N2, n_neighbors=options.neighbours))
+            for name, xy_N2 in (("pca", components_NE[:, :2]), ("tsne", tsne))
+        }
     explained_E = np.cumsum(pca.explained_variance_ratio_) * 100
     values = {f"embedding_pca{n}_variance": float(explained_E[:n][-1]) for n in (2, 10)}
-    values["embedding_pca90_dims"] = float(min(len(explained_E), np.searchsorted(explained_E, 90) + 1))
-    values |= {f"embedding_{name}_trustworthiness": float(value) for name, value in trust.items()}
+    values["embedding_pca90_dims"] = float(min(len(explained_E), int(np.searchsorted(explained_E, 90)) + 1))
+    values |= {f"embedding_{name}_trustworthiness": float(each.trustworthiness) for name, each in maps.items()}
     if writer is not None:
         thumbnails = _thumbnails(writer, test, rows)
-        _draw(writer, test, rows, maps, thumbnails, pca.explained_variance_ratio_, trust, options)
+        _draw(writer, test, rows, maps, thumbnails, pca.explained_variance_ratio_, options)
         folder = writer.folder.parent / "tensorboard" / "embedding"
-        write_projector(folder, components_NE[:, :_PROJECTED], thumbnails, test, rows)
+        write_projector(folder, components_NE[:, :_PROJECTOR_DIMS], thumbnails, test, rows)
     return values
 
 
@@ -100,10 +109,9 @@ def _draw(
     writer: FigureWriter,
     test: Features,
     rows: np.ndarray,
-    maps: dict[str, np.ndarray],
+    maps: dict[str, _Map],
     thumbnails: torch.Tensor,
     explained_E: np.ndarray,
-    trust: dict[str, float],
     options: Options,
 ) -> None:
     from ssl_dist.results import charts  # matplotlib takes a second
@@ -125,20 +133,20 @@ def _draw(
         f" {options.iterations} iterations; neighbours mean something, distances between groups and axes do not",
     }
     count = len(np.unique(labels))
-    same = f", in colours that repeat over {count} classes" if count > charts.MAX_LABELLED_CLASSES else ""
+    repeats = f", in colours that repeat over {count} classes" if count > charts.MAX_LABELLED_CLASSES else ""
     titles = {"pca": "Features by principal components", "tsne": "Features by t-SNE"}
-    for name, xy_N2 in maps.items():
+    for name, each in maps.items():
         writer.add(
             f"embedding-{name}",
-            charts.points(xy_N2, labels, names, axis_names[name]),
+            charts.points(each.xy_N2, labels, names, axis_names[name]),
             titles[name],
-            f"{what}: {how[name]}. Colour and shape: the class{same}. Trustworthiness {trust[name]:.3f} with"
-            f" {options.neighbours} neighbours (1: all that are near on the map are near among the features).",
+            f"{what}: {how[name]}. Colour and shape: the class{repeats}. Trustworthiness {each.trustworthiness:.3f}"
+            f" with {options.neighbours} neighbours (1: all that are near on the map are near among the features).",
         )
     images = (thumbnails * 255).round().byte().permute(0, 2, 3, 1).numpy()
     writer.add(
         "embedding-images",
-        charts.image_map(maps["tsne"], images, labels, names),
+        charts.image_map(maps["tsne"].xy_N2, images, labels, names),
         "Images where t-SNE puts them",
         f"{what}: {how['tsne']}. Where several images fall on one place, the one nearest its middle is shown."
         + (" The frame's colour is the class." if count <= len(charts.PALETTE) else ""),
@@ -157,29 +165,29 @@ def write_projector(
     """
     from torch.utils.tensorboard import SummaryWriter  # takes a second
 
-    names, new = class_names(test), folder.with_name(f".{folder.name}.new")
-    about = [[" ".join(names[label].split()), str(image)] for label, image in zip(
+    names, temporary = class_names(test), folder.with_name(f".{folder.name}.new")
+    metadata = [[" ".join(names[label].split()), str(image)] for label, image in zip(
         test.labels[rows], test.image_ids[rows], strict=True
     )]  # fmt: skip
     with refuse_unwritable(folder, "give a run's folder that can, with space left"):
-        shutil.rmtree(new, ignore_errors=True)  # of one that was killed
-        with SummaryWriter(str(new)) as writer:
+        shutil.rmtree(temporary, ignore_errors=True)  # of one that was killed
+        with SummaryWriter(str(temporary)) as writer:
             writer.add_embedding(
                 vectors_ND.astype(np.float32),
-                about,
+                metadata,
                 thumbnails,
                 int(test.metadata["step"]),
                 f"{test.metadata['dataset']}-{test.metadata['split']}",
                 ["class", "image"],
             )
         shutil.rmtree(folder, ignore_errors=True)
-        new.rename(folder)
+        temporary.rename(folder)
 
 
 def _thumbnails(writer: FigureWriter, test: Features, rows: np.ndarray) -> torch.Tensor:
     blocks = []
     for start in range(0, len(rows), 256):
         images = torch.from_numpy(writer.images(test, rows[start : start + 256])).permute(0, 3, 1, 2).float() / 255
-        side = min(images.shape[-1], _THUMBNAIL)
+        side = min(images.shape[-1], _THUMBNAIL_SIZE)
         blocks.append(F.interpolate(images, (side, side), mode="bilinear", antialias=True).clamp(0, 1))
     return torch.cat(blocks)

@@ -60,7 +60,8 @@ def run(train: Features, test: Features, options: Options, writer: FigureWriter 
     train_labels_N, test_labels_N = torch.from_numpy(train.labels), torch.from_numpy(test.labels)
     num_classes = max(len(train.classes), int(train.labels.max()) + 1, int(test.labels.max()) + 1)
     dtype = torch.float64 if options.precision == "fp64" else torch.float32
-    correct, predicted_N = {}, np.zeros(len(test), np.int64)
+    num_correct: dict[str, int] = {}
+    predicted_N = np.zeros(len(test), np.int64)
     for start, cosine_QK, row_QK in neighbours(train, test, max(counts), dtype, options.memory_mb << 20, num_classes):
         labels_QK = train_labels_N[row_QK]
         targets_Q = test_labels_N[start : start + len(row_QK)]
@@ -70,23 +71,23 @@ def run(train: Features, test: Features, options: Options, writer: FigureWriter 
                 rank_Q = target_rank(votes_QC, targets_Q)
                 for top, limit in ((1, 1), (5, min(5, k))):
                     name = _name(k, temperature, top)
-                    correct[name] = correct.get(name, 0) + int((rank_Q < limit).sum())
+                    num_correct[name] = num_correct.get(name, 0) + int((rank_Q < limit).sum())
                 if writer is not None and (k, temperature) == (counts[-1], options.temperature[0]):
                     predicted_N[start : start + len(row_QK)] = votes_QC.numpy().argmax(1)  # of equals the first
     if writer is not None:
         add_pictures(writer, test, class_names(test, train), predicted_N, "knn", f"kNN with {counts[-1]} neighbours")
-    return {name: number * 100.0 / len(test) for name, number in correct.items()}
+    return {name: number * 100.0 / len(test) for name, number in num_correct.items()}
 
 
-def _neighbour_counts(wanted: list[int] | None, train: Features) -> list[int]:
-    """The k to evaluate, rising. Only the default leaves out what a small training set cannot give, and says so."""
-    counts = sorted(set(wanted or _PUBLISHED_K))
+def _neighbour_counts(requested: list[int] | None, train: Features) -> list[int]:
+    """The k to evaluate, rising. The default goes without those above the number of images, and a warning says so."""
+    counts = sorted(set(requested or _PUBLISHED_K))
     fitting = [k for k in counts if k <= len(train)]
     if fitting == counts:
         return counts
-    if wanted is not None or not fitting:
+    if requested is not None or not fitting:
         raise UserError(
-            f"knn.k = {counts[-1] if wanted else 'null'}: {train.source} has {len(train)} images;"
+            f"knn.k = {counts[-1] if requested else 'null'}: {train.source} has {len(train)} images;"
             f" give knn.k=[...] with numbers up to {len(train)}"
         )
     left_out = ", ".join(str(k) for k in counts if k > len(train))

@@ -1,4 +1,4 @@
-"""Multinomial logistic regression at its optimum: what a linear classifier can read out of frozen features.
+"""Multinomial logistic regression at its optimum: how well a linear classifier can do on frozen features.
 
 The objective is scikit-learn's `LogisticRegression(C)`: with x a row of features (standardised by the training split's
 mean and standard deviation),
@@ -9,7 +9,7 @@ Features of a network are strongly correlated, which makes plain L-BFGS crawl. S
 the Hessian at W = 0 is about the identity (a Cholesky factor of the features' second moments): 20 times fewer passes.
 
 F is convex with curvature at least 1 in W, hence F - min F <= 1/2 |dF/dW|^2 (intercepts at their best). That bound,
-relative to F, is what `tolerance` is compared with: the result does not depend on when an optimizer tired.
+relative to F, is what `tolerance` is compared with: the result does not depend on when an optimizer gave up.
 """
 
 import logging
@@ -93,17 +93,18 @@ def fit(train: Features, options: Options) -> Fit:
     labels, target_N = np.unique(train.labels, return_inverse=True)
     num_free = len(labels) if len(labels) > 2 else 1  # two classes: the first one's row stays zero
     problem = _Problem(train, torch.from_numpy(target_N), len(labels), options)
-    state = {}
+    weights_FE, value, gap = torch.empty(0), np.inf, np.inf  # of the last point that was tried
 
     def value_and_gradient(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        nonlocal weights_FE, value, gap
         weights_FE = problem.from_preconditioned(torch.from_numpy(theta.reshape(num_free, -1)))
         value, gradient_FE = problem.mean_objective(weights_FE)
         # In F's own scale the bound is |dF/dW|^2 / 2; F is this mean times CN.
-        state.update(weights=weights_FE, value=value, gap=float((gradient_FE**2).sum()) * problem.scale / 2 / value)
+        gap = float((gradient_FE**2).sum()) * problem.scale / 2 / value
         return value, problem.to_preconditioned(gradient_FE).numpy().ravel()
 
     def stop_at_tolerance(_: np.ndarray) -> None:
-        if state["gap"] <= options.tolerance:
+        if gap <= options.tolerance:
             raise StopIteration
 
     start = np.zeros(num_free * (train.dim + 1))
@@ -116,18 +117,16 @@ def fit(train: Features, options: Options) -> Fit:
         options={"maxiter": options.max_iter, "maxfun": 20 * options.max_iter, "ftol": 0.0, "gtol": 0.0},
     )
     value_and_gradient(result.x)  # the last point tried need not be the one returned
-    weights_CE = state["weights"]
-    if num_free == 1:
-        weights_CE = torch.cat([torch.zeros_like(weights_CE), weights_CE])
+    weights_CE = torch.cat([torch.zeros_like(weights_FE), weights_FE]) if num_free == 1 else weights_FE
     return Fit(
         weights_CE,
         problem.mean_D,
         problem.scale_D,
         torch.from_numpy(labels),
-        state["value"] * problem.scale,
-        state["gap"],
+        value * problem.scale,
+        gap,
         int(result.nit),
-        state["gap"] <= options.tolerance,
+        gap <= options.tolerance,
     )
 
 
@@ -142,8 +141,10 @@ class _Problem:
         self.mean_D = torch.zeros(train.dim, dtype=torch.float64)
         self.scale_D = torch.ones(train.dim, dtype=torch.float64)
         if options.standardize:
-            self.mean_D = sum(rows_RD.sum(0) for rows_RD in self._raw()) / len(train)
-            variance_D = sum(((rows_RD - self.mean_D) ** 2).sum(0) for rows_RD in self._raw()) / len(train)
+            zeros_D = torch.zeros(train.dim, dtype=torch.float64)
+            self.mean_D = sum((rows_RD.sum(0) for rows_RD in self._raw()), start=zeros_D) / len(train)
+            squares = (((rows_RD - self.mean_D) ** 2).sum(0) for rows_RD in self._raw())
+            variance_D = sum(squares, start=zeros_D) / len(train)
             constant_D = variance_D <= (1e-12 * self.mean_D) ** 2
             self.scale_D = variance_D.sqrt().masked_fill(constant_D, 1.0)
         if _fits(train, self.memory):
@@ -163,7 +164,10 @@ class _Problem:
 
     def _preconditioner(self) -> Tensor:
         """Lower Cholesky factor of about the Hessian of F / (C N) at W = 0 for one class."""
-        moments_EE = sum(rows_RE.T @ rows_RE for rows_RE, _ in self._blocks()) / len(self.train)
+        moments_EE = torch.zeros(self.train.dim + 1, self.train.dim + 1, dtype=torch.float64)
+        for rows_RE, _ in self._blocks():
+            moments_EE += rows_RE.T @ rows_RE
+        moments_EE /= len(self.train)
         moments_EE *= (1 - 1 / self.num_classes) / self.num_classes
         diagonal_E = moments_EE.diagonal()
         diagonal_E += 1e-10 * diagonal_E.max()  # dead and duplicated channels, whatever C
@@ -217,8 +221,8 @@ def _ranges(part: Features, num_classes: int, memory: int) -> Iterator[tuple[int
 
 def _accuracies(fitted: Fit, part: Features, memory: int) -> tuple[float, float]:
     """Top-1 and top-5 in percent."""
-    place = {int(label): i for i, label in enumerate(fitted.labels)}
-    target_N = torch.tensor([place.get(label, -1) for label in part.labels.tolist()])
+    index_of = {int(label): i for i, label in enumerate(fitted.labels)}
+    target_N = torch.tensor([index_of.get(label, -1) for label in part.labels.tolist()])
     correct = [0, 0]
     for start, stop in _ranges(part, len(fitted.labels), memory):
         rows_RE = _standardised(part, start, stop, fitted.mean, fitted.scale)

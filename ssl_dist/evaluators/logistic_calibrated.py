@@ -4,7 +4,7 @@
 logistic regression on four fifths (L-BFGS, L2, C = 1, at most 100 iterations, converged or not) and, on the other
 fifth, a sigmoid for every class (Platt, 1999) that turns its scores into probabilities; the prediction is the mean over
 the folds. A protocol of its own: the folds, the calibration and the early end all move the accuracy, so compare it with
-ReLIC's numbers and take `logistic` for what a linear classifier can read out of features.
+ReLIC's numbers, and take `logistic` for how well a linear classifier can do on features.
 """
 
 import warnings
@@ -55,8 +55,8 @@ def run(train: Features, test: Features, options: Options, writer: FigureWriter 
         model.fit(train.rows(0, len(train)), train.labels)
     probabilities_QC = torch.from_numpy(model.predict_proba(test.rows(0, len(test))))
     target_Q = np.searchsorted(model.classes_, test.labels)
-    known_Q = model.classes_[np.minimum(target_Q, len(labels) - 1)] == test.labels
-    rank_Q = target_rank(probabilities_QC, torch.from_numpy(np.where(known_Q, target_Q, -1)))
+    has_class_Q = model.classes_[np.minimum(target_Q, len(labels) - 1)] == test.labels
+    rank_Q = target_rank(probabilities_QC, torch.from_numpy(np.where(has_class_Q, target_Q, -1)))
     return {f"logistic_calibrated_top{top}": float((rank_Q < top).double().mean()) * 100.0 for top in (1, 5)}
 
 

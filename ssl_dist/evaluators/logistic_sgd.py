@@ -31,7 +31,7 @@ PROTOCOL = (
     "logistic regression by SGD on frozen features as extracted (SFRIK): {epochs} epochs, the last one counts, batches"
     " of {batch_size}, lr {lr} with a cosine per epoch, momentum {momentum}, weight decay {weight_decay}, seed {seed}"
 )
-_INITIAL_DEVIATION = 0.01
+_INITIAL_STD = 0.01
 
 
 class Options(Section):
@@ -48,8 +48,8 @@ class Options(Section):
 
 @dataclass(frozen=True)
 class Epoch:
-    """What an epoch left: weights float64 [C, D], biases [C], and the mean loss of its images, each measured before
-    the step that it took part in."""
+    """The classifier after an epoch, weights float64 [C, D] and biases [C], and the mean loss of its images, each
+    measured before the step that it took part in."""
 
     weights: Tensor
     biases: Tensor
@@ -77,10 +77,10 @@ def rate(lr: float, epoch: int, num_epochs: int) -> float:
 
 
 def initial(train: Features, seed: int) -> tuple[Tensor, Tensor]:
-    """The first weights float64 [C, D] and biases [C] of a classifier with an output for every class that is known."""
+    """The first weights float64 [C, D] and biases [C] of a classifier with an output for every class of the file."""
     num_classes = max(len(train.classes), int(train.labels.max()) + 1)
     draws = normals(hash64(seed, INIT), num_classes * train.dim)
-    weights_CD = torch.from_numpy(draws.reshape(num_classes, train.dim)) * _INITIAL_DEVIATION
+    weights_CD = torch.from_numpy(draws.reshape(num_classes, train.dim)) * _INITIAL_STD
     return weights_CD, torch.zeros(num_classes, dtype=torch.float64)
 
 

@@ -1,13 +1,13 @@
 """Instance retrieval: every test image ranks the images of a gallery by the cosine of their features.
 
-Measured is what the ranking finds of the query's class: whether any of the k nearest is of it (top-k), the share of the
+Measured is how near the images of the query's class are: whether any of the k nearest is one (top-k), the share of the
 k nearest that are (precision at k), and the mean over queries of the average precision of the whole ranked list,
     AP = 1/R sum_{i=1..R} i / rank_i,     rank_i: place of the i-th of the R images of the query's class
 which is scikit-learn's `average_precision_score` where no two cosines are equal.
 
 Cosines are computed in float64 and rounded to multiples of 2^-30 (1e-9); of equal ones the lower row is the nearer. So
-images that are alike have one order, and neither blocks nor threads decide. A query whose class the gallery lacks finds
-nothing: all its values are 0.
+images that are alike have one order, which depends neither on blocks nor on threads. The values of a query whose class
+the gallery lacks are 0.
 """
 
 import logging
@@ -34,9 +34,9 @@ PROTOCOL = (
     " has its class; precision@k: share of them that has; map: mean average precision of the whole list"
 )
 DRAWS = True
-_ROW = np.uint64(0xFFFFFFFF)  # the part of a key that is the gallery's row
-_OWN = np.uint64(0xFFFFFFFFFFFFFFFF)  # the key of a query itself, behind all others
-_SHOWN = 8  # nearest images of a query in the picture
+_ROW_MASK = np.uint64(0xFFFFFFFF)  # the part of a key that is the gallery's row
+_OWN_KEY = np.uint64(0xFFFFFFFFFFFFFFFF)  # the key of a query itself, behind all others
+_NUM_SHOWN = 8  # nearest images of a query in the picture
 
 
 class Options(Section):
@@ -64,25 +64,27 @@ def run(train: Features, test: Features, options: Options, writer: FigureWriter 
     leave_out = options.gallery == "test"
     gallery = test if leave_out else train
     counts = _checked_counts(options.k, gallery, len(gallery) - leave_out)
-    hits = {k: 0 for k in counts}
-    found = {k: 0 for k in counts}
+    num_hits = {k: 0 for k in counts}  # queries with an image of their class among the k nearest
+    num_relevant = {k: 0 for k in counts}  # such images, over all queries
     precision_N = np.zeros(len(test))
-    nearest_NK = np.zeros((len(test), min(_SHOWN, len(gallery) - leave_out)), np.int64)
+    nearest_NK = np.zeros((len(test), min(_NUM_SHOWN, len(gallery) - leave_out)), np.int64)
     for start, keys_QN in rankings(test, gallery, leave_out, options.memory_mb << 20):
         for query, keys_N in enumerate(keys_QN, start):
-            rows_N = (keys_N & _ROW).astype(np.int64)
+            rows_N = (keys_N & _ROW_MASK).astype(np.int64)
             rank_R = np.flatnonzero(gallery.labels[rows_N] == test.labels[query])
             for k in counts:
                 number = int(np.searchsorted(rank_R, k))
-                found[k] += number
-                hits[k] += number > 0
+                num_relevant[k] += number
+                num_hits[k] += number > 0
             precision_N[query] = average_precision(rank_R)
             nearest_NK[query] = rows_N[: nearest_NK.shape[1]]
     _warn_of_missing(test, gallery, leave_out)
     if writer is not None:
         _draw(writer, test, gallery, nearest_NK, precision_N, options)
-    values = {f"retrieval_top{k}": hits[k] * 100.0 / len(test) for k in counts}
-    values |= {f"retrieval_precision{k}": found[k] * 100.0 / (k * len(test)) for k in counts if k > 1}  # 1: top-1
+    values = {f"retrieval_top{k}": num_hits[k] * 100.0 / len(test) for k in counts}
+    values |= {
+        f"retrieval_precision{k}": num_relevant[k] * 100.0 / (k * len(test)) for k in counts if k > 1
+    }  # 1: top-1
     return values | {"retrieval_map": float(precision_N.mean() * 100)}
 
 
@@ -95,8 +97,8 @@ def rankings(queries: Features, gallery: Features, leave_out: bool, memory: int)
     """Block by block the first query, and keys uint64 [Q, N] of the gallery's rows, which are their lower 32 bits, the
     nearest first.
 
-    leave_out: queries and gallery are one split, and nobody finds himself ([Q, N - 1]). About `memory` bytes are used;
-    one query at a time needs about 50 a row of the gallery. A block is gone when the next one is asked for.
+    leave_out: queries and gallery are one split, and a query is left out of its own list ([Q, N - 1]). About `memory`
+    bytes are used; one query at a time needs about 50 a row of the gallery. The next block overwrites the keys.
     """
     threads = torch.get_num_threads()
     num_queries, num_rows = _block_sizes(len(gallery), gallery.dim, memory, threads)
@@ -111,14 +113,14 @@ def rankings(queries: Features, gallery: Features, leave_out: bool, memory: int)
                 cosine_QR = (queries_QD @ _unit_rows(gallery, first, last).T).numpy()
                 _fill(cosine_QR, first, block_QN)
             if leave_out:
-                block_QN[np.arange(stop - start), np.arange(start, stop)] = _OWN
+                block_QN[np.arange(stop - start), np.arange(start, stop)] = _OWN_KEY
             for _ in pool.map(_sort, block_QN):
                 pass
             yield start, block_QN[:, : len(gallery) - leave_out]
 
 
 @njit(cache=True, nogil=True)
-def _fill(cosine_QR, first, keys_QN):
+def _fill(cosine_QR: np.ndarray, first: int, keys_QN: np.ndarray) -> None:
     """Keys of rows first, first+1, ...: a number that rises as the cosine falls, then the row."""
     for q in range(cosine_QR.shape[0]):
         for r in range(cosine_QR.shape[1]):
@@ -127,9 +129,9 @@ def _fill(cosine_QR, first, keys_QN):
 
 
 @njit(cache=True, nogil=True)
-def _sort(keys_N):
-    """By distance, in place. The rows rise already and a radix sort, three times by 11 bits, leaves equal ones as they
-    are; it takes a sixth of the time of numpy's sort."""
+def _sort(keys_N: np.ndarray) -> None:
+    """Sort by distance, in place. The rows rise already and a radix sort, three times by 11 bits, leaves equal ones as
+    they are; it takes a sixth of the time of numpy's sort."""
     from_N, to_N = keys_N, np.empty_like(keys_N)
     for shift in (32, 43, 54):
         places = np.zeros(2048, np.int64)
@@ -154,7 +156,7 @@ def _unit_rows(part: Features, start: int, stop: int) -> Tensor:
 
 
 def _block_sizes(num_gallery: int, dim: int, memory: int, threads: int) -> tuple[int, int]:
-    """Queries of a block, and rows of the gallery that meet them at once."""
+    """Queries of a block, and rows of the gallery that they are compared with at once."""
     per_row = dim * 13  # as read, in float64, and a byte for the check that it is finite
     lists = (
         32 + 8 * threads
@@ -164,8 +166,8 @@ def _block_sizes(num_gallery: int, dim: int, memory: int, threads: int) -> tuple
     return num_queries, num_rows
 
 
-def _checked_counts(wanted: list[int], gallery: Features, size: int) -> list[int]:
-    counts = sorted(set(wanted))
+def _checked_counts(requested: list[int], gallery: Features, size: int) -> list[int]:
+    counts = sorted(set(requested))
     if counts[-1] > size:
         raise UserError(
             f"retrieval.k = {counts[-1]}: {size} images of {gallery.source} can be found; give retrieval.k=[...] with"
@@ -201,18 +203,18 @@ def _draw(
     add_pictures(writer, test, names, predicted_N, _name(options), "the nearest image")
     right_N = predicted_N == test.labels
     panels = []
-    for wanted, said in ((True, "nearest image of the same class"), (False, "nearest image of another class")):
-        rows = _queries(test.labels, right_N == wanted, options)
-        title = f"{said} ({(right_N == wanted).mean() * 100:.1f} % of queries)"
+    for is_right, relation in ((True, "the same"), (False, "another")):
+        rows = _queries(test.labels, right_N == is_right, options)
+        title = f"nearest image of {relation} class ({(right_N == is_right).mean() * 100:.1f} % of queries)"
         if len(rows):
             panels.append((title, [_row(writer, test, gallery, row, nearest_NK[row], names) for row in rows]))
-    where = f"{len(gallery):,} images of {gallery.metadata['dataset']} {gallery.metadata['split']}"
+    searched = f"{len(gallery):,} images of {gallery.metadata['dataset']} {gallery.metadata['split']}"
     writer.add(
         f"{_name(options)}-nearest",
         charts.neighbours(panels),
         "Queries and their nearest images",
         f"Images of {test.metadata['dataset']} {test.metadata['split']} and, by falling cosine of their features, the"
-        f" nearest among {where}"
+        f" nearest among {searched}"
         f"{' other than themselves' if gallery is test else ''}. Green, solid frames: the query's class; red, dashed"
         " frames: another one, named below. Left queries whose nearest image is of their class, right those where it is"
         f" not, chosen evenly over the classes by key (seed {options.seed}), not by hand. Mean average precision"
@@ -232,6 +234,9 @@ def _queries(labels: np.ndarray, eligible: np.ndarray, options: Options) -> np.n
     return chosen[np.argsort(labels[chosen], kind="stable")]
 
 
-def _row(writer, test, gallery, query, rows, names) -> tuple[np.ndarray, list[str]]:
+def _row(
+    writer: FigureWriter, test: Features, gallery: Features, query: int, rows: np.ndarray, names: list[str]
+) -> tuple[np.ndarray, list[str]]:
+    """The images of a query and of its nearest rows, and the names of their classes."""
     images = np.concatenate([writer.images(test, np.array([query])), writer.images(gallery, rows)])
     return images, [names[label] for label in (test.labels[query], *gallery.labels[rows])]
