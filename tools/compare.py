@@ -1,4 +1,4 @@
-"""Several methods in one table: train each config, evaluate kNN and logistic regression, print, and draw bars.
+"""Compare methods in one table: train each config, evaluate kNN and logistic regression, print, and draw bars.
 
     python tools/compare.py configs/cifar10-short/*.yaml --data data/cifar10 --out runs/short [--ranks N]
 
@@ -22,9 +22,9 @@ from ssl_dist import config, results
 from ssl_dist.errors import UserError
 
 LAUNCHER = Path(__file__).parents[1] / "launch" / "torchrun_single.sh"
-SHOWN = {"kNN-20": "knn20_top1", "kNN-200": "knn200_top1", "logistic": "logistic_top1"}  # column -> result
+RESULTS = {"kNN-20": "knn20_top1", "kNN-200": "knn200_top1", "logistic": "logistic_top1"}  # by column
 COLOURS = ("#9fb8d1", "#5b86b5", "#1f4e79")
-LAST = list(SHOWN)[-1]  # the column that the rows are sorted by
+SORT_COLUMN = "logistic"
 
 
 def main() -> int:
@@ -46,7 +46,7 @@ def main() -> int:
             if code:
                 print(f"{file}: exit code {code}; the same command goes on from here", file=sys.stderr)
                 return code
-        rows = sorted(map(read, runs.values()), key=lambda row: row[LAST], reverse=True)
+        rows = sorted(map(read, runs.values()), key=lambda row: row[SORT_COLUMN], reverse=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -83,12 +83,12 @@ def read(run: Path) -> dict:
     """A row of the table: method, backbone, steps, seconds and the newest of each result."""
     records = sorted(results.read(run / "results.json"), key=lambda record: record["time"])
     newest = {record["name"]: record for record in records if results.is_of_a_whole_split(record)}
-    one = newest[SHOWN[LAST]]
-    values = {column: newest[name]["value"] for column, name in SHOWN.items()}
+    record = newest[RESULTS[SORT_COLUMN]]
+    values = {column: newest[name]["value"] for column, name in RESULTS.items()}
     return {
-        "method": one["method"],
-        "backbone": one["backbone"],
-        "steps": one["step"],
+        "method": record["method"],
+        "backbone": record["backbone"],
+        "steps": record["step"],
         "seconds": seconds(run),
         **values,
     }
@@ -106,9 +106,12 @@ def seconds(run: Path) -> float:
 
 def table(rows: list[dict]) -> str:
     """Markdown, a line a run."""
-    lines = [f"| method | backbone | steps | seconds | {' | '.join(SHOWN)} |", "|---|---|" + "---:|" * (2 + len(SHOWN))]
+    lines = [
+        f"| method | backbone | steps | seconds | {' | '.join(RESULTS)} |",
+        "|---|---|" + "---:|" * (2 + len(RESULTS)),
+    ]
     for row in rows:
-        values = " | ".join(f"{row[column]:.2f}" for column in SHOWN)
+        values = " | ".join(f"{row[column]:.2f}" for column in RESULTS)
         lines.append(f"| {row['method']} | {row['backbone']} | {row['steps']} | {row['seconds']:.0f} | {values} |")
     return "\n".join(lines)
 
@@ -118,11 +121,11 @@ def bars(path: Path, rows: list[dict]) -> None:
     figure = Figure(figsize=(7, 1 + 0.5 * len(rows)), dpi=120)
     figure.set_layout_engine("constrained")
     axes = figure.add_subplot()
-    height = 0.8 / len(SHOWN)
-    for number, (column, colour) in enumerate(zip(SHOWN, COLOURS, strict=True)):
-        places = [place + (number - 1) * height for place in range(len(rows))]
-        drawn = axes.barh(places, [row[column] for row in rows], height, color=colour, label=column)
-        axes.bar_label(drawn, fmt="%.1f", padding=2, fontsize=7)
+    height = 0.8 / len(RESULTS)
+    for number, (column, colour) in enumerate(zip(RESULTS, COLOURS, strict=True)):
+        positions = [row + (number - 1) * height for row in range(len(rows))]
+        container = axes.barh(positions, [row[column] for row in rows], height, color=colour, label=column)
+        axes.bar_label(container, fmt="%.1f", padding=2, fontsize=7)
     axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("accuracy on the test images (%)")
