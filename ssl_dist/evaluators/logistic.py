@@ -23,7 +23,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from ssl_dist.config import PositiveFloat, PositiveInt, Section
-from ssl_dist.results.accuracy import target_rank
+from ssl_dist.results.accuracy import top1_and_top5
 from ssl_dist.results.confusion import add_pictures, class_names
 from ssl_dist.results.figures import FigureWriter
 from ssl_dist.storage.features import Features, check_pair, require_labels
@@ -70,11 +70,8 @@ def run(train: Features, test: Features, options: Options, writer: FigureWriter 
         logging.getLogger(__name__).warning(
             "logistic: NOT CONVERGED after %d iterations: the objective may be %.1g (relative) above its minimum, asked"
             " for %.1g; give logistic.max_iter=%d or a smaller logistic.c",
-            fitted.iterations,
-            fitted.gap,
-            options.tolerance,
-            4 * options.max_iter,
-        )
+            fitted.iterations, fitted.gap, options.tolerance, 4 * options.max_iter,
+        )  # fmt: skip
     top1, top5 = _accuracies(fitted, test, options.memory_mb << 20)
     train_top1, _ = _accuracies(fitted, train, options.memory_mb << 20)
     if writer is not None:
@@ -107,10 +104,9 @@ def fit(train: Features, options: Options) -> Fit:
         if gap <= options.tolerance:
             raise StopIteration
 
-    start = np.zeros(num_free * (train.dim + 1))
     result = minimize(
         value_and_gradient,
-        start,
+        np.zeros(num_free * (train.dim + 1)),
         jac=True,
         method="L-BFGS-B",
         callback=stop_at_tolerance,
@@ -119,15 +115,9 @@ def fit(train: Features, options: Options) -> Fit:
     value_and_gradient(result.x)  # the last point tried need not be the one returned
     weights_CE = torch.cat([torch.zeros_like(weights_FE), weights_FE]) if num_free == 1 else weights_FE
     return Fit(
-        weights_CE,
-        problem.mean_D,
-        problem.scale_D,
-        torch.from_numpy(labels),
-        value * problem.scale,
-        gap,
-        int(result.nit),
-        gap <= options.tolerance,
-    )
+        weights_CE, problem.mean_D, problem.scale_D, torch.from_numpy(labels),
+        value * problem.scale, gap, int(result.nit), gap <= options.tolerance,
+    )  # fmt: skip
 
 
 class _Problem:
@@ -223,13 +213,10 @@ def _accuracies(fitted: Fit, part: Features, memory: int) -> tuple[float, float]
     """Top-1 and top-5 in percent."""
     index_of = {int(label): i for i, label in enumerate(fitted.labels)}
     target_N = torch.tensor([index_of.get(label, -1) for label in part.labels.tolist()])
-    correct = [0, 0]
-    for start, stop in _ranges(part, len(fitted.labels), memory):
-        rows_RE = _standardised(part, start, stop, fitted.mean, fitted.scale)
-        rank_R = target_rank(rows_RE @ fitted.weights.T, target_N[start:stop])
-        correct[0] += int((rank_R < 1).sum())
-        correct[1] += int((rank_R < 5).sum())
-    return correct[0] * 100.0 / len(part), correct[1] * 100.0 / len(part)
+    return top1_and_top5(
+        (_standardised(part, start, stop, fitted.mean, fitted.scale) @ fitted.weights.T, target_N[start:stop])
+        for start, stop in _ranges(part, len(fitted.labels), memory)
+    )
 
 
 def _predicted(fitted: Fit, part: Features, memory: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from torch import Tensor
 from ssl_dist.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
 from ssl_dist.keys import INIT, ORDER, hash64, normals, permutation
-from ssl_dist.results.accuracy import target_rank
+from ssl_dist.results.accuracy import top1_and_top5
 from ssl_dist.results.figures import FigureWriter
 from ssl_dist.storage.features import Features, check_pair, require_labels
 
@@ -120,13 +120,11 @@ def accuracies(epoch: Epoch, part: Features, memory: int) -> tuple[float, float]
     labels_N = torch.from_numpy(part.labels)
     target_N = labels_N.where(labels_N < num_classes, -1)
     step = _rows_in(memory, part.dim, num_classes)
-    correct = [0, 0]
-    for start in range(0, len(part), step):
-        rows_RD = torch.from_numpy(part.rows(start, start + step)).double()
-        rank_R = target_rank(rows_RD @ epoch.weights.T + epoch.biases, target_N[start : start + step])
-        correct[0] += int((rank_R < 1).sum())
-        correct[1] += int((rank_R < 5).sum())
-    return correct[0] * 100.0 / len(part), correct[1] * 100.0 / len(part)
+
+    def scores_RC(start: int) -> Tensor:
+        return torch.from_numpy(part.rows(start, start + step)).double() @ epoch.weights.T + epoch.biases
+
+    return top1_and_top5((scores_RC(start), target_N[start : start + step]) for start in range(0, len(part), step))
 
 
 def _reader(train: Features, memory: int) -> Callable[[np.ndarray], np.ndarray]:

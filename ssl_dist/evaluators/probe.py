@@ -10,29 +10,14 @@ from pydantic import Field
 from ssl_dist.transfer.recipe import CROP_AND_FLIP, Overrides, Recipe, train_and_classify
 from ssl_dist.transfer.subject import EvalContext
 
+_SGD = {"name": "sgd", "weight_decay": 1e-6, "batch_size": 256, "epochs": 100, "schedule": "epoch_cosine"}
 RECIPES = {
     "relational": Recipe(
         "relational reasoning",
         {"name": "adam", "lr": 1e-3, "batch_size": 128, "epochs": 100},
     ),
-    "sfrik": Recipe(
-        "SFRIK",
-        {
-            "name": "sgd", "lr": 0.4, "weight_decay": 1e-6, "batch_size": 256, "epochs": 100,
-            "schedule": "epoch_cosine",
-        },
-        CROP_AND_FLIP,
-        {"init": 0.01},
-    ),
-    "vicreg": Recipe(
-        "VICReg",
-        {
-            "name": "sgd", "lr": 0.02, "weight_decay": 1e-6, "batch_size": 256, "epochs": 100,
-            "schedule": "epoch_cosine",
-        },
-        CROP_AND_FLIP,
-        {"init": 0.01},
-    ),
+    "sfrik": Recipe("SFRIK", _SGD | {"lr": 0.4}, CROP_AND_FLIP, {"init": 0.01}),
+    "vicreg": Recipe("VICReg", _SGD | {"lr": 0.02}, CROP_AND_FLIP, {"init": 0.01}),
     "sela_alexnet": Recipe(
         "SeLa, AlexNet",
         {

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from numba import njit
 from pydantic import Field
-from torch import Tensor
 
 from ssl_dist.config import PositiveInt, Section
 from ssl_dist.errors import UserError
+from ssl_dist.kernels.neighbours import unit_rows
 from ssl_dist.keys import EVALUATION, hash64
 from ssl_dist.results.confusion import add_pictures, class_names
 from ssl_dist.results.figures import FigureWriter
@@ -106,11 +106,11 @@ def rankings(queries: Features, gallery: Features, leave_out: bool, memory: int)
         keys_QN = np.empty((min(num_queries, len(queries)), len(gallery)), np.uint64)
         for start in range(0, len(queries), num_queries):
             stop = min(start + num_queries, len(queries))
-            queries_QD = _unit_rows(queries, start, stop)
+            queries_QD = unit_rows(queries, start, stop, torch.float64)
             block_QN = keys_QN[: stop - start]
             for first in range(0, len(gallery), num_rows):
                 last = min(first + num_rows, len(gallery))
-                cosine_QR = (queries_QD @ _unit_rows(gallery, first, last).T).numpy()
+                cosine_QR = (queries_QD @ unit_rows(gallery, first, last, torch.float64).T).numpy()
                 _fill(cosine_QR, first, block_QN)
             if leave_out:
                 block_QN[np.arange(stop - start), np.arange(start, stop)] = _OWN_KEY
@@ -146,13 +146,6 @@ def _sort(keys_N: np.ndarray) -> None:
             places[digit] += 1
         from_N, to_N = to_N, from_N
     keys_N[:] = from_N
-
-
-def _unit_rows(part: Features, start: int, stop: int) -> Tensor:
-    """Rows float64 of length 1; a row of zeros stays one, and has cosine 0 with everything."""
-    rows_RD = torch.from_numpy(part.rows(start, stop)).double()
-    norm_R1 = torch.linalg.vector_norm(rows_RD, dim=1, keepdim=True)
-    return rows_RD.div_(norm_R1.where(norm_R1 > 0, 1.0))
 
 
 def _block_sizes(num_gallery: int, dim: int, memory: int, threads: int) -> tuple[int, int]:

@@ -42,11 +42,11 @@ def neighbours(
     """
     num_queries, num_rows = _block_sizes(train.dim, k, dtype.itemsize, memory, num_classes)
     for start in range(0, len(test), num_queries):
-        queries_QD = _unit_rows(test, start, min(start + num_queries, len(test)), dtype)
+        queries_QD = unit_rows(test, start, min(start + num_queries, len(test)), dtype)
         best_QK = torch.full((len(queries_QD), k), -torch.inf, dtype=dtype)
         row_QK = torch.zeros(len(queries_QD), k, dtype=torch.int64)
         for first in range(0, len(train), num_rows):
-            bank_RD = _unit_rows(train, first, min(first + num_rows, len(train)), dtype)
+            bank_RD = unit_rows(train, first, min(first + num_rows, len(train)), dtype)
             _keep_best((queries_QD @ bank_RD.T).numpy(), first, best_QK.numpy(), row_QK.numpy())
         row_QK, order_QK = row_QK.sort(dim=1)
         best_QK, order_QK = best_QK.gather(1, order_QK).sort(dim=1, descending=True, stable=True)
@@ -81,7 +81,8 @@ def _keep_best(cosine_QR, first, best_QK, row_QK):
             best[here], row[here] = cosine, first + column
 
 
-def _unit_rows(part: RowBlocks, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+def unit_rows(part: RowBlocks, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Rows start .. stop-1 of length 1, [stop - start, D]; a row of zeros stays one, with cosine 0 to everything."""
     rows_RD = torch.from_numpy(part.rows(start, stop)).to(dtype)
     norm_R1 = torch.linalg.vector_norm(rows_RD, dim=1, keepdim=True, dtype=torch.float64)
     return rows_RD.div_(norm_R1.where(norm_R1 > 0, 1.0).to(dtype))

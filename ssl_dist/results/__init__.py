@@ -3,16 +3,6 @@
 from ssl_dist.results.records import add, is_of_a_whole_split, make_records, number, read, require_writable, table
 
 __all__ = [
-    "accuracy",
-    "add",
-    "charts",
-    "confusion",
-    "figures",
-    "is_of_a_whole_split",
-    "make_records",
-    "number",
-    "read",
-    "require_writable",
-    "sampling",
-    "table",
-]
+    "accuracy", "add", "charts", "confusion", "figures", "is_of_a_whole_split", "make_records", "number", "read",
+    "require_writable", "sampling", "table",
+]  # fmt: skip

@@ -1,5 +1,7 @@
 """Top-1 and top-5 with a stated order of ties."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -15,3 +17,14 @@ def target_rank(scores_QC: Tensor, targets_Q: Tensor) -> Tensor:
     earlier_QC = torch.arange(num_classes, device=scores_QC.device) < targets_Q[:, None]
     ahead_QC = (scores_QC > score_Q1) | ((scores_QC == score_Q1) & earlier_QC)
     return ahead_QC.sum(1).where(targets_Q >= 0, torch.iinfo(torch.int64).max)
+
+
+def top1_and_top5(blocks: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """In percent, from blocks of scores [Q, C] and targets [Q]; see `target_rank`."""
+    num_images, num_top1, num_top5 = 0, 0, 0
+    for scores_QC, targets_Q in blocks:
+        rank_Q = target_rank(scores_QC, targets_Q)
+        num_images += len(rank_Q)
+        num_top1 += int((rank_Q < 1).sum())
+        num_top5 += int((rank_Q < 5).sum())
+    return num_top1 * 100.0 / num_images, num_top5 * 100.0 / num_images

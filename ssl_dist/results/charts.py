@@ -114,10 +114,7 @@ def neighbours(panels: Sequence[tuple[str, Sequence[tuple[np.ndarray, Sequence[s
             top = height - 0.6 - row * (size + 0.16)
             for column, (image, name) in enumerate(zip(images, names, strict=True)):
                 x = left + (column + (0.25 if column else 0)) * size
-                axes = figure.add_axes(
-                    (x / width, (top - 0.92 * size) / height, 0.9 * size / width, 0.9 * size / height)
-                )
-                _show(axes, image, 120 * size)
+                axes = _add_image(figure, image, x, top, size, 0.9 * size)
                 right = name == names[0]
                 if column:
                     _frame(axes, RIGHT if right else WRONG, "-" if right else (0, (2, 1)))
@@ -142,8 +139,7 @@ def clusters(rows: Sequence[tuple[str, np.ndarray, np.ndarray]], size: float = 0
         figure.text(0.1 / width, (top - size / 2) / height, words, fontsize=7.5, color=INK, va="center")
         for column, index in enumerate(np.argsort(~belongs, kind="stable")):
             x = left + column * size
-            axes = figure.add_axes((x / width, (top - 0.92 * size) / height, 0.88 * size / width, 0.88 * size / height))
-            _show(axes, images[index], 120 * size)
+            axes = _add_image(figure, images[index], x, top, size, 0.88 * size)
             if belongs[index]:
                 _frame(axes, RIGHT, "-")
     return figure
@@ -226,12 +222,15 @@ def _plot(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _show(axes: Axes, image: np.ndarray, pixels: float) -> None:
-    """Show an image that covers `axes`, `pixels` wide; small images are magnified without smoothing."""
-    axes.imshow(image, interpolation="nearest" if len(image) < pixels else "antialiased", aspect="auto")
+def _add_image(figure: Figure, image: np.ndarray, left: float, top: float, size: float, side: float) -> Axes:
+    """An image of this side in a place of this size, in inches; small images are magnified without smoothing."""
+    width, height = figure.get_size_inches()
+    axes = figure.add_axes((left / width, (top - 0.92 * size) / height, side / width, side / height))
+    axes.imshow(image, interpolation="nearest" if len(image) < 120 * size else "antialiased", aspect="auto")
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
+    return axes
 
 
 def _frame(axes: Axes, color: str, dashes: str | tuple[int, tuple[int, int]]) -> None:

@@ -27,25 +27,12 @@ def make_records(
 ) -> list[dict]:
     """One record for each of an evaluator's values. metadata: that of the test split's features file, or the same of an
     evaluation on images; seed: the run's, None when it is not known."""
-    time = datetime.now(UTC).isoformat(timespec="seconds")
-    return [
-        {
-            "name": name,
-            "value": float(value),
-            "protocol": protocol,
-            "options": options,
-            "dataset": metadata["dataset"],
-            "split": metadata["split"],
-            "data": metadata["data"],
-            "seed": seed,
-            "method": metadata["method"],
-            "backbone": metadata["backbone"],
-            "checkpoint": metadata["checkpoint"],
-            "step": int(metadata["step"]),
-            "time": time,
-        }
-        for name, value in values.items()
-    ]
+    common = {
+        **metadata, "protocol": protocol, "options": options, "seed": seed, "step": int(metadata["step"]),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    records = [common | {"name": name, "value": float(value)} for name, value in values.items()]
+    return [{field: record[field] for field in FIELDS} for record in records]
 
 
 def read(path: str | Path) -> list[dict]:
