@@ -1,7 +1,7 @@
 """Evaluations of a trained backbone, one file each, found by name: `find("knn")` is ssl_dist/evaluators/knn.py.
 
-To add one, lay a module here that has the members of `FeatureEvaluator` or of `ImageEvaluator`. No other file needs an
-edit: the command line, searches, results.json and the report take it by its name.
+To add one, write a module here that has the members of `FeatureEvaluator` or of `ImageEvaluator`; no other file needs
+an edit. `tests/test_evaluators.py` compares every module with them.
 """
 
 import importlib
@@ -28,11 +28,11 @@ class _Describing(Protocol[InputT]):
 
 
 class FeatureEvaluator(Protocol[OptionsT]):
-    """A module that works on the features of two splits, on rank 0. It needs neither model nor images.
+    """A module that works on the features of two splits, on rank 0.
 
-    PROTOCOL: a sentence that says how is measured, with {option} where an option decides; where more than a word
-    depends on them the module has a function protocol(options) in its place, as `ImageEvaluator` has. DRAWS = True: it
-    draws pictures; it runs again where they are missing. Options: a Section, its fields documented and with defaults.
+    PROTOCOL: a sentence that says how it measures, with {option} where an option decides. Where more than a word
+    depends on the options, the module has a function protocol(options) instead, as `ImageEvaluator` has. DRAWS = True:
+    it draws pictures, and runs again where they are missing. Options: fields with descriptions and defaults.
     """
 
     PROTOCOL: str
@@ -43,9 +43,9 @@ class FeatureEvaluator(Protocol[OptionsT]):
     ) -> dict[str, float]:
         """Values by name, <evaluator>_..., accuracies in percent. A search chooses by those that end in _top1.
 
-        Rows are read in blocks, so that files larger than memory do: `Features.rows`, `Features.take`. writer: writes
-        the pictures and reads the images in them; None for a part held out of the training split, and where the values
-        alone are wanted. Raises `UserError` for what the user can mend.
+        Features stay on disk: read their rows in blocks, by `Features.rows` or `Features.take`. writer: writes pictures
+        and reads the images that they show; None: no pictures, as for a part held out of the training split. Raises
+        `UserError` with the remedy for what the user can mend.
         """
 
 
