@@ -28,18 +28,9 @@ def copy_raw(image: np.ndarray, height: int | np.int64, width: int | np.int64, d
 
 
 @njit(cache=True, nogil=True)
-def _copy_all_raw(
-    ids: np.ndarray,
-    data: np.ndarray,
-    pointers: np.ndarray,
-    sizes: np.ndarray,
-    modes: np.ndarray,
-    heights: np.ndarray,
-    widths: np.ndarray,
-    checks: np.ndarray,
-    pixels: np.ndarray,
-) -> int:
+def _copy_all_raw(ids: np.ndarray, data: np.ndarray, columns: tuple[np.ndarray, ...], pixels: np.ndarray) -> int:
     """Copy the raw images among `ids`; returns the first place whose bytes are damaged, or -1."""
+    pointers, sizes, modes, heights, widths, checks = columns
     for i in range(ids.size):
         n = ids[i]
         if modes[n] == RAW:
@@ -55,7 +46,7 @@ class ArraysReader(Reader):
         beton = self._open_file()
         data = np.asarray(beton.data)
         columns = beton.pointers, beton.sizes, beton.modes, beton.heights, beton.widths, beton.checks
-        bad = _copy_all_raw(ids, data, *columns, pixels)
+        bad = _copy_all_raw(ids, data, columns, pixels)
         if bad >= 0:
             raise damaged(beton, int(ids[bad]), "its check value differs")
         for i in np.flatnonzero(beton.modes[ids] != RAW):

@@ -89,20 +89,14 @@ SOUND, DAMAGED, DOUBTFUL = 0, 1, 2
 
 @njit(cache=True, nogil=True)
 def _decode_images(
-    ids: np.ndarray,
-    pixels: np.ndarray,
-    statuses: np.ndarray,
-    metadata: np.ndarray,
-    data: np.ndarray,
-    pointers: np.ndarray,
-    sizes: np.ndarray,
-    checks: np.ndarray,
+    ids: np.ndarray, pixels: np.ndarray, statuses: np.ndarray, metadata: np.ndarray, storage: tuple, checks: np.ndarray
 ) -> None:
     """Decode whole images into the top left of pixels, uint8 [n, Hmax, Wmax, 3].
 
-    metadata: FFCV's records; data, pointers (sorted), sizes: what its memory manager reads from. statuses[i]: SOUND;
+    metadata: FFCV's records; storage: data, pointers (sorted) and sizes of its memory manager. statuses[i]: SOUND;
     DAMAGED, the bytes are not those that were written; DOUBTFUL, libturbojpeg complained.
     """
+    data, pointers, sizes = storage
     handle = _init_decompress()
     header = np.empty(4, np.int32)  # of a JPEG: width, height, subsampling, colour space
     at = header.ctypes.data
@@ -166,7 +160,8 @@ class WholeImage(SimpleRGBImageDecoder):
         def decode(batch_indices: np.ndarray, destination: tuple, metadata: np.ndarray, storage_state: tuple) -> tuple:
             pixels, statuses = destination
             data, pointers, sizes = storage_state
-            _decode_images(batch_indices, pixels, statuses, metadata, np.asarray(data), pointers, sizes, checks)
+            storage = np.asarray(data), pointers, sizes
+            _decode_images(batch_indices, pixels, statuses, metadata, storage, checks)
             return destination
 
         return decode

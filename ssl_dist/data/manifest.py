@@ -1,4 +1,4 @@
-"""dataset.json: what `convert` tells of a folder of .beton files, and every reader checks."""
+"""dataset.json: what `convert` records of a folder of .beton files, and every reader checks."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Weights of others: files of the official codes, torchvision and timm, read without running any code from them.
+"""Weights of other programs: files of the official codes, torchvision and timm, read without running code from them.
 
 A file is a state_dict, or a dictionary that holds one (`CONTAINERS`). The backbone's tensors lie in it under a prefix
 (`PREFIXES`), by the names of the program that wrote it (`NAMINGS`). All combinations are tried, so the program need not

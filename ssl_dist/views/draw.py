@@ -14,7 +14,7 @@ from numba import njit
 
 from ssl_dist.config.recipe import Resize, ViewGroup
 from ssl_dist.keys import uniform
-from ssl_dist.views.resample import proportional
+from ssl_dist.views.resample import Box, Pair, proportional
 
 # Slots of a recipe. SCALE, RATIO, LOG_RATIO, the four of the jitter and SIGMA take two slots: lowest, highest.
 SIZE, BICUBIC = 0, 1  # of the view, or the image that patches are cut out of; whether the resize to it is bicubic
@@ -57,7 +57,6 @@ DRAW_ERASED = 63  # a try takes four: area, ratio, top, left
 DRAW_CELLS = 103  # eight exchanges
 DRAW_PATCH = 111  # a cell takes two: down, right
 
-Rectangle = tuple[int, int, int, int]  # top, left, height, width
 AffineParameters = tuple[float, float, float, float, float]  # degrees, pixels right and down, scale, shear
 
 
@@ -73,13 +72,13 @@ class ViewParameters(NamedTuple):
     hue: float  # turns of the wheel, [-0.5, 0.5]
     order: tuple[int, int, int, int]  # a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue
     grayscale: bool
-    corner: tuple[int, int] = (0, 0)  # of a padded crop: top, left in the resized image; negative in the padding
+    corner: Pair = (0, 0)  # of a padded crop: top, left in the resized image; negative in the padding
     sigma: float = 0.0  # of the blur, pixels
     solarize: bool = False
     turns: int = 0  # right angles, counter-clockwise
     affine: AffineParameters = NOT_MOVED
-    erased: Rectangle = (0, 0, 0, 0)  # nothing where the height is 0
-    patch: tuple[int, int] = (0, 0)  # top, left of a grid's patch
+    erased: Box = (0, 0, 0, 0)  # nothing where the height is 0
+    patch: Pair = (0, 0)  # top, left of a grid's patch
 
 
 def numeric_recipe(group: ViewGroup, size: int) -> np.ndarray:
@@ -145,7 +144,7 @@ def _between(recipe: np.ndarray, slot: int, u: float) -> float:
 
 
 @njit(cache=True, nogil=True)
-def _draw_crop(recipe: np.ndarray, key: np.uint64, height: int, width: int) -> Rectangle:
+def _draw_crop(recipe: np.ndarray, key: np.uint64, height: int, width: int) -> Box:
     """The crop of RandomResizedCrop.get_params: ten tries, then the largest central crop within the ratio's range."""
     area = height * width
     for attempt in range(CROP_TRIES):
@@ -181,7 +180,7 @@ def _shuffled(key: np.uint64, n: int, count: int) -> int:
 
 
 @njit(cache=True, inline="always")
-def resized(recipe: np.ndarray, height: int, width: int) -> tuple[int, int]:
+def resized(recipe: np.ndarray, height: int, width: int) -> Pair:
     """Height and width that a crop of height x width pixels is resized to, before S x S pixels of it are kept."""
     if recipe[CROP] == RANDOM:
         return int(recipe[SIZE]), int(recipe[SIZE])
@@ -189,7 +188,7 @@ def resized(recipe: np.ndarray, height: int, width: int) -> tuple[int, int]:
 
 
 @njit(cache=True, nogil=True)
-def _draw_corner(recipe: np.ndarray, key: np.uint64, height: int, width: int) -> tuple[int, int]:
+def _draw_corner(recipe: np.ndarray, key: np.uint64, height: int, width: int) -> Pair:
     """The top left corner of RandomCrop's window in the image resized and padded; in the padding it is negative."""
     new_height, new_width = resized(recipe, height, width)
     padding, size = int(recipe[PADDING]), int(recipe[SIZE])
@@ -211,7 +210,7 @@ def _draw_affine(recipe: np.ndarray, key: np.uint64) -> AffineParameters:
 
 
 @njit(cache=True, nogil=True)
-def _draw_erased(recipe: np.ndarray, key: np.uint64) -> Rectangle:
+def _draw_erased(recipe: np.ndarray, key: np.uint64) -> Box:
     """The rectangle of RandomErasing.get_params: ten tries, then nothing; it is lower and narrower than the view."""
     size = int(recipe[SIZE])
     for attempt in range(ERASING_TRIES):
@@ -266,7 +265,7 @@ def draw_parameters(recipe: np.ndarray, key: np.uint64, height: int, width: int)
 
 
 @njit(cache=True, nogil=True)
-def draw_patch(recipe: np.ndarray, key: np.uint64, n: int) -> tuple[int, int]:
+def draw_patch(recipe: np.ndarray, key: np.uint64, n: int) -> Pair:
     """Top and left of the n-th patch of a grid; `key` is that of the group's first view, which all its views share."""
     cell = _shuffled(key, DRAW_CELLS, 9) >> 4 * n & 15
     step = (int(recipe[SIZE]) - int(recipe[PATCH]) - int(recipe[PATCH_JITTER])) // 2

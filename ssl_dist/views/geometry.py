@@ -10,7 +10,8 @@ import numpy as np
 from numba import njit
 
 from ssl_dist.keys import fold
-from ssl_dist.views.draw import PATCH, AffineParameters, Rectangle, draw_patch
+from ssl_dist.views.draw import PATCH, AffineParameters, draw_patch
+from ssl_dist.views.resample import Box
 
 
 @njit(cache=True, nogil=True)
@@ -68,7 +69,7 @@ def move(view: np.ndarray, affine: AffineParameters, source: np.ndarray) -> None
 
 
 @njit(cache=True, nogil=True)
-def erase(view: np.ndarray, rectangle: Rectangle, red: float, green: float, blue: float) -> None:
+def erase(view: np.ndarray, rectangle: Box, red: float, green: float, blue: float) -> None:
     """The rectangle (top, left, height, width) becomes one colour, levels from 0 to 255."""
     top, left, height, width = rectangle
     for y in range(top, top + height):

@@ -17,6 +17,7 @@ from ssl_dist.keys import VIEWS, hash64
 from ssl_dist.thread_team import ALONE, ThreadTeam
 from ssl_dist.views import geometry, render, resample
 from ssl_dist.views.draw import PATCH, SIZE, ViewParameters, draw_parameters, draw_patch, numeric_recipe
+from ssl_dist.views.render import Images
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,44 +126,36 @@ def make_views(
     # the kernel does not check its indices
     assert np.min(heights) >= 1 and np.max(heights) <= pixels.shape[1], (heights, pixels.shape)
     assert np.min(widths) >= 1 and np.max(widths) <= pixels.shape[2], (widths, pixels.shape)
-    pixels, epoch_key = _read_only(pixels, np.uint8), hash64(seed, VIEWS, epoch)
-    heights, widths, ids, view_ids = (_read_only(a, np.int64) for a in (heights, widths, ids, view_ids))
+    images = Images(_read_only(pixels, np.uint8), *(_read_only(a, np.int64) for a in (heights, widths, ids)))
+    view_ids, epoch_key = _read_only(view_ids, np.int64), hash64(seed, VIEWS, epoch)
 
     def make(lo: int, hi: int) -> None:
-        slices = pixels[lo:hi], heights[lo:hi], widths[lo:hi], ids[lo:hi]
-        _make_slice(spec, *slices, view_ids, epoch_key, out, lo)
+        _make_slice(spec, Images._make(array[lo:hi] for array in images), view_ids, epoch_key, out, lo)
 
     team.run(make, num_images)
     return out
 
 
 def _make_slice(
-    spec: ViewSpec,
-    pixels: np.ndarray,
-    heights: np.ndarray,
-    widths: np.ndarray,
-    ids: np.ndarray,
-    view_ids: np.ndarray,
-    epoch_key: np.uint64,
-    out: np.ndarray,
-    first: int,
+    spec: ViewSpec, images: Images, view_ids: np.ndarray, epoch_key: np.uint64, out: np.ndarray, first: int
 ) -> None:
     """The views of n images into out[:, first : first + n]."""
     if spec.resize is None and not spec.patches:
-        render.make_range(pixels, heights, widths, ids, view_ids, spec.params, epoch_key, out, first)
+        render.make_range(images, view_ids, spec.params, epoch_key, out, first)
         return
-    for b in range(len(pixels)):  # image by image, because one that is very long becomes large
-        image, height, width, image_id = (array[b : b + 1] for array in (pixels, heights, widths, ids))
+    for b in range(len(images.ids)):  # image by image, because one that is very long becomes large
+        image = Images._make(array[b : b + 1] for array in images)
         if spec.resize is not None:
-            image = _resized(pixels[b], heights[b], widths[b], spec.resize)[None]
-            height, width = (_read_only([side], np.int64) for side in image.shape[1:3])
+            pixels = _resized(images.pixels[b], images.heights[b], images.widths[b], spec.resize)
+            height, width = (_read_only([side], np.int64) for side in pixels.shape[:2])
+            image = Images(pixels[None], height, width, image.ids)
         if not spec.patches:
-            render.make_range(image, height, width, image_id, view_ids, spec.params, epoch_key, out, first + b)
+            render.make_range(image, view_ids, spec.params, epoch_key, out, first + b)
             continue
         whole = np.empty((1, 1, 3, spec.side, spec.side), np.uint8)
-        whole_view = _read_only([spec.first_view], np.int64)
-        render.make_range(image, height, width, image_id, whole_view, spec.params, epoch_key, whole, 0)
-        geometry.cut_patches(whole[0, 0], spec.params, epoch_key, ids[b], spec.first_view, view_ids, out, first + b)
+        render.make_range(image, _read_only([spec.first_view], np.int64), spec.params, epoch_key, whole, 0)
+        image_id = images.ids[b]
+        geometry.cut_patches(whole[0, 0], spec.params, epoch_key, image_id, spec.first_view, view_ids, out, first + b)
 
 
 def _resized(image: np.ndarray, height: int, width: int, resize: Resize) -> np.ndarray:

@@ -1,5 +1,7 @@
 """The view kernel: compiled functions that make views of decoded images, uint8 in and uint8 out, without the GIL."""
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
 
@@ -27,9 +29,20 @@ from ssl_dist.views.draw import (
     resized,
 )
 
+Buffers = tuple[resample.Work, blur.Work]
+
+
+class Images(NamedTuple):
+    """n decoded images: image b is pixels[b, :heights[b], :widths[b]]."""
+
+    pixels: np.ndarray  # uint8 [n, Hmax, Wmax, 3]
+    heights: np.ndarray  # int64 [n], as widths and ids
+    widths: np.ndarray
+    ids: np.ndarray
+
 
 @njit(cache=True, inline="always")
-def _new_work(recipe: np.ndarray, max_height: int, max_width: int) -> tuple[resample.Work, blur.Work]:
+def _new_work(recipe: np.ndarray, max_height: int, max_width: int) -> Buffers:
     """Buffers of one thread for resizing and for blurring, reused for all its views."""
     size = int(recipe[SIZE])
     shortest = size if recipe[CROP] == RANDOM else int(recipe[RESIZE])
@@ -51,22 +64,16 @@ def _jitter(rgb: np.ndarray, drawn: ViewParameters) -> None:
 
 
 @njit(cache=True, inline="always")
-def _render(
-    image: np.ndarray,
-    recipe: np.ndarray,
-    drawn: ViewParameters,
-    work: resample.Work,
-    blur_work: blur.Work,
-    out: np.ndarray,
-) -> None:
+def _render(image: np.ndarray, recipe: np.ndarray, drawn: ViewParameters, work: Buffers, out: np.ndarray) -> None:
     """One view of image uint8 [H, W, 3] with the parameters drawn -> out uint8 [3, S, S]."""
+    resize_work, blur_work = work
     size = out.shape[1]
     height, width = resized(recipe, drawn.crop[2], drawn.crop[3])
     corner = drawn.corner
     if recipe[CROP] == CENTRE:
         corner = (round((height - size) / 2), round((width - size) / 2))
     bicubic = recipe[BICUBIC] != 0
-    resample.resize_crop(image, drawn.crop, (height, width), corner, drawn.flip, bicubic, work, out)
+    resample.resize_crop(image, drawn.crop, (height, width), corner, drawn.flip, bicubic, resize_work, out)
     if drawn.turns > 0:
         geometry.turn(out, drawn.turns, blur_work.first)
     if drawn.affine != NOT_MOVED:
@@ -91,27 +98,20 @@ def _render(
 
 @njit(cache=True, nogil=True)
 def make_range(
-    pixels: np.ndarray,
-    heights: np.ndarray,
-    widths: np.ndarray,
-    ids: np.ndarray,
-    view_ids: np.ndarray,
-    recipe: np.ndarray,
-    epoch_key: np.uint64,
-    out: np.ndarray,
-    first: int,
+    images: Images, view_ids: np.ndarray, recipe: np.ndarray, epoch_key: np.uint64, out: np.ndarray, first: int
 ) -> None:
-    """The views of n images uint8 [n, Hmax, Wmax, 3] into out[:, first : first + n], uint8 [V, B, 3, S, S]."""
-    work, blur_work = _new_work(recipe, pixels.shape[1], pixels.shape[2])
+    """The views of n images into out[:, first : first + n], uint8 [V, B, 3, S, S]."""
+    pixels, heights, widths, ids = images
+    work = _new_work(recipe, pixels.shape[1], pixels.shape[2])
     for b in range(pixels.shape[0]):
         image_key = fold(epoch_key, ids[b])
         for v in range(view_ids.shape[0]):
             drawn = draw_parameters(recipe, fold(image_key, view_ids[v]), heights[b], widths[b])
-            _render(pixels[b], recipe, drawn, work, blur_work, out[v, first + b])
+            _render(pixels[b], recipe, drawn, work, out[v, first + b])
 
 
 @njit(cache=True, nogil=True)
 def make_one(image: np.ndarray, recipe: np.ndarray, drawn: ViewParameters, out: np.ndarray) -> None:
     """The view with the parameters drawn of image uint8 [H, W, 3] -> out uint8 [3, S, S]."""
-    work, blur_work = _new_work(recipe, image.shape[0], image.shape[1])
-    _render(image, recipe, drawn, work, blur_work, out)
+    work = _new_work(recipe, image.shape[0], image.shape[1])
+    _render(image, recipe, drawn, work, out)

@@ -21,6 +21,9 @@ HALF = 1 << (BITS - 1)
 U, I = np.uint64, np.int32  # noqa: E741 - unsigned indices spare the test for negative ones
 
 
+Bool = bool | np.bool_
+Pair = tuple[int, int]  # down, right: a height and a width, or a top and a left
+Box = tuple[int, int, int, int]  # top, left, height, width
 AxisPlan = tuple[np.ndarray, np.ndarray]  # first source pixel uint64 [S]; weights uint64 [S, taps], flat
 
 
@@ -101,13 +104,7 @@ def _cubic(x: float) -> float:
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def plan_axis(
-    in_len: int,
-    resized_len: int,
-    offset: int,
-    mirror: bool | np.bool_,
-    bicubic: bool,
-    filter: np.ndarray,
-    plan: AxisPlan,
+    in_len: int, resized_len: int, offset: int, mirror: Bool, bicubic: Bool, filter: np.ndarray, plan: AxisPlan
 ) -> int:
     """Plan of an axis: resize `in_len` pixels to `resized_len`, of which S from `offset` on are kept.
 
@@ -155,26 +152,17 @@ def plan_axis(
 
 @njit(cache=True, nogil=True)
 def resample_rows(
-    image: np.ndarray,
-    stride: int,
-    origin: int,
-    width: int,
-    first_row: int,
-    num_rows: int,
-    plan: AxisPlan,
-    taps: int,
-    bicubic: bool,
-    packed: np.ndarray,
-    rows: np.ndarray,
+    image: np.ndarray, stride: int, origin: int, width: int, span: Pair, taps: int, bicubic: bool, work: Work
 ) -> None:
-    """Horizontal pass over rows first_row .. first_row + num_rows - 1 of a crop, into the same rows of `rows`.
+    """Horizontal pass over a span (first row, number of rows) of a crop, into the same rows of `work.rows`.
 
-    image: uint8, flat, `stride` bytes a row; the crop begins at byte `origin` and is `width` pixels wide. rows: uint8
-    [3, R, S], flat. Two channels share one 64-bit product: 8-bit pixels times weights that add up to 2**22 stay below
-    2**32. The sums of a bicubic filter may be negative: then the low one has borrowed from the high one, and both need
-    clipping. Indices into flat arrays because slices in the loops would be counted references.
+    image: uint8, flat, `stride` bytes a row; the crop begins at byte `origin` and is `width` pixels wide. Two channels
+    share one 64-bit product: 8-bit pixels times weights that add up to 2**22 stay below 2**32. The sums of a bicubic
+    filter may be negative: then the low one has borrowed from the high one, and both need clipping. Indices into flat
+    arrays because slices in the loops would be counted references.
     """
-    start, weights = plan
+    (start, weights), packed, rows = work.x_plan, work.packed, work.rows
+    first_row, num_rows = span
     size, plane = U(start.shape[0]), U(rows.shape[0] // 3)
     for r in range(U(first_row), U(first_row + num_rows)):
         byte = U(origin) + r * U(stride)
@@ -216,11 +204,9 @@ def resample_rows(
 
 
 @njit(cache=True, nogil=True)
-def resample_columns(
-    rows: np.ndarray, plan: AxisPlan, taps: int, bicubic: bool, sums: np.ndarray, out: np.ndarray
-) -> None:
-    """Vertical pass: rows uint8 [3, R, W], flat -> out uint8 [3, S, W], flat; W is the length of `sums`."""
-    start, weights = plan
+def resample_columns(work: Work, taps: int, bicubic: bool, out: np.ndarray) -> None:
+    """Vertical pass: work.rows uint8 [3, R, W], flat -> out uint8 [3, S, W], flat; W is the length of `work.sums`."""
+    (start, weights), rows, sums = work.y_plan, work.rows, work.sums
     size, width, plane = U(start.shape[0]), U(sums.shape[0]), U(rows.shape[0] // 3)
     for c in range(U(3)):
         for y in range(size):
@@ -248,7 +234,7 @@ def resample_columns(
 
 
 @njit(cache=True, inline="always")
-def proportional(short_side: int, height: int, width: int) -> tuple[int, int]:
+def proportional(short_side: int, height: int, width: int) -> Pair:
     """Height and width with the short side resized to `short_side` and the long one in proportion, rounded down."""
     new_height = short_side if height <= width else int(short_side * height / width)
     new_width = short_side if width <= height else int(short_side * width / height)
@@ -257,14 +243,7 @@ def proportional(short_side: int, height: int, width: int) -> tuple[int, int]:
 
 @njit(cache=True, inline="always")
 def resize_crop(
-    image: np.ndarray,
-    crop: tuple[int, int, int, int],
-    resized: tuple[int, int],
-    corner: tuple[int, int],
-    flip: bool,
-    bicubic: bool,
-    work: Work,
-    out: np.ndarray,
+    image: np.ndarray, crop: Box, resized: Pair, corner: Pair, flip: Bool, bicubic: bool, work: Work, out: np.ndarray
 ) -> None:
     """The crop (top, left, height, width) of image uint8 [H, W, 3] -> out uint8 [3, S, S], mirrored where `flip`.
 
@@ -280,14 +259,12 @@ def resize_crop(
     stride = 3 * image.shape[1]
     origin = top * stride + 3 * left
     flat = image.reshape(image.size)
-    resample_rows(
-        flat, stride, origin, width, first_row, num_rows, work.x_plan, x_taps, bicubic, work.packed, work.rows
-    )
-    resample_columns(work.rows, work.y_plan, y_taps, bicubic, work.sums, out.reshape(out.size))
+    resample_rows(flat, stride, origin, width, (first_row, num_rows), x_taps, bicubic, work)
+    resample_columns(work, y_taps, bicubic, out.reshape(out.size))
 
 
 @njit(cache=True, nogil=True)
-def resize_image(image: np.ndarray, height: int, width: int, resized: tuple[int, int], bicubic: bool) -> np.ndarray:
+def resize_image(image: np.ndarray, height: int, width: int, resized: Pair, bicubic: bool) -> np.ndarray:
     """The first height x width pixels of image uint8 [H, W, 3] -> uint8 [resized height, resized width, 3]."""
     new_height, new_width = resized
     work = new_work(height, width, new_height, new_width, min(new_height, new_width), bicubic)
@@ -296,8 +273,8 @@ def resize_image(image: np.ndarray, height: int, width: int, resized: tuple[int,
     y_taps = plan_axis(height, new_height, 0, False, bicubic, work.filter, work.y_plan)
     flat = image.reshape(image.size)
     stride = 3 * image.shape[1]
-    resample_rows(flat, stride, 0, width, 0, height, work.x_plan, x_taps, bicubic, work.packed, work.rows)
-    resample_columns(work.rows, work.y_plan, y_taps, bicubic, work.sums, planes.reshape(planes.size))
+    resample_rows(flat, stride, 0, width, (0, height), x_taps, bicubic, work)
+    resample_columns(work, y_taps, bicubic, planes.reshape(planes.size))
     out = np.empty((new_height, new_width, 3), np.uint8)
     pixels = out.reshape(new_height * new_width, 3)
     for i in range(new_height * new_width):
