@@ -49,7 +49,7 @@ python - "$relational" "$random" <<'PYTHON' | tee "$table"
 import sys
 from pathlib import Path
 
-from ssl_dist.evaluators import results
+from ssl_dist import results
 
 print(results.table([record for run in sys.argv[1:] for record in results.read(Path(run, "results.json"))]))
 PYTHON

@@ -60,7 +60,7 @@ if getconf GNU_LIBC_VERSION >/dev/null 2>&1; then
     tunables=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592
     export GLIBC_TUNABLES=${GLIBC_TUNABLES:-$tunables}
 fi
-# DDP's C++ warns that no parameter was unused; dist.py says why it was asked to look.
+# DDP's C++ warns that no parameter was unused; distributed/world.py says why it was asked to look.
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 # After a restart torchrun's shared store still holds the addresses of dead ranks, and gloo would call them.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1

@@ -14,10 +14,11 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 INSTALL = "bash launch/install.sh"
 OLDEST_PYTHON = (3, 11)
-SMALL_SHARED_MEMORY = 1 << 30  # bytes; torch's worker processes and NCCL put their buffers there
+MIN_SHARED_MEMORY_BYTES = 1 << 30  # torch's worker processes and NCCL put their buffers there
 
 REQUIRED = {
     "torchvision": "reads and decodes data sets",
@@ -82,12 +83,12 @@ def findings() -> Iterator[Finding]:
 
 
 def _python() -> Finding:
-    wanted = ".".join(map(str, OLDEST_PYTHON))
+    oldest = ".".join(map(str, OLDEST_PYTHON))
     return Finding(
         "python",
         sys.version_info >= OLDEST_PYTHON,
-        f"{platform.python_version()} (at least {wanted})",
-        f"install Python {wanted} or newer, then PYTHON=/path/to/it {INSTALL}",
+        f"{platform.python_version()} (at least {oldest})",
+        f"install Python {oldest} or newer, then PYTHON=/path/to/it {INSTALL}",
     )
 
 
@@ -117,7 +118,7 @@ def _torch() -> Iterator[Finding]:
         yield _cuda(importlib.import_module("torch"))
 
 
-def _cuda(torch) -> Finding:
+def _cuda(torch: ModuleType) -> Finding:
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return Finding("cuda", True, f"{len(names)} device(s): {', '.join(sorted(set(names)))}")
@@ -184,7 +185,7 @@ def _shared_memory(path: str) -> Finding:
     size = shutil.disk_usage(path).total
     return Finding(
         "shared memory",
-        size >= SMALL_SHARED_MEMORY,
+        size >= MIN_SHARED_MEMORY_BYTES,
         f"{path} has {size / 2**30:.1f} GiB",
         "in a container: docker run --shm-size=8g (or --ipc=host)",
         required=False,

@@ -1,4 +1,4 @@
-"""What a Slurm task runs: a command of `ssl-dist`, with the rank's place taken from srun.
+"""What a Slurm task runs: a command of `ssl-dist`, with the rank read from srun's environment variables.
 
 `python -m ssl_dist.job train CONFIG ...` under srun is what slurm/train.sbatch starts; submitit starts a `Job`.
 """
@@ -15,18 +15,18 @@ from ssl_dist.distributed.rank import BY_SRUN
 from ssl_dist.distributed.signals import STOPPED
 from ssl_dist.errors import UserError
 
-# Where Slurm reserves no port: by the job's number, above torchrun's 29500 and below what clients are given.
+# Where Slurm reserves no port: by the job's id, above torchrun's 29500 and below the ports of clients.
 FIRST_PORT, NUM_PORTS = 29600, 3000
 
 
 @dataclass(frozen=True)
 class Job:
-    """A command as an importable object: what submitit pickles is this class's name and some words."""
+    """A command as an importable object: submitit pickles this class's name and the arguments."""
 
     arguments: tuple[str, ...]
 
     def __call__(self) -> int:
-        """Runs in a task's process. Any exit code but 0 ends that process, and the batch script sees it."""
+        """Run in a task's process. Any exit code but 0 ends that process, and the batch script sees it."""
         code = run(self.arguments)
         if code:
             sys.exit(code)  # submitit lets SystemExit pass
@@ -37,7 +37,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command in this task; returns its exit code."""
     is_training = list(arguments[:1]) == ["train"]
     for number in (signal.SIGTERM, signal.SIGUSR2):
-        # Until training listens there is nothing to save. submitit's own handlers would requeue from within one task.
+        # Before the training has its handlers nothing is to be saved. Those of submitit would requeue from a task.
         signal.signal(number, (lambda *_: os._exit(STOPPED)) if is_training else signal.SIG_DFL)
     signal.signal(signal.SIGCONT, signal.SIG_DFL)
     try:
@@ -49,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def environment(slurm: Mapping[str, str]) -> dict[str, str]:
-    """What torchrun would set, from what srun sets; nothing where a launcher has set it or there is no srun.
+    """The environment variables that torchrun would set, from those of srun; empty under torchrun and without srun.
 
     Raises `UserError` where tasks are not spread evenly over the nodes, or the first node's name is not known.
     """
@@ -74,8 +74,8 @@ def environment(slurm: Mapping[str, str]) -> dict[str, str]:
 
 
 def port(slurm: Mapping[str, str]) -> int:
-    """The port at which rank 0 waits: the first that Slurm reserved for this step (srun --resv-ports), else one by the
-    job's number, so that jobs on one node do not meet; another one at every start, in case it is taken."""
+    """The port of rank 0: the first that Slurm reserved for this step (srun --resv-ports), else one by the job's id,
+    so that jobs on one node do not share it; another one at every start, in case it is taken."""
     reserved = re.match(r"\d+", slurm.get("SLURM_STEP_RESV_PORTS", ""))
     if reserved:
         return int(reserved[0])

@@ -1,12 +1,12 @@
-"""The batch script of a Slurm job: what a site wants, what comes before srun, and what is decided after it.
+"""The batch script of a Slurm job: the site's settings, the lines before srun, and those that decide what follows it.
 
-There the exit code of all tasks and the state of the job are known: a job is queued again after 75 (asked to stop,
+After srun the exit code of all tasks and the state of the job are known: a job is queued again after 75 (asked to stop,
 saved) always, after a crash at most `crashes` times, after a mistake of the user (2) or when it was cancelled never.
 """
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 from submitit.slurm.slurm import SlurmExecutor
@@ -19,7 +19,7 @@ TIME = r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$"
 
 
 class Site(Section):
-    """What every job of a site or user wants. Each key but the last four is also an option of the command."""
+    """The settings of every job of a site or user. Each key but the last four is also an option of the command."""
 
     partition: str | None = None
     account: str | None = None
@@ -37,7 +37,7 @@ class Site(Section):
     sbatch: dict[str, str | int | bool] = Field(default_factory=dict, description="more options of sbatch")
 
     @model_validator(mode="after")
-    def _time_to_train(self):
+    def _time_to_train(self) -> Self:
         if self.seconds <= 2 * self.signal_seconds:
             raise ValueError(
                 f"time: {self.time} must be more than twice signal_seconds, {self.signal_seconds}: the training would "
@@ -56,9 +56,9 @@ class Site(Section):
         return self.tasks_per_node or self.gpus_per_node or 1
 
 
-def read_site(file: str | Path | None, options: dict) -> Site:
-    """The site's file with the options of the command line before it. Raises `UserError`."""
-    tree = {}
+def read_site(file: str | Path | None, options: dict[str, Any]) -> Site:
+    """The site's file, overridden by the options of the command line. Raises `UserError`."""
+    tree: Any = {}
     if file is not None:
         try:
             tree = parse_yaml(Path(file).read_text(encoding="utf-8"), str(file)) or {}
@@ -69,17 +69,17 @@ def read_site(file: str | Path | None, options: dict) -> Site:
             raise UserError(
                 f"--site {file}: must be a mapping of keys such as partition; slurm/site.yaml is an example"
             )
-    given = {name: value for name, value in options.items() if name in Site.model_fields and value is not None}
-    if "gpus_per_node" in given or "tasks_per_node" in given:
+    overrides = {name: value for name, value in options.items() if name in Site.model_fields and value is not None}
+    if "gpus_per_node" in overrides or "tasks_per_node" in overrides:
         tree = {name: value for name, value in tree.items() if name not in ("gpus_per_node", "tasks_per_node")}
-    return validate(Site, tree | given)
+    return validate(Site, tree | overrides)
 
 
 # ---------------------------------------------------------------------------------------------------- the script
 
 
 def setup_lines(site: Site) -> list[str]:
-    """What the batch script does before srun. The settings are those of launch/torchrun_multi.sh, for its reasons."""
+    """The batch script before srun. The settings are those of launch/torchrun_multi.sh, for its reasons."""
     return [
         *site.setup,
         "unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE  # of where this was submitted",
@@ -95,8 +95,8 @@ def setup_lines(site: Site) -> list[str]:
 
 
 def teardown_lines(crashes: int, folder: Path) -> list[str]:
-    """What the batch script does after srun; crashes are counted in a file of `folder`. A job that was cancelled or
-    preempted is not RUNNING any more: the one stays away, the other Slurm itself queues again.
+    """The batch script after srun; crashes are counted in a file of `folder`. A job that was cancelled or preempted is
+    not RUNNING any more: the former stays out of the queue, the latter Slurm itself queues again.
 
     An element of an array is named by its number in the array: the last one's own job number is that of the array.
     """
@@ -127,7 +127,7 @@ def teardown_lines(crashes: int, folder: Path) -> list[str]:
 
 
 class Executor(SlurmExecutor):
-    """submitit's, which is also made where there is no Slurm: a dry run works on any machine."""
+    """submitit's executor, which works without Slurm too: a dry run needs none."""
 
     @classmethod
     def affinity(cls) -> int:
@@ -137,10 +137,10 @@ class Executor(SlurmExecutor):
         return self._make_submission_file_text(self._submitit_command_str, "dry-run")
 
 
-def executor(site: Site, folder: Path, name: str, **more) -> Executor:
-    """submitit's executor with what the site wants; `more` are further options of sbatch."""
-    made = Executor(folder)
-    made.update_parameters(
+def executor(site: Site, folder: Path, name: str, **options: str) -> Executor:
+    """submitit's executor by the site's settings; `options` are further ones of sbatch."""
+    slurm = Executor(folder)
+    slurm.update_parameters(
         job_name=name,
         partition=site.partition,
         account=site.account,
@@ -156,7 +156,7 @@ def executor(site: Site, folder: Path, name: str, **more) -> Executor:
         teardown=teardown_lines(site.crashes, folder.parent),
         stderr_to_stdout=True,
         srun_args=["--kill-on-bad-exit=0", "--wait=30"],  # the others have 30 s to say which one failed
-        additional_parameters={"requeue": True, "signal": f"USR2@{site.signal_seconds}", **site.sbatch, **more},
+        additional_parameters={"requeue": True, "signal": f"USR2@{site.signal_seconds}", **site.sbatch, **options},
         wckey=None,
     )
-    return made
+    return slurm

@@ -1,4 +1,4 @@
-"""How the jobs of runs are: a line a job, from what Slurm says of it and what its run has written."""
+"""`submit.py status`: a line for every job, from Slurm's answer and the files of its run."""
 
 import json
 import re
@@ -19,22 +19,22 @@ def table(runs: Sequence[Path]) -> str:
     """A line for every job noted in RUN/slurm/jobs.jsonl of the runs (none: of all in runs/). Raises `UserError`."""
     if shutil.which("scontrol") is None:
         raise UserError("scontrol: not found; run this on a machine of the cluster")
-    notes = [run / "slurm" / "jobs.jsonl" for run in runs] or sorted(Path("runs").glob("*/slurm/jobs.jsonl"))
-    if not notes:
+    job_files = [run / "slurm" / "jobs.jsonl" for run in runs] or sorted(Path("runs").glob("*/slurm/jobs.jsonl"))
+    if not job_files:
         raise UserError("runs/*/slurm: no job was submitted from here; name the runs")
-    for note in notes:
-        if not note.exists():
-            raise UserError(f"{note.parent.parent}: no job of this run was submitted from here")
-    rows = [HEAD]
-    for note in notes:
-        for line in note.read_text(encoding="utf-8").splitlines():
+    for path in job_files:
+        if not path.exists():
+            raise UserError(f"{path.parent.parent}: no job of this run was submitted from here")
+    rows: list[Sequence[str]] = [HEAD]
+    for path in job_files:
+        for line in path.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
-            rows.append(_row(note.parent.parent, entry["job"], entry["kind"]))
+            rows.append(_row(path.parent.parent, entry["job"], entry["kind"]))
     return "\n".join(text_table.aligned(rows))
 
 
 def job_of(job: str) -> dict[str, str]:
-    """What `scontrol show job` says; empty where Slurm has forgotten the job."""
+    """The fields of `scontrol show job`; empty where Slurm has forgotten the job."""
     done = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True, check=False)
     if done.returncode and "Invalid job id" not in done.stderr:
         raise UserError(f"scontrol show job {job}: {done.stderr.strip()}")
@@ -42,15 +42,15 @@ def job_of(job: str) -> dict[str, str]:
 
 
 def _row(run: Path, job: str, kind: str) -> tuple[str, ...]:
-    known = job_of(job)
-    state = known.get("JobState", "gone")
-    restarts = int(known.get("Restarts", 0))
+    fields = job_of(job)
+    state = fields.get("JobState", "gone")
+    restarts = int(fields.get("Restarts", 0))
     if restarts:
         state += f" (start {restarts + 1})"
-    why = known.get("Reason", "None")
+    reason = fields.get("Reason", "None")
     progress = _progress(run) if kind == "train" else ("", "", "", "")
-    kept = checkpoint.steps(run)
-    return (job, kind, state, str(run), *progress, str(kept[-1]) if kept else "", "" if why == "None" else why)
+    steps = checkpoint.steps(run)
+    return (job, kind, state, str(run), *progress, str(steps[-1]) if steps else "", "" if reason == "None" else reason)
 
 
 def _progress(run: Path) -> tuple[str, str, str, str]:

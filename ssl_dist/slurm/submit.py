@@ -1,4 +1,4 @@
-"""Trainings as Slurm jobs, through submitit: what is checked before, the array, the chain to an evaluation."""
+"""Submission of Slurm jobs through submitit: the checks before it, arrays, and evaluations that follow trainings."""
 
 import argparse
 import contextlib
@@ -33,37 +33,36 @@ from ssl_dist.storage import checkpoint, durable
 def train(options: argparse.Namespace) -> int:
     """`submit.py train`: check everything that can be checked here, then submit; prints a line a job."""
     site = read_site(options.site, vars(options))
-    wanted = variants(options.config, options.overrides, options.seeds or [], options.sweep or [])
-    for settings in wanted:
+    configs = variants(options.config, options.overrides, options.seeds or [], options.sweep or [])
+    for training in configs:
         rank_info = RankInfo(0, site.nodes * site.ranks_per_node, 0, site.ranks_per_node)
-        plan = derive(settings, rank_info)
-        run_folder.check(plan.run, settings)
+        run_folder.check(derive(training, rank_info).run, training)
     if options.then is not None:
         _check_evaluation("--then", options.then)
     if options.cluster == "local":
-        return local.run_all(site.nodes, site.ranks_per_node, wanted, options.then)
+        return local.run_all(site.nodes, site.ranks_per_node, configs, options.then)
     name = Path(config.load(options.config, options.overrides).run_dir).name
-    folder = _folder(wanted, name)
-    made = executor(site, folder / "%A", name)
-    made.parameters["map_count"] = len(wanted) if len(wanted) > 1 else None  # of the script that is shown and tried
+    folder = _folder(configs, name)
+    trainer = executor(site, folder / "%A", name)
+    trainer.parameters["map_count"] = len(configs) if len(configs) > 1 else None  # of the script that is printed
     if options.dry_run:
-        print(made.script())
+        print(trainer.script())
         return 0
-    _try(made.script())
+    _test(trainer.script())
     if options.then:
-        _try(_evaluator(site, folder, Path(wanted[0].run_dir), options.then).script())
-    made.parameters.pop("map_count")
-    with _outside_of_jobs():
-        numbers = _submit(made, [_training(folder, settings) for settings in wanted])
-        for number, settings in zip(numbers, wanted, strict=True):
-            _note(Path(settings.run_dir), number, "train")
-            print(f"job {number}: {settings.run_dir}", flush=True)
-        for number, settings in zip(numbers, wanted, strict=True) if options.then else ():
-            evaluation = Job(("evaluate", settings.run_dir, *options.then))
-            run = Path(settings.run_dir)
-            [after] = _submit(_evaluator(site, folder, run, options.then, f"afterok:{number}"), [evaluation])
-            _note(run, after, "evaluate")
-            print(f"job {after}: {' '.join(options.then)} of {settings.run_dir}, after job {number}", flush=True)
+        _test(_evaluator(site, folder, Path(configs[0].run_dir), options.then).script())
+    trainer.parameters.pop("map_count")
+    with _clean_environment():
+        job_ids = _submit(trainer, [_training(folder, training) for training in configs])
+        for job_id, training in zip(job_ids, configs, strict=True):
+            _note(Path(training.run_dir), job_id, "train")
+            print(f"job {job_id}: {training.run_dir}", flush=True)
+        for job_id, training in zip(job_ids, configs, strict=True) if options.then else ():
+            run = Path(training.run_dir)
+            evaluator = _evaluator(site, folder, run, options.then, f"afterok:{job_id}")
+            [next_id] = _submit(evaluator, [Job(("evaluate", training.run_dir, *options.then))])
+            _note(run, next_id, "evaluate")
+            print(f"job {next_id}: {' '.join(options.then)} of {training.run_dir}, after job {job_id}", flush=True)
     return 0
 
 
@@ -76,21 +75,22 @@ def evaluate(options: argparse.Namespace) -> int:
     words = [*options.overrides, *(["--search", *options.search] if options.search else [])]
     if options.validation is not None:
         words += ["--validation", repr(options.validation)]
-    made = _evaluator(site, run.absolute() / "slurm", run, options.overrides)
+    evaluator = _evaluator(site, run.absolute() / "slurm", run, options.overrides)
     if options.dry_run:
-        print(made.script())
+        print(evaluator.script())
         return 0
-    _try(made.script())
-    with _outside_of_jobs():
-        [number] = _submit(made, [Job(("evaluate", str(run), *words))])
-    _note(run, number, "evaluate")
-    print(f"job {number}: {' '.join(words)} of {run}", flush=True)
+    _test(evaluator.script())
+    with _clean_environment():
+        [job_id] = _submit(evaluator, [Job(("evaluate", str(run), *words))])
+    _note(run, job_id, "evaluate")
+    print(f"job {job_id}: {' '.join(words)} of {run}", flush=True)
     return 0
 
 
 @contextlib.contextmanager
-def _outside_of_jobs() -> Iterator[None]:
-    """What a job sets for its own steps must not reach one that is submitted from it; where Slurm is, it must."""
+def _clean_environment() -> Iterator[None]:
+    """Without the variables of a job, which must not reach one that is submitted from it; the path of Slurm's own
+    configuration stays."""
     conf = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
     with clean_env():
         os.environ |= conf
@@ -106,62 +106,59 @@ def _check_evaluation(
     parse(chosen, [word for word in words if "=" in word], validation, searched)
 
 
-def _folder(wanted: list[Config], name: str) -> Path:
+def _folder(configs: list[Config], name: str) -> Path:
     """Where scripts and logs go: RUN/slurm, and for several runs <run_dir>-array/slurm beside them."""
-    run = Path(wanted[0].run_dir).absolute()
-    return run / "slurm" if len(wanted) == 1 else run.with_name(f"{name}-array") / "slurm"
+    run = Path(configs[0].run_dir).absolute()
+    return run / "slurm" if len(configs) == 1 else run.with_name(f"{name}-array") / "slurm"
 
 
-def _training(folder: Path, settings: Config) -> Job:
-    """The job trains by a copy of the resolved config: what is edited meanwhile is another training."""
+def _training(folder: Path, training: Config) -> Job:
+    """A job that trains by a copy of the resolved config, so that later edits do not reach it."""
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-    path = folder / f"config-{Path(settings.run_dir).name}-{stamp}.yaml"
+    path = folder / f"config-{Path(training.run_dir).name}-{stamp}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    durable.write_text(path, config.dump(settings))
+    durable.write_text(path, config.dump(training))
     return Job(("train", str(path)))
 
 
 def _evaluator(site: Site, folder: Path, run: Path, words: list[str], dependency: str | None = None) -> Executor:
-    """Of an evaluation, started when the training has ended well; Slurm cancels it when the training fails. Evaluators
-    of images train on all ranks of the site; those of features need one task."""
+    """The executor of an evaluation. dependency: it starts when a training has succeeded, and is cancelled when that
+    fails. Evaluators of images train on all ranks of the site; those of features need one task."""
     if not any(isinstance(evaluators.find(word), evaluators.ImageEvaluator) for word in words if "=" not in word):
         site = site.model_copy(update={"nodes": 1, "tasks_per_node": 1, "gpus_per_node": site.gpus_per_node and 1})
-    more = {} if dependency is None else {"dependency": dependency, "kill-on-invalid-dep": "yes"}
-    return executor(site, folder / "%A", f"{run.name}-evaluate", **more)
+    further = {} if dependency is None else {"dependency": dependency, "kill-on-invalid-dep": "yes"}
+    return executor(site, folder / "%A", f"{run.name}-evaluate", **further)
 
 
-def _submit(made: Executor, jobs: list[Job]) -> list[str]:
-    """The numbers of the new jobs; several are an array. Raises `UserError` with Slurm's reason."""
+def _submit(slurm: Executor, jobs: list[Job]) -> list[str]:
+    """Submit jobs, several as an array; returns their ids. Raises `UserError` with Slurm's reason."""
     try:
-        with made.batch():
-            submitted = [made.submit(job) for job in jobs]
+        with slurm.batch():
+            submitted = [slurm.submit(job) for job in jobs]
         return [job.job_id for job in submitted]
     except submitit.core.utils.FailedJobError as error:
         raise UserError(f"sbatch refuses the job: {str(error).strip().splitlines()[-1]}") from None
 
 
 def variants(path: str, overrides: list[str], seeds: list[int], sweep: list[str]) -> list[Config]:
-    """The config for every choice of a seed and of a value of each `key=[value, value]` in `sweep`, each with a run_dir
-    of its own, named by what was chosen; the config itself where there is nothing to choose."""
+    """The config for every combination of a seed and of a value of each `key=[value, value]` in `sweep`, each with a
+    run_dir of its own, named by these values; the config itself where there are none."""
     axes = [_axis(word) for word in sweep] + ([("seed", seeds)] if seeds else [])
-    alone = config.load(path, overrides)
+    base = config.load(path, overrides)
     if not axes:
-        return [alone]
-    run = Path(alone.run_dir)
+        return [base]
+    run = Path(base.run_dir)
     if not run.name:
         raise UserError(f"run_dir = {str(run)!r}: has no name that a seed could be added to")
-    found = []
+    configs = []
     for values in itertools.product(*(values for _, values in axes)):
         chosen = [(key, value) for (key, _), value in zip(axes, values, strict=True)]
         name = "".join(f"-{key.rpartition('.')[2]}{value}".replace("/", "-") for key, value in chosen)
-        more = [f"{key}={json.dumps(value)}" for key, value in chosen]
-        found.append(
-            config.load(path, [*overrides, *more, f"run_dir={json.dumps(str(run.with_name(run.name + name)))}"])
-        )
-    runs = [settings.run_dir for settings in found]
-    if len(set(runs)) < len(runs):
+        chosen.append(("run_dir", str(run.with_name(run.name + name))))
+        configs.append(config.load(path, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in chosen)]))
+    if len({variant.run_dir for variant in configs}) < len(configs):
         raise UserError("--seeds, --sweep: a value is given twice; name every one once")
-    return found
+    return configs
 
 
 def _axis(word: str) -> tuple[str, list]:
@@ -172,8 +169,8 @@ def _axis(word: str) -> tuple[str, list]:
     return key, values
 
 
-def _try(script: str) -> None:
-    """Have sbatch look at the script without submitting it. Raises `UserError` with its reason."""
+def _test(script: str) -> None:
+    """Have sbatch check the script without submitting it. Raises `UserError` with its reason."""
     if shutil.which("sbatch") is None:
         raise UserError("sbatch: not found; run this on a machine of the cluster, or with --cluster local or --dry-run")
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
