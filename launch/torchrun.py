@@ -1,4 +1,4 @@
-"""torchrun without a traceback of its own: what ended the ranks they have said themselves."""
+"""torchrun without its own traceback: the ranks have printed what ended them."""
 
 import sys
 
