@@ -183,6 +183,17 @@ def test_a_torn_last_line_is_of_a_run_that_goes_on(tmp_path):
     assert page_of(run).text.replace("at", "") == whole.text.replace("at", "")
 
 
+def test_verdicts_have_badges_and_are_counted(tmp_path):
+    run = make_run(tmp_path / "run")
+    lines = healthy(num_lines=40, data_wait=lambda t: 0.6, effective_rank=lambda t: 3.0, lr=lambda t: 0.05)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = report.write(report.read([run]), None).read_text()
+    assert '<span class="badge error">1 ill</span><span class="badge warning">2 look</span>' in text
+    assert text.count('<span class="badge error">ill</span>') == 1
+    assert text.count('<span class="badge warning">look</span>') == 2
+    assert '<span class="badge ok">fine</span>' in text
+
+
 def test_the_knn_that_is_measured_now_and_then(tmp_path):
     run = make_run(tmp_path / "run")
     lines = (run / "metrics.jsonl").read_text().splitlines()

@@ -97,6 +97,8 @@ def test_saturated_relation_head():
     assert "after 12 % of the training" in alarm.words
     alarm = the_only_alarm(exact(95.0, 95.0, 95.0)[:70] + early[70:])
     assert alarm.level == "warning" and "after" not in alarm.words
+    few = judged(exact(99.9, 99.9, 99.9)[:10])["Relation head"]
+    assert few.level == "warning" and "after" not in few.words  # ten lines do not say since when
 
 
 def test_relation_head_that_guesses_or_says_one_thing():

@@ -90,6 +90,15 @@ def test_the_loss_falls_and_what_is_written(tmp_path):
     assert checkpoint.steps(tmp_path) == [58, 60], "the newest two"
 
 
+def test_the_loss_is_the_sum_of_its_terms(tmp_path):
+    task = toy()
+    square = task.loss
+    task.loss = lambda items: {"first": square(items)["square"], "second": torch.tensor(2.0)}
+    assert fit(tmp_path, task, steps=1) == 0
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line["loss"] == pytest.approx(line["first"] + 2) and line["second"] == 2
+
+
 def test_a_resume_at_any_step_equals_no_stop_bit_for_bit(tmp_path):
     whole = toy()
     assert fit(tmp_path / "whole", whole) == 0

@@ -350,6 +350,15 @@ def test_a_segmentation_learns(voc, tmp_path):
     assert values["voc_segmentation_miou"] > 30, values
 
 
+def test_a_stopped_training_has_no_results(voc, tmp_path, monkeypatch):
+    weights = tmp_path / "resnet8.pth"
+    torch.save(backbones.build("resnet8").state_dict(), weights)
+    monkeypatch.setattr(loop, "fit", lambda *_: 75)
+    words = ["voc", "segmentation", str(weights), "--root", str(voc), "--out", str(tmp_path / "out")]
+    assert cli.main([*words, "backbone.name=resnet8"]) == 75
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
 @pytest.mark.slow
 def test_the_command_of_detection_on_two_folders(voc, tmp_path, capsys):
     """07+12: trained on both, tested on the first; the same command again evaluates again, to the same numbers."""
