@@ -48,7 +48,7 @@ def _fold(key: np.uint64, word: np.uint64) -> np.uint64:
     return fold(key, word)
 
 
-def hash64(*words: int) -> np.uint64:
+def hash64(*words: int | np.integer) -> np.uint64:
     """The key of a tuple of integers (each taken modulo 2**64)."""
     key = np.uint64(0)
     for word in words:

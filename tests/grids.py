@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ssl_dist.methods.base import Batch, Output
+from ssl_dist.methods.base import Batch, Info, Output
 from tests import thread_world
 
 
@@ -36,6 +36,13 @@ def batch_of(*groups, labels=None, images=None):
     ids = torch.arange(sum(map(len, groups))).split([len(group) for group in groups])
     images = torch.arange(groups[0].shape[1]) if images is None else images
     return Batch(list(groups), list(ids), images, labels, images)
+
+
+def explained(module, num_views, batch_size, world_size=1, **options):
+    """What `ssl-dist explain` shows of the method of `module`: name -> text."""
+    info = Info(1000, 10, ((num_views, 32),), batch_size, 1.0, Backbone.feature_dim, {"layer1": 8})
+    with torch.device("meta"):
+        return module.Method(Backbone(), info, module.Options(**options)).explain(world_size)
 
 
 def gradients(method):

@@ -94,7 +94,7 @@ def test_epochs_are_clustered_with_keys_of_their_own():
 
 
 def test_wide_features_are_halved(monkeypatch):
-    monkeypatch.setattr(deepcluster, "WIDE", 6)
+    monkeypatch.setattr(deepcluster, "WIDE_FEATURES", 6)
     assert make().components == 3
     assert make(feature_dim=5).components == 5
     assert make(components=4).components == 4

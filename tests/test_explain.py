@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_dist import backbones, config, methods
+from ssl_dist import backbones, config
 from ssl_dist.distributed.world import RankInfo
+from ssl_dist.methods import relational
 from ssl_dist.run.blueprint import derive
 from ssl_dist.train import explain
+from tests import grids
 
 CONFIG = "configs/digits/relational-conv4.yaml"
 
@@ -84,11 +86,10 @@ def test_large_worlds_stay_short(say):
 
 def test_pairs_of_a_rank_are_those_that_it_scores(say):
     assert say(3, "views.num=3", "optim.batch_size=3")["pairs a rank"] == ["3 positive and as many negative"]
-    method, options = methods.find("relational"), methods.build_options(methods.find("relational"), {})
     for num_views, batch_size, world in ((5, 7, 4), (2, 3, 8), (32, 64, 3)):
         units = num_views * (num_views - 1) // 2 * batch_size
         shares = [(r + 1) * units // world - r * units // world for r in range(world)]
-        text = method.explain(num_views, batch_size, options, world)["pairs a rank"]
+        text = grids.explained(relational, num_views, batch_size, world)["pairs a rank"]
         assert text.startswith(f"{min(shares)}-{max(shares)} positive")
 
 

@@ -46,7 +46,7 @@ def close_but_for_signs(ours, name):
 
 def test_whitening_of_narrow_features():
     features = array("small_d/features")
-    assert features.shape[1] < deepcluster.WIDE
+    assert features.shape[1] < deepcluster.WIDE_FEATURES
     x = kmeans.whiten(features, features.shape[1], one_process())
     close(x @ x.T, "small_d/gram", GRAM)
     close_but_for_signs(x, "small_d/whitened_l2")
@@ -54,7 +54,7 @@ def test_whitening_of_narrow_features():
 
 def test_whitening_of_wide_features():
     features = array("large_d/features").float()
-    assert features.shape[1] >= deepcluster.WIDE
+    assert features.shape[1] >= deepcluster.WIDE_FEATURES
     x = kmeans.whiten(features, features.shape[1] // 2, one_process())
     assert list(x.shape) == array("large_d/out_shape").tolist()
     gram = array("large_d/gram_first64")
@@ -110,7 +110,7 @@ def test_an_epoch(monkeypatch):
         return clusters, 0.0
 
     def draw(key, count):
-        return drawn.double().flatten().numpy() / deepcluster.SPREAD
+        return drawn.double().flatten().numpy() / deepcluster.LAST_LAYER_STD
 
     monkeypatch.setattr(deepcluster, "kmeans", find_clusters)
     monkeypatch.setattr(deepcluster, "normals", draw)

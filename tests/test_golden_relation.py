@@ -153,7 +153,8 @@ def test_adam_steps(aggregation, dtype, path):
     adam = torch.optim.Adam(parameters)
     history = []
     for step, views in enumerate(data, start=1):
-        output = method(Batch([views], [torch.arange(num_views)], torch.arange(num_images), None), one_process())
+        images = torch.arange(num_images)
+        output = method(Batch([views], [torch.arange(num_views)], images, None, images), one_process())
         adam.zero_grad()
         output.loss.backward()
         adam.step()

@@ -180,7 +180,7 @@ def test_training_loop(case, monkeypatch):
         close(torch.stack(invariance), f"{at}/pair_invariance", 1e-5, least=GOLDEN[f"{at}/pair_loss"].max())
         close(torch.stack(instance) + args["alpha"] * torch.stack(invariance), f"{at}/pair_loss", 1e-5)
         close(output.loss, f"{at}/loss", 1e-5)
-        coming = relic.gamma_of(max(step + 1, relic.COPIES), method.total, args["gamma"])
+        coming = relic.gamma_of(max(step + 1, relic.COPY_STEPS), method.total, args["gamma"])
         assert coming == pytest.approx(float(GOLDEN[f"{at}/printed_gamma_after_update"]), abs=1e-6)
         after = {key.removeprefix(f"{at}/state_after/") for key in GOLDEN if key.startswith(f"{at}/state_after/")}
         ours = method.state_dict()
@@ -200,7 +200,7 @@ def steps_per_epoch(prefix, num_steps, args):
 
     def explains(per_epoch):
         total = per_epoch * (args["num_epochs"] + 2) - 1
-        ours = [relic.gamma_of(max(step + 1, relic.COPIES), total, args["gamma"]) for step in range(num_steps)]
+        ours = [relic.gamma_of(max(step + 1, relic.COPY_STEPS), total, args["gamma"]) for step in range(num_steps)]
         return np.allclose(ours, gammas, rtol=0, atol=1e-6)
 
     least = -(-num_steps // args["num_epochs"])
@@ -223,5 +223,5 @@ def recorded(monkeypatch, name):
 def test_options_are_those_of_the_authors():
     args = json.loads(str(GOLDEN["loop/default/args"]))
     options = methods.build_options(relic.Method, {})
-    assert options.alpha == args["alpha"] and args["update_gamma_after_step"] + 1 == relic.COPIES
+    assert options.alpha == args["alpha"] and args["update_gamma_after_step"] + 1 == relic.COPY_STEPS
     assert args["update_gamma_every_n_steps"] == 1 and options.loss == "softmax"

@@ -80,7 +80,8 @@ def run(module, official, groups, world=None, **more):
     method = module.Method(backbone, info, module.Options(projector=[dim], **ours(official), **more))
     method.projector = nn.Identity()
     ids = torch.arange(sum(map(len, groups))).split([len(group) for group in groups])
-    return method(Batch(groups, list(ids), torch.arange(groups[0].shape[1]), None), world)
+    images = torch.arange(groups[0].shape[1])
+    return method(Batch(groups, list(ids), images, None, images), world)
 
 
 def leaves(prefix, names, dtype):

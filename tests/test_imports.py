@@ -24,8 +24,8 @@ imported = draw_packages.imported
 FLOORS = [
     {"errors", "keys", "clock", "grid", "progress", "text_table", "thread_team", "numba_cache"},
     {"config", "storage", "kernels"},
-    {"nn", "backbones"},
-    {"distributed", "views"},
+    {"nn"},
+    {"backbones", "distributed", "views"},
     {"data"},
     {"convert", "methods"},
     {"run"},

@@ -195,7 +195,7 @@ def test_backbones_that_show_their_maps(name):
 def test_options_and_mistakes():
     options = methods.build_options(infomax.Method, {})
     assert (options.alpha, options.beta, options.gamma, options.hidden) == (0.0, 1.0, 0.1, 256)
-    assert "128 of two a step; weights global 0, local 1" in infomax.Method.explain(1, 128, options)["pairs"]
+    assert "128 of two a step; weights global 0, local 1" in grids.explained(infomax, 1, 128)["pairs"]
     for wrong in ({"aplha": 1.0}, {"beta": -1.0}, {"prior": "uniform"}):
         with pytest.raises(UserError, match=f"method.options.{next(iter(wrong))}"):
             methods.build_options(infomax.Method, wrong)

@@ -162,7 +162,7 @@ def test_the_watchdog_hears_of_every_centre_and_iteration():
         lambda x: heard.append((world.state.phase, world.state.bound)) or reduce(x),
     )
     cluster(rows(101, groups=30, spread=1.0), 12, world=world, num_starts=2)
-    phases = [phase for phase, bound in heard if bound == kmeans.STUCK]
+    phases = [phase for phase, bound in heard if bound == kmeans.PASS_TIMEOUT_S]
     assert len({*phases}) > 2 * 12 and len(phases) >= len(heard) - 2, "all but the first centre of a start"
     assert sum("iteration" in phase for phase in phases) > 4 and world.state.phase == ""
 
@@ -170,5 +170,5 @@ def test_the_watchdog_hears_of_every_centre_and_iteration():
 def test_blocks_do_not_matter(monkeypatch):
     x = rows(101, groups=30, spread=1.0)
     labels, _ = cluster(x, 12)
-    monkeypatch.setitem(kmeans.BLOCK, "cpu", 7 * 12 * 8)
+    monkeypatch.setitem(kmeans.BLOCK_BYTES, "cpu", 7 * 12 * 8)
     assert torch.equal(cluster(x, 12)[0], labels)

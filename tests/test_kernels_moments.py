@@ -102,7 +102,7 @@ def test_a_value_that_is_not_finite_shows(layout, bad):
 
 @layouts
 def test_results_do_not_depend_on_the_number_of_threads(layout, monkeypatch):
-    monkeypatch.setattr(moments, "PIECE", 1 << 8)  # many pieces also of small tensors
+    monkeypatch.setattr(moments, "PIECE_SIZE", 1 << 8)  # many pieces also of small tensors
     x, grad = make(layout, F32)
     vectors = torch.randn(4, x.shape[1], dtype=F64)
     results = []
@@ -117,13 +117,13 @@ def test_results_do_not_depend_on_the_number_of_threads(layout, monkeypatch):
 WARM_UP = """
 import torch
 from torch import nn
-from ssl_dist.nn.batchnorm import SyncBatchNorm, warm_up
+from ssl_dist.nn.batchnorm import SyncBatchNorm
 from ssl_dist.kernels import moments
 compiled = [function for function in vars(moments).values() if hasattr(function, "signatures")]
 counts = lambda: [len(function.signatures) for function in compiled]
 assert sum(counts()) == 0 and len(compiled) == 8
 for number, dtype in enumerate((torch.float32, torch.float64), 1):
-    warm_up(dtype)
+    moments.warm_up(dtype)
     assert counts() == [number] * 8
     x = torch.randn(4, 3, 5, 5, dtype=dtype)
     for images in (x, x.to(memory_format=torch.channels_last), x[::2], x[:0], x.bfloat16()):

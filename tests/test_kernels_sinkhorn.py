@@ -117,7 +117,7 @@ def test_any_number_of_ranks_makes_the_same_labels(bounds):
 def test_blocks_do_not_matter(monkeypatch):
     x = logits(60, 9)
     A, made = run(x)
-    monkeypatch.setitem(sinkhorn.BLOCK, "cpu", 7 * 9 * 8)
+    monkeypatch.setitem(sinkhorn.BLOCK_BYTES, "cpu", 7 * 9 * 8)
     B, again = run(x)
     assert torch.equal(made.labels, again.labels) and made.iterations == again.iterations
     torch.testing.assert_close(A, B, rtol=1e-12, atol=0)
@@ -126,7 +126,7 @@ def test_blocks_do_not_matter(monkeypatch):
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 3, 4, 5, 30, 31])
 def test_the_compiled_half_step_is_that_of_torch(monkeypatch, num_rows):
     """Rows that fill no group of four, pieces that are not full, and threads that change nothing."""
-    monkeypatch.setattr(sinkhorn, "PIECE", 6)
+    monkeypatch.setattr(sinkhorn, "PIECE_ROWS", 6)
     torch.manual_seed(0)
     A, before = torch.rand(num_rows, 7, dtype=torch.float64), torch.rand(num_rows, dtype=torch.float64)
     r, made = torch.rand(7, dtype=torch.float64), []
@@ -166,7 +166,7 @@ def test_the_watchdog_hears_of_every_ten_iterations():
         lambda x: heard.append((world.state.phase, world.state.bound)) or reduce(x),
     )
     _, made = run(logits(60, 9), 25.0, world=world)
-    assert all(bound == sinkhorn.STUCK for _, bound in heard), "before the iterations, too"
+    assert all(bound == sinkhorn.CHECK_TIMEOUT_S for _, bound in heard), "before the iterations, too"
     phases = [phase for phase, _ in heard if not phase.startswith("the exponentials")]
     assert len(phases) == made.iterations > 30 and len({*phases}) == (made.iterations - 1) // 10 + 1
     assert all(phase.startswith("Sinkhorn-Knopp") for phase in phases) and world.state.phase == ""
@@ -181,7 +181,7 @@ def test_scores_that_are_not_finite_end_the_run_on_all_ranks(bad):
 
 
 def test_a_transport_without_an_end_is_a_fault(monkeypatch):
-    monkeypatch.setattr(sinkhorn, "PATIENCE", 20)
+    monkeypatch.setattr(sinkhorn, "MAX_ITERATIONS", 20)
     end = _fault(lambda: run(logits(200, 7), tolerance=0.0))
     assert "after 21 iterations" in str(end) and "tolerance" in str(end)
 

@@ -43,7 +43,9 @@ def make(num_views=4, dtype=torch.float64, seed=0, groups=None, batch_size=64, *
 
 
 def batch_of(views, labels=None):
-    return Batch([views], [torch.arange(len(views))], torch.arange(views.shape[1]), labels)
+    return Batch(
+        [views], [torch.arange(len(views))], torch.arange(views.shape[1]), labels, torch.arange(views.shape[1])
+    )
 
 
 def gradients(method):
@@ -241,12 +243,12 @@ def test_known_labels_make_positive_pairs(grid, fused):
 
 def test_which_labels_are_known_is_drawn_by_image():
     labels = torch.zeros(4000, dtype=torch.int64)
-    batch = Batch([], [], torch.arange(4000), labels)
-    known = make(4, labelled=0.25)._known(batch)
+    batch = Batch([], [], torch.arange(4000), labels, torch.arange(4000))
+    known = make(4, labelled=0.25)._revealed_labels(batch)
     assert set(known.tolist()) == {-1, 0} and (known == 0).double().mean().item() == pytest.approx(0.25, abs=0.03)
-    half = Batch([], [], torch.arange(2000, 4000), labels[:2000])
-    assert torch.equal(make(4, labelled=0.25)._known(half), known[2000:])
-    more = make(4, labelled=0.5)._known(batch)
+    half = Batch([], [], torch.arange(2000, 4000), labels[:2000], torch.arange(2000))
+    assert torch.equal(make(4, labelled=0.25)._revealed_labels(half), known[2000:])
+    more = make(4, labelled=0.5)._revealed_labels(batch)
     assert ((more == 0) | (known == -1)).all(), "a larger share holds the smaller one"
 
 
@@ -321,7 +323,7 @@ def test_options_have_the_papers_defaults():
     options = methods.build_options(relational.Method, {})
     assert (options.aggregation, options.gamma, options.alpha, options.hidden) == ("cat", 2.0, 0.5, 256)
     assert methods.build_options(relational.Method, {"alpha": None}).alpha is None
-    text = relational.Method.explain(32, 64, options)
+    text = grids.explained(relational, 32, 64)
     assert "31744 positive" in " ".join(text.values())
 
 

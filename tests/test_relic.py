@@ -18,7 +18,7 @@ from ssl_dist.errors import UserError
 from ssl_dist.grid import Grid
 from ssl_dist.methods import relic
 from ssl_dist.methods.base import Batch, Info
-from tests import thread_world
+from tests import grids, thread_world
 
 LOSSES = ("softmax", "sigmoid")
 CLOSE = {"rtol": 1e-10, "atol": 1e-13}
@@ -141,8 +141,8 @@ def test_above_its_limit_the_factor_is_constant():
 @given(st.integers(3, 2000), st.floats(0, 1))
 def test_gamma_rises_from_its_base_to_one(total, base):
     values = [relic.gamma_of(step, total, base) for step in range(total + 2)]
-    assert values[: relic.COPIES] == [0.0] * relic.COPIES
-    averages = values[relic.COPIES :]
+    assert values[: relic.COPY_STEPS] == [0.0] * relic.COPY_STEPS
+    averages = values[relic.COPY_STEPS :]
     assert averages[0] == pytest.approx(base, abs=1e-6) and averages[-1] == pytest.approx(1, abs=1e-6)
     assert all(0 <= a <= b + 1e-6 and b <= 1 for a, b in pairwise(averages))
     for k in (0, total // 3, total):
@@ -400,4 +400,4 @@ def test_options_have_the_papers_defaults():
         assert (method.max_tau, method.bias.item()) == (limit, bias)
     method = make(loss="sigmoid", bias=0.0, log_tau=0.0, max_tau=2.0)
     assert (method.log_tau.item(), method.max_tau, method.bias.item()) == (0, 2, 0)
-    assert "invariance" in " ".join(relic.Method.explain(6, 256, options).values())
+    assert "invariance" in " ".join(grids.explained(relic, 6, 256).values())

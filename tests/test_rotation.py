@@ -152,7 +152,7 @@ def test_it_learns_turns():
 
 
 def test_options():
-    options = methods.build_options(rotation.Method, {})
-    assert "512 images" in rotation.Method.explain(1, 128, options, 4)["rotations"]
+    assert methods.build_options(rotation.Method, {}) == rotation.Options()
+    assert "512 images" in grids.explained(rotation, 1, 128, 4)["rotations"]
     with pytest.raises(UserError, match=r"method\.options\.x"):
         methods.build_options(rotation.Method, {"x": 1})

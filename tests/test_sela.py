@@ -146,7 +146,7 @@ def test_blocks_do_not_matter(monkeypatch):
     world = one_process()
     whole, parts = make(), make()
     whole.before_step(Clock(0, 3, 12), extract_of(world), world)
-    monkeypatch.setattr(sela, "BLOCK", 8 * 6 * 5)
+    monkeypatch.setattr(sela, "BLOCK_BYTES", 8 * 6 * 5)
     parts.before_step(Clock(0, 3, 12), extract_of(world), world)
     assert torch.equal(whole.labels.of_images, parts.labels.of_images)
 

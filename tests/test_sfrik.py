@@ -223,7 +223,7 @@ def test_options():
     options = methods.build_options(sfrik.Method, {})
     assert options.projector == [8192] * 3 and (options.sim_coeff, options.mmd_coeff) == (4000, 1)
     assert options.weights == [1, 40, 40] and options.general == [0] and options.reg_small
-    text = " ".join(sfrik.Method.explain(2, 2048, options, 8).values())
+    text = " ".join(grids.explained(sfrik, 2, 2048, 8).values())
     assert "L = 3" in text and "256 of 2048 rows a rank, 2.0 MiB" in text and "embeddings 128.0 MiB" in text
     for wrong in ({"weights": []}, {"weights": [-1.0]}, {"general": []}, {"general": [-1]}, {"reg_smal": True}):
         with pytest.raises(UserError, match=f"method.options.{next(iter(wrong))}"):

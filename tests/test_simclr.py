@@ -129,7 +129,7 @@ def test_it_learns_what_views_share(loss):
 def test_options():
     options = methods.build_options(simclr.Method, {})
     assert (options.loss, options.temperature, options.projector) == ("nt_xent", 0.5, [256, 64])
-    assert "256 x 256 a step, 64 x 256 a rank" in simclr.Method.explain(2, 128, options, 4)["similarities"]
+    assert "256 x 256 a step, 64 x 256 a rank" in grids.explained(simclr, 2, 128, 4)["similarities"]
     for wrong in ({"los": "nt_xent"}, {"loss": "infonce"}, {"temperature": 0.0}, {"projector": []}):
         with pytest.raises(UserError, match=f"method.options.{next(iter(wrong))}"):
             methods.build_options(simclr.Method, wrong)

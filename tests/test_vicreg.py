@@ -96,7 +96,7 @@ def test_half_precision_is_scored_in_float32():
 def test_options():
     options = methods.build_options(vicreg.Method, {})
     assert options.projector == [8192] * 3 and (options.sim_coeff, options.std_coeff, options.cov_coeff) == (25, 25, 1)
-    assert "2048 of 8192 rows a rank, 64.0 MiB" in vicreg.Method.explain(2, 2048, options, 4)["covariance"]
+    assert "2048 of 8192 rows a rank, 64.0 MiB" in grids.explained(vicreg, 2, 2048, 4)["covariance"]
     for wrong in ({"sim_coef": 1.0}, {"cov_coeff": -1.0}, {"projector": []}, {"projector": [0]}):
         with pytest.raises(UserError, match=f"method.options.{next(iter(wrong))}"):
             methods.build_options(vicreg.Method, wrong)

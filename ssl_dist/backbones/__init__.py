@@ -1,23 +1,24 @@
-"""Backbones by name: images [N, 3, S, S] -> features [N, D], with the maps of their stages; see `base.Backbone`.
+"""Backbones by name: images [N, 3, S, S] -> features [N, D], with the maps of their stages; see `nn.backbone`.
 
 Initial weights are drawn from torch's global generator, which the caller seeds.
 """
 
 import re
+from collections.abc import Callable
 from functools import partial
 
 from ssl_dist.backbones import efficientnet, resnet, resnet_small
 from ssl_dist.backbones.alexnet import AlexNet
-from ssl_dist.backbones.base import Backbone
 from ssl_dist.backbones.conv4 import Conv4
 from ssl_dist.backbones.resnetv2 import ResNetV2
 from ssl_dist.backbones.timm_model import TimmModel, timm_package
 from ssl_dist.errors import UserError, did_you_mean
+from ssl_dist.nn.backbone import Backbone
 
 _TIMM = "timm/"
 WIDTHS = (2, 4, 5)
 
-_BUILDERS = {
+_BUILDERS: dict[str, Callable[..., Backbone]] = {
     "conv4": Conv4,
     **{f"resnet{depth}": partial(resnet_small.SmallResNet, depth) for depth in resnet_small.DEPTHS},
     **{f"resnet{depth}": partial(resnet.ResNet, depth) for depth in resnet.LAYERS},
@@ -40,20 +41,20 @@ def names() -> list[str]:
 
 
 def check(name: str, zero_init_residual: bool = False) -> None:
-    """Raises `UserError` with the nearest name when there is no backbone `name`, or when it has not the option; builds
+    """Raises `UserError` with the nearest name when there is no backbone `name`, or when it lacks the option; builds
     nothing."""
     if name.startswith(_TIMM):
-        known = [_TIMM + model for model in timm_package().list_models()]
-        rest = "ssl_dist.backbones.names() and timm.list_models() list them"
+        available = [_TIMM + model for model in timm_package().list_models()]
+        remedy = "ssl_dist.backbones.names() and timm.list_models() list them"
     else:
-        known = names()
-        plain = [one for one in known if not re.search(rf"\dx\d|{_SMALL_STEM}", one)]
-        rest = (
+        available = names()
+        plain = [name for name in available if not re.search(rf"\dx\d|{_SMALL_STEM}", name)]
+        remedy = (
             f"backbones: {', '.join(plain)}, and timm/<name> for those of timm; those from resnet18 to resnet200 also "
             f"as resnet18x2, x4 or x5 (wide) and with {_SMALL_STEM} (for images of 32 px)"
         )
-    if name not in known:
-        raise UserError(f"backbone.name = {name!r}: no such backbone; {did_you_mean(name, known)}{rest}")
+    if name not in available:
+        raise UserError(f"backbone.name = {name!r}: no such backbone; {did_you_mean(name, available)}{remedy}")
     if zero_init_residual and not _is_resnet(name):
         raise UserError(
             f"backbone.zero_init_residual = true: backbone {name} has no such option (resnet18 to resnet200 have); "

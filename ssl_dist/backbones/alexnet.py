@@ -6,8 +6,8 @@ Tensor names are those of the official code. It takes images of 224 px: its line
 import torch
 from torch import Tensor, nn
 
-from ssl_dist.backbones.base import Backbone
 from ssl_dist.backbones.conv4 import initialize
+from ssl_dist.nn.backbone import Backbone, Step
 
 # out channels, kernel, stride, padding; whether a max-pooling follows
 CONVOLUTIONS = (
@@ -17,7 +17,7 @@ CONVOLUTIONS = (
     (384, 3, 1, 1, False),
     (256, 3, 1, 1, True),
 )
-SIZES = range(223, 255)  # px that end in a map of 6 x 6
+IMAGE_SIZES = range(223, 255)  # px that end in a map of 6 x 6
 
 
 class Conv2d(nn.Conv2d):
@@ -28,6 +28,7 @@ class Conv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        assert self.bias is not None
         bias = self.bias.detach() + 0 * self.bias if self.training else self.bias
         return self._conv_forward(x, self.weight, bias)
 
@@ -40,10 +41,11 @@ class AlexNet(Backbone):
 
     feature_dim = 4096
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.stages = {f"conv{number}": channels for number, (channels, *_) in enumerate(CONVOLUTIONS, 1)}
-        layers, in_channels = [], 3
+        layers: list[nn.Module] = []
+        in_channels = 3
         for out_channels, kernel, stride, padding, pooled in CONVOLUTIONS:
             layers.append(Conv2d(in_channels, out_channels, kernel, stride, padding))
             layers += [nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
@@ -59,10 +61,10 @@ class AlexNet(Backbone):
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.01)
-            if isinstance(layer, nn.Conv2d | nn.Linear):
+            if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
-    def steps(self):
+    def steps(self) -> list[Step]:
         layers = self.features
         return [
             ("conv1", lambda x: layers[0:3](_checked(x))),
@@ -78,9 +80,9 @@ class AlexNet(Backbone):
 
 def _checked(images: Tensor) -> Tensor:
     height, width = images.shape[2:]
-    if height not in SIZES or width not in SIZES:
+    if height not in IMAGE_SIZES or width not in IMAGE_SIZES:
         raise ValueError(
-            f"alexnet takes images of {SIZES[0]} to {SIZES[-1]} px (its linear layers need a map of 6 x 6), "
-            f"not {height} x {width}"
+            f"alexnet takes images of {IMAGE_SIZES[0]} to {IMAGE_SIZES[-1]} px (its linear layers need a map of 6 x "
+            f"6), not {height} x {width}"
         )
     return images

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from ssl_dist.backbones.base import Backbone
+from ssl_dist.nn.backbone import Backbone, Step
 
 WIDTHS = (8, 16, 32, 64)
 
@@ -26,7 +26,7 @@ class Conv4(Backbone):
 
     feature_dim = WIDTHS[-1]
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.stages = {f"layer{i}": width for i, width in enumerate(WIDTHS, 1)}
         self.layer1 = Block(3, WIDTHS[0])
@@ -36,7 +36,7 @@ class Conv4(Backbone):
         self.pool = nn.AvgPool2d(2)
         initialize(self)
 
-    def steps(self):
+    def steps(self) -> list[Step]:
         return [
             ("layer1", self.layer1),
             ("layer2", lambda x: self.layer2(self.pool(x))),

@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models import efficientnet
 from torchvision.models.efficientnet import FusedMBConv, MBConv
 
-from ssl_dist.backbones.base import Backbone
+from ssl_dist.nn.backbone import Backbone, Step
 
 BUILDERS = {
     "efficientnet_b0": efficientnet.efficientnet_b0,
@@ -36,7 +36,7 @@ class EfficientNet(Backbone):
         for bias in _biases_without_effect(self.features):
             bias.register_hook(torch.zeros_like)
 
-    def steps(self):
+    def steps(self) -> list[Step]:
         return list(zip(self.stages, self.features, strict=True))
 
 

@@ -6,8 +6,8 @@ SFRIK, VICReg, relational reasoning's resnet34, ReLIC and SeLa's ResNetV1 all co
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from ssl_dist.backbones.base import Backbone
 from ssl_dist.backbones.conv4 import initialize
+from ssl_dist.nn.backbone import Backbone, Step
 
 LAYERS = {
     18: (BasicBlock, (2, 2, 2, 2)),
@@ -38,11 +38,12 @@ class ResNet(Backbone):
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(3, stride=2, padding=1)
         self.stages = {"stem": channels}
+        layers = []
         for number, num_blocks in enumerate(numbers):
             planes = 64 * width << number
-            layer = _stage(block, channels, planes, num_blocks, stride=1 if number == 0 else 2)
-            self.add_module(f"layer{number + 1}", layer)
+            layers.append(_stage(block, channels, planes, num_blocks, stride=1 if number == 0 else 2))
             channels = self.stages[f"layer{number + 1}"] = planes * block.expansion
+        self.layer1, self.layer2, self.layer3, self.layer4 = layers
         self.feature_dim = channels
         initialize(self)
         if zero_init_residual:
@@ -50,7 +51,7 @@ class ResNet(Backbone):
                 if isinstance(module, block):
                     nn.init.zeros_((module.bn3 if block is Bottleneck else module.bn2).weight)
 
-    def steps(self):
+    def steps(self) -> list[Step]:
         return [
             ("stem", lambda x: self.relu(self.bn1(self.conv1(x)))),
             ("layer1", lambda x: self.layer1(self.maxpool(x))),
@@ -60,7 +61,9 @@ class ResNet(Backbone):
         ]
 
 
-def _stage(block, in_channels: int, planes: int, num_blocks: int, stride: int) -> nn.Sequential:
+def _stage(
+    block: type[BasicBlock | Bottleneck], in_channels: int, planes: int, num_blocks: int, stride: int
+) -> nn.Sequential:
     out_channels = planes * block.expansion
     downsample = None
     if stride != 1 or in_channels != out_channels:

@@ -6,8 +6,8 @@ the official code of Patacchiola & Storkey (2020).
 
 from torch import Tensor, nn
 
-from ssl_dist.backbones.base import Backbone
 from ssl_dist.backbones.conv4 import initialize
+from ssl_dist.nn.backbone import Backbone, Step
 
 DEPTHS = (8, 20, 32, 56)
 
@@ -51,7 +51,7 @@ class SmallResNet(Backbone):
         self.layer3 = _stage(32, 64, num_blocks, stride=2)
         initialize(self)
 
-    def steps(self):
+    def steps(self) -> list[Step]:
         return [
             ("stem", lambda x: self.relu(self.bn1(self.conv1(x)))),
             ("layer1", self.layer1),

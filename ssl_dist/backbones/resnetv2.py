@@ -6,7 +6,7 @@ Unlike He et al. there is no BatchNorm and no ReLU after the stem and none befor
 import torch
 from torch import Tensor, nn
 
-from ssl_dist.backbones.base import Backbone
+from ssl_dist.nn.backbone import Backbone, Step
 
 NUM_BLOCKS = (3, 4, 6, 3)
 
@@ -38,7 +38,7 @@ class ResNetV2(Backbone):
 
     feature_dim = 2048
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         layers = [nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False), nn.MaxPool2d(3, stride=2, padding=1)]
         self.stages = {"stem": 64}
@@ -50,7 +50,7 @@ class ResNetV2(Backbone):
             channels = self.stages[f"layer{number + 1}"] = 4 * planes
         self.features = nn.Sequential(*layers)
 
-    def steps(self):
+    def steps(self) -> list[Step]:
         stem, maxpool, layer1, *deeper = self.features
         return [
             ("stem", stem),

@@ -1,9 +1,12 @@
 """Any network of timm by its name. timm is no requirement and takes seconds to import."""
 
+from types import ModuleType
+from typing import Any
+
 from torch import Tensor
 
-from ssl_dist.backbones.base import Backbone
 from ssl_dist.errors import UserError
+from ssl_dist.nn.backbone import Backbone
 
 
 class TimmModel(Backbone):
@@ -30,12 +33,12 @@ class TimmModel(Backbone):
         return self.model.forward_head(last), dict(zip(self.stages, maps, strict=True))
 
 
-def _feature_info(model) -> list[dict]:
+def _feature_info(model: Any) -> list[dict[str, Any]]:
     info = model.feature_info
     return info if isinstance(info, list) else list(info.info)
 
 
-def timm_package():
+def timm_package() -> ModuleType:
     """timm. Raises `UserError` when it is not installed."""
     try:
         import timm

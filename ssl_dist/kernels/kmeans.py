@@ -12,32 +12,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssl_dist.kernels.ranks import Ranks
 from ssl_dist.keys import hash64, uniforms
 
-FLOOR = 1e-6  # of the largest eigenvalue: a dead channel's is 0, and whitening would make noise of it
-BLOCK = {"cpu": 2**20, "cuda": 2**26}  # bytes of distances that are held at once; a core's cache, or to fill a GPU
-STUCK = 600.0  # seconds that one pass over the rows may take
-LESS = 1 - 1e-9  # a later start must be better by more than rounding, which is another on every number of ranks
-SAME = 1e-12  # squared distances below this share of the squared lengths are 0
+MIN_EIGENVALUE = 1e-6  # as a share of the largest: a dead channel's is 0, and whitening would make noise of it
+BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**26}  # of distances that are held at once; a core's cache, or to fill a GPU
+PASS_TIMEOUT_S = 600.0  # for one pass over the rows
+MAX_RATIO = 1 - 1e-9  # of a later start to the best: rounding differs with the number of ranks and must not decide
+ZERO_DISTANCE = 1e-12  # squared distances below this share of the squared lengths are 0
 
 
 @torch.no_grad()
-def whiten(x_ND: Tensor, dim_out: int, world) -> Tensor:
+def whiten(x_ND: Tensor, dim_out: int, ranks: Ranks) -> Tensor:
     """The rows' `dim_out` largest principal components, each divided by its standard deviation, as unit vectors:
     float64 [n, dim_out] of this rank's rows [n, D]. The components are equal on all ranks, their signs arbitrary."""
     x_ND = x_ND.double()
-    packed = world.all_reduce_sum(F.pad(x_ND.sum(0), (0, 1), value=len(x_ND)))
+    packed = ranks.all_reduce_sum(F.pad(x_ND.sum(0), (0, 1), value=len(x_ND)))
     count = packed[-1]
     centred = x_ND - packed[:-1] / count
-    covariance = world.all_reduce_sum(centred.T @ centred) / count
+    covariance = ranks.all_reduce_sum(centred.T @ centred) / count
     axes = covariance.new_zeros(len(covariance), dim_out)
-    first, last = world.share(1)
-    with world.state.phase_of("whitening", STUCK):  # thousands of dimensions take a CPU a minute
+    first, last = ranks.share(1)
+    with ranks.state.phase_of("whitening", PASS_TIMEOUT_S):  # thousands of dimensions take a CPU a minute
         if last > first:  # one rank alone: two machines may disagree on the sign of an axis
             variances, axes = torch.linalg.eigh(covariance)
-            floor = (FLOOR * variances[-1]).clamp_min(torch.finfo(variances.dtype).tiny)
+            floor = (MIN_EIGENVALUE * variances[-1]).clamp_min(torch.finfo(variances.dtype).tiny)
             axes = axes[:, -dim_out:] / variances[-dim_out:].clamp_min(floor).sqrt()
-        axes = world.all_reduce_sum(axes.contiguous())
+        axes = ranks.all_reduce_sum(axes.contiguous())
     return F.normalize(centred @ axes)
 
 
@@ -48,67 +49,68 @@ def kmeans(
     num_rows: int,
     num_clusters: int,
     key: np.uint64,
-    world,
+    ranks: Ranks,
     num_starts: int = 5,
     max_iterations: int = 30,
 ) -> tuple[Tensor, float]:
     """The cluster of each of this rank's rows, int64 [n], and the sum of squared distances over all rows.
 
-    x: float64 [n, D]; positions: int64 [n], the rows' places among all num_rows. The best of `num_starts` starts, each
+    x: float64 [n, D]; positions: int64 [n], of the rows among all num_rows. The best of `num_starts` starts, each
     from k-means++ and with at most `max_iterations` iterations, as in scikit-learn. Clusters may be empty at the end.
     """
     best: tuple[Tensor, float] | None = None
     for start in range(num_starts):
-        rows = _Rows(x_ND, positions, num_rows, world, f"k-means {start + 1} of {num_starts}")
-        found = _lloyd(rows, _plus_plus(rows, num_clusters, hash64(key, start)), max_iterations)
-        if best is None or found[1] < LESS * best[1]:
-            best = found
+        rows = _Rows(x_ND, positions, num_rows, ranks, f"k-means {start + 1} of {num_starts}")
+        labels, distance = _lloyd(rows, _plus_plus(rows, num_clusters, hash64(key, start)), max_iterations)
+        if best is None or distance < MAX_RATIO * best[1]:
+            best = labels, distance
+    assert best is not None, "num_starts is at least 1"
     return best
 
 
 class _Rows:
-    """All rows, of which each rank has its own."""
+    """The rows of all ranks; `x_ND` and `positions` are this rank's."""
 
-    def __init__(self, x_ND: Tensor, positions: Tensor, count: int, world, title: str):
-        self.x_ND, self.positions, self.count, self.world, self.title = x_ND, positions, count, world, title
+    def __init__(self, x_ND: Tensor, positions: Tensor, count: int, ranks: Ranks, title: str):
+        self.x_ND, self.positions, self.count, self.ranks, self.title = x_ND, positions, count, ranks, title
         self.squares = x_ND.square().sum(1)
 
-    def at(self, places: list[int]) -> Tensor:
-        """The rows at these places, [len(places), D], on every rank."""
-        own = torch.tensor(places, device=self.positions.device)[:, None] == self.positions
-        which, row = own.nonzero(as_tuple=True)
-        found = self.x_ND.new_zeros(len(places), self.x_ND.shape[1])
-        found[which] = self.x_ND[row]
-        return self.world.all_reduce_sum(found)
+    def at(self, positions: list[int]) -> Tensor:
+        """The rows at these positions, [len(positions), D], on every rank."""
+        is_own = torch.tensor(positions, device=self.positions.device)[:, None] == self.positions
+        index, row = is_own.nonzero(as_tuple=True)
+        own_rows = self.x_ND.new_zeros(len(positions), self.x_ND.shape[1])
+        own_rows[index] = self.x_ND[row]
+        return self.ranks.all_reduce_sum(own_rows)
 
-    def everywhere(self, values: Tensor) -> Tensor:
-        """What each rank has of its rows [n], of all rows [count], on every rank."""
+    def gather(self, values: Tensor) -> Tensor:
+        """The values of all rows [count], by position, on every rank, from those of this rank's rows [n]."""
         full = values.new_zeros(self.count)
         full[self.positions] = values
-        return self.world.all_reduce_sum(full)
+        return self.ranks.all_reduce_sum(full)
 
     def distances(self, centres: Tensor) -> Tensor:
         """Squared, [n, k]."""
         lengths = self.squares[:, None] + centres.square().sum(1)
         distances = torch.addmm(lengths, self.x_ND, centres.T, alpha=-2)
-        return distances.masked_fill_(distances < SAME * lengths, 0)
+        return distances.masked_fill_(distances < ZERO_DISTANCE * lengths, 0)
 
     def nearest(self, centres: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest centre of every row, and the squared distance to it."""
-        size = max(1, BLOCK[centres.device.type] // (8 * len(centres)))
-        squares, found = centres.square().sum(1), []
+        size = max(1, BLOCK_BYTES[centres.device.type] // (8 * len(centres)))
+        squares, blocks = centres.square().sum(1), []
         for start in range(0, max(1, len(self.x_ND)), size):
             block = self.x_ND[start : start + size]
-            found.append(torch.addmm(squares, block, centres.T, alpha=-2).min(1))
-        distances, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+            blocks.append(torch.addmm(squares, block, centres.T, alpha=-2).min(1))
+        distances, labels = (torch.cat(parts) for parts in zip(*blocks, strict=True))
         distances += self.squares
-        return labels, distances.masked_fill_(distances < SAME * (self.squares + squares[labels]), 0)
+        return labels, distances.masked_fill_(distances < ZERO_DISTANCE * (self.squares + squares[labels]), 0)
 
     def farthest(self, distances: Tensor, count: int) -> list[int]:
-        """The places of the rows with the largest distances; of equal ones the first."""
+        """The positions of the rows with the largest distances; of equal ones the first."""
         values, rows = distances.topk(min(count, len(distances)))
         own = list(zip((-values).tolist(), self.positions[rows].tolist(), strict=True))
-        return [place for _, place in sorted(chain.from_iterable(self.world.all_gather_object(own)))[:count]]
+        return [position for _, position in sorted(chain.from_iterable(self.ranks.all_gather_object(own)))[:count]]
 
 
 def _plus_plus(rows: _Rows, num_clusters: int, key: np.uint64) -> Tensor:
@@ -118,39 +120,39 @@ def _plus_plus(rows: _Rows, num_clusters: int, key: np.uint64) -> Tensor:
     centres = rows.at([int(rows.count * uniforms(hash64(key, 0), 1)[0])])
     distances = rows.distances(centres)[:, 0]
     for number in range(1, num_clusters):
-        with rows.world.state.phase_of(f"{rows.title}, centre {number}", STUCK):
-            heights = np.cumsum(rows.everywhere(distances).cpu().numpy())
+        with rows.ranks.state.phase_of(f"{rows.title}, centre {number}", PASS_TIMEOUT_S):
+            heights = np.cumsum(rows.gather(distances).cpu().numpy())
             draws = uniforms(hash64(key, number), num_draws)
             if heights[-1] > 0:
-                places = np.searchsorted(heights, draws * heights[-1], side="right")
+                positions = np.searchsorted(heights, draws * heights[-1], side="right")
             else:  # there are fewer different rows than clusters
-                places = draws * rows.count
-            drawn = rows.at(np.minimum(places, rows.count - 1).astype(np.int64).tolist())
+                positions = draws * rows.count
+            drawn = rows.at(np.minimum(positions, rows.count - 1).astype(np.int64).tolist())
             left = torch.minimum(distances[:, None], rows.distances(drawn))
-            best = rows.world.all_reduce_sum(left.sum(0)).argmin()
+            best = rows.ranks.all_reduce_sum(left.sum(0)).argmin()
             centres, distances = torch.cat([centres, drawn[best][None]]), left[:, best]
     return centres
 
 
 def _lloyd(rows: _Rows, centres: Tensor, max_iterations: int) -> tuple[Tensor, float]:
-    """Labels of this rank's rows and the sum of squared distances. An empty cluster begins anew at the row that is
+    """Labels of this rank's rows and the sum of squared distances. An empty cluster starts again at the row that is
     farthest from its centre."""
     num_clusters, dim = centres.shape
     before = torch.full_like(rows.positions, -1)
     for iteration in range(max_iterations + 1):
-        with rows.world.state.phase_of(f"{rows.title}, iteration {iteration}", STUCK):
+        with rows.ranks.state.phase_of(f"{rows.title}, iteration {iteration}", PASS_TIMEOUT_S):
             labels, distances = rows.nearest(centres)
             sums = centres.new_zeros(num_clusters + 1, dim + 1)
             sums[:-1, :-1].index_add_(0, labels, rows.x_ND)
             sums[:-1, -1] = torch.bincount(labels, minlength=num_clusters)
             sums[-1, 0], sums[-1, 1] = distances.sum(), (labels != before).sum()
-            sums = rows.world.all_reduce_sum(sums)
+            sums = rows.ranks.all_reduce_sum(sums)
             if sums[-1, 1] == 0 or iteration == max_iterations:
                 break
             counts = sums[:-1, -1:]
             centres, before = torch.where(counts > 0, sums[:-1, :-1] / counts, centres), labels
             empty = (counts[:, 0] == 0).nonzero()[:, 0]
             if len(empty):
-                places = rows.farthest(distances, len(empty))
-                centres[empty[: len(places)]] = rows.at(places)
+                positions = rows.farthest(distances, len(empty))
+                centres[empty[: len(positions)]] = rows.at(positions)
     return labels, float(sums[-1, 0])

@@ -13,24 +13,20 @@ threads.
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
-from itertools import pairwise
 
 import numpy as np
 import torch
-from numba import njit
+from numpy import ndarray
 from torch import Tensor
 
-WIDTH = 256  # elements that a short row is widened to: vector registers stay full, and sums stay in the cache
-PIECE = 1 << 17  # elements
+from ssl_dist.kernels.compiled import njit_sums, run_parallel
 
-# Sums may be reordered, which is what vectorises them. NaN and infinity keep their meaning: a run that diverges shows.
-_compile = partial(njit, cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+ROW_LENGTH = 256  # elements that a short row is widened to: vector registers stay full, and sums stay in the cache
+PIECE_SIZE = 1 << 17  # elements
 
 
-@_compile()
-def _moments_rows(first, last, step, x, shift, sums):
+@njit_sums()
+def _moments_rows(first: int, last: int, step: int, x: ndarray, shift: ndarray, sums: ndarray) -> None:
     """sums[piece] = sums of d = x - shift and of d^2."""
     for piece in range(first, last):
         sum_d, sum_dd = sums[piece, 0], sums[piece, 1]
@@ -42,8 +38,8 @@ def _moments_rows(first, last, step, x, shift, sums):
                 sum_dd[c] += d * d
 
 
-@_compile()
-def _moments_planes(first, last, step, x, shift, sums):
+@njit_sums()
+def _moments_planes(first: int, last: int, step: int, x: ndarray, shift: ndarray, sums: ndarray) -> None:
     for piece in range(first, last):
         for r in range(piece * step, min((piece + 1) * step, x.shape[0])):
             c, row, sum_d, sum_dd = r % shift.shape[0], x[r], 0.0, 0.0
@@ -55,8 +51,8 @@ def _moments_planes(first, last, step, x, shift, sums):
             sums[piece, 1, c] += sum_dd
 
 
-@_compile()
-def _products_rows(first, last, step, x, g, shift, sums):
+@njit_sums()
+def _products_rows(first: int, last: int, step: int, x: ndarray, g: ndarray, shift: ndarray, sums: ndarray) -> None:
     """sums[piece] = sums of g and of g (x - shift)."""
     for piece in range(first, last):
         sum_g, sum_gd = sums[piece, 0], sums[piece, 1]
@@ -67,8 +63,8 @@ def _products_rows(first, last, step, x, g, shift, sums):
                 sum_gd[c] += np.float64(row_g[c]) * (np.float64(row[c]) - shift[c])
 
 
-@_compile()
-def _products_planes(first, last, step, x, g, shift, sums):
+@njit_sums()
+def _products_planes(first: int, last: int, step: int, x: ndarray, g: ndarray, shift: ndarray, sums: ndarray) -> None:
     for piece in range(first, last):
         for r in range(piece * step, min((piece + 1) * step, x.shape[0])):
             c, row, row_g, sum_g, sum_gd = r % shift.shape[0], x[r], g[r], 0.0, 0.0
@@ -79,8 +75,11 @@ def _products_planes(first, last, step, x, g, shift, sums):
             sums[piece, 1, c] += sum_gd
 
 
-@_compile()
-def _affine_rows(first, last, step, x, shift, scale, offset, out):
+@njit_sums()
+def _affine_rows(
+    first: int, last: int, step: int, x: ndarray,
+    shift: ndarray, scale: ndarray, offset: ndarray, out: ndarray,
+) -> None:  # fmt: skip
     """out = (x - shift) scale + offset."""
     for r in range(first * step, min(last * step, x.shape[0])):
         row, to = x[r], out[r]
@@ -88,16 +87,22 @@ def _affine_rows(first, last, step, x, shift, scale, offset, out):
             to[c] = (np.float64(row[c]) - shift[c]) * scale[c] + offset[c]
 
 
-@_compile()
-def _affine_planes(first, last, step, x, shift, scale, offset, out):
+@njit_sums()
+def _affine_planes(
+    first: int, last: int, step: int, x: ndarray,
+    shift: ndarray, scale: ndarray, offset: ndarray, out: ndarray,
+) -> None:  # fmt: skip
     for r in range(first * step, min(last * step, x.shape[0])):
         row, to, c = x[r], out[r], r % shift.shape[0]
         for i in range(x.shape[1]):
             to[i] = (np.float64(row[i]) - shift[c]) * scale[c] + offset[c]
 
 
-@_compile()
-def _affine2_rows(first, last, step, x, g, shift, scale, offset, scale_g, out):
+@njit_sums()
+def _affine2_rows(
+    first: int, last: int, step: int, x: ndarray, g: ndarray,
+    shift: ndarray, scale: ndarray, offset: ndarray, scale_g: ndarray, out: ndarray,
+) -> None:  # fmt: skip
     """out = g scale_g + (x - shift) scale + offset."""
     for r in range(first * step, min(last * step, x.shape[0])):
         row, row_g, to = x[r], g[r], out[r]
@@ -105,17 +110,15 @@ def _affine2_rows(first, last, step, x, g, shift, scale, offset, scale_g, out):
             to[c] = np.float64(row_g[c]) * scale_g[c] + ((np.float64(row[c]) - shift[c]) * scale[c] + offset[c])
 
 
-@_compile()
-def _affine2_planes(first, last, step, x, g, shift, scale, offset, scale_g, out):
+@njit_sums()
+def _affine2_planes(
+    first: int, last: int, step: int, x: ndarray, g: ndarray,
+    shift: ndarray, scale: ndarray, offset: ndarray, scale_g: ndarray, out: ndarray,
+) -> None:  # fmt: skip
     for r in range(first * step, min(last * step, x.shape[0])):
         row, row_g, to, c = x[r], g[r], out[r], r % shift.shape[0]
         for i in range(x.shape[1]):
             to[i] = np.float64(row_g[i]) * scale_g[c] + ((np.float64(row[i]) - shift[c]) * scale[c] + offset[c])
-
-
-@lru_cache(maxsize=1)
-def _pool(num_threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(num_threads, thread_name_prefix="moments")
 
 
 class Elements:
@@ -129,15 +132,16 @@ class Elements:
         self.count = x.numel() // self._num_channels  # per channel
         # Innermost channels are torch's channels_last in 4 and 5 dimensions, and every matrix.
         self._rows = x.movedim(1, -1).is_contiguous()
-        self._repeats = math.gcd(self.count, max(1, WIDTH // self._num_channels)) if self._rows else 1
+        self._repeats = math.gcd(self.count, max(1, ROW_LENGTH // self._num_channels)) if self._rows else 1
         self._x = self._matrix(x)
-        self._step = max(1, PIECE // max(1, self._x.shape[1]))
+        self._step = max(1, PIECE_SIZE // max(1, self._x.shape[1]))
         self._num_pieces = -(-len(self._x) // self._step)
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """The mean and the sum of squares about it, 0 where there are no elements."""
         if not self.count:
-            return torch.zeros(2, self._num_channels, dtype=torch.float64).unbind()
+            zeros = torch.zeros(self._num_channels, dtype=torch.float64)
+            return zeros, zeros.clone()
         # Seen from any element of the channel nothing cancels: its distance from the mean is at most sqrt(count) std,
         # so that sums in float64 lose a factor `count` in the very worst case.
         if self._rows:
@@ -162,44 +166,34 @@ class Elements:
         """grad scale_grad + (x - mean) scale + offset."""
         return self._map(_affine2_rows, _affine2_planes, (self._matrix(grad),), (mean, scale, offset, scale_grad))
 
-    def _matrix(self, x: Tensor) -> np.ndarray:
+    def _matrix(self, x: Tensor) -> ndarray:
         x = x.detach().to(torch.promote_types(self._dtype, torch.float32))
         if self._rows:
             return x.movedim(1, -1).reshape(-1, self._repeats * self._num_channels).contiguous().numpy()
         return x.reshape(math.prod(self._shape[:2]), math.prod(self._shape[2:])).contiguous().numpy()
 
-    def _tensor(self, matrix: np.ndarray) -> Tensor:
+    def _tensor(self, matrix: ndarray) -> Tensor:
         """In x's shape. Shaped by numpy: autograd lets no view that a Function returns be changed in place (ReLU)."""
         if self._rows:
             channels_last = matrix.reshape(self._shape[0], *self._shape[2:], self._num_channels)
             return torch.from_numpy(np.moveaxis(channels_last, -1, 1)).to(self._dtype)
         return torch.from_numpy(matrix.reshape(self._shape)).to(self._dtype)
 
-    def _sums(self, by_rows: Callable, by_planes: Callable, shift: np.ndarray, *others: np.ndarray) -> np.ndarray:
+    def _sums(self, by_rows: Callable, by_planes: Callable, shift: ndarray, *others: ndarray) -> ndarray:
         """Float64 [2, C]."""
         shift = np.tile(shift, self._repeats)
         sums = np.zeros((self._num_pieces, 2, len(shift)))
-        self._over_pieces(by_rows if self._rows else by_planes, self._x, *others, shift, sums)
+        run_parallel(by_rows if self._rows else by_planes, self._num_pieces, self._step, self._x, *others, shift, sums)
         return sums.sum(0).reshape(2, self._repeats, self._num_channels).sum(1)
 
-    def _map(self, by_rows: Callable, by_planes: Callable, others: tuple, vectors: tuple[Tensor, ...]) -> Tensor:
+    def _map(
+        self, by_rows: Callable, by_planes: Callable, others: tuple[ndarray, ...], vectors: tuple[Tensor, ...]
+    ) -> Tensor:
         # numpy asks for huge pages: the first touch of a large result costs half of what torch.empty's does.
         out = np.empty_like(self._x)
         arrays = (np.tile(vector.numpy(), self._repeats) for vector in vectors)
-        self._over_pieces(by_rows if self._rows else by_planes, self._x, *others, *arrays, out)
+        run_parallel(by_rows if self._rows else by_planes, self._num_pieces, self._step, self._x, *others, *arrays, out)
         return self._tensor(out)
-
-    def _over_pieces(self, kernel: Callable, *arguments) -> None:
-        """Run `kernel(first, last, step, *arguments)` over the pieces, on as many threads as torch uses."""
-        num_threads = min(torch.get_num_threads(), self._num_pieces)
-        if num_threads <= 1:
-            kernel(0, self._num_pieces, self._step, *arguments)
-            return
-        bounds = [t * self._num_pieces // num_threads for t in range(num_threads + 1)]
-        submit = _pool(torch.get_num_threads()).submit
-        parts = [submit(kernel, *span, self._step, *arguments) for span in pairwise(bounds)]
-        for part in parts:
-            part.result()
 
 
 def warm_up(dtype: torch.dtype) -> None:

@@ -37,8 +37,8 @@ def neighbours(
     """The k nearest training rows of the test rows, block by block: (first test row, cosine [Q, k], row int64 [Q, k]).
 
     k is at most the number of training rows. Nearest first, equal cosines in rising order of rows; a row of zeros has
-    cosine 0 with everything. A block of queries meets the training rows in blocks and keeps a running best k, so that
-    about `memory` bytes are used for files of any length; `num_classes` reserves room for the caller's votes.
+    cosine 0 with everything. A block of queries is compared with the training rows in blocks and keeps a running best
+    k, so that about `memory` bytes are used for files of any length; `num_classes` reserves room for votes.
     """
     num_queries, num_rows = _block_sizes(train.dim, k, dtype.itemsize, memory, num_classes)
     for start in range(0, len(test), num_queries):
@@ -54,7 +54,7 @@ def neighbours(
 
 
 @njit(cache=True, nogil=True)
-def _keep_best(cosine_QR, first, best_QK, row_QK):
+def _keep_best(cosine_QR: np.ndarray, first: int, best_QK: np.ndarray, row_QK: np.ndarray) -> None:
     """Bring rows first, first+1, ... into each query's k best, a heap with the farthest neighbour at its root.
 
     One comparison for most rows, unlike a top-k of every block. Rows come in rising order, so a row that only equals

@@ -22,16 +22,13 @@ f_p over the pairs with left member i, YA_i, that of y_p, and FB_j, YB_j alike. 
     F = sum_p f_p,  X = sum_p f_p x_p   give   de = w F,  dg = w X,  dw = g X + e F
     dA_i = r [ g (w FA_i - n_i de/P) - (YA_i - n_i e) dg/P ]         (g times the sum of i's x_p is YA_i - n_i e)
 
-with de and dg summed over the ranks in the last line, and dB_j alike. Ranks sweep their shares of the units; the
-ranks meet in two sums of 2 x hidden numbers. Threads take images: each row is owned by one thread and is added to in
+with de and dg summed over the ranks in the last line, and dB_j alike. Ranks sweep their shares of the units and
+exchange two sums of 2 x hidden numbers. Threads take images: each row is owned by one thread and is added to in
 one order, so the result does not depend on the number of threads.
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +36,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ssl_dist.kernels import relation_loops as loops
+from ssl_dist.kernels.compiled import run_parallel
 
 
 class Share(NamedTuple):
@@ -61,23 +59,6 @@ class Share(NamedTuple):
         """The couples that the share touches, those with the same right view together."""
         touched = np.arange(self.lo // self.num_images, -(-self.hi // self.num_images))
         return touched[np.argsort(self.couples[touched, 1], kind="stable")]
-
-
-@lru_cache(maxsize=1)
-def _pool(num_threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(num_threads, thread_name_prefix="relation")
-
-
-def _over_images(kernel: Callable, num_images: int, *arguments) -> None:
-    """Run `kernel(first, last, *arguments)` over the images, on as many threads as torch uses."""
-    num_threads = min(torch.get_num_threads(), num_images)
-    if num_threads == 1:
-        kernel(0, num_images, *arguments)
-        return
-    bounds = [t * num_images // num_threads for t in range(num_threads + 1)]
-    parts = [_pool(num_threads).submit(kernel, *span, *arguments) for span in pairwise(bounds)]
-    for part in parts:
-        part.result()
 
 
 class Head(NamedTuple):
@@ -109,20 +90,20 @@ def relation(A: np.ndarray, B: np.ndarray, head: Head, share: Share, reduce: Cal
     loops.count(*plan, count_a, count_b)
 
     pair_b, sums = np.zeros_like(A), np.zeros((M, 2, A.shape[1]))
-    _over_images(loops.moments, M, *plan, A, B, count_a, count_b, pair_b, sums)
+    run_parallel(loops.moments, M, *plan, A, B, count_a, count_b, pair_b, sums)
     mean, square = reduce(sums.sum(0)) / P
     with np.errstate(invalid="ignore"):  # inf - inf: the loss becomes NaN, and the training loop says so
         var = np.maximum(square - mean * mean, 0.0)
     g, e, w, r = *(v.astype(np.float64) for v in (head.bn_weight, head.bn_bias, head.w)), 1 / np.sqrt(var + head.eps)
 
     ya, yb = np.empty_like(A), np.empty_like(A)
-    _over_images(loops.normalize, M, M, A, B, (r * g).astype(dtype), (e - mean * r * g).astype(dtype), ya, yb)
+    run_parallel(loops.normalize, M, M, A, B, (r * g).astype(dtype), (e - mean * r * g).astype(dtype), ya, yb)
     logits, d = np.empty((2, 2, share.hi - share.lo), dtype)
     fa, totals, slope = np.zeros_like(A), np.zeros((M, 2)), dtype.type(head.slope)
     last_layer = (head.w, dtype.type(head.c), slope, head.gamma, head.weights, share.labels)
-    _over_images(loops.sweep_left, M, *plan, ya, yb, *last_layer, logits, d, fa, totals)
+    run_parallel(loops.sweep_left, M, *plan, ya, yb, *last_layer, logits, d, fa, totals)
     fb, pair_ya, sums = np.zeros_like(A), np.zeros_like(A), np.zeros_like(sums)
-    _over_images(loops.sweep_right, M, *plan, share.by_right, A, B, ya, yb, slope, d, fa, fb, pair_ya, sums)
+    run_parallel(loops.sweep_right, M, *plan, share.by_right, A, B, ya, yb, slope, d, fa, fb, pair_ya, sums)
 
     loss, dc = totals.sum(0)
     sum_f, sum_fh = sums.sum(0)
@@ -135,7 +116,7 @@ def relation(A: np.ndarray, B: np.ndarray, head: Head, share: Share, reduce: Cal
         (fb, count_b, yb, pair_ya, scale_y),
     ):
         vectors = (v.astype(dtype) for v in (scale_f, scale_pair, scale_y, offset))
-        _over_images(loops.finish, M, M, f, count, y, pair, *vectors)
+        run_parallel(loops.finish, M, M, f, count, y, pair, *vectors)
     return Result(loss, logits, mean, var, (fa, fb, *(np.asarray(v, dtype) for v in (dg, de, dw, dc))))
 
 
@@ -143,7 +124,10 @@ class _Relation(torch.autograd.Function):
     """The gradient is computed with the loss, so backward only scales it."""
 
     @staticmethod
-    def forward(ctx, A, B, bn_weight, bn_bias, w, c, constants, share, reduce):
+    def forward(
+        ctx: Any, A: Tensor, B: Tensor, bn_weight: Tensor, bn_bias: Tensor, w: Tensor, c: Tensor,
+        constants: tuple[float, float, float, tuple[float, float]], share: Share, reduce: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         head = Head(bn_weight.numpy(), bn_bias.numpy(), w.numpy(), c.item(), *constants)
         result = relation(A.numpy(), B.numpy(), head, share, lambda x: reduce(torch.from_numpy(x)).numpy())
         ctx.save_for_backward(*map(torch.from_numpy, result.gradients))
@@ -153,7 +137,7 @@ class _Relation(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, *_):
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         return *(grad_loss * grad for grad in ctx.saved_tensors), None, None, None
 
 
@@ -183,6 +167,7 @@ def relation_loss(
 
 def warm_up(dtype: torch.dtype) -> None:
     """Compile the sweeps for matrices of `dtype`: seconds the first time, then read from numba's cache."""
-    rows, vector = np.zeros((4, 1), torch.empty((), dtype=dtype).numpy().dtype), np.ones(1)
-    head = Head(*[vector.astype(rows.dtype)] * 3, 0.0, 1e-5, 0.01, 2.0, (1.0, 1.0))
+    rows = np.zeros((4, 1), torch.empty((), dtype=dtype).numpy().dtype)
+    one = np.ones(1, rows.dtype)
+    head = Head(one, one, one, 0.0, 1e-5, 0.01, 2.0, (1.0, 1.0))
     relation(rows, rows, head, Share(np.array([[0, 1, 1]]), 2, 0, 2, np.array([-1, -1])), lambda x: x)

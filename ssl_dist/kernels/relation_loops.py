@@ -5,17 +5,15 @@ left members or those of the right ones.
 """
 
 import math
-from functools import partial
 
 import numpy as np
-from numba import njit
+from numpy import ndarray
 
-# Sums may be reordered, which is what vectorises them. NaN and infinity keep their meaning: a run that diverges shows.
-_compile = partial(njit, cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+from ssl_dist.kernels.compiled import njit_sums
 
 
-@_compile()
-def count(couples, num_images, lo, hi, count_a, count_b):
+@njit_sums()
+def count(couples: ndarray, num_images: int, lo: int, hi: int, count_a: ndarray, count_b: ndarray) -> None:
     """Pairs of the share in which a row is the left (count_a) or the right (count_b) member."""
     for unit in range(lo, hi):
         q, m = unit // num_images, unit % num_images
@@ -25,8 +23,11 @@ def count(couples, num_images, lo, hi, count_a, count_b):
         count_b[b * num_images + (m - s) % num_images] += 1
 
 
-@_compile()
-def moments(first, last, couples, num_images, lo, hi, A, B, count_a, count_b, pair_b, sums):
+@njit_sums()
+def moments(
+    first: int, last: int, couples: ndarray, num_images: int, lo: int, hi: int, A: ndarray, B: ndarray,
+    count_a: ndarray, count_b: ndarray, pair_b: ndarray, sums: ndarray,
+) -> None:  # fmt: skip
     """Images first..last-1: pair_b = B' of their rows; sums[m] = the parts of sum h and sum h^2 of image m's rows."""
     hidden = A.shape[1]
     for q in range(lo // num_images, (hi + num_images - 1) // num_images):
@@ -46,8 +47,11 @@ def moments(first, last, couples, num_images, lo, hi, A, B, count_a, count_b, pa
                 sum_hh[h] += np.float64(a[h]) * (n_a * a[h] + 2.0 * pair[h]) + n_b * b[h] * b[h]
 
 
-@_compile()
-def normalize(first, last, num_images, A, B, scale, shift, ya, yb):
+@njit_sums()
+def normalize(
+    first: int, last: int, num_images: int, A: ndarray, B: ndarray,
+    scale: ndarray, shift: ndarray, ya: ndarray, yb: ndarray,
+) -> None:  # fmt: skip
     """Images first..last-1: y_p = ya_i + yb_j."""
     for m in range(first, last):
         for row in range(m, A.shape[0], num_images):
@@ -58,8 +62,8 @@ def normalize(first, last, num_images, A, B, scale, shift, ya, yb):
                 to_b[h] = b[h] * scale[h]
 
 
-@_compile(inline="always")
-def _focal(t, sign, gamma):
+@njit_sums(inline="always")
+def _focal(t: float, sign: float, gamma: float) -> tuple[float, float]:
     """(1 - pt)^gamma * BCE of a logit, and the derivative in it; sign is +1 for target 1 and -1 for target 0."""
     x = sign * t
     e = math.exp(-abs(x))
@@ -71,10 +75,12 @@ def _focal(t, sign, gamma):
     return modulation * bce, -sign * modulation * (gamma * (1.0 - miss) * bce + miss)
 
 
-@_compile()
+@njit_sums()
 def sweep_left(
-    first, last, couples, num_images, lo, hi, ya, yb, w, c, slope, gamma, weights, labels, logits, d, fa, totals
-):
+    first: int, last: int, couples: ndarray, num_images: int, lo: int, hi: int, ya: ndarray, yb: ndarray,
+    w: ndarray, c: np.floating, slope: np.floating, gamma: float, weights: tuple[float, float], labels: ndarray,
+    logits: ndarray, d: ndarray, fa: ndarray, totals: ndarray,
+) -> None:  # fmt: skip
     """Images first..last-1 on the left: logits and d [2, units] (positives, negatives), FA, totals[m] = loss, dc."""
     hidden, cast, num_pairs = w.shape[0], w.dtype.type, 2.0 * len(couples) * num_images
     for q in range(lo // num_images, (hi + num_images - 1) // num_images):
@@ -107,8 +113,12 @@ def sweep_left(
                 to[h] += f_p + f_n
 
 
-@_compile()
-def sweep_right(first, last, couples, num_images, lo, hi, by_right, A, B, ya, yb, slope, d, fa, fb, pair_ya, sums):
+@njit_sums()
+def sweep_right(
+    first: int, last: int, couples: ndarray, num_images: int, lo: int, hi: int, by_right: ndarray,
+    A: ndarray, B: ndarray, ya: ndarray, yb: ndarray, slope: np.floating, d: ndarray,
+    fa: ndarray, fb: ndarray, pair_ya: ndarray, sums: ndarray,
+) -> None:  # fmt: skip
     """Images first..last-1 on the right: FB and pair_ya, the sum of ya over a row's pairs; sums[m] = the parts of F
     and of sum f h of image m's rows."""
     hidden, cast = A.shape[1], A.dtype.type
@@ -140,8 +150,11 @@ def sweep_right(first, last, couples, num_images, lo, hi, by_right, A, B, ya, yb
                 sum_fh[h] += np.float64(f_a[h]) * a[h] + np.float64(f_b[h]) * b[h]
 
 
-@_compile()
-def finish(first, last, num_images, f, count, y, pair, scale_f, scale_pair, scale_y, offset):
+@njit_sums()
+def finish(
+    first: int, last: int, num_images: int, f: ndarray, count: ndarray, y: ndarray, pair: ndarray,
+    scale_f: ndarray, scale_pair: ndarray, scale_y: ndarray, offset: ndarray,
+) -> None:  # fmt: skip
     """Images first..last-1: f becomes the gradient, f scale_f - pair scale_pair - count (y scale_y + offset)."""
     for m in range(first, last):
         for row in range(m, f.shape[0], num_images):

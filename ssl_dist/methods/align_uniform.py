@@ -10,11 +10,11 @@ import math
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_dist.config import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
-from ssl_dist.methods.base import Batch, Info, Output, SSLMethod, World
+from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
 from ssl_dist.nn.layers import mlp
 
 
@@ -43,18 +43,15 @@ class Method(SSLMethod[Options]):
     num_views = 2
     views_together = False
 
-    def __init__(self, backbone: nn.Module, info: Info, options: Options):
+    def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone, info, options)
         if info.batch_size < 2:
             raise UserError("optim.batch_size = 1: uniformity needs another image; give 2 or more")
         self.projector = mlp([info.feature_dim, *options.projector])
 
-    def embed(self, images: Tensor) -> Tensor:
-        return self.projector(self.backbone(images))
-
     def forward(self, batch: Batch, world: World) -> Output:
         """The loss is small work on [M, M] and computed in full on every rank. Metrics: the unweighted terms."""
-        z_KMD = self.gathered(batch, world, self.embed)
+        z_KMD = self.gathered(batch, world, lambda images: self.projector(self.backbone(images)))
         with torch.autocast(z_KMD.device.type, enabled=False):
             x_MD, y_MD = F.normalize(z_KMD, dim=-1)
             alignment = F.mse_loss(x_MD, y_MD)

@@ -1,4 +1,8 @@
-"""What a method is: a module that turns a batch of views into a loss. Everything here is paper-independent."""
+"""What a method is: a module that turns a batch of views into a loss. This page is all that its author needs.
+
+A method is a file `methods/<name>.py` with `class Options(Section)` and `class Method(SSLMethod[Options])`, which
+defines `num_views` and `forward`, and what else it needs of the hooks below.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -13,15 +17,16 @@ from torch import Tensor, nn
 from ssl_dist.config import Section
 from ssl_dist.kernels.ranks import Ranks
 from ssl_dist.keys import DROPOUT, hash64, row_keys
+from ssl_dist.nn.backbone import Backbone
 from ssl_dist.nn.batchnorm import one_view
 from ssl_dist.nn.layers import KeyedDropout, keyed_rows
 
 
 @dataclass(frozen=True)
 class Info:
-    """What a method may know of its surroundings when it is built."""
+    """What a method knows of the run when it is built."""
 
-    num_images: int  # images that training sees in an epoch's order
+    num_images: int  # N, images that are trained on
     num_classes: int  # 0 when the data set has no labels
     view_groups: tuple[tuple[int, int], ...]  # (views, side in pixels) of every group, over all ranks
     batch_size: int  # M, images of the global batch
@@ -29,24 +34,19 @@ class Info:
     feature_dim: int = 0  # width of the backbone's output; filled in when the backbone is built
     stages: dict[str, int] = field(default_factory=dict)  # the backbone's feature maps: name -> channels; filled in too
     steps_per_epoch: int = 1
-    seed: int = 0  # for draws of the method's own, see keys.py
+    seed: int = 0  # of the run, for a method's own draws: see keys.py
 
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's part of the global batch, normalised, on the device (only the view_ids are on the host).
+    """This rank's part of the global batch, on the device (only the view_ids are on the host)."""
 
-    views: one tensor a group, [V_local, B_local, 3, S, S]; view_ids: one int64 [V_local] a group, counted over all
-    groups; image_ids, labels, positions: int64 [B_local], label -1 = unknown. A position, 0 .. info.num_images - 1, is
-    the row of an image in what a method keeps of every image. step: steps completed before this one.
-    """
-
-    views: list[Tensor]
-    view_ids: list[Tensor]
-    image_ids: Tensor
-    labels: Tensor
-    positions: Tensor | None = None
-    step: int = 0
+    views: list[Tensor]  # one tensor a group, [V_local, B_local, 3, S, S], normalised
+    view_ids: list[Tensor]  # one int64 [V_local] a group, counted over all groups
+    image_ids: Tensor  # int64 [B_local], rows of the data set's split
+    labels: Tensor  # int64 [B_local], -1 where unknown
+    positions: Tensor  # int64 [B_local], 0 .. info.num_images - 1: rows of what a method keeps of every image
+    step: int = 0  # steps completed before this one
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,12 @@ class Rows:
 
 @dataclass
 class Output:
-    """loss: scalar whose mean over the ranks is the loss of the global batch. metrics: what is logged, name -> value
-    of the global batch (plain numbers or detached scalars); histograms: name -> detached 1-d tensor; representations:
-    detached [..., D], from which the run's health (collapse) is judged."""
+    """What `forward` returns. All but the loss is detached."""
 
-    loss: Tensor
-    metrics: Mapping[str, float | Tensor] = field(default_factory=dict)
-    histograms: dict[str, Tensor] = field(default_factory=dict)
-    representations: Tensor | None = None
+    loss: Tensor  # scalar whose mean over the ranks is the loss of the global batch
+    metrics: Mapping[str, float | Tensor] = field(default_factory=dict)  # to be logged: name -> number or scalar
+    histograms: dict[str, Tensor] = field(default_factory=dict)  # to be logged: name -> 1-d tensor, of this rank
+    representations: Tensor | None = None  # [..., D] of the global batch; a collapse is detected in them
 
 
 class Clock(Protocol):
@@ -77,6 +75,10 @@ class Clock(Protocol):
     @property
     def step(self) -> int:
         """Steps completed."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which every image is seen once."""
 
     @property
     def total_steps(self) -> int:
@@ -135,20 +137,19 @@ OptionsT = TypeVar("OptionsT", bound=Section)
 
 
 class SSLMethod(nn.Module, Generic[OptionsT]):
-    """Base of every method. A subclass in `methods/<name>.py` is `class Method(SSLMethod[Options])`.
+    """Base of every method.
 
     State is parameters and buffers only. A method calls `world.gather_views`, `world.all_reduce_sum` and their like; it
-    never asks for a rank or a size. Draws come from `ssl_dist.keys`, never from torch's global generator.
+    never asks for a rank or a world size. Draws come from `ssl_dist.keys`, never from torch's global generator.
     """
 
-    Options: ClassVar[type[Section]] = Section  # the one in SSLMethod[...]
+    Options: ClassVar[type[Section]] = Section  # that of SSLMethod[Options]
+    num_views: int  # K, of the class or set by __init__
     views_together: bool = True  # views of one size pass the backbone as one batch (BatchNorm over all)
     trainable: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
     free_views: ClassVar[bool] = False  # K is the user's choice, so views may be spread over the ranks
     fixed_length: ClassVar[bool] = False  # a schedule of its own spans the training, which may not grow later
-
-    num_views: int
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -156,23 +157,22 @@ class SSLMethod(nn.Module, Generic[OptionsT]):
             if get_origin(base) is SSLMethod:
                 (cls.Options,) = get_args(base)
 
-    def __init__(self, backbone: nn.Module, info: Info, options: OptionsT):
+    def __init__(self, backbone: Backbone, info: Info, options: OptionsT):
         super().__init__()
         self.backbone = backbone
         self.info = info
         self.options = options
 
-    @classmethod
-    def explain(cls, num_views: int, batch_size: int, options: OptionsT, world_size: int = 1) -> dict[str, str]:
-        """What of this method a plan should show, name -> text; for example the pairs of a step and those of a rank."""
+    def explain(self, world_size: int) -> dict[str, str]:
+        """Lines of `ssl-dist explain`, name -> text; for example the pairs of a step and those of a rank."""
         return {}
 
     @classmethod
     def warm_up(cls, options: OptionsT, dtype: torch.dtype) -> None:
-        """Compile what the method needs compiled. Called before the ranks meet, or they would wait for one another."""
+        """Compile what the method needs compiled. Called before the ranks connect: none waits in a collective."""
 
     def forward(self, batch: Batch, world: World) -> Output:
-        """The loss of this rank's views; the mean over the ranks must be the loss of the global batch."""
+        """The loss of this rank's views; see `World` for its mean over the ranks."""
         raise NotImplementedError(f"{type(self).__module__} must define forward")
 
     def before_step(self, clock: Clock, extract: Extract, world: World) -> list[nn.Parameter]:
@@ -191,7 +191,7 @@ class SSLMethod(nn.Module, Generic[OptionsT]):
         return self.backbone
 
     def logits(self, images: Tensor) -> dict[str, Tensor]:
-        """Of a method that classifies: scores [N, C] of every classifier it has, from images [N, 3, S, S]."""
+        """Scores [N, C] of every classifier of a method that has some, from images [N, 3, S, S]."""
         raise NotImplementedError(f"{type(self).__module__} does not classify")
 
     # ------------------------------------------------------------------ passing views
@@ -208,14 +208,14 @@ class SSLMethod(nn.Module, Generic[OptionsT]):
                 torch.stack([self._alone(batch, network, v, i) for v, i in zip(views, ids, strict=True)])
                 for views, ids in zip(batch.views, batch.view_ids, strict=True)
             ]
-        found: dict[int, Tensor] = {}
+        z_by_group: dict[int, Tensor] = {}
         for size in dict.fromkeys(group.shape[-1] for group in batch.views):
             members = [g for g, group in enumerate(batch.views) if group.shape[-1] == size]
             views = torch.cat([batch.views[g] for g in members]) if len(members) > 1 else batch.views[members[0]]
             with self.keyed(batch, torch.cat([batch.view_ids[g] for g in members])):
                 z = at_least_float32(network(views.flatten(0, 1)).unflatten(0, views.shape[:2]))
-            found |= zip(members, z.split([len(batch.views[g]) for g in members]), strict=True)
-        return [found[g] for g in range(len(batch.views))]
+            z_by_group |= zip(members, z.split([len(batch.views[g]) for g in members]), strict=True)
+        return [z_by_group[g] for g in range(len(batch.views))]
 
     def _alone(self, batch: Batch, network: Callable[[Tensor], Tensor], images: Tensor, view_id: Tensor) -> Tensor:
         with self.keyed(batch, view_id[None]), one_view(int(view_id)):
@@ -227,7 +227,7 @@ class SSLMethod(nn.Module, Generic[OptionsT]):
 
     @contextlib.contextmanager
     def keyed(self, batch: Batch, view_ids: Tensor) -> Iterator[None]:
-        """Around a pass of the rows (view, image), view-major: names them for layers that draw, such as dropout."""
+        """Around a pass of the rows (view, image), view-major: gives each its key, from which dropout draws."""
         if not self._draws:
             yield
             return
@@ -238,7 +238,7 @@ class SSLMethod(nn.Module, Generic[OptionsT]):
 
     @cached_property
     def _draws(self) -> bool:
-        """Whether any layer draws; names cost a little."""
+        """Whether any layer draws; keys cost a little."""
         return any(isinstance(layer, KeyedDropout) for layer in self.modules())
 
 

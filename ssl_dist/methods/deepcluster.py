@@ -17,12 +17,23 @@ from ssl_dist.config import PositiveInt, Section
 from ssl_dist.errors import UserError
 from ssl_dist.kernels.kmeans import kmeans, whiten
 from ssl_dist.keys import INIT, METHOD, RELABEL, hash64, normals
-from ssl_dist.methods.base import Batch, Clock, Info, Output, Rows, SSLMethod, World, at_least_float32
+from ssl_dist.methods.base import (
+    Backbone,
+    Batch,
+    Clock,
+    Extract,
+    Info,
+    Output,
+    Rows,
+    SSLMethod,
+    World,
+    at_least_float32,
+)
 from ssl_dist.nn.layers import mlp
 from ssl_dist.nn.pseudolabels import PseudoLabels
 
-SPREAD = 0.01  # standard deviation of the weights that are drawn anew
-WIDE = 512  # features from which on only half of the components are kept
+LAST_LAYER_STD = 0.01  # of the weights that are drawn anew
+WIDE_FEATURES = 512  # from so many features on only half of the components are kept
 
 
 class Options(Section):
@@ -47,8 +58,10 @@ def weighted_cross_entropy(logits_BK: Tensor, labels_B: Tensor, weight_K: Tensor
 
 class Method(SSLMethod[Options]):
     num_views = 1
+    weight: Tensor  # of an image of each cluster
+    distance: Tensor  # of the last clustering: the mean squared distance to the centres
 
-    def __init__(self, backbone: nn.Module, info: Info, options: Options):
+    def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone, info, options)
         if options.clusters is None and not info.num_classes:
             raise UserError("method.options.clusters = null: these images have no classes; give a number of clusters")
@@ -60,7 +73,7 @@ class Method(SSLMethod[Options]):
             )
         if info.batch_size < 2:
             raise UserError("optim.batch_size = 1: the head's BatchNorm needs another image; give 2 or more")
-        wide = info.feature_dim >= WIDE
+        wide = info.feature_dim >= WIDE_FEATURES
         self.components = options.components or (info.feature_dim // 2 if wide else info.feature_dim)
         if self.components > info.feature_dim:
             raise UserError(
@@ -74,10 +87,10 @@ class Method(SSLMethod[Options]):
             )
         self.head = mlp([info.feature_dim, options.hidden, self.num_clusters], last_bias=True, activation=nn.LeakyReLU)
         self.labels = PseudoLabels(1, info.num_images, self.num_clusters, info.seed)
-        self.register_buffer("weight", torch.ones(self.num_clusters))  # of an image of each cluster
-        self.register_buffer("distance", torch.zeros(()))  # of the last clustering
+        self.register_buffer("weight", torch.ones(self.num_clusters))
+        self.register_buffer("distance", torch.zeros(()))
 
-    def before_step(self, clock: Clock, extract, world) -> list[nn.Parameter]:
+    def before_step(self, clock: Clock, extract: Extract, world: World) -> list[nn.Parameter]:
         """At the start of an epoch: new labels and a new last layer, which is returned."""
         if clock.step % clock.steps_per_epoch:
             return []
@@ -88,7 +101,7 @@ class Method(SSLMethod[Options]):
         self.distance.fill_(distance / self.info.num_images)
         return self.draw_last_layer(clock.epoch)
 
-    def cluster(self, rows: Rows, epoch: int, world) -> tuple[Tensor, float]:
+    def cluster(self, rows: Rows, epoch: int, world: World) -> tuple[Tensor, float]:
         """The clusters of this rank's rows, and the sum of the squared distances of all rows to their centres."""
         x_ND = whiten(rows.values.flatten(1), self.components, world)
         key = hash64(self.info.seed, METHOD, RELABEL, epoch)
@@ -97,8 +110,8 @@ class Method(SSLMethod[Options]):
 
     @torch.no_grad()
     def draw_last_layer(self, epoch: int) -> list[nn.Parameter]:
-        weight, bias = self.head[-1].weight, self.head[-1].bias
-        drawn = SPREAD * normals(hash64(self.info.seed, METHOD, INIT, epoch), weight.numel())
+        weight, bias = self.head[-1].parameters()
+        drawn = LAST_LAYER_STD * normals(hash64(self.info.seed, METHOD, INIT, epoch), weight.numel())
         weight.copy_(torch.from_numpy(drawn).view_as(weight))
         bias.zero_()
         return [weight, bias]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ssl_dist.config import PositiveFloat, Section
 from ssl_dist.errors import UserError
-from ssl_dist.methods.base import Batch, Info, Output, SSLMethod, World, at_least_float32
+from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World, at_least_float32
 from ssl_dist.methods.linear_probe import OUTPUT
 from ssl_dist.methods.supervised import accuracy
 
@@ -25,7 +25,7 @@ class Method(SSLMethod[Options]):
     needs_labels = True
     num_views = 1
 
-    def __init__(self, backbone: nn.Module, info: Info, options: Options):
+    def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone, info, options)
         if info.num_classes < 1:
             raise UserError("data.split: fine-tuning needs labels and there are none; choose a labelled split")

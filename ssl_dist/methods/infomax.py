@@ -5,6 +5,7 @@ of one image against pairs of two images, place by place (local) and as a whole 
 draws of a uniform prior.
 """
 
+from functools import reduce
 from typing import Literal
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from ssl_dist.config import NonNegativeFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
 from ssl_dist.keys import METHOD, hash64, uniform_rows
-from ssl_dist.methods.base import Batch, Info, Output, SSLMethod, World, at_least_float32
+from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World, at_least_float32
 
 
 class Options(Section):
@@ -118,7 +119,7 @@ class PriorNet(nn.Module):
 class Method(SSLMethod[Options]):
     num_views = 1
 
-    def __init__(self, backbone: nn.Module, info: Info, options: Options):
+    def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone, info, options)
         if not info.stages:
             raise UserError(
@@ -135,11 +136,11 @@ class Method(SSLMethod[Options]):
         self.local_net = LocalNet(info.feature_dim, channels, options.hidden) if options.beta else None
         self.prior_net = PriorNet(info.feature_dim) if options.gamma else None
 
-    @classmethod
-    def explain(cls, num_views: int, batch_size: int, options: Options, world_size: int = 1) -> dict[str, str]:
+    def explain(self, world_size: int) -> dict[str, str]:
+        options, num_pairs = self.options, self.info.batch_size
         weights = f"global {options.alpha:g}, local {options.beta:g}, prior {options.gamma:g} ({options.prior})"
         return {
-            "pairs": f"features and maps, {batch_size} of one image and {batch_size} of two a step; weights {weights}"
+            "pairs": f"features and maps, {num_pairs} of one image and {num_pairs} of two a step; weights {weights}"
         }
 
     @classmethod
@@ -172,17 +173,17 @@ class Method(SSLMethod[Options]):
 
     def weighted(self, terms: dict[str, Tensor]) -> Tensor:
         weights = {"global": self.options.alpha, "local": self.options.beta, "prior": self.options.gamma}
-        return sum(weights[name] * term for name, term in terms.items())
+        return reduce(torch.add, (weights[name] * term for name, term in terms.items()))
 
-    def of_image_before(self, y_BD: Tensor, batch: Batch, world) -> Tensor:
+    def of_image_before(self, y_BD: Tensor, batch: Batch, world: World) -> Tensor:
         """The features of the image before each one in the global batch, the last before the first.
 
-        The pairs of two images are those of the official code, (y, map of the next image), named by their map: features
-        travel between the ranks, and maps, which are much larger, stay.
+        The pairs of two images are those of the official code, (y, map of the next image), seen from the map:
+        features are gathered over the ranks, and maps, which are much larger, are not.
         """
-        everyone = world.gather_views(y_BD[None])[0]
+        y_MD = world.gather_views(y_BD[None])[0]
         own = (world.gather_images(batch.image_ids) == batch.image_ids[:, None]).int().argmax(1)
-        return everyone.roll(1, 0)[own]
+        return y_MD.roll(1, 0)[own]
 
     def drawn(self, batch: Batch, like: Tensor) -> Tensor:
         """Draws of the prior, uniform in [0, 1): for every image a function of the seed, the step and the image."""

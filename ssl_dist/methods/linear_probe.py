@@ -6,7 +6,8 @@ values, normalised by a BatchNorm without weights, and a linear layer reads all 
 """
 
 import math
-from typing import Literal
+from functools import reduce
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +16,12 @@ from torch import Tensor, nn
 
 from ssl_dist.config import PositiveFloat, Section
 from ssl_dist.errors import UserError
-from ssl_dist.methods.base import Batch, Info, Output, SSLMethod, World, at_least_float32
+from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World, at_least_float32
 from ssl_dist.methods.supervised import accuracy
 
 # Kernel, stride and padding of SeLa's max-pooling on the maps of its AlexNet.
 ALEXNET_POOLING = {"conv1": (6, 6, 3), "conv2": (4, 4, 0), "conv3": (3, 3, 1), "conv4": (3, 3, 1), "conv5": (2, 2, 0)}
-POOLED = 9000  # values of another map, at most, after pooling to an even grid of means
+MAX_POOLED_VALUES = 9000  # of another map, after pooling to an even grid of means
 
 OUTPUT = "output"
 
@@ -44,15 +45,15 @@ class Method(SSLMethod[Options]):
     needs_labels = True
     num_views = 1
 
-    def __init__(self, backbone: nn.Module, info: Info, options: Options):
+    def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone.requires_grad_(False), info, options)
         if info.num_classes < 1:
             raise UserError("data.split: a linear probe needs labels and there are none; choose a labelled split")
         if options.stages is None:
-            heads = {OUTPUT: nn.Linear(info.feature_dim, info.num_classes)}
+            heads: dict[str, nn.Module] = {OUTPUT: nn.Linear(info.feature_dim, info.num_classes)}
         else:
             names = _stages(options.stages, info.stages)
-            shapes = _map_shapes(backbone, info.view_groups[0][1])
+            shapes = self._map_shapes(info.view_groups[0][1])
             is_alexnet = info.stages.keys() == ALEXNET_POOLING.keys()
             heads = {
                 name: _on_map(shapes[name], info.num_classes, ALEXNET_POOLING[name] if is_alexnet else None)
@@ -64,7 +65,17 @@ class Method(SSLMethod[Options]):
             if isinstance(layer, nn.Linear) and options.init is not None:
                 _fill(layer, options.init)
 
-    def train(self, mode: bool = True):
+    def _map_shapes(self, size: int) -> dict[str, torch.Size]:
+        """[C, h, w] of every stage's map of images of `size` px."""
+        mode = self.backbone.training
+        self.backbone.eval()
+        parameter = next(self.backbone.parameters())
+        with torch.no_grad():
+            _, maps = self.backbone.forward_stages(parameter.new_zeros(1, 3, size, size))
+        self.backbone.train(mode)
+        return {name: stage_map.shape[1:] for name, stage_map in maps.items()}
+
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         if self.options.batchnorm == "frozen":
             self.backbone.eval()
@@ -89,25 +100,26 @@ class Method(SSLMethod[Options]):
             "accuracy" if name == OUTPUT else f"accuracy_{name}": accuracy(z_BC, batch.labels, world)
             for name, z_BC in logits.items()
         }
-        return Output(sum(F.cross_entropy(z_BC, batch.labels) for z_BC in logits.values()), metrics)
+        return Output(reduce(torch.add, (F.cross_entropy(z_BC, batch.labels) for z_BC in logits.values())), metrics)
 
 
-def _on_map(shape: tuple[int, int, int], num_classes: int, pooling: tuple[int, int, int] | None) -> nn.Module:
+def _on_map(shape: torch.Size, num_classes: int, pooling: tuple[int, int, int] | None) -> nn.Module:
     """The classifier of a map [N, C, h, w]; pooling: kernel, stride and padding, None: to an even grid of means."""
     channels, height, width = shape
+    pool: nn.Module
     if pooling is not None:
         kernel, stride, padding = pooling
         pool = nn.MaxPool2d(kernel, stride, padding)
         height, width = ((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
     else:
-        side = max(1, math.isqrt(POOLED // channels))
+        side = max(1, math.isqrt(MAX_POOLED_VALUES // channels))
         height, width = min(height, side), min(width, side)
         pool = nn.AdaptiveAvgPool2d((height, width))
     norm = nn.BatchNorm2d(channels, affine=False)
     return nn.Sequential(pool, norm, nn.Flatten(), nn.Linear(channels * height * width, num_classes))
 
 
-def _fill(layer: nn.Linear, init: float | str) -> None:
+def _fill(layer: nn.Linear, init: float | Literal["xavier"]) -> None:
     if init == "xavier":
         nn.init.xavier_uniform_(layer.weight)
     else:
@@ -115,24 +127,13 @@ def _fill(layer: nn.Linear, init: float | str) -> None:
     nn.init.zeros_(layer.bias)
 
 
-def _stages(wanted: list[str] | str, known: dict[str, int]) -> list[str]:
-    if not known:
+def _stages(chosen: list[str] | str, available: dict[str, int]) -> list[str]:
+    if not available:
         raise UserError("method.options.stages: this backbone shows no feature maps; set it to null, for its output")
-    if wanted == "all":
-        return list(known)
-    unknown = [name for name in wanted if name not in known]
-    if unknown or not wanted:
+    if chosen == "all":
+        return list(available)
+    if not chosen or not available.keys() >= set(chosen):
         raise UserError(
-            f"method.options.stages = {wanted}: the backbone has {', '.join(known)}; name some of them, or all"
+            f"method.options.stages = {chosen}: the backbone has {', '.join(available)}; name some of them, or all"
         )
-    return list(dict.fromkeys(wanted))
-
-
-def _map_shapes(backbone: nn.Module, size: int) -> dict[str, tuple[int, int, int]]:
-    mode = backbone.training
-    backbone.eval()
-    like = next(backbone.parameters())
-    with torch.no_grad():
-        _, maps = backbone.forward_stages(torch.zeros(1, 3, size, size, dtype=like.dtype, device=like.device))
-    backbone.train(mode)
-    return {name: tuple(found.shape[1:]) for name, found in maps.items()}
+    return list(dict.fromkeys(chosen))

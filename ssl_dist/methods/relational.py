@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from ssl_dist.config import NonNegativeFloat, PositiveInt, Probability, Section
 from ssl_dist.errors import UserError
 from ssl_dist.kernels import relation
+from ssl_dist.kernels.ranks import Ranks
 from ssl_dist.keys import LABELLED, hash64, uniform_rows
-from ssl_dist.methods.base import Batch, Info, Output, SSLMethod, World
+from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
 from ssl_dist.nn.batchnorm import update_running
 from ssl_dist.nn.layers import mlp
 
-ENCODING = 64  # dimensions of the encoder's output, as of the SimCLR baseline's head in the same paper
+ENCODING_DIM = 64  # of the encoder's output, as of the SimCLR baseline's head in the same paper
 
 
 class Options(Section):
@@ -121,7 +122,7 @@ class RelationModule(nn.Module):
         return self.linear2(self.act(self.bn1(hidden))).squeeze(1)
 
     def sweep(
-        self, z_ND: Tensor, share: relation.Share, gamma: float, alpha: float | None, reduce
+        self, z_ND: Tensor, share: relation.Share, gamma: float, alpha: float | None, ranks: Ranks
     ) -> tuple[Tensor, Tensor]:
         """The share's part of the mean focal loss over all pairs and its logits [2, units], by the fused CPU kernel.
 
@@ -132,7 +133,7 @@ class RelationModule(nn.Module):
         centred = z_ND - centre
         A, B = F.linear(centred, weight_left, self._bias()), F.linear(centred, weight_right)
         loss, logits, mean, var = relation.relation_loss(
-            A, B, self.bn1, self.act.negative_slope, self.linear2, gamma, alpha, share, reduce
+            A, B, self.bn1, self.act.negative_slope, self.linear2, gamma, alpha, share, ranks.all_reduce_sum
         )
         with torch.no_grad():
             update_running(self.bn1, mean + F.linear(centre, weight_left + weight_right), var, share.num_pairs)
@@ -142,7 +143,8 @@ class RelationModule(nn.Module):
         """The first layer of a pair (i, j) is z_i @ left.T + z_j @ right.T + bias; max does not split so."""
         weight = self.linear1.weight
         if self.aggregation == "cat":
-            return weight.chunk(2, dim=1)
+            left, right = weight.chunk(2, dim=1)
+            return left, right
         return (weight / 2, weight / 2) if self.aggregation == "mean" else (weight, weight)
 
     def _bias(self) -> Tensor:
@@ -159,8 +161,6 @@ class DotProduct(nn.Module):
     steps amplify rounding threefold each.
     """
 
-    can_sweep = False
-
     def forward(self, z_ND: Tensor, left: Tensor, right: Tensor) -> Tensor:
         return (z_ND[left] * z_ND[right]).sum(1) / z_ND.shape[1]
 
@@ -171,7 +171,7 @@ class DotProduct(nn.Module):
 class Method(SSLMethod[Options]):
     free_views = True
 
-    def __init__(self, backbone: nn.Module, info: Info, options: Options):
+    def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone, info, options)
         if len(info.view_groups) != 1:
             raise UserError(
@@ -187,17 +187,18 @@ class Method(SSLMethod[Options]):
                 f"method.options.labelled = {options.labelled:g}: some images of this split have no label; choose a "
                 "labelled one by data.split, or give data.labels"
             )
+        self.relation_module: RelationModule | DotProduct
         if options.head == "relation":
             self.relation_module = RelationModule(info.feature_dim, options.hidden, options.aggregation)
         else:
             self.relation_module = DotProduct()
         if options.head == "encoder":
-            self.encoding = mlp([info.feature_dim, options.hidden, ENCODING], activation=nn.LeakyReLU)
+            self.encoding = mlp([info.feature_dim, options.hidden, ENCODING_DIM], activation=nn.LeakyReLU)
         self.fused = True  # False: torch operations on the CPU too (slower; the two are held together by tests)
 
-    @classmethod
-    def explain(cls, num_views: int, batch_size: int, options: Options, world_size: int = 1) -> dict[str, str]:
-        num_units = num_views * (num_views - 1) // 2 * batch_size
+    def explain(self, world_size: int) -> dict[str, str]:
+        options, num_views = self.options, self.num_views
+        num_units = num_views * (num_views - 1) // 2 * self.info.batch_size
         loss = f"focal binary cross-entropy, gamma {options.gamma:g}, alpha {options.alpha}"
         least, most = num_units // world_size, -(-num_units // world_size)
         share = f"{most}" if least == most else f"{least}-{most}"
@@ -214,32 +215,33 @@ class Method(SSLMethod[Options]):
         if options.aggregation != "max" and not torch.cuda.is_available():
             relation.warm_up(dtype)
 
+    def embed(self, images: Tensor) -> Tensor:
+        z = self.backbone(images)
+        return self.encoding(z) if self.options.head == "encoder" else z
+
     def forward(self, batch: Batch, world: World) -> Output:
         """This rank scores its even share of the pairs of the whole global batch.
 
         Metrics: accuracy over all pairs, over positives and over negatives, in percent; a pair is called positive
         when its probability is above 1/2. Histograms: this rank's probabilities.
         """
-        network = self.backbone
-        if self.options.head == "encoder":
-            network = lambda images: self.encoding(self.backbone(images))  # noqa: E731
-        z_KMD = self.gathered(batch, world, network)
+        z_KMD = self.gathered(batch, world, self.embed)
         num_views, num_images, _ = z_KMD.shape
         labels_M = torch.full((num_images,), -1, device=z_KMD.device)
         if self.options.labelled:
-            labels_M = world.gather_images(self._known(batch))
+            labels_M = world.gather_images(self._revealed_labels(batch))
         num_units = num_views * (num_views - 1) // 2 * num_images
         lo, hi = world.share(num_units)
         # The head is a small part of the work and its sums run over all pairs: never in half precision.
         with torch.autocast(z_KMD.device.type, enabled=False):
             loss_share, logits, target = self.relate(z_KMD, labels_M, lo, hi, world)
-        right = (logits > 0) == target
-        counts = torch.stack([(right & target).sum(), target.sum(), (right & ~target).sum(), (~target).sum()])
-        right_positive, num_positive, right_negative, num_negative = world.all_reduce_sum(counts)
+        correct = (logits > 0) == target
+        counts = torch.stack([(correct & target).sum(), target.sum(), (correct & ~target).sum(), (~target).sum()])
+        correct_positive, num_positive, correct_negative, num_negative = world.all_reduce_sum(counts)
         metrics = {
-            "accuracy": 100 * (right_positive + right_negative) / (2 * num_units),
-            "accuracy_positive": 100 * right_positive / num_positive,
-            "accuracy_negative": 100 * right_negative / num_negative,  # NaN when labels leave no negative pair
+            "accuracy": 100 * (correct_positive + correct_negative) / (2 * num_units),
+            "accuracy_positive": 100 * correct_positive / num_positive,
+            "accuracy_negative": 100 * correct_negative / num_negative,  # NaN when labels leave no negative pair
         }
         if self.options.labelled:
             metrics["positive_share"] = 100 * num_positive / (2 * num_units)
@@ -249,13 +251,13 @@ class Method(SSLMethod[Options]):
         histograms = {"relation_score_positive": positive, "relation_score_negative": negative}
         return Output(world.scale_for_ddp_mean(loss_share), metrics, histograms, z_KMD.detach())
 
-    def _known(self, batch: Batch) -> Tensor:
-        """Labels int64 [B_local] of the images whose label is given to the method, -1 for the others."""
+    def _revealed_labels(self, batch: Batch) -> Tensor:
+        """Labels int64 [B_local] of the images whose label the method may see, -1 for the others."""
         draws = uniform_rows(hash64(self.info.seed, LABELLED), batch.image_ids.cpu().numpy(), 1)[:, 0]
-        given = torch.from_numpy(draws < self.options.labelled).to(batch.labels.device)
-        return torch.where(given, batch.labels, -1)
+        revealed = torch.from_numpy(draws < self.options.labelled).to(batch.labels.device)
+        return torch.where(revealed, batch.labels, -1)
 
-    def relate(self, z_KMD: Tensor, labels_M: Tensor, lo: int, hi: int, world) -> tuple[Tensor, Tensor, Tensor]:
+    def relate(self, z_KMD: Tensor, labels_M: Tensor, lo: int, hi: int, world: World) -> tuple[Tensor, Tensor, Tensor]:
         """What the units lo..hi-1 add to the mean loss over all pairs; logits and targets (bool) of their pairs, [2,
         hi - lo]: row 0 views of one image, row 1 views of two."""
         num_views, num_images, _ = z_KMD.shape
@@ -263,9 +265,15 @@ class Method(SSLMethod[Options]):
         left, positive, negative = unit_rows(num_views, num_images, lo, hi, z_ND.device)
         one, other = labels_M[left % num_images], labels_M[negative % num_images]
         target = torch.stack([torch.ones_like(left, dtype=torch.bool), (one == other) & (one >= 0)])
-        if self.fused and head.can_sweep and head.training and z_ND.device.type == "cpu":
+        if (
+            self.fused
+            and isinstance(head, RelationModule)
+            and head.can_sweep
+            and head.training
+            and z_ND.device.type == "cpu"
+        ):
             share = relation.Share(couples(num_views, num_images), num_images, lo, hi, labels_M.numpy())
-            return *head.sweep(z_ND, share, gamma, alpha, world.all_reduce_sum), target
+            return *head.sweep(z_ND, share, gamma, alpha, world), target
         logits = head(z_ND, left.repeat(2), torch.cat([positive, negative])).view(2, -1)
         num_pairs = num_views * (num_views - 1) * num_images
         return focal_bce(logits, target, gamma, alpha).sum() / num_pairs, logits.detach(), target

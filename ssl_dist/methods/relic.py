@@ -1,7 +1,7 @@
 """ReLIC: representation learning via invariant causal mechanisms (Mitrovic et al., ICLR 2021, arXiv:2010.07922).
 
-An online network tells, from its view of an image, the target network's view of the same image from those of the other
-images of the batch (an instance task), and does so with like certainty in either direction (the invariance). The target
+From its view of an image an online network picks the target network's view of the same image out of those of the other
+images of the batch (an instance task), with the same certainty in either direction (the invariance). The target
 is a moving average of the online network. As in Relic v2 (Tomasev et al., 2022, arXiv:2201.05119) global views pass
 both networks and smaller local views the online one; the learnt temperature and the sigmoid loss are those of SigLIP
 (Zhai et al., 2023, arXiv:2303.15343).
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from ssl_dist.config import FiniteFloat, NonNegativeFloat, PositiveFloat, PositiveInt, Probability, Section
 from ssl_dist.errors import UserError
-from ssl_dist.methods.base import Batch, Clock, Info, Output, SSLMethod, World
+from ssl_dist.methods.base import Backbone, Batch, Clock, Info, Output, SSLMethod, World
 from ssl_dist.nn.layers import ema_update
 
-COPIES = 2  # the target is a copy of the online network after this many first steps, an average from then on
+COPY_STEPS = 2  # the target is a copy of the online network after so many first steps, then an average
 DEFAULTS = {"softmax": (0.0, 5.0, 0.0), "sigmoid": (math.log(10), 15.0, -10.0)}  # log_tau, max_tau, bias
 
 
@@ -88,9 +88,9 @@ def gamma_of(step: int, total: int, base: float) -> float:
 
     The authors schedule gamma after each average for the next one, so the first average keeps `base`.
     """
-    if step < COPIES:
+    if step < COPY_STEPS:
         return 0.0
-    return cosine_gamma(step - 1 if step > COPIES else 0, total, base)
+    return cosine_gamma(step - 1 if step > COPY_STEPS else 0, total, base)
 
 
 # ---------------------------------------------------------------------------------------------------- method
@@ -103,7 +103,7 @@ class Method(SSLMethod[Options]):
     views_together = False
     fixed_length = True  # gamma
 
-    def __init__(self, backbone: nn.Module, info: Info, options: Options):
+    def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone, info, options)
         if len(info.view_groups) > 2:
             raise UserError(
@@ -122,18 +122,18 @@ class Method(SSLMethod[Options]):
         )
         self.target_backbone = copy.deepcopy(backbone).requires_grad_(False)
         self.target_head = copy.deepcopy(self.head).requires_grad_(False)
-        given = (options.log_tau, options.max_tau, options.bias)
+        initial = (options.log_tau, options.max_tau, options.bias)
         log_tau, self.max_tau, bias = (
-            default if value is None else value for value, default in zip(given, DEFAULTS[options.loss], strict=True)
+            default if value is None else value for value, default in zip(initial, DEFAULTS[options.loss], strict=True)
         )
         self.log_tau, self.bias = nn.Parameter(torch.tensor(log_tau)), nn.Parameter(torch.tensor(bias))
         self.total = round(info.steps_per_epoch * (info.total_epochs + 2)) - 1  # the steps in which gamma would reach 1
 
-    @classmethod
-    def explain(cls, num_views: int, batch_size: int, options: Options, world_size: int = 1) -> dict[str, str]:
+    def explain(self, world_size: int) -> dict[str, str]:
+        options = self.options
         return {
-            "instance task": f"1 of {batch_size} images, {options.loss} loss, invariance x {options.alpha:g}",
-            "target": f"a copy for {COPIES} steps, then a moving average from gamma {options.gamma:g} on",
+            "instance task": f"1 of {self.info.batch_size} images, {options.loss} loss, invariance x {options.alpha:g}",
+            "target": f"a copy for {COPY_STEPS} steps, then a moving average from gamma {options.gamma:g} on",
         }
 
     def encoder(self) -> nn.Module:
@@ -141,9 +141,10 @@ class Method(SSLMethod[Options]):
 
     def forward(self, batch: Batch, world: World) -> Output:
         """Metrics: the terms of the loss, factor and bias of the logits, gamma of the coming average, and the share of
-        images that are found, in percent; each a mean over the pairs of a target view and an online view."""
+        images that are picked correctly, in percent; each a mean over the pairs of a target view and an online view."""
         with torch.no_grad():
-            target_GMD = self.gathered(self._globals(batch), world, lambda x: self.target_head(self.target_backbone(x)))
+            globals_alone = replace(batch, views=batch.views[:1], view_ids=batch.view_ids[:1])
+            target_GMD = self.gathered(globals_alone, world, lambda x: self.target_head(self.target_backbone(x)))
         online_VMD = self.gathered(self._online(batch), world, lambda x: self.head(self.backbone(x)))
         with torch.autocast(online_VMD.device.type, enabled=False):
             loss, metrics = self.compare(online_VMD, target_GMD)
@@ -154,18 +155,15 @@ class Method(SSLMethod[Options]):
         }
         return Output(loss, metrics, representations=online_VMD.detach())
 
-    def _globals(self, batch: Batch) -> Batch:
-        return replace(batch, views=batch.views[:1], view_ids=batch.view_ids[:1])
-
     def _online(self, batch: Batch) -> Batch:
         """What passes the online network: every view, in the official pairing after the global views once more."""
         if self.options.pairing == "distinct":
             return batch
         num_global = self.info.view_groups[0][0]
-        again = [batch.view_ids[0], *(ids + num_global for ids in batch.view_ids)]
-        return replace(batch, views=[batch.views[0], *batch.views], view_ids=again)
+        view_ids = [batch.view_ids[0], *(ids + num_global for ids in batch.view_ids)]
+        return replace(batch, views=[batch.views[0], *batch.views], view_ids=view_ids)
 
-    def compare(self, online_VMD: Tensor, target_GMD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def compare(self, online_VMD: Tensor, target_GMD: Tensor) -> tuple[Tensor, dict[str, float | Tensor]]:
         """The mean loss over all pairs of a target and an online view but those of one global view, and the metrics.
 
         Online views are in the order of `_online`, so that the first G are the global ones.
@@ -181,8 +179,8 @@ class Method(SSLMethod[Options]):
                 z_MM = logits(online_MD, target_MD, self.log_tau, bias, self.max_tau)
                 instance.append(instance_loss(z_MM, self.options.loss))
                 invariance.append(invariance_loss(z_MM))
-                found = z_MM.detach().argmax(1) == torch.arange(len(z_MM), device=z_MM.device)
-                accuracy.append(100 * found.to(z_MM.dtype).mean())
+                correct = z_MM.detach().argmax(1) == torch.arange(len(z_MM), device=z_MM.device)
+                accuracy.append(100 * correct.to(z_MM.dtype).mean())
         names = ("instance", "invariance", "accuracy")
         means = dict(zip(names, (torch.stack(v).mean() for v in (instance, invariance, accuracy)), strict=True))
         loss = means["instance"] + self.options.alpha * means["invariance"]

@@ -3,6 +3,7 @@
 Every image is shown turned by 0, 90, 180 and 270 degrees; the network tells by how much.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_dist.config import Section
-from ssl_dist.methods.base import Batch, Info, Output, SSLMethod, World
+from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
 
 TURNS = 4
 
@@ -37,15 +38,16 @@ def turn_targets(num_images: int, device: torch.device | str = "cpu") -> Tensor:
 class Method(SSLMethod[Options]):
     num_views = 1
 
-    def __init__(self, backbone: nn.Module, info: Info, options: Options):
+    def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone, info, options)
         self.classifier = nn.Linear(info.feature_dim, TURNS)
 
-    @classmethod
-    def explain(cls, num_views: int, batch_size: int, options: Options, world_size: int = 1) -> dict[str, str]:
-        return {"rotations": f"{TURNS} of every view, so that {TURNS * batch_size} images a step pass the network"}
+    def explain(self, world_size: int) -> dict[str, str]:
+        return {
+            "rotations": f"{TURNS} of every view, so that {TURNS * self.info.batch_size} images a step pass the network"
+        }
 
-    def represent(self, batch: Batch, network=None) -> list[Tensor]:
+    def represent(self, batch: Batch, network: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
         """Of every image's four turns, [4, B_local, D], which pass the network as one batch."""
         return super().represent(turned(batch), network)
 

@@ -10,6 +10,7 @@ that is how the official code, and so the published numbers, were made. `labels_
 evaluation mode. The times of relabelings are spread over the whole training: one that is made longer has others.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -21,10 +22,21 @@ from torch import Tensor, nn
 from ssl_dist.config import PositiveFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
 from ssl_dist.kernels import sinkhorn
-from ssl_dist.methods.base import Batch, Clock, Info, Output, Rows, SSLMethod, World, at_least_float32
+from ssl_dist.methods.base import (
+    Backbone,
+    Batch,
+    Clock,
+    Extract,
+    Info,
+    Output,
+    Rows,
+    SSLMethod,
+    World,
+    at_least_float32,
+)
 from ssl_dist.nn.pseudolabels import PseudoLabels
 
-BLOCK = 2**26  # bytes of activations and of scores in float64 that are made at once
+BLOCK_BYTES = 2**26  # of activations and of scores in float64 that are computed at once
 
 
 class Options(Section):
@@ -55,7 +67,7 @@ def relabel_times(total_epochs: float, count: int, schedule: str) -> np.ndarray:
 
 def relabel_steps(times: np.ndarray, steps_per_epoch: float) -> np.ndarray:
     """The steps before which labels are made, int64 [len(times)], rising: the first step at each time or after it, and
-    the next one when that step has its turn already."""
+    the next one when that step is taken already."""
     order = np.arange(len(times))
     return np.maximum.accumulate(np.ceil(times * steps_per_epoch).astype(np.int64) - order) + order
 
@@ -69,8 +81,9 @@ def heads_loss(logits_HBK: list[Tensor], labels_HB: Tensor) -> Tensor:
 class Method(SSLMethod[Options]):
     num_views = 1
     fixed_length = True  # the relabelings
+    sinkhorn: Tensor  # of the last relabeling: iterations of a head, error
 
-    def __init__(self, backbone: nn.Module, info: Info, options: Options):
+    def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone, info, options)
         if not 2 <= options.clusters <= info.num_images:
             raise UserError(
@@ -79,10 +92,10 @@ class Method(SSLMethod[Options]):
             )
         self.heads = nn.ModuleList(nn.Linear(info.feature_dim, options.clusters) for _ in range(options.heads))
         self.labels = PseudoLabels(options.heads, info.num_images, options.clusters, info.seed)
-        self.register_buffer("sinkhorn", torch.zeros(2))  # of the last relabeling: iterations of a head, error
+        self.register_buffer("sinkhorn", torch.zeros(2))
 
-    @classmethod
-    def explain(cls, num_views: int, batch_size: int, options: Options, world_size: int = 1) -> dict[str, str]:
+    def explain(self, world_size: int) -> dict[str, str]:
+        options = self.options
         return {
             "labels": f"{options.heads} head(s) x {options.clusters} clusters, {options.relabelings} relabelings",
             "a relabeling": f"holds {8 * options.clusters / 1024:.1f} KiB of scores and a feature vector an image",
@@ -93,36 +106,36 @@ class Method(SSLMethod[Options]):
         if not torch.cuda.is_available():
             sinkhorn.warm_up()
 
-    def before_step(self, clock: Clock, extract, world) -> list[nn.Parameter]:
+    def before_step(self, clock: Clock, extract: Extract, world: World) -> list[nn.Parameter]:
         """New labels when they are due: a function of the step, so nothing is kept of the schedule."""
         times = relabel_times(clock.total_epochs, self.options.relabelings, self.options.schedule)
         if clock.step in relabel_steps(times, clock.steps_per_epoch):
-            network = {"augmented": self.options.labels_from == "augmented"}
-            rows = extract(self.backbone, **network, training=network["augmented"])
+            augmented = self.options.labels_from == "augmented"
+            rows = extract(self.backbone, augmented, training=augmented)
             heads = range(len(self.heads))
             self.relabel([clock.epoch % len(heads)] if self.options.relabel == "one" else heads, rows, world)
         return []
 
     @torch.no_grad()
-    def relabel(self, heads, rows: Rows, world) -> None:
+    def relabel(self, heads: Sequence[int], rows: Rows, world: World) -> None:
         """Give these heads new labels, one after the other: the scores of one head are what memory is needed for."""
         options, features = self.options, rows.values.flatten(1)
         scores = features.new_empty(len(features), options.clusters, dtype=torch.float64)
-        size = max(1, BLOCK // (8 * max(features.shape[1], options.clusters)))
-        labels, iterations, worst = [], 0, 0.0
+        size = max(1, BLOCK_BYTES // (8 * max(features.shape[1], options.clusters)))
+        labels, iterations, error = [], 0, 0.0
         for head in heads:
-            weight, bias = self.heads[head].weight.double(), self.heads[head].bias.double()
+            weight, bias = (parameter.double() for parameter in self.heads[head].parameters())
             for start in range(0, len(features), size):
                 part = slice(start, start + size)
-                with world.state.phase_of(f"the scores of head {head} from image {start} on", sinkhorn.STUCK):
+                with world.state.phase_of(f"the scores of head {head} from image {start} on", sinkhorn.CHECK_TIMEOUT_S):
                     torch.addmm(bias, features[part].double(), weight.T, out=scores[part])
-            found = sinkhorn.sinkhorn_knopp(
+            assignment = sinkhorn.sinkhorn_knopp(
                 scores, self.info.num_images, options.lamb, options.tolerance, world, f"of head {head}"
             )
-            labels.append(found.labels)
-            iterations, worst = iterations + found.iterations, max(worst, found.error)
+            labels.append(assignment.labels)
+            iterations, error = iterations + assignment.iterations, max(error, assignment.error)
         self.labels.replace(heads, labels, rows.positions, world)
-        self.sinkhorn.copy_(torch.tensor([iterations / len(labels), worst], dtype=torch.float64))
+        self.sinkhorn.copy_(torch.tensor([iterations / len(labels), error], dtype=torch.float64))
 
     def forward(self, batch: Batch, world: World) -> Output:
         """Metrics: the share of images whose label the heads predict, in percent, and what the last relabeling was."""

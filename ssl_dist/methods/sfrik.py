@@ -12,16 +12,18 @@ One form covers the official three. General views are compared with every other 
     SwAV           general [0, 1]    the large crops first, then the small ones; regularised all or only the large ones
 """
 
+from functools import reduce
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.polynomial import Polynomial
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_dist.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Section
 from ssl_dist.errors import UserError
-from ssl_dist.methods.base import Batch, Info, Output, SSLMethod, World
+from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
 from ssl_dist.nn.layers import mlp
 
 
@@ -56,9 +58,10 @@ def legendre(dim: int, degree: int) -> Polynomial:
 
     By the recurrence (k + dim - 2) P_{k+1} = (2k + dim - 2) t P_k - k P_{k-1} from P_0 = 1, P_1 = t.
     """
-    before, now = Polynomial([1.0]), Polynomial([0.0, 1.0])
+    t = Polynomial([0.0, 1.0])
+    before, now = Polynomial([1.0]), t
     for k in range(1, degree):
-        before, now = now, ((2 * k + dim - 2) * Polynomial([0.0, 1.0]) * now - k * before) / (k + dim - 2)
+        before, now = now, ((2 * k + dim - 2) * t * now - k * before) / (k + dim - 2)
     return now
 
 
@@ -66,14 +69,15 @@ def kernel(dim: int, weights: list[float]) -> list[float]:
     """Coefficients c_0 .. c_L of psi(t) = sum_k weights[k-1] P_k(t) = sum_k c_k t^k."""
     coefficients = np.zeros(len(weights) + 1)
     for degree, weight in enumerate(weights, 1):
-        coefficients[: degree + 1] += weight * legendre(dim, degree).coef
+        coefficients[: degree + 1] += weight * np.asarray(legendre(dim, degree).coef, np.float64)
     return coefficients.tolist()
 
 
 def polynomial(t: Tensor, coefficients: list[float]) -> Tensor:
     """sum_k coefficients[k] t^k, by Horner's rule."""
-    *others, value = coefficients
-    for c in reversed(others):
+    *lower, second, highest = coefficients
+    value = highest * t + second
+    for c in reversed(lower):
         value = value * t + c
     return value
 
@@ -93,8 +97,8 @@ def discrepancy(z_MD: Tensor, weights: list[float], lo: int = 0, hi: int | None 
 
 def invariance(z_KMD: Tensor, general: list[int]) -> Tensor:
     """The mean over general views g and the other views v of mean (z_g - z_v)^2, over images and dimensions."""
-    others = [(g, v) for g in general for v in range(len(z_KMD)) if v != g]
-    return sum(F.mse_loss(z_KMD[g], z_KMD[v]) for g, v in others) / len(others)
+    pairs = [(g, v) for g in general for v in range(len(z_KMD)) if v != g]
+    return reduce(torch.add, (F.mse_loss(z_KMD[g], z_KMD[v]) for g, v in pairs)) / len(pairs)
 
 
 # ---------------------------------------------------------------------------------------------------- method
@@ -103,7 +107,7 @@ def invariance(z_KMD: Tensor, general: list[int]) -> Tensor:
 class Method(SSLMethod[Options]):
     free_views = True
 
-    def __init__(self, backbone: nn.Module, info: Info, options: Options):
+    def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone, info, options)
         self.num_views = sum(num for num, _ in info.view_groups)
         if self.num_views < 2:
@@ -121,8 +125,8 @@ class Method(SSLMethod[Options]):
         self.views_together = self.num_views > 2
         self.projector = mlp([info.feature_dim, *options.projector])
 
-    @classmethod
-    def explain(cls, num_views: int, batch_size: int, options: Options, world_size: int = 1) -> dict[str, str]:
+    def explain(self, world_size: int) -> dict[str, str]:
+        num_views, batch_size, options = self.num_views, self.info.batch_size, self.options
         regularised = num_views if options.reg_small else len(options.general)
         weights = ", ".join(f"{w:g}" for w in options.weights)
         rows, mib = -(-batch_size // world_size), batch_size * 4 / 2**20
@@ -132,12 +136,9 @@ class Method(SSLMethod[Options]):
             f"all embeddings {num_views * options.projector[-1] * mib:.1f} MiB, the loss at its peak 5 times that",
         }
 
-    def embed(self, images: Tensor) -> Tensor:
-        return self.projector(self.backbone(images))
-
     def forward(self, batch: Batch, world: World) -> Output:
         """Every rank takes its even share of the rows of the Gram matrices. Metrics: the unweighted terms."""
-        embeddings = self.gathered(batch, world, self.embed)
+        embeddings = self.gathered(batch, world, lambda images: self.projector(self.backbone(images)))
         with torch.autocast(embeddings.device.type, enabled=False):
             similar, share = self.terms(embeddings, *world.share(embeddings.shape[1]))
         loss = self.options.sim_coeff * similar + self.options.mmd_coeff * world.scale_for_ddp_mean(share)
@@ -148,5 +149,7 @@ class Method(SSLMethod[Options]):
         """The invariance, and what rows lo..hi-1 of the Gram matrices add to the discrepancy."""
         z_KMD, options = F.normalize(embeddings_KMD, dim=-1), self.options
         regularised = range(self.num_views) if options.reg_small else options.general
-        share = sum(discrepancy(z_KMD[v], options.weights, lo, hi) for v in regularised) / len(regularised)
+        share = reduce(torch.add, (discrepancy(z_KMD[v], options.weights, lo, hi) for v in regularised)) / len(
+            regularised
+        )
         return invariance(z_KMD, options.general), share

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ssl_dist.config import PositiveFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
-from ssl_dist.methods.base import Batch, Info, Output, SSLMethod, World
+from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
 from ssl_dist.nn.layers import mlp
 
 
@@ -64,16 +64,15 @@ LOSSES = {"nt_xent": nt_xent, "log_of_mean": log_of_mean}
 class Method(SSLMethod[Options]):
     num_views = 2
 
-    def __init__(self, backbone: nn.Module, info: Info, options: Options):
+    def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone, info, options)
         if info.batch_size < 2:
             raise UserError("optim.batch_size = 1: simclr compares a view with those of other images; give 2 or more")
         self.projector = mlp([info.feature_dim, *options.projector], options.last_bias, ACTIVATIONS[options.activation])
 
-    @classmethod
-    def explain(cls, num_views: int, batch_size: int, options: Options, world_size: int = 1) -> dict[str, str]:
-        rows = num_views * batch_size
-        loss = f"{options.loss}, temperature {options.temperature:g}"
+    def explain(self, world_size: int) -> dict[str, str]:
+        rows = self.num_views * self.info.batch_size
+        loss = f"{self.options.loss}, temperature {self.options.temperature:g}"
         return {"similarities": f"{rows} x {rows} a step, {-(-rows // world_size)} x {rows} a rank; {loss}"}
 
     def forward(self, batch: Batch, world: World) -> Output:

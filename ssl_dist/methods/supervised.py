@@ -5,13 +5,15 @@ Rupprecht & Vedaldi, ICLR 2020, arXiv:1911.05371): the label is told from the up
 turn from the image turned by quarters (methods/rotation.py).
 """
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_dist.config import Section
 from ssl_dist.errors import UserError
-from ssl_dist.methods.base import Batch, Info, Output, SSLMethod, World, at_least_float32
+from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World, at_least_float32
 from ssl_dist.methods.rotation import TURNS, turn_targets, turned
 
 
@@ -23,7 +25,7 @@ class Method(SSLMethod[Options]):
     needs_labels = True
     num_views = 1
 
-    def __init__(self, backbone: nn.Module, info: Info, options: Options):
+    def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone, info, options)
         if info.num_classes < 1:
             raise UserError("data.split: supervised needs labels and there are none; choose a labelled split")
@@ -31,7 +33,7 @@ class Method(SSLMethod[Options]):
         if options.rotation:
             self.rotation_classifier = nn.Linear(info.feature_dim, TURNS)
 
-    def represent(self, batch: Batch, network=None) -> list[Tensor]:
+    def represent(self, batch: Batch, network: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
         """Of every image [1, B_local, D]; with rotation of its four turns, [4, B_local, D], the upright ones first."""
         return super().represent(turned(batch) if self.options.rotation else batch, network)
 
@@ -56,6 +58,6 @@ class Method(SSLMethod[Options]):
         return Output(loss, metrics, representations=world.gather_images(h_VBD[0].detach()))
 
 
-def accuracy(logits: Tensor, target: Tensor, world) -> Tensor:
-    """Of all ranks, which hold equally many rows, in percent."""
+def accuracy(logits: Tensor, target: Tensor, world: World) -> Tensor:
+    """The share of rows of all ranks that are classified correctly, in percent. Ranks hold equally many rows."""
     return 100 * world.all_reduce_mean((logits.argmax(1) == target).double().mean())

@@ -10,11 +10,11 @@ views' hinges are averaged, their covariances summed.
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_dist.config import NonNegativeFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
-from ssl_dist.methods.base import Batch, Info, Output, SSLMethod, World
+from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
 from ssl_dist.nn.layers import mlp
 
 
@@ -47,24 +47,21 @@ class Method(SSLMethod[Options]):
     num_views = 2
     views_together = False
 
-    def __init__(self, backbone: nn.Module, info: Info, options: Options):
+    def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone, info, options)
         if info.batch_size < 2:
             raise UserError("optim.batch_size = 1: one image has no variance; give 2 or more")
         self.projector = mlp([info.feature_dim, *options.projector])
 
-    @classmethod
-    def explain(cls, num_views: int, batch_size: int, options: Options, world_size: int = 1) -> dict[str, str]:
-        dim = options.projector[-1]
+    def explain(self, world_size: int) -> dict[str, str]:
+        dim = self.options.projector[-1]
         rows = -(-dim // world_size)
         return {"covariance": f"{rows} of {dim} rows a rank, {rows * dim * 4 / 2**20:.1f} MiB, for each of 2 views"}
 
-    def embed(self, images: Tensor) -> Tensor:
-        return self.projector(self.backbone(images))
-
     def forward(self, batch: Batch, world: World) -> Output:
         """Every rank takes its even share of the rows of the covariance matrices. Metrics: the unweighted terms."""
-        z_KMD, options = self.gathered(batch, world, self.embed), self.options
+        z_KMD = self.gathered(batch, world, lambda images: self.projector(self.backbone(images)))
+        options = self.options
         x_MD, y_MD = z_KMD
         lo, hi = world.share(z_KMD.shape[-1])
         with torch.autocast(z_KMD.device.type, enabled=False):

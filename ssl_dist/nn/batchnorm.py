@@ -1,18 +1,20 @@
 """Synchronised BatchNorm for CPU tensors: torch's own refuses them. Same parameters, buffers and state keys as torch's.
 
 Statistics run over all ranks, so one rank with the whole batch and many ranks with parts of it compute the same. The
-per-channel sums are taken, and travel, in float64, and so are the maps made that are applied to the elements: with the
-moments known, BatchNorm is an affine map per channel, and its gradient is another one.
+per-channel sums are taken, and exchanged, in float64, and so are the maps computed that are applied to the elements:
+with the moments known, BatchNorm is an affine map per channel, and its gradient is another one.
 """
 
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssl_dist.errors import UserError
 from ssl_dist.kernels import moments
@@ -22,7 +24,10 @@ class _Normalize(torch.autograd.Function):
     """y = weight xhat + bias with xhat = (x - mean) rstd (Ioffe & Szegedy, 2015); the moments are float64 [C]."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, mean, var, count, eps, reduce):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, count: Tensor,
+        eps: float, reduce: Callable[[Tensor], Tensor],
+    ) -> Tensor:  # fmt: skip
         rstd = torch.rsqrt(var + eps)
         ctx.save_for_backward(x, weight, mean, rstd, count)
         ctx.reduce = reduce
@@ -32,7 +37,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd, count = ctx.saved_tensors
         elements = moments.Elements(x)
         grad_bias, products = elements.products(grad, mean)
@@ -63,15 +68,10 @@ def global_moments(x: Tensor, reduce: Callable[[Tensor], Tensor]) -> tuple[Tenso
     return global_mean, squares / total, total
 
 
-def warm_up(dtype: torch.dtype) -> None:
-    """Compile what a step on tensors of `dtype` calls. Before the ranks meet, or they would wait for one another."""
-    moments.warm_up(dtype)
-
-
-class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+class SyncBatchNorm(_BatchNorm):
     """A BatchNorm whose moments are summed over the ranks by `reduce` (an all-reduced sum without gradient)."""
 
-    def __init__(self, original: nn.modules.batchnorm._BatchNorm, reduce: Callable[[Tensor], Tensor]):
+    def __init__(self, original: _BatchNorm, reduce: Callable[[Tensor], Tensor]):
         assert original.track_running_stats, "only BatchNorm with running statistics"
         super().__init__(original.num_features, original.eps, original.momentum, original.affine, device="meta")
         self._parameters = original._parameters
@@ -80,19 +80,19 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.reduce = reduce
 
     def __deepcopy__(self, memo: dict) -> "SyncBatchNorm":
-        """A copy that meets the same ranks: copying the bound method `reduce` would copy its world."""
+        """A copy that reduces over the same ranks: copying the bound method `reduce` would copy its world."""
         memo[id(self.reduce)] = self.reduce
         clone = memo[id(self)] = type(self).__new__(type(self))
         clone.__setstate__(copy.deepcopy(self.__dict__, memo))
         return clone
 
-    def _check_input_dim(self, x):
+    def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() < 2:
             raise ValueError(f"expected at least 2 dimensions, got {x.dim()}")
         if x.shape[1] != self.num_features:
             raise ValueError(f"expected {self.num_features} channels, got {x.shape[1]}")
 
-    @torch.compiler.disable  # its kernels are numba's and its sums an exchange: neither can be traced
+    @torch.compiler.disable  # its kernels are numba's and its sums a collective: neither can be traced
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
@@ -105,27 +105,39 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         return _Normalize.apply(x, self.weight, self.bias, mean, var, count, self.eps, self.reduce)
 
 
-def update_running(module: nn.modules.batchnorm._BatchNorm, mean: Tensor, var: Tensor, count: Tensor | int) -> None:
+def update_running(layer: _BatchNorm, mean: Tensor, var: Tensor, count: Tensor | int) -> None:
     """Torch's update of the running statistics, from moments over `count` elements; the stored variance is unbiased."""
-    module.num_batches_tracked += 1
+    _update(layer, mean, var * (count / (count - 1)))
+
+
+def _update(layer: _BatchNorm, mean: Tensor, unbiased_var: Tensor) -> None:
+    running_mean, running_var, number = _statistics(layer)
+    number.add_(1)
     # Without a momentum torch keeps the plain mean of all batches.
-    factor = 1 / module.num_batches_tracked.item() if module.momentum is None else module.momentum
-    module.running_mean.lerp_(mean.to(module.running_mean.dtype), factor)
-    module.running_var.lerp_((var * (count / (count - 1))).to(module.running_var.dtype), factor)
+    factor = 1 / number.item() if layer.momentum is None else layer.momentum
+    running_mean.lerp_(mean.to(running_mean.dtype), factor)
+    running_var.lerp_(unbiased_var.to(running_var.dtype), factor)
 
 
-PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """The running mean and variance, and the number of batches behind them."""
+    mean, var, number = layer.running_mean, layer.running_var, layer.num_batches_tracked
+    assert mean is not None and var is not None and number is not None, "only BatchNorm with running statistics"
+    return mean, var, number
 
 
-def has_twin(layer: nn.Module) -> bool:
+TORCH_BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def has_twin(layer: nn.Module) -> TypeGuard[_BatchNorm]:
     """Whether the twin does all that `layer` does: it drops what others than torch's own add, and keeps statistics."""
-    return type(layer) in PLAIN and layer.track_running_stats
+    return isinstance(layer, _BatchNorm) and type(layer) in TORCH_BATCHNORMS and layer.track_running_stats
 
 
 def refuse_others(module: nn.Module) -> None:
     """Raises `UserError` for a BatchNorm without a twin: its statistics would be those of each rank alone."""
     for name, layer in module.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not has_twin(layer):
+        if isinstance(layer, _BatchNorm) and not has_twin(layer):
             raise UserError(
                 f"backbone.name: its layer {name.removeprefix('backbone.')} ({type(layer).__name__}) cannot be "
                 "synchronised over several ranks; train on one rank, or choose another backbone"
@@ -151,7 +163,7 @@ _view: ContextVar[int | None] = ContextVar("view", default=None)
 
 @contextlib.contextmanager
 def one_view(view_id: int) -> Iterator[None]:
-    """Meanwhile networks see the images of one view alone, and so does their BatchNorm."""
+    """Inside, networks see the images of one view alone, and so does their BatchNorm."""
     token = _view.set(view_id)
     try:
         yield
@@ -160,39 +172,41 @@ def one_view(view_id: int) -> Iterator[None]:
 
 
 class ViewColumns:
-    """BatchNorm where views pass one at a time and are spread over ranks: the grid's columns work on other views.
+    """BatchNorm where views pass one at a time and are spread over ranks: each column of the grid has views of its own.
 
     In a pass of one view the moments are those of the ranks of the column, which hold that view. Running statistics
     take the views one after the other, so each pass leaves its own here and `settle` applies all of them, in the order
     of views, on every rank: what one process would have done. Passes outside of `one_view` are left as they are.
     """
 
-    def __init__(self, module: nn.Module, to_column: Callable[[nn.Module], Callable[[], None]]):
-        """to_column: makes a layer meet the ranks of its column only, and returns what undoes it."""
-        self.layers = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    def __init__(self, module: nn.Module, to_column: Callable[[_BatchNorm], Callable[[], None]]):
+        """to_column: restricts a layer to the ranks of its column, and returns what undoes it."""
+        self.layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
         self.to_column = to_column
-        self.passes: dict[nn.Module, list[tuple[int, Tensor, Tensor]]] = {layer: [] for layer in self.layers}
-        self._undo: dict[nn.Module, Callable[[], None]] = {}
+        self.passes: dict[_BatchNorm, list[tuple[int, Tensor, Tensor]]] = {layer: [] for layer in self.layers}
+        self._undo: dict[_BatchNorm, Callable[[], None]] = {}
         for layer in self.layers:
             layer.register_forward_pre_hook(self._before)
             layer.register_forward_hook(self._after)
 
-    def _before(self, layer: nn.Module, _inputs) -> None:
-        if _view.get() is None or not layer.training:
+    def _before(self, layer: _BatchNorm, _inputs: tuple[Tensor, ...]) -> None:
+        view_id = _view.get()
+        if view_id is None or not layer.training:
             return
-        statistics, momentum, restore = (layer.running_mean, layer.running_var), layer.momentum, self.to_column(layer)
+        (mean, var, number), momentum, restore = _statistics(layer), layer.momentum, self.to_column(layer)
         # Fresh buffers and a momentum of 1: after the pass they hold the statistics of this view alone.
-        layer.running_mean, layer.running_var, layer.momentum = *(torch.zeros_like(s) for s in statistics), 1.0
+        own_mean, own_var = torch.zeros_like(mean), torch.zeros_like(var)
+        layer.running_mean, layer.running_var, layer.momentum = own_mean, own_var, 1.0
 
         def undo() -> None:
-            self.passes[layer].append((_view.get(), layer.running_mean, layer.running_var))
-            layer.running_mean, layer.running_var, layer.momentum = *statistics, momentum
-            layer.num_batches_tracked -= 1
+            self.passes[layer].append((view_id, own_mean, own_var))
+            layer.running_mean, layer.running_var, layer.momentum = mean, var, momentum
+            number.sub_(1)
             restore()
 
         self._undo[layer] = undo
 
-    def _after(self, layer: nn.Module, _inputs, _output) -> None:
+    def _after(self, layer: _BatchNorm, _inputs: tuple[Tensor, ...], _output: Tensor) -> None:
         if layer in self._undo:
             self._undo.pop(layer)()
 
@@ -209,9 +223,7 @@ class ViewColumns:
             self.passes[layer].clear()
             own = torch.stack([torch.stack(means), torch.stack(variances)], 1).double()  # [passes, 2, channels]
             numbered = torch.cat([own.new_tensor(ids)[:, None], own.flatten(1)], 1)
-            everything = gather_columns(numbered).flatten(0, 1)
-            for row in everything[torch.argsort(everything[:, 0], stable=True)]:
-                mean, var = row[1:].to(layer.running_mean.dtype).chunk(2)
-                layer.num_batches_tracked += 1
-                layer.running_mean.lerp_(mean, layer.momentum)
-                layer.running_var.lerp_(var, layer.momentum)
+            rows = gather_columns(numbered).flatten(0, 1)
+            for row in rows[torch.argsort(rows[:, 0], stable=True)]:
+                mean, unbiased_var = row[1:].chunk(2)
+                _update(layer, mean, unbiased_var)

@@ -29,9 +29,9 @@ def ema_update(target: nn.Module, online: nn.Module, decay: float) -> None:
 
     decay 0 copies.
     """
-    ours = [*target.parameters(), *target.buffers()]
-    theirs = [*online.parameters(), *online.buffers()]
-    for mean, value in zip(ours, theirs, strict=True):
+    means = [*target.parameters(), *target.buffers()]
+    values = [*online.parameters(), *online.buffers()]
+    for mean, value in zip(means, values, strict=True):
         if mean.is_floating_point():
             mean.lerp_(value, 1 - decay)
 
@@ -47,7 +47,7 @@ _SHIFTS = (30, 27, 31)
 
 @contextlib.contextmanager
 def keyed_rows(keys: Tensor | None) -> Iterator[None]:
-    """Meanwhile row n of every batch that passes a network draws its dropout from keys[n] (int64 [N])."""
+    """Inside, row n of every batch that passes a network draws its dropout from keys[n] (int64 [N])."""
     token = _rows.set(keys)
     try:
         yield
@@ -95,9 +95,6 @@ class KeyedDropout(nn.Module):
         kept = _uniform(self.layer, self.shape(x), x.device) >= self.p
         return x * kept.to(x.dtype) / (1 - self.p)
 
-    def extra_repr(self) -> str:
-        return f"p={self.p}, layer={self.layer}"
-
 
 class KeyedDropPath(KeyedDropout):
     """Stochastic depth (Huang et al., 2016): a residual branch is dropped for whole rows."""
@@ -111,17 +108,17 @@ def key_dropout(network: nn.Module) -> None:
     number = 0
     for parent in list(network.modules()):
         for name, layer in list(parent.named_children()):
-            kind, rate = _twin(layer)
-            if kind is not None:
-                setattr(parent, name, kind(rate, number))
+            twin = _twin(layer, number)
+            if twin is not None:
+                setattr(parent, name, twin)
                 number += 1
 
 
-def _twin(layer: nn.Module) -> tuple[type[KeyedDropout] | None, float]:
+def _twin(layer: nn.Module, number: int) -> KeyedDropout | None:
     if type(layer) is nn.Dropout:
-        return KeyedDropout, layer.p
+        return KeyedDropout(layer.p, number)
     if type(layer) is StochasticDepth and layer.mode == "row":
-        return KeyedDropPath, layer.p
+        return KeyedDropPath(getattr(layer, "p", 0.0), number)
     if type(layer).__name__ == "DropPath" and getattr(layer, "scale_by_keep", False):  # timm's, without importing it
-        return KeyedDropPath, layer.drop_prob or 0.0
-    return None, 0.0
+        return KeyedDropPath(getattr(layer, "drop_prob", None) or 0.0, number)
+    return None

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ssl_dist.kernels.ranks import Ranks
 from ssl_dist.keys import METHOD, ORDER, hash64, permutation
 
 FIGURES = ("labels_changed", "cluster_min", "cluster_max", "cluster_entropy")
@@ -15,16 +16,19 @@ FIGURES = ("labels_changed", "cluster_min", "cluster_max", "cluster_entropy")
 class PseudoLabels(nn.Module):
     """One label of every image for each of several heads, 0 .. num_clusters - 1.
 
-    At first the position modulo num_clusters, permuted for each head by a key. What is said of the last relabeling is
+    At first the position modulo num_clusters, permuted for each head by a key. The figures of the last relabeling are
     state as well, so that a resumed run logs the same.
     """
+
+    of_images: Tensor  # int32 [heads, N], by position
+    figures: Tensor
 
     def __init__(self, num_heads: int, num_images: int, num_clusters: int, seed: int):
         super().__init__()
         self.num_clusters = num_clusters
-        in_turn = np.arange(num_images, dtype=np.int32) % num_clusters
-        drawn = [in_turn[permutation(hash64(seed, METHOD, ORDER, head), num_images)] for head in range(num_heads)]
-        self.register_buffer("of_images", torch.from_numpy(np.stack(drawn)))  # int32 [heads, N], by position
+        in_order = np.arange(num_images, dtype=np.int32) % num_clusters
+        drawn = [in_order[permutation(hash64(seed, METHOD, ORDER, head), num_images)] for head in range(num_heads)]
+        self.register_buffer("of_images", torch.from_numpy(np.stack(drawn)))
         self.register_buffer("figures", torch.zeros(len(FIGURES)))
 
     def of(self, positions: Tensor) -> Tensor:
@@ -36,7 +40,7 @@ class PseudoLabels(nn.Module):
         return torch.bincount(self.of_images[head], minlength=self.num_clusters)
 
     @torch.no_grad()
-    def replace(self, heads: Sequence[int], labels_Hn: Sequence[Tensor], positions: Tensor, world) -> None:
+    def replace(self, heads: Sequence[int], labels_Hn: Sequence[Tensor], positions: Tensor, ranks: Ranks) -> None:
         """New labels for these heads: each rank brings those of its own images [n]; together they have all positions.
 
         Figures over these heads: the share of labels that changed, the smallest and the largest cluster in multiples of
@@ -46,7 +50,7 @@ class PseudoLabels(nn.Module):
         for head, labels in zip(heads, labels_Hn, strict=True):
             own = torch.zeros_like(self.of_images[head])
             own[positions] = labels.to(own.dtype)
-            new = world.all_reduce_sum(own)
+            new = ranks.all_reduce_sum(own)
             changed += float((new != self.of_images[head]).double().mean()) / len(heads)
             self.of_images[head] = new
             sizes.append(self.sizes(head).double() / len(new))

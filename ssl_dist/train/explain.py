@@ -20,7 +20,7 @@ from ssl_dist.config import Config
 from ssl_dist.data.loader import AHEAD
 from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.grid import Grid, splits
-from ssl_dist.methods.base import Batch
+from ssl_dist.methods.base import Batch, SSLMethod
 from ssl_dist.run import folder as run_folder
 from ssl_dist.run.blueprint import RunPlan, derive
 from ssl_dist.storage import checkpoint
@@ -33,7 +33,8 @@ def explain(config: Config, world_size: int, ranks_per_node: int | None = None) 
     plan = derive(config, rank_info)
     run_folder.check(plan.run, config)
     memory = Memory.of(plan)
-    lines = _data(plan) | _grid(plan, memory) | _training(plan) | _memory(memory) | _files(plan)
+    of_method = _on_meta(plan).explain(world_size)
+    lines = _data(plan) | _grid(plan, memory) | of_method | _training(plan) | _memory(memory) | _files(plan)
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}".replace("\n", "\n" + " " * (width + 2)) for name, text in lines.items())
 
@@ -66,7 +67,7 @@ def _grid(b: RunPlan, memory: "Memory") -> dict[str, str]:
         "each rank": f"{images // grid.images} images, {held} views of each",
         "who holds what": _who(grid) + _where(grid, b.rank_info.local_world_size),
         "splits": _splits(b, memory),
-    } | b.method_class.explain(b.num_views, images, b.options, grid.size)
+    }
 
 
 def _who(grid: Grid) -> str:
@@ -150,8 +151,7 @@ class Memory:
     @staticmethod
     def of(b: RunPlan) -> "Memory":
         element, images, trainable = b.dtype.itemsize, b.config.optim.batch_size, b.method_class.trainable
-        with torch.device("meta"):
-            method = b.build()
+        method = _on_meta(b)
         everything = sum(p.numel() for p in method.parameters())
         trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
         name = b.config.optim.name
@@ -180,7 +180,12 @@ class Memory:
         return sum(parts) + self.decoded(grid)
 
 
-def _peak(b: RunPlan, method) -> int:
+def _on_meta(b: RunPlan) -> SSLMethod:
+    with torch.device("meta"):
+        return b.build()
+
+
+def _peak(b: RunPlan, method: SSLMethod) -> int:
     """The most that forward and backward of the backbone hold at once on this rank, beside weights and input."""
     method.train()
     half = b.config.precision == "bf16"
@@ -197,7 +202,8 @@ def _peak(b: RunPlan, method) -> int:
     view_ids = [torch.from_numpy(spec.view_ids[: shape[0]].copy()) for spec, shape in zip(b.specs, shapes, strict=True)]
     with Alive([*method.parameters(), *method.buffers(), *views]) as alive:
         passed = [group.bfloat16() if half else group for group in views]
-        z = method.represent(Batch(passed, view_ids, torch.arange(num_images), torch.full((num_images,), -1)))
+        ids, labels = torch.arange(num_images), torch.full((num_images,), -1)
+        z = method.represent(Batch(passed, view_ids, ids, labels, ids))
         torch.autograd.backward(z, [torch.empty_like(part) for part in z])
     return alive.peak
 

@@ -15,7 +15,7 @@ from ssl_dist.distributed.signals import STOPPED, StopRequest
 from ssl_dist.distributed.watchdog import Watchdog
 from ssl_dist.distributed.world import World, join_world
 from ssl_dist.errors import Fault, RaisedOn, UserError
-from ssl_dist.nn import batchnorm
+from ssl_dist.kernels import moments
 from ssl_dist.run import folder as run_folder
 from ssl_dist.run.blueprint import RunPlan, derive
 from ssl_dist.train import optim
@@ -36,7 +36,7 @@ def train(wanted: Config) -> int:
         views.warm_up(spec)  # compile before the ranks meet, or they wait for one another
     plan.method_class.warm_up(plan.options, plan.dtype)
     if not torch.cuda.is_available():
-        batchnorm.warm_up(plan.dtype)
+        moments.warm_up(plan.dtype)
     with StopRequest() as stop, Watchdog(rank_info, wanted.timeout, stop.request) as watchdog:
         try:
             world = join_world(rank_info, plan.grid, watchdog.state, lambda: stop.requested)

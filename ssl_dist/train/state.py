@@ -5,7 +5,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from ssl_dist.distributed import watchdog
 from ssl_dist.distributed import world as world_module
 from ssl_dist.distributed.signals import StopRequest
 from ssl_dist.errors import UserError
-from ssl_dist.methods.base import Batch, Output, Rows
+from ssl_dist.methods.base import Batch, Extract, Output, Rows
 from ssl_dist.run.blueprint import RunPlan
 from ssl_dist.run.log import RunLog
 from ssl_dist.storage import checkpoint
@@ -40,7 +40,8 @@ class TrainState:
             print(f"backbone.weights: {plan.given_weights.note}", file=sys.stderr, flush=True)
         if self.config.channels_last:
             method.to(memory_format=torch.channels_last)
-        self.method = world.synchronize_batchnorm(method).to(world.device).train()
+        world.synchronize_batchnorm(method)
+        self.method = method.to(world.device).train()
         self.columns = None if method.views_together else world.view_columns(self.method)
         self.optimizer = None
         if method.trainable:
@@ -126,7 +127,7 @@ class TrainState:
             self.columns.settle(self.world.gather_columns)
         return output
 
-    def extract_at(self, clock: Clock) -> Callable[..., Rows]:
+    def extract_at(self, clock: Clock) -> Extract:
         """The `extract` that a method's `before_step` gets; `relabel.outputs` says what it takes and returns."""
 
         def extract(network: nn.Module, augmented: bool = False, training: bool = False) -> Rows:

@@ -15,7 +15,6 @@ from ssl_dist import config
 from ssl_dist.config import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 from ssl_dist.distributed.signals import STOPPED, StopRequest
 from ssl_dist.errors import RaisedOn, UserError
-from ssl_dist.methods.base import SSLMethod
 from ssl_dist.run.blueprint import derive
 from ssl_dist.run.encoder import Encoder
 from ssl_dist.storage.durable import atomic_write_or_refuse
@@ -90,7 +89,6 @@ def train_and_classify(context: EvalContext, name: str, method: str, recipe: Rec
         code, training = train_in(world, context.watchdog, stop, plan)
     if code == STOPPED:
         raise Stopped(str(folder))
-    assert isinstance(training.method, SSLMethod), "BatchNorm is synchronised in place"
     classified = classify(training.method, context.encoder, context)
     draw(classified, context, name, f"the {method.replace('_', ' ')} of {recipe.paper}")
     return classified

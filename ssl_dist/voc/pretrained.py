@@ -10,10 +10,10 @@ import safetensors
 import torch
 
 from ssl_dist import backbones
-from ssl_dist.backbones.base import Backbone
 from ssl_dist.config import Normalize, parse_yaml, validate
 from ssl_dist.data.catalog import CATALOG
 from ssl_dist.errors import UserError
+from ssl_dist.nn.backbone import Backbone
 from ssl_dist.run import encoder as run_encoder
 from ssl_dist.run import export
 from ssl_dist.storage import weights

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchvision.models.segmentation.fcn import FCN, FCNHead
 
-from ssl_dist.backbones.base import Backbone
 from ssl_dist.config import Normalize, PositiveFloat, PositiveInt, Probability
 from ssl_dist.errors import UserError
 from ssl_dist.keys import TRANSFER, VIEWS, hash64, uniforms
+from ssl_dist.nn.backbone import Backbone
 from ssl_dist.progress import Progress
 from ssl_dist.voc import pictures
 from ssl_dist.voc.data import CLASSES, VOID, Sample, Split, normalized

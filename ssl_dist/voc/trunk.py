@@ -7,9 +7,9 @@ from pydantic import Field
 from torch import nn
 from torchvision.models.resnet import Bottleneck
 
-from ssl_dist.backbones.base import Backbone
 from ssl_dist.backbones.resnet import ResNet
 from ssl_dist.errors import UserError
+from ssl_dist.nn.backbone import Backbone
 from ssl_dist.voc.loop import TrainingOptions
 from ssl_dist.voc.pretrained import Pretrained
 

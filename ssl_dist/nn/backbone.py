@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+Step = tuple[str, Callable[[Tensor], Tensor]]
+
 
 class Backbone(nn.Module):
     """Images [N, 3, S, S] -> features [N, D].
@@ -16,7 +18,7 @@ class Backbone(nn.Module):
     feature_dim: int
     stages: dict[str, int]
 
-    def steps(self) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
+    def steps(self) -> list[Step]:
         """For each stage its name and what turns the map before it (at first: the images) into its own."""
         raise NotImplementedError(f"{type(self).__module__} must define steps")
 
