@@ -185,6 +185,11 @@ def _on_meta(b: RunPlan) -> SSLMethod:
         return b.build()
 
 
+def _batch(views: list[Tensor], view_ids: list[Tensor], num_images: int) -> Batch:
+    ids = torch.arange(num_images)
+    return Batch(views, view_ids, ids, torch.full_like(ids, -1), ids)
+
+
 def _peak(b: RunPlan, method: SSLMethod) -> int:
     """The most that forward and backward of the backbone hold at once on this rank, beside weights and input."""
     method.train()
@@ -202,8 +207,7 @@ def _peak(b: RunPlan, method: SSLMethod) -> int:
     view_ids = [torch.from_numpy(spec.view_ids[: shape[0]].copy()) for spec, shape in zip(b.specs, shapes, strict=True)]
     with Alive([*method.parameters(), *method.buffers(), *views]) as alive:
         passed = [group.bfloat16() if half else group for group in views]
-        ids, labels = torch.arange(num_images), torch.full((num_images,), -1)
-        z = method.represent(Batch(passed, view_ids, ids, labels, ids))
+        z = method.represent(_batch(passed, view_ids, num_images))
         torch.autograd.backward(z, [torch.empty_like(part) for part in z])
     return alive.peak
 
