@@ -70,7 +70,8 @@ def test_any_number_of_ranks_gives_the_same(size, one_process, digits, tmp_path)
     for kind, whole in enumerate(one_process):
         values, means = join([rank[kind] for rank in found])
         wanted, [mean] = join([whole])
-        np.testing.assert_allclose(values, wanted, rtol=0, atol=1e-12 * np.abs(wanted).max())
+        in_training = KINDS[kind][1]  # the others pass in the same batches on any number of ranks: equal to the bit
+        np.testing.assert_allclose(values, wanted, rtol=0, atol=1e-12 * np.abs(wanted).max() if in_training else 0)
         np.testing.assert_allclose(means, np.broadcast_to(mean, means.shape), rtol=1e-12)
 
 

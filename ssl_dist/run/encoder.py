@@ -25,7 +25,7 @@ from ssl_dist.storage import checkpoint, durable, weights
 from ssl_dist.storage.features import read_features, write_features
 from ssl_dist.thread_team import ThreadTeam
 
-BATCH_SIZE = 256  # images in a forward pass; without gradients and in evaluation mode its size changes nothing
+BATCH_SIZE = 256  # images in a forward pass in evaluation mode; another size rounds differently
 LAYER = "output"
 BATCH_TIMEOUT_S = 600.0  # without a batch, after which a rank of an extraction ends
 PARTS_TIMEOUT_S = 4 * 3600.0  # that a rank which is done waits for the others; one that dies is noticed at once
@@ -121,13 +121,14 @@ def is_fresh(path: Path, encoder: Encoder, dataset: Dataset, split: str) -> bool
 def extract_features(encoder: Encoder, dataset: Dataset, split: str, folder: Path, world: World, threads: int) -> Path:
     """Write the features file of a split: float32 [N, D], one row an image in the order of ids.
 
-    Every rank passes an even range of ids and writes it beside the file; rank 0 joins the parts.
+    Every rank passes a range of ids and writes it beside the file; rank 0 joins the parts. The file is the same, to the
+    bit, on any number of ranks with as many threads.
     """
     path = features_path(folder, dataset, split)
     token = world.on_rank0(lambda: _prepare(folder))
     with dataset.open(split) as reader:
         info = reader.info
-        low, high = world.share(info.count)
+        low, high = share_in_batches(world, info.count)
         title = f"features {dataset.name} {split}"
         with (
             Progress(title, high - low, "image", quiet=not world.is_rank0) as progress,
@@ -138,7 +139,7 @@ def extract_features(encoder: Encoder, dataset: Dataset, split: str, folder: Pat
             to_input = normalized(encoder.normalize, torch.float32, world.device)
             images = eval_images(reader, ids, encoder.config.data, threads)
             rows = list(outputs(lambda pixels: module(to_input(pixels)), images, world, progress))
-        part = np.concatenate(rows) if rows else np.empty((0, 0), np.float32)
+        part = np.concatenate(rows)
         labels = reader.labels(np.arange(info.count, dtype=np.int64)) if world.is_rank0 else None
     metadata = {
         "classes": json.dumps(list(info.classes)),
@@ -154,8 +155,7 @@ def extract_features(encoder: Encoder, dataset: Dataset, split: str, folder: Pat
     }
 
     def join(parts: Sequence[np.ndarray]) -> None:
-        features = np.concatenate([p for p in parts if len(p)])
-        write_features(path, features, labels, np.arange(info.count, dtype=np.int64), metadata)
+        write_features(path, np.concatenate(parts), labels, np.arange(info.count, dtype=np.int64), metadata)
 
     if world.alone:
         join([part])
@@ -182,14 +182,22 @@ def _part_of(path: Path, rank: int, token: str) -> Path:
     return durable.temporary_path(path.with_name(f"{path.stem}.part-{rank}"), token)
 
 
+def share_in_batches(world: World, count: int) -> tuple[int, int]:
+    """This rank's images [low, high) of `count`: an even share of whole batches. A batch of another size would round
+    differently; these are the same on any number of ranks."""
+    first, last = world.share(-(-count // BATCH_SIZE))
+    return min(first * BATCH_SIZE, count), min(last * BATCH_SIZE, count)
+
+
 def eval_images(reader: Reader, ids: np.ndarray, data: Data, threads: int) -> Generator[np.ndarray, None, None]:
-    """The images `ids` under the test transform of `data`, uint8 [n, 3, S, S], batch by batch."""
+    """The images `ids` under the test transform of `data`, uint8 [n, 3, S, S], batch by batch; of no ids
+    one batch of none."""
 
     def make_view(images: DecodedBatch, team: ThreadTeam) -> np.ndarray:
         size, resize, interpolation = data.image_size, data.eval_resize, data.eval_interpolation
         return views.test_views(*images[:3], size, resize, interpolation, team=team)
 
-    batches = (ids[start : start + BATCH_SIZE] for start in range(0, len(ids), BATCH_SIZE))
+    batches = (ids[start : start + BATCH_SIZE] for start in range(0, max(1, len(ids)), BATCH_SIZE))
     with closing(view_batches(reader, batches, make_view, threads)) as views_and_ids:
         for images, _ in views_and_ids:
             yield images

@@ -18,7 +18,7 @@ from ssl_dist.kernels.neighbours import neighbours, votes
 from ssl_dist.progress import Progress
 from ssl_dist.results.accuracy import target_rank
 from ssl_dist.run.blueprint import RunPlan
-from ssl_dist.run.encoder import BATCH_TIMEOUT_S, eval_images, outputs
+from ssl_dist.run.encoder import BATCH_TIMEOUT_S, eval_images, outputs, share_in_batches
 from ssl_dist.storage.features import Features, require_labels
 
 K, TEMPERATURE = 20, 0.07
@@ -54,7 +54,7 @@ class OnlineKNN:
 
     def accuracy(self, encoder: nn.Module, to_input: Callable[[Tensor], Tensor]) -> float:
         """Percent of the held-out images whose class the others tell, by an encoder in evaluation mode."""
-        low, high = self.world.share(len(self.ids))
+        low, high = share_in_batches(self.world, len(self.ids))
         world, own, step = self.world, self.ids[low:high], self.world.state.step
         with (
             world.state.phase_of("the online kNN", BATCH_TIMEOUT_S),

@@ -15,8 +15,8 @@ from ssl_dist.methods.base import Rows, at_least_float32
 from ssl_dist.nn.layers import keyed_rows
 from ssl_dist.progress import Progress
 from ssl_dist.run.blueprint import RunPlan
+from ssl_dist.run.encoder import BATCH_SIZE, share_in_batches
 
-BATCH_SIZE = 256  # images of a rank's pass in evaluation mode, where its size changes nothing
 PHASE = "the outputs for new labels"
 BATCH_TIMEOUT_S = 600.0  # without a batch, after which a rank ends
 
@@ -64,7 +64,7 @@ def outputs(
     network.train(mode)
     with world.state.phase_of(f"{PHASE}, of the other ranks", BATCH_TIMEOUT_S):
         world.barrier()  # one that reads from a slower disk may be far behind
-    assert values is not None, "every rank has images: a batch is shared evenly"
+    assert values is not None, "every rank has a batch, if an empty one"
     return Rows(torch.from_numpy(positions).to(world.device), values)
 
 
@@ -79,8 +79,8 @@ def _view_maker(plan: RunPlan, step: int, augmented: bool) -> MakeView:
 
 
 def _in_evaluation(world: World, count: int) -> Iterator[tuple[int, int]]:
-    low, high = world.share(count)
-    return ((start, min(start + BATCH_SIZE, high)) for start in range(low, high, BATCH_SIZE))
+    low, high = share_in_batches(world, count)
+    return ((start, min(start + BATCH_SIZE, high)) for start in range(low, max(high, low + 1), BATCH_SIZE))
 
 
 def _in_training(world: World, count: int, batch_size: int) -> Iterator[tuple[int, int]]:

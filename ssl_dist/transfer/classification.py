@@ -14,7 +14,7 @@ from ssl_dist.progress import Progress
 from ssl_dist.results import confusion
 from ssl_dist.results.accuracy import target_rank
 from ssl_dist.results.figures import add_picture
-from ssl_dist.run.encoder import BATCH_TIMEOUT_S, Encoder, eval_images, outputs
+from ssl_dist.run.encoder import BATCH_TIMEOUT_S, Encoder, eval_images, outputs, share_in_batches
 from ssl_dist.transfer.subject import EvalContext
 
 
@@ -77,7 +77,7 @@ def classify(method: SSLMethod, encoder: Encoder, context: EvalContext) -> Class
         method.float().eval()
         names, num_classes = classifiers(method, encoder)
         world.raise_together(lambda: _check_labels(labels, dataset, split, num_classes))
-        low, high = world.share(len(ids))
+        low, high = share_in_batches(world, len(ids))
         counts_HCC = torch.zeros(len(names), num_classes, num_classes, dtype=torch.int64)
         num_top5_H = torch.zeros(len(names), dtype=torch.int64)
         start = low
@@ -89,7 +89,7 @@ def classify(method: SSLMethod, encoder: Encoder, context: EvalContext) -> Class
             to_input = normalized(encoder.normalize, torch.float32, world.device)
             images = eval_images(reader, ids[low:high], encoder.config.data, world.rank_info.cores)
             for scores in outputs(lambda pixels: module(to_input(pixels)), images, world, progress):
-                scores_BHC = torch.from_numpy(scores).view(-1, len(names), num_classes)
+                scores_BHC = torch.from_numpy(scores).view(len(scores), len(names), num_classes)
                 target_B = labels[start : start + len(scores_BHC)]
                 start += len(scores_BHC)
                 _count(scores_BHC, target_B, counts_HCC, num_top5_H)
