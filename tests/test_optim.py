@@ -56,7 +56,7 @@ def test_the_rate_is_scaled_by_the_batch():
 @pytest.mark.parametrize(("name", "kind"), [("adam", "Adam"), ("adamw", "AdamW"), ("sgd", "SGD"), ("lars", "LARS")])
 def test_build(name, kind):
     layer = nn.Linear(2, 2)
-    optimizer = optim.build(Optim(name=name, lr=0.25, weight_decay=0.5), layer.parameters())
+    optimizer = optim.build(Optim(name=name, lr=0.25, weight_decay=0.5), [{"params": list(layer.parameters())}])
     assert type(optimizer).__name__ == kind and optimizer.param_groups[0]["weight_decay"] == 0.5
     optim.set_lr(optimizer, 0.125)
     assert optimizer.param_groups[0]["lr"] == 0.125
@@ -64,7 +64,7 @@ def test_build(name, kind):
 
 def test_reset_state_forgets_only_what_was_redrawn():
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    optimizer = optim.build(Optim(), [a, b])
+    optimizer = optim.build(Optim(), [{"params": [a, b]}])
     (a.sum() + b.sum()).backward()
     optimizer.step()
     optim.reset_state(optimizer, [a])
@@ -88,7 +88,7 @@ def reference_lars(p, gradients, lr, decay, momentum, adapt):
 def test_lars_is_what_its_docstring_says(start):
     weight = nn.Parameter(torch.tensor(start, dtype=torch.float64).view(2, 2))
     bias = nn.Parameter(torch.tensor(start, dtype=torch.float64))
-    optimizer = optim.build(Optim(name="lars", lr=0.5, weight_decay=0.1, momentum=0.8), [bias, weight])
+    optimizer = optim.build(Optim(name="lars", lr=0.5, weight_decay=0.1, momentum=0.8), [{"params": [bias, weight]}])
     gradients = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     gradients[1] = 0
     for gradient in gradients:
@@ -103,7 +103,7 @@ def test_lars_is_what_its_docstring_says(start):
 def test_lars_leaves_scalars_as_it_leaves_biases():
     """A learnt temperature has no direction whose length could be compared, and must not decay towards 1."""
     scalar, weight = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.ones(2, 2))
-    optimizer = optim.build(Optim(name="lars", lr=0.5, weight_decay=0.1), [scalar, weight])
+    optimizer = optim.build(Optim(name="lars", lr=0.5, weight_decay=0.1), [{"params": [scalar, weight]}])
     scalar.grad, weight.grad = torch.tensor(3.0), torch.ones(2, 2)
     optimizer.step()
     assert scalar.item() == 2.0 - 0.5 * 3.0
@@ -113,7 +113,7 @@ def test_lars_resumes_exactly():
     def make():
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-        return net, optim.build(Optim(name="lars", lr=0.5, weight_decay=0.1), net.parameters())
+        return net, optim.build(Optim(name="lars", lr=0.5, weight_decay=0.1), [{"params": list(net.parameters())}])
 
     def step(net, optimizer, seed):
         x = torch.randn(8, 3, generator=torch.Generator().manual_seed(seed))

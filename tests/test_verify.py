@@ -351,5 +351,5 @@ def hang():
 )
 def test_a_rank_that_ends_or_hangs_ends_all(relational, tmp_path, capsys, prepare, patience, words):
     with pytest.raises(Fault, match=words):
-        verify_ranks.run(2, [relational.job(Grid(2, 1), tmp_path)], prepare, patience=patience)
+        verify_ranks.run(2, [relational.on_grid(Grid(2, 1), tmp_path)], prepare, step_timeout_s=patience)
     assert ("in fail" in capsys.readouterr().err) == (prepare is fail)

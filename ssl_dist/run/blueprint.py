@@ -1,6 +1,6 @@
-"""What a config means here: all that derives from it before anything is started. `explain` prints it, `train` runs it.
+"""The plan of a run: all that derives from its config before a rank is started. `explain` prints it, `train` runs it.
 
-Every mistake that can be seen without starting a rank is found here, so it costs seconds and exit code 2.
+Every mistake that can be seen without starting a rank is refused here, so it costs seconds and exit code 2.
 """
 
 import hashlib
@@ -29,6 +29,8 @@ from ssl_dist.storage import weights
 
 @dataclass(frozen=True)
 class RunPlan:
+    """A config with the method's class and options, the data set, the grid of ranks and the order of images."""
+
     config: Config
     rank_info: RankInfo
     method_class: type[SSLMethod]
@@ -44,14 +46,19 @@ class RunPlan:
     @cached_property
     def num_views(self) -> int:
         """K."""
-        given, fixed = self.config.num_views, getattr(self.method_class, "num_views", None)
-        if fixed is None and given is None:
-            raise UserError("views.num = None: this method leaves the number of views to you; set views.num=32, say")
-        if None not in (fixed, given) and fixed != given:
+        configured = self.config.num_views
+        fixed: int | None = getattr(self.method_class, "num_views", None)
+        if fixed is None:
+            if configured is None:
+                raise UserError(
+                    "views.num = None: this method leaves the number of views to you; set views.num=32, say"
+                )
+            return configured
+        if configured not in (None, fixed):
             raise UserError(
-                f"views.num = {given}: method {self.config.method.name} uses {fixed} views; set views.num=null"
+                f"views.num = {configured}: method {self.config.method.name} uses {fixed} views; set views.num=null"
             )
-        return fixed or given
+        return fixed
 
     @cached_property
     def specs(self) -> list[views.ViewSpec]:
@@ -85,8 +92,8 @@ class RunPlan:
 
     @property
     def data_identity(self) -> dict[str, str]:
-        """What a resume must find again: the samples of the split, which of them are trained on, and what labels and
-        weights were given."""
+        """What must be the same on a resume: the samples of the split, which of them are trained on, and the files of
+        labels and weights."""
         identity = {"split": self.split.sha256, "ids": hashlib.sha256(self.order.train_ids.tobytes()).hexdigest()}
         if self.labels is not None:
             identity["labels"] = hashlib.sha256(self.labels.tobytes()).hexdigest()
@@ -96,7 +103,7 @@ class RunPlan:
 
     @cached_property
     def given_weights(self) -> weights.Weights | None:
-        """What is in the file that the backbone begins from, without its tensors. None: it begins from random ones."""
+        """The file that the backbone begins from, without its tensors. None: it begins from random ones."""
         path, name = self.config.backbone.weights, self.config.backbone.name
         if path is None:
             return None
@@ -109,7 +116,10 @@ class RunPlan:
     def clock(self, step: int = 0) -> Clock:
         """`step` steps into the training. A method that does not train has none ahead of it."""
         options, per_epoch = self.config.optim, self.order.steps_per_epoch
-        total = options.steps if options.steps is not None else options.epochs * per_epoch
+        total = options.steps
+        if total is None:
+            assert options.epochs is not None, "a config gives one of the two"
+            total = options.epochs * per_epoch
         return Clock(step, per_epoch, total if self.method_class.trainable else 0)
 
     @cached_property
@@ -149,22 +159,22 @@ class RunPlan:
     def build(self) -> SSLMethod:
         """The method on its backbone with initial weights, equal on every rank: a function of the seed, and the
         backbone's of `backbone.weights` where given."""
-        given = self.config.backbone.weights
+        path = self.config.backbone.weights
         return build_method(
-            self.config, self.method_class, self.options, self.info, None if given is None else Path(given)
+            self.config, self.method_class, self.options, self.info, None if path is None else Path(path)
         ).to(self.dtype)
 
 
 def build_method(
-    config: Config, method_class: type[SSLMethod], options: Section, info: Info, given: Path | None = None
+    config: Config, method_class: type[SSLMethod], options: Section, info: Info, weights_path: Path | None = None
 ) -> SSLMethod:
-    """The method on its backbone, which begins from the file `given`. On the meta device no file is read."""
+    """The method on its backbone, which begins from the weights file. On the meta device no file is read."""
     torch.manual_seed(int(hash64(config.seed, INIT)) & 0x7FFFFFFFFFFFFFFF)
     backbone = backbones.build(config.backbone.name, config.backbone.zero_init_residual)
     key_dropout(backbone)
     refuse_random_layers(backbone, config.backbone.name)
-    if given is not None and not next(backbone.parameters()).is_meta:
-        backbone.load_state_dict(weights.fit(backbone, config.backbone.name, given).tensors)
+    if weights_path is not None and not next(backbone.parameters()).is_meta:
+        backbone.load_state_dict(weights.fit(backbone, config.backbone.name, weights_path).tensors)
     return method_class(backbone, replace(info, feature_dim=backbone.feature_dim, stages=backbone.stages), options)
 
 
@@ -176,16 +186,17 @@ def derive(config: Config, rank_info: RankInfo) -> RunPlan:
     dataset = Dataset(config.data.root, config.data.name, config.data.reader)
     # Without labels a method trains on everything there is.
     split_name = config.data.split or (dataset.uses.training if method_class.needs_labels else dataset.uses.pretraining)
-    split, given = dataset.info(split_name), None
-    if config.data.labels is not None:
-        given = labels.read(config.data.labels.file, config.data.labels.column, split.count)
-        split = replace(split, classes=tuple(map(str, range(given.max() + 1))), labelled=bool((given >= 0).any()))
+    split, labels_file, own_labels = dataset.info(split_name), config.data.labels, None
+    if labels_file is not None:
+        own_labels = labels.read(labels_file.file, labels_file.column, split.count)
+        classes = tuple(map(str, range(own_labels.max() + 1)))
+        split = replace(split, classes=classes, labelled=bool((own_labels >= 0).any()))
     if method_class.needs_labels and not split.labelled:
         raise UserError(
             f"data.split = {split_name!r}: method {config.method.name} needs labels and this split has none; "
             "choose a labelled split"
         )
-    plan = RunPlan(config, rank_info, method_class, options, dataset, split, given)
+    plan = RunPlan(config, rank_info, method_class, options, dataset, split, own_labels)
     _ = (
         plan.num_views,
         plan.specs,
@@ -195,12 +206,13 @@ def derive(config: Config, rank_info: RankInfo) -> RunPlan:
         plan.given_weights,
     )
     train_ids = plan.order.train_ids
-    if given is not None and method_class.needs_labels and (given[train_ids] < 0).any():
-        missing = train_ids[given[train_ids] < 0]
-        raise UserError(
-            f"data.labels.file: {config.data.labels.file} has no label for {len(missing)} of the images to train on, "
-            f"image {missing[0]} for one; add them, or choose the others by data.subset"
-        )
+    if labels_file is not None and own_labels is not None and method_class.needs_labels:
+        missing = train_ids[own_labels[train_ids] < 0]
+        if len(missing):
+            raise UserError(
+                f"data.labels.file: {labels_file.file} has no label for {len(missing)} of the images to train on, "
+                f"image {missing[0]} for one; add them, or choose the others by data.subset"
+            )
     with plan.open_reader():
         pass  # a missing FFCV or a damaged file shows now
     with torch.device("meta"):  # what the method or the backbone refuses shows now, and no memory is taken
@@ -212,10 +224,10 @@ def derive(config: Config, rank_info: RankInfo) -> RunPlan:
 
 def normalization(config: Config, split: SplitInfo) -> Normalize:
     """What `views.normalize` means for images of `split`."""
-    wanted = config.views.normalize
-    if wanted == "dataset":
-        return Normalize(mean=tuple(split.mean), std=tuple(split.std))
-    return Normalize(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)) if wanted == "none" else wanted
+    normalize = config.views.normalize
+    if normalize == "dataset":
+        return Normalize(mean=split.mean, std=split.std)
+    return Normalize(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)) if normalize == "none" else normalize
 
 
 def try_size(backbone: nn.Module, size: int, name: str) -> None:

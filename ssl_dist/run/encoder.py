@@ -41,7 +41,7 @@ class Encoder:
     sha256: str
     step: int
     file: Path  # that it was read from
-    ids: str = ""  # SHA-256 of the ids that it was trained on; of weights of others not known
+    ids: str = ""  # SHA-256 of the ids that it was trained on; empty for a file of another program
 
     @property
     def transform(self) -> str:
@@ -90,16 +90,16 @@ def load_together(path: Path, world: World) -> tuple[SSLMethod, Encoder]:
 def load_others(path: Path, settings: Config, split: SplitInfo) -> tuple[Encoder, str]:
     """The encoder in a file of another program, and a line on how the file was read. Raises `UserError`.
 
-    settings: the backbone, the size of images and how they are normalised ("dataset": as `split` tells).
+    settings: the backbone, the size of images and how they are normalised ("dataset": by the values of `split`).
     """
     name = settings.backbone.name
     backbone = backbones.build(name)
-    found = weights.fit(backbone, name, path)
+    fitted = weights.fit(backbone, name, path)
     with torch.device("meta"):
         blueprint.try_size(backbones.build(name).eval(), settings.data.image_size, name)
-    backbone.load_state_dict(found.tensors)
+    backbone.load_state_dict(fitted.tensors)
     module = backbone.float().eval().requires_grad_(False)
-    return Encoder(module, settings, blueprint.normalization(settings, split), found.sha256, 0, path), found.note
+    return Encoder(module, settings, blueprint.normalization(settings, split), fitted.sha256, 0, path), fitted.note
 
 
 def features_path(folder: Path, dataset: Dataset, split: str) -> Path:
@@ -114,8 +114,8 @@ def is_fresh(path: Path, encoder: Encoder, dataset: Dataset, split: str) -> bool
         metadata = read_features(path).metadata
     except UserError:
         return False
-    wanted = (encoder.sha256, encoder.transform, dataset.info(split).sha256)
-    return (metadata["checkpoint"], metadata["transform"], metadata["data"]) == wanted
+    current = (encoder.sha256, encoder.transform, dataset.info(split).sha256)
+    return (metadata["checkpoint"], metadata["transform"], metadata["data"]) == current
 
 
 def extract_features(encoder: Encoder, dataset: Dataset, split: str, folder: Path, world: World, threads: int) -> Path:
@@ -135,12 +135,11 @@ def extract_features(encoder: Encoder, dataset: Dataset, split: str, folder: Pat
             world.state.phase_of(f"the extraction of {split}", BATCH_TIMEOUT_S),
         ):
             ids = np.arange(low, high, dtype=np.int64)
-            module = encoder.module.to(world.device, memory_format=torch.channels_last)
+            module = encoder.module.to(world.device).to(memory_format=torch.channels_last)
             to_input = normalized(encoder.normalize, torch.float32, world.device)
             images = eval_images(reader, ids, encoder.config.data, threads)
             rows = list(outputs(lambda pixels: module(to_input(pixels)), images, world, progress))
         part = np.concatenate(rows)
-        labels = reader.labels(np.arange(info.count, dtype=np.int64)) if world.is_rank0 else None
     metadata = {
         "classes": json.dumps(list(info.classes)),
         "dataset": dataset.name,
@@ -155,7 +154,7 @@ def extract_features(encoder: Encoder, dataset: Dataset, split: str, folder: Pat
     }
 
     def join(parts: Sequence[np.ndarray]) -> None:
-        write_features(path, np.concatenate(parts), labels, np.arange(info.count, dtype=np.int64), metadata)
+        write_features(path, np.concatenate(parts), dataset.labels(split), np.arange(info.count, dtype=np.int64), metadata)
 
     if world.alone:
         join([part])
@@ -171,7 +170,7 @@ def extract_features(encoder: Encoder, dataset: Dataset, split: str, folder: Pat
 
 
 def _prepare(folder: Path) -> str:
-    """Make the folder, free of what killed extractions left there; returns what the parts of this one are named by."""
+    """Make the folder, without what killed extractions left there; returns a token that the names of parts contain."""
     with durable.refuse_unwritable(folder, "give another --out"):
         folder.mkdir(parents=True, exist_ok=True)
     durable.remove_dead(folder)

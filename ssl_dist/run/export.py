@@ -14,9 +14,7 @@ from ssl_dist.run.encoder import load_method
 from ssl_dist.storage.durable import atomic_write_or_refuse
 from ssl_dist.storage.weights import TIMM, renamed
 
-FORMATS = ("torchvision", "timm", "seed")
-
-# What a safetensors file tells in its metadata: names, the checkpoint's SHA-256 and step, and the mean and std (JSON)
+# The metadata of a safetensors file: names, the checkpoint's SHA-256 and step, and the mean and std (JSON)
 # that its images were normalised with.
 FACTS = ("backbone", "method", "checkpoint", "step", "normalize")
 
@@ -37,19 +35,15 @@ def export(run: Path, form: str, out: Path) -> str:
     method, encoder = load_method(run)
     name, tensors = encoder.config.backbone.name, _plain(encoder.module)
     line = _loader(form, name).format(file=str(out))
-    if form == "seed":
-        parts = {key: getattr(method, part) for part, key in SEED_PARTS.items() if hasattr(method, part)}
-        content = {"backbone": tensors} | {key: _plain(part) for key, part in parts.items()}
-    else:
-        normalize = json.dumps(to_tree(encoder.normalize))
-        told = (name, encoder.config.method.name, encoder.sha256, str(encoder.step), normalize)
-        facts = {"format": "pt", **dict(zip(FACTS, told, strict=True))}
-        content = safetensors.torch.save({renamed(key, TIMM): value for key, value in tensors.items()}, facts)
     with atomic_write_or_refuse(out) as file:
         if form == "seed":
-            torch.save(content, file)
-        else:
-            file.write(content)
+            parts = {key: getattr(method, part) for part, key in SEED_PARTS.items() if hasattr(method, part)}
+            torch.save({"backbone": tensors} | {key: _plain(part) for key, part in parts.items()}, file)
+            return line
+        normalize = json.dumps(to_tree(encoder.normalize))
+        facts = (name, encoder.config.method.name, encoder.sha256, str(encoder.step), normalize)
+        metadata = {"format": "pt", **dict(zip(FACTS, facts, strict=True))}
+        file.write(safetensors.torch.save({renamed(key, TIMM): value for key, value in tensors.items()}, metadata))
     return line
 
 
@@ -57,14 +51,14 @@ def _loader(form: str, name: str) -> str:
     """Python that loads a file of this format into the library's network. Raises `UserError` when it has none."""
     if form == "seed":
         return "backbone.load_state_dict(torch.load({file!r}, weights_only=True)['backbone'])"
-    known = OF_TORCHVISION if form == "torchvision" else OF_TIMM
-    if name in known or (form == "timm" and name.startswith("timm/")):
+    names = OF_TORCHVISION if form == "torchvision" else OF_TIMM
+    if name in names or (form == "timm" and name.startswith("timm/")):
         make, last = f"timm.create_model({name.removeprefix('timm/')!r}, num_classes=0)", ""
         if form == "torchvision":
             make = f"torchvision.models.{name}()"
             last = f"model.{'fc' if name.startswith('resnet') else 'classifier'} = torch.nn.Identity(); "
         return f"model = {make}; {last}model.load_state_dict(safetensors.torch.load_file({{file!r}}))"
-    there = ", ".join(known) + (" and timm/<name>" if form == "timm" else "")
+    there = ", ".join(names) + (" and timm/<name>" if form == "timm" else "")
     raise UserError(
         f"--format {form}: {form} has no network with the tensors of backbone {name}, but of {there}; use --format seed"
     )

@@ -6,9 +6,10 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from ssl_dist import config, methods
-from ssl_dist.config import Config
+from ssl_dist import methods
+from ssl_dist.config import Config, dump, load, to_tree
 from ssl_dist.errors import UserError
 from ssl_dist.storage import checkpoint, durable
 
@@ -19,7 +20,7 @@ FREE = (
     "timeout",
 )  # fmt: skip
 
-PATIENCE = 120.0  # seconds in which the ranks of a former start have ended: the default timeout, 10 s and a margin
+FORMER_RANKS_TIMEOUT_S = 120.0  # in which the ranks of a former start have ended: the default timeout, 10 s, a margin
 
 
 def claim(run: Path) -> int:
@@ -50,7 +51,7 @@ def claim(run: Path) -> int:
 
 def _lock(starts: Path) -> int:
     """A job that Slurm has started again waits for the ranks of its former start, which may still be ending."""
-    end = time.monotonic() + (PATIENCE if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0)
+    end = time.monotonic() + (FORMER_RANKS_TIMEOUT_S if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0)
     while True:
         try:
             return durable.lock(starts, os.O_WRONLY | os.O_APPEND | os.O_CREAT, wait=False)
@@ -72,24 +73,24 @@ def _last_start(starts: Path) -> str:
     return f" (the last start noted there: pid {last['pid']} on host {last['host']})"
 
 
-def accept(run: Path, wanted: Config) -> None:
+def accept(run: Path, config: Config) -> None:
     """Keep the first config as RUN/config.yaml; refuse a later one as `check` does."""
-    check(run, wanted)
+    check(run, config)
     if not checkpoint.steps(run):  # a start that failed before its first checkpoint binds nobody
-        durable.write_text(run / "config.yaml", config.dump(wanted))
+        durable.write_text(run / "config.yaml", dump(config))
 
 
-def check(run: Path, wanted: Config) -> None:
+def check(run: Path, config: Config) -> None:
     """Raises `UserError` when the folder holds a run whose config differs in a key that changes the numbers."""
     path = run / "config.yaml"
     if not checkpoint.steps(run):
         return
     if not path.exists():
         raise UserError(f"run_dir = {str(run)!r}: holds checkpoints but no config.yaml; choose another folder")
-    kept = config.load(path)
+    kept = load(path)
     different = [
         f"{key} (there {old!r}, now {new!r})"
-        for key, old, new in differences(kept, wanted)
+        for key, old, new in differences(kept, config)
         if not _may_differ(key, kept, old, new)
     ]
     if different:
@@ -99,41 +100,41 @@ def check(run: Path, wanted: Config) -> None:
         )
 
 
-def differences(kept: Config, wanted: Config) -> list[tuple[str, object, object]]:
+def differences(kept: Config, config: Config) -> list[tuple[str, object, object]]:
     """Keys (with dots) whose values differ, with both values."""
-    old, new = flat(spelt_out(kept)), flat(spelt_out(wanted))
+    old, new = flat(spelt_out(kept)), flat(spelt_out(config))
     return [
         (key, old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
     ]
 
 
-def spelt_out(settings: Config) -> dict:
+def spelt_out(config: Config) -> dict[str, Any]:
     """The config with every option of the method, so that a default counts as itself whether or not it is written."""
-    tree = config.to_tree(settings)
-    method = settings.method
-    tree["method"]["options"] = config.to_tree(methods.build_options(methods.find(method.name), method.options))
+    tree, method = to_tree(config), config.method
+    tree["method"]["options"] = to_tree(methods.build_options(methods.find(method.name), method.options))
     return tree
 
 
 def _may_differ(key: str, kept: Config, old: object, new: object) -> bool:
     if any(key == name or key.startswith(name + ".") for name in FREE):
         return True
-    longer = key in ("optim.epochs", "optim.steps") and None not in (old, new) and new >= old
-    return longer and kept.optim.schedule == "constant" and not methods.find(kept.method.name).fixed_length
+    if key not in ("optim.epochs", "optim.steps") or not isinstance(old, int) or not isinstance(new, int):
+        return False
+    return new >= old and kept.optim.schedule == "constant" and not methods.find(kept.method.name).fixed_length
 
 
-def flat(tree: dict, prefix: str = "") -> dict[str, object]:
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, object]:
     """Keys with dots and their values."""
-    found: dict[str, object] = {}
+    values: dict[str, object] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            found |= flat(value, f"{prefix}{key}.")
+            values |= flat(value, f"{prefix}{key}.")
         else:
-            found[prefix + key] = value
-    return found
+            values[prefix + key] = value
+    return values
 
 
-def note_start(run: Path, wanted: Config, step: int, world_size: int) -> None:
+def note_start(run: Path, config: Config, step: int, world_size: int) -> None:
     """Append this start to RUN/logs/starts.jsonl."""
     entry = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -143,7 +144,7 @@ def note_start(run: Path, wanted: Config, step: int, world_size: int) -> None:
         "world_size": world_size,
         "command": sys.argv,
         "versions": checkpoint.versions(),
-        "config": config.to_tree(wanted),
+        "config": to_tree(config),
     }
     with open(run / "logs" / "starts.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sklearn.metrics import normalized_mutual_info_score
@@ -34,11 +35,11 @@ def export_labels(run: Path, out: Path, overrides: Sequence[str]) -> str:
     ids = plan.order.train_ids
     with atomic_write_or_refuse(out) as file:
         file.write(labels.text(ids, of_images).encode())
-    said = f"{out}: labels of {len(ids)} images by {len(of_images)} head(s), after step {state['step']}"
-    return said + _information(plan, ids, of_images)
+    summary = f"{out}: labels of {len(ids)} images by {len(of_images)} head(s), after step {state['step']}"
+    return summary + _information(plan, ids, of_images)
 
 
-def _plan(state: dict, overrides: Sequence[str]) -> RunPlan:
+def _plan(state: dict[str, Any], overrides: Sequence[str]) -> RunPlan:
     tree = state["config"]
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -49,12 +50,12 @@ def _plan(state: dict, overrides: Sequence[str]) -> RunPlan:
 
 
 def _information(plan: RunPlan, ids: np.ndarray, of_images: np.ndarray) -> str:
-    """Normalised mutual information of every head's labels with the known ones: 1 when either gives the other."""
+    """Normalised mutual information of every head's labels with the true ones: 1 when either gives the other."""
     if not plan.split.labelled:
         return ""
     with plan.open_reader() as reader:
-        known = reader.labels(ids)
-    has_label = known >= 0
-    scores = [normalized_mutual_info_score(known[has_label], row[has_label]) for row in of_images]
-    said = ", ".join(f"{score:.3f}" for score in scores)
-    return f"\nnormalised mutual information with the {len(plan.split.classes)} classes: {said}"
+        true_labels = reader.labels(ids)
+    has_label = true_labels >= 0
+    scores = [normalized_mutual_info_score(true_labels[has_label], row[has_label]) for row in of_images]
+    text = ", ".join(f"{score:.3f}" for score in scores)
+    return f"\nnormalised mutual information with the {len(plan.split.classes)} classes: {text}"

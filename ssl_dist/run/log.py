@@ -1,4 +1,4 @@
-"""What a run says of itself: a progress bar, metrics.jsonl, TensorBoard. Rank 0 writes; the others keep silent."""
+"""The log of a run: a progress bar, metrics.jsonl, TensorBoard. Only rank 0 writes it."""
 
 import json
 import time
@@ -35,7 +35,7 @@ class RunLog:
         self._board.close()
 
     def waited(self, seconds: float) -> None:
-        """Time the loop has stood still for want of data."""
+        """Count seconds in which the loop waited for data."""
         self._waited += seconds
 
     def after_step(self, clock: Clock) -> None:

@@ -57,8 +57,8 @@ def loss_curve(path: str | Path, metrics_jsonl: str | Path) -> None:
         raise UserError(f"{metrics_jsonl}: holds no loss yet; train for log.every_steps steps at least")
     figure, axes = _plot()
     epochs = [line["epoch"] for line in lines]
-    style = {"marker": "."} if len(lines) < 30 else {}
-    axes.plot(epochs, [line["loss"] for line in lines], color=_LOSS, linewidth=1.6, label="loss", **style)
+    marker = "." if len(lines) < 30 else ""
+    axes.plot(epochs, [line["loss"] for line in lines], color=_LOSS, linewidth=1.6, label="loss", marker=marker)
     axes.set(xlabel="epoch", ylabel="loss")
     axes.set_xlim(0, None)
     axes.yaxis.label.set_color(_LOSS)
@@ -67,11 +67,11 @@ def loss_curve(path: str | Path, metrics_jsonl: str | Path) -> None:
         "accuracy_positive": ("accuracy of positives", _POSITIVE, "--"),
         "accuracy_negative": ("accuracy of negatives", _NEGATIVE, "--"),
     }
-    known = {name: curve for name, curve in curves.items() if any(name in line for line in lines)}
-    if known:
+    logged = {name: curve for name, curve in curves.items() if any(name in line for line in lines)}
+    if logged:
         right = axes.twinx()
         right.spines[["top", "left"]].set_visible(False)
-        for name, (label, color, dashes) in known.items():
+        for name, (label, color, dashes) in logged.items():
             points = [(line["epoch"], line[name]) for line in lines if name in line]
             right.plot(*zip(*points, strict=True), color=color, linestyle=dashes, linewidth=1.2, label=label)
         right.set(ylabel="accuracy (%)")

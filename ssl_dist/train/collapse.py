@@ -1,4 +1,4 @@
-"""Is a representation alive? Two numbers that fall when it collapses, and are NaN when it is not finite."""
+"""Two measures of a representation that fall when it collapses, and are NaN when it is not finite."""
 
 import torch
 from torch import Tensor

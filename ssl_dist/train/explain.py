@@ -9,7 +9,9 @@ tools/bench_memory.py --data data/cifar10 --plain --tuned
 
 import math
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -161,12 +163,12 @@ class Memory:
         return Memory(
             plan=b,
             parameters=sum(p.numel() for p in method.backbone.parameters()),
-            feature_dim=method.backbone.feature_dim,
+            feature_dim=method.info.feature_dim,
             weights=(everything + (copies - 1) * trained * trainable) * element,
             waiting=(AHEAD + 2) * pixels if trainable else 0,
             inputs=pixels * element if trainable else 0,
             activations=_peak(b, method) if trainable else 0,
-            representations=2 * images * b.num_views * method.backbone.feature_dim * element if trainable else 0,
+            representations=2 * images * b.num_views * method.info.feature_dim * element if trainable else 0,
         )
 
     def decoded(self, grid: Grid) -> int:
@@ -180,7 +182,7 @@ class Memory:
         return sum(parts) + self.decoded(grid)
 
 
-def _on_meta(b: RunPlan) -> SSLMethod:
+def _on_meta(b: RunPlan) -> SSLMethod[Any]:
     with torch.device("meta"):
         return b.build()
 
@@ -190,7 +192,7 @@ def _batch(views: list[Tensor], view_ids: list[Tensor], num_images: int) -> Batc
     return Batch(views, view_ids, ids, torch.full_like(ids, -1), ids)
 
 
-def _peak(b: RunPlan, method: SSLMethod) -> int:
+def _peak(b: RunPlan, method: SSLMethod[Any]) -> int:
     """The most that forward and backward of the backbone hold at once on this rank, beside weights and input."""
     method.train()
     half = b.config.precision == "bf16"
@@ -213,29 +215,31 @@ def _peak(b: RunPlan, method: SSLMethod) -> int:
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations make, from their making until nobody holds them any more.
+    """Counts the bytes of all tensors that operations make, until the last reference to them is gone.
 
-    Tensors that share a storage count once; those in `known` do not count."""
+    Tensors that share a storage count once; those in `uncounted` do not count."""
 
-    def __init__(self, known: list[Tensor]):
+    def __init__(self, uncounted: list[Tensor]):
         super().__init__()
         self.now = self.peak = 0
-        self._known = {t.untyped_storage()._cdata for t in known}
-        self._held: dict[int, weakref.ref] = {}
+        self._uncounted = {t.untyped_storage()._cdata for t in uncounted}
+        self._held: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        outputs = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
             if isinstance(tensor, Tensor):
                 self._hold(tensor.untyped_storage())
-        return made
+        return outputs
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
         key, num_bytes = storage._cdata, storage.nbytes()
-        if key in self._known or key in self._held:
+        if key in self._uncounted or key in self._held:
             return
 
-        def gone(_):
+        def gone(_: object) -> None:
             self.now -= num_bytes
             del self._held[key]
 

@@ -1,4 +1,4 @@
-"""THE loop. Read `fit` from top to bottom; training.py has what it works on."""
+"""The training loop: read `fit` from top to bottom. state.py has what it works on."""
 
 import contextlib
 import os
@@ -23,21 +23,21 @@ from ssl_dist.train.preflight import agree
 from ssl_dist.train.state import TrainState
 
 
-def train(wanted: Config) -> int:
-    """Run a training on this rank, or go on with it. Returns 0 when it is complete, 75 when it was asked to stop.
+def train(config: Config) -> int:
+    """Run a training on this rank, or go on with it. Returns 0 when it is complete, 75 when it was stopped by a signal.
 
-    For the main thread, whose signals it takes meanwhile; a hang ends the whole process.
+    For the main thread, whose signal handlers it replaces until it returns; a hang ends the whole process.
     """
-    if wanted.deterministic:
+    if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     rank_info = RankInfo.from_environment()
-    plan = derive(wanted, rank_info)
+    plan = derive(config, rank_info)
     for spec in plan.specs:
-        views.warm_up(spec)  # compile before the ranks meet, or they wait for one another
+        views.warm_up(spec)  # compile before the rendezvous, or the ranks wait for one another
     plan.method_class.warm_up(plan.options, plan.dtype)
     if not torch.cuda.is_available():
         moments.warm_up(plan.dtype)
-    with StopRequest() as stop, Watchdog(rank_info, wanted.timeout, stop.request) as watchdog:
+    with StopRequest() as stop, Watchdog(rank_info, config.timeout, stop.request) as watchdog:
         try:
             world = join_world(rank_info, plan.grid, watchdog.state, lambda: stop.requested)
         except StoppedWhileWaiting:
@@ -49,7 +49,7 @@ def train(wanted: Config) -> int:
 
 
 def train_in(world: World, watchdog: Watchdog, stop: StopRequest, plan: RunPlan) -> tuple[int, TrainState]:
-    """Run the training of `plan` among ranks that have met. Returns its exit code, and it as it then is."""
+    """Run the training of `plan` on ranks that form a world. Returns its exit code and its last state."""
     with claimed(plan, world):
         watchdog.publish(plan.run / "logs", agree(plan, world))
         try:
@@ -70,8 +70,9 @@ def train_in(world: World, watchdog: Watchdog, stop: StopRequest, plan: RunPlan)
 
 @contextlib.contextmanager
 def claimed(plan: RunPlan, world: World) -> Iterator[None]:
-    """The run's folder belongs to this training meanwhile: rank 0 holds the lock and has accepted the config."""
-    locks = []
+    """While the context lasts, the run's folder belongs to this training: rank 0 holds the lock and has accepted the
+    config."""
+    locks: list[int] = []
 
     def claim() -> None:
         locks.append(run_folder.claim(plan.run))
@@ -93,7 +94,7 @@ class NonFiniteLoss(Fault):
 
 
 def fit(run: TrainState, stop: StopRequest) -> int:
-    """Train to the end, or to the step at which any rank was asked to stop. Returns the exit code."""
+    """Train to the end, or to the step at which a rank has got a stop signal. Returns the exit code."""
     clock, method, world, settings = run.clock, run.method, run.world, run.config
     if clock.done:
         run.finish(clock)

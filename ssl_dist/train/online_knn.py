@@ -1,7 +1,7 @@
-"""A weighted kNN during a training: cheap, and the first to show whether the representation gets better.
+"""A weighted kNN during a training: a cheap, early measure of the representation.
 
 At most 1,000 images of the labelled training split are held out, and at most 10,000 other ones vote for their class. No
-image of the test split is touched. A method without labels may train on both (where the split is the one that it
+image of the test split is used. A method without labels may train on both (where the split is the one that it
 pre-trains on, it does), so this is for looking at a training and choosing among its settings, not for a table.
 """
 
@@ -23,8 +23,8 @@ from ssl_dist.storage.features import Features, require_labels
 
 K, TEMPERATURE = 20, 0.07
 NAME = f"online_knn{K}"
-IMAGES, SHARE = 11_000, 1 / 11  # of the split, and of these the ones held out
-MEMORY = 512 << 20  # bytes for blocks of rows and cosines
+MAX_IMAGES, HELD_OUT_SHARE = 11_000, 1 / 11  # of the split, and of these the ones held out
+MEMORY_BYTES = 512 << 20  # for blocks of rows and cosines
 
 
 def labelled_split(plan: RunPlan) -> str:
@@ -39,21 +39,21 @@ def labelled_split(plan: RunPlan) -> str:
 
 
 class OnlineKNN:
-    """The same images at every call; each rank passes its share of them."""
+    """kNN accuracy on the same images at every call; each rank computes the features of its share of them."""
 
     def __init__(self, plan: RunPlan, world: World):
         self.plan, self.world = plan, world
         self.split = labelled_split(plan)
         labels = plan.dataset.labels(self.split)
-        ids = limited(len(labels), IMAGES)
+        ids = limited(len(labels), MAX_IMAGES)
         key = f"log.knn_every_epochs = {plan.config.log.knn_every_epochs}"
-        queries = held_out(ids, labels[ids], SHARE, plan.config.seed, key)
+        queries = held_out(ids, labels[ids], HELD_OUT_SHARE, plan.config.seed, key)
         self.ids = np.concatenate([np.setdiff1d(ids, queries), queries])
         self.labels = labels[self.ids]
         self.num_queries = len(queries)
 
     def accuracy(self, encoder: nn.Module, to_input: Callable[[Tensor], Tensor]) -> float:
-        """Percent of the held-out images whose class the others tell, by an encoder in evaluation mode."""
+        """Percent of the held-out images that the others classify right, by an encoder in evaluation mode."""
         low, high = share_in_batches(self.world, len(self.ids))
         world, own, step = self.world, self.ids[low:high], self.world.state.step
         with (
@@ -64,9 +64,9 @@ class OnlineKNN:
             images = eval_images(reader, own, self.plan.config.data, self.plan.threads)
             rows = list(outputs(lambda pixels: encoder(to_input(pixels)), images, world, progress))
             features_ND = self._joined(np.concatenate(rows), low)
-            found = world.on_rank0(lambda: self._voted(features_ND))
+            accuracy = world.on_rank0(lambda: self._voted(features_ND))
         world.state.step = step  # an extraction counts its batches there
-        return found
+        return accuracy
 
     def _joined(self, own: np.ndarray, low: int) -> np.ndarray:
         """All ranks' rows."""
@@ -85,7 +85,7 @@ class OnlineKNN:
         num_classes, k = int(self.labels.max()) + 1, min(K, len(bank))
         bank_labels_N, labels_N = torch.from_numpy(bank.labels), torch.from_numpy(queries.labels)
         correct = 0
-        for start, cosine_QK, row_QK in neighbours(bank, queries, k, torch.float32, MEMORY, num_classes):
+        for start, cosine_QK, row_QK in neighbours(bank, queries, k, torch.float32, MEMORY_BYTES, num_classes):
             votes_QC = votes(cosine_QK, bank_labels_N[row_QK], TEMPERATURE, num_classes)
             correct += int((target_rank(votes_QC, labels_N[start : start + len(row_QK)]) < 1).sum())
         return correct * 100.0 / len(queries)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,16 +10,15 @@ from torch import nn
 from ssl_dist.clock import Clock
 from ssl_dist.config import Optim
 
+Group = dict[str, Any]  # "params" and what is set for them alone
 
-def build(options: Optim, parameters: Iterable[nn.Parameter] | Iterable[dict]) -> torch.optim.Optimizer:
-    """The optimizer named by the config over parameters, or over groups of them; the rates are set before every step.
+
+def build(options: Optim, groups: list[Group]) -> torch.optim.Optimizer:
+    """The optimizer named by the config over groups of parameters; the rates are set before every step.
 
     lars makes two groups of one: biases, BatchNorm and scalars such as a learnt temperature have neither weight decay
     nor adaptation.
     """
-    groups = list(parameters)
-    if not isinstance(groups[0], dict):
-        groups = [{"params": groups}]
     if options.name == "lars":
         groups = [half for group in groups for half in _with_and_without_decay(group, options.weight_decay)]
         return LARS(groups, lr=options.lr, momentum=options.momentum)
@@ -29,8 +29,8 @@ def build(options: Optim, parameters: Iterable[nn.Parameter] | Iterable[dict]) -
     return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
 
 
-def _with_and_without_decay(group: dict, weight_decay: float) -> list[dict]:
-    matrices, others = ([p for p in group["params"] if (p.ndim > 1) is wanted] for wanted in (True, False))
+def _with_and_without_decay(group: Group, weight_decay: float) -> list[Group]:
+    matrices, others = ([p for p in group["params"] if (p.ndim > 1) is decays] for decays in (True, False))
     return [group | {"params": matrices, "weight_decay": weight_decay}, group | {"params": others, "adapt": False}]
 
 
@@ -89,7 +89,7 @@ class LARS(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[nn.Parameter] | Iterable[dict],
+        params: Iterable[nn.Parameter] | Iterable[Group],
         lr: float,
         weight_decay: float = 0.0,
         momentum: float = 0.9,
@@ -100,7 +100,7 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's returns the closure's loss
         assert closure is None, "the loop calls backward itself"
         for group in self.param_groups:
             for p in group["params"]:

@@ -1,4 +1,4 @@
-"""What all ranks of a run must have in common, looked at before the first step."""
+"""Check before the first step that all ranks have the same program, config and images, and one file system."""
 
 import hashlib
 import os
@@ -20,10 +20,10 @@ VISIBLE_TIMEOUT_S = 30.0  # in which a file made on one node must be seen on the
 
 
 def agree(plan: RunPlan, world: World) -> str:
-    """A name of this start, the same on all ranks. Raises `UserError` on all of them when they do not belong together.
+    """A name of this start, the same on all ranks. Raises `UserError` on all of them when they differ.
 
     Compared are the program, its libraries, the config and the images trained on; then every rank must see a file that
-    the first one has made in RUN/logs.
+    the first one writes to RUN/logs.
     """
     facts_of_ranks = world.all_gather_object((str(world.rank_info), _facts(plan)))
     first_name, first = facts_of_ranks[0]
@@ -37,9 +37,9 @@ def agree(plan: RunPlan, world: World) -> str:
                 )
     logs = plan.run / "logs"
     start = world.on_rank0(lambda: _begin(logs))
-    sees = world.all_gather_object(_appears(_token(logs, start)))
+    visible = world.all_gather_object(_appears(_token(logs, start)))
     world.on_rank0(lambda: _token(logs, start).unlink())
-    blind = [name for (name, _), seen in zip(facts_of_ranks, sees, strict=True) if not seen]
+    blind = [name for (name, _), seen in zip(facts_of_ranks, visible, strict=True) if not seen]
     if blind:
         raise UserError(
             f"run_dir = {str(plan.run)!r}: {', '.join(blind[:4])} cannot see what {first_name} writes there; "
@@ -63,7 +63,7 @@ def _token(logs: Path, start: str) -> Path:
 
 
 def _begin(logs: Path) -> str:
-    """Make place for what this start leaves in RUN/logs, and the file that all ranks must see."""
+    """Clear RUN/logs of what earlier starts left, and make the file that all ranks must see."""
     (logs / "board").mkdir(exist_ok=True)
     for record in (logs / "board").iterdir():
         record.unlink()

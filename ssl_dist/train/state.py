@@ -1,4 +1,4 @@
-"""What the loop in train.py works on: a method, its optimizer and the step reached, on one rank of a world."""
+"""The state of a training on one rank, which the loop in loop.py works on: a method, its optimizer and its clock."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,8 @@ from ssl_dist.train.online_knn import OnlineKNN
 
 
 class TrainState:
-    """Making one writes nothing; it goes on after the newest checkpoint in the run's folder."""
+    """A method, its optimizer and the steps completed, from the newest checkpoint in the run's folder where there is
+    one. Building it writes nothing."""
 
     def __init__(self, plan: RunPlan, world: world_module.World):
         self.plan, self.world, self.config = plan, world, plan.config
@@ -43,9 +44,7 @@ class TrainState:
         world.synchronize_batchnorm(method)
         self.method = method.to(world.device).train()
         self.columns = None if method.views_together else world.view_columns(self.method)
-        self.optimizer = None
-        if method.trainable:
-            self.optimizer = optim.build(self.config.optim, method.parameter_groups())
+        self.optimizer = optim.build(self.config.optim, method.parameter_groups())
         self.clock = plan.clock(self._resume())
         if self.config.compile:
             method.backbone.compile()
@@ -73,9 +72,9 @@ class TrainState:
                 "or another data.subset file); give their folder, or another run_dir"
             )
         checkpoint.restore(self.method, state["method"], path)
-        if self.optimizer is not None:
+        if self.method.trainable:
             self.optimizer.load_state_dict(state["optimizer"])
-        return state["step"]
+        return int(state["step"])
 
     def loader(self) -> TrainLoader:
         order, specs, world = self.plan.order, self.plan.specs, self.world
@@ -83,7 +82,7 @@ class TrainState:
         reader = self.plan.open_reader()
         return TrainLoader(reader, order, specs, world.grid, world.rank_info.rank, self.plan.threads, pin)
 
-    def log(self) -> contextlib.AbstractContextManager:
+    def log(self) -> contextlib.AbstractContextManager[RunLog | None]:
         """The run's log on rank 0, None elsewhere."""
         if not self.world.is_rank0:
             return contextlib.nullcontext()
@@ -91,7 +90,7 @@ class TrainState:
         return RunLog(self.folder, self.clock, title, self.config.optim.batch_size, self.plan.num_views)
 
     def batches(self, loader: TrainLoader, log: RunLog | None) -> Iterator[HostBatch]:
-        """The batches that are left. The watchdog is told of each step, the log of the time waited for it."""
+        """The batches that are left. The watchdog gets each step, the log the time waited for it."""
         state, iterator = self.world.state, loader.batches(self.clock.step, self.clock.total_steps)
         first_step = watchdog.COMPILE_TIMEOUT_S if self.config.compile else watchdog.FIRST_STEP_TIMEOUT_S
         state.phase, state.bound = "the first step", first_step
@@ -113,7 +112,7 @@ class TrainState:
         views_by_group = [self._normalize(group.to(device, non_blocking=True)) for group in host.views]
         return Batch(
             views_by_group,
-            host.view_ids,  # their numbers are asked for before each pass, which must not wait for the device
+            host.view_ids,  # read before each pass, which must not wait for the device
             host.image_ids.to(device),
             host.labels.to(device),
             torch.from_numpy(np.searchsorted(self.plan.order.train_ids, host.image_ids.numpy())).to(device),
@@ -152,8 +151,9 @@ class TrainState:
             with self.world.state.phase_of("the pictures", watchdog.SAVE_TIMEOUT_S):
                 self.world.on_rank0(lambda: self.show_views(log, clock))
 
-    def show_views(self, log: RunLog, clock: Clock, num_images: int = 8) -> None:
+    def show_views(self, log: RunLog | None, clock: Clock, num_images: int = 8) -> None:
         """All views of the first images of this step, also those that other ranks hold: TensorBoard and views.png."""
+        assert log is not None, "rank 0 has the log"
         from ssl_dist.run import plots  # matplotlib takes a second, which only rank 0 need spend
 
         step, order = clock.step - 1, self.plan.order
@@ -161,13 +161,14 @@ class TrainState:
             [(pixels, heights, widths, ids)] = reader.batches([order.global_ids(step)[:num_images]])
         for number, spec in enumerate(self.plan.specs):
             epoch = step // order.steps_per_epoch
-            made = views.make_views(pixels, heights, widths, ids, spec, spec.view_ids, order.seed, epoch)
-            log.pictures(f"views/{number}", clock, made)
+            views_VBCHW = views.make_views(pixels, heights, widths, ids, spec, spec.view_ids, order.seed, epoch)
+            log.pictures(f"views/{number}", clock, views_VBCHW)
             name = "views.png" if number == 0 else f"views-{number}.png"
-            plots.views_grid(self.folder / name, made)
+            plots.views_grid(self.folder / name, views_VBCHW)
 
     def measure_knn(self, log: RunLog | None, clock: Clock) -> None:
-        """Log the online kNN (online_knn.py). Every rank takes part."""
+        """Log the online kNN (online_knn.py), which the config asks for. Every rank takes part."""
+        assert self._knn is not None
         start = time.perf_counter()
         self.method.eval()
         with self.autocast():
@@ -189,7 +190,7 @@ class TrainState:
             "step": clock.step,
             "config": config.to_tree(self.config),
             "method": self.method.state_dict(),
-            "optimizer": {} if self.optimizer is None else self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict() if self.method.trainable else {},
             "world_size": self.world.rank_info.world_size,
             "versions": checkpoint.versions(),
             "normalize": config.to_tree(self.plan.normalize),
@@ -206,7 +207,7 @@ class TrainState:
         checkpoint.prune(self.folder, kept.keep, kept.keep_every, clock.step)
 
     def finish(self, clock: Clock) -> None:
-        """What stands at the end of a run: a checkpoint, also of a method that takes no step, and the loss curve."""
+        """Write what a complete run has: a checkpoint, also of a method that takes no step, and the loss curve."""
         with self.world.state.phase_of("the end of the run", watchdog.SAVE_TIMEOUT_S):
             self.world.on_rank0(lambda: self._finish(clock))
 
@@ -221,10 +222,10 @@ class TrainState:
     def diagnosis(self, clock: Clock, output: Output) -> str:
         """Why a non-finite loss ends the run, in one line. Every rank takes part."""
         terms = {"loss": float(output.loss.detach())} | {name: float(v) for name, v in output.metrics.items()}
-        said = self.world.all_gather_object((str(self.world.rank_info), terms))
-        bad = [(name, terms) for name, terms in said if not math.isfinite(terms["loss"])]
-        names = ", ".join(name for name, _ in bad[:4]) + (f" and {len(bad) - 4} more" if len(bad) > 4 else "")
-        values = ", ".join(f"{name} = {value:g}" for name, value in bad[0][1].items())
+        reports = self.world.all_gather_object((str(self.world.rank_info), terms))
+        broken = [(rank, terms) for rank, terms in reports if not math.isfinite(terms["loss"])]
+        names = ", ".join(rank for rank, _ in broken[:4]) + (f" and {len(broken) - 4} more" if len(broken) > 4 else "")
+        values = ", ".join(f"{name} = {value:g}" for name, value in broken[0][1].items())
         return (
             f"{names} at step {clock.step + 1}: the loss is not finite ({values}); {self._newest()}; "
             "begin anew in another run_dir with a lower optim.lr or precision=fp32"

@@ -27,12 +27,12 @@ from ssl_dist.errors import UserError
 from ssl_dist.grid import Grid, splits
 from ssl_dist.run.blueprint import RunPlan, derive
 from ssl_dist.verify import ranks as verify_ranks
-from ssl_dist.verify.ranks import Job
+from ssl_dist.verify.ranks import GridTraining
 
-SIZES = (2, 4)
+WORLD_SIZES = (2, 4)
 STEPS = 10  # in float64; in float32 one
-BATCH = 16  # images: small, and every grid divides it
-VIEWS = 4
+BATCH_SIZE = 16  # images: small, and every grid divides it
+NUM_VIEWS = 4
 CONFIGS = Path(__file__).parents[2] / "configs" / "digits"
 KINDS = ("loss", "head", "deep", "buffers", "weights")  # head, deep: gradients outside and inside the backbone
 BOUNDS = {
@@ -48,7 +48,7 @@ Buffers that are integers must be equal."""
 
 
 @dataclass(frozen=True)
-class Case:
+class VerifyCase:
     """A method with one choice of its options, in one precision. grids: of every number of ranks; note: its config."""
 
     method: str
@@ -67,16 +67,16 @@ class Case:
         bounds = BOUNDS[self.config.precision]
         return bounds if self.trains else {kind: bounds[kind] for kind in ("buffers", "weights")}
 
-    def job(self, grid: Grid, pages: Path) -> Job:
+    def on_grid(self, grid: Grid, pages: Path) -> GridTraining:
         data = self.config.data.model_copy(update={"view_shards": grid.views})
-        return Job(f"{self.title} {say(grid)}", self.config.model_copy(update={"data": data}), pages)
+        return GridTraining(f"{self.title} {say(grid)}", self.config.model_copy(update={"data": data}), pages)
 
 
 @dataclass(frozen=True)
 class Row:
     """What a case on a grid of ranks differs by from one process, kind of tensors -> figure."""
 
-    case: Case
+    case: VerifyCase
     grid: Grid
     figures: dict[str, float]
 
@@ -107,16 +107,21 @@ def verify(
     return 0 if good == len(rows) else 1
 
 
-def certify(chosen: list[Case], folder: Path, prepare: Callable[[], None] | None = None, sizes=SIZES) -> list[Row]:
+def certify(
+    chosen: list[VerifyCase],
+    folder: Path,
+    prepare: Callable[[], None] | None = None,
+    sizes: Sequence[int] = WORLD_SIZES,
+) -> list[Row]:
     """Run the cases on one process, then on `sizes` ranks; the rows of the first case come first.
 
-    Every rank calls `prepare` first. The tensors of one process lie in `folder` meanwhile.
+    Every rank calls `prepare` first. The tensors of one process are kept in `folder`.
     """
     rows: list[list[Row]] = [[] for _ in chosen]
     for size in (1, *sizes):
         work = [(number, grid) for number, case in enumerate(chosen) for grid in case.grids[size]]
-        jobs = [chosen[number].job(grid, folder / f"pages-{number}") for number, grid in work]
-        for (number, grid), figures in zip(work, verify_ranks.run(size, jobs, prepare, _progress), strict=True):
+        trainings = [chosen[number].on_grid(grid, folder / f"pages-{number}") for number, grid in work]
+        for (number, grid), figures in zip(work, verify_ranks.run(size, trainings, prepare, _progress), strict=True):
             if size > 1:
                 worst = {kind: max(figures[kind]) for kind in chosen[number].bounds}
                 rows[number].append(Row(chosen[number], grid, worst))
@@ -128,7 +133,7 @@ def certify(chosen: list[Case], folder: Path, prepare: Callable[[], None] | None
 
 def cases(
     folder: Path, file: str | None = None, names: Sequence[str] = (), overrides: Sequence[str] = (), steps: int = STEPS
-) -> Iterator[Case]:
+) -> Iterator[VerifyCase]:
     """Every variant of the method of a config file, or of the named methods (default: all), in every precision.
 
     Without a file the method's config for digits is taken, the checkout's or one made here, and digits are converted.
@@ -145,28 +150,30 @@ def cases(
     convert("digits", None, folder / "digits", workers=1, progress=False)
     digits = ["data.name=digits", f"data.root={folder / 'digits'}", "data.reader=arrays"]
     for name in names or methods.names():
-        path, said = CONFIGS / f"{name}-conv4.yaml", f"configs/digits/{name}-conv4.yaml"
+        path, origin = CONFIGS / f"{name}-conv4.yaml", f"configs/digits/{name}-conv4.yaml"
         if not path.exists():
-            path, said = folder / f"{name}.yaml", "a config of verify's own (digits, conv4, adam)"
+            path, origin = folder / f"{name}.yaml", "a config of verify's own (digits, conv4, adam)"
             tree = {"run_dir": "none", "data": {"name": "digits", "root": "none"}, "method": {"name": name}}
             path.write_text(yaml.safe_dump(tree), encoding="utf-8")
-        yield from _cases(path, said, digits, overrides, steps)
+        yield from _cases(path, origin, digits, overrides, steps)
 
 
-def _cases(path: str | Path, said: str, data: list[str], overrides: Sequence[str], steps: int) -> Iterator[Case]:
-    quick = [*data, f"optim.batch_size={BATCH}", "data.workers=1", "compile=false"]
-    look = config.load(path, [*quick, *overrides])
-    name, method = look.method.name, methods.find(look.method.name)
-    if method.free_views and len(look.views.groups) == 1 and look.views.groups[0].num is None:
-        quick.append(f"views.num={VIEWS}")
-    quick.append(f"data.limit={look.optim.batch_size * 5 // 2}")  # two steps an epoch and a tail that is dropped
+def _cases(
+    path: str | Path, origin: str, data: list[str], overrides: Sequence[str], steps: int
+) -> Iterator[VerifyCase]:
+    quick = [*data, f"optim.batch_size={BATCH_SIZE}", "data.workers=1", "compile=false"]
+    base = config.load(path, [*quick, *overrides])
+    name, method = base.method.name, methods.find(base.method.name)
+    if method.free_views and len(base.views.groups) == 1 and base.views.groups[0].num is None:
+        quick.append(f"views.num={NUM_VIEWS}")
+    quick.append(f"data.limit={base.optim.batch_size * 5 // 2}")  # two steps an epoch and a tail that is dropped
     own = ["run_dir=none", "data.view_shards=1", "optim.epochs=null", "log.every_steps=1"]
-    for variant, choice in variants(methods.build_options(method, look.method.options)):
+    for variant, choice in variants(methods.build_options(method, base.method.options)):
         for precision, length in [("fp64", steps), ("fp32", 1)] if method.trainable else [("fp64", steps)]:
             last = [*own, *choice, f"precision={precision}", f"optim.steps={length}"]
             plan = derive(config.load(path, [*quick, *overrides, *last]), RankInfo())
-            note = f"{name}: {said}, {_describe(plan, steps)}"
-            yield Case(name, variant, plan.config, method.trainable, note, _grids(plan))
+            note = f"{name}: {origin}, {_describe(plan, steps)}"
+            yield VerifyCase(name, variant, plan.config, method.trainable, note, _grids(plan))
 
 
 def variants(options: Section) -> Iterator[tuple[str, list[str]]]:
@@ -174,28 +181,28 @@ def variants(options: Section) -> Iterator[tuple[str, list[str]]]:
     choices = {name: _alternatives(field.annotation) for name, field in type(options).model_fields.items()}
     chosen = {name: getattr(options, name) for name, values in choices.items() if values}
     yield ",".join(f"{name}={value}" for name, value in chosen.items()) or "-", []
-    for name, now in chosen.items():
+    for name, current in chosen.items():
         for value in choices[name]:
-            if value != now:
+            if value != current:
                 yield f"{name}={value}", [f"method.options.{name}={json.dumps(value)}"]
 
 
-def _alternatives(annotation: Any) -> list:
+def _alternatives(annotation: Any) -> list[Any]:
     """The values of a Literal, also inside `Literal[...] | None`; none for other types."""
     if typing.get_origin(annotation) is Literal:
         return list(typing.get_args(annotation))
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        found = [value for part in typing.get_args(annotation) for value in _alternatives(part)]
-        return [*found, None] if found and type(None) in typing.get_args(annotation) else found
+        values = [value for part in typing.get_args(annotation) for value in _alternatives(part)]
+        return [*values, None] if values and type(None) in typing.get_args(annotation) else values
     return []
 
 
 def _grids(plan: RunPlan) -> dict[int, list[Grid]]:
     """Every grid of every number of ranks. All of these numbers must be able to share the batch."""
     batch, groups = plan.config.optim.batch_size, [spec.num for spec in plan.specs]
-    grids = {size: splits(size, batch, groups, plan.method_class.free_views) for size in (1, *SIZES)}
-    if batch % max(SIZES):
-        raise UserError(f"optim.batch_size = {batch}: {max(SIZES)} ranks cannot share it; give a multiple of 4")
+    grids = {size: splits(size, batch, groups, plan.method_class.free_views) for size in (1, *WORLD_SIZES)}
+    if batch % max(WORLD_SIZES):
+        raise UserError(f"optim.batch_size = {batch}: {max(WORLD_SIZES)} ranks cannot share it; give a multiple of 4")
     return grids
 
 

@@ -1,7 +1,7 @@
-"""The processes behind `ssl-dist verify`: ranks that train for real and measure how far they are from one process.
+"""The processes of `ssl-dist verify`: ranks that train for real and measure their difference from one process.
 
-The process of W = 1 writes its tensors to a page a step. A rank of more reads that page when it has taken the same step
-and keeps only the difference, so nobody holds more than one step, whatever the backbone.
+The process of W = 1 writes its tensors to a page a step. A rank of several reads that page when it has taken the same
+step and keeps only the difference, so that no process holds more than one step, whatever the backbone.
 """
 
 import contextlib
@@ -13,9 +13,13 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.process import BaseProcess
+from multiprocessing.queues import Queue
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,18 +33,20 @@ from ssl_dist.errors import Fault
 from ssl_dist.grid import Grid
 from ssl_dist.methods.base import Output
 from ssl_dist.run.blueprint import RunPlan, derive
+from ssl_dist.run.log import RunLog
 from ssl_dist.train.loop import fit
 from ssl_dist.train.state import TrainState
 
-PATIENCE = 300.0  # seconds in which some rank must have taken a step; the first one may have to compile
-FLOOR = 1e-3  # share of the largest tensor of a kind below which a tensor counts as that share
+STEP_TIMEOUT_S = 300.0  # in which some rank must have taken a step; the first one may have to compile
+SIZE_FLOOR = 1e-3  # share of the largest tensor of a kind below which a tensor counts as that share
 NORM = {"fp64": math.inf, "fp32": 2}  # the vector norm that a tensor's difference and size are taken in
 
 Figures = dict[str, list[float]]  # kind of tensors -> its difference at every step
+Messages: TypeAlias = "Queue[tuple[int, int, Figures | str | None]]"
 
 
 @dataclass(frozen=True)
-class Job:
+class GridTraining:
     """A training on a grid of ranks. pages: the folder of the tensors of one process."""
 
     title: str
@@ -51,14 +57,14 @@ class Job:
 def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor], norm: float) -> float:
     """The largest relative difference among tensors of one kind: |a - b| / max(|b|, floor), | | the vector norm.
 
-    The floor is FLOOR times the largest |b| of the kind: the gradient of a bias before a BatchNorm is exactly 0, and
-    what is seen of it is rounding noise. Infinite where names or shapes differ, where integers do, and for NaN.
+    The floor is SIZE_FLOOR times the largest |b| of the kind: the gradient of a bias before a BatchNorm is exactly 0,
+    and what is seen of it is rounding noise. Infinite where names or shapes differ, where integers do, and for NaN.
     """
     if ours.keys() != theirs.keys():
         return math.inf
     floating = {name: b.double() for name, b in theirs.items() if b.is_floating_point()}
     sizes = {name: float(torch.linalg.vector_norm(b, norm)) for name, b in floating.items()}
-    floor = FLOOR * max(sizes.values(), default=0.0)
+    floor = SIZE_FLOOR * max(sizes.values(), default=0.0)
     worst = 0.0
     for name, b in theirs.items():
         a = ours[name]
@@ -67,25 +73,27 @@ def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor], norm: float) 
         if a.shape != b.shape or name not in floating:
             return math.inf
         scale = max(sizes[name], floor)
-        found = float(torch.linalg.vector_norm(a.double() - floating[name], norm)) / scale if scale else math.inf
-        worst = max(worst, math.inf if math.isnan(found) else found)
+        relative = float(torch.linalg.vector_norm(a.double() - floating[name], norm)) / scale if scale else math.inf
+        worst = max(worst, math.inf if math.isnan(relative) else relative)
     return worst
 
 
-class Witness(TrainState):
-    """The real training, which shows its tensors instead of keeping them: one process records, several compare."""
+class ComparedTraining(TrainState):
+    """The training of a run that, in the place of a log and checkpoints, writes its tensors (one process) or compares
+    them with those (several). on_page: called after each."""
 
-    def __init__(self, plan: RunPlan, world: World, pages: Path, alive: Callable[[], None]):
+    def __init__(self, plan: RunPlan, world: World, pages: Path, on_page: Callable[[], None]):
         super().__init__(plan, world)
-        self.pages, self.alive = pages, alive
+        self.pages, self.on_page = pages, on_page
         self.figures: Figures = {}
 
-    def log(self):
+    def log(self) -> contextlib.AbstractContextManager[RunLog | None]:
         return contextlib.nullcontext()
 
-    def write(self, log, clock: Clock, output: Output) -> None:
+    def write(self, log: RunLog | None, clock: Clock, output: Output) -> None:
         """The gradients that made this step are still in `p.grad`."""
-        head, deep = {}, {}
+        head: dict[str, Tensor] = {}
+        deep: dict[str, Tensor] = {}
         for name, parameter in self.method.named_parameters():
             if parameter.grad is not None:
                 (deep if name.startswith("backbone.") else head)[name] = parameter.grad
@@ -106,35 +114,35 @@ class Witness(TrainState):
         else:
             one_process = torch.load(path)
             for kind, tensors in kinds.items():
-                found = difference(tensors, one_process[kind], NORM[self.config.precision])
-                self.figures.setdefault(kind, []).append(found)
-        self.alive()
+                figure = difference(tensors, one_process[kind], NORM[self.config.precision])
+                self.figures.setdefault(kind, []).append(figure)
+        self.on_page()
 
 
 def run(
     size: int,
-    jobs: list[Job],
+    trainings: list[GridTraining],
     prepare: Callable[[], None] | None = None,
-    say: Callable[[str], None] = lambda _: None,
-    patience: float = PATIENCE,
+    report: Callable[[str], None] = lambda _: None,
+    step_timeout_s: float = STEP_TIMEOUT_S,
 ) -> list[Figures]:
-    """Run the jobs on `size` processes that form one group; for each the figures, the worst of all ranks.
+    """Run the trainings on `size` processes that form one group; for each the figures, the worst of all ranks.
 
-    Every rank calls `prepare` first. Raises `Fault` when a rank fails or dies, and after `patience` seconds without a
+    Every rank calls `prepare` first. Raises `Fault` when a rank fails or dies, and after `step_timeout_s` without a
     step of any rank.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    answers = context.Queue()
+    messages: Messages = context.Queue()
     port = _free_port()
     ranks = [
-        context.Process(target=_rank, args=(rank, size, port, jobs, prepare, answers), daemon=True)
+        context.Process(target=_rank, args=(rank, size, port, trainings, prepare, messages), daemon=True)
         for rank in range(size)
     ]
     for rank in ranks:
         rank.start()
     try:
-        results = _collect(ranks, answers, jobs, say, patience)
+        results = _collect(ranks, messages, trainings, report, step_timeout_s)
         for rank in ranks:
             rank.join(10)
     finally:
@@ -144,39 +152,55 @@ def run(
     return results
 
 
-def _collect(ranks: list, answers, jobs: list[Job], say: Callable[[str], None], patience: float) -> list[Figures]:
+def _collect(
+    ranks: Sequence[BaseProcess],
+    messages: Messages,
+    trainings: list[GridTraining],
+    report: Callable[[str], None],
+    step_timeout_s: float,
+) -> list[Figures]:
     size = len(ranks)
-    done: list[list[Figures]] = [[] for _ in jobs]
-    start = heard = time.monotonic()
-    while any(len(figures) < size for figures in done):
+    of_ranks: list[list[Figures]] = [[] for _ in trainings]
+    start = last_message = time.monotonic()
+    while any(len(figures) < size for figures in of_ranks):
         try:
-            rank, number, answer = answers.get(timeout=1)
+            rank, number, message = messages.get(timeout=1)
         except queue.Empty:
             dead = [f"rank {i} of {size} (exit code {p.exitcode})" for i, p in enumerate(ranks) if p.exitcode]
             if dead:
                 raise Fault(f"verify: {', '.join(dead)} died without a word") from None
-            if time.monotonic() - heard > patience:
-                title = next(job.title for job, figures in zip(jobs, done, strict=True) if len(figures) < size)
-                raise Fault(f"verify: no step of any of {size} ranks within {patience:g} s at {title}") from None
+            if time.monotonic() - last_message > step_timeout_s:
+                title = next(t.title for t, figures in zip(trainings, of_ranks, strict=True) if len(figures) < size)
+                raise Fault(f"verify: no step of any of {size} ranks within {step_timeout_s:g} s at {title}") from None
             continue
-        heard = time.monotonic()
-        if isinstance(answer, str):
-            print(answer, file=sys.stderr, flush=True)
-            raise Fault(f"verify: rank {rank} of {size} failed at {jobs[number].title}: {answer.splitlines()[-1]}")
-        if answer is not None:
-            done[number].append(answer)
-            if len(done[number]) == size:
-                say(f"{jobs[number].title}: {heard - start:.1f} s")
-                start = heard
-    return [_worst(figures) for figures in done]
+        last_message = time.monotonic()
+        title = trainings[number].title
+        if isinstance(message, str):
+            print(message, file=sys.stderr, flush=True)
+            raise Fault(f"verify: rank {rank} of {size} failed at {title}: {message.splitlines()[-1]}")
+        if message is not None:
+            of_ranks[number].append(message)
+            if len(of_ranks[number]) == size:
+                report(f"{title}: {last_message - start:.1f} s")
+                start = last_message
+    return [_worst(figures) for figures in of_ranks]
 
 
-def _worst(ranks: list[Figures]) -> Figures:
-    return {kind: [max(step) for step in zip(*(figures[kind] for figures in ranks), strict=True)] for kind in ranks[0]}
+def _worst(of_ranks: list[Figures]) -> Figures:
+    kinds = of_ranks[0]
+    return {kind: [max(step) for step in zip(*(figures[kind] for figures in of_ranks), strict=True)] for kind in kinds}
 
 
-def _rank(rank: int, size: int, port: int, jobs: list[Job], prepare: Callable[[], None] | None, answers) -> None:
-    """One process of the group. Answers (rank, job, None) at every step, then the job's figures, or a traceback."""
+def _rank(
+    rank: int,
+    size: int,
+    port: int,
+    trainings: list[GridTraining],
+    prepare: Callable[[], None] | None,
+    messages: Messages,
+) -> None:
+    """One process of the group. It sends (rank, training, None) at every step, then the training's figures, or a
+    traceback."""
     torch.set_num_threads(1)
     rank_info = RankInfo(rank, size, rank, size)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
@@ -185,16 +209,16 @@ def _rank(rank: int, size: int, port: int, jobs: list[Job], prepare: Callable[[]
     try:
         if prepare is not None:
             prepare()
-        group = join_world(rank_info, Grid(size, 1))  # the exchanges of every grid go through it
-        for number, job in enumerate(jobs):
-            plan = derive(job.config, rank_info)
+        group = join_world(rank_info, Grid(size, 1))  # the collectives of every grid go through it
+        for number, training in enumerate(trainings):
+            plan = derive(training.config, rank_info)
             world = World(rank_info, plan.grid, torch.device("cpu"))
-            witness = Witness(plan, world, job.pages, lambda number=number: answers.put((rank, number, None)))
-            assert fit(witness, StopRequest()) == 0, "nobody asked it to stop"
-            answers.put((rank, number, witness.figures))
+            compared = ComparedTraining(plan, world, training.pages, partial(messages.put, (rank, number, None)))
+            assert fit(compared, StopRequest()) == 0, "no signal is taken here"
+            messages.put((rank, number, compared.figures))
         group.close()
     except BaseException:  # whatever it is, the parent shows it and ends the others
-        answers.put((rank, number, traceback.format_exc()))
+        messages.put((rank, number, traceback.format_exc()))
 
 
 def _free_port() -> int:
