@@ -1,4 +1,4 @@
-"""Batches of views, made ahead of the training loop by a thread of our own.
+"""Batches of views, made ahead of the training loop by a background thread.
 
 One thread reads images in the training's order, a team of threads decodes them and makes the views, and a short queue
 hands them to the loop. What is handed over is owned by the receiver: no buffer is used twice. An error anywhere reaches

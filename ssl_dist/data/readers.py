@@ -1,4 +1,4 @@
-"""Open a converted data set: what is known of its splits, and the reader of one."""
+"""Open a converted data set: facts about its splits, and readers of them."""
 
 from functools import cached_property
 from pathlib import Path
@@ -39,7 +39,7 @@ class Dataset:
         return catalog.split_roles(self.name, self.splits)
 
     def info(self, split: str) -> SplitInfo:
-        """What is known of a split, whose file is compared with dataset.json."""
+        """The facts about a split, whose file is compared with dataset.json."""
         return self._open(split)[0]
 
     def labels(self, split: str) -> np.ndarray:

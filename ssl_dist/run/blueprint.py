@@ -85,7 +85,7 @@ class RunPlan:
             if isinstance(data.subset, str):
                 ids = from_list(data.subset, count)
             else:
-                classes = self.dataset.labels(self.split.split)  # the split's own, whatever labels are given
+                classes = self.dataset.labels(self.split.split)  # the split's own, also where labels come from a file
                 ids = per_class(np.arange(count, dtype=np.int64), classes, data.subset.per_class, data.subset.start)
             ids = ids[limited(len(ids), data.limit)]
         return DataOrder(ids, self.config.optim.batch_size, self.config.seed)
@@ -97,12 +97,12 @@ class RunPlan:
         identity = {"split": self.split.sha256, "ids": hashlib.sha256(self.order.train_ids.tobytes()).hexdigest()}
         if self.labels is not None:
             identity["labels"] = hashlib.sha256(self.labels.tobytes()).hexdigest()
-        if self.given_weights is not None:
-            identity["weights"] = self.given_weights.sha256
+        if self.initial_weights is not None:
+            identity["weights"] = self.initial_weights.sha256
         return identity
 
     @cached_property
-    def given_weights(self) -> weights.Weights | None:
+    def initial_weights(self) -> weights.Weights | None:
         """The file that the backbone begins from, without its tensors. None: it begins from random ones."""
         path, name = self.config.backbone.weights, self.config.backbone.name
         if path is None:
@@ -203,8 +203,8 @@ def derive(config: Config, rank_info: RankInfo) -> RunPlan:
         plan.grid,
         plan.order,
         plan.normalize,
-        plan.given_weights,
-    )
+        plan.initial_weights,
+    )  # raise what they refuse
     train_ids = plan.order.train_ids
     if labels_file is not None and own_labels is not None and method_class.needs_labels:
         missing = train_ids[own_labels[train_ids] < 0]

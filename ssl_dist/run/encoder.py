@@ -154,7 +154,9 @@ def extract_features(encoder: Encoder, dataset: Dataset, split: str, folder: Pat
     }
 
     def join(parts: Sequence[np.ndarray]) -> None:
-        write_features(path, np.concatenate(parts), dataset.labels(split), np.arange(info.count, dtype=np.int64), metadata)
+        write_features(
+            path, np.concatenate(parts), dataset.labels(split), np.arange(info.count, dtype=np.int64), metadata
+        )
 
     if world.alone:
         join([part])

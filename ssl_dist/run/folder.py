@@ -15,7 +15,7 @@ from ssl_dist.storage import checkpoint, durable
 
 # What may differ between two starts of one run: none of these changes the numbers.
 # The file backbone.weights may lie elsewhere: its SHA-256 is compared with the checkpoint's.
-FREE = (
+FREE_KEYS = (
     "run_dir", "data.root", "data.reader", "data.workers", "data.view_shards", "backbone.weights", "checkpoint", "log",
     "timeout",
 )  # fmt: skip
@@ -76,7 +76,7 @@ def _last_start(starts: Path) -> str:
 def accept(run: Path, config: Config) -> None:
     """Keep the first config as RUN/config.yaml; refuse a later one as `check` does."""
     check(run, config)
-    if not checkpoint.steps(run):  # a start that failed before its first checkpoint binds nobody
+    if not checkpoint.steps(run):  # a start that failed before its first checkpoint fixes no config
         durable.write_text(run / "config.yaml", dump(config))
 
 
@@ -116,7 +116,7 @@ def spelt_out(config: Config) -> dict[str, Any]:
 
 
 def _may_differ(key: str, kept: Config, old: object, new: object) -> bool:
-    if any(key == name or key.startswith(name + ".") for name in FREE):
+    if any(key == name or key.startswith(name + ".") for name in FREE_KEYS):
         return True
     if key not in ("optim.epochs", "optim.steps") or not isinstance(old, int) or not isinstance(new, int):
         return False

@@ -22,7 +22,7 @@ KEYS = ("data.root", "data.reader")
 
 def export_labels(run: Path, out: Path, overrides: Sequence[str]) -> str:
     """Write the labels in a run's newest checkpoint (or in a checkpoint file), a column a head; returns what was
-    written in words, and how much the labels tell of the true ones where these are known."""
+    written in words, and the mutual information with the true labels, where there are any."""
     path, state, _ = checkpoint.load_run(run)
     if BUFFER not in state["method"]:
         raise UserError(f"{path}: method {state['config']['method']['name']} gives its images no labels")

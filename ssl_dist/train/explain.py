@@ -41,34 +41,34 @@ def explain(config: Config, world_size: int, ranks_per_node: int | None = None) 
     return "\n".join(f"{name:<{width}}  {text}".replace("\n", "\n" + " " * (width + 2)) for name, text in lines.items())
 
 
-def _data(b: RunPlan) -> dict[str, str]:
-    split, used = b.split, len(b.order.train_ids)
+def _data(plan: RunPlan) -> dict[str, str]:
+    split, used = plan.split, len(plan.order.train_ids)
     part = "" if used == split.count else f", {used} of them used"
     classes = f"{len(split.classes)} classes" if split.labelled else "no labels"
-    mean, std = (" ".join(f"{v:.4g}" for v in values) for values in (b.normalize.mean, b.normalize.std))
+    mean, std = (" ".join(f"{v:.4g}" for v in values) for values in (plan.normalize.mean, plan.normalize.std))
     return {
-        "data": f"{b.config.data.name}, split {split.split}: {split.count} images{part}, {classes}",
+        "data": f"{plan.config.data.name}, split {split.split}: {split.count} images{part}, {classes}",
         "normalisation": f"mean {mean}, std {std}",
-        "reader": f"{b.config.data.reader}, {b.threads} view thread(s) a rank",
+        "reader": f"{plan.config.data.reader}, {plan.threads} view thread(s) a rank",
     }
 
 
 # ---------------------------------------------------------------------------------------------------- who holds what
 
 
-def _grid(b: RunPlan, memory: "Memory") -> dict[str, str]:
-    grid, images = b.grid, b.config.optim.batch_size
-    groups = " + ".join(f"{s.num} x {s.size} px" for s in b.specs)
-    held = " + ".join(f"{s.num // grid.views} x {s.size} px" for s in b.specs)
+def _grid(plan: RunPlan, memory: "Memory") -> dict[str, str]:
+    grid, images = plan.grid, plan.config.optim.batch_size
+    groups = " + ".join(f"{s.num} x {s.size} px" for s in plan.specs)
+    held = " + ".join(f"{s.num // grid.views} x {s.size} px" for s in plan.specs)
     return {
-        "method": f"{b.config.method.name} on {b.config.backbone.name}",
-        **({} if b.given_weights is None else {"weights": b.given_weights.note}),
+        "method": f"{plan.config.method.name} on {plan.config.backbone.name}",
+        **({} if plan.initial_weights is None else {"weights": plan.initial_weights.note}),
         "views": f"{groups} of each image",
-        "global batch": f"{images} images, {images * b.num_views} views",
+        "global batch": f"{images} images, {images * plan.num_views} views",
         "ranks": f"{grid.size} = {grid.images} image shard(s) x {grid.views} view shard(s)",
         "each rank": f"{images // grid.images} images, {held} views of each",
-        "who holds what": _who(grid) + _where(grid, b.rank_info.local_world_size),
-        "splits": _splits(b, memory),
+        "who holds what": _who(grid) + _where(grid, plan.rank_info.local_world_size),
+        "splits": _splits(plan, memory),
     }
 
 
@@ -92,43 +92,43 @@ def _where(grid: Grid, ranks_per_node: int) -> str:
     return f"{nodes}, view shards {'inside a node' if grid.inside(ranks_per_node) else 'spread over several nodes'}"
 
 
-def _splits(b: RunPlan, memory: "Memory") -> str:
+def _splits(plan: RunPlan, memory: "Memory") -> str:
     """Every split that divides, a line each: what data.view_shards can be. Views and the network's memory are the
     same for all; decoded images are fewer where a rank holds fewer of them."""
-    images, ranks_per_node = b.config.optim.batch_size, b.rank_info.local_world_size
-    groups = [spec.num for spec in b.specs]
+    images, ranks_per_node = plan.config.optim.batch_size, plan.rank_info.local_world_size
+    groups = [spec.num for spec in plan.specs]
     rows = [f"{'data.view_shards':>16} {'Wi x Wv':>9} {'images':>7} {'views':>9} {'MiB':>9}  a rank"]
-    for grid in splits(b.rank_info.world_size, images, groups, b.method_class.free_views):
+    for grid in splits(plan.rank_info.world_size, images, groups, plan.method_class.free_views):
         held = "+".join(str(num // grid.views) for num in groups)
         total = f"{_mib(memory.total(grid)):.1f}"
-        notes = ["chosen"] * (grid == b.grid) + ["over nodes"] * (not grid.inside(ranks_per_node))
+        notes = ["chosen"] * (grid == plan.grid) + ["over nodes"] * (not grid.inside(ranks_per_node))
         row = f"{grid.views:>16} {f'{grid.images} x {grid.views}':>9} {images // grid.images:>7} {held:>9} {total:>9}"
         rows.append(f"{row}  {', '.join(notes)}".rstrip())
     return "\n".join(rows)
 
 
-def _training(b: RunPlan) -> dict[str, str]:
-    if not b.method_class.trainable:
+def _training(plan: RunPlan) -> dict[str, str]:
+    if not plan.method_class.trainable:
         return {"training": "none: the weights are written as they are drawn"}
-    clock, options = b.clock(), b.config.optim
+    clock, options = plan.clock(), plan.config.optim
     last = clock.total_steps - 1
     points = {0, clock.total_steps // 4, clock.total_steps // 2, last}
     points.add(min(last, math.ceil(options.warmup_epochs * clock.steps_per_epoch)))
     if options.schedule == "step":
         points |= {min(last, step) for step in optim.milestones(options, clock)}
-    rates = ", ".join(f"{optim.lr(options, b.clock(step)):.3g} at step {step}" for step in sorted(points))
+    rates = ", ".join(f"{optim.lr(options, plan.clock(step)):.3g} at step {step}" for step in sorted(points))
     return {
         "length": f"{clock.total_steps} steps = {clock.total_epochs:g} epochs of {clock.steps_per_epoch} steps",
         "optimizer": f"{options.name}, {options.schedule}, rate {rates}",
-        "precision": b.config.precision,
-    } | _online(b)
+        "precision": plan.config.precision,
+    } | _online(plan)
 
 
-def _online(b: RunPlan) -> dict[str, str]:
-    every = b.config.log.knn_every_epochs
+def _online(plan: RunPlan) -> dict[str, str]:
+    every = plan.config.log.knn_every_epochs
     if every is None:
         return {}
-    return {"online kNN": f"every {every} epochs, on images held out of split {online_knn.labelled_split(b)}"}
+    return {"online kNN": f"every {every} epochs, on images held out of split {online_knn.labelled_split(plan)}"}
 
 
 # ---------------------------------------------------------------------------------------------------- memory
@@ -151,40 +151,40 @@ class Memory:
     representations: int  # of all ranks, and their gradient
 
     @staticmethod
-    def of(b: RunPlan) -> "Memory":
-        element, images, trainable = b.dtype.itemsize, b.config.optim.batch_size, b.method_class.trainable
-        method = _on_meta(b)
+    def of(plan: RunPlan) -> "Memory":
+        element, images, trainable = plan.dtype.itemsize, plan.config.optim.batch_size, plan.method_class.trainable
+        method = _on_meta(plan)
         everything = sum(p.numel() for p in method.parameters())
         trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
-        name = b.config.optim.name
-        copies = 4 if name in ("adam", "adamw") else 3 if name == "lars" or b.config.optim.momentum else 2
-        copies += b.rank_info.world_size > 1
-        pixels = sum(images * spec.num * 3 * spec.size**2 for spec in b.specs) // b.rank_info.world_size
+        name = plan.config.optim.name
+        copies = 4 if name in ("adam", "adamw") else 3 if name == "lars" or plan.config.optim.momentum else 2
+        copies += plan.rank_info.world_size > 1
+        pixels = sum(images * spec.num * 3 * spec.size**2 for spec in plan.specs) // plan.rank_info.world_size
         return Memory(
-            plan=b,
+            plan=plan,
             parameters=sum(p.numel() for p in method.backbone.parameters()),
             feature_dim=method.info.feature_dim,
             weights=(everything + (copies - 1) * trained * trainable) * element,
             waiting=(AHEAD + 2) * pixels if trainable else 0,
             inputs=pixels * element if trainable else 0,
-            activations=_peak(b, method) if trainable else 0,
-            representations=2 * images * b.num_views * method.info.feature_dim * element if trainable else 0,
+            activations=_peak(plan, method) if trainable else 0,
+            representations=2 * images * plan.num_views * method.info.feature_dim * element if trainable else 0,
         )
 
     def decoded(self, grid: Grid) -> int:
         """Two batches of images as the reader hands them over, padded to the largest: one is replaced by the next."""
-        b = self.plan
-        images = b.config.optim.batch_size // grid.images if b.method_class.trainable else 0
-        return 2 * images * b.split.max_height * b.split.max_width * 3
+        plan = self.plan
+        images = plan.config.optim.batch_size // grid.images if plan.method_class.trainable else 0
+        return 2 * images * plan.split.max_height * plan.split.max_width * 3
 
     def total(self, grid: Grid) -> int:
         parts = self.weights, self.waiting, self.inputs, self.activations, self.representations
         return sum(parts) + self.decoded(grid)
 
 
-def _on_meta(b: RunPlan) -> SSLMethod[Any]:
+def _on_meta(plan: RunPlan) -> SSLMethod[Any]:
     with torch.device("meta"):
-        return b.build()
+        return plan.build()
 
 
 def _batch(views: list[Tensor], view_ids: list[Tensor], num_images: int) -> Batch:
@@ -192,21 +192,23 @@ def _batch(views: list[Tensor], view_ids: list[Tensor], num_images: int) -> Batc
     return Batch(views, view_ids, ids, torch.full_like(ids, -1), ids)
 
 
-def _peak(b: RunPlan, method: SSLMethod[Any]) -> int:
+def _peak(plan: RunPlan, method: SSLMethod[Any]) -> int:
     """The most that forward and backward of the backbone hold at once on this rank, beside weights and input."""
     method.train()
-    half = b.config.precision == "bf16"
+    half = plan.config.precision == "bf16"
     if half:  # under autocast the layers put out bf16; their float32 weights are counted elsewhere
         method.backbone.bfloat16()
     for parameter in method.parameters():  # and so are their gradients
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    num_images = b.config.optim.batch_size // b.grid.images
-    if not method.views_together or min(spec.num for spec in b.specs) == b.grid.views:
+    num_images = plan.config.optim.batch_size // plan.grid.images
+    if not method.views_together or min(spec.num for spec in plan.specs) == plan.grid.views:
         num_images = max(2, num_images)  # a BatchNorm that knows of no other rank refuses a single value
-    shapes = [(spec.num // b.grid.views, num_images, 3, spec.size, spec.size) for spec in b.specs]
-    views = [torch.empty(shape, dtype=b.dtype, device="meta") for shape in shapes]
-    view_ids = [torch.from_numpy(spec.view_ids[: shape[0]].copy()) for spec, shape in zip(b.specs, shapes, strict=True)]
+    shapes = [(spec.num // plan.grid.views, num_images, 3, spec.size, spec.size) for spec in plan.specs]
+    views = [torch.empty(shape, dtype=plan.dtype, device="meta") for shape in shapes]
+    view_ids = [
+        torch.from_numpy(spec.view_ids[: shape[0]].copy()) for spec, shape in zip(plan.specs, shapes, strict=True)
+    ]
     with Alive([*method.parameters(), *method.buffers(), *views]) as alive:
         passed = [group.bfloat16() if half else group for group in views]
         z = method.represent(_batch(passed, view_ids, num_images))
@@ -249,10 +251,10 @@ class Alive(TorchDispatchMode):
 
 
 def _memory(memory: Memory) -> dict[str, str]:
-    b = memory.plan
+    plan = memory.plan
     parts = {
         "weights, gradients, optimizer": memory.weights,
-        "decoded images": memory.decoded(b.grid),
+        "decoded images": memory.decoded(plan.grid),
         "waiting views": memory.waiting,
         "input": memory.inputs,
         "activations": memory.activations,
@@ -261,7 +263,7 @@ def _memory(memory: Memory) -> dict[str, str]:
     text = ", ".join(f"{name} {_mib(num_bytes):.1f}" for name, num_bytes in parts.items())
     return {
         "backbone": f"{memory.parameters:,} parameters, {memory.feature_dim} features",
-        "memory a rank": f"about {_mib(memory.total(b.grid)):.1f} MiB, the allocator's slack not counted:\n{text}",
+        "memory a rank": f"about {_mib(memory.total(plan.grid)):.1f} MiB, the allocator's slack not counted:\n{text}",
     }
 
 
@@ -269,7 +271,7 @@ def _mib(num_bytes: int) -> float:
     return num_bytes / 2**20
 
 
-def _files(b: RunPlan) -> dict[str, str]:
-    kept = checkpoint.steps(b.run)
+def _files(plan: RunPlan) -> dict[str, str]:
+    kept = checkpoint.steps(plan.run)
     state = f"resumes after step {kept[-1]}" if kept else "new"
-    return {"run folder": f"{b.run} ({state})"}
+    return {"run folder": f"{plan.run} ({state})"}

@@ -30,8 +30,8 @@ def build(options: Optim, groups: list[Group]) -> torch.optim.Optimizer:
 
 
 def _with_and_without_decay(group: Group, weight_decay: float) -> list[Group]:
-    matrices, others = ([p for p in group["params"] if (p.ndim > 1) is decays] for decays in (True, False))
-    return [group | {"params": matrices, "weight_decay": weight_decay}, group | {"params": others, "adapt": False}]
+    matrices, vectors = ([p for p in group["params"] if (p.ndim > 1) is decays] for decays in (True, False))
+    return [group | {"params": matrices, "weight_decay": weight_decay}, group | {"params": vectors, "adapt": False}]
 
 
 def lr(options: Optim, clock: Clock) -> float:

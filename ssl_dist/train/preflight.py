@@ -15,7 +15,7 @@ from ssl_dist.run.blueprint import RunPlan
 from ssl_dist.run.folder import flat
 from ssl_dist.storage import checkpoint
 
-LOCAL = ("data.root", "data.reader", "data.workers")  # keys that may differ from node to node
+LOCAL_KEYS = ("data.root", "data.reader", "data.workers")  # keys that may differ from node to node
 VISIBLE_TIMEOUT_S = 30.0  # in which a file made on one node must be seen on the others (NFS caches attributes)
 
 
@@ -50,7 +50,7 @@ def agree(plan: RunPlan, world: World) -> str:
 
 
 def _facts(plan: RunPlan) -> dict[str, object]:
-    settings = {key: value for key, value in flat(config.to_tree(plan.config)).items() if key not in LOCAL}
+    settings = {key: value for key, value in flat(config.to_tree(plan.config)).items() if key not in LOCAL_KEYS}
     settings["run_dir"] = os.path.abspath(plan.run)
     sources = sorted(PACKAGE.rglob("*.py"))
     program = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]

@@ -15,10 +15,9 @@ from ssl_dist.methods.base import Rows, at_least_float32
 from ssl_dist.nn.layers import keyed_rows
 from ssl_dist.progress import Progress
 from ssl_dist.run.blueprint import RunPlan
-from ssl_dist.run.encoder import BATCH_SIZE, share_in_batches
+from ssl_dist.run.encoder import BATCH_SIZE, BATCH_TIMEOUT_S, share_in_batches
 
 PHASE = "the outputs for new labels"
-BATCH_TIMEOUT_S = 600.0  # without a batch, after which a rank ends
 
 
 def outputs(

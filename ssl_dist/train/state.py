@@ -37,8 +37,8 @@ class TrainState:
         if self.config.deterministic:
             torch.use_deterministic_algorithms(True)
         method = plan.build()
-        if plan.given_weights is not None and world.is_rank0:
-            print(f"backbone.weights: {plan.given_weights.note}", file=sys.stderr, flush=True)
+        if plan.initial_weights is not None and world.is_rank0:
+            print(f"backbone.weights: {plan.initial_weights.note}", file=sys.stderr, flush=True)
         if self.config.channels_last:
             method.to(memory_format=torch.channels_last)
         world.synchronize_batchnorm(method)
