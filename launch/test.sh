@@ -24,7 +24,7 @@ ruff format --quiet --check .
 if command -v shellcheck >/dev/null; then shellcheck launch/*.sh .ci/run; fi
 
 printf '\n== types: mypy\n'
-mypy | tail -n 1 || true # says how many errors are left
+mypy
 
 workers=$(($(nproc) + 1)) # half of all tests wait, for ranks, clocks and Slurm; tests/conftest.py says which share one
 nothing=5                 # pytest's exit code where it found no test of the kind, as in a file that has none
