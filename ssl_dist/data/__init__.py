@@ -1,1 +1,15 @@
-"""From images on disk to batches of views: catalog, conversion, readers, plan, views, loader."""
+"""Converted data sets: what is known of them, their files and readers, the order of their images, the loader."""
+
+__all__ = [
+    "arrays",
+    "beton",
+    "catalog",
+    "labels",
+    "loader",
+    "manifest",
+    "normalize",
+    "pillow",
+    "plan",
+    "reader",
+    "readers",
+]
