@@ -28,6 +28,7 @@ hypothesis.settings.register_profile("ssl_dist", deadline=None, derandomize=True
 hypothesis.settings.load_profile("ssl_dist")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook, too
 def pytest_collection_modifyitems(items):
     has_ffcv = importlib.util.find_spec("ffcv") is not None
     for item in items:
