@@ -41,6 +41,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, CLUSTERS.get(_group(item), 2)))
 
 
+def pytest_collection_finish(session):
+    grouped = [item for item in session.items if item.get_closest_marker("xdist_group")]
+    if getattr(session.config.option, "loadgroup", False) and not all("@" in item.nodeid for item in grouped):
+        raise pytest.UsageError("this pytest-xdist does not group tests under this pytest: see setup.py")
+
+
 CLUSTERS = {"slurm": 0, "network": 1}  # the longest chains, which wait most of the time, are begun first
 
 
