@@ -219,13 +219,13 @@ def test_a_damaged_dataset_json_is_made_anew(simple):
 
 SLOWLY = """
 import sys, time
-from ssl_dist.data import convert
-encode = convert.encode
+from ssl_dist.convert import command
+encode = command.encode
 def slow(*arguments):
     time.sleep(0.02)
     return encode(*arguments)
-convert.encode = slow
-convert.convert("folder", sys.argv[1], sys.argv[2], workers=2, progress=False)
+command.encode = slow
+command.convert("folder", sys.argv[1], sys.argv[2], workers=2, progress=False)
 """
 
 
