@@ -9,8 +9,8 @@ import pytest
 from ssl_dist import numba_cache
 
 SHOW = (
-    "import numpy as np; from ssl_dist.data import views; from ssl_dist.config import Views\n"
-    "[spec] = views.view_specs(Views().groups, 2, 8); print(views.draw(spec, 0, 0, 0, 0, 32, 32).crop)"
+    "import numpy as np; from ssl_dist import views; from ssl_dist.config import Views\n"
+    "[spec] = views.view_specs(Views().groups, 2, 8); print(views.draw_view(spec, 0, 0, 0, 0, 32, 32).crop)"
 )
 
 
