@@ -13,10 +13,20 @@ import torch
 
 from ssl_dist import backbones, config, methods
 from ssl_dist.data.readers import Dataset
-from ssl_dist.distributed.world import one_process
+from ssl_dist.distributed.rank import RankInfo
+from ssl_dist.distributed.world import World, one_process
 from ssl_dist.errors import UserError
+from ssl_dist.grid import Grid
 from ssl_dist.run import encoder as run_encoder
-from ssl_dist.run.encoder import Encoder, extract_features, features_path, is_fresh, load_encoder
+from ssl_dist.run.encoder import (
+    BATCH_SIZE,
+    Encoder,
+    extract_features,
+    features_path,
+    is_fresh,
+    load_encoder,
+    share_in_batches,
+)
 from ssl_dist.storage import checkpoint, durable
 from ssl_dist.storage.features import read_features, write_features
 from tests import ranks
@@ -76,8 +86,19 @@ def in_ranks(rank, size, run, folder, split):
     return [str(p) for p in extract(Path(run), [split], [], Path(folder))]
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 355, 5000])
+def test_ranks_share_whole_batches(size, count):
+    """The batches must not depend on the number of ranks: another size of batch rounds differently."""
+    worlds = [World(RankInfo(rank, size, rank, size), Grid(size, 1), torch.device("cpu")) for rank in range(size)]
+    ranges = [share_in_batches(world, count) for world in worlds]
+    edges = [0, *(high for _, high in ranges)]
+    assert [low for low, _ in ranges] == edges[:-1] and edges[-1] == count
+    assert all(edge % BATCH_SIZE == 0 or edge == count for edge in edges)
+
+
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_any_world_size_writes_the_same_file(run, digits, tmp_path, monkeypatch, size):
+def test_any_world_size_writes_the_same_file(run, digits, tmp_path, size):
     """To the bit: two batches of 256, so that the third rank has none."""
     torch.set_num_threads(1)  # as many as each rank; conftest.py puts the number back
     alone = extract_features(load_encoder(run), source(digits), "test", tmp_path / "a", one_process(), 1)

@@ -347,7 +347,7 @@ def test_a_segmentation_learns(voc, tmp_path):
     assert fit(task, options, tmp_path) == 0
     with ThreadPoolExecutor(2) as pool:
         values, _ = segmentation.evaluate(task.model, split(voc, "val", "Segmentation"), HALF, CPU, pool)
-    assert values["voc_segmentation_miou"] > 20, values  # untrained: 0; how far 250 steps come differs by processor
+    assert values["voc_segmentation_miou"] > 30, values  # untrained: 0; 38.5 measured
 
 
 def test_a_stopped_training_has_no_results(voc, tmp_path, monkeypatch):
