@@ -20,6 +20,8 @@ REQUIRES = [
     "threadpoolctl>=3.5,<4",  # t-SNE on one thread, whose sums have one order; scikit-learn brings it
     "scipy>=1.11,<2",  # L-BFGS of the logistic regression
     "pillow>=10,<14",  # decodes and encodes images in `convert`
+    "jinja2>=3.1,<4",  # the templates of a report, with every text escaped; torch brings it
+    "markupsafe>=2.1,<4",  # the type of text that is markup already; jinja2 brings it
     "matplotlib>=3.8,<4",  # pictures of the views, loss curves, plots of a report
     "tensorboard>=2.16,<3",  # log of a run; 2.16: the first for numpy 2
     "tqdm>=4.66,<5",  # progress bars
@@ -52,7 +54,10 @@ setup(
     description="Self-supervised pre-training of image backbones at any world size, and its evaluation",
     license="MIT",
     packages=find_packages(include=["ssl_dist", "ssl_dist.*"]),
-    package_data={"ssl_dist": ["py.typed"], "ssl_dist.report": ["page.css", "page.js", "published.yaml"]},
+    package_data={
+        "ssl_dist": ["py.typed"],
+        "ssl_dist.report": ["page.css", "page.js", "published.yaml", "templates/*.html"],
+    },
     python_requires=">=3.11",
     install_requires=REQUIRES,
     extras_require=EXTRAS,

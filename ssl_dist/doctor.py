@@ -29,6 +29,7 @@ REQUIRED = {
     "sklearn": "the embedded digits and evaluators",
     "PIL": "decodes images in convert",
     "matplotlib": "pictures and curves",
+    "jinja2": "the page of a report",
     "tqdm": "progress bars",
     "tensorboard": "the log of a run",
     "scipy": "evaluators",

@@ -360,7 +360,7 @@ def test_old_or_new_page_at_every_kill(tmp_path, monkeypatch):
     prepared = tmp_path / "prepared"
     prepared.mkdir()
     (prepared / "report.html").write_text("old")
-    monkeypatch.setattr(page, "of_run", lambda _: "new")
+    monkeypatch.setattr(page, "of", lambda _: "new")
     seen = set()
     for run in kills.every_kill(prepared, tmp_path, lambda run: report.write([run], run / "report.html")):
         seen.add((run / "report.html").read_text())
@@ -381,9 +381,9 @@ def test_a_faulty_config_is_named(tmp_path):
         runs.read(run)
 
 
-def test_the_script_and_style_are_those_of_the_policy():
+def test_the_script_and_style_are_those_of_the_policy(tmp_path):
     """A change to page.js must reach the policy: the hash is taken of what is written."""
-    text = page.document("title", [])
+    text = page.of(report.read([make_run(tmp_path / "run")]))
     shown = Parsed(text)
     [policy] = [meta["content"] for meta in shown.all("meta") if "http-equiv" in meta]
     assert policy.count("'sha256-") == 2

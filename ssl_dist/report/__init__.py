@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssl_dist.report import comparison, page
+from ssl_dist.report import page
 from ssl_dist.report.run import Run
 from ssl_dist.report.run import read as read_run
 from ssl_dist.report.seeds import over_seeds, table
@@ -34,7 +34,7 @@ def read(folders: Sequence[Path]) -> list[Run]:
 
 def write(runs: Sequence[Run], out: Path | None) -> Path:
     """Write the page of one run, or of several side by side, whole or not at all; returns where it is."""
-    text = page.of_run(runs[0]) if len(runs) == 1 else comparison.of_runs(runs)
+    text = page.of(runs)
     path = out if out is not None else _common_folder(runs) / "report.html"
     with atomic_write_or_refuse(path, "give another file with --out") as file:
         file.write(text.encode())

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+from markupsafe import Markup
+
 from ssl_dist.report import verdicts
 from ssl_dist.report.curves import Curve, chart
-from ssl_dist.report.markup import Html, element
 from ssl_dist.report.run import Run
 from ssl_dist.train import online_knn
 
@@ -14,7 +15,7 @@ _COMMON = FIRST[2:]  # mean the same whatever the method; the others are drawn m
 _UNPLOTTED = {"step", "epoch", "views_per_s", "seconds_per_step"}  # the axis, and multiples of images_per_s
 
 
-def charts(run: Run) -> Html:
+def charts(run: Run) -> Markup:
     """A chart for each metric of one run, with all accuracies of its pretext task in one."""
     keys = _plotted([run])
     together = [key for key in keys if key.startswith("accuracy")]
@@ -25,14 +26,13 @@ def charts(run: Run) -> Html:
         elif key == together[0]:
             curves = [Curve(_words(key), style, run.values(key)) for style, key in enumerate(together)]
             shown.append(chart("accuracy of the pretext task", "%", curves, named=len(curves) > 1))
-    return element("div", *shown, class_="charts")
+    return Markup().join(shown)
 
 
-def overlaid(runs: Sequence[Run], keys: Sequence[str] | None = None) -> Html:
+def overlaid(runs: Sequence[Run], keys: Sequence[str] | None = None) -> Markup:
     """A chart for each metric, all or those of `keys`, with a curve for each run that logged it."""
     plotted = [key for key in _plotted(runs) if keys is None or key in keys]
-    shown = [drawn for key in plotted for drawn in _charts(key, runs, named=True)]
-    return element("div", *shown, class_="charts")
+    return Markup().join(drawn for key in plotted for drawn in _charts(key, runs, named=True))
 
 
 def _plotted(runs: Sequence[Run]) -> list[str]:
@@ -41,7 +41,7 @@ def _plotted(runs: Sequence[Run]) -> list[str]:
     return sorted(plotted, key=lambda key: FIRST.index(key) if key in FIRST else len(FIRST))  # a stable sort
 
 
-def _charts(key: str, runs: Sequence[Run], named: bool) -> list[Html]:
+def _charts(key: str, runs: Sequence[Run], named: bool) -> list[Markup]:
     """One chart, or one for each method where losses of different methods would not compare."""
     scale = 100.0 if key == "data_wait" else 1.0  # a share, shown in percent
     by_method: dict[str, list[Curve]] = {}
@@ -55,7 +55,7 @@ def _charts(key: str, runs: Sequence[Run], named: bool) -> list[Html]:
     ]
 
 
-def _chart(key: str, curves: Sequence[Curve], suffix: str, named: bool) -> Html:
+def _chart(key: str, curves: Sequence[Curve], suffix: str, named: bool) -> Markup:
     match key:
         case "lr":
             return chart("learning rate", "", curves, named, from_zero=True)

@@ -1,19 +1,18 @@
-"""Curves of a run's metrics as inline SVG: no picture to load, sharp at any size, in the colours of the page.
+"""Curves of a run's metrics as inline SVG: no picture to load, sharp at any size, in the colours of the page."""
 
-page.js shows the values under the pointer; it finds them in the attribute data-curves.
-"""
-
+import itertools
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ssl_dist.report.markup import Html, element, number
+from markupsafe import Markup
+
+from ssl_dist.report.markup import COLOURS, render
 
 WIDTH, HEIGHT = 440, 210
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 8, 34
+LEFT, RIGHT, TOP, BOTTOM = 52, 10, 8, 34  # margins
 MAX_POINTS = 240  # of a curve; of more lines, each point is the mean of several
-COLOURS = 8  # classes c0 to c7 in page.css
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,23 @@ class Curve:
     points: Sequence[tuple[float, float]]
 
 
+@dataclass(frozen=True)
+class _Frame:
+    """The axes: epochs from 0 on and values, as places in the drawing."""
+
+    last_epoch: float
+    lowest: float
+    highest: float
+
+    def x(self, epoch: float) -> float:
+        return round(LEFT + (WIDTH - RIGHT - LEFT) * epoch / self.last_epoch, 1)
+
+    def y(self, value: float) -> float:
+        return round(
+            HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (value - self.lowest) / (self.highest - self.lowest), 1
+        )
+
+
 def chart(
     title: str,
     unit: str,
@@ -32,49 +48,30 @@ def chart(
     named: bool,
     from_zero: bool = False,
     limit: tuple[float, str] | None = None,
-) -> Html:
+) -> Markup:
     """A figure with a caption, axes, a legend (named), and the curves' values for page.js.
 
     from_zero: the axis begins at 0; limit: (value, name) of a dashed line, shown where it is within the axis.
     """
     thinned = [(curve, _thin(curve.points)) for curve in curves]
-    finite = [
-        (x, low, high) for _, points in thinned for x, _, low, high in points if all(map(math.isfinite, (low, high)))
-    ]
+    finite = [point for _, points in thinned for point in points if math.isfinite(point[1])]
     if not finite:
-        return element("figure", _caption(title, unit), element("p", "No number was logged.", class_="none"))
-    right = max(x for x, _, _ in finite) or 1.0
-    lowest, highest = min(low for _, low, _ in finite), max(high for _, _, high in finite)
+        return render("chart.html", title=title, unit=unit, frame=None)
+    lowest, highest = min(low for _, _, low, _ in finite), max(high for *_, high in finite)
     ticks = _ticks(min(0.0, lowest) if from_zero else lowest, highest)
-    frame = (0.0, right, ticks[0], ticks[-1])
-    shapes = [*_axes(frame, ticks)]
-    if limit is not None and ticks[0] < limit[0] < ticks[-1]:
-        y = _y(limit[0], frame)
-        shapes.append(element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="limit"))
-        shapes.append(element("text", limit[1], x=WIDTH - RIGHT, y=y - 4, class_="limit end"))
-    for curve, points in thinned:
-        shapes += _drawn(curve, points, frame)
-    shapes.append(element("line", x1=0, x2=0, y1=TOP, y2=HEIGHT - BOTTOM, class_="cursor"))
+    frame = _Frame(max(x for x, *_ in finite) or 1.0, ticks[0], ticks[-1])
     values = [
         {"name": curve.name, "x": [_digits(x) for x, *_ in points], "y": [_digits(y) for _, y, *_ in points]}
         for curve, points in thinned
     ]
-    svg = element(
-        "svg", *shapes, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=f"{title} over the epochs",
-        data_curves=json.dumps(values, separators=(",", ":")), data_frame=json.dumps([LEFT, WIDTH - RIGHT, right]),
+    return render(
+        "chart.html", title=title, unit=unit, named=named, curves=curves, frame=frame, ticks=ticks,
+        epochs=[tick for tick in _ticks(0.0, frame.last_epoch) if tick <= frame.last_epoch * 1.0001],
+        limit=limit if limit is not None and ticks[0] < limit[0] < ticks[-1] else None,
+        pieces=[piece for curve, points in thinned for piece in _pieces(curve, points, frame)],
+        values=json.dumps(values, separators=(",", ":")), width=WIDTH, height=HEIGHT, left=LEFT, right=WIDTH - RIGHT,
+        top=TOP, bottom=HEIGHT - BOTTOM,
     )  # fmt: skip
-    return element("figure", _caption(title, unit), svg, _legend(curves) if named else None)
-
-
-def _caption(title: str, unit: str) -> Html:
-    return element(
-        "figcaption", element("b", title), f" ({unit})" if unit else None, element("output", class_="reading")
-    )
-
-
-def _legend(curves: Sequence[Curve]) -> Html:
-    keys = [element("span", curve.name, class_=f"key c{curve.style % COLOURS}") for curve in curves]
-    return element("div", *keys, class_="legend")
 
 
 def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float, float, float]]:
@@ -101,49 +98,22 @@ def _ticks(lowest: float, highest: float) -> list[float]:
     return [count * step for count in range(first, last + 1)]
 
 
-def _axes(frame: tuple, ticks: Sequence[float]) -> list[Html]:
-    shapes = []
-    for value in ticks:
-        y = _y(value, frame)
-        shapes.append(element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="grid"))
-        shapes.append(element("text", number(round(value, 12)), x=LEFT - 6, y=y + 4, class_="end"))
-    for value in [tick for tick in _ticks(0.0, frame[1]) if tick <= frame[1] * 1.0001]:
-        shapes.append(element("text", number(value), x=_x(value, frame), y=HEIGHT - BOTTOM + 15, class_="middle"))
-    shapes.append(element("text", "epoch", x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 4, class_="middle"))
-    return shapes
-
-
-def _drawn(curve: Curve, points: Sequence[tuple], frame: tuple) -> list[Html]:
-    """The line, broken where a value is no number; behind it the range where a point stands for several lines."""
-    shapes, style = [], f"c{curve.style % COLOURS}"
-    for piece in _pieces(points):
-        line = " ".join(f"{_x(x, frame)},{_y(y, frame)}" for x, y, _, _ in piece)
+def _pieces(curve: Curve, points: Sequence[tuple], frame: _Frame) -> list[dict]:
+    """The places of the curve's `line`, broken where a value is no number; of the `band` behind it, the range where a
+    point stands for several lines; of `dots`, where a piece has few points (a single one would make no line)."""
+    pieces = []
+    for is_finite, group in itertools.groupby(points, key=lambda point: math.isfinite(point[1])):
+        piece = list(group)
+        if not is_finite:
+            continue
+        line = [(frame.x(x), frame.y(y)) for x, y, _, _ in piece]
+        band = []
         if any(low < high for _, _, low, high in piece):
-            edge = [(x, high) for x, _, _, high in piece] + [(x, low) for x, _, low, _ in reversed(piece)]
-            band = " ".join(f"{_x(x, frame)},{_y(y, frame)}" for x, y in edge)
-            shapes.append(element("polygon", points=band, class_=f"band {style}"))
-        shapes.append(element("polyline", points=line, class_=style))
-        if len(piece) < 30:  # few enough to show where they are; a single one would make no line
-            shapes += [element("circle", cx=_x(x, frame), cy=_y(y, frame), r=2, class_=style) for x, y, _, _ in piece]
-    return shapes
-
-
-def _pieces(points: Sequence[tuple]) -> list[list[tuple]]:
-    pieces: list[list[tuple]] = [[]]
-    for point in points:
-        if math.isfinite(point[1]):
-            pieces[-1].append(point)
-        elif pieces[-1]:
-            pieces.append([])
-    return [piece for piece in pieces if piece]
-
-
-def _x(value: float, frame: tuple) -> float:
-    return round(LEFT + (WIDTH - RIGHT - LEFT) * value / frame[1], 1)
-
-
-def _y(value: float, frame: tuple) -> float:
-    return round(HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (value - frame[2]) / (frame[3] - frame[2]), 1)
+            band = [(frame.x(x), frame.y(high)) for x, _, _, high in piece]
+            band += [(frame.x(x), frame.y(low)) for x, _, low, _ in reversed(piece)]
+        dots = line if len(piece) < 30 else []
+        pieces.append({"style": f"c{curve.style % COLOURS}", "line": line, "band": band, "dots": dots})
+    return pieces
 
 
 def _digits(value: float) -> float | None:

@@ -1,48 +1,37 @@
-"""The page of one run."""
+"""The page of a run, or of several side by side: a whole HTML document that needs nothing but itself.
 
-from ssl_dist.report import gallery, health, scores, settings
-from ssl_dist.report.charts import charts, overlaid
-from ssl_dist.report.frame import document, navigation, notes, section
-from ssl_dist.report.markup import Html, element, with_code
+A content security policy lets the page's own style and script run (by their hashes) and pictures in the page itself
+show; nothing can be fetched, and no text from a file can become code.
+"""
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from datetime import datetime
+from importlib import resources
+
+from markupsafe import Markup
+
+from ssl_dist import __version__, results
+from ssl_dist.report import charts, comparison, gallery, health, published, scores, settings
+from ssl_dist.report.markup import render
 from ssl_dist.report.run import Run
 
 
-def of_run(run: Run) -> str:
-    """The whole document."""
-    judged = health.judge(run)
-    return document(
-        f"{run.name}: {run.title}",
-        [
-            element("h1", run.title),
-            element("p", *_subtitle(run), class_="faint"),
-            notes(run, "title"),
-            navigation(),
-            health.key_numbers(run, judged),
-            section("health", "Health", health.verdicts_of(run, judged)),
-            section("results", "Results", notes(run, "results"), scores.beside_published(run)),
-            section("curves", "Curves", notes(run, "curves"), charts(run)),
-            section("views", "Views", gallery.views([run])),
-            section("pictures", "Pictures", notes(run, "pictures"), gallery.figures([run])),
-            _evaluations(run),
-            section("config", "Config", settings.keys(run), settings.starts(run)),
-        ],
-    )
+def of(runs: Sequence[Run]) -> str:
+    """The whole document of one run, or of several side by side."""
+    style, script = (Markup(_file(name)) for name in ("page.css", "page.js"))
+    return render(
+        "run.html" if len(runs) == 1 else "runs.html", runs=runs, version=__version__,
+        time=datetime.now().astimezone().isoformat(" ", "minutes"), style=style, style_hash=_hash(style), script=script,
+        script_hash=_hash(script), charts=charts, comparison=comparison, gallery=gallery, health=health,
+        published=published, results=results, scores=scores, settings=settings,
+    )  # fmt: skip
 
 
-def _evaluations(run: Run) -> Html | None:
-    """The trainings of probes and fine-tunings, where there are some."""
-    if not run.evaluations and "evaluations" not in run.notes:
-        return None
-    words = "What `probe` and `finetune` trained on this run's backbone, in RUN/evaluations: each is a run of its own."
-    lines = [element("p", with_code(words)), notes(run, "evaluations"), overlaid(run.evaluations, ["loss", "accuracy"])]
-    return section("evaluations", "Trainings of evaluators", *lines)
+def _file(name: str) -> str:
+    return resources.files("ssl_dist.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _subtitle(run: Run) -> list[object]:
-    step, total = run.step, run.total_steps
-    reached = "no step yet" if step is None else f"step {step:,}" + (f" of {total:,}" if total else "")
-    parts: list[object] = [run.name, f" · {reached} · seed {run.config.seed}"]
-    if run.checkpoint and run.digest:
-        digest = element("code", run.digest[:16] + "…", title=run.digest)
-        parts += [f" · checkpoint {run.checkpoint}, SHA-256 ", digest]
-    return [*parts, element("br"), str(run.folder)]
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -24,6 +24,10 @@ class Published(Section):
     protocol: str
     source: str = Field(description="where the number was read")
 
+    @property
+    def footnote(self) -> str:
+        return f"{self.protocol}. {self.source}."
+
 
 def read() -> list[Published]:
     """All rows of the file."""

@@ -1,40 +1,32 @@
-"""The config of runs on a page: what it sets, what it leaves as it is, what differs; how a run was started."""
+"""The config of runs on a page: what it sets, what it leaves as it is, what differs."""
 
 from collections.abc import Sequence
 
 from ssl_dist import config
 from ssl_dist.config import Config
-from ssl_dist.report.markup import Html, count, element, joined, table
 from ssl_dist.report.run import Run
 from ssl_dist.run import folder as run_folder
 
 _REQUIRED = ("run_dir", "data.name", "data.root", "method.name")  # what has no default, or decides on the others
 
 
-def keys(run: Run) -> Html:
-    """The keys that the config sets, with their defaults; folded away those that it leaves as they are."""
+def keys(run: Run) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:
+    """Key, value and default of the keys that the config sets; key and value of those that it leaves as they are."""
     own, usual = _spelt_out(run.config), _defaults(run.config)
     changed = [key for key in own if key not in usual or usual[key] != own[key]]
-    rows = [[_key(key), shown(own[key]), shown(usual[key]) if key in usual else "–"] for key in changed]
-    others = [[_key(key), shown(value)] for key, value in own.items() if key not in changed]
-    return joined(
-        _folded(f"{count(rows, 'key')} set", table(["key", "value", "default"], rows), is_open=True),
-        _folded(f"{count(others, 'key')} at the default", table(["key", "value"], others)),
-    )
+    rows = [(key, shown(own[key]), shown(usual[key]) if key in usual else "–") for key in changed]
+    return rows, [(key, shown(value)) for key, value in own.items() if key not in changed]
 
 
-def differences(runs: Sequence[Run], heads: list[Html]) -> Html:
-    """The keys whose values differ, a column a run, and how many are the same."""
+def differences(runs: Sequence[Run]) -> tuple[list[tuple[str, list[str]]], int]:
+    """The keys whose values differ, with a value a run; how many others there are."""
     trees = [_spelt_out(run.config) for run in runs]
-    rows, same = [], 0
-    for key in dict.fromkeys(key for tree in trees for key in tree):
-        cells = [shown(tree[key]) if key in tree else "–" for tree in trees]
-        if len(set(cells)) == 1:
-            same += 1
-        else:
-            rows.append([_key(key), *cells])
-    rest = element("p", f"{same} other keys are the same.", class_="none")
-    return joined(table(["key", *heads], rows) if rows else None, rest)
+    rows = [
+        (key, [shown(tree[key]) if key in tree else "–" for tree in trees])
+        for key in dict.fromkeys(key for tree in trees for key in tree)
+    ]
+    different = [(key, values) for key, values in rows if len(set(values)) > 1]
+    return different, len(rows) - len(different)
 
 
 def shown(value: object) -> str:
@@ -46,28 +38,11 @@ def shown(value: object) -> str:
     return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
 
 
-def starts(run: Run) -> Html | None:
-    """When, where and on how many ranks the run was started."""
-    if not run.starts:
-        return None
-    names = ("time", "host", "world_size", "step")
-    rows = [
-        [*(str(start.get(name, "")) for name in names), str(start["versions"].get("torch", ""))] for start in run.starts
-    ]
-    return _folded(count(rows, "start"), table(["time", "host", "ranks", "after step", "torch"], rows))
-
-
-def _key(name: str) -> Html:
-    return element("th", element("code", name), scope="row")
-
-
-def _folded(summary: str, content: Html, is_open: bool = False) -> Html:
-    return element("details", element("summary", summary), content, open=is_open)
-
-
 def _spelt_out(settings: Config) -> dict[str, object]:
-    """Every key of the config, those of the method's options too, with dots."""
-    return _flat(run_folder.spelt_out(settings))
+    """Every key of the config with dots, those of the method's options and of each group of views, too."""
+    tree = run_folder.spelt_out(settings)
+    tree["views"]["groups"] = dict(enumerate(tree["views"]["groups"]))
+    return {key: value for key, value in run_folder.flat(tree).items() if value != {}}
 
 
 def _defaults(settings: Config) -> dict[str, object]:
@@ -79,13 +54,3 @@ def _defaults(settings: Config) -> dict[str, object]:
     }
     defaults = _spelt_out(config.validate(Config, required))
     return {key: value for key, value in defaults.items() if key not in _REQUIRED}
-
-
-def _flat(tree: dict | list, prefix: str = "") -> dict[str, object]:
-    """Keys with dots; a list of sections counts its items (views.groups.0.size)."""
-    flat: dict[str, object] = {}
-    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-        has_sections = isinstance(value, list) and any(isinstance(item, dict) for item in value)
-        deeper = isinstance(value, dict) or has_sections
-        flat |= _flat(value, f"{prefix}{key}.") if deeper else {f"{prefix}{key}": value}
-    return flat
