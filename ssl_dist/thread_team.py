@@ -1,8 +1,12 @@
-"""Threads that share the images of a batch: to decode them, to make their views."""
+"""Threads that share the images of a batch, to decode them and to make their views; and threads that work ahead."""
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class ThreadTeam:
@@ -38,3 +42,23 @@ class ThreadTeam:
 
 
 ALONE = ThreadTeam(1)
+
+
+def run_ahead(calls: Iterable[Callable[[], T]], num_threads: int, ahead: int) -> Generator[T, None, None]:
+    """What the calls return, in their order, of which `ahead` are made or being made before they are asked for.
+
+    A call's error is raised where its result would stand. When the generator ends or is closed, so have the threads;
+    calls that have not begun are dropped.
+    """
+    pending: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(num_threads, "ahead") as pool:
+        try:
+            for call in calls:
+                pending.append(pool.submit(call))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()

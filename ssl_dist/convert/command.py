@@ -6,12 +6,12 @@ resume: it is complete under its name or not there at all.
 """
 
 import contextlib
+import itertools
 import sys
 import zipfile
 import zlib
-from collections import deque
 from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from ssl_dist.distributed.rank import available_cores
 from ssl_dist.errors import UserError, did_you_mean
 from ssl_dist.progress import Progress
 from ssl_dist.storage.durable import refuse_unwritable, remove_dead
+from ssl_dist.thread_team import run_ahead
 
 JPEG_QUALITY = 95
 IMAGES_PER_TASK = 32  # of a thread
@@ -197,22 +198,13 @@ def _write(path: Path, images: Images, num_classes: int, encoding: Encoding, wor
 def _encoded(images: Images, encoding: Encoding, workers: int) -> Generator[Sample, None, None]:
     """Every image in id order; a bounded number of them waits or is being encoded."""
 
-    def work(ids: range) -> list[Sample]:
+    def encode_part(ids: range) -> list[Sample]:
         return [encode(_load(images, i), images.describe(i), encoding) for i in ids]
 
-    count = len(images.names)
-    pending: deque[Future[list[Sample]]] = deque()
-    with ThreadPoolExecutor(workers, "encode") as pool:
-        try:
-            for start in range(0, count, IMAGES_PER_TASK):
-                pending.append(pool.submit(work, range(start, min(start + IMAGES_PER_TASK, count))))
-                if len(pending) > 3 * workers:
-                    yield from pending.popleft().result()
-            while pending:
-                yield from pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+    ids = range(len(images.names))
+    parts = (partial(encode_part, ids[start : start + IMAGES_PER_TASK]) for start in ids[::IMAGES_PER_TASK])
+    with contextlib.closing(run_ahead(parts, workers, 3 * workers)) as encoded:
+        yield from itertools.chain.from_iterable(encoded)
 
 
 def _load(images: Images, i: int) -> bytes | np.ndarray:

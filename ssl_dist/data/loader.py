@@ -1,15 +1,15 @@
 """Batches of views, made ahead of the training loop by a background thread.
 
-One thread reads images in the training's order, a team of threads decodes them and makes the views, and a short queue
-hands them to the loop. What is handed over is owned by the receiver: no buffer is used twice. An error anywhere reaches
-the loop as the same exception, behind the batches made before it; closing joins every thread and closes the reader.
+One thread reads images in the training's order; with a team of threads it decodes them and makes the views. What is
+handed to the loop is owned by the receiver: no buffer is used twice. An error anywhere reaches the loop as the same
+exception, behind the batches made before it.
 """
 
-import queue
-import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from typing import Self
 
 import numpy as np
 import torch
@@ -19,11 +19,11 @@ from ssl_dist import views
 from ssl_dist.data.plan import DataOrder
 from ssl_dist.data.reader import DecodedBatch, Reader
 from ssl_dist.grid import Grid
-from ssl_dist.thread_team import ThreadTeam
+from ssl_dist.thread_team import ThreadTeam, run_ahead
 
 MakeView = Callable[[DecodedBatch, ThreadTeam], np.ndarray]  # a view of every image, uint8 [B, 3, S, S]
 
-AHEAD = 2  # batches that wait in the queue; more only hides stalls longer than two steps
+AHEAD = 3  # batches, one of them in the making; more only hides stalls longer than two steps
 
 
 @dataclass(frozen=True)
@@ -37,85 +37,49 @@ class HostBatch:
     labels: Tensor
 
 
+@dataclass
 class TrainLoader:
-    """Iterate over the batches of steps start .. stop - 1 for one rank of the grid. Use as a context manager."""
+    """The batches of one rank of the grid. Use as a context manager."""
 
-    def __init__(
-        self,
-        reader: Reader,
-        order: DataOrder,
-        specs: list[views.ViewSpec],
-        grid: Grid,
-        rank: int,
-        threads: int,
-        pin: bool,
-    ):
-        self.reader, self.order, self.grid, self.rank = reader, order, grid, rank
-        self.specs = specs
+    reader: Reader
+    order: DataOrder
+    specs: list[views.ViewSpec]
+    grid: Grid
+    rank: int
+    threads: int
+    pin: bool
+
+    def __post_init__(self) -> None:
         self.view_ids = [
-            np.array([spec.first_view + v for v in grid.view_range(rank, spec.num)], np.int64) for spec in specs
+            np.array([spec.first_view + v for v in self.grid.view_range(self.rank, spec.num)], np.int64)
+            for spec in self.specs
         ]
-        self.threads, self.pin = threads, pin
-        self._queue: queue.Queue[HostBatch | BaseException | None] = queue.Queue(AHEAD)
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._batches: Generator[HostBatch, None, None] | None = None
 
-    def __enter__(self) -> "TrainLoader":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def batches(self, start: int, stop: int) -> Iterator[HostBatch]:
-        """The batches of steps start .. stop - 1. One iteration at a time."""
-        assert self._thread is None, "close the loader before it is used again"
-        self._thread = threading.Thread(target=self._produce, args=(start, stop), name="views", daemon=True)
-        self._thread.start()
-        while True:
-            item = self._queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                return
-            yield item
-
-    def close(self) -> None:
-        """Stop the thread and wait for it; batches that wait in the queue are dropped."""
-        self._stop.set()
-        thread, self._thread = self._thread, None
-        while thread is not None and thread.is_alive():
-            self._drain()
-            thread.join(0.05)
-        self._drain()
-        self._stop.clear()
+        """Batches that wait are dropped, and every thread has ended."""
+        if self._batches is not None:
+            self._batches.close()
         self.reader.close()
 
-    def _drain(self) -> None:
-        while not self._queue.empty():
-            self._queue.get_nowait()
+    def batches(self, start: int, stop: int) -> Iterator[HostBatch]:
+        """The batches of steps start .. stop - 1. To be called once."""
+        assert self._batches is None, "its batches are being read"
+        self._batches = self._made_ahead(start, stop)
+        return self._batches
 
-    def _put(self, item: HostBatch | BaseException | None) -> bool:
-        """Hand over, unless the loader is being closed."""
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def _produce(self, start: int, stop: int) -> None:
+    def _made_ahead(self, start: int, stop: int) -> Generator[HostBatch, None, None]:
         ids_per_step = (self.order.local_ids(step, self.grid, self.rank) for step in range(start, stop))
-        try:
-            with ThreadTeam(self.threads) as team, closing(self.reader.batches(ids_per_step, team)) as decoded:
-                for step, images in enumerate(decoded, start):
-                    if not self._put(self._batch(step, images, team)):
-                        return
-            self._put(None)
-        except BaseException as error:
-            self._put(error)
+        with ThreadTeam(self.threads) as team, closing(self.reader.batches(ids_per_step, team)) as decoded:
+            calls = (partial(self._batch, step, decoded, team) for step in range(start, stop))
+            with closing(run_ahead(calls, 1, AHEAD)) as batches:
+                yield from batches
 
-    def _batch(self, step: int, images: DecodedBatch, team: ThreadTeam) -> HostBatch:
+    def _batch(self, step: int, decoded: Iterator[DecodedBatch], team: ThreadTeam) -> HostBatch:
+        images = next(decoded)
         epoch, image_ids = step // self.order.steps_per_epoch, images[-1]
         groups = [
             torch.from_numpy(views.make_views(*images, spec, view_ids, self.order.seed, epoch, team=team))
