@@ -1,11 +1,12 @@
-"""The progress of a training in optimizer steps. Every schedule is a function of it."""
+"""The progress of a training in optimizer steps, which every schedule is a function of."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Clock:
-    """step: steps completed; total_steps: steps at which the training ends."""
+    """step: steps completed; steps_per_epoch: steps in which every image is seen once; total_steps: steps at which the
+    training ends."""
 
     step: int
     steps_per_epoch: int

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ssl_dist.clock import Clock
 from ssl_dist.config import Section
 from ssl_dist.kernels.ranks import Ranks
 from ssl_dist.keys import DROPOUT, hash64, row_keys
 from ssl_dist.nn.backbone import Backbone
 from ssl_dist.nn.batchnorm import one_view
-from ssl_dist.nn.layers import KeyedDropout, keyed_rows
+from ssl_dist.nn.layers import KeyedDropout, at_least_float32, keyed_rows
 
 
 @dataclass(frozen=True)
@@ -67,38 +68,6 @@ class Output:
     metrics: Mapping[str, float | Tensor] = field(default_factory=dict)  # to be logged: name -> number or scalar
     histograms: dict[str, Tensor] = field(default_factory=dict)  # to be logged: name -> 1-d tensor, of this rank
     representations: Tensor | None = None  # [..., D] of the global batch; a collapse is detected in them
-
-
-class Clock(Protocol):
-    """The training's progress in optimizer steps, which every schedule is a function of. It does not change itself."""
-
-    @property
-    def step(self) -> int:
-        """Steps completed."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps in which every image is seen once."""
-
-    @property
-    def total_steps(self) -> int:
-        """Steps at which the training ends."""
-
-    @property
-    def epoch(self) -> int:
-        """The epoch, counted from 0, to which the next step belongs."""
-
-    @property
-    def epochs_done(self) -> float:
-        """Epochs completed, with the fraction of the current one."""
-
-    @property
-    def total_epochs(self) -> float:
-        """Epochs at which the training ends."""
-
-    @property
-    def progress(self) -> float:
-        """Share of the training that is completed, in [0, 1]."""
 
 
 class World(Ranks, Protocol):
@@ -240,8 +209,3 @@ class SSLMethod(nn.Module, Generic[OptionsT]):
     def _draws(self) -> bool:
         """Whether any layer draws; keys cost a little."""
         return any(isinstance(layer, KeyedDropout) for layer in self.modules())
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """bf16 and fp16 become float32; float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -17,19 +17,8 @@ from ssl_dist.config import PositiveInt, Section
 from ssl_dist.errors import UserError
 from ssl_dist.kernels.kmeans import kmeans, whiten
 from ssl_dist.keys import INIT, METHOD, RELABEL, hash64, normals
-from ssl_dist.methods.base import (
-    Backbone,
-    Batch,
-    Clock,
-    Extract,
-    Info,
-    Output,
-    Rows,
-    SSLMethod,
-    World,
-    at_least_float32,
-)
-from ssl_dist.nn.layers import mlp
+from ssl_dist.methods.base import Backbone, Batch, Clock, Extract, Info, Output, Rows, SSLMethod, World
+from ssl_dist.nn.layers import at_least_float32, mlp
 from ssl_dist.nn.pseudolabels import PseudoLabels
 
 LAST_LAYER_STD = 0.01  # of the weights that are drawn anew

@@ -22,18 +22,8 @@ from torch import Tensor, nn
 from ssl_dist.config import PositiveFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
 from ssl_dist.kernels import sinkhorn
-from ssl_dist.methods.base import (
-    Backbone,
-    Batch,
-    Clock,
-    Extract,
-    Info,
-    Output,
-    Rows,
-    SSLMethod,
-    World,
-    at_least_float32,
-)
+from ssl_dist.methods.base import Backbone, Batch, Clock, Extract, Info, Output, Rows, SSLMethod, World
+from ssl_dist.nn.layers import at_least_float32
 from ssl_dist.nn.pseudolabels import PseudoLabels
 
 BLOCK_BYTES = 2**26  # of activations and of scores in float64 that are computed at once

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ssl_dist.config import Section
 from ssl_dist.errors import UserError
-from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World, at_least_float32
+from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
 from ssl_dist.methods.rotation import TURNS, turn_targets, turned
+from ssl_dist.nn.layers import at_least_float32
 
 
 class Options(Section):

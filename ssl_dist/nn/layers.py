@@ -23,6 +23,11 @@ def mlp(dims: Sequence[int], last_bias: bool = False, activation: type[nn.Module
     return nn.Sequential(*layers, nn.Linear(dims[-2], dims[-1], bias=last_bias))
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """bf16 and fp16 become float32; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 @torch.no_grad()
 def ema_update(target: nn.Module, online: nn.Module, decay: float) -> None:
     """target = decay * target + (1 - decay) * online, for every parameter and floating-point buffer; integers are left.
