@@ -17,7 +17,7 @@ from ssl_dist.config import PositiveInt, Section
 from ssl_dist.errors import UserError
 from ssl_dist.kernels.kmeans import kmeans, whiten
 from ssl_dist.keys import INIT, METHOD, RELABEL, hash64, normals
-from ssl_dist.methods.base import Backbone, Batch, Clock, Extract, Info, Output, Rows, SSLMethod, World
+from ssl_dist.methods.base import Backbone, Batch, Clock, Extract, Info, Output, Rows, SSLMethod, World, accuracy
 from ssl_dist.nn.layers import at_least_float32, mlp
 from ssl_dist.nn.pseudolabels import PseudoLabels
 
@@ -112,7 +112,6 @@ class Method(SSLMethod[Options]):
         logits_BK = at_least_float32(self.head(z_VBD.flatten(0, 1)))
         [labels_B] = self.labels.of(batch.positions)
         loss_share, weight_share = weighted_cross_entropy(logits_BK, labels_B, self.weight)
-        correct = (logits_BK.detach().argmax(1) == labels_B).double().mean()
-        metrics = {"accuracy": 100 * world.all_reduce_mean(correct), "cluster_distance": self.distance.clone()}
+        metrics = {"accuracy": accuracy(logits_BK, labels_B, world), "cluster_distance": self.distance.clone()}
         loss = world.scale_for_ddp_mean(loss_share / world.all_reduce_sum(weight_share))
         return Output(loss, metrics | self.labels.metrics(), {}, world.gather_images(z_VBD[0].detach()))

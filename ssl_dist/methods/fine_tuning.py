@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from ssl_dist.config import PositiveFloat, Section
 from ssl_dist.errors import UserError
-from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
+from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World, accuracy
 from ssl_dist.methods.linear_probe import OUTPUT
-from ssl_dist.methods.supervised import accuracy
 from ssl_dist.nn.layers import at_least_float32
 
 

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from ssl_dist.config import PositiveFloat, Section
 from ssl_dist.errors import UserError
-from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
-from ssl_dist.methods.supervised import accuracy
+from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World, accuracy
 from ssl_dist.nn.layers import at_least_float32
 
 # Kernel, stride and padding of SeLa's max-pooling on the maps of its AlexNet.

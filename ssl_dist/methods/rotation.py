@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_dist.config import Section
-from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
+from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World, accuracy
 
 TURNS = 4
 
@@ -55,6 +55,6 @@ class Method(SSLMethod[Options]):
         """Metrics: accuracy over all turned images, in percent."""
         h_4BD = self.represent(batch)[0]
         logits, target = self.classifier(h_4BD.flatten(0, 1)), turn_targets(h_4BD.shape[1], h_4BD.device)
-        accuracy = 100 * world.all_reduce_mean((logits.argmax(1) == target).double().mean())
+        metrics = {"accuracy": accuracy(logits, target, world)}
         upright = world.gather_images(h_4BD[0].detach())
-        return Output(F.cross_entropy(logits, target), {"accuracy": accuracy}, representations=upright)
+        return Output(F.cross_entropy(logits, target), metrics, representations=upright)

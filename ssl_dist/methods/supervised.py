@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ssl_dist.config import Section
 from ssl_dist.errors import UserError
-from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
+from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World, accuracy
 from ssl_dist.methods.rotation import TURNS, turn_targets, turned
 from ssl_dist.nn.layers import at_least_float32
 
@@ -57,8 +57,3 @@ class Method(SSLMethod[Options]):
             }
             loss = loss + rotation_loss
         return Output(loss, metrics, representations=world.gather_images(h_VBD[0].detach()))
-
-
-def accuracy(logits: Tensor, target: Tensor, world: World) -> Tensor:
-    """The share of rows of all ranks that are classified correctly, in percent. Ranks hold equally many rows."""
-    return 100 * world.all_reduce_mean((logits.argmax(1) == target).double().mean())
