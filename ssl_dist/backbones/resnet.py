@@ -41,7 +41,7 @@ class ResNet(Backbone):
         layers = []
         for number, num_blocks in enumerate(numbers):
             planes = 64 * width << number
-            layers.append(_stage(block, channels, planes, num_blocks, stride=1 if number == 0 else 2))
+            layers.append(stage(block, channels, planes, num_blocks, stride=1 if number == 0 else 2))
             channels = self.stages[f"layer{number + 1}"] = planes * block.expansion
         self.layer1, self.layer2, self.layer3, self.layer4 = layers
         self.feature_dim = channels
@@ -61,9 +61,10 @@ class ResNet(Backbone):
         ]
 
 
-def _stage(
+def stage(
     block: type[BasicBlock | Bottleneck], in_channels: int, planes: int, num_blocks: int, stride: int
 ) -> nn.Sequential:
+    """`num_blocks` blocks, the first of which changes the number of channels and has the stride."""
     out_channels = planes * block.expansion
     downsample = None
     if stride != 1 or in_channels != out_channels:
