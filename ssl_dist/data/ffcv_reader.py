@@ -25,7 +25,7 @@ import torch
 from numba import njit
 from numba.core import types
 
-from ssl_dist.data.arrays import copy_raw, is_sound, put_image
+from ssl_dist.data.arrays import is_sound, put_image
 from ssl_dist.data.beton import RAW, Beton
 from ssl_dist.data.reader import Reader, SplitInfo, damaged
 from ssl_dist.errors import UserError
@@ -88,6 +88,16 @@ SOUND, DAMAGED, DOUBTFUL = 0, 1, 2
 
 
 @njit(cache=True, nogil=True)
+def _copy_raw(image: np.ndarray, height: np.int64, width: np.int64, destination: np.ndarray) -> None:
+    """Stored pixels uint8 [height * width * 3] to the top left of destination, uint8 [Hmax, Wmax, 3]."""
+    row = width * 3
+    for y in range(height):
+        for x in range(width):
+            for channel in range(3):
+                destination[y, x, channel] = image[y * row + x * 3 + channel]
+
+
+@njit(cache=True, nogil=True)
 def _decode_images(
     ids: np.ndarray, pixels: np.ndarray, statuses: np.ndarray, metadata: np.ndarray, storage: tuple, checks: np.ndarray
 ) -> None:
@@ -111,7 +121,7 @@ def _decode_images(
             statuses[i] = DAMAGED
         elif record["mode"] == RAW:
             statuses[i] = SOUND
-            copy_raw(image, height, width, pixels[i])
+            _copy_raw(image, height, width, pixels[i])
         else:
             statuses[i] = DOUBTFUL
             source, target = image.ctypes.data, pixels[i].ctypes.data
