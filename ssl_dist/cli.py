@@ -19,7 +19,7 @@ EXIT_CODES = (
     "exit codes: 0 done; 2 your mistake, one line says which; 75 stopped on request after a checkpoint, run the same "
     "command again; 1 a fault."
 )
-Action = Callable[[argparse.Namespace], int]
+Action = Callable[[argparse.Namespace], int | None]  # returns the exit code; None: 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if exit_file and first_of_machine:
         Path(exit_file).unlink(missing_ok=True)  # of a start before this one
     try:
-        code = parsed.action(parsed)
+        code = parsed.action(parsed) or 0
     except (UserError, Fault) as error:
         if _prints(error):
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -62,14 +62,12 @@ def _prints(error: UserError | Fault) -> bool:
 # ------------------------------------------------------------------------------------------------ the command line
 
 
-class _Argument:
-    """The arguments of a call of `ArgumentParser.add_argument`."""
-
-    def __init__(self, name: str, help: str | None = None, **options: Any):
-        self.name, self.options = name, {"help": help, **options}
-
-
+_Argument = tuple[str, dict[str, Any]]  # what `ArgumentParser.add_argument` is given
 _COMMANDS: list[tuple[str, str, tuple[_Argument, ...], Action]] = []  # in the order of --help
+
+
+def _argument(name: str, help: str | None = None, **options: Any) -> _Argument:
+    return name, {"help": help, **options}
 
 
 def _command(name: str, help: str, *arguments: _Argument) -> Callable[[Action], Action]:
@@ -93,21 +91,21 @@ def _parser() -> argparse.ArgumentParser:
     for name, help, arguments, action in _COMMANDS:
         command = commands.add_parser(name, help=help, description=action.__doc__, epilog=EXIT_CODES)
         command.set_defaults(action=action)
-        for argument in arguments:
-            command.add_argument(argument.name, **argument.options)
+        for argument, options in arguments:
+            command.add_argument(argument, **options)
     return parser
 
 
 def _overrides(help: str) -> _Argument:
-    return _Argument("overrides", help, nargs="*", metavar="key=value")
+    return _argument("overrides", help, nargs="*", metavar="key=value")
 
 
 _CONFIG = (
-    _Argument("config", "a YAML file; configs/ holds one for every row of the papers' tables"),
+    _argument("config", "a YAML file; configs/ holds one for every row of the papers' tables"),
     _overrides("for example optim.lr=1e-3 data.limit=1000"),
 )
 _VOC_TASKS = ["classification", "detection", "segmentation"]
-_RUN_OR_FILE = _Argument("run", "a run's folder, or one checkpoint file", type=Path, metavar="RUN")
+_RUN_OR_FILE = _argument("run", "a run's folder, or one checkpoint file", type=Path, metavar="RUN")
 
 # Imports stand inside the commands: torch and numba cost seconds that --help need not wait for.
 
@@ -115,18 +113,18 @@ _RUN_OR_FILE = _Argument("run", "a run's folder, or one checkpoint file", type=P
 @_command(
     "convert",
     "write a data set as .beton files",
-    _Argument(
+    _argument(
         "dataset",
         "cifar10, cifar100, supercifar100, stl10, tiny-imagenet, slimagenet64, imagenet, digits, or folder for images "
         "of your own in <split>/<class>/",
     ),
-    _Argument("--root", "where the images are (torchvision sets are downloaded there)", type=Path),
-    _Argument("--out", "where to write; becomes data.root (default data/<dataset>)", type=Path),
-    _Argument("--name", "name of a folder's data set (default: of ROOT); a catalog name brings its facts along"),
-    _Argument("--max-side", "longer images are shrunk to this many pixels (default: catalog)", type=int),
-    _Argument("--workers", "threads that encode (default: all cores)", type=int),
+    _argument("--root", "where the images are (torchvision sets are downloaded there)", type=Path),
+    _argument("--out", "where to write; becomes data.root (default data/<dataset>)", type=Path),
+    _argument("--name", "name of a folder's data set (default: of ROOT); a catalog name brings its facts along"),
+    _argument("--max-side", "longer images are shrunk to this many pixels (default: catalog)", type=int),
+    _argument("--workers", "threads that encode (default: all cores)", type=int),
 )
-def _convert(args: argparse.Namespace) -> int:
+def _convert(args: argparse.Namespace) -> None:
     """Write <split>.beton for every split of a data set, and dataset.json. A killed conversion goes on after the last
     complete split."""
     from ssl_dist.convert.command import convert
@@ -134,7 +132,6 @@ def _convert(args: argparse.Namespace) -> int:
     manifest = convert(args.dataset, args.root, args.out, name=args.name, max_side=args.max_side, workers=args.workers)
     out = args.out or Path("data", manifest.name)
     print(f"{out}: done; use it with data.root={out}")
-    return 0
 
 
 @_command("train", "pre-train, or go on with a run", *_CONFIG)
@@ -150,10 +147,10 @@ def _train(args: argparse.Namespace) -> int:
     "explain",
     "what a config will do",
     *_CONFIG,
-    _Argument("--world", "ranks (default 1)", type=int, default=1),
-    _Argument("--ranks-per-node", "ranks of a node (default: all on one)", type=int),
+    _argument("--world", "ranks (default 1)", type=int, default=1),
+    _argument("--ranks-per-node", "ranks of a node (default: all on one)", type=int),
 )
-def _explain(args: argparse.Namespace) -> int:
+def _explain(args: argparse.Namespace) -> None:
     """Print what a config will do, on any number of ranks, without starting anything. Mistakes show here first."""
     from ssl_dist import config
     from ssl_dist.train.explain import explain
@@ -163,48 +160,46 @@ def _explain(args: argparse.Namespace) -> int:
     if args.ranks_per_node is not None and (args.ranks_per_node < 1 or args.world % args.ranks_per_node):
         raise UserError(f"--ranks-per-node {args.ranks_per_node}: must divide --world {args.world}")
     print(explain(config.load(args.config, args.overrides), args.world, args.ranks_per_node))
-    return 0
 
 
 @_command(
     "extract",
     "write features files",
-    _Argument("weights", "a run's folder, or one checkpoint file", type=Path, metavar="RUN|WEIGHTS"),
+    _argument("weights", "a run's folder, or one checkpoint file", type=Path, metavar="RUN|WEIGHTS"),
     _overrides(
         "data.root, data.name, data.reader of another set; for weights of others also backbone.name, data.image_size, "
         "data.eval_resize, views.normalize"
     ),
-    _Argument("--out", "folder to write to (default RUN/features)", type=Path),
-    _Argument("--split", "split to extract; may be repeated (default: training and test)", action="append"),
+    _argument("--out", "folder to write to (default RUN/features)", type=Path),
+    _argument("--split", "split to extract; may be repeated (default: training and test)", action="append"),
 )
-def _extract(args: argparse.Namespace) -> int:
+def _extract(args: argparse.Namespace) -> None:
     """Pass every image of a split through a run's frozen backbone: features/<dataset>-<split>.safetensors. Works under
     torchrun too; the file is the same. Weights of others need backbone.name, data.name and data.root."""
     from ssl_dist.evaluate.command import extract
 
     for path in extract(args.weights, args.split or [], args.overrides, args.out):
         print(path)
-    return 0
 
 
 @_command(
     "evaluate",
     "measure a run",
-    _Argument("run", type=Path, metavar="RUN"),
-    _Argument(
+    _argument("run", type=Path, metavar="RUN"),
+    _argument(
         "overrides",
         "knn, logistic, probe, finetune, classify, ...; knn.k=[20,200] sets an option; data.root=... another data set; "
         "data.subset={per_class: 260} or a list of ids: what to learn from",
         nargs="+",
         metavar="EVALUATOR|key=value",
     ),
-    _Argument(
+    _argument(
         "--validation",
         "measure on this share of the training split, held out of it, and leave the test split alone",
         type=float,
         metavar="SHARE",
     ),
-    _Argument(
+    _argument(
         "--search",
         "try every combination on a held-out share (0.1, or that of --validation), then measure the one with the "
         "highest top-1 on the test split",
@@ -233,14 +228,14 @@ def _evaluate(args: argparse.Namespace) -> int:
 @_command(
     "verify",
     "prove that the number of ranks does not matter",
-    _Argument(
+    _argument(
         "overrides",
         "a YAML file whose method and images are taken; optim.batch_size=32",
         nargs="*",
         metavar="CONFIG|key=value",
     ),
-    _Argument("--method", "method to certify on digits; may be repeated (default: all)", action="append", default=[]),
-    _Argument("--steps", "optimizer steps in float64 (default 10); one in float32", type=int, default=10),
+    _argument("--method", "method to certify on digits; may be repeated (default: all)", action="append", default=[]),
+    _argument("--steps", "optimizer steps in float64 (default 10); one in float32", type=int, default=10),
 )
 def _verify(args: argparse.Namespace) -> int:
     """The equality certificate: real steps of 2 and 4 ranks, on every grid, against one process. Exit code 1 when a
@@ -257,8 +252,8 @@ def _verify(args: argparse.Namespace) -> int:
 @_command(
     "report",
     "make a page of a run, or of several side by side",
-    _Argument("runs", "folders of runs", nargs="+", type=Path, metavar="RUN"),
-    _Argument(
+    _argument("runs", "folders of runs", nargs="+", type=Path, metavar="RUN"),
+    _argument(
         "--out",
         "page to write (default: report.html in the run's folder; of several runs, in the folder that they have in "
         "common)",
@@ -266,30 +261,28 @@ def _verify(args: argparse.Namespace) -> int:
         metavar="FILE",
     ),
 )
-def _report(args: argparse.Namespace) -> int:
+def _report(args: argparse.Namespace) -> None:
     """Write one HTML page that needs nothing else: health, results beside published ones, curves, views, pictures,
     config. Print the results as a table: mean ± standard deviation over seeds of what several runs share."""
     from ssl_dist.report import report
 
     print(report(args.runs, args.out))
-    return 0
 
 
 @_command(
     "export",
     "write a run's backbone for other programs",
     _RUN_OR_FILE,
-    _Argument("--format", required=True, choices=["torchvision", "timm", "seed"]),
-    _Argument("--out", "file to write (safetensors; seed: of torch.save)", type=Path, required=True),
+    _argument("--format", required=True, choices=["torchvision", "timm", "seed"]),
+    _argument("--out", "file to write (safetensors; seed: of torch.save)", type=Path, required=True),
 )
-def _export(args: argparse.Namespace) -> int:
+def _export(args: argparse.Namespace) -> None:
     """Write the encoder of a run's newest checkpoint, by the names that torchvision, timm or the official code of
     relational reasoning (seed) load."""
     from ssl_dist.run.export import export
 
     line = export(args.run, args.format, args.out)
     print(f"{args.out}: written; load it with\n{line}")
-    return 0
 
 
 @_command(
@@ -297,31 +290,30 @@ def _export(args: argparse.Namespace) -> int:
     "write the labels that a run gave its images",
     _RUN_OR_FILE,
     _overrides("data.root, data.reader: where the images are"),
-    _Argument("--out", "file to write", type=Path, required=True, metavar="FILE"),
+    _argument("--out", "file to write", type=Path, required=True, metavar="FILE"),
 )
-def _labels(args: argparse.Namespace) -> int:
+def _labels(args: argparse.Namespace) -> None:
     """Write the labels that a run's method gave its training images to a CSV file: image_id, label_0, ... They are
     labels for another run by data.labels={file: FILE, column: 0}."""
     from ssl_dist.run.labels import export_labels
 
     print(export_labels(args.run, args.out, args.overrides))
-    return 0
 
 
 @_command(
     "voc",
     "transfer to PASCAL VOC: classification, detection, segmentation",
-    _Argument("task", choices=_VOC_TASKS),
-    _Argument("weights", "a run's folder, or a file of weights", type=Path, metavar="RUN|WEIGHTS"),
+    _argument("task", choices=_VOC_TASKS),
+    _argument("weights", "a run's folder, or a file of weights", type=Path, metavar="RUN|WEIGHTS"),
     _overrides("options of the task, as batch_size=8; of weights of others also backbone.name"),
-    _Argument(
+    _argument(
         "--root",
         "VOCdevkit/VOC2007; may be repeated: trained on all, tested on the first",
         type=Path,
         action="append",
         required=True,
     ),
-    _Argument("--out", "folder of results.json, features and checkpoints", type=Path, required=True),
+    _argument("--out", "folder of results.json, features and checkpoints", type=Path, required=True),
 )
 def _voc(args: argparse.Namespace) -> int:
     """Fit SVMs on frozen features (classification), or fine-tune Faster R-CNN (detection) or FCN (segmentation), in one
@@ -338,10 +330,10 @@ def _voc(args: argparse.Namespace) -> int:
 @_command(
     "keys",
     "what a config may say",
-    _Argument("section", "optim, method.relational, knn, voc.detection, optim.lr, ... (default: all)", nargs="?"),
-    _Argument("--markdown", "write Markdown, as in docs/config.md", action="store_true"),
+    _argument("section", "optim, method.relational, knn, voc.detection, optim.lr, ... (default: all)", nargs="?"),
+    _argument("--markdown", "write Markdown, as in docs/config.md", action="store_true"),
 )
-def _keys(args: argparse.Namespace) -> int:
+def _keys(args: argparse.Namespace) -> None:
     """Print every key of a config, and every option of methods, evaluators and VOC tasks, with its type, range, default
     and meaning."""
     from ssl_dist.config import Config, describe
@@ -355,7 +347,6 @@ def _keys(args: argparse.Namespace) -> int:
             raise describe.unknown(all_tables, args.section)
     columns = shutil.get_terminal_size().columns
     print(describe.as_markdown(tables) if args.markdown else describe.as_text(tables, columns))
-    return 0
 
 
 def _option_tables() -> "list[Table]":

@@ -37,6 +37,7 @@ REQUIRED = {
 }
 OPTIONAL = {
     "timm": "only backbones named timm/<name> need it",
+    "ffcv": "data.reader=arrays works without it",
 }
 
 
@@ -73,7 +74,6 @@ def findings() -> Iterator[Finding]:
         yield _module(name, purpose, required=True)
     for name, purpose in OPTIONAL.items():
         yield _module(name, purpose, required=False)
-    yield _ffcv()
     yield _headers()
     yield _turbojpeg()
     yield _slurm()
@@ -132,12 +132,6 @@ def _cuda(torch: ModuleType) -> Finding:
         "compare the CUDA version that nvidia-smi prints with torch's; renew the driver or install another torch build",
         required=False,
     )
-
-
-def _ffcv() -> Finding:
-    fault = _try_import("ffcv")
-    text = f"{fault} (data.reader=arrays works without it)" if fault else _version("ffcv")
-    return Finding("ffcv", not fault, text, INSTALL, required=False)
 
 
 def _headers() -> Finding:

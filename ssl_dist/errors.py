@@ -1,7 +1,8 @@
 """The exceptions that end a command with one line for people and no traceback."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 
 
@@ -30,6 +31,16 @@ class Fault(RuntimeError):
     def __init__(self, message: str, raised_on: RaisedOn = RaisedOn.THIS_RANK, code: int = 1):
         super().__init__(message)
         self.raised_on, self.code = raised_on, code
+
+
+@contextmanager
+def refuse_unreadable(target: object, remedy: str = "") -> Iterator[None]:
+    """Turn an error of reading in the block into the `UserError` that `target`, a path or key = value, cannot be read."""
+    try:
+        yield
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise UserError(f"{target}: cannot be read: {reason}{remedy and '; '}{remedy}") from None
 
 
 def did_you_mean(name: str, names: Iterable[str], cutoff: float = 0.6, who: str = "you") -> str:

@@ -216,7 +216,7 @@ def test_prune_loses_nothing_at_any_kill(tmp_path, capsys, no_fsync):
         checkpoint.remove_leftovers(run)
         assert len(os.listdir(run / "checkpoints")) == 2 * len(checkpoint.steps(run)) + 1
         for step in checkpoint.steps(run):
-            assert checkpoint.load_hashed(checkpoint.path_of(run, step))[1] in (
+            assert checkpoint.load_run(checkpoint.path_of(run, step))[2] in (
                 checkpoint.path_of(run, step).with_suffix(".pt.sha256").read_text()
             )
     assert checkpoint.steps(prepared) == list(range(1, 8)) and capsys.readouterr().err == ""

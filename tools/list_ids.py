@@ -13,7 +13,7 @@ from collections import defaultdict
 from pathlib import Path, PurePosixPath
 
 from ssl_dist.convert.sources import open_source
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, refuse_unreadable
 
 
 def main() -> int:
@@ -42,10 +42,8 @@ def ids_of(listed: Path, root: Path, split: str) -> list[int]:
     for number, path in enumerate(splits[split].names):
         known[PurePosixPath(path).stem].append((number, PurePosixPath(path)))
     found = set()
-    try:
+    with refuse_unreadable(listed):
         lines = listed.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{listed}: cannot be read: {getattr(error, 'strerror', None) or 'not a text file'}") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -24,7 +24,7 @@ from ssl_dist.config.section import (
     to_tree,
     validate,
 )
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, refuse_unreadable
 
 # ---------------------------------------------------------------------------------------------------- views
 
@@ -206,11 +206,8 @@ class Config(Section):
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config in a YAML file with `key.sub=value` overrides (values are YAML). Raises `UserError`."""
-    try:
+    with refuse_unreadable(f"config {path}", "configs/ holds examples"):
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise UserError(f"config {path}: cannot be read: {reason}; configs/ holds examples") from None
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise UserError(f"config {path}: must be a mapping of sections (data, views, method, ...); see configs/")

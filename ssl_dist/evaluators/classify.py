@@ -54,7 +54,7 @@ def _check(method: SSLMethod, encoder: Encoder, context: EvalContext, options: O
             "probe or a fine-tuning (RUN/evaluations/...), or a supervised run"
         )
     if options.head is not None:
-        initial_weights = checkpoint.load_hashed(encoder.file)[0]["data"].get("weights")
+        initial_weights = checkpoint.load(encoder.file)["data"].get("weights")
         if initial_weights != hashlib.sha256(encoder_file(context.encoder)).hexdigest():
             raise UserError(
                 f"{setting}: was not trained on the newest checkpoint of {context.run}; evaluate the run that it is of"

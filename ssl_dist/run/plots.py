@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, refuse_unreadable
 from ssl_dist.storage.durable import atomic_write_or_refuse
 
 _LOSS, _BOTH, _POSITIVE, _NEGATIVE = "#1f4e79", "#444444", "#2a8f4c", "#c0504d"
@@ -82,11 +82,8 @@ def loss_curve(path: str | Path, metrics_jsonl: str | Path) -> None:
 
 
 def _read_metrics(path: Path) -> list[dict]:
-    try:
+    with refuse_unreadable(path, "a run's folder holds metrics.jsonl"):
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise UserError(f"{path}: cannot be read: {reason}; a run's folder holds metrics.jsonl") from None
     lines = []
     # A run that is still going may be in the middle of its last line.
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):

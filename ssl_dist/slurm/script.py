@@ -13,7 +13,7 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from ssl_dist.config import NonNegativeInt, PositiveFloat, PositiveInt
 from ssl_dist.config.section import Section, parse_yaml, validate
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, refuse_unreadable
 
 TIME = r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$"
 
@@ -60,11 +60,8 @@ def read_site(file: str | Path | None, options: dict[str, Any]) -> Site:
     """The site's file, overridden by the options of the command line. Raises `UserError`."""
     tree: Any = {}
     if file is not None:
-        try:
+        with refuse_unreadable(f"--site {file}", "slurm/site.yaml is an example"):
             tree = parse_yaml(Path(file).read_text(encoding="utf-8"), str(file)) or {}
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not a text file"
-            raise UserError(f"--site {file}: cannot be read: {reason}; slurm/site.yaml is an example") from None
         if not isinstance(tree, dict):
             raise UserError(
                 f"--site {file}: must be a mapping of keys such as partition; slurm/site.yaml is an example"

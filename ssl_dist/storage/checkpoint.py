@@ -13,7 +13,7 @@ import numpy
 import torch
 
 from ssl_dist import __version__
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, refuse_unreadable
 from ssl_dist.storage import durable
 from ssl_dist.storage.durable import write_text
 from ssl_dist.storage.weights import DAMAGED_FILE_ERRORS
@@ -226,17 +226,12 @@ def load(path: Path) -> dict[str, Any]:
         return _load(path, file)
 
 
-def load_hashed(path: Path) -> tuple[dict[str, Any], str]:
-    """Like `load`, with the SHA-256 of the very file that was loaded."""
-    with _opened(path) as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return _load(path, file), digest
-
-
 def load_run(path: Path) -> tuple[Path, dict[str, Any], str]:
     """Path, state and SHA-256 of a run's newest checkpoint, or of the checkpoint file `path`. Raises `UserError`."""
     if not path.is_dir():
-        return path, *load_hashed(path)
+        with _opened(path) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return path, _load(path, file), digest
     newest = load_newest(path)
     if newest is None:
         raise UserError(f"{path}: holds no checkpoint; train first, or name a run's folder")
@@ -244,12 +239,11 @@ def load_run(path: Path) -> tuple[Path, dict[str, Any], str]:
 
 
 def _opened(path: Path) -> BufferedReader:
-    try:
-        return open(path, "rb")
-    except FileNotFoundError:
-        raise UserError(f"checkpoint {path}: not found; name a run's folder or a step-*.pt in it") from None
-    except OSError as error:
-        raise UserError(f"checkpoint {path}: cannot be read: {error.strerror}") from None
+    with refuse_unreadable(f"checkpoint {path}"):
+        try:
+            return open(path, "rb")
+        except FileNotFoundError:
+            raise UserError(f"checkpoint {path}: not found; name a run's folder or a step-*.pt in it") from None
 
 
 def _load(path: Path, file: BinaryIO) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, refuse_unreadable
 from ssl_dist.storage import durable
 
 # classes is a JSON list of names ([] when unknown), data the SHA-256 of the split's samples,
@@ -30,16 +30,17 @@ _CHUNK_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class Features:
-    """features float32 [N, D] (read-only and mapped from disk when read from a file: get rows with `rows` or `take`),
+    """Features float32 [N, D] (read-only and mapped from disk when read from a file: get rows with `rows` or `take`),
     labels int64 [N] (-1 = unknown), image_ids int64 [N] (0 .. N-1 in a file, fewer in a `subset`), metadata: the names
-    in `METADATA`. `source` is what errors call it."""
+    in `METADATA`. `source` is what errors call it; _selected: the rows that a subset has."""
 
-    features: "np.ndarray | _SelectedRows"
+    _whole: np.ndarray
     labels: np.ndarray
     image_ids: np.ndarray
     metadata: dict[str, str]
     source: str = "features in memory"
     _mapping: mmap.mmap | None = field(default=None, repr=False, compare=False)
+    _selected: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -47,7 +48,12 @@ class Features:
     @property
     def dim(self) -> int:
         """D, the length of one image's features."""
-        return self.features.shape[1]
+        return self._whole.shape[1]
+
+    @property
+    def features(self) -> np.ndarray:
+        """All rows at once; a copy of those of a subset."""
+        return self._whole if self._selected is None else self._whole[self._selected]
 
     @property
     def classes(self) -> list[str]:
@@ -67,11 +73,12 @@ class Features:
         in memory, until they are asked for. `split`: the name that the part goes by, where it has one of its own."""
         metadata = self.metadata if split is None else self.metadata | {"split": split}
         source = self.source if split is None else f"{self.source} ({split})"
-        selected = _SelectedRows(self.features, np.asarray(rows, np.int64))
-        return Features(selected, self.labels[rows], self.image_ids[rows], metadata, source, self._mapping)
+        selected = np.asarray(rows if self._selected is None else self._selected[rows], np.int64)
+        return Features(self._whole, self.labels[rows], self.image_ids[rows], metadata, source, self._mapping, selected)
 
     def _copied(self, which: slice | np.ndarray) -> np.ndarray:
-        rows = np.asarray(self.features[which], dtype=np.float32)
+        numbers = which if self._selected is None else self._selected[which]
+        rows = np.asarray(self._whole[numbers], dtype=np.float32)
         if not rows.flags.owndata:  # a slice of an array is a view; what was gathered is a copy already
             rows = rows.copy()
         if self._mapping is not None:
@@ -79,24 +86,6 @@ class Features:
             self._mapping.madvise(mmap.MADV_DONTNEED)
         _check_finite(rows, self.image_ids[which], self.source)
         return rows
-
-
-@dataclass(frozen=True)
-class _SelectedRows:
-    """Rows of an array, copied when they are indexed by a number, a slice or an array of numbers."""
-
-    array: "np.ndarray | _SelectedRows"
-    numbers: np.ndarray
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return len(self.numbers), self.array.shape[1]
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, which: int | slice | np.ndarray) -> np.ndarray:
-        return self.array[self.numbers[which]]
 
 
 def check_pair(train: Features, test: Features) -> None:
@@ -172,13 +161,10 @@ def read_features(path: str | Path) -> Features:
     """The file at `path`, its features mapped, the rest in memory. Raises `UserError` when it is missing, truncated,
     not a features file, or not the whole split in order of image id."""
     path = Path(path)
-    try:
-        with open(path, "rb") as file:
-            header, start = _read_header(file, path)
-            size = os.fstat(file.fileno()).st_size
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; `ssl-dist extract` writes it") from None
+    with refuse_unreadable(path, "`ssl-dist extract` writes it"), open(path, "rb") as file:
+        header, start = _read_header(file, path)
+        size = os.fstat(file.fileno()).st_size
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     metadata = header.pop("__metadata__", {})
     layouts = {name: _layout(header.get(name), name, path) for name in _DTYPES}
     expected = start + max(end for _, _, end in layouts.values())
