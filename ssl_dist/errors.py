@@ -35,7 +35,7 @@ class Fault(RuntimeError):
 
 @contextmanager
 def refuse_unreadable(target: object, remedy: str = "") -> Iterator[None]:
-    """Turn an error of reading in the block into the `UserError` that `target`, a path or key = value, cannot be read."""
+    """Turn an error of reading into the `UserError` that `target`, a path or a key = value, cannot be read."""
     try:
         yield
     except (OSError, UnicodeDecodeError) as error:

@@ -16,6 +16,9 @@ class Grid:
     images: int
     views: int
 
+    def __str__(self) -> str:
+        return f"{self.images}x{self.views}"
+
     @property
     def size(self) -> int:
         return self.images * self.views

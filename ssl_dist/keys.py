@@ -43,16 +43,11 @@ def _draws(key: np.uint64, count: int) -> np.ndarray:
     return out
 
 
-@njit(cache=True)
-def _fold(key: np.uint64, word: np.uint64) -> np.uint64:
-    return fold(key, word)
-
-
 def hash64(*words: int | np.integer) -> np.uint64:
     """The key of a tuple of integers (each taken modulo 2**64)."""
     key = np.uint64(0)
     for word in words:
-        key = np.uint64(_fold(key, np.uint64(int(word) & 0xFFFFFFFFFFFFFFFF)))
+        key = np.uint64(fold(key, np.uint64(int(word) & 0xFFFFFFFFFFFFFFFF)))
     return key
 
 

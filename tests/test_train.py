@@ -182,9 +182,9 @@ def weights_of_first_step(digits, tmp_path):
 
 
 def test_a_non_finite_loss_ends_the_run_with_step_and_remedy(digits, tmp_path):
-    from ssl_dist.train.loop import NonFiniteLoss
+    from ssl_dist.errors import Fault
 
-    with pytest.raises(NonFiniteLoss, match=r"the loss is not finite .*newest checkpoint.*another run_dir"):
+    with pytest.raises(Fault, match=r"the loss is not finite .*newest checkpoint.*another run_dir"):
         run_training(
             digits, tmp_path / "run", "optim.name=sgd", "optim.lr=1e38", "checkpoint.every_steps=1", "optim.steps=50"
         )

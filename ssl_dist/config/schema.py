@@ -19,8 +19,8 @@ from ssl_dist.config.section import (
     PositiveInt,
     Probability,
     Section,
+    fields_along,
     parse_yaml,
-    sections_along,
     to_tree,
     validate,
 )
@@ -244,9 +244,8 @@ def _assign(tree: dict | list, path: list[str], value: Any, override: str) -> No
 
 def _default(path: list[str]) -> dict | list:
     """What an override below `path` changes where the file has nothing: a list's default, an empty section."""
-    *_, (section, name) = list(sections_along(Config, path))[:-1]
-    field = section.model_fields.get(name) if section else None
-    default = field.get_default(call_default_factory=True) if field else None
+    fields = fields_along(Config, path)
+    default = fields[-1].get_default(call_default_factory=True) if len(fields) == len(path) else None
     return [to_tree(item) for item in default] if isinstance(default, list) else {}
 
 

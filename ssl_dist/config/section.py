@@ -7,11 +7,12 @@ remedy, with the nearest name for a misspelt one.
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from ssl_dist.errors import UserError, did_you_mean
 
@@ -89,8 +90,10 @@ def _describe(section: type[BaseModel], error: ValidationError, prefix: str) -> 
     deepest = max(related, key=lambda i: len(paths[i]))
     fault, path = faults[deepest], paths[deepest]
     key = prefix + ".".join(str(part) for part in path)
+    fields = fields_along(section, path)
     if fault["type"] == "extra_forbidden":
-        names = _names_at(section, path[:-1])
+        around = section_in(fields[-1].annotation) if fields else section
+        names = list(around.model_fields) if around else []
         hint = did_you_mean(str(path[-1]), names, cutoff=0.5).rstrip() or f"known here: {', '.join(names)}"
         return f"unknown key {key} = {_show(fault['input'])}: {hint}"
     if fault["type"] == "missing":
@@ -98,7 +101,7 @@ def _describe(section: type[BaseModel], error: ValidationError, prefix: str) -> 
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error" and isinstance(fault["input"], dict | BaseModel):
         return f"{key}.{message}" if key else message
-    remedy = _meaning(section, path)
+    remedy = fields[-1].description if fields else None
     if len(path) == len(paths[0]):
         message = " or ".join(dict.fromkeys(faults[i]["msg"].removeprefix("Value error, ") for i in related))
     text = f"{key} = {_show(fault['input'])}: {message[0].lower()}{message[1:]}"
@@ -125,16 +128,16 @@ def _is_union_tag(part: int | str) -> bool:
     return isinstance(part, str) and (not part.isidentifier() or part[:1].isupper() or part in ("str", "int", "float"))
 
 
-def sections_along(section: type[BaseModel], path: Sequence[int | str]) -> Iterator[tuple[type[BaseModel] | None, str]]:
-    """The sections passed on the way down `path`, each with the name looked up in it."""
-    current: type[BaseModel] | None = section
+def fields_along(section: type[BaseModel], path: Sequence[int | str]) -> list[FieldInfo]:
+    """The fields on the way down `path`, as far as there are such; numbers of list items have none."""
+    fields: list[FieldInfo] = []
     for part in path:
-        if isinstance(part, int):
-            continue
-        yield current, part
-        field = current.model_fields.get(part) if current else None
-        current = section_in(field.annotation) if field else None
-    yield current, ""
+        if not isinstance(part, int):
+            around = section_in(fields[-1].annotation) if fields else section
+            if around is None or part not in around.model_fields:
+                break
+            fields.append(around.model_fields[part])
+    return fields
 
 
 def section_in(annotation: Any) -> type[BaseModel] | None:
@@ -144,21 +147,6 @@ def section_in(annotation: Any) -> type[BaseModel] | None:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, list, Annotated):
         return next(filter(None, map(section_in, typing.get_args(annotation))), None)
     return None
-
-
-def _names_at(section: type[BaseModel], path: Sequence[int | str]) -> list[str]:
-    *_, (current, _) = sections_along(section, path)
-    return list(current.model_fields) if current else []
-
-
-def _meaning(section: type[BaseModel], path: Sequence[int | str]) -> str:
-    """The description of the key at `path`, or of the nearest one above it that has one; empty without any."""
-    description = ""
-    for current, name in sections_along(section, path):
-        field = current.model_fields.get(name) if current and name else None
-        if field is not None:
-            description = field.description or ""
-    return description
 
 
 def to_tree(config: Section) -> dict:

@@ -35,18 +35,15 @@ def join(
     is taken, `StoppedWhileWaiting` as soon as `is_stopping()`.
     """
     end = time.monotonic() + timeout
-    store = dist.PrefixStore(_prefix(), _store(rank_info, end, is_stopping))
+    # A store that survives a restart by torchrun still has the keys of dead ranks.
+    prefix = f"ssl_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    store = dist.PrefixStore(prefix, _store(rank_info, end, is_stopping))
     store.set(f"here/{rank_info.rank}", f"{rank_info} (pid {os.getpid()})")
     wait_for_all_ranks(store, rank_info, end, is_stopping)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend, store=store, rank=rank_info.rank, world_size=rank_info.world_size, timeout=COLLECTIVE_TIMEOUT
     )
-
-
-def _prefix() -> str:
-    """Prefix of all keys of one start: a store that survives a restart by torchrun still has those of dead ranks."""
-    return f"ssl_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def _store(rank_info: RankInfo, end: float, is_stopping: Callable[[], bool]) -> dist.Store:

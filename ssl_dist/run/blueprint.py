@@ -160,13 +160,11 @@ class RunPlan:
         """The method on its backbone with initial weights, equal on every rank: a function of the seed, and the
         backbone's of `backbone.weights` where given."""
         path = self.config.backbone.weights
-        return build_method(
-            self.config, self.method_class, self.options, self.info, None if path is None else Path(path)
-        ).to(self.dtype)
+        return build_method(self.config, self.method_class, self.options, self.info, path).to(self.dtype)
 
 
 def build_method(
-    config: Config, method_class: type[SSLMethod], options: Section, info: Info, weights_path: Path | None = None
+    config: Config, method_class: type[SSLMethod], options: Section, info: Info, weights_path: str | None = None
 ) -> SSLMethod:
     """The method on its backbone, which begins from the weights file. On the meta device no file is read."""
     torch.manual_seed(int(hash64(config.seed, INIT)) & 0x7FFFFFFFFFFFFFFF)
@@ -174,7 +172,7 @@ def build_method(
     key_dropout(backbone)
     refuse_random_layers(backbone, config.backbone.name)
     if weights_path is not None and not next(backbone.parameters()).is_meta:
-        backbone.load_state_dict(weights.fit(backbone, config.backbone.name, weights_path).tensors)
+        backbone.load_state_dict(weights.fit(backbone, config.backbone.name, Path(weights_path)).tensors)
     return method_class(backbone, replace(info, feature_dim=backbone.feature_dim, stages=backbone.stages), options)
 
 
@@ -197,14 +195,8 @@ def derive(config: Config, rank_info: RankInfo) -> RunPlan:
             "choose a labelled split"
         )
     plan = RunPlan(config, rank_info, method_class, options, dataset, split, own_labels)
-    _ = (
-        plan.num_views,
-        plan.specs,
-        plan.grid,
-        plan.order,
-        plan.normalize,
-        plan.initial_weights,
-    )  # raise what they refuse
+    # Each raises what it refuses.
+    _ = plan.num_views, plan.specs, plan.grid, plan.order, plan.normalize, plan.initial_weights
     train_ids = plan.order.train_ids
     if labels_file is not None and own_labels is not None and method_class.needs_labels:
         missing = train_ids[own_labels[train_ids] < 0]

@@ -1,7 +1,7 @@
 """Distributed extraction: every image of a split once, in the order of ids, through a frozen encoder."""
 
 import json
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,9 +137,9 @@ def extract_features(encoder: Encoder, dataset: Dataset, split: str, folder: Pat
             ids = np.arange(low, high, dtype=np.int64)
             module = encoder.module.to(world.device).to(memory_format=torch.channels_last)
             to_input = normalized(encoder.normalize, torch.float32, world.device)
-            images = eval_images(reader, ids, encoder.config.data, threads)
-            rows = list(outputs(lambda pixels: module(to_input(pixels)), images, world, progress))
-        part = np.concatenate(rows)
+            data = encoder.config.data
+            rows = outputs(lambda pixels: module(to_input(pixels)), reader, ids, data, threads, world, progress)
+            part = np.concatenate(list(rows))
     metadata = {
         "classes": json.dumps(list(info.classes)),
         "dataset": dataset.name,
@@ -190,27 +190,26 @@ def share_in_batches(world: World, count: int) -> tuple[int, int]:
     return min(first * BATCH_SIZE, count), min(last * BATCH_SIZE, count)
 
 
-def eval_images(reader: Reader, ids: np.ndarray, data: Data, threads: int) -> Generator[np.ndarray, None, None]:
-    """The images `ids` under the test transform of `data`, uint8 [n, 3, S, S], batch by batch; of no ids
-    one batch of none."""
+def outputs(
+    network: Callable[[Tensor], Tensor],
+    reader: Reader,
+    ids: np.ndarray,
+    data: Data,
+    threads: int,
+    world: World,
+    progress: Progress,
+) -> Iterator[np.ndarray]:
+    """The network's outputs, float32 [n, D], for the images `ids` under the test transform of `data`, uint8
+    [n, 3, S, S] on the world's device, batch by batch and without gradient; of no ids one batch of none."""
 
     def make_view(images: DecodedBatch, team: ThreadTeam) -> np.ndarray:
         size, resize, interpolation = data.image_size, data.eval_resize, data.eval_interpolation
         return views.test_views(*images[:3], size, resize, interpolation, team=team)
 
     batches = (ids[start : start + BATCH_SIZE] for start in range(0, max(1, len(ids)), BATCH_SIZE))
-    with closing(view_batches(reader, batches, make_view, threads)) as views_and_ids:
+    with torch.no_grad(), closing(view_batches(reader, batches, make_view, threads)) as views_and_ids:
         for images, _ in views_and_ids:
-            yield images
-
-
-def outputs(
-    network: Callable[[Tensor], Tensor], images: Generator[np.ndarray, None, None], world: World, progress: Progress
-) -> Iterator[np.ndarray]:
-    """The network's outputs, float32 [n, D], for batches of images on the world's device, without gradient."""
-    with torch.no_grad(), closing(images):
-        for batch in images:
-            output = network(torch.from_numpy(batch).to(world.device))
+            output = network(torch.from_numpy(images).to(world.device))
             yield output.flatten(1).float().cpu().numpy()
-            progress.update(len(batch))
+            progress.update(len(images))
             world.state.step += 1

@@ -90,7 +90,7 @@ def check(run: Path, config: Config) -> None:
     kept = load(path)
     different = [
         f"{key} (there {old!r}, now {new!r})"
-        for key, old, new in differences(kept, config)
+        for key, old, new in differences(spelt_out(kept), spelt_out(config))
         if not _may_differ(key, kept, old, new)
     ]
     if different:
@@ -100,9 +100,9 @@ def check(run: Path, config: Config) -> None:
         )
 
 
-def differences(kept: Config, config: Config) -> list[tuple[str, object, object]]:
-    """Keys (with dots) whose values differ, with both values."""
-    old, new = flat(spelt_out(kept)), flat(spelt_out(config))
+def differences(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, object, object]]:
+    """Keys (with dots) of two trees whose values differ, with both values."""
+    old, new = flat(first), flat(second)
     return [
         (key, old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
     ]

@@ -18,9 +18,8 @@ class RunLog:
 
     def __init__(self, run: Path, clock: Clock, title: str, images_per_step: int, views_per_image: int):
         self.images_per_step, self.views_per_image = images_per_step, views_per_image
-        self._metrics_path = run / "metrics.jsonl"
-        cut_after(self._metrics_path, clock.step)
-        self._metrics = open(self._metrics_path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        cut_after(run / "metrics.jsonl", clock.step)
+        self._metrics = open(run / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
         self._board = SummaryWriter(run / "tensorboard", purge_step=clock.step + 1)
         self._bar = Progress(title, clock.total_steps, "step", done=clock.step)
         self._since = (clock.step, time.perf_counter())
@@ -55,13 +54,7 @@ class RunLog:
             "seconds_per_step": seconds / max(1, clock.step - step),
         }
         self._since, self._waited = (clock.step, now), 0.0
-        line = {"step": clock.step, "epoch": clock.epochs_done, **metrics, **speed}
-        self._metrics.write(json.dumps({k: _short(v) for k, v in line.items()}) + "\n")
-        self._metrics.flush()
-        for name, value in metrics.items():
-            self._board.add_scalar(f"train/{name}", value, clock.step)
-        for name, value in speed.items():
-            self._board.add_scalar(f"speed/{name}", value, clock.step)
+        self._write_line(clock, {"train": metrics, "speed": speed})
         for name, values in histograms.items():
             self._board.add_histogram(name, values, clock.step)
         shown = {name: metrics[name] for name in ("loss", "accuracy") if name in metrics}
@@ -71,11 +64,16 @@ class RunLog:
         """Log what was measured between two steps; the time that it took is not the training's."""
         step, start = self._since
         self._since = step, start + seconds
-        line = {"step": clock.step, "epoch": clock.epochs_done, **values}
+        self._write_line(clock, {"online": values})
+
+    def _write_line(self, clock: Clock, groups: dict[str, dict[str, float]]) -> None:
+        line = {"step": clock.step, "epoch": clock.epochs_done}
+        for group, values in groups.items():
+            line |= values
+            for name, value in values.items():
+                self._board.add_scalar(f"{group}/{name}", value, clock.step)
         self._metrics.write(json.dumps({k: _short(v) for k, v in line.items()}) + "\n")
         self._metrics.flush()
-        for name, value in values.items():
-            self._board.add_scalar(f"online/{name}", value, clock.step)
 
     def pictures(self, name: str, clock: Clock, views_VBCHW: np.ndarray) -> None:
         """A grid in TensorBoard: a row for each image, a column for each of its views (uint8)."""

@@ -1,7 +1,6 @@
 """Pictures of a run as PNG files: its views, its loss, its relation scores. Nothing here touches a display."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,34 +15,28 @@ _LOSS, _BOTH, _POSITIVE, _NEGATIVE = "#1f4e79", "#444444", "#2a8f4c", "#c0504d"
 _GREY = "#666666"
 
 
-def views_grid(path: str | Path, views_VBCHW: np.ndarray, titles: Sequence[str] | None = None) -> None:
+def views_grid(path: str | Path, views_VBCHW: np.ndarray) -> None:
     """The views of each image side by side: uint8 [V, B, 3, S, S], a row for each image, a column for each view.
 
-    titles: one for each column (by default the views' numbers). Small views are magnified without smoothing.
+    Small views are magnified without smoothing.
     """
     num_views, num_images, _, height, width = views_VBCHW.shape
-    if titles is not None and len(titles) != num_views:
-        raise ValueError(f"{len(titles)} titles for {num_views} views")
     gap = max(1, width // 16)
-    page = np.full((num_images * (height + gap) - gap, num_views * (width + gap) - gap, 3), 255, np.uint8)
-    for view in range(num_views):
-        for image in range(num_images):
-            top, left = image * (height + gap), view * (width + gap)
-            page[top : top + height, left : left + width] = views_VBCHW[view, image].transpose(1, 2, 0)
+    cells = np.full((num_images, height + gap, num_views, width + gap, 3), 255, np.uint8)
+    cells[:, :height, :, :width] = views_VBCHW.transpose(1, 3, 0, 4, 2)
+    page = cells.reshape(num_images * (height + gap), num_views * (width + gap), 3)[:-gap, :-gap]
     cell = min(1.0, 24 / num_views)  # inches
     figure = Figure(figsize=(cell * num_views + 0.5, cell * num_images * height / width + 0.5), dpi=120)
     figure.set_layout_engine("constrained")
     axes = figure.add_subplot()
     axes.imshow(page, interpolation="nearest" if width < 120 * cell else "antialiased")
-    names = titles if titles is not None else [str(view) for view in range(num_views)]
-    axes.set_xticks(width / 2 - 0.5 + (width + gap) * np.arange(num_views), names)
+    axes.set_xticks(width / 2 - 0.5 + (width + gap) * np.arange(num_views), [str(view) for view in range(num_views)])
     axes.set_yticks([])
     axes.xaxis.tick_top()
     axes.tick_params(length=0, labelsize=8, labelcolor=_GREY)
     axes.set_frame_on(False)
-    if titles is None:
-        axes.set_xlabel("view", fontsize=8, color=_GREY)
-        axes.xaxis.set_label_position("top")
+    axes.set_xlabel("view", fontsize=8, color=_GREY)
+    axes.xaxis.set_label_position("top")
     _save(figure, path)
 
 

@@ -15,6 +15,8 @@ from ssl_dist.config import NonNegativeInt, PositiveFloat, PositiveInt
 from ssl_dist.config.section import Section, parse_yaml, validate
 from ssl_dist.errors import UserError, refuse_unreadable
 
+# Keys of a site that are submitit's, too.
+_SAME_IN_SUBMITIT = ("partition", "account", "qos", "constraint", "nodes", "gpus_per_node", "cpus_per_task")
 TIME = r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$"
 
 
@@ -139,14 +141,8 @@ def executor(site: Site, folder: Path, name: str, **options: str) -> Executor:
     slurm = Executor(folder)
     slurm.update_parameters(
         job_name=name,
-        partition=site.partition,
-        account=site.account,
-        qos=site.qos,
-        constraint=site.constraint,
-        nodes=site.nodes,
+        **site.model_dump(include=set(_SAME_IN_SUBMITIT)),
         ntasks_per_node=site.ranks_per_node,
-        gpus_per_node=site.gpus_per_node,
-        cpus_per_task=site.cpus_per_task,
         mem=None if site.mem_gb is None else f"{int(site.mem_gb * 1024)}MB",
         time=-(-site.seconds // 60),
         setup=setup_lines(site),

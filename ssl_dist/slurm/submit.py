@@ -52,17 +52,13 @@ def train(options: argparse.Namespace) -> int:
     if options.then:
         _test(_evaluator(site, folder, Path(configs[0].run_dir), options.then).script())
     trainer.parameters.pop("map_count")
-    with _clean_environment():
-        job_ids = _submit(trainer, [_training(folder, training) for training in configs])
-        for job_id, training in zip(job_ids, configs, strict=True):
-            _note(Path(training.run_dir), job_id, "train")
-            print(f"job {job_id}: {training.run_dir}", flush=True)
-        for job_id, training in zip(job_ids, configs, strict=True) if options.then else ():
-            run = Path(training.run_dir)
-            evaluator = _evaluator(site, folder, run, options.then, f"afterok:{job_id}")
-            [next_id] = _submit(evaluator, [Job(("evaluate", training.run_dir, *options.then))])
-            _note(run, next_id, "evaluate")
-            print(f"job {next_id}: {' '.join(options.then)} of {training.run_dir}, after job {job_id}", flush=True)
+    job_ids = _submit(trainer, "train", {training.run_dir: _training(folder, training) for training in configs})
+    for run_dir, job_id in job_ids.items():
+        print(f"job {job_id}: {run_dir}", flush=True)
+    for run_dir, job_id in job_ids.items() if options.then else ():
+        evaluator = _evaluator(site, folder, Path(run_dir), options.then, f"afterok:{job_id}")
+        next_ids = _submit(evaluator, "evaluate", {run_dir: Job(("evaluate", run_dir, *options.then))})
+        print(f"job {next_ids[run_dir]}: {' '.join(options.then)} of {run_dir}, after job {job_id}", flush=True)
     return 0
 
 
@@ -80,10 +76,8 @@ def evaluate(options: argparse.Namespace) -> int:
         print(evaluator.script())
         return 0
     _test(evaluator.script())
-    with _clean_environment():
-        [job_id] = _submit(evaluator, [Job(("evaluate", str(run), *words))])
-    _note(run, job_id, "evaluate")
-    print(f"job {job_id}: {' '.join(words)} of {run}", flush=True)
+    job_ids = _submit(evaluator, "evaluate", {str(run): Job(("evaluate", str(run), *words))})
+    print(f"job {job_ids[str(run)]}: {' '.join(words)} of {run}", flush=True)
     return 0
 
 
@@ -130,14 +124,22 @@ def _evaluator(site: Site, folder: Path, run: Path, words: list[str], dependency
     return executor(site, folder / "%A", f"{run.name}-evaluate", **further)
 
 
-def _submit(slurm: Executor, jobs: list[Job]) -> list[str]:
-    """Submit jobs, several as an array; returns their ids. Raises `UserError` with Slurm's reason."""
+def _submit(slurm: Executor, kind: str, jobs: dict[str, Job]) -> dict[str, str]:
+    """Submit the jobs of runs, several as an array; returns their ids by run_dir. Raises `UserError` with Slurm's
+    reason. RUN/slurm/jobs.jsonl keeps them for `submit.py status`."""
     try:
-        with slurm.batch():
-            submitted = [slurm.submit(job) for job in jobs]
-        return [job.job_id for job in submitted]
+        with _clean_environment(), slurm.batch():
+            submitted = [slurm.submit(job) for job in jobs.values()]
+        job_ids = {run_dir: job.job_id for run_dir, job in zip(jobs, submitted, strict=True)}
     except submitit.core.utils.FailedJobError as error:
         raise UserError(f"sbatch refuses the job: {str(error).strip().splitlines()[-1]}") from None
+    for run_dir, job_id in job_ids.items():
+        entry = {"job": job_id, "kind": kind, "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        path = Path(run_dir, "slurm", "jobs.jsonl")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+    return job_ids
 
 
 def variants(path: str, overrides: list[str], seeds: list[int], sweep: list[str]) -> list[Config]:
@@ -182,11 +184,3 @@ def _test(script: str) -> None:
         raise UserError(
             f"sbatch refuses the job: {reason}; see --partition, --account, --time, --nodes and the site file"
         )
-
-
-def _note(run: Path, job_id: str, kind: str) -> None:
-    """RUN/slurm/jobs.jsonl, from which `submit.py status` knows the jobs of a run."""
-    path = run / "slurm" / "jobs.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps({"job": job_id, "kind": kind, "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z")}) + "\n")

@@ -36,7 +36,9 @@ def explain(config: Config, world_size: int, ranks_per_node: int | None = None) 
     run_folder.check(plan.run, config)
     memory = Memory.of(plan)
     of_method = _on_meta(plan).explain(world_size)
-    lines = _data(plan) | _grid(plan, memory) | of_method | _training(plan) | _memory(memory) | _files(plan)
+    lines = _data(plan) | _grid(plan, memory) | of_method | _training(plan) | _memory(memory)
+    kept = checkpoint.steps(plan.run)
+    lines["run folder"] = f"{plan.run} ({f'resumes after step {kept[-1]}' if kept else 'new'})"
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}".replace("\n", "\n" + " " * (width + 2)) for name, text in lines.items())
 
@@ -117,18 +119,16 @@ def _training(plan: RunPlan) -> dict[str, str]:
     if options.schedule == "step":
         points |= {min(last, step) for step in optim.milestones(options, clock)}
     rates = ", ".join(f"{optim.lr(options, plan.clock(step)):.3g} at step {step}" for step in sorted(points))
-    return {
+    lines = {
         "length": f"{clock.total_steps} steps = {clock.total_epochs:g} epochs of {clock.steps_per_epoch} steps",
         "optimizer": f"{options.name}, {options.schedule}, rate {rates}",
         "precision": plan.config.precision,
-    } | _online(plan)
-
-
-def _online(plan: RunPlan) -> dict[str, str]:
+    }
     every = plan.config.log.knn_every_epochs
-    if every is None:
-        return {}
-    return {"online kNN": f"every {every} epochs, on images held out of split {online_knn.labelled_split(plan)}"}
+    if every is not None:
+        of = f"on images held out of split {online_knn.labelled_split(plan)}"
+        lines["online kNN"] = f"every {every} epochs, {of}"
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------------- memory
@@ -187,11 +187,6 @@ def _on_meta(plan: RunPlan) -> SSLMethod[Any]:
         return plan.build()
 
 
-def _batch(views: list[Tensor], view_ids: list[Tensor], num_images: int) -> Batch:
-    ids = torch.arange(num_images)
-    return Batch(views, view_ids, ids, torch.full_like(ids, -1), ids)
-
-
 def _peak(plan: RunPlan, method: SSLMethod[Any]) -> int:
     """The most that forward and backward of the backbone hold at once on this rank, beside weights and input."""
     method.train()
@@ -209,9 +204,10 @@ def _peak(plan: RunPlan, method: SSLMethod[Any]) -> int:
     view_ids = [
         torch.from_numpy(spec.view_ids[: shape[0]].copy()) for spec, shape in zip(plan.specs, shapes, strict=True)
     ]
+    ids = torch.arange(num_images)
     with Alive([*method.parameters(), *method.buffers(), *views]) as alive:
         passed = [group.bfloat16() if half else group for group in views]
-        z = method.represent(_batch(passed, view_ids, num_images))
+        z = method.represent(Batch(passed, view_ids, ids, torch.full_like(ids, -1), ids))
         torch.autograd.backward(z, [torch.empty_like(part) for part in z])
     return alive.peak
 
@@ -269,9 +265,3 @@ def _memory(memory: Memory) -> dict[str, str]:
 
 def _mib(num_bytes: int) -> float:
     return num_bytes / 2**20
-
-
-def _files(plan: RunPlan) -> dict[str, str]:
-    kept = checkpoint.steps(plan.run)
-    state = f"resumes after step {kept[-1]}" if kept else "new"
-    return {"run folder": f"{plan.run} ({state})"}

@@ -86,13 +86,6 @@ def claimed(plan: RunPlan, world: World) -> Iterator[None]:
             os.close(lock)
 
 
-class NonFiniteLoss(Fault):
-    """The loss of some rank was NaN or infinite; the optimizer has not taken that step."""
-
-    def __init__(self, message: str):
-        super().__init__(message, RaisedOn.EVERY_RANK)
-
-
 def fit(run: TrainState, stop: StopRequest) -> int:
     """Train to the end, or to the step at which a rank has got a stop signal. Returns the exit code."""
     clock, method, world, settings = run.clock, run.method, run.world, run.config
@@ -109,7 +102,7 @@ def fit(run: TrainState, stop: StopRequest) -> int:
             output = run.forward(batch)
             stopping, broken = world.any_rank(stop.requested, ~torch.isfinite(output.loss.detach()))
             if broken:
-                raise NonFiniteLoss(run.diagnosis(clock, output))
+                raise Fault(run.diagnosis(clock, output), RaisedOn.EVERY_RANK)
             run.optimizer.zero_grad(set_to_none=True)
             output.loss.backward()
             run.optimizer.step()

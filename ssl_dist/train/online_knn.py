@@ -18,7 +18,7 @@ from ssl_dist.kernels.neighbours import neighbours, votes
 from ssl_dist.progress import Progress
 from ssl_dist.results.accuracy import target_rank
 from ssl_dist.run.blueprint import RunPlan
-from ssl_dist.run.encoder import BATCH_TIMEOUT_S, eval_images, outputs, share_in_batches
+from ssl_dist.run.encoder import BATCH_TIMEOUT_S, outputs, share_in_batches
 from ssl_dist.storage.features import Features, require_labels
 
 K, TEMPERATURE = 20, 0.07
@@ -61,9 +61,9 @@ class OnlineKNN:
             self.plan.dataset.open(self.split) as reader,
             Progress("online kNN", len(own), "image", quiet=True) as progress,
         ):
-            images = eval_images(reader, own, self.plan.config.data, self.plan.threads)
-            rows = list(outputs(lambda pixels: encoder(to_input(pixels)), images, world, progress))
-            features_ND = self._joined(np.concatenate(rows), low)
+            data, threads = self.plan.config.data, self.plan.threads
+            rows = outputs(lambda pixels: encoder(to_input(pixels)), reader, own, data, threads, world, progress)
+            features_ND = self._joined(np.concatenate(list(rows)), low)
             accuracy = world.on_rank0(lambda: self._voted(features_ND))
         world.state.step = step  # an extraction counts its batches there
         return accuracy

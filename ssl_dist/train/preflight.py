@@ -12,7 +12,7 @@ from ssl_dist.distributed.world import World
 from ssl_dist.errors import RaisedOn, UserError
 from ssl_dist.numba_cache import PACKAGE
 from ssl_dist.run.blueprint import RunPlan
-from ssl_dist.run.folder import flat
+from ssl_dist.run.folder import differences, flat
 from ssl_dist.storage import checkpoint
 
 LOCAL_KEYS = ("data.root", "data.reader", "data.workers")  # keys that may differ from node to node
@@ -28,13 +28,12 @@ def agree(plan: RunPlan, world: World) -> str:
     facts_of_ranks = world.all_gather_object((str(world.rank_info), _facts(plan)))
     first_name, first = facts_of_ranks[0]
     for name, facts in facts_of_ranks[1:]:
-        for key in sorted(first.keys() | facts.keys()):
-            if facts.get(key) != first.get(key):
-                raise UserError(
-                    f"{key}: {first_name} has {first.get(key)!r}, {name} has {facts.get(key)!r}; "
-                    "start all ranks with the same program, config and data",
-                    RaisedOn.EVERY_RANK,
-                )
+        for key, of_first, of_other in differences(first, facts):
+            raise UserError(
+                f"{key}: {first_name} has {of_first!r}, {name} has {of_other!r}; "
+                "start all ranks with the same program, config and data",
+                RaisedOn.EVERY_RANK,
+            )
     logs = plan.run / "logs"
     start = world.on_rank0(lambda: _begin(logs))
     visible = world.all_gather_object(_appears(_token(logs, start)))

@@ -52,7 +52,7 @@ def outputs(
     ):
         for images, ids in batches:
             keys = row_keys(hash64(order.seed, DROPOUT, RELABEL, step), np.zeros(1, np.int64), ids)
-            with keyed_rows(_as_tensor(keys)):
+            with keyed_rows(torch.from_numpy(keys.view(np.int64).ravel())):
                 output = at_least_float32(network(to_input(torch.from_numpy(images).to(world.device))))
             if values is None:
                 values = output.new_empty(len(positions), *output.shape[1:])
@@ -89,7 +89,3 @@ def _in_training(world: World, count: int, batch_size: int) -> Iterator[tuple[in
         stop = start + batch_size if start + 2 * batch_size <= count else count
         low, high = world.share(stop - start)
         yield start + low, start + high
-
-
-def _as_tensor(keys: np.ndarray) -> Tensor:
-    return torch.from_numpy(keys.view(np.int64).ravel())

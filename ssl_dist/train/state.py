@@ -49,9 +49,7 @@ class TrainState:
         if self.config.compile:
             method.backbone.compile()
         self.wrapped = world.wrap(self.method)
-        self._knn = None
-        if self.config.log.knn_every_epochs is not None:
-            self._knn = OnlineKNN(plan, world)
+        self._knn = None if self.config.log.knn_every_epochs is None else OnlineKNN(plan, world)
         self._normalize = normalized(plan.normalize, plan.dtype, world.device)
 
     def _resume(self) -> int:
@@ -137,10 +135,8 @@ class TrainState:
 
     def write(self, log: RunLog | None, clock: Clock, output: Output) -> None:
         """Log this step. Every rank takes part, because the loss is averaged over them."""
-        metrics = {
-            "loss": float(self.world.all_reduce_mean(output.loss.detach())),
-            "lr": self.optimizer.param_groups[0]["lr"],
-        }
+        loss = float(self.world.all_reduce_mean(output.loss.detach()))
+        metrics = {"loss": loss, "lr": self.optimizer.param_groups[0]["lr"]}
         metrics |= {name: float(value) for name, value in output.metrics.items()}
         if log is not None:
             if output.representations is not None:

@@ -14,7 +14,7 @@ from ssl_dist.progress import Progress
 from ssl_dist.results import confusion
 from ssl_dist.results.accuracy import target_rank
 from ssl_dist.results.figures import add_picture
-from ssl_dist.run.encoder import BATCH_TIMEOUT_S, Encoder, eval_images, outputs, share_in_batches
+from ssl_dist.run.encoder import BATCH_TIMEOUT_S, Encoder, outputs, share_in_batches
 from ssl_dist.transfer.subject import EvalContext
 
 
@@ -87,8 +87,8 @@ def classify(method: SSLMethod, encoder: Encoder, context: EvalContext) -> Class
         ):
             module = _Scores(method).to(world.device).to(memory_format=torch.channels_last)
             to_input = normalized(encoder.normalize, torch.float32, world.device)
-            images = eval_images(reader, ids[low:high], encoder.config.data, world.rank_info.cores)
-            for scores in outputs(lambda pixels: module(to_input(pixels)), images, world, progress):
+            images = reader, ids[low:high], encoder.config.data, world.rank_info.cores
+            for scores in outputs(lambda pixels: module(to_input(pixels)), *images, world, progress):
                 scores_BHC = torch.from_numpy(scores).view(len(scores), len(names), num_classes)
                 target_B = labels[start : start + len(scores_BHC)]
                 start += len(scores_BHC)

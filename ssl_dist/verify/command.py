@@ -8,7 +8,6 @@ gradient by its own size, so rounding noise of a gradient near 0 moves a weight 
 
 import json
 import os
-import sys
 import tempfile
 import types
 import typing
@@ -69,7 +68,7 @@ class VerifyCase:
 
     def on_grid(self, grid: Grid, pages: Path) -> GridTraining:
         data = self.config.data.model_copy(update={"view_shards": grid.views})
-        return GridTraining(f"{self.title} {say(grid)}", self.config.model_copy(update={"data": data}), pages)
+        return GridTraining(f"{self.title} {grid}", self.config.model_copy(update={"data": data}), pages)
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,8 @@ def verify(
     print(table(rows))
     print(LEGEND)
     print("\n".join(dict.fromkeys(case.note for case in chosen)))
-    print("bounds: " + "; ".join(f"{precision} {_say_bounds(bounds)}" for precision, bounds in BOUNDS.items()))
+    bounds = {name: ", ".join(f"{kind} {bound:g}" for kind, bound in of.items()) for name, of in BOUNDS.items()}
+    print("bounds: " + "; ".join(f"{precision} {text}" for precision, text in bounds.items()))
     print(f"{good} of {len(rows)} hold" + ("" if good == len(rows) else f", {len(rows) - good} DIFFERENT"))
     return 0 if good == len(rows) else 1
 
@@ -121,7 +121,7 @@ def certify(
     for size in (1, *sizes):
         work = [(number, grid) for number, case in enumerate(chosen) for grid in case.grids[size]]
         trainings = [chosen[number].on_grid(grid, folder / f"pages-{number}") for number, grid in work]
-        for (number, grid), figures in zip(work, verify_ranks.run(size, trainings, prepare, _progress), strict=True):
+        for (number, grid), figures in zip(work, verify_ranks.run(size, trainings, prepare), strict=True):
             if size > 1:
                 worst = {kind: max(figures[kind]) for kind in chosen[number].bounds}
                 rows[number].append(Row(chosen[number], grid, worst))
@@ -221,22 +221,10 @@ def table(rows: list[Row]) -> str:
     head = ["method", "variant", "precision", "grid", *KINDS, ""]
     lines = [head] + [
         [
-            row.case.method, row.case.variant, row.case.config.precision, say(row.grid),
+            row.case.method, row.case.variant, row.case.config.precision, str(row.grid),
             *(f"{row.figures[kind]:.1e}" if kind in row.figures else "-" for kind in KINDS),
             "equal" if row.holds else "DIFFERENT",
         ]
         for row in rows
     ]  # fmt: skip
     return "\n".join(text_table.aligned(lines))
-
-
-def say(grid: Grid) -> str:
-    return f"{grid.images}x{grid.views}"
-
-
-def _say_bounds(bounds: dict[str, float]) -> str:
-    return ", ".join(f"{kind} {bound:g}" for kind, bound in bounds.items())
-
-
-def _progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -123,7 +123,6 @@ def run(
     size: int,
     trainings: list[GridTraining],
     prepare: Callable[[], None] | None = None,
-    report: Callable[[str], None] = lambda _: None,
     step_timeout_s: float = STEP_TIMEOUT_S,
 ) -> list[Figures]:
     """Run the trainings on `size` processes that form one group; for each the figures, the worst of all ranks.
@@ -142,7 +141,7 @@ def run(
     for rank in ranks:
         rank.start()
     try:
-        results = _collect(ranks, messages, trainings, report, step_timeout_s)
+        results = _collect(ranks, messages, trainings, step_timeout_s)
         for rank in ranks:
             rank.join(10)
     finally:
@@ -153,11 +152,7 @@ def run(
 
 
 def _collect(
-    ranks: Sequence[BaseProcess],
-    messages: Messages,
-    trainings: list[GridTraining],
-    report: Callable[[str], None],
-    step_timeout_s: float,
+    ranks: Sequence[BaseProcess], messages: Messages, trainings: list[GridTraining], step_timeout_s: float
 ) -> list[Figures]:
     size = len(ranks)
     of_ranks: list[list[Figures]] = [[] for _ in trainings]
@@ -181,7 +176,7 @@ def _collect(
         if message is not None:
             of_ranks[number].append(message)
             if len(of_ranks[number]) == size:
-                report(f"{title}: {last_message - start:.1f} s")
+                print(f"{title}: {last_message - start:.1f} s", file=sys.stderr, flush=True)
                 start = last_message
     return [_worst(figures) for figures in of_ranks]
 

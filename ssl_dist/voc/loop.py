@@ -31,7 +31,7 @@ from ssl_dist.distributed.signals import STOPPED, StopRequest
 from ssl_dist.errors import Fault, UserError
 from ssl_dist.keys import INIT, METHOD, ORDER, TRANSFER, hash64, permutation
 from ssl_dist.progress import Progress
-from ssl_dist.run.folder import flat
+from ssl_dist.run.folder import differences
 from ssl_dist.run.log import RunLog
 from ssl_dist.storage import checkpoint, durable
 from ssl_dist.train import optim
@@ -239,11 +239,10 @@ def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, se
     if newest is None:
         return 0
     path, state, _ = newest
-    old, new = flat(state["config"]), flat(settings)
     different = [
-        f"{key} (there {old.get(key)!r}, now {new.get(key)!r})"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key.removeprefix("options.") not in FREE_OPTIONS
+        f"{key} (there {old!r}, now {new!r})"
+        for key, old, new in differences(state["config"], settings)
+        if key.removeprefix("options.") not in FREE_OPTIONS
     ]
     if different:
         raise UserError(
