@@ -113,14 +113,6 @@ def test_the_nearest_are_told_apart_down_to_a_billionth():
     assert retrieval.run(train, part([[1, 0, 0]], [1]), retrieval.Options(k=[1]))["retrieval_top1"] == 100
 
 
-@given(st.lists(st.sampled_from([0, 1, 2**11 - 1, 2**11, 2**22, 2**30, 2**31 - 1, 2**31, 2**32 - 1]), min_size=1))
-def test_keys_are_sorted_and_equal_distances_keep_their_order(distances):
-    keys = (np.array(distances, np.uint64) << np.uint64(32)) | np.arange(len(distances), dtype=np.uint64)
-    expected = np.sort(keys)
-    retrieval._sort(keys)
-    assert np.array_equal(keys, expected)
-
-
 def test_opposite_features_are_the_farthest():
     train = part([[-1, 0, 0], [0, 1, 0], [1, 0, 0]], [1, 0, 0])
     ((_, keys),) = retrieval.rankings(part([[2, 0, 0]], [0]), train, False, 1 << 20)

@@ -52,20 +52,18 @@ class Options(Overrides):
 
 
 def protocol(options: Options) -> str:
-    recipe, method_options = _resolved(options)
+    recipe = _recipe(options)
     return (
         f"fine-tuning of the whole network as in {recipe.paper}: {recipe.description}, rate of the classifier "
-        f"{method_options['head_lr']:g} times that; last epoch, all test images, centre crop"
+        f"{recipe.options['head_lr']:g} times that; last epoch, all test images, centre crop"
     )
 
 
 def measure(context: EvalContext, options: Options) -> dict[str, float]:
     """`finetune_top1` and `finetune_top5` in percent."""
-    recipe, method_options = _resolved(options)
-    return train_and_classify(context, "finetune", "fine_tuning", recipe, method_options).values("finetune")
+    return train_and_classify(context, "finetune", "fine_tuning", _recipe(options)).values("finetune")
 
 
-def _resolved(options: Options) -> tuple[Recipe, dict]:
-    """The recipe with the user's changes, and the options of the method `fine_tuning`."""
-    recipe = RECIPES[options.recipe].replaced(options)
-    return recipe, recipe.options | ({} if options.head_lr is None else {"head_lr": options.head_lr})
+def _recipe(options: Options) -> Recipe:
+    """The recipe with the user's changes."""
+    return RECIPES[options.recipe].replaced(options, head_lr=options.head_lr)

@@ -52,9 +52,9 @@ class Options(Overrides):
 
 
 def protocol(options: Options) -> str:
-    recipe, method_options = _resolved(options)
-    statistics = ", BatchNorm of the backbone in training mode" if method_options.get("batchnorm") == "batch" else ""
-    stages = method_options.get("stages")
+    recipe = _recipe(options)
+    statistics = ", BatchNorm of the backbone in training mode" if recipe.options.get("batchnorm") == "batch" else ""
+    stages = recipe.options.get("stages")
     where = "output" if stages is None else f"stages ({stages})"
     return (
         f"linear probe on the frozen backbone's {where} as in {recipe.paper}: {recipe.description}{statistics}; last "
@@ -64,12 +64,9 @@ def protocol(options: Options) -> str:
 
 def measure(context: EvalContext, options: Options) -> dict[str, float]:
     """`probe_top1` and `probe_top5` in percent; `probe_<stage>_top1` and `_top5` for every stage."""
-    recipe, method_options = _resolved(options)
-    return train_and_classify(context, "probe", "linear_probe", recipe, method_options).values("probe")
+    return train_and_classify(context, "probe", "linear_probe", _recipe(options)).values("probe")
 
 
-def _resolved(options: Options) -> tuple[Recipe, dict]:
-    """The recipe with the user's changes, and the options of the method `linear_probe`."""
-    recipe = RECIPES[options.recipe].replaced(options)
-    changes = {"stages": options.stages, "batchnorm": options.batchnorm}
-    return recipe, recipe.options | {name: value for name, value in changes.items() if value is not None}
+def _recipe(options: Options) -> Recipe:
+    """The recipe with the user's changes."""
+    return RECIPES[options.recipe].replaced(options, stages=options.stages, batchnorm=options.batchnorm)

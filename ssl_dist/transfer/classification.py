@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_dist.data.normalize import normalized
 from ssl_dist.data.readers import Dataset
@@ -53,17 +53,6 @@ def draw(classified: Classified, context: EvalContext, evaluator: str, how: str)
         context.world.on_rank0(write)
 
 
-class _Scores(nn.Module):
-    """The scores of all of a method's classifiers, [N, H, C]."""
-
-    def __init__(self, method: SSLMethod):
-        super().__init__()
-        self.method = method
-
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.stack(list(self.method.logits(images).values()), 1)
-
-
 def classify(method: SSLMethod, encoder: Encoder, context: EvalContext) -> Classified:
     """Classify the measured images under the test transform of `encoder`, which is the method's.
 
@@ -80,15 +69,20 @@ def classify(method: SSLMethod, encoder: Encoder, context: EvalContext) -> Class
         low, high = share_in_batches(world, len(ids))
         counts_HCC = torch.zeros(len(names), num_classes, num_classes, dtype=torch.int64)
         num_top5_H = torch.zeros(len(names), dtype=torch.int64)
+        to_input = normalized(encoder.normalize, torch.float32, world.device)
+
+        def score(pixels: Tensor) -> Tensor:
+            """All of the method's classifiers, [N, H, C]."""
+            return torch.stack(list(method.logits(to_input(pixels)).values()), 1)
+
         start = low
         with (
             Progress(f"classify {dataset.name} {split}", high - low, "image", quiet=not world.is_rank0) as progress,
             world.state.phase_of(f"the classification of {split}", BATCH_TIMEOUT_S),
         ):
-            module = _Scores(method).to(world.device).to(memory_format=torch.channels_last)
-            to_input = normalized(encoder.normalize, torch.float32, world.device)
+            method.to(world.device).to(memory_format=torch.channels_last)
             images = reader, ids[low:high], encoder.config.data, world.rank_info.cores
-            for scores in outputs(lambda pixels: module(to_input(pixels)), *images, world, progress):
+            for scores in outputs(score, *images, world, progress):
                 scores_BHC = torch.from_numpy(scores).view(len(scores), len(names), num_classes)
                 target_B = labels[start : start + len(scores_BHC)]
                 start += len(scores_BHC)

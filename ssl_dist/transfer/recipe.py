@@ -48,10 +48,11 @@ class Recipe:
     view: dict | None = None
     options: dict = field(default_factory=dict)
 
-    def replaced(self, overrides: Overrides) -> "Recipe":
-        """The recipe with the values of the overrides that are not null."""
+    def replaced(self, overrides: Overrides, **options: object) -> "Recipe":
+        """The recipe with those values of the overrides, and of the method's options, that are not null."""
         values = {name: value for name in Overrides.model_fields if (value := getattr(overrides, name)) is not None}
-        return Recipe(self.paper, self.optim | values, self.view, self.options)
+        changed = {name: value for name, value in options.items() if value is not None}
+        return Recipe(self.paper, self.optim | values, self.view, self.options | changed)
 
     @property
     def description(self) -> str:
@@ -67,16 +68,16 @@ class Recipe:
         )
 
 
-def train_and_classify(context: EvalContext, name: str, method: str, recipe: Recipe, options: dict) -> Classified:
+def train_and_classify(context: EvalContext, name: str, method: str, recipe: Recipe) -> Classified:
     """Train the method of this name by the recipe, or resume that training, and classify the test split.
 
     name: the evaluator's. Raises `Stopped`, and `UserError` for a training that cannot run.
     """
-    digest = context.digest({"recipe": recipe.optim, "view": recipe.view, "options": options})
+    digest = context.digest({"recipe": recipe.optim, "view": recipe.view, "options": recipe.options})
     folder = context.run / "evaluations" / f"{name}-{digest}"
     world = context.world
     is_new = world.on_rank0(lambda: _prepare(folder, context))
-    settings = config.validate(config.Config, _config_tree(context, folder, method, recipe, options))
+    settings = config.validate(config.Config, _config_tree(context, folder, method, recipe))
     try:
         plan = world.raise_together(lambda: derive(settings, world.rank_info))
     except UserError as error:
@@ -114,7 +115,7 @@ def encoder_file(encoder: Encoder) -> bytes:
     return safetensors.torch.save(tensors)
 
 
-def _config_tree(context: EvalContext, folder: Path, method: str, recipe: Recipe, options: dict) -> dict:
+def _config_tree(context: EvalContext, folder: Path, method: str, recipe: Recipe) -> dict:
     """The config of the training."""
     run, dataset = context.encoder.config, context.dataset
     data = run.data
@@ -132,7 +133,7 @@ def _config_tree(context: EvalContext, folder: Path, method: str, recipe: Recipe
         },
         "views": {"normalize": config.to_tree(context.encoder.normalize), "groups": [view]},
         "backbone": {"name": run.backbone.name, "weights": str(folder / "encoder.safetensors")},
-        "method": {"name": method, "options": recipe.options | options},
+        "method": {"name": method, "options": recipe.options},
         "optim": recipe.optim,
         "precision": run.precision,
         "channels_last": run.channels_last,

@@ -6,7 +6,10 @@ the devkit's rules are written out here.
 """
 
 import numpy as np
+import torch
+from torchvision.ops import box_iou
 
+from ssl_dist.results.confusion import matrix
 from ssl_dist.voc.data import VOID, Objects
 
 IOU_THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
@@ -43,11 +46,7 @@ def classification_ap(score_N: np.ndarray, label_N: np.ndarray) -> tuple[float, 
 
 def iou(boxes_N4: np.ndarray, others_M4: np.ndarray) -> np.ndarray:
     """Intersection over union [N, M] of boxes x0, y0, x1, y1, float64."""
-    first, second = boxes_N4[:, None].astype(np.float64), others_M4[None].astype(np.float64)
-    sides = np.minimum(first[..., 2:], second[..., 2:]) - np.maximum(first[..., :2], second[..., :2])
-    common = sides.clip(min=0).prod(-1)
-    areas = ((box[..., 2:] - box[..., :2]).prod(-1) for box in (first, second))
-    return common / (sum(areas) - common)
+    return box_iou(torch.from_numpy(boxes_N4).double(), torch.from_numpy(others_M4).double()).numpy()
 
 
 class Detections:
@@ -99,8 +98,7 @@ class Detections:
 def confusion(predicted: np.ndarray, true: np.ndarray, num_classes: int) -> np.ndarray:
     """int64 [C, C]: pixels of each true class (rows) by what was predicted (columns); void pixels do not count."""
     counted = true != VOID
-    cells = true[counted].astype(np.int64) * num_classes + predicted[counted]
-    return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
+    return matrix(true[counted].astype(np.int64), predicted[counted], num_classes)
 
 
 def class_iou(confusion_CC: np.ndarray) -> np.ndarray:
