@@ -10,7 +10,7 @@ from ssl_dist.config import ColorJitter, RandomResizedCrop, ViewGroup
 from ssl_dist.data.loader import TrainLoader
 from ssl_dist.data.plan import DataOrder
 from ssl_dist.grid import Grid
-from ssl_dist.views.make import view_specs
+from ssl_dist.views import Images, view_specs
 
 N, K, SIZE = 24, 4, 8
 GROUPS = [ViewGroup(random_resized_crop=RandomResizedCrop(), horizontal_flip=0.5, color_jitter=ColorJitter())]
@@ -32,7 +32,7 @@ class Reader:
             for number, ids in enumerate(ids_per_step):
                 if number == self.fail_at:
                     raise OSError("the disk is gone")
-                yield self.images[ids], np.full(len(ids), 12), np.full(len(ids), 10), ids
+                yield Images(self.images[ids], np.full(len(ids), 12), np.full(len(ids), 10), ids)
         finally:
             self.closed = True
 

@@ -144,7 +144,7 @@ def test_a_recipe_makes_the_views_that_pillow_and_torchvision_make(name):
     pixels = np.stack([smooth(1, 110, 130), noise(2, 110, 130)])
     heights, widths, ids = np.array([110, 75]), np.array([130, 101]), np.array([4, 9])
     for group, spec in zip(groups, specs, strict=True):
-        made = views.make_views(pixels, heights, widths, ids, spec, spec.view_ids, 1, 0)
+        made = views.make_views((pixels, heights, widths, ids), spec, spec.view_ids, 1, 0)
         assert made.shape == (spec.num, 2, 3, spec.size, spec.size)
         for v, b in itertools.product(range(min(spec.num, 2)), range(2)):
             image = pixels[b, : heights[b], : widths[b]]

@@ -90,8 +90,8 @@ def test_the_test_transform_is_that_of_extraction(one_process, digits, tmp_path)
     from ssl_dist.views.make import test_views
 
     with run.plan.open_reader() as reader:
-        [(pixels, heights, widths, _)] = reader.batches([run.plan.order.train_ids])
-    images = test_views(pixels, heights, widths, 32, resize=36, interpolation="bicubic")
+        [images] = reader.batches([run.plan.order.train_ids])
+    images = test_views(images, 32, resize=36, interpolation="bicubic")
     with torch.no_grad():
         wanted = run.method.backbone.eval()(run._normalize(torch.from_numpy(images)))
     np.testing.assert_allclose(one_process[0][1], wanted.numpy(), rtol=1e-12)

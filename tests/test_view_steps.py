@@ -116,7 +116,7 @@ def test_drawn_views_equal_pillows(name, seed, height, width, size):
         return  # a crop larger than the resized image
     image = noise(seed, height, width)
     sides = np.array([height]), np.array([width])
-    got = views.make_views(image[None], *sides, np.array([7]), spec, spec.view_ids, seed, 3)
+    got = views.make_views((image[None], *sides, np.array([7])), spec, spec.view_ids, seed, 3)
     for view_id in spec.view_ids:
         drawn = views.draw_view(spec, seed, 3, 7, int(view_id), height, width)
         np.testing.assert_array_equal(got[view_id, 0], reference(image, group, size, drawn))
@@ -152,7 +152,7 @@ def test_bicubic_weights_below_zero_are_clipped():
 def test_the_test_transform_with_either_interpolation(resize, interpolation):
     image = noise(3, 50, 61)
     sides = np.array([50]), np.array([61])
-    got = views.test_views(image[None], *sides, 32, resize=resize, interpolation=interpolation)[0]
+    got = views.test_views((image[None], *sides, np.array([0])), 32, resize=resize, interpolation=interpolation)[0]
     plain = functional.resize(Image.fromarray(image), resize, functional.InterpolationMode(interpolation))
     np.testing.assert_array_equal(got, planes(functional.center_crop(plain, [32, 32])))
 
@@ -185,11 +185,11 @@ def test_threads_padding_and_splits_change_nothing_after_a_resize():
     pixels = generator.integers(0, 256, (7, 40, 50, 3), dtype=np.uint8)
     heights, widths, ids = generator.integers(5, 41, 7), generator.integers(5, 51, 7), np.arange(7) + 90
     spec = spec_of(group_of(**RECIPES["bicubic resize, then crop"]), 3)
-    expected = views.make_views(pixels, heights, widths, ids, spec, spec.view_ids, 1, 0)
+    expected = views.make_views((pixels, heights, widths, ids), spec, spec.view_ids, 1, 0)
     for b in range(7):
         one = np.ascontiguousarray(pixels[b : b + 1, : heights[b], : widths[b]])
         sides = heights[b : b + 1], widths[b : b + 1]
-        got = views.make_views(one, *sides, ids[b : b + 1], spec, spec.view_ids[1:], 1, 0)
+        got = views.make_views((one, *sides, ids[b : b + 1]), spec, spec.view_ids[1:], 1, 0)
         np.testing.assert_array_equal(got[:, 0], expected[1:, b])
 
 
@@ -355,9 +355,9 @@ def test_shards_of_patches_are_those_of_all_views():
     recipe = {"random_resized_crop": {}, "color_jitter": {}, "resize": {"short_side": 70}}
     _, spec = views.view_specs([group_of(num=2), patch_group(6, **recipe)], 8, 24)
     ids = np.array([5, 6, 7])
-    expected = views.make_views(pixels, *sides, ids, spec, spec.view_ids, 3, 4)
+    expected = views.make_views((pixels, *sides, ids), spec, spec.view_ids, 3, 4)
     for chosen in (slice(0, 2), slice(2, 6)):
-        got = views.make_views(pixels, *sides, ids, spec, spec.view_ids[chosen], 3, 4)
+        got = views.make_views((pixels, *sides, ids), spec, spec.view_ids[chosen], 3, 4)
         np.testing.assert_array_equal(got, expected[chosen])
 
 
@@ -436,7 +436,7 @@ for recipe in RECIPES.values():
         for height, width in ((1, 1), (1, 150), (150, 1), (2, 90), (64, 64), (97, 31)):
             pixels, sides = noise(0, height, width)[None], (np.array([height]), np.array([width]))
             for seed in range(6):
-                views.make_views(pixels, *sides, np.array([7]), spec, spec.view_ids, seed, 3)
+                views.make_views((pixels, *sides, np.array([7])), spec, spec.view_ids, seed, 3)
 """
 
 

@@ -56,7 +56,7 @@ def test_specs_refuse_numbers_that_do_not_add_up(nums):
 
 def test_test_views_refuse_a_centre_crop_larger_than_the_image(batch):
     with pytest.raises(UserError, match="resize = 8"):
-        views.test_views(*batch[:3], 16, resize=8)
+        views.test_views(batch, 16, resize=8)
 
 
 # ------------------------------------------------------------------------- only the keys can change a view
@@ -65,7 +65,7 @@ def test_test_views_refuse_a_centre_crop_larger_than_the_image(batch):
 def test_views_are_the_drawn_parameters_applied(batch):
     pixels, heights, widths, ids = batch
     spec = views.view_specs([FULL], 6, 16)[0]
-    made = views.make_views(*batch, spec, spec.view_ids, 5, 2)
+    made = views.make_views(batch, spec, spec.view_ids, 5, 2)
     for b, (height, width) in enumerate(zip(heights, widths, strict=True)):
         for view_id in spec.view_ids:
             drawn = views.draw_view(spec, 5, 2, int(ids[b]), int(view_id), int(height), int(width))
@@ -76,56 +76,56 @@ def test_views_are_the_drawn_parameters_applied(batch):
 @pytest.mark.parametrize("threads", [1, 2, 3, 4, 12])
 def test_threads_change_nothing(batch, threads):
     spec = views.view_specs([FULL], 4, 16)[0]
-    expected = views.make_views(*batch, spec, spec.view_ids, 1, 0)
-    tests = views.test_views(*batch[:3], 16)
+    expected = views.make_views(batch, spec, spec.view_ids, 1, 0)
+    tests = views.test_views(batch, 16)
     with ThreadTeam(threads) as team:
         for _ in range(3):
-            out = np.zeros_like(expected)
-            got = views.make_views(*batch, spec, spec.view_ids, 1, 0, out=out, team=team)
-            assert got is out
+            got = views.make_views(batch, spec, spec.view_ids, 1, 0, team)
             np.testing.assert_array_equal(got, expected)
-            np.testing.assert_array_equal(views.test_views(*batch[:3], 16, team=team), tests)
+            np.testing.assert_array_equal(views.test_views(batch, 16, team=team), tests)
 
 
 @settings(max_examples=20)
 @given(st.integers(0, 9), st.integers(0, 5), st.permutations(range(9)), st.integers(0, 12))
 def test_splits_orders_and_padding_change_nothing(batch, image_cut, view_cut, order, padding):
     spec = views.view_specs([FULL], 5, 16)[0]
-    expected = views.make_views(*batch, spec, spec.view_ids, 1, 3)
+    expected = views.make_views(batch, spec, spec.view_ids, 1, 3)
     pixels, heights, widths, ids = select(batch, np.array(order))
     pixels = np.pad(pixels, ((0, 0), (0, padding), (0, 2 * padding), (0, 0)), constant_values=77)
     shuffled = (pixels, heights, widths, ids)
     got = np.zeros_like(expected)
     for images in (slice(0, image_cut), slice(image_cut, 9)):
         for chosen in (slice(0, view_cut), slice(view_cut, 5)):
-            part = views.make_views(*select(shuffled, images), spec, spec.view_ids[chosen], 1, 3)
+            part = views.make_views(select(shuffled, images), spec, spec.view_ids[chosen], 1, 3)
             got[chosen, images] = part
     np.testing.assert_array_equal(got, expected[:, np.array(order)])
 
 
 def test_padding_is_not_seen_by_the_test_transform(batch):
-    pixels, heights, widths, _ = batch
-    tests = views.test_views(pixels, heights, widths, 16)
+    pixels, heights, widths, ids = batch
+    tests = views.test_views(batch, 16)
     for b, (height, width) in enumerate(zip(heights, widths, strict=True)):
         tight = np.ascontiguousarray(pixels[b : b + 1, :height, :width])
-        np.testing.assert_array_equal(views.test_views(tight, heights[b : b + 1], widths[b : b + 1], 16)[0], tests[b])
+        np.testing.assert_array_equal(
+            views.test_views((tight, *(array[b : b + 1] for array in (heights, widths, ids))), 16)[0], tests[b]
+        )
 
 
 def test_read_only_and_strided_arrays_are_taken(batch):
     spec = views.view_specs([FULL], 2, 16)[0]
-    expected = views.make_views(*batch, spec, spec.view_ids, 1, 0)
+    expected = views.make_views(batch, spec, spec.view_ids, 1, 0)
     pixels = batch[0].copy()
     pixels.flags.writeable = False
-    np.testing.assert_array_equal(views.make_views(pixels, *batch[1:], spec, spec.view_ids, 1, 0), expected)
+    np.testing.assert_array_equal(views.make_views((pixels, *batch[1:]), spec, spec.view_ids, 1, 0), expected)
     every_other = tuple(array[::2] for array in batch)
-    np.testing.assert_array_equal(views.make_views(*every_other, spec, spec.view_ids, 1, 0), expected[:, ::2])
+    np.testing.assert_array_equal(views.make_views(every_other, spec, spec.view_ids, 1, 0), expected[:, ::2])
 
 
 def test_no_images_or_no_views(batch):
     spec = views.view_specs([FULL], 2, 16)[0]
     none = select(batch, slice(0, 0))
-    assert views.make_views(*none, spec, spec.view_ids, 0, 0).shape == (2, 0, 3, 16, 16)
-    assert views.make_views(*batch, spec, spec.view_ids[:0], 0, 0).shape == (0, 9, 3, 16, 16)
+    assert views.make_views(none, spec, spec.view_ids, 0, 0).shape == (2, 0, 3, 16, 16)
+    assert views.make_views(batch, spec, spec.view_ids[:0], 0, 0).shape == (0, 9, 3, 16, 16)
 
 
 def test_every_part_of_the_key_matters():
@@ -233,7 +233,7 @@ def test_a_strength_of_zero_leaves_its_step_out():
     spec = spec_of(color_jitter={"p": 1.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0})
     assert {drawn[3:7] for drawn in drawn_parameters(spec, 32, 32, 100)} == {(1.0, 1.0, 1.0, 0.0)}
     pixels = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), dtype=np.uint8)
-    made = views.make_views(pixels, np.array([16]), np.array([16]), np.array([0]), spec, spec.view_ids, 0, 0)
+    made = views.make_views((pixels, np.array([16]), np.array([16]), np.array([0])), spec, spec.view_ids, 0, 0)
     np.testing.assert_array_equal(made[0, 0], pixels[0].transpose(2, 0, 1))
 
 

@@ -101,7 +101,7 @@ def test_the_test_transform(height, width, size, margin, seed):
     resize = size + margin
     padded = np.full((1, height + 3, width + 2, 3), 99, np.uint8)
     padded[0, :height, :width] = image
-    got = views.test_views(padded, np.array([height]), np.array([width]), size, resize=resize)[0]
+    got = views.test_views((padded, np.array([height]), np.array([width]), np.array([0])), size, resize=resize)[0]
     plain = functional.resize(Image.fromarray(image), resize)
     rows = rows_first(Image.fromarray(image), plain.height, plain.width)
     np.testing.assert_array_equal(got, planes(functional.center_crop(rows, [size, size])))
@@ -111,7 +111,7 @@ def test_the_test_transform(height, width, size, margin, seed):
 
 def test_the_test_transform_leaves_an_image_of_the_right_size_alone():
     image = noise(0, 32, 32)
-    got = views.test_views(image[None], np.array([32]), np.array([32]), 32)
+    got = views.test_views((image[None], np.array([32]), np.array([32]), np.array([0])), 32)
     np.testing.assert_array_equal(got[0], planes(image))
 
 
@@ -210,7 +210,7 @@ def test_drawn_pipelines(seed, height, width):
     (drawn_spec,) = views.view_specs([group], 8, 24)
     image = noise(seed, height, width)
     sizes = np.array([height]), np.array([width])
-    got = views.make_views(image[None], *sizes, np.array([7]), drawn_spec, drawn_spec.view_ids, seed, 3)
+    got = views.make_views((image[None], *sizes, np.array([7])), drawn_spec, drawn_spec.view_ids, seed, 3)
     for view_id in range(8):
         drawn = views.draw_view(drawn_spec, seed, 3, 7, view_id, height, width)
         np.testing.assert_array_equal(got[view_id, 0], reference(image, 24, drawn))

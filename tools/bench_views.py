@@ -106,8 +106,7 @@ def compare(pixels, name: str, size: int, num_views: int, pil_images: int, round
     groups = [group.model_copy(update={"num": num_views // len(groups)}) for group in groups]
     specs = views.view_specs(groups, num_views, size)
     count, height, width = pixels.shape[:3]
-    heights, widths, ids = np.full(count, height), np.full(count, width), np.arange(count)
-    outs = [np.empty((spec.num, count, 3, size, size), np.uint8) for spec in specs]
+    images = views.Images(pixels, np.full(count, height), np.full(count, width), np.arange(count))
     pipelines = [torchvision_pipeline(group, size) for group in groups]
     sources = [Image.fromarray(image) for image in pixels[:pil_images]]
 
@@ -117,8 +116,8 @@ def compare(pixels, name: str, size: int, num_views: int, pil_images: int, round
                 pipeline(source)
 
     def by_kernel(epoch):
-        for spec, out in zip(specs, outs, strict=True):
-            views.make_views(pixels, heights, widths, ids, spec, spec.view_ids, seed=0, epoch=epoch, out=out)
+        for spec in specs:
+            views.make_views(images, spec, spec.view_ids, seed=0, epoch=epoch)
 
     torchvision_rates, kernel_rates = [], []
     views.warm_up(specs[0])

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ssl_dist import views
 from ssl_dist.data.plan import DataOrder
-from ssl_dist.data.reader import DecodedBatch, Reader
+from ssl_dist.data.reader import Reader
 from ssl_dist.grid import Grid
 from ssl_dist.thread_team import ThreadTeam, run_ahead
 
-MakeView = Callable[[DecodedBatch, ThreadTeam], np.ndarray]  # a view of every image, uint8 [B, 3, S, S]
+MakeView = Callable[[views.Images, ThreadTeam], np.ndarray]  # a view of every image, uint8 [B, 3, S, S]
 
 AHEAD = 3  # batches, one of them in the making; more only hides stalls longer than two steps
 
@@ -78,11 +78,11 @@ class TrainLoader:
             with closing(run_ahead(calls, 1, AHEAD)) as batches:
                 yield from batches
 
-    def _batch(self, step: int, decoded: Iterator[DecodedBatch], team: ThreadTeam) -> HostBatch:
+    def _batch(self, step: int, decoded: Iterator[views.Images], team: ThreadTeam) -> HostBatch:
         images = next(decoded)
-        epoch, image_ids = step // self.order.steps_per_epoch, images[-1]
+        epoch, image_ids = step // self.order.steps_per_epoch, images.ids
         groups = [
-            torch.from_numpy(views.make_views(*images, spec, view_ids, self.order.seed, epoch, team=team))
+            torch.from_numpy(views.make_views(images, spec, view_ids, self.order.seed, epoch, team))
             for spec, view_ids in zip(self.specs, self.view_ids, strict=True)
         ]
         if self.pin:
@@ -102,4 +102,4 @@ def view_batches(
     """A view of every image, uint8 [B, 3, S, S], and the ids [B], an entry of `ids_per_step` at a time."""
     with ThreadTeam(threads) as team, closing(reader.batches(ids_per_step, team)) as decoded:
         for images in decoded:
-            yield make_view(images, team), images[-1]
+            yield make_view(images, team), images.ids

@@ -13,8 +13,7 @@ import numpy as np
 from ssl_dist.data.beton import Beton
 from ssl_dist.errors import UserError
 from ssl_dist.thread_team import ALONE, ThreadTeam
-
-DecodedBatch = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # pixels, heights, widths, ids
+from ssl_dist.views import Images
 
 
 @dataclass(frozen=True)
@@ -56,23 +55,20 @@ class Reader:
         assert labels.shape == (self.info.count,), labels.shape
         self._labels = labels
 
-    def batches(
-        self, ids_per_step: Iterable[np.ndarray], team: ThreadTeam = ALONE
-    ) -> Generator[DecodedBatch, None, None]:
+    def batches(self, ids_per_step: Iterable[np.ndarray], team: ThreadTeam = ALONE) -> Generator[Images, None, None]:
         """One batch an entry of `ids_per_step` (which may be endless; it is read one entry at a time).
 
-        Yields (pixels uint8 [B, Hmax, Wmax, 3] with each image at the top left and zeros around it, heights int64 [B],
-        widths int64 [B], ids int64 [B]); the arrays belong to the caller. Raises `UserError` naming the image and the
+        Around an image its pixels are 0. The arrays belong to the caller. Raises `UserError` naming the image and the
         file when an image is damaged. The team, the thread that asks for the next batch among it, decodes.
         """
         for ids in ids_per_step:
             yield self._batch(ids, team)
 
-    def _batch(self, ids: np.ndarray, team: ThreadTeam) -> DecodedBatch:
+    def _batch(self, ids: np.ndarray, team: ThreadTeam) -> Images:
         beton, ids = self._open_file(), self._checked(ids).copy()
         pixels = np.zeros((len(ids), self.info.max_height, self.info.max_width, 3), np.uint8)
         team.run(lambda low, high: self._decode(ids[low:high], pixels[low:high]), len(ids))
-        return pixels, beton.heights[ids], beton.widths[ids], ids
+        return Images(pixels, beton.heights[ids], beton.widths[ids], ids)
 
     def _checked(self, ids: np.ndarray) -> np.ndarray:
         ids = np.asarray(ids, np.int64)

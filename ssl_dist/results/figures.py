@@ -79,12 +79,10 @@ class FigureWriter:
         step = max(1, _BLOCK_BYTES // (3 * reader.info.max_height * reader.info.max_width))
         blocks = [ids[start : start + step] for start in range(0, len(ids), step)]
         done = 0
-        for pixels, heights, widths, block in reader.batches(blocks):
-            views = test_views(
-                pixels, heights, widths, size, self._data.eval_resize, self._data.eval_interpolation
-            )  # [n, 3, S, S]
-            out[done : done + len(block)] = views.transpose(0, 2, 3, 1)
-            done += len(block)
+        for images in reader.batches(blocks):
+            views = test_views(images, size, self._data.eval_resize, self._data.eval_interpolation)  # [n, 3, S, S]
+            out[done : done + len(views)] = views.transpose(0, 2, 3, 1)
+            done += len(views)
         return out[inverse]
 
     def _reader_of(self, part: Features) -> Reader:

@@ -14,7 +14,7 @@ from ssl_dist import backbones, methods, views
 from ssl_dist.config import Config, Data, Normalize, validate
 from ssl_dist.data.loader import view_batches
 from ssl_dist.data.normalize import normalized
-from ssl_dist.data.reader import DecodedBatch, Reader, SplitInfo
+from ssl_dist.data.reader import Reader, SplitInfo
 from ssl_dist.data.readers import Dataset
 from ssl_dist.distributed.world import World
 from ssl_dist.errors import RaisedOn, UserError
@@ -202,9 +202,8 @@ def outputs(
     """The network's outputs, float32 [n, D], for the images `ids` under the test transform of `data`, uint8
     [n, 3, S, S] on the world's device, batch by batch and without gradient; of no ids one batch of none."""
 
-    def make_view(images: DecodedBatch, team: ThreadTeam) -> np.ndarray:
-        size, resize, interpolation = data.image_size, data.eval_resize, data.eval_interpolation
-        return views.test_views(*images[:3], size, resize, interpolation, team=team)
+    def make_view(images: views.Images, team: ThreadTeam) -> np.ndarray:
+        return views.test_views(images, data.image_size, data.eval_resize, data.eval_interpolation, team)
 
     batches = (ids[start : start + BATCH_SIZE] for start in range(0, max(1, len(ids)), BATCH_SIZE))
     with torch.no_grad(), closing(view_batches(reader, batches, make_view, threads)) as views_and_ids:

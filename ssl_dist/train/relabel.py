@@ -71,10 +71,10 @@ def _view_maker(plan: RunPlan, step: int, augmented: bool) -> MakeView:
     spec, data = plan.specs[0], plan.config.data
     if augmented:
         seed = int(hash64(plan.order.seed, RELABEL))
-        return lambda images, team: views.make_views(*images, spec, spec.view_ids[:1], seed, step, team=team)[0]
+        return lambda images, team: views.make_views(images, spec, spec.view_ids[:1], seed, step, team)[0]
     # The short side before the centre crop, in the proportion of the evaluation's transform.
     resize = None if data.eval_resize is None else max(spec.size, data.eval_resize * spec.size // data.image_size)
-    return lambda images, team: views.test_views(*images[:3], spec.size, resize, data.eval_interpolation, team=team)
+    return lambda images, team: views.test_views(images, spec.size, resize, data.eval_interpolation, team)
 
 
 def _in_evaluation(world: World, count: int) -> Iterator[tuple[int, int]]:

@@ -154,10 +154,10 @@ class TrainState:
 
         step, order = clock.step - 1, self.plan.order
         with self.plan.open_reader() as reader:
-            [(pixels, heights, widths, ids)] = reader.batches([order.global_ids(step)[:num_images]])
+            [images] = reader.batches([order.global_ids(step)[:num_images]])
         for number, spec in enumerate(self.plan.specs):
             epoch = step // order.steps_per_epoch
-            views_VBCHW = views.make_views(pixels, heights, widths, ids, spec, spec.view_ids, order.seed, epoch)
+            views_VBCHW = views.make_views(images, spec, spec.view_ids, order.seed, epoch)
             log.pictures(f"views/{number}", clock, views_VBCHW)
             name = "views.png" if number == 0 else f"views-{number}.png"
             plots.views_grid(self.folder / name, views_VBCHW)

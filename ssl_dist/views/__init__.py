@@ -2,8 +2,10 @@
 
 from ssl_dist.views.draw import ViewParameters
 from ssl_dist.views.make import ViewSpec, draw_view, make_views, render_view, test_views, view_specs, warm_up
+from ssl_dist.views.render import Images
 
 __all__ = [
+    "Images",
     "ViewParameters",
     "ViewSpec",
     "draw_view",

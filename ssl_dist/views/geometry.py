@@ -1,4 +1,4 @@
-"""Steps that move or erase the pixels of one view, uint8 [3, S, S], in place; and the patches cut out of it.
+"""Steps that move or erase the pixels of one view, uint8 [3, S, S], in place.
 
 The affine step equals torchvision's on a Pillow image bit for bit: the middle of each result pixel is taken back to
 the source in float64, and the four pixels around it are weighted there and truncated (libImaging/Geometry.c).
@@ -9,8 +9,7 @@ import math
 import numpy as np
 from numba import njit
 
-from ssl_dist.keys import fold
-from ssl_dist.views.draw import PATCH, AffineParameters, draw_patch
+from ssl_dist.views.draw import AffineParameters
 from ssl_dist.views.resample import Box
 
 
@@ -77,24 +76,3 @@ def erase(view: np.ndarray, rectangle: Box, red: float, green: float, blue: floa
             view[0, y, x] = red
             view[1, y, x] = green
             view[2, y, x] = blue
-
-
-@njit(cache=True, nogil=True)
-def cut_patches(
-    image: np.ndarray,
-    recipe: np.ndarray,
-    epoch_key: np.uint64,
-    image_id: int,
-    first_view: int,
-    view_ids: np.ndarray,
-    out: np.ndarray,
-    b: int,
-) -> None:
-    """The patches of these views out of image uint8 [3, S, S] into out[:, b], uint8 [V, B, 3, P, P]."""
-    key, size = fold(fold(epoch_key, image_id), first_view), int(recipe[PATCH])
-    for v in range(view_ids.shape[0]):
-        top, left = draw_patch(recipe, key, view_ids[v] - first_view)
-        for c in range(3):
-            for y in range(size):
-                for x in range(size):
-                    out[v, b, c, y, x] = image[c, top + y, left + x]

@@ -13,11 +13,12 @@ from numpy.typing import ArrayLike
 
 from ssl_dist.config.recipe import Interpolation, Resize, ViewGroup
 from ssl_dist.errors import UserError
-from ssl_dist.keys import VIEWS, hash64
+from ssl_dist.keys import VIEWS, hash64, row_keys
 from ssl_dist.thread_team import ALONE, ThreadTeam
-from ssl_dist.views import geometry, render, resample
+from ssl_dist.views import render, resample
 from ssl_dist.views.draw import PATCH, SIZE, ViewParameters, draw_parameters, draw_patch, numeric_recipe
 from ssl_dist.views.render import Images
+from ssl_dist.views.resample import Pair
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,29 +100,16 @@ def _read_only(array: ArrayLike, dtype: type) -> np.ndarray:
 
 
 def make_views(
-    pixels: np.ndarray,
-    heights: np.ndarray,
-    widths: np.ndarray,
-    ids: np.ndarray,
-    spec: ViewSpec,
-    view_ids: np.ndarray,
-    seed: int,
-    epoch: int,
-    out: np.ndarray | None = None,
-    team: ThreadTeam = ALONE,
+    images: Images, spec: ViewSpec, view_ids: np.ndarray, seed: int, epoch: int, team: ThreadTeam = ALONE
 ) -> np.ndarray:
-    """Views uint8 [V, B, 3, S, S] of images b = pixels[b, :heights[b], :widths[b]], pixels uint8 [B, Hmax, Wmax, 3].
-
-    ids int64 [B] and view_ids int64 [V] (any of the spec's) name the draws. The team's threads share the images.
-    """
-    num_images, num_views = len(pixels), len(view_ids)
+    """Views uint8 [V, B, 3, S, S] of the images. view_ids: int64 [V], any of the spec's; they and the images' ids name
+    the draws. The team's threads share the images."""
+    pixels, heights, widths, ids = images
+    num_images = len(pixels)
     assert pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[3] == 3, (pixels.dtype, pixels.shape)
     assert len(heights) == len(widths) == len(ids) == num_images
-    shape = (num_views, num_images, 3, spec.size, spec.size)
-    if out is None:
-        out = np.empty(shape, np.uint8)
-    assert out.shape == shape and out.dtype == np.uint8 and out.flags.c_contiguous, (out.shape, shape)
-    if num_images == 0 or num_views == 0:
+    out = np.empty((len(view_ids), num_images, 3, spec.size, spec.size), np.uint8)
+    if out.size == 0:
         return out
     # the kernel does not check its indices
     assert np.min(heights) >= 1 and np.max(heights) <= pixels.shape[1], (heights, pixels.shape)
@@ -143,6 +131,7 @@ def _make_slice(
     if spec.resize is None and not spec.patches:
         render.make_range(images, view_ids, spec.params, epoch_key, out, first)
         return
+    first_view = _read_only([spec.first_view], np.int64)
     for b in range(len(images.ids)):  # image by image, because one that is very long becomes large
         image = Images._make(array[b : b + 1] for array in images)
         if spec.resize is not None:
@@ -153,42 +142,43 @@ def _make_slice(
             render.make_range(image, view_ids, spec.params, epoch_key, out, first + b)
             continue
         whole = np.empty((1, 1, 3, spec.side, spec.side), np.uint8)
-        render.make_range(image, _read_only([spec.first_view], np.int64), spec.params, epoch_key, whole, 0)
-        image_id = images.ids[b]
-        geometry.cut_patches(whole[0, 0], spec.params, epoch_key, image_id, spec.first_view, view_ids, out, first + b)
+        render.make_range(image, first_view, spec.params, epoch_key, whole, 0)
+        [[key]] = row_keys(epoch_key, image.ids, first_view)
+        for v, view_id in enumerate(view_ids):
+            out[v, first + b] = _cut(whole[0, 0], spec, draw_patch(spec.params, key, view_id - spec.first_view))
+
+
+def _cut(image: np.ndarray, spec: ViewSpec, corner: Pair) -> np.ndarray:
+    """The view whose top left corner lies there in image uint8 [3, side, side]."""
+    top, left = corner
+    return image[:, top : top + spec.size, left : left + spec.size]
 
 
 def _resized(image: np.ndarray, height: int, width: int, resize: Resize) -> np.ndarray:
     """The first height x width pixels of image uint8 [H, W, 3] resized, uint8 [H', W', 3]."""
     sides = resample.proportional(resize.short_side, int(height), int(width))
-    bicubic = resize.interpolation == "bicubic"
-    return _read_only(resample.resize_image(image, int(height), int(width), sides, bicubic), np.uint8)
+    planes = resample.resize_image(image, int(height), int(width), sides, resize.interpolation == "bicubic")
+    return _read_only(np.stack(list(planes), -1), np.uint8)
 
 
 def test_views(
-    pixels: np.ndarray,
-    heights: np.ndarray,
-    widths: np.ndarray,
+    images: Images,
     size: int,
     resize: int | None = None,
     interpolation: Interpolation = "bilinear",
-    out: np.ndarray | None = None,
     team: ThreadTeam = ALONE,
 ) -> np.ndarray:
     """The one view for evaluation, uint8 [B, 3, S, S]: short side to `resize` (null: size), then the centre crop.
 
     Equals torchvision's Resize(resize, interpolation) and CenterCrop(size) on a PIL image; an image of size x size
-    stays as it is.
-    Raises `UserError` when resize < size.
+    stays as it is. Raises `UserError` when resize < size.
     """
     resize = size if resize is None else resize
     if resize < size:
         raise UserError(f"resize = {resize}: must be at least the size of the centre crop, {size}")
     group = ViewGroup(resize=Resize(short_side=resize, interpolation=interpolation))  # nothing random in it
     spec = ViewSpec(size, 1, 0, numeric_recipe(group, size))
-    ids = np.zeros(len(pixels), np.int64)
-    out = None if out is None else out[None]
-    return make_views(pixels, heights, widths, ids, spec, spec.view_ids, 0, 0, out, team)[0]
+    return make_views(images, spec, spec.view_ids, 0, 0, team)[0]
 
 
 def draw_view(
@@ -213,11 +203,10 @@ def render_view(image: np.ndarray, spec: ViewSpec, parameters: ViewParameters) -
     assert left >= 0 and width > 0 and left + width <= image.shape[1], (parameters.crop, image.shape)
     out = np.empty((3, spec.side, spec.side), np.uint8)
     render.make_one(image, spec.params, parameters, out)
-    top, left = parameters.patch
-    return out[:, top : top + spec.size, left : left + spec.size]
+    return _cut(out, spec, parameters.patch)
 
 
 def warm_up(spec: ViewSpec) -> None:
     """Compile the kernel, or load it from numba's cache, in the calling thread (15 s of CPU, once on a machine)."""
     one = np.ones(1, np.int64)
-    make_views(np.zeros((1, 1, 1, 3), np.uint8), one, one, one, spec, spec.view_ids[:1], 0, 0)
+    make_views(Images(np.zeros((1, 1, 1, 3), np.uint8), one, one, one), spec, spec.view_ids[:1], 0, 0)

@@ -6,28 +6,8 @@ import numpy as np
 from numba import njit
 
 from ssl_dist.keys import fold
-from ssl_dist.views import blur, color, geometry, resample
-from ssl_dist.views.draw import (
-    BICUBIC,
-    CENTRE,
-    COLOR_JITTER,
-    CROP,
-    FILL,
-    GAUSSIAN_BLUR,
-    KERNEL,
-    NOT_MOVED,
-    ORDER,
-    RANDOM,
-    RESIZE,
-    SIGMA,
-    SIZE,
-    SOLARIZATION,
-    THRESHOLD,
-    TO_GRAY,
-    ViewParameters,
-    draw_parameters,
-    resized,
-)
+from ssl_dist.views import blur, color, draw, geometry, resample
+from ssl_dist.views.draw import ViewParameters
 
 Buffers = tuple[resample.Work, blur.Work]
 
@@ -44,10 +24,10 @@ class Images(NamedTuple):
 @njit(cache=True, inline="always")
 def _new_work(recipe: np.ndarray, max_height: int, max_width: int) -> Buffers:
     """Buffers of one thread for resizing and for blurring, reused for all its views."""
-    size = int(recipe[SIZE])
-    shortest = size if recipe[CROP] == RANDOM else int(recipe[RESIZE])
-    work = resample.new_work(max_height, max_width, size, size, shortest, recipe[BICUBIC] != 0)
-    return work, blur.new_work(size, recipe[SIGMA + 1], int(recipe[KERNEL]))
+    size = int(recipe[draw.SIZE])
+    shortest = size if recipe[draw.CROP] == draw.RANDOM else int(recipe[draw.RESIZE])
+    work = resample.new_work(max_height, max_width, size, size, shortest, recipe[draw.BICUBIC] != 0)
+    return work, blur.new_work(size, recipe[draw.SIGMA + 1], int(recipe[draw.KERNEL]))
 
 
 @njit(cache=True, inline="always")
@@ -68,32 +48,32 @@ def _render(image: np.ndarray, recipe: np.ndarray, drawn: ViewParameters, work: 
     """One view of image uint8 [H, W, 3] with the parameters drawn -> out uint8 [3, S, S]."""
     resize_work, blur_work = work
     size = out.shape[1]
-    height, width = resized(recipe, drawn.crop[2], drawn.crop[3])
+    height, width = draw.resized(recipe, drawn.crop[2], drawn.crop[3])
     corner = drawn.corner
-    if recipe[CROP] == CENTRE:
+    if recipe[draw.CROP] == draw.CENTRE:
         corner = (round((height - size) / 2), round((width - size) / 2))
-    bicubic = recipe[BICUBIC] != 0
+    bicubic = recipe[draw.BICUBIC] != 0
     resample.resize_crop(image, drawn.crop, (height, width), corner, drawn.flip, bicubic, resize_work, out)
     if drawn.turns > 0:
         geometry.turn(out, drawn.turns, blur_work.first)
-    if drawn.affine != NOT_MOVED:
+    if drawn.affine != draw.NOT_MOVED:
         geometry.move(out, drawn.affine, blur_work.first)
     rgb = out.reshape(3, size * size)
-    for place in range(ORDER, ORDER + 4):
+    for place in range(draw.ORDER, draw.ORDER + 4):
         step = recipe[place]
-        if step == COLOR_JITTER and drawn.jitter:
+        if step == draw.COLOR_JITTER and drawn.jitter:
             _jitter(rgb, drawn)
-        elif step == TO_GRAY and drawn.grayscale:
+        elif step == draw.TO_GRAY and drawn.grayscale:
             color.to_gray(rgb)
-        elif step == GAUSSIAN_BLUR and drawn.sigma > 0:
-            if recipe[KERNEL] > 0:
-                blur.blur_as_torchvision(out, drawn.sigma, int(recipe[KERNEL]), blur_work)
+        elif step == draw.GAUSSIAN_BLUR and drawn.sigma > 0:
+            if recipe[draw.KERNEL] > 0:
+                blur.blur_as_torchvision(out, drawn.sigma, int(recipe[draw.KERNEL]), blur_work)
             else:
                 blur.blur_as_pillow(out, drawn.sigma, blur_work)
-        elif step == SOLARIZATION and drawn.solarize:
-            color.solarize(rgb, int(recipe[THRESHOLD]))
+        elif step == draw.SOLARIZATION and drawn.solarize:
+            color.solarize(rgb, int(recipe[draw.THRESHOLD]))
     if drawn.erased[2] > 0:
-        geometry.erase(out, drawn.erased, recipe[FILL], recipe[FILL + 1], recipe[FILL + 2])
+        geometry.erase(out, drawn.erased, recipe[draw.FILL], recipe[draw.FILL + 1], recipe[draw.FILL + 2])
 
 
 @njit(cache=True, nogil=True)
@@ -106,7 +86,7 @@ def make_range(
     for b in range(pixels.shape[0]):
         image_key = fold(epoch_key, ids[b])
         for v in range(view_ids.shape[0]):
-            drawn = draw_parameters(recipe, fold(image_key, view_ids[v]), heights[b], widths[b])
+            drawn = draw.draw_parameters(recipe, fold(image_key, view_ids[v]), heights[b], widths[b])
             _render(pixels[b], recipe, drawn, work, out[v, first + b])
 
 

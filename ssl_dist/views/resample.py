@@ -125,21 +125,14 @@ def plan_axis(
         slot = size - 1 - x if mirror else x
         start[slot] = first
         total = 0.0
-        if bicubic:
-            for t in range(taps):
-                inside = first + t < in_len
-                filter[t] = _cubic(abs((first + t - center + 0.5) * inverse)) if inside else 0.0
-                total += filter[t]
-            for t in range(taps):
-                weight = filter[t] / total * (1 << BITS)
-                weights[slot * taps + t] = int(weight + 0.5 if weight > 0 else weight - 0.5)
-        else:
-            for t in range(taps):
-                inside = first + t < in_len
-                filter[t] = max(1.0 - abs((first + t - center + 0.5) * inverse), 0.0) if inside else 0.0
-                total += filter[t]
-            for t in range(taps):
-                weights[slot * taps + t] = int(0.5 + filter[t] / total * (1 << BITS))
+        for t in range(taps):
+            distance = abs((first + t - center + 0.5) * inverse)
+            value = _cubic(distance) if bicubic else max(1.0 - distance, 0.0)
+            filter[t] = value if first + t < in_len else 0.0
+            total += filter[t]
+        for t in range(taps):
+            weight = filter[t] / total * (1 << BITS)
+            weights[slot * taps + t] = int(weight + 0.5 if weight > 0 else weight - 0.5)
     if offset < 0 or offset + size > resized_len:
         for x in range(size):
             if x + offset < 0 or x + offset >= resized_len:
@@ -172,18 +165,7 @@ def resample_rows(
             byte += U(3)
         red = r * size
         green, blue = red + plane, red + plane + plane
-        if bicubic:
-            for x in range(size):
-                j, rg, b = U(2) * start[x], U(HALF | HALF << 32), U(HALF)
-                for k in range(x * U(taps), (x + U(1)) * U(taps)):
-                    rg += packed[j] * weights[k]
-                    b += packed[j + U(1)] * weights[k]
-                    j += U(2)
-                low = I(rg)
-                rows[red + x] = _clipped_level(low)
-                rows[green + x] = _clipped_level(I((rg - U(np.int64(low))) >> U(32)))
-                rows[blue + x] = _clipped_level(I(b))
-        elif taps == 2:
+        if taps == 2:
             for x in range(size):
                 j, near, far = U(2) * start[x], weights[U(2) * x], weights[U(2) * x + U(1)]
                 rg = U(HALF | HALF << 32) + packed[j] * near + packed[j + U(2)] * far
@@ -198,9 +180,15 @@ def resample_rows(
                     rg += packed[j] * weights[k]
                     b += packed[j + U(1)] * weights[k]
                     j += U(2)
-                rows[red + x] = (rg >> U(BITS)) & U(255)
-                rows[green + x] = rg >> U(BITS + 32)
-                rows[blue + x] = b >> U(BITS)
+                if bicubic:
+                    low = I(rg)
+                    rows[red + x] = _clipped_level(low)
+                    rows[green + x] = _clipped_level(I((rg - U(np.int64(low))) >> U(32)))
+                    rows[blue + x] = _clipped_level(I(b))
+                else:
+                    rows[red + x] = (rg >> U(BITS)) & U(255)
+                    rows[green + x] = rg >> U(BITS + 32)
+                    rows[blue + x] = b >> U(BITS)
 
 
 @njit(cache=True, nogil=True)
@@ -265,19 +253,8 @@ def resize_crop(
 
 @njit(cache=True, nogil=True)
 def resize_image(image: np.ndarray, height: int, width: int, resized: Pair, bicubic: bool) -> np.ndarray:
-    """The first height x width pixels of image uint8 [H, W, 3] -> uint8 [resized height, resized width, 3]."""
-    new_height, new_width = resized
-    work = new_work(height, width, new_height, new_width, min(new_height, new_width), bicubic)
-    planes = np.empty((3, new_height * new_width), np.uint8)
-    x_taps = plan_axis(width, new_width, 0, False, bicubic, work.filter, work.x_plan)
-    y_taps = plan_axis(height, new_height, 0, False, bicubic, work.filter, work.y_plan)
-    flat = image.reshape(image.size)
-    stride = 3 * image.shape[1]
-    resample_rows(flat, stride, 0, width, (0, height), x_taps, bicubic, work)
-    resample_columns(work, y_taps, bicubic, planes.reshape(planes.size))
-    out = np.empty((new_height, new_width, 3), np.uint8)
-    pixels = out.reshape(new_height * new_width, 3)
-    for i in range(new_height * new_width):
-        for c in range(3):
-            pixels[i, c] = planes[c, i]
+    """The first height x width pixels of image uint8 [H, W, 3] -> uint8 [3, resized height, resized width]."""
+    work = new_work(height, width, resized[0], resized[1], min(resized[0], resized[1]), bicubic)
+    out = np.empty((3, resized[0], resized[1]), np.uint8)
+    resize_crop(image, (0, 0, height, width), resized, (0, 0), np.bool_(False), bicubic, work, out)
     return out
