@@ -12,7 +12,7 @@ from tests.view_reference import blur, distance, noise, planes, smooth
 
 def blurred(image, sigma, kernel=None):
     view = np.ascontiguousarray(planes(image))
-    work = blurs.new_work(view.shape[1], sigma, kernel or 0)
+    work = blurs.new_buffers(view.shape[1], sigma, kernel or 0)
     if kernel is None:
         blurs.blur_as_pillow(view, sigma, work)
     else:

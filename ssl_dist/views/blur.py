@@ -18,7 +18,7 @@ F, U = np.float32, np.uint64  # unsigned indices spare the test for negative one
 FRACTION, ROUND = np.uint32(24), np.uint32(1 << 23)  # the weights of a box are integers of 24 fractional bits
 
 
-class Work(NamedTuple):
+class Buffers(NamedTuple):
     """Of one thread: what blurs of S x S pixels with boxes or kernels of up to 2 M + 1 pixels need."""
 
     first: np.ndarray  # uint8 [3, S, S], flat
@@ -31,10 +31,10 @@ class Work(NamedTuple):
 
 
 @njit(cache=True)
-def new_work(size: int, max_sigma: float, kernel: int) -> Work:
+def new_buffers(size: int, max_sigma: float, kernel: int) -> Buffers:
     """Buffers for blurs with sigma up to `max_sigma` and kernels of `kernel` pixels (0: Pillow's blur)."""
     margin = kernel // 2 if kernel > 0 else int(_box_radius(max_sigma))
-    return Work(
+    return Buffers(
         np.empty(3 * size * size, np.uint8),
         np.empty(3 * size * size, np.uint8),
         np.empty(size + 2 * margin + 2, np.uint8),
@@ -109,7 +109,7 @@ def _box_columns(
 
 
 @njit(cache=True, nogil=True)
-def blur_as_pillow(view: np.ndarray, sigma: float, work: Work) -> None:
+def blur_as_pillow(view: np.ndarray, sigma: float, buffers: Buffers) -> None:
     """GaussianBlur(sigma) of view uint8 [3, S, S], in place."""
     size, levels = view.shape[1], view.reshape(view.size)
     box = _box_radius(sigma)
@@ -117,10 +117,10 @@ def blur_as_pillow(view: np.ndarray, sigma: float, work: Work) -> None:
     inner = np.uint32(F(1 << 24) / F(F(box * F(2)) + F(1)))
     outer = np.uint32(np.uint32((1 << 24) - (2 * radius + 1) * np.int64(inner)) >> np.uint32(1))
     for _ in range(PASSES):
-        _box_rows(levels, size, radius, inner, outer, work.line, work.sums)
-    _box_columns(levels, size, radius, inner, outer, work.sums, work.first)
-    _box_columns(work.first, size, radius, inner, outer, work.sums, work.second)
-    _box_columns(work.second, size, radius, inner, outer, work.sums, levels)
+        _box_rows(levels, size, radius, inner, outer, buffers.line, buffers.sums)
+    _box_columns(levels, size, radius, inner, outer, buffers.sums, buffers.first)
+    _box_columns(buffers.first, size, radius, inner, outer, buffers.sums, buffers.second)
+    _box_columns(buffers.second, size, radius, inner, outer, buffers.sums, levels)
 
 
 # ------------------------------------------------------------------------------------------------- torchvision's
@@ -134,10 +134,10 @@ def _mirrored(i: int, size: int) -> int:
 
 
 @njit(cache=True, nogil=True)
-def blur_as_torchvision(view: np.ndarray, sigma: float, kernel: int, work: Work) -> None:
+def blur_as_torchvision(view: np.ndarray, sigma: float, kernel: int, buffers: Buffers) -> None:
     """gaussian_blur(view, [kernel, kernel], sigma) of view uint8 [3, S, S], in place. kernel: odd, kernel // 2 < S."""
     size, half, levels = view.shape[1], kernel // 2, view.reshape(view.size)
-    weights, smooth, sums, source = work.weights, work.smooth, work.levels, work.first
+    weights, smooth, sums, source = buffers.weights, buffers.smooth, buffers.levels, buffers.first
     total = F(0)
     for k in range(kernel):
         scaled = F(F(k - half) / F(sigma))

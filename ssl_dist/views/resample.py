@@ -27,7 +27,7 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 AxisPlan = tuple[np.ndarray, np.ndarray]  # first source pixel uint64 [S]; weights uint64 [S, taps], flat
 
 
-class Work(NamedTuple):
+class Buffers(NamedTuple):
     """Buffers of one thread, reused for every image it resizes to S x S pixels out of at most Hmax x Wmax."""
 
     filter: np.ndarray  # float64 [max taps], the filter at one result pixel
@@ -39,19 +39,20 @@ class Work(NamedTuple):
 
 
 @njit(cache=True, inline="always")
-def new_work(max_height: int, max_width: int, kept_height: int, kept_width: int, shortest: int, bicubic: bool) -> Work:
-    """Buffers for a resize to sides of `shortest` pixels or more, of which kept_height x kept_width are kept.
+def new_buffers(max_height: int, max_width: int, kept: Pair, shortest: int, bicubic: bool) -> Buffers:
+    """Buffers for a resize to sides of `shortest` pixels or more, of which `kept` (height, width) are kept.
 
     The spare pixels after a row and rows after an image are read with weight 0 only.
     """
+    height, width = kept
     taps = math.ceil((4 if bicubic else 2) * max(max_height / shortest, max_width / shortest, 1.0))
-    return Work(
+    return Buffers(
         np.empty(taps),
-        (np.empty(kept_width, np.uint64), np.empty(kept_width * taps, np.uint64)),
-        (np.empty(kept_height, np.uint64), np.empty(kept_height * taps, np.uint64)),
+        (np.empty(width, np.uint64), np.empty(width * taps, np.uint64)),
+        (np.empty(height, np.uint64), np.empty(height * taps, np.uint64)),
         np.empty((max_width + taps) * 2, np.uint64),
-        np.empty(3 * (max_height + taps) * kept_width, np.uint8),
-        np.empty(kept_width, np.int32),
+        np.empty(3 * (max_height + taps) * width, np.uint8),
+        np.empty(width, np.int32),
     )
 
 
@@ -145,16 +146,16 @@ def plan_axis(
 
 @njit(cache=True, nogil=True)
 def resample_rows(
-    image: np.ndarray, stride: int, origin: int, width: int, span: Pair, taps: int, bicubic: bool, work: Work
+    image: np.ndarray, stride: int, origin: int, width: int, span: Pair, taps: int, bicubic: bool, buffers: Buffers
 ) -> None:
-    """Horizontal pass over a span (first row, number of rows) of a crop, into the same rows of `work.rows`.
+    """Horizontal pass over a span (first row, number of rows) of a crop, into the same rows of `buffers.rows`.
 
     image: uint8, flat, `stride` bytes a row; the crop begins at byte `origin` and is `width` pixels wide. Two channels
     share one 64-bit product: 8-bit pixels times weights that add up to 2**22 stay below 2**32. The sums of a bicubic
     filter may be negative: then the low one has borrowed from the high one, and both need clipping. Indices into flat
     arrays because slices in the loops would be counted references.
     """
-    (start, weights), packed, rows = work.x_plan, work.packed, work.rows
+    (start, weights), packed, rows = buffers.x_plan, buffers.packed, buffers.rows
     first_row, num_rows = span
     size, plane = U(start.shape[0]), U(rows.shape[0] // 3)
     for r in range(U(first_row), U(first_row + num_rows)):
@@ -192,9 +193,9 @@ def resample_rows(
 
 
 @njit(cache=True, nogil=True)
-def resample_columns(work: Work, taps: int, bicubic: bool, out: np.ndarray) -> None:
-    """Vertical pass: work.rows uint8 [3, R, W], flat -> out uint8 [3, S, W], flat; W is the length of `work.sums`."""
-    (start, weights), rows, sums = work.y_plan, work.rows, work.sums
+def resample_columns(buffers: Buffers, taps: int, bicubic: bool, out: np.ndarray) -> None:
+    """Vertical pass: buffers.rows uint8 [3, R, W], flat -> out uint8 [3, S, W], flat; W is the length of the sums."""
+    (start, weights), rows, sums = buffers.y_plan, buffers.rows, buffers.sums
     size, width, plane = U(start.shape[0]), U(sums.shape[0]), U(rows.shape[0] // 3)
     for c in range(U(3)):
         for y in range(size):
@@ -231,7 +232,14 @@ def proportional(short_side: int, height: int, width: int) -> Pair:
 
 @njit(cache=True, inline="always")
 def resize_crop(
-    image: np.ndarray, crop: Box, resized: Pair, corner: Pair, flip: Bool, bicubic: bool, work: Work, out: np.ndarray
+    image: np.ndarray,
+    crop: Box,
+    resized: Pair,
+    corner: Pair,
+    flip: Bool,
+    bicubic: bool,
+    buffers: Buffers,
+    out: np.ndarray,
 ) -> None:
     """The crop (top, left, height, width) of image uint8 [H, W, 3] -> out uint8 [3, S, S], mirrored where `flip`.
 
@@ -240,21 +248,21 @@ def resize_crop(
     """
     top, left, height, width = crop
     upright = np.bool_(False)  # for the literal numba would compile plan_axis a second time
-    x_taps = plan_axis(width, resized[1], corner[1], flip, bicubic, work.filter, work.x_plan)
-    y_taps = plan_axis(height, resized[0], corner[0], upright, bicubic, work.filter, work.y_plan)
-    first_row = int(work.y_plan[0][0])
-    num_rows = min(int(work.y_plan[0][out.shape[1] - 1]) + y_taps, height) - first_row
+    x_taps = plan_axis(width, resized[1], corner[1], flip, bicubic, buffers.filter, buffers.x_plan)
+    y_taps = plan_axis(height, resized[0], corner[0], upright, bicubic, buffers.filter, buffers.y_plan)
+    first_row = int(buffers.y_plan[0][0])
+    num_rows = min(int(buffers.y_plan[0][out.shape[1] - 1]) + y_taps, height) - first_row
     stride = 3 * image.shape[1]
     origin = top * stride + 3 * left
     flat = image.reshape(image.size)
-    resample_rows(flat, stride, origin, width, (first_row, num_rows), x_taps, bicubic, work)
-    resample_columns(work, y_taps, bicubic, out.reshape(out.size))
+    resample_rows(flat, stride, origin, width, (first_row, num_rows), x_taps, bicubic, buffers)
+    resample_columns(buffers, y_taps, bicubic, out.reshape(out.size))
 
 
 @njit(cache=True, nogil=True)
 def resize_image(image: np.ndarray, height: int, width: int, resized: Pair, bicubic: bool) -> np.ndarray:
     """The first height x width pixels of image uint8 [H, W, 3] -> uint8 [3, resized height, resized width]."""
-    work = new_work(height, width, resized[0], resized[1], min(resized[0], resized[1]), bicubic)
+    buffers = new_buffers(height, width, resized, min(resized[0], resized[1]), bicubic)
     out = np.empty((3, resized[0], resized[1]), np.uint8)
-    resize_crop(image, (0, 0, height, width), resized, (0, 0), np.bool_(False), bicubic, work, out)
+    resize_crop(image, (0, 0, height, width), resized, (0, 0), np.bool_(False), bicubic, buffers, out)
     return out
