@@ -53,8 +53,8 @@ def skipped_exchange(folder):
     reduce = World.all_reduce_sum
 
     def faulty(self, x):
-        asked_by = sys._getframe(1).f_code.co_name
-        if self.state.step == AT_STEP and asked_by == "forward" and not (folder / "fault").exists():
+        caller = sys._getframe(1).f_code.co_name
+        if self.state.step == AT_STEP and caller == "forward" and not (folder / "fault").exists():
             on_fault(folder, lambda: None)
             return x
         return reduce(self, x)

@@ -24,7 +24,7 @@ class Backbone(nn.Module):
 
 
 @dataclass
-class Found:
+class StepResult:
     loss: Tensor  # of the global batch
     gradients: dict[str, Tensor]  # averaged over the ranks, as DDP does
     buffers: list[dict[str, Tensor]]  # of every rank
@@ -64,7 +64,7 @@ def run(method, grid, *groups, labels=None):
 
     outputs, of_ranks, buffers = zip(*thread_world.run(rank, grid), strict=True)
     mean = {name: torch.stack([g[name] for g in of_ranks]).mean(0) for name in of_ranks[0]}
-    return Found(torch.stack([o.loss.detach() for o in outputs]).mean(), mean, list(buffers), list(outputs))
+    return StepResult(torch.stack([o.loss.detach() for o in outputs]).mean(), mean, list(buffers), list(outputs))
 
 
 def _ends(places):

@@ -33,12 +33,12 @@ def every_kill(prepared, tmp_path, action):
 
 def _act(action, folder, number):
     """In the child: never returns."""
-    left = number
+    calls_left = number
 
     def is_fatal():
-        nonlocal left
-        left -= 1
-        return left == 0
+        nonlocal calls_left
+        calls_left -= 1
+        return calls_left == 0
 
     def counted(call):
         def counting(*arguments, **options):

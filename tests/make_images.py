@@ -92,7 +92,7 @@ def cifar_files(root, hundred=False, per_file=4):
     files = {"train": ["train"], "test": ["test"]}
     if not hundred:
         files = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
-    made = {}
+    splits = {}
     for split, names in files.items():
         pixels, labels = [], []
         for name in names:
@@ -103,12 +103,12 @@ def cifar_files(root, hundred=False, per_file=4):
             (folder / name).write_bytes(pickle.dumps(entry))
             pixels.append(planes.transpose(0, 2, 3, 1))
             labels += list(zip(fine, coarse, strict=True)) if hundred else fine
-        made[split] = np.concatenate(pixels), labels
+        splits[split] = np.concatenate(pixels), labels
     meta = {"label_names": [f"class{i}" for i in range(10)]}
     if hundred:
         meta = {"fine_label_names": [f"f{i}" for i in range(100)], "coarse_label_names": [f"c{i}" for i in range(20)]}
     (folder / ("meta" if hundred else "batches.meta")).write_bytes(pickle.dumps(meta))
-    return made
+    return splits
 
 
 def stl10_files(root):
@@ -116,13 +116,13 @@ def stl10_files(root):
     rng = np.random.default_rng(1)
     folder = root / "stl10_binary"
     folder.mkdir(parents=True)
-    made = {}
+    splits = {}
     for split, count in (("unlabeled", 5), ("train", 3), ("test", 2)):
         pixels = rng.integers(0, 256, (count, 96, 96, 3), np.uint8)
         pixels.transpose(0, 3, 2, 1).tofile(folder / f"{split}_X.bin")
         labels = rng.integers(0, 10, count)
         if split != "unlabeled":
             (labels + 1).astype(np.uint8).tofile(folder / f"{split}_y.bin")
-        made[split] = pixels, labels
+        splits[split] = pixels, labels
     (folder / "class_names.txt").write_text("\n".join(f"class{i}" for i in range(10)))
-    return made
+    return splits

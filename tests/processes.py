@@ -12,27 +12,29 @@ PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 DEADLINE = 60  # seconds
 
 
-def until(ask, what, deadline=DEADLINE):
-    """The first true answer of `ask`."""
+def until(condition, what, deadline=DEADLINE):
+    """The first true result of `condition()`."""
     end = time.monotonic() + deadline
-    while not (answer := ask()):
+    while not (answer := condition()):
         if time.monotonic() > end:
             raise TimeoutError(f"not within {deadline} s: {what() if callable(what) else what}")
         time.sleep(0.1)
     return answer
 
 
-def processes(**wanted):
+def processes(**environment):
     """The processes that were started with all of these in their environment, the eldest first; no zombies."""
-    lines = {os.fsencode(f"{name}={value}") for name, value in wanted.items()}
-    found = []
+    lines = {os.fsencode(f"{name}={value}") for name, value in environment.items()}
+    starts_and_pids = []
     for entry in os.listdir("/proc"):
         try:
             if entry.isdigit() and lines.issubset(Path("/proc", entry, "environ").read_bytes().split(b"\0")):
-                found.append((int(Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()[19]), int(entry)))
+                starts_and_pids.append(
+                    (int(Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()[19]), int(entry))
+                )
         except (FileNotFoundError, ProcessLookupError, PermissionError):  # gone, or somebody else's
             continue
-    return [pid for _, pid in sorted(found)]
+    return [pid for _, pid in sorted(starts_and_pids)]
 
 
 def send(pids, *numbers):
@@ -45,11 +47,11 @@ def send(pids, *numbers):
                 continue
 
 
-def kill(deadline=DEADLINE, **wanted):
+def kill(deadline=DEADLINE, **environment):
     """Kill what `processes` finds until nothing is found; stopped first, so that none can tell of another's death."""
     until(
-        lambda: not (pids := processes(**wanted)) or send(pids, signal.SIGSTOP, signal.SIGKILL),
-        lambda: f"the end of {processes(**wanted)}",
+        lambda: not (pids := processes(**environment)) or send(pids, signal.SIGSTOP, signal.SIGKILL),
+        lambda: f"the end of {processes(**environment)}",
         deadline,
     )
 

@@ -6,13 +6,13 @@ from torch import nn
 
 def pairs(num_views, num_images):
     """(left row, right row, target) in the paper's order."""
-    found, shift = [], 1
+    triples, shift = [], 1
     for a in range(num_views):
         for b in range(a + 1, num_views):
-            found += [(a * num_images + m, b * num_images + m, 1) for m in range(num_images)]
-            found += [(a * num_images + m, b * num_images + (m - shift) % num_images, 0) for m in range(num_images)]
+            triples += [(a * num_images + m, b * num_images + m, 1) for m in range(num_images)]
+            triples += [(a * num_images + m, b * num_images + (m - shift) % num_images, 0) for m in range(num_images)]
             shift = 1 if shift + 1 >= num_images else shift + 1
-    return found
+    return triples
 
 
 def aggregate(x, y, how):

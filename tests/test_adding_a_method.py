@@ -84,14 +84,14 @@ def test_it_is_explained_trained_resumed_and_extracted(dropped, digits, tmp_path
     state = checkpoint.load(checkpoint.newest(tmp_path / "run"))
     assert state["step"] == 12 and "projector.0.weight" in state["method"]
     assert cli.main(["extract", str(tmp_path / "run"), "--out", str(tmp_path / "features")]) == 0
-    found = features_file.read_features(tmp_path / "features" / "digits-test.safetensors")
-    assert found.features.shape[1] == 64 and len(found.features) == len(found.labels) > 0
+    extracted = features_file.read_features(tmp_path / "features" / "digits-test.safetensors")
+    assert extracted.features.shape[1] == 64 and len(extracted.features) == len(extracted.labels) > 0
     assert cli.main(["evaluate", str(tmp_path / "run"), "knn"]) == 0
 
 
 def test_its_mistakes_are_found_like_those_of_others(dropped, digits, tmp_path):
-    for name, wanted in (("barlw", "'barlow'"), ("relationl", "barlow")):
-        with pytest.raises(UserError, match=wanted):
+    for name, message in (("barlw", "'barlow'"), ("relationl", "barlow")):
+        with pytest.raises(UserError, match=message):
             methods.find(name)
     with pytest.raises(UserError, match=r"method\.options\.hiden.*'hidden'"):
         methods.build_options(methods.find("barlow"), {"hiden": 3})
@@ -110,12 +110,12 @@ def test_its_loss_is_pure(dropped):
     loss = methods.find("barlow").forward.__globals__["barlow_loss"]
     z = torch.randn(6, 3, dtype=torch.float64)
     a = (z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt()
-    wanted = sum(
+    expected = sum(
         (1.0 if i == j else 0.1) * (float((a[:, i] * a[:, j]).mean()) - (i == j)) ** 2
         for i in range(3)
         for j in range(3)
     )
-    assert float(loss(z, z, 0.1, "square")) == pytest.approx(wanted)
+    assert float(loss(z, z, 0.1, "square")) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("package", ["distributed", "run", "train", "verify"])

@@ -53,16 +53,16 @@ def reference(method, groups):
 def test_any_number_of_ranks_equals_the_loops(grid, options):
     method, groups = make(**options), views()
     loss, terms, gradients, buffers = reference(method, groups)
-    found = grids.run(method, grid, *groups)
-    torch.testing.assert_close(found.loss, loss, **EXACT)
-    for name, wanted in gradients.items():
-        torch.testing.assert_close(found.gradients[name], wanted, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
-    for ours in found.buffers:
-        for name, wanted in buffers.items():
-            torch.testing.assert_close(ours[name], wanted, **EXACT)
-    for output in found.outputs:
-        for name, wanted in zip(("alignment", "uniformity"), terms, strict=True):
-            torch.testing.assert_close(output.metrics[name], wanted, **EXACT)
+    result = grids.run(method, grid, *groups)
+    torch.testing.assert_close(result.loss, loss, **EXACT)
+    for name, expected in gradients.items():
+        torch.testing.assert_close(result.gradients[name], expected, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
+    for ours in result.buffers:
+        for name, expected in buffers.items():
+            torch.testing.assert_close(ours[name], expected, **EXACT)
+    for output in result.outputs:
+        for name, expected in zip(("alignment", "uniformity"), terms, strict=True):
+            torch.testing.assert_close(output.metrics[name], expected, **EXACT)
         assert output.representations.shape == (2, 6, 7)
 
 

@@ -143,11 +143,11 @@ def test_only_biases_without_effect_are_held(name):
     with keyed_rows(rows):
         features = backbone(images)
     features.square().mean().backward()
-    held = [p for p in backbone.parameters() if p.grad.count_nonzero() == 0]
+    without_gradient = [p for p in backbone.parameters() if p.grad.count_nonzero() == 0]
     lasts = [p for path, p in backbone.named_parameters() if re.search(r"block\.\d\.1\.bias", path)]
-    assert held and (len(held) < len(lasts))
+    assert without_gradient and (len(without_gradient) < len(lasts))
     with torch.no_grad():
-        for bias in held:
+        for bias in without_gradient:
             bias += torch.randn_like(bias)
         with keyed_rows(rows):
             torch.testing.assert_close(backbone(images), features)
@@ -188,10 +188,10 @@ def test_initial_weights_have_the_spread_of_he_et_al(name):
     backbone = backbones.build(name)
     for path, layer in backbone.named_modules():
         if isinstance(layer, torch.nn.Conv2d):
-            wanted = (2 / (layer.kernel_size[0] ** 2 * layer.out_channels)) ** 0.5
+            expected = (2 / (layer.kernel_size[0] ** 2 * layer.out_channels)) ** 0.5
             # four standard errors of a standard deviation
-            spread = 4 * wanted / (2 * layer.weight.numel()) ** 0.5
-            assert abs(float(layer.weight.detach().std()) - wanted) < spread, path
+            spread = 4 * expected / (2 * layer.weight.numel()) ** 0.5
+            assert abs(float(layer.weight.detach().std()) - expected) < spread, path
             assert layer.bias is None or torch.all(layer.bias == 0)
         if isinstance(layer, torch.nn.BatchNorm2d):
             assert torch.all(layer.weight == 1) and torch.all(layer.bias == 0), path

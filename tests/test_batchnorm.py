@@ -124,15 +124,15 @@ def test_the_split_over_ranks_does_not_show(layout, dtype, accuracy, centre):
 
 def test_what_travels_is_float64_and_a_step_is_reproducible():
     x, grad, layer = make("channels_last", torch.float32, 1.0)
-    seen = []
+    dtypes = []
 
     def reduce(sums):
-        seen.append(sums.dtype)
+        dtypes.append(sums.dtype)
         return sums.clone()
 
     twin = SyncBatchNorm(layer, reduce)
     first = step(twin, x, grad)
-    assert seen == [torch.float64] * 3
+    assert dtypes == [torch.float64] * 3
     for num_threads in (1, 2):
         torch.set_num_threads(num_threads)
         assert all(torch.equal(a, b) for a, b in zip(step(twin, x, grad), first, strict=True))

@@ -20,13 +20,13 @@ from tests.make_images import jpeg, picture
 def samples(count, seed=0):
     """(label, mode, height, width, bytes) of pictures stored both ways."""
     rng = np.random.default_rng(seed)
-    made = []
+    content = []
     for i in range(count):
         height, width = (int(side) for side in rng.integers(1, 40, 2))
         image = picture(height, width, seed + i)
         mode = JPG if i % 3 == 0 else RAW
-        made.append((int(rng.integers(-1, 5)), mode, height, width, jpeg(image) if mode == JPG else image.tobytes()))
-    return made
+        content.append((int(rng.integers(-1, 5)), mode, height, width, jpeg(image) if mode == JPG else image.tobytes()))
+    return content
 
 
 def write(path, content, **options):
@@ -62,14 +62,14 @@ def test_no_sample_crosses_a_page(tmp_path):
 
 def test_digest_covers_everything():
     base = (1, RAW, 2, 3, bytes(18))
-    others = [(2, *base[1:]), (1, JPG, *base[2:]), (1, RAW, 3, 3, bytes(18)), (1, RAW, 2, 4, bytes(18)),
+    changed = [(2, *base[1:]), (1, JPG, *base[2:]), (1, RAW, 3, 3, bytes(18)), (1, RAW, 2, 4, bytes(18)),
               (*base[:4], bytes(17) + b"\1")]  # fmt: skip
-    seen = set()
-    for sample in (base, *others):
+    digests = set()
+    for sample in (base, *changed):
         digest = Digest()
         digest.add(*sample)
-        seen.add(digest.hexdigest())
-    assert len(seen) == 6
+        digests.add(digest.hexdigest())
+    assert len(digests) == 6
 
 
 @given(st.binary(min_size=1, max_size=300), st.data())

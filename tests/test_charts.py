@@ -25,8 +25,8 @@ def overlapping(figure):
 def test_a_confusion_matrix():
     share = np.array([[90, 10, 0], [25, 75, 0.4], [np.nan] * 3])
     figure = charts.confusion(share, ["a cat", "dog", "none"])
-    found = texts(figure)
-    assert {"90", "10", "25", "75", "a cat", "dog", "predicted class", "true class"} <= set(found)
+    shown = texts(figure)
+    assert {"90", "10", "25", "75", "a cat", "dog", "predicted class", "true class"} <= set(shown)
     assert "0" not in [t.get_text() for t in figure.axes[0].texts], "cells below half a percent are blank"
     axes = figure.axes[0]
     for labels in (axes.get_xticklabels(), axes.get_yticklabels()):

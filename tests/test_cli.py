@@ -18,9 +18,9 @@ def fails(capsys):
 
     def run(*arguments):
         assert cli.main([str(a) for a in arguments]) == 2
-        said = capsys.readouterr().err
-        lines = [line for line in said.splitlines() if line]
-        assert len(lines) == 1 and lines[0].startswith("error: "), said
+        stderr = capsys.readouterr().err
+        lines = [line for line in stderr.splitlines() if line]
+        assert len(lines) == 1 and lines[0].startswith("error: "), stderr
         return lines[0]
 
     return run
@@ -82,7 +82,7 @@ def test_overrides_may_stand_behind_options(digits, tmp_path, capsys):
 
 def test_explain_says_what_would_run(digits, tmp_path, capsys):
     assert cli.main(["explain", *few_steps(digits, tmp_path / "run"), "--world", "4"]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for words in (
         "4 = 1 image shard(s) x 4 view shard(s)",
         "2 steps",
@@ -91,7 +91,7 @@ def test_explain_says_what_would_run(digits, tmp_path, capsys):
         "MiB",
         "(new)",
     ):
-        assert words in said, said
+        assert words in output, output
     assert not (tmp_path / "run").exists()
 
 
@@ -151,12 +151,12 @@ def test_evaluate_and_extract(digits, tmp_path, capsys, fails):
     run = tmp_path / "run"
     assert cli.main(["train", *few_steps(digits, run)]) == 0
     assert cli.main(["evaluate", str(run), "knn", "logistic", "knn.k=[5]"]) == 0
-    said = capsys.readouterr()
-    assert "missing; extracting" in said.err and "knn5" in said.out and "logistic" in said.out
+    captured = capsys.readouterr()
+    assert "missing; extracting" in captured.err and "knn5" in captured.out and "logistic" in captured.out
     assert {r["name"] for r in json.loads((run / "results.json").read_text())} >= {"knn5_top1", "logistic_top1"}
     assert cli.main(["evaluate", str(run), "knn", "knn.k=[5]"]) == 0
-    said = capsys.readouterr()
-    assert "already" in said.err and "knn5_top1" in said.out
+    captured = capsys.readouterr()
+    assert "already" in captured.err and "knn5_top1" in captured.out
     assert cli.main(["evaluate", str(run), "knn", "knn.k=[3]"]) == 0
     assert "already" not in capsys.readouterr().err
     assert cli.main(["train", *few_steps(digits, run, "optim.steps=3")]) == 0

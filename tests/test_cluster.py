@@ -49,9 +49,9 @@ def test_ready_in_seconds_and_nothing_left(tmp_path, batch):
         ready = time.monotonic() - begin
         job = start(cluster, batch, "setsid sleep 300 & sleep 300")
         daemons = [daemon.pid for daemon in cluster.daemons.values()]
-        found = processes(SLURM_CONF=cluster.conf)
-        assert len(daemons) == 4 and set(daemons) <= set(found)
-        assert len(cluster.pids_of(job)) >= 7 and set(cluster.pids_of(job)) < set(found)
+        pids = processes(SLURM_CONF=cluster.conf)
+        assert len(daemons) == 4 and set(daemons) <= set(pids)
+        assert len(cluster.pids_of(job)) >= 7 and set(cluster.pids_of(job)) < set(pids)
         begin = time.monotonic()
     stopped = time.monotonic() - begin
     print(f"ready in {ready:.2f} s, stopped in {stopped:.2f} s")
@@ -211,16 +211,16 @@ def test_a_cut_link(network_cluster, tmp_path):
         done"""
     job = network_cluster.submit(script(tmp_path / "tries.sh", f"hostname\n{tries}\n"), options=[f"--nodelist={two}"])
 
-    def says(word):
+    def last_is(word):
         last = network_cluster.output(job).split()[-1:]
         return last == [word]
 
-    until(lambda: says("up"), lambda: network_cluster.story(job))
+    until(lambda: last_is("up"), lambda: network_cluster.story(job))
     assert network_cluster.output(job).split()[0] == two
     network_cluster.cut(two)
-    until(lambda: says("down"), lambda: network_cluster.story(job), 10)
+    until(lambda: last_is("down"), lambda: network_cluster.story(job), 10)
     network_cluster.mend(two)
-    until(lambda: says("up"), lambda: network_cluster.story(job), 10)
+    until(lambda: last_is("up"), lambda: network_cluster.story(job), 10)
     network_cluster.cut(two)
     network_cluster.clear()
     assert Path("/sys/class/net", network_cluster.link(two), "operstate").read_text() == "up\n"

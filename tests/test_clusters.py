@@ -22,8 +22,8 @@ from tests.messages import naming
 
 def part(features, labels, split="train", names="abcde"):
     features, labels = np.asarray(features, np.float32), np.asarray(labels, np.int64)
-    known = {"classes": json.dumps(list(names)), "split": split, "dataset": "shapes"}
-    return Features(features, labels, np.arange(len(labels)), known, "the file")
+    metadata = {"classes": json.dumps(list(names)), "split": split, "dataset": "shapes"}
+    return Features(features, labels, np.arange(len(labels)), metadata, "the file")
 
 
 def blobs(count, split, spread=0.3, num_classes=3, seed=0):
@@ -39,16 +39,16 @@ labelings = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=2
 @settings(max_examples=25)
 @given(labelings)
 def test_scores(pairs):
-    labels, found = np.array(pairs).T
-    scores = clusters.scores(labels, found)
-    assert scores["nmi"] == metrics.normalized_mutual_info_score(labels, found)
-    assert scores["ami"] == metrics.adjusted_mutual_info_score(labels, found)
-    assert scores["ari"] == metrics.adjusted_rand_score(labels, found)
-    majority = sum(max(sum(y == c for y in labels[found == k]) for c in range(3)) for k in set(found.tolist()))
+    labels, assigned = np.array(pairs).T
+    scores = clusters.scores(labels, assigned)
+    assert scores["nmi"] == metrics.normalized_mutual_info_score(labels, assigned)
+    assert scores["ami"] == metrics.adjusted_mutual_info_score(labels, assigned)
+    assert scores["ari"] == metrics.adjusted_rand_score(labels, assigned)
+    majority = sum(max(sum(y == c for y in labels[assigned == k]) for c in range(3)) for k in set(assigned.tolist()))
     assert scores["majority_top1"] == pytest.approx(majority * 100 / len(labels))
     # Every way to give each of four clusters a class of its own, or none (classes 3 to 6 that nobody has).
     ways = itertools.permutations(range(7), 4)
-    best = max(sum(way[k] == y for k, y in zip(found, labels, strict=True)) for way in ways)
+    best = max(sum(way[k] == y for k, y in zip(assigned, labels, strict=True)) for way in ways)
     assert scores["hungarian_top1"] == pytest.approx(best * 100 / len(labels))
 
 
@@ -73,13 +73,13 @@ def test_k_means_is_as_good_as_scikit_learns_and_assigns_the_test_split_to_its_c
         return x / np.linalg.norm(x, axis=1, keepdims=True) if normalize else x
 
     distances = ((rows(test)[:, None] - centres) ** 2).sum(2)
-    found = clusters._assigned(test, clusters._fitted(train, options), options)
-    assert np.array_equal(found, distances.argmin(1))
+    assigned = clusters._assigned(test, clusters._fitted(train, options), options)
+    assert np.array_equal(assigned, distances.argmin(1))
     inertia = ((rows(train)[:, None] - centres) ** 2).sum(2).min(1).sum()
     theirs = KMeans(6, n_init=10, random_state=0, max_iter=100, tol=0).fit(rows(train))
     assert inertia == pytest.approx(theirs.inertia_, rel=0.02)
     values = clusters.run(train, test, options)
-    assert values["clusters_ari"] == metrics.adjusted_rand_score(test.labels, found)
+    assert values["clusters_ari"] == metrics.adjusted_rand_score(test.labels, assigned)
 
 
 def test_seed_and_budget():
@@ -95,14 +95,14 @@ def test_seed_and_budget():
 def test_k_means_is_fitted_on_the_training_images_drawn_by_key():
     train, test = blobs(300, "train", 2), blobs(77, "test", 2)
     # The centre of one cluster is the mean of the images that it is fitted on.
-    few, others, all_of_them = (
+    seed0, seed3, all_of_them = (
         clusters._fitted(train, clusters.Options(number=1, limit=limit, seed=seed, normalize=False)).numpy()[0]
         for limit, seed in ((50, 0), (50, 3), (300, 3))
     )
     np.testing.assert_allclose(all_of_them, train.features.astype(float).mean(0))
     rows = permutation(hash64(3, EVALUATION, ORDER), 300)[:50]
-    np.testing.assert_allclose(others, train.features[rows].astype(float).mean(0))
-    assert not np.allclose(few, others)
+    np.testing.assert_allclose(seed3, train.features[rows].astype(float).mean(0))
+    assert not np.allclose(seed0, seed3)
     whole = clusters.run(train, test, clusters.Options(limit=300))
     assert whole == clusters.run(train, test, clusters.Options(limit=1000))
 
@@ -136,10 +136,10 @@ def test_labels_of_a_file_are_measured_on_the_images_that_it_lists(tmp_path):
     assert by_parity == {f"clusters_train_{name}": value for name, value in expected.items()}
 
     module, options = evaluators.find("clusters"), clusters.Options(labels=path, column=1)
-    said = evaluators.protocol(module, options)
-    assert f"column 1 of {path} (" in said
+    protocol = evaluators.protocol(module, options)
+    assert f"column 1 of {path} (" in protocol
     labels_of(tmp_path, ids, [ids % 2, ids % 3])
-    assert evaluators.protocol(module, options) != said, "another file is another protocol"
+    assert evaluators.protocol(module, options) != protocol, "another file is another protocol"
 
 
 def test_what_is_refused(tmp_path):
@@ -185,8 +185,8 @@ def test_the_pictures():
     for figure, title, caption in album.pictures.values():
         drawn(figure)
         assert title and "50 images of shapes test in 4 clusters (k-means with 4 clusters" in caption
-    found = clusters._assigned(test, clusters._fitted(train, options), options)
-    counts = clusters.contingency(test.labels, found)
+    assigned = clusters._assigned(test, clusters._fitted(train, options), options)
+    counts = clusters.contingency(test.labels, assigned)
     purity = counts.max(1) / counts.sum(1)
     order = np.argsort(-purity, kind="stable")
     bars = album.pictures["clusters-purity"][0].axes[0].patches
@@ -201,7 +201,7 @@ def test_the_pictures():
         own_before = True
         for (split, image), axes in itertools.islice(shown, min(14, int(counts[k].sum()))):
             own = test.labels[image] == best[k]
-            assert split == "test" and found[image] == k and axes.spines["top"].get_visible() == own
+            assert split == "test" and assigned[image] == k and axes.spines["top"].get_visible() == own
             assert own_before or not own, "those of the cluster's class stand first"
             own_before = own
 

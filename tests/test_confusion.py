@@ -18,8 +18,8 @@ from tests.figure_writer import Sketchbook
 
 
 def part(labels, classes=("cat", "dog", "owl")):
-    known = {"classes": json.dumps(list(classes)), "dataset": "pets", "split": "test"}
-    return Features(np.zeros((len(labels), 1), np.float32), np.asarray(labels), np.arange(len(labels)), known)
+    metadata = {"classes": json.dumps(list(classes)), "dataset": "pets", "split": "test"}
+    return Features(np.zeros((len(labels), 1), np.float32), np.asarray(labels), np.arange(len(labels)), metadata)
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1))

@@ -54,18 +54,18 @@ def test_pictures_of_every_kind(tmp_path):
 
 def test_order_and_labels_are_torchvisions(tmp_path):
     source = odd_folder(tmp_path / "source")
-    told = run("folder", source, tmp_path / "out")
+    dataset = run("folder", source, tmp_path / "out")
     reference = torchvision.datasets.ImageFolder(source / "train")
-    assert told.classes == reference.classes
+    assert dataset.classes == reference.classes
     assert Beton(tmp_path / "out" / "train.beton").labels.tolist() == reference.targets
 
 
 def test_what_is_told(tmp_path):
-    told = run("folder", odd_folder(tmp_path / "birds"), tmp_path / "out")
-    assert told == manifest.load(tmp_path / "out") and told.name == "birds"
-    assert list(told.splits) == ["train", "val"]
-    assert (told.pretraining, told.training, told.evaluation) == ("train", "train", "val")
-    train = told.splits["train"]
+    dataset = run("folder", odd_folder(tmp_path / "birds"), tmp_path / "out")
+    assert dataset == manifest.load(tmp_path / "out") and dataset.name == "birds"
+    assert list(dataset.splits) == ["train", "val"]
+    assert (dataset.pretraining, dataset.training, dataset.evaluation) == ("train", "train", "val")
+    train = dataset.splits["train"]
     assert (train.count, train.labelled, train.class_counts) == (11, True, [5, 6])
     assert (train.max_height, train.max_width, train.raw + train.jpeg) == (150, 300, 11)
     assert train.raw == 2 and train.bytes == (tmp_path / "out" / "train.beton").stat().st_size
@@ -77,22 +77,22 @@ def test_mean_and_std(tmp_path):
     images = [picture(20, 30, 1), picture(12, 40, 2), picture(50, 9, 3)]
     for i, image in enumerate(images):
         save(source / "train" / "x" / f"{i}.png", image)
-    told = run("folder", source, tmp_path / "out")
+    dataset = run("folder", source, tmp_path / "out")
     unit = [image.reshape(-1, 3) / 255 for image in images]
     mean = np.mean([pixels.mean(0) for pixels in unit], 0)
     std = np.sqrt(np.mean([(pixels**2).mean(0) for pixels in unit], 0) - mean**2)
-    assert np.allclose(told.mean, mean, atol=6e-7) and np.allclose(told.std, std, atol=6e-7)
-    assert told.measured_images == 3 and all(value == round(value, 6) for value in told.mean + told.std)
+    assert np.allclose(dataset.mean, mean, atol=6e-7) and np.allclose(dataset.std, std, atol=6e-7)
+    assert dataset.measured_images == 3 and all(value == round(value, 6) for value in dataset.mean + dataset.std)
 
 
 def test_mean_and_std_of_evenly_spaced_images(tmp_path, monkeypatch):
     source = simple_folder(tmp_path / "source", per_class=5, splits=("train",))
     monkeypatch.setattr("ssl_dist.convert.statistics.MAX_IMAGES", 4)
-    told = run("folder", source, tmp_path / "out")
+    dataset = run("folder", source, tmp_path / "out")
     file = Beton(tmp_path / "out" / "train.beton")
     pixels = np.stack([file.sample(i) for i in (0, 2, 5, 7)]).reshape(-1, 3) / 255
-    assert told.measured_images == 4
-    assert np.allclose(told.mean, pixels.mean(0), atol=6e-7) and np.allclose(told.std, pixels.std(0), atol=6e-7)
+    assert dataset.measured_images == 4
+    assert np.allclose(dataset.mean, pixels.mean(0), atol=6e-7) and np.allclose(dataset.std, pixels.std(0), atol=6e-7)
 
 
 def test_the_number_of_workers_changes_no_byte(tmp_path):
@@ -118,21 +118,21 @@ def test_folders_of_other_shapes(tmp_path):
     save(tmp_path / "a" / "ants" / "1.png", picture(5, 5))
     save(tmp_path / "a" / "ants" / ".1.png", picture(5, 5))
     save(tmp_path / "a" / ".hidden" / "1.png", picture(5, 5))
-    told = run("folder", tmp_path / "a", tmp_path / "out-a", name="mine")
-    assert told.classes == ["ants", "cats"] and told.name == "mine"
-    assert {split: facts.count for split, facts in told.splits.items()} == {"train": 2}
+    dataset = run("folder", tmp_path / "a", tmp_path / "out-a", name="mine")
+    assert dataset.classes == ["ants", "cats"] and dataset.name == "mine"
+    assert {split: facts.count for split, facts in dataset.splits.items()} == {"train": 2}
 
     for i in range(3):
         save(tmp_path / "b" / "unlabeled" / "deep" / f"{i}.png", picture(5, 5, i))
-    told = run("folder", tmp_path / "b", tmp_path / "out-b")
-    assert (told.pretraining, told.classes, told.splits["unlabeled"].labelled) == ("unlabeled", [], False)
+    dataset = run("folder", tmp_path / "b", tmp_path / "out-b")
+    assert (dataset.pretraining, dataset.classes, dataset.splits["unlabeled"].labelled) == ("unlabeled", [], False)
     assert Beton(tmp_path / "out-b" / "unlabeled.beton").labels.tolist() == [-1, -1, -1]
 
 
 def test_a_name_of_the_catalog_brings_its_facts(tmp_path):
-    told = run("folder", simple_folder(tmp_path / "x"), tmp_path / "out", name="cifar10")
-    assert (told.name, told.image_size, told.paper_mean) == ("cifar10", 32, [0.491, 0.482, 0.447])
-    assert "Krizhevsky" in told.about
+    dataset = run("folder", simple_folder(tmp_path / "x"), tmp_path / "out", name="cifar10")
+    assert (dataset.name, dataset.image_size, dataset.paper_mean) == ("cifar10", 32, [0.491, 0.482, 0.447])
+    assert "Krizhevsky" in dataset.about
 
 
 # ------------------------------------------------------------------------------------------------ again, and killed
@@ -162,7 +162,7 @@ def test_complete_splits_are_kept(simple, capsys):
 @pytest.mark.parametrize("what", ["a bit", "cut", "gone"])
 def test_a_damaged_split_is_made_again(simple, what):
     source, out = simple
-    whole, kept = (out / "test.beton").read_bytes(), identity(out / "train.beton")
+    whole, before = (out / "test.beton").read_bytes(), identity(out / "train.beton")
     start = int(Beton(out / "test.beton").pointers[3])
     damaged = {"a bit": whole[:start] + bytes([whole[start] ^ 1]) + whole[start + 1 :], "cut": whole[:-1000]}
     if what == "gone":
@@ -170,21 +170,21 @@ def test_a_damaged_split_is_made_again(simple, what):
     else:
         (out / "test.beton").write_bytes(damaged[what])
     run("folder", source, out)
-    assert (out / "test.beton").read_bytes() == whole and identity(out / "train.beton") == kept
+    assert (out / "test.beton").read_bytes() == whole and identity(out / "train.beton") == before
 
 
 def test_another_source_or_size_is_converted_again(simple):
     source, out = simple
     first = checksums(out)
     save(source / "train" / "red" / "new.png", picture(12, 10))
-    told = run("folder", source, out)
-    assert told.splits["train"].count == 13 and checksums(out)["test"] == first["test"]
+    dataset = run("folder", source, out)
+    assert dataset.splits["train"].count == 13 and checksums(out)["test"] == first["test"]
     os.rename(source / "train" / "red" / "new.png", source / "train" / "red" / "000a.png")
     second = checksums(out)
-    told = run("folder", source, out)
-    assert told.splits["train"].count == 13 and checksums(out)["train"] not in (first["train"], second["train"])
-    told = run("folder", source, out, max_side=8)
-    assert told.encoding.max_side == 8 and told.splits["test"].max_height == 8
+    dataset = run("folder", source, out)
+    assert dataset.splits["train"].count == 13 and checksums(out)["train"] not in (first["train"], second["train"])
+    dataset = run("folder", source, out, max_side=8)
+    assert dataset.encoding.max_side == 8 and dataset.splits["test"].max_height == 8
     assert Beton(out / "test.beton").heights.max() == 8
 
 
@@ -246,11 +246,11 @@ def test_killed_and_repeated(tmp_path, during):
     started.wait()
     assert (out / f".{during}.beton.tmp").exists() and not (out / f"{during}.beton").exists()
     assert (out / "train.beton").exists() == (during == "test")
-    kept = identity(out / "train.beton") if during == "test" else None
+    before = identity(out / "train.beton") if during == "test" else None
     run("folder", source, out)
     for name in ("train.beton", "test.beton", "dataset.json"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert kept in (None, identity(out / "train.beton"))
+    assert before in (None, identity(out / "train.beton"))
     assert sorted(os.listdir(out)) == ["dataset.json", "test.beton", "train.beton"]
 
 
@@ -319,13 +319,13 @@ def test_a_full_disk(tmp_path, small_files_only):
 
 def test_progress_without_a_terminal(tmp_path, capsys):
     run("folder", simple_folder(tmp_path / "source"), tmp_path / "out", progress=True)
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 2 and "train: converting" in told[0] and "12/12" in told[0] and "left" in told[0]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "train: converting" in lines[0] and "12/12" in lines[0] and "left" in lines[0]
     run("folder", tmp_path / "source", tmp_path / "quiet", progress=False)
     assert capsys.readouterr().err == ""
 
 
 def test_dataset_json_is_plain(simple):
-    told = json.loads((simple[1] / "dataset.json").read_text())
-    assert told["format"] == 1 and len(told["splits"]["train"]["sha256"]) == 64
+    content = json.loads((simple[1] / "dataset.json").read_text())
+    assert content["format"] == 1 and len(content["splits"]["train"]["sha256"]) == 64
     assert not list(simple[1].glob(".*"))

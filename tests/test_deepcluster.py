@@ -80,8 +80,8 @@ def test_any_number_of_ranks_makes_the_same_labels_and_weights(size):
     untrained = make()
     [alone] = thread_world.run(lambda world: start_epoch(world, untrained))
     for method in thread_world.run(lambda world: start_epoch(world, untrained), Grid(size, 1)):
-        for name, wanted in alone.state_dict().items():
-            torch.testing.assert_close(method.state_dict()[name], wanted, rtol=1e-9, atol=0, msg=name)
+        for name, expected in alone.state_dict().items():
+            torch.testing.assert_close(method.state_dict()[name], expected, rtol=1e-9, atol=0, msg=name)
     sizes = alone.labels.sizes(0)
     assert sizes.sum() == IMAGES and sizes.min() > 0
     torch.testing.assert_close(alone.weight, 1 - sizes.double() / IMAGES)
@@ -99,10 +99,10 @@ def test_wide_features_are_halved(monkeypatch):
     assert make(feature_dim=5).components == 5
     assert make(components=4).components == 4
     rows = Rows(torch.arange(IMAGES), torch.randn(IMAGES, 6))
-    given = []
-    monkeypatch.setattr(deepcluster, "kmeans", lambda x, *_: given.append(x) or (torch.zeros(IMAGES).long(), 0.0))
+    clustered = []
+    monkeypatch.setattr(deepcluster, "kmeans", lambda x, *_: clustered.append(x) or (torch.zeros(IMAGES).long(), 0.0))
     make(components=4).cluster(rows, 0, one_process())
-    assert given[0].shape == (IMAGES, 4)
+    assert clustered[0].shape == (IMAGES, 4)
 
 
 # ---------------------------------------------------------------------------------------------------- loss
@@ -137,9 +137,9 @@ def test_the_loss_of_several_ranks_is_that_of_one(size):
     [(alone, gradients)] = thread_world.run(step)
     several = thread_world.run(step, Grid(size, 1))
     assert sum(output.loss.item() for output, _ in several) / size == pytest.approx(alone.loss.item(), rel=1e-12)
-    for name, wanted in gradients.items():
-        found = sum(g[name] for _, g in several) / size
-        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12 * float(wanted.abs().max()))
+    for name, expected in gradients.items():
+        mean = sum(g[name] for _, g in several) / size
+        torch.testing.assert_close(mean, expected, rtol=1e-9, atol=1e-12 * float(expected.abs().max()))
     for output, _ in several:
         for name, value in output.metrics.items():
             assert float(value) == pytest.approx(float(alone.metrics[name]), rel=1e-9), name

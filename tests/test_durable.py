@@ -16,12 +16,12 @@ def test_old_or_new_at_every_kill(tmp_path):
     prepared = tmp_path / "prepared"
     prepared.mkdir()
     (prepared / "x").write_text("old" * 1000)
-    seen = []
+    contents = []
     for folder in kills.every_kill(prepared, tmp_path, lambda folder: durable.write_text(folder / "x", "new" * 1000)):
-        seen.append((folder / "x").read_text())
+        contents.append((folder / "x").read_text())
         durable.remove_dead(folder)
         assert os.listdir(folder) == ["x"]
-    assert seen == sorted(seen, reverse=True) and set(seen) == {"old" * 1000, "new" * 1000}
+    assert contents == sorted(contents, reverse=True) and set(contents) == {"old" * 1000, "new" * 1000}
 
 
 def test_the_order_that_survives_a_power_cut(tmp_path, monkeypatch):
@@ -97,7 +97,7 @@ def test_files_of_the_dead_go_and_those_of_the_living_and_of_others_stay(tmp_pat
 def test_a_lock_is_on_the_file_that_is_there_now(tmp_path):
     """Who waited for the lock of a file that was replaced meanwhile must not go on beside a holder of the new one's."""
     path, locks = tmp_path / "x", Path("/proc/locks")
-    held = durable.lock(path, os.O_RDWR | os.O_CREAT)
+    locked = durable.lock(path, os.O_RDWR | os.O_CREAT)
     with pytest.raises(BlockingIOError):
         durable.lock(path, os.O_RDWR, wait=False)
     code = (
@@ -109,5 +109,5 @@ def test_a_lock_is_on_the_file_that_is_there_now(tmp_path):
     while not any("->" in line and f" {waiting.pid} " in line for line in locks.read_text().splitlines()):
         assert waiting.poll() is None
     durable.write_text(path, "new")
-    os.close(held)
+    os.close(locked)
     assert waiting.communicate()[0] == "b'new'\n"

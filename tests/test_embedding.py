@@ -33,8 +33,8 @@ def part(count, split="test", dim=12, num_classes=3, spread=1.0):
     generator = np.random.default_rng([count, split == "test"])
     labels = np.arange(count) % num_classes
     features = 4 * np.eye(dim)[labels] + spread * generator.standard_normal((count, dim)) * np.linspace(1, 0.1, dim)
-    known = {"classes": json.dumps(["a\tdisc", "ring", "star"]), "split": split, "dataset": "shapes", "step": "120"}
-    return Features(features.astype(np.float32), labels, np.arange(count), known, "the file")
+    metadata = {"classes": json.dumps(["a\tdisc", "ring", "star"]), "split": split, "dataset": "shapes", "step": "120"}
+    return Features(features.astype(np.float32), labels, np.arange(count), metadata, "the file")
 
 
 def unit(rows):
@@ -42,7 +42,7 @@ def unit(rows):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def embedded(tmp_path_factory):
     """(test split, options, values, album) of a run with pictures."""
     test, options = part(151), embedding.Options(limit=100, **QUICK)
     run = tmp_path_factory.mktemp("run")
@@ -50,8 +50,8 @@ def made(tmp_path_factory):
     return test, options, embedding.run(part(60, "train"), test, options, album), album
 
 
-def test_values_are_scikit_learns(made):
-    test, _, values, album = made
+def test_values_are_scikit_learns(embedded):
+    test, _, values, album = embedded
     rows = evenly(test.labels, 100, hash64(0, EVALUATION))
     assert np.bincount(test.labels[rows]).tolist() in ([34, 33, 33], [33, 34, 33], [33, 33, 34])
     x = unit(test.features[rows].astype(np.float64))
@@ -71,8 +71,8 @@ def map_of(album, name):
     return np.concatenate([np.asarray(c.get_offsets()) for c in album.pictures[name][0].axes[0].collections])
 
 
-def test_it_can_be_made_again_whatever_the_threads(made):
-    test, options, values, album = made
+def test_it_can_be_made_again_whatever_the_threads(embedded):
+    test, options, values, album = embedded
     again = Sketchbook(album.folder)
     with threadpool_limits(2):
         assert embedding.run(part(60, "train"), test, options, again) == values
@@ -82,8 +82,8 @@ def test_it_can_be_made_again_whatever_the_threads(made):
     assert other["embedding_tsne_trustworthiness"] != values["embedding_tsne_trustworthiness"]
 
 
-def test_the_pictures(made):
-    test, _, values, album = made
+def test_the_pictures(embedded):
+    test, _, values, album = embedded
     assert list(album.pictures) == ["embedding-pca", "embedding-tsne", "embedding-images"]
     for name, (figure, title, caption) in album.pictures.items():
         drawn(figure)
@@ -95,8 +95,8 @@ def test_the_pictures(made):
     assert f"Trustworthiness {values['embedding_tsne_trustworthiness']:.3f}" in album.pictures["embedding-tsne"][2]
 
 
-def test_the_projector_gets_vectors_labels_and_thumbnails(made):
-    test, _, _, album = made
+def test_the_projector_gets_vectors_labels_and_thumbnails(embedded):
+    test, _, _, album = embedded
     folder = album.folder.parent / "tensorboard" / "embedding"
     rows = evenly(test.labels, 100, hash64(0, EVALUATION))
     config = (folder / "projector_config.pbtxt").read_text()
@@ -121,8 +121,8 @@ def test_the_projector_gets_vectors_labels_and_thumbnails(made):
     assert [path.name for path in folder.parent.iterdir()] == ["embedding"]
 
 
-def test_large_images_become_thumbnails(made):
-    test, *_ = made
+def test_large_images_become_thumbnails(embedded):
+    test, *_ = embedded
     album = Sketchbook()
     album.images = lambda part, rows: np.full((len(rows), 100, 100, 3), 250, np.uint8)
     thumbnails = embedding._thumbnails(album, test, np.arange(151).repeat(2))
@@ -148,8 +148,8 @@ def test_what_is_refused():
 
 
 @pytest.mark.slow
-def test_tensorboard_serves_the_projector(made):
-    _, _, _, album = made
+def test_tensorboard_serves_the_projector(embedded):
+    _, _, _, album = embedded
     logs = album.folder.parent / "tensorboard"
     program = Path(sys.executable).with_name("tensorboard")
     with open(logs.parent / "tensorboard.log", "w+") as log:
@@ -176,8 +176,8 @@ def test_tensorboard_serves_the_projector(made):
 def _address(process, log, seconds=90):
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None:
-        if found := re.search(r"http://localhost:\d+/", log.read_text()):
-            return found[0]
+        if match := re.search(r"http://localhost:\d+/", log.read_text()):
+            return match[0]
         time.sleep(0.2)
     raise AssertionError(log.read_text())
 

@@ -49,7 +49,7 @@ def source(digits, reader="arrays"):
 def test_features_are_the_encoders_of_every_image_in_order(run, digits, tmp_path):
     encoder = load_encoder(run)
     path = extract_features(encoder, source(digits), "test", tmp_path, one_process(), threads=1)
-    found = read_features(path)
+    extracted = read_features(path)
     with Dataset(digits, reader="arrays").open("test") as reader:
         ids = np.arange(reader.info.count)
         [(pixels, _, _, _)] = list(reader.batches([ids]))
@@ -58,10 +58,10 @@ def test_features_are_the_encoders_of_every_image_in_order(run, digits, tmp_path
     images = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     with torch.no_grad():
         expected = encoder.module.eval()(images)
-    np.testing.assert_allclose(found.features, expected.numpy(), rtol=1e-4, atol=1e-5)
-    assert np.array_equal(found.labels, labels) and np.array_equal(found.image_ids, ids)
-    assert found.metadata["checkpoint"] == encoder.sha256 and found.metadata["step"] == "0"
-    assert json.loads(found.metadata["classes"]) == [str(n) for n in range(10)]
+    np.testing.assert_allclose(extracted.features, expected.numpy(), rtol=1e-4, atol=1e-5)
+    assert np.array_equal(extracted.labels, labels) and np.array_equal(extracted.image_ids, ids)
+    assert extracted.metadata["checkpoint"] == encoder.sha256 and extracted.metadata["step"] == "0"
+    assert json.loads(extracted.metadata["classes"]) == [str(n) for n in range(10)]
 
 
 def test_the_resize_of_evaluation_reaches_the_features_and_their_file(run, digits, tmp_path):
@@ -104,8 +104,8 @@ def test_any_world_size_writes_the_same_file(run, digits, tmp_path, size):
     alone = extract_features(load_encoder(run), source(digits), "test", tmp_path / "a", one_process(), 1)
     assert read_features(alone).features.shape[0] % 7, "the count should not divide evenly"
     (tmp_path / "b").mkdir()
-    for left in ("digits-test.safetensors", "digits-test.part-0", "digits-test.part-7"):
-        (tmp_path / "b" / f".{left}.01234567.tmp").write_bytes(b"left by an extraction that was killed")
+    for name in ("digits-test.safetensors", "digits-test.part-0", "digits-test.part-7"):
+        (tmp_path / "b" / f".{name}.01234567.tmp").write_bytes(b"left by an extraction that was killed")
     ranks.launch(in_ranks, size, tmp_path, run, tmp_path / "b", "test")
     a, b = read_features(alone), read_features(tmp_path / "b" / alone.name)
     assert np.array_equal(a.features, b.features)
@@ -117,8 +117,8 @@ def test_what_the_killed_left_is_removed_and_what_the_living_write_is_not(run, d
     encoder = load_encoder(run)
     path = features_path(tmp_path, source(digits), "test")
     dead = [tmp_path / ".digits-test.part-1.01234567.tmp", tmp_path / ".digits-test.safetensors.89abcdef.tmp"]
-    for left in dead:
-        left.touch()
+    for file in dead:
+        file.touch()
     with durable.temporary(run_encoder._part_of(path, 0, "00000000")) as part:  # of a process that is at it
         part.write(b"rows")
         extract_features(encoder, source(digits), "test", tmp_path, one_process(), 1)
@@ -165,8 +165,10 @@ def test_freshness(run, digits, tmp_path):
     extract_features(encoder, source(digits), "test", tmp_path, one_process(), 1)
     assert fresh()
     assert not fresh(Encoder(encoder.module, encoder.config, encoder.normalize, "0" * 64, 0, encoder.file))
-    found = read_features(path)
-    write_features(path, found.features, found.labels, found.image_ids, found.metadata | {"data": "0" * 64})
+    extracted = read_features(path)
+    write_features(
+        path, extracted.features, extracted.labels, extracted.image_ids, extracted.metadata | {"data": "0" * 64}
+    )
     assert not fresh(), "features of other samples under the same name"
     path.write_bytes(path.read_bytes()[:-1])
     assert not fresh(), "a damaged file is extracted again"

@@ -26,7 +26,7 @@ def load(digits, tmp_path):
 
 
 @pytest.fixture
-def say(load):
+def lines_of(load):
     """The lines of explain by their names; a line that begins with spaces belongs to the name above."""
 
     def run(world, *overrides, per_node=None):
@@ -63,29 +63,29 @@ def memory(settings, world=1):
         (16, None, [], "16 = 2 image shard(s) x 8 view", "6 images, 1 x", "ranks 0-7, 8-15 hold views", "21 positive"),
     ],
 )  # fmt: skip
-def test_who_holds_what(say, world, per_node, overrides, ranks, each, who, pairs):
-    said = say(world, *overrides, per_node=per_node)
-    assert said["ranks"][0].startswith(ranks) and said["each rank"][0].startswith(each)
-    assert said["who holds what"][0].startswith(who) and said["pairs a rank"][0].startswith(pairs)
+def test_who_holds_what(lines_of, world, per_node, overrides, ranks, each, who, pairs):
+    lines = lines_of(world, *overrides, per_node=per_node)
+    assert lines["ranks"][0].startswith(ranks) and lines["each rank"][0].startswith(each)
+    assert lines["who holds what"][0].startswith(who) and lines["pairs a rank"][0].startswith(pairs)
 
 
-def test_every_split_is_a_line_and_the_chosen_one_is_marked(say):
-    rows = [line.split() for line in say(4, per_node=2)["splits"][1:]]
+def test_every_split_is_a_line_and_the_chosen_one_is_marked(lines_of):
+    rows = [line.split() for line in lines_of(4, per_node=2)["splits"][1:]]
     assert [row[:6] for row in rows] == [
         ["1", "4", "x", "1", "3", "8"], ["2", "2", "x", "2", "6", "4"], ["4", "1", "x", "4", "12", "2"],
     ]  # fmt: skip
     assert [row[7:] for row in rows] == [[], ["chosen"], ["over", "nodes"]]
-    assert float(rows[1][6]) == float(say(4, per_node=2)["memory a rank"][0].split()[1])
+    assert float(rows[1][6]) == float(lines_of(4, per_node=2)["memory a rank"][0].split()[1])
 
 
-def test_large_worlds_stay_short(say):
-    said = say(64, "optim.batch_size=64", "views.num=64", per_node=8)
-    assert len(said["splits"]) == 8 and sum(map(len, said.values())) < 40
-    assert max(len(line) for lines in said.values() for line in lines) < 160
+def test_large_worlds_stay_short(lines_of):
+    lines_by_name = lines_of(64, "optim.batch_size=64", "views.num=64", per_node=8)
+    assert len(lines_by_name["splits"]) == 8 and sum(map(len, lines_by_name.values())) < 40
+    assert max(len(line) for lines in lines_by_name.values() for line in lines) < 160
 
 
-def test_pairs_of_a_rank_are_those_that_it_scores(say):
-    assert say(3, "views.num=3", "optim.batch_size=3")["pairs a rank"] == ["3 positive and as many negative"]
+def test_pairs_of_a_rank_are_those_that_it_scores(lines_of):
+    assert lines_of(3, "views.num=3", "optim.batch_size=3")["pairs a rank"] == ["3 positive and as many negative"]
     for num_views, batch_size, world in ((5, 7, 4), (2, 3, 8), (32, 64, 3)):
         units = num_views * (num_views - 1) // 2 * batch_size
         shares = [(r + 1) * units // world - r * units // world for r in range(world)]
@@ -93,11 +93,11 @@ def test_pairs_of_a_rank_are_those_that_it_scores(say):
         assert text.startswith(f"{min(shares)}-{max(shares)} positive")
 
 
-def test_rates_are_shown_where_they_turn(say):
+def test_rates_are_shown_where_they_turn(lines_of):
     steps = ["optim.epochs=null", "optim.steps=40", "optim.lr=0.5", "optim.lr_batch=6"]
-    [line] = say(1, *steps, "optim.schedule=step", "optim.milestones=[0.7]")["optimizer"]
+    [line] = lines_of(1, *steps, "optim.schedule=step", "optim.milestones=[0.7]")["optimizer"]
     assert line == "adam, step, rate 1 at step 0, 1 at step 10, 1 at step 20, 0.1 at step 28, 0.1 at step 39"
-    [line] = say(1, *steps, "optim.name=lars", "optim.warmup_epochs=0.1")["optimizer"]
+    [line] = lines_of(1, *steps, "optim.name=lars", "optim.warmup_epochs=0.1")["optimizer"]
     assert re.search(r"^lars, constant, rate 0 at step 0, .*, 1 at step 12, ", line), line
 
 
@@ -132,21 +132,21 @@ def test_a_network_counted_by_hand(load, monkeypatch, precision):
     assert 4 * one_map <= counted.activations < 4.1 * one_map
 
 
-def kept_by_autograd(network, images):
+def bytes_kept_by_autograd(network, images):
     """Bytes of the tensors that a real forward keeps for the backward, each storage once, without the weights."""
-    known = {t.untyped_storage().data_ptr() for t in [*network.parameters(), *network.buffers(), images]}
-    kept = {}
+    given_storages = {t.untyped_storage().data_ptr() for t in [*network.parameters(), *network.buffers(), images]}
+    sizes = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in given_storages:
+            sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = network(images)
     assert out.requires_grad
-    return sum(kept.values())
+    return sum(sizes.values())
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def kept_by_autograd(network, images):
 def test_activations_are_what_a_real_step_keeps(load, name, size, in_flight):
     """On top of them come the gradients in flight: a few maps, so the less the deeper the network is."""
     counted = memory(load(f"backbone.name={name}", f"data.image_size={size}")).activations
-    real = kept_by_autograd(backbones.build(name).train(), torch.randn(12 * 8, 3, size, size))
+    real = bytes_kept_by_autograd(backbones.build(name).train(), torch.randn(12 * 8, 3, size, size))
     assert real < counted < (1 + in_flight) * real
 
 
@@ -165,8 +165,8 @@ def test_memory_falls_with_the_ranks_but_not_with_their_split(load):
         four = memory(load("backbone.name=resnet8", f"data.view_shards={shards}"), 4)
         assert four.activations == pytest.approx(one.activations / 4, rel=0.01)
         assert (four.inputs, four.waiting) == (one.inputs / 4, one.waiting / 4)
-    held = [four.decoded(explain.Grid(4 // wv, wv)) for wv in (1, 2, 4)]
-    assert held[2] == 4 * held[0] == 2 * held[1] == one.decoded(explain.Grid(1, 1))
+    sizes = [four.decoded(explain.Grid(4 // wv, wv)) for wv in (1, 2, 4)]
+    assert sizes[2] == 4 * sizes[0] == 2 * sizes[1] == one.decoded(explain.Grid(1, 1))
 
 
 def test_half_precision_takes_half(load):

@@ -57,14 +57,14 @@ def test_torchvision_loads_it_and_computes_the_same(run_of, tmp_path, capsys, na
         torch.testing.assert_close(scope["model"].eval()(IMAGES), load_encoder(run).module(IMAGES))
     # and back: the file is one that we read
     backbone = backbones.build(name)
-    found = weights.fit(backbone, name, out)
-    assert found.unused == []
+    fitted = weights.fit(backbone, name, out)
+    assert fitted.unused == []
     _, state, digest = checkpoint.load_newest(run)
-    assert all(torch.equal(tensor, state["method"][f"backbone.{key}"]) for key, tensor in found.tensors.items())
+    assert all(torch.equal(tensor, state["method"][f"backbone.{key}"]) for key, tensor in fitted.tensors.items())
     with safetensors.safe_open(out, "pt") as file:
-        told = file.metadata()
-    assert json.loads(told.pop("normalize")) == state["normalize"]
-    assert told == {"format": "pt", "backbone": name, "method": "random_weights", "checkpoint": digest, "step": "0"}
+        metadata = file.metadata()
+    assert json.loads(metadata.pop("normalize")) == state["normalize"]
+    assert metadata == {"format": "pt", "backbone": name, "method": "random_weights", "checkpoint": digest, "step": "0"}
 
 
 @pytest.mark.parametrize("name", ["resnet18", "timm/convnext_atto"])

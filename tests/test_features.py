@@ -50,14 +50,14 @@ def _refused(path) -> str:
 
 def test_round_trip(written):
     features, labels, image_ids = _arrays()
-    found = read_features(written)
-    np.testing.assert_array_equal(found.features, features)
-    np.testing.assert_array_equal(found.labels, labels)
-    np.testing.assert_array_equal(found.image_ids, image_ids)
-    assert found.features.dtype == np.float32 and found.labels.dtype == found.image_ids.dtype == np.int64
-    assert found.metadata == METADATA and found.classes == ["cat", "dög", "emu"]
-    assert len(found) == 7 and found.dim == 5
-    np.testing.assert_array_equal(found.rows(2, 5), features[2:5])
+    read = read_features(written)
+    np.testing.assert_array_equal(read.features, features)
+    np.testing.assert_array_equal(read.labels, labels)
+    np.testing.assert_array_equal(read.image_ids, image_ids)
+    assert read.features.dtype == np.float32 and read.labels.dtype == read.image_ids.dtype == np.int64
+    assert read.metadata == METADATA and read.classes == ["cat", "dög", "emu"]
+    assert len(read) == 7 and read.dim == 5
+    np.testing.assert_array_equal(read.rows(2, 5), features[2:5])
     assert os.listdir(written.parent) == [written.name]
 
 
@@ -82,8 +82,8 @@ def test_reads_what_safetensors_writes(path):
 def test_numbers_are_aligned_whatever_the_length_of_the_header(path):
     for length in range(8):
         write_features(path, *_arrays(), METADATA | {"split": "x" * length})
-        found = read_features(path)
-        assert found.features.flags.aligned and found.features.ctypes.data % 8 == 0
+        read = read_features(path)
+        assert read.features.flags.aligned and read.features.ctypes.data % 8 == 0
 
 
 def test_many_rows_are_written_in_chunks(path, monkeypatch):
@@ -260,12 +260,12 @@ def test_reading_a_large_file_holds_no_memory(path):
     count, dim = 65536, 256  # 64 MiB
     write_features(path, np.ones((count, dim), np.float32), *[np.arange(count)] * 2, METADATA | {"classes": "[]"})
     before = _mapped_mib()
-    found = read_features(path)
+    read = read_features(path)
     highest = 0.0
     for start in range(0, count, 4096):  # 4 MiB
-        assert found.rows(start, start + 4096).min() == 1
+        assert read.rows(start, start + 4096).min() == 1
         highest = max(highest, _mapped_mib() - before)
-    every_second = found.subset(np.arange(0, count, 2))
+    every_second = read.subset(np.arange(0, count, 2))
     for start in range(0, count // 2, 2048):
         assert every_second.rows(start, start + 2048).min() == 1
         highest = max(highest, _mapped_mib() - before)

@@ -53,12 +53,12 @@ def decoded(digits, split, ids):
 
 def test_the_images_asked_for_in_the_order_asked_for(digits, opened, tmp_path, monkeypatch):
     monkeypatch.setattr(album_module, "_BLOCK_BYTES", 2 * 32 * 32 * 3)  # two images a block
-    test, others = part(digits, "test"), part(digits, "train")
+    test, train = part(digits, "test"), part(digits, "train")
     rows = np.array([7, 3, 300, 3, 0])
     with FigureWriter(tmp_path, test, opened, data(), "knn") as album:
         assert not opened.readers, "nothing is opened before an image is needed"
         assert np.array_equal(album.images(test, rows), decoded(digits, "test", rows))
-        assert np.array_equal(album.images(others, rows), decoded(digits, "train", rows))
+        assert np.array_equal(album.images(train, rows), decoded(digits, "train", rows))
         assert np.array_equal(album.images(test, rows[:1]), decoded(digits, "test", [7]))
         assert album.images(test, rows[:0]).shape == (0, 32, 32, 3)
     assert [reader.info.split for reader in opened.readers] == ["test", "train"]
@@ -72,16 +72,16 @@ def test_a_piece_of_a_split_shows_the_images_of_its_ids(digits, opened, tmp_path
     with FigureWriter(tmp_path, piece, opened, data(), "knn") as album:
         assert np.array_equal(album.images(piece, np.array([2, 0])), decoded(digits, "train", [200, 5]))
         path = album.add("x", Figure(), "t", "c")
-        of_others = album.add("x", Figure(), "t", "c", part(digits, "test"))
-    assert path.name == "digits-train-held-out-10-x.png" and of_others.name == "digits-test-x.png"
+        test_path = album.add("x", Figure(), "t", "c", part(digits, "test"))
+    assert path.name == "digits-train-held-out-10-x.png" and test_path.name == "digits-test-x.png"
 
 
 def test_the_images_are_those_of_the_test_transform(digits, opened, tmp_path):
     test = part(digits, "test")
     with FigureWriter(tmp_path, test, opened, data(image_size=24, eval_resize=40), "knn") as album:
-        [found] = album.images(test, np.array([11]))
+        [shown] = album.images(test, np.array([11]))
     image = Image.fromarray(decoded(digits, "test", [11])[0])
-    assert np.array_equal(found, np.asarray(center_crop(resize(image, 40, InterpolationMode.BILINEAR), 24)))
+    assert np.array_equal(shown, np.asarray(center_crop(resize(image, 40, InterpolationMode.BILINEAR), 24)))
 
 
 def test_a_picture_says_what_it_is(digits, opened, tmp_path):
@@ -168,6 +168,6 @@ def test_evaluate_leaves_the_pictures_and_what_they_say(digits, tmp_path, capsys
     pictures[5].unlink()
     pictures[6].unlink()
     assert cli.main(["evaluate", str(run), *names, *quick]) == 0
-    said = capsys.readouterr().err
-    assert said.count("already") == len(names) - 1 and "knn: has no pictures of this checkpoint" in said
+    stderr = capsys.readouterr().err
+    assert stderr.count("already") == len(names) - 1 and "knn: has no pictures of this checkpoint" in stderr
     assert sorted((run / "figures").iterdir()) == pictures

@@ -78,10 +78,10 @@ def filled(net):
     return golden_fill.state_dict(GOLDEN, net)
 
 
-def distance(found, wanted):
+def distance(actual, expected):
     """The largest difference, relative to the largest magnitude of what is wanted."""
-    assert found.shape == wanted.shape
-    return float((found - wanted).abs().max() / wanted.abs().max())
+    assert actual.shape == expected.shape
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 def tolerance(key, dtype):
@@ -98,28 +98,28 @@ def results(net, dtype):
     x = golden_fill.image(GOLDEN, net).to(TYPES[dtype])
     network.eval()
     with torch.no_grad():
-        found = {"eval_out": network(x)}
+        tensors = {"eval_out": network(x)}
     network.train()
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.eval()
-    found["train_out"] = network(x)
-    found["train_loss_mean_sq"] = found["train_out"].square().mean()
-    found["train_loss_mean_sq"].backward()
+    tensors["train_out"] = network(x)
+    tensors["train_loss_mean_sq"] = tensors["train_out"].square().mean()
+    tensors["train_loss_mean_sq"].backward()
     for name, parameter in network.named_parameters():
         name = network.official(name)
         if any(key.endswith(f"/grad_norm/{name}") for key in GOLDEN):
-            found[f"grad_norm/{name}"] = parameter.grad.norm()
-            found[f"grad_first_out_channel/{name}"] = parameter.grad[0].clone()
-    found |= {f"bn_after/{network.official(name)}": buffer for name, buffer in network.named_buffers()}
-    return {key: value.detach().double() for key, value in found.items()}
+            tensors[f"grad_norm/{name}"] = parameter.grad.norm()
+            tensors[f"grad_first_out_channel/{name}"] = parameter.grad[0].clone()
+    tensors |= {f"bn_after/{network.official(name)}": buffer for name, buffer in network.named_buffers()}
+    return {key: value.detach().double() for key, value in tensors.items()}
 
 
 @pytest.mark.parametrize("net", NETS)
 def test_tensor_names_shapes_and_order(net):
     network = Network(net)
-    found = [(network.official(name), list(tensor.shape)) for name, tensor in network.state_dict().items()]
-    assert found == [(entry["name"], entry["shape"]) for entry in golden_fill.spec(GOLDEN, net)]
+    names_and_shapes = [(network.official(name), list(tensor.shape)) for name, tensor in network.state_dict().items()]
+    assert names_and_shapes == [(entry["name"], entry["shape"]) for entry in golden_fill.spec(GOLDEN, net)]
     assert sum(p.numel() for p in network.parameters()) == GOLDEN[f"{net}/n_params"]
     if f"{net}/feature_size" in GOLDEN:
         assert network.backbone.feature_dim == GOLDEN[f"{net}/feature_size"]
@@ -138,15 +138,15 @@ def test_the_fill_is_the_one_of_the_fixture(net):
 def test_outputs_gradients_and_statistics(net, dtype):
     """Float32 itself can be off by more than its tolerance in a deep network in training mode, and another number of
     threads adds up in another order: there, twice the distance of our own float32 from our float64 is allowed."""
-    found = results(net, dtype)
+    tensors = results(net, dtype)
     keys = [key.removeprefix(f"{net}/{dtype}/") for key in GOLDEN if key.startswith(f"{net}/{dtype}/")]
     assert {"eval_out", "train_out", "train_loss_mean_sq"} < set(keys)
     for key in keys:
-        wanted = torch.from_numpy(np.asarray(GOLDEN[f"{net}/{dtype}/{key}"])).double()
+        expected = torch.from_numpy(np.asarray(GOLDEN[f"{net}/{dtype}/{key}"])).double()
         allowed = tolerance(key, dtype)
         if dtype == "f32":
-            allowed = max(allowed, 2 * distance(found[key], results(net, "f64")[key]))
-        assert distance(found[key], wanted) <= allowed, key
+            allowed = max(allowed, 2 * distance(tensors[key], results(net, "f64")[key]))
+        assert distance(tensors[key], expected) <= allowed, key
 
 
 @pytest.mark.parametrize("key", sorted(key for key in GOLDEN if re.fullmatch(r"structure/\w+_spec", key)))
@@ -154,39 +154,39 @@ def test_networks_of_which_the_fixture_has_the_tensors_alone(key):
     name, naming = ours(key.removeprefix("structure/").removesuffix("_spec"))
     with torch.device("meta"):
         tensors = backbones.build(name).state_dict()
-    found = [(weights.renamed(name, naming), list(tensor.shape)) for name, tensor in tensors.items()]
-    assert found == [(entry["name"], entry["shape"]) for entry in json.loads(str(GOLDEN[key]))]
+    names_and_shapes = [(weights.renamed(name, naming), list(tensor.shape)) for name, tensor in tensors.items()]
+    assert names_and_shapes == [(entry["name"], entry["shape"]) for entry in json.loads(str(GOLDEN[key]))]
 
 
 @pytest.mark.parametrize("fact", sorted(fact for fact in FACTS if re.fullmatch(r"(sfrik|relic)\.[\w.]+", fact)))
 def test_facts_of_the_official_networks(fact):
-    told = FACTS[fact]
+    facts = FACTS[fact]
     name = {"efficientnet_v2_s": "efficientnet_v2_s"}.get(fact.split(".")[1], fact.split(".")[1])
-    if not isinstance(told, dict) or "n_params" not in told:
+    if not isinstance(facts, dict) or "n_params" not in facts:
         return
     if fact.endswith("modify_True"):
         name += "_small_stem"
     with torch.device("meta"):
         backbone = backbones.build(name)
-    assert sum(p.numel() for p in backbone.parameters()) == told["n_params"]
+    assert sum(p.numel() for p in backbone.parameters()) == facts["n_params"]
     tensors = backbone.state_dict()
-    if "n_tensors" in told:
-        assert len(tensors) == told["n_tensors"]
-    if "conv1" in told:
-        assert list(tensors["conv1.weight"].shape) == told["conv1"]
-        assert [backbone.feature_dim] == told["last"]
-    if told.get("embedding"):
-        assert backbone.feature_dim == told["embedding"]
+    if "n_tensors" in facts:
+        assert len(tensors) == facts["n_tensors"]
+    if "conv1" in facts:
+        assert list(tensors["conv1.weight"].shape) == facts["conv1"]
+        assert [backbone.feature_dim] == facts["last"]
+    if facts.get("embedding"):
+        assert backbone.feature_dim == facts["embedding"]
 
 
 def test_residual_blocks_begin_as_the_identity_when_asked():
     assert FACTS["sfrik.zero_init"] == {"bn2_weight_all_zero": True}
     for name, last in (("resnet18", "bn2"), ("resnet50", "bn3")):
-        for wanted in (True, False):
-            tensors = backbones.build(name, zero_init_residual=wanted).state_dict()
+        for zero_init in (True, False):
+            tensors = backbones.build(name, zero_init_residual=zero_init).state_dict()
             last_weights = [tensor for key, tensor in tensors.items() if key.endswith(f".{last}.weight")]
             assert len(last_weights) == sum(1 for key in tensors if key.endswith(".conv1.weight"))
-            assert all(torch.all(tensor == (0 if wanted else 1)) for tensor in last_weights)
+            assert all(torch.all(tensor == (0 if zero_init else 1)) for tensor in last_weights)
 
 
 @pytest.mark.parametrize("key", sorted(key for key in BASELINES if re.fullmatch(r"dim/encoder_\w+/input", key)))
@@ -196,7 +196,7 @@ def test_the_first_map_is_the_one_of_deep_infomax(key):
     golden_fill.fill(backbone, golden_fill.scale(BASELINES))
     features, maps = backbone.forward_stages(torch.from_numpy(BASELINES[key]))
     stage, first = next(iter(maps.items()))
-    for found, name in ((features, "y"), (first, "M")):
-        wanted = torch.from_numpy(BASELINES[f"dim/{net}/f32/{name}"])
-        assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max(), name
+    for actual, name in ((features, "y"), (first, "M")):
+        expected = torch.from_numpy(BASELINES[f"dim/{net}/f32/{name}"])
+        assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max(), name
     assert [backbone.feature_dim, backbone.stages[stage]] == BASELINES[f"dim/{net}/y_size_M_channels"].tolist()

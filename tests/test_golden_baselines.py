@@ -29,22 +29,22 @@ GOLDEN = FILES["baselines"]
 TYPES = {"f32": torch.float32, "f64": torch.float64}
 
 
-def found(pattern, fixture=GOLDEN):
+def keys_matching(pattern, fixture=GOLDEN):
     """What the first group of `pattern` stands for in the keys of a fixture."""
     names = sorted({m[1] for key in fixture if (m := re.match(pattern, key))})
     assert names, pattern
     return names
 
 
-TEMPERATURES = found(r"simclr/t([\d.]+)/")
-ENCODERS = found(r"dim/encoder_(\w+)/")
-CASES = found(r"dim/(\w+)/alpha_beta_gamma$")
-PAIRS = [("sfrik", f"two/{name}", "two/") for name in found(r"two/(simclr_t[\d.]+)/", FILES["sfrik"])] + [
-    ("ffcvssl", name, "") for name in found(r"(simclr_t[\d.]+)/", FILES["ffcvssl"])
+TEMPERATURES = keys_matching(r"simclr/t([\d.]+)/")
+ENCODERS = keys_matching(r"dim/encoder_(\w+)/")
+CASES = keys_matching(r"dim/(\w+)/alpha_beta_gamma$")
+PAIRS = [("sfrik", f"two/{name}", "two/") for name in keys_matching(r"two/(simclr_t[\d.]+)/", FILES["sfrik"])] + [
+    ("ffcvssl", name, "") for name in keys_matching(r"(simclr_t[\d.]+)/", FILES["ffcvssl"])
 ]
 
 # Two arrays do not say which of the temperatures beside them they were made with: the one that fits best.
-KNOWN = [float(name.rpartition("t")[2]) for file, name, _ in PAIRS if file == "sfrik"]
+CANDIDATES = [float(name.rpartition("t")[2]) for file, name, _ in PAIRS if file == "sfrik"]
 
 
 def array(key, fixture=GOLDEN, dtype=None):
@@ -54,9 +54,9 @@ def array(key, fixture=GOLDEN, dtype=None):
 
 def close(ours, key, tolerance, fixture=GOLDEN):
     """The tolerance is relative to the largest magnitude of the array."""
-    wanted, ours = array(key, fixture).double(), torch.as_tensor(ours, dtype=torch.float64).detach()
-    assert ours.shape == wanted.shape, key
-    error = (ours - wanted).abs().max() / wanted.abs().max().clamp_min(1e-300)
+    expected, ours = array(key, fixture).double(), torch.as_tensor(ours, dtype=torch.float64).detach()
+    assert ours.shape == expected.shape, key
+    error = (ours - expected).abs().max() / expected.abs().max().clamp_min(1e-300)
     assert error <= tolerance, f"{key}: relative error {error:.2e}"
 
 
@@ -180,7 +180,7 @@ def test_candidates_are_the_logits_of_the_official_code():
     """Its crop c holds the anchors of the other view: first their partners, then all others in the order of rows."""
     fixture = FILES["sfrik"]
     x, y = (array(f"two/{view}", fixture, torch.float64) for view in "xy")
-    crops = found(r"two/simclr_logits_f64/crop(\d+)", fixture)
+    crops = keys_matching(r"two/simclr_logits_f64/crop(\d+)", fixture)
     assert crops == ["0", "1"]
     for crop in map(int, crops):
         theirs = array(f"two/simclr_logits_f64/crop{crop}", fixture)
@@ -193,7 +193,7 @@ def test_candidates_are_the_logits_of_the_official_code():
             positive = logits[anchors, partner[anchors]]
             return torch.cat([positive[:, None], logits[anchors][rest].view(len(x), -1)], 1)
 
-        temperature = min(KNOWN, key=lambda t: float((ours(t) - theirs).abs().max()))
+        temperature = min(CANDIDATES, key=lambda t: float((ours(t) - theirs).abs().max()))
         close(ours(temperature), f"two/simclr_logits_f64/crop{crop}", 1e-9, fixture)
         assert not array(f"two/simclr_labels/crop{crop}", fixture).any()
 
@@ -202,8 +202,8 @@ def test_nt_xent_of_two_processes():
     fixture = FILES["sfrik"]
     x, y = (array(f"twoproc/{view}", fixture, torch.float64) for view in "xy")
     prefix, half = "twoproc/f64/simclr", len(x) // 2
-    wanted = float(fixture[f"{prefix}/single/loss"])
-    temperature = min(KNOWN, key=lambda t: abs(simclr_loss(torch.cat([x, y]), "nt_xent", t).item() - wanted))
+    expected = float(fixture[f"{prefix}/single/loss"])
+    temperature = min(CANDIDATES, key=lambda t: abs(simclr_loss(torch.cat([x, y]), "nt_xent", t).item() - expected))
 
     def rank(world):
         mine = slice(world.rank_info.rank * half, (world.rank_info.rank + 1) * half)
@@ -245,8 +245,8 @@ def test_rotation_steps(dtype):
     # f32: a deep network's gradient, which Adam divides by its own size
     first, later = {"f64": (1e-9, 1e-9), "f32": (1e-5, 1e-3)}[dtype]
     close(logits[0], f"{prefix}/train_logits_step1", first)
-    wanted = array(f"{prefix}/loss_acc").double()
-    for ours, theirs in zip(outputs, wanted, strict=True):
+    expected = array(f"{prefix}/loss_acc").double()
+    for ours, theirs in zip(outputs, expected, strict=True):
         assert ours.loss.item() == pytest.approx(theirs[0].item(), rel=later)
         assert float(ours.metrics["accuracy"]) == pytest.approx(theirs[1].item(), rel=1e-6)
     for name in tensors(f"{prefix}/after{len(images)}/"):
@@ -338,7 +338,7 @@ class LinearBnRelu(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("case", found(r"rr/supervised_totepochs(\d+)/", FILES["eval"]))
+@pytest.mark.parametrize("case", keys_matching(r"rr/supervised_totepochs(\d+)/", FILES["eval"]))
 def test_supervised_epochs(case, dtype):
     """With this project's optimizer and rates: SGD, a tenth at a half and at three quarters of the training."""
     fixture, epochs, prefix = FILES["eval"], int(case), f"rr/supervised_totepochs{case}/{dtype}"
@@ -355,13 +355,13 @@ def test_supervised_epochs(case, dtype):
     tolerance = {"f64": 1e-9, "f32": 1e-5}[dtype]
     history, rates = [], []
     for epoch in range(epochs):
-        seen = []
+        losses_and_accuracies = []
         for number in range(len(x)):
             rate = optim.lr(options, Clock(epoch * len(x) + number, len(x), epochs * len(x)))
             optim.set_lr(sgd, rate)
             output = step(method, sgd, batch_of(x[number][None], labels[number]))
-            seen.append([output.loss.item(), float(output.metrics["accuracy"])])
-        history.append(np.mean(seen, axis=0))
+            losses_and_accuracies.append([output.loss.item(), float(output.metrics["accuracy"])])
+        history.append(np.mean(losses_and_accuracies, axis=0))
         rates.append([rate, rate])
     close(
         np.stack(history)[:, 0], f"{prefix}/epoch_loss_acc", tolerance, _column(fixture, f"{prefix}/epoch_loss_acc", 0)

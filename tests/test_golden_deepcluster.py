@@ -31,17 +31,17 @@ def array(name):
 
 
 def close(ours, name, tolerance):
-    wanted, ours = array(name).double(), torch.as_tensor(ours).detach().double()
-    assert ours.shape == wanted.shape, name
-    error = (ours - wanted).abs().max() / wanted.abs().max()
+    expected, ours = array(name).double(), torch.as_tensor(ours).detach().double()
+    assert ours.shape == expected.shape, name
+    error = (ours - expected).abs().max() / expected.abs().max()
     assert error <= tolerance, f"{name}: relative error {error:.2e}"
 
 
 def close_but_for_signs(ours, name):
     """Columns up to their signs, the largest components first."""
-    wanted = array(name).double()
-    ours = ours.flip(1)[:, : wanted.shape[1]]
-    close(ours * torch.sign((ours * wanted).sum(0)), name, GRAM)
+    expected = array(name).double()
+    ours = ours.flip(1)[:, : expected.shape[1]]
+    close(ours * torch.sign((ours * expected).sum(0)), name, GRAM)
 
 
 def test_whitening_of_narrow_features():
@@ -63,11 +63,11 @@ def test_whitening_of_wide_features():
 
 
 def test_kmeans_finds_the_groups():
-    x, wanted = array("blobs/x").double(), array("blobs/labels")
-    num_clusters = len(wanted.unique())
+    x, expected = array("blobs/x").double(), array("blobs/labels")
+    num_clusters = len(expected.unique())
     for seed in range(5):
         labels, _ = kmeans.kmeans(x, torch.arange(len(x)), len(x), num_clusters, hash64(seed), one_process())
-        assert len(set(zip(labels.tolist(), wanted.tolist(), strict=True))) == num_clusters
+        assert len(set(zip(labels.tolist(), expected.tolist(), strict=True))) == num_clusters
         assert len(set(zip(labels.tolist(), array("blobs/true_group").tolist(), strict=True))) == num_clusters
 
 
@@ -103,10 +103,10 @@ def test_an_epoch(monkeypatch):
     state = {ours(name): value for name, value in filled.items() if name != LEFT_OUT}
     missing, unexpected = method.load_state_dict(state, strict=False)
     assert not unexpected and {name.split(".")[0] for name in missing} == {"labels", "weight", "distance"}
-    given = []
+    clustered = []
 
     def find_clusters(x_ND, *_):
-        given.append(x_ND)
+        clustered.append(x_ND)
         return clusters, 0.0
 
     def draw(key, count):
@@ -144,7 +144,7 @@ def test_an_epoch(monkeypatch):
         losses.append(output.loss.item())
         accuracies.append(float(output.metrics["accuracy"]))
         clock = clock.after_step()
-    assert len(given) == 1 and given[0].shape == (len(images), feature_dim)
+    assert len(clustered) == 1 and clustered[0].shape == (len(images), feature_dim)
     close(losses, "train/batch_losses", F32)
     close([np.mean(losses), np.mean(accuracies)], "train/epoch_loss_acc", F32)
     prefix = "deepcluster/train/after_epoch/"
@@ -161,9 +161,9 @@ def test_views_are_made_of_pixels():
     assert torch.equal((values * 255).float().to(torch.int64).remainder(256).to(torch.uint8), wrapped)
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16).contiguous()
     mean, std = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
-    seen = normalized(Normalize(mean=mean, std=std), torch.float64, torch.device("cpu"))(pixels)
+    normal = normalized(Normalize(mean=mean, std=std), torch.float64, torch.device("cpu"))(pixels)
     shape = (1, 3, 1, 1)
-    back = seen * torch.tensor(std).double().view(shape) + torch.tensor(mean).double().view(shape)
+    back = normal * torch.tensor(std).double().view(shape) + torch.tensor(mean).double().view(shape)
     torch.testing.assert_close(back * 255, pixels.double(), rtol=1e-6, atol=1e-4)
 
 
@@ -175,13 +175,13 @@ def test_a_golden_file_with_other_sizes_is_not_passed_over():
 @pytest.mark.parametrize("images", deepcluster.Options.model_fields["features_of"].annotation.__args__)
 def test_images_that_are_clustered(images):
     """The official code clusters views, in evaluation mode (its comment says otherwise): features_of: augmented."""
-    asked = []
+    extractions = []
 
     def extract(network, augmented=False, training=False):
-        asked.append((augmented, training))
+        extractions.append((augmented, training))
         return Rows(torch.arange(8), torch.randn(8, 3))
 
     info = Info(8, 0, ((1, 4),), 4, 1.0, 3)
     method = deepcluster.Method(Toy(48, 3), info, deepcluster.Options(clusters=2, features_of=images))
     method.before_step(Clock(0, 2, 4), extract, one_process())
-    assert asked == [(images == "augmented", False)]
+    assert extractions == [(images == "augmented", False)]

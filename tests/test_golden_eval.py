@@ -35,8 +35,8 @@ OPTIONS = logistic_sgd.Options(
 INITIAL = tuple(torch.from_numpy(GOLDEN[f"sfrik_logreg/init.{name}"]) for name in ("weight", "bias"))
 
 
-def _relative(found, expected):
-    return float(np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
+def _relative(actual, expected):
+    return float(np.abs(np.asarray(actual) - expected).max() / np.abs(expected).max())
 
 
 def test_sfriks_logistic_regression():
@@ -73,8 +73,8 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
 @pytest.mark.parametrize("key", sorted(key for key in GOLDEN if key.startswith("cosine_lr/")))
 def test_rates(key):
     num_epochs, lr = re.fullmatch(r"cosine_lr/T(\d+)_lr([\d.]+)", key).groups()
-    found = [logistic_sgd.rate(float(lr), epoch, int(num_epochs)) for epoch in range(len(GOLDEN[key]))]
-    assert _relative(found, GOLDEN[key]) < 1e-9
+    rates = [logistic_sgd.rate(float(lr), epoch, int(num_epochs)) for epoch in range(len(GOLDEN[key]))]
+    assert _relative(rates, GOLDEN[key]) < 1e-9
 
 
 def test_relics_calibrated_classifier():

@@ -46,9 +46,9 @@ def array(key):
 
 
 def close(ours, key, tolerance):
-    wanted, ours = array(key).double(), ours.detach().double()
-    assert ours.shape == wanted.shape, key
-    error = (ours - wanted).abs().max() / wanted.abs().max().clamp_min(1e-300)
+    expected, ours = array(key).double(), ours.detach().double()
+    assert ours.shape == expected.shape, key
+    error = (ours - expected).abs().max() / expected.abs().max().clamp_min(1e-300)
     assert error <= tolerance, f"{key}: relative error {error:.2e}"
 
 
@@ -95,8 +95,8 @@ def test_lars_without_exclusion(case):
     for name, parameter in net.named_parameters():
         if name == "a.bias":  # its gradient is 0 but for its weight decay
             start = array("lars/init/a.bias").double()
-            wanted = start * (1 - float(rate) * optimizer.defaults["trust"])
-            assert torch.allclose(parameter, wanted, rtol=1e-9, atol=0)
+            expected = start * (1 - float(rate) * optimizer.defaults["trust"])
+            assert torch.allclose(parameter, expected, rtol=1e-9, atol=0)
         close(parameter, f"{case}/f64/step1/param/{name}", TOLERANCES["f64"])
 
 
@@ -133,18 +133,20 @@ def test_ffcv_rates(number):
 def test_sela_rates(key):
     """main.py: a tenth every `drop` epochs and a thousandth from epoch 350; cifar.py: at 0.6 and 0.8 of a length that
     it knows, else constant."""
-    wanted = SELA[key]
+    expected = SELA[key]
     if key.startswith("lr_main"):
         rate, drop = re.fullmatch(r"lr_main/lr(.+)_drop(\d+)", key).groups()
         drops = [m * int(drop) for m in (1, 2, 3) if m * int(drop) < 350]
         drops += [350] * (3 - len(drops))
-        options = Optim(lr=float(rate), epochs=len(wanted), schedule="step", milestone_epochs=drops)
+        options = Optim(lr=float(rate), epochs=len(expected), schedule="step", milestone_epochs=drops)
     else:
         epochs, rate = re.fullmatch(r"lr_cifar/epochs(\d+)_base(.+)", key).groups()
         schedule = "step" if int(epochs) in (200, 400, 800, 1600) else "constant"
-        options = Optim(lr=float(rate), epochs=len(wanted), schedule=schedule, milestones=[0.6, 0.8])
+        options = Optim(lr=float(rate), epochs=len(expected), schedule=schedule, milestones=[0.6, 0.8])
     per_epoch = 7
     clocks = [
-        Clock(epoch * per_epoch + s, per_epoch, len(wanted) * per_epoch) for epoch in range(len(wanted)) for s in (0, 6)
+        Clock(epoch * per_epoch + s, per_epoch, len(expected) * per_epoch)
+        for epoch in range(len(expected))
+        for s in (0, 6)
     ]
-    assert [optim.lr(options, clock) for clock in clocks] == pytest.approx(np.repeat(wanted, 2).tolist(), rel=1e-12)
+    assert [optim.lr(options, clock) for clock in clocks] == pytest.approx(np.repeat(expected, 2).tolist(), rel=1e-12)

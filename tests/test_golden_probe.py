@@ -28,7 +28,7 @@ TOLERANCE = {"f64": 1e-9, "f32": 1e-5}
 ACCURACY = 1e-6  # the official codes add accuracies up in float32, whatever the network computes in
 FACTS = json.loads(str(GOLDEN["facts"]))
 NUM_BATCHES, NUM_CLASSES = len(GOLDEN["rr/x"]), len(GOLDEN["rr/lineval/f64/classifier.bias"])
-CASES = sorted({found[1] for key in GOLDEN if (found := re.match(r"rr/finetune_totepochs(\d+)/", key))}, key=int)
+CASES = sorted({match[1] for key in GOLDEN if (match := re.match(r"rr/finetune_totepochs(\d+)/", key))}, key=int)
 DIM, DIM_IN = GOLDEN[f"rr/finetune_totepochs{CASES[0]}/f64/feature_extractor.lin.weight"].shape
 
 
@@ -43,19 +43,19 @@ class LinearBnRelu(nn.Module):
         return F.relu(self.bn(self.lin(x)))
 
 
-def close(found, key, tolerance, column=None):
+def close(actual, key, tolerance, column=None):
     """column: that one alone of an array [..., columns]."""
     expected = torch.from_numpy(np.asarray(GOLDEN[key] if column is None else GOLDEN[key][..., column])).double()
-    found = torch.as_tensor(np.asarray(found) if isinstance(found, list) else found.detach()).double()
-    error = (found - expected).abs().max() / expected.abs().max()
+    actual = torch.as_tensor(np.asarray(actual) if isinstance(actual, list) else actual.detach()).double()
+    error = (actual - expected).abs().max() / expected.abs().max()
     assert error <= tolerance, f"{key}: {error:.2g}"
 
 
-def close_losses_and_accuracies(found, key, tolerance):
+def close_losses_and_accuracies(actual, key, tolerance):
     """Arrays [..., (loss, accuracy)]."""
-    found = torch.as_tensor(np.asarray(found))
-    close(found[..., 0], key, tolerance, column=0)
-    close(found[..., 1], key, ACCURACY, column=1)
+    actual = torch.as_tensor(np.asarray(actual))
+    close(actual[..., 0], key, tolerance, column=0)
+    close(actual[..., 1], key, ACCURACY, column=1)
 
 
 def filled(module, options):
@@ -65,7 +65,7 @@ def filled(module, options):
     renamed = {"feature_extractor.": "backbone.", "classifier.": head}
     tensors = golden_fill.state_dict(GOLDEN, "rr")
     method.load_state_dict(
-        {re.sub(r"^\w+\.", lambda found: renamed[found[0]], name): tensor for name, tensor in tensors.items()}
+        {re.sub(r"^\w+\.", lambda match: renamed[match[0]], name): tensor for name, tensor in tensors.items()}
     )
     return method
 
@@ -82,7 +82,7 @@ def trained(method, recipe, epochs, dtype, total=None):
     optimizer = optim.build(options, method.parameter_groups())
     history, rates = [], []
     for epoch in range(epochs):
-        seen = []
+        losses_and_accuracies = []
         for number, batch in enumerate(batches(dtype)):
             clock = Clock(epoch * NUM_BATCHES + number, NUM_BATCHES, options.epochs * NUM_BATCHES)
             optim.set_lr(optimizer, optim.lr(options, clock))
@@ -90,8 +90,8 @@ def trained(method, recipe, epochs, dtype, total=None):
             optimizer.zero_grad()
             output.loss.backward()
             optimizer.step()
-            seen.append([output.loss.item(), float(output.metrics["accuracy"])])
-        history.append(np.mean(seen, axis=0))
+            losses_and_accuracies.append([output.loss.item(), float(output.metrics["accuracy"])])
+        history.append(np.mean(losses_and_accuracies, axis=0))
         rates.append([group["lr"] for group in optimizer.param_groups])
     return np.stack(history), np.stack(rates)
 
@@ -168,8 +168,8 @@ COSINES = [key for key in GOLDEN if key.startswith("cosine_lr/")]
 def test_cosines_by_epoch(key):
     epochs, peak = re.match(r"cosine_lr/T(\d+)_lr(.+)", key).groups()
     options = Optim(name="sgd", lr=float(peak), epochs=int(epochs), schedule="epoch_cosine")
-    found = [optim.lr(options, Clock(7 * epoch + 3, 7, 7 * int(epochs))) for epoch in range(int(epochs))]
-    close(found, key, 1e-12)
+    rates = [optim.lr(options, Clock(7 * epoch + 3, 7, 7 * int(epochs))) for epoch in range(int(epochs))]
+    close(rates, key, 1e-12)
 
 
 def test_heads_on_alexnets_maps_are_selas():

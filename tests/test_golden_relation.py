@@ -44,9 +44,9 @@ def array(key):
 
 
 def close(ours, key, tolerance):
-    wanted, ours = array(key).double(), torch.as_tensor(ours).detach().double()
-    assert ours.shape == wanted.shape, key
-    error = (ours - wanted).abs().max() / wanted.abs().max().clamp_min(1e-300)
+    expected, ours = array(key).double(), torch.as_tensor(ours).detach().double()
+    assert ours.shape == expected.shape, key
+    error = (ours - expected).abs().max() / expected.abs().max().clamp_min(1e-300)
     assert error <= tolerance, f"{key}: relative error {error:.2e}"
 
 
@@ -84,8 +84,8 @@ def test_focal_loss(dtype):
         logits = array("focal/logits").to(TYPES[dtype]).requires_grad_()
         loss = relational.focal_bce(logits, target, float(gamma), None if np.isnan(alpha) else float(alpha)).mean()
         loss.backward()
-        wanted = GOLDEN[f"focal/loss_{dtype}"][row]
-        assert loss.item() == pytest.approx(wanted, rel=TOLERANCES[dtype])
+        expected = GOLDEN[f"focal/loss_{dtype}"][row]
+        assert loss.item() == pytest.approx(expected, rel=TOLERANCES[dtype])
         gradient = torch.from_numpy(GOLDEN["focal/grad_f64"][row])
         error = (logits.grad.double() - gradient).abs().max() / gradient.abs().max()
         assert error <= TOLERANCES[dtype]
@@ -122,8 +122,8 @@ def test_head(aggregation, case, dtype, path):
     close(logits, f"{prefix}/logits_train", tolerance)
     close(loss, f"{prefix}/loss_focal", tolerance)
     close(relational.focal_bce(logits, target, 0.0, None).mean(), f"{prefix}/loss_bce", tolerance)
-    for name, wanted in tensors(f"{prefix}/bn_after/").items():
-        close(getattr(head.bn1, name), f"{prefix}/bn_after/{name}", 0 if wanted.dtype == torch.int64 else tolerance)
+    for name, expected in tensors(f"{prefix}/bn_after/").items():
+        close(getattr(head.bn1, name), f"{prefix}/bn_after/{name}", 0 if expected.dtype == torch.int64 else tolerance)
     loss.backward()
     close(features.grad, f"{prefix}/grad/features", tolerance)
     for name, parameter in head.named_parameters():
@@ -159,14 +159,14 @@ def test_adam_steps(aggregation, dtype, path):
         output.loss.backward()
         adam.step()
         history.append([output.loss.item(), output.metrics["accuracy"].item()])
-        for name, wanted in tensors(f"{prefix}/{dtype}/after{step}/").items():
+        for name, expected in tensors(f"{prefix}/{dtype}/after{step}/").items():
             ours = method.state_dict()[_ours(name)]
             if dtype == "f64":
                 close(ours, f"{prefix}/{dtype}/after{step}/{name}", tolerance)
             elif not name.endswith(NOISE):
                 # Adam divides by the gradient's size: of a gradient near 0 it makes rounding noise a part of lr.
-                error = (ours - wanted).abs().double().flatten()
-                assert error.quantile(0.999) <= tolerance * wanted.abs().max().clamp_min(0.1), name
+                error = (ours - expected).abs().double().flatten()
+                assert error.quantile(0.999) <= tolerance * expected.abs().max().clamp_min(0.1), name
                 assert error.max() <= 0.1 * step * groups[0]["lr"], name
     checked = {int(m[1]) for key in GOLDEN if (m := re.match(rf"{prefix}/{dtype}/after(\d+)/", key))}
     assert checked and checked <= set(range(1, len(data) + 1))

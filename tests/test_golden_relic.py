@@ -33,14 +33,14 @@ def array(key):
 
 def error(ours, key, least=0.0):
     """Relative to the largest magnitude of the array, or to `least` where that is more."""
-    wanted, ours = array(key).double(), torch.as_tensor(ours).detach().double()
-    assert ours.shape == wanted.shape, key
-    return float((ours - wanted).abs().max() / wanted.abs().max().clamp_min(max(least, 1e-300)))
+    expected, ours = array(key).double(), torch.as_tensor(ours).detach().double()
+    assert ours.shape == expected.shape, key
+    return float((ours - expected).abs().max() / expected.abs().max().clamp_min(max(least, 1e-300)))
 
 
 def close(ours, key, tolerance, least=0.0):
-    found = error(ours, key, least)
-    assert found <= tolerance, f"{key}: relative error {found:.2e}"
+    distance = error(ours, key, least)
+    assert distance <= tolerance, f"{key}: relative error {distance:.2e}"
 
 
 # ---------------------------------------------------------------------------------------------------- loss
@@ -90,9 +90,9 @@ def make(backbone, view_groups=((2, 32), (4, 13)), dtype=torch.float32, batch_si
 
 @pytest.mark.parametrize(("mode", "loss"), [("non_siglip", "softmax"), ("siglip", "sigmoid")])
 def test_initial_values(mode, loss):
-    method, wanted = make(Toy(3, 4), loss=loss), json.loads(str(GOLDEN["ema/initial"]))[mode]
-    assert method.log_tau.item() == pytest.approx(wanted["init_log_tau"])
-    assert method.bias.item() == wanted["init_b"] and method.max_tau == wanted["max_tau"]
+    method, expected = make(Toy(3, 4), loss=loss), json.loads(str(GOLDEN["ema/initial"]))[mode]
+    assert method.log_tau.item() == pytest.approx(expected["init_log_tau"])
+    assert method.bias.item() == expected["init_b"] and method.max_tau == expected["max_tau"]
 
 
 def test_head():

@@ -25,7 +25,7 @@ NOISE = 1e-12  # an error that is itself rounding
 LOOP = 1e-7  # relative, of parameters after a whole training
 
 
-def found(pattern):
+def keys_matching(pattern):
     return sorted({match.groups() for key in GOLDEN if (match := re.match(pattern, key))})
 
 
@@ -34,35 +34,35 @@ def array(key):
 
 
 def close(ours, key, tolerance):
-    wanted, ours = array(key).double(), torch.as_tensor(ours).detach().double()
-    assert ours.shape == wanted.shape, key
-    error = (ours - wanted).abs().max() / wanted.abs().max()
+    expected, ours = array(key).double(), torch.as_tensor(ours).detach().double()
+    assert ours.shape == expected.shape, key
+    error = (ours - expected).abs().max() / expected.abs().max()
     assert error <= tolerance, f"{key}: relative error {error:.2e}"
 
 
-def check_ends(error, iterations, wanted):
-    assert iterations == wanted[1] and iterations % 10 == 1
-    assert error == pytest.approx(wanted[0], rel=ERROR, abs=NOISE)
+def check_ends(error, iterations, expected):
+    assert iterations == expected[1] and iterations % 10 == 1
+    assert error == pytest.approx(expected[0], rel=ERROR, abs=NOISE)
 
 
 # ---------------------------------------------------------------------------------------------------- Sinkhorn-Knopp
 
 
-@pytest.mark.parametrize(("scores", "lamb", "code"), found(r"sk/(\w+)/lamb(\d+)/(\w+)/labels"))
+@pytest.mark.parametrize(("scores", "lamb", "code"), keys_matching(r"sk/(\w+)/lamb(\d+)/(\w+)/labels"))
 def test_sinkhorn_knopp(scores, lamb, code):
     prefix, P = f"sk/{scores}/lamb{lamb}/{code}", array(f"sk/{scores}")
     A = P.log()
-    made = sinkhorn.sinkhorn_knopp(A, len(P), float(lamb), TOLERANCES[code], one_process(), "")
-    assert torch.equal(made.labels, array(f"{prefix}/labels"))
-    check_ends(made.error, made.iterations, GOLDEN[f"{prefix}/err_iters"])
+    result = sinkhorn.sinkhorn_knopp(A, len(P), float(lamb), TOLERANCES[code], one_process(), "")
+    assert torch.equal(result.labels, array(f"{prefix}/labels"))
+    check_ends(result.error, result.iterations, GOLDEN[f"{prefix}/err_iters"])
     if code == "main":
-        Q_KN = (made.rows[:, None] * A * made.columns).T
+        Q_KN = (result.rows[:, None] * A * result.columns).T
         close(Q_KN, f"{prefix}/Q", 1e-9)
         first, second = Q_KN.topk(2, 0).values
         torch.testing.assert_close((first - second) / first, array(f"{prefix}/rel_margin_top2"), rtol=1e-6, atol=1e-9)
-        assert torch.equal(made.labels.bincount(minlength=P.shape[1]), array(f"{prefix}/label_histogram"))
+        assert torch.equal(result.labels.bincount(minlength=P.shape[1]), array(f"{prefix}/label_histogram"))
     if code == "cifar":
-        close(F.nll_loss(P.log(), made.labels), f"{prefix}/cost", 1e-9)
+        close(F.nll_loss(P.log(), result.labels), f"{prefix}/cost", 1e-9)
 
 
 # ---------------------------------------------------------------------------------------------------- relabeling
@@ -113,34 +113,34 @@ def every_step(step):
     return Clock(step, 1, step + 1), {"relabelings": 100 * (step + 1)}
 
 
-class Witness:
+class RecordedSinkhorn:
     """Sinkhorn-Knopp as it is, which keeps what it was given and what it returned."""
 
     def __init__(self, monkeypatch):
-        self.made, self.original = [], sinkhorn.sinkhorn_knopp
+        self.results, self.original = [], sinkhorn.sinkhorn_knopp
         monkeypatch.setattr(sinkhorn, "sinkhorn_knopp", self)
 
     def __call__(self, *arguments):
-        self.made.append(self.original(*arguments))
-        return self.made[-1]
+        self.results.append(self.original(*arguments))
+        return self.results[-1]
 
 
-@pytest.mark.parametrize(("case", "lamb"), found(r"(multi\w*)/lamb(\d+)/labels"))
+@pytest.mark.parametrize(("case", "lamb"), keys_matching(r"(multi\w*)/lamb(\d+)/labels"))
 def test_labels_of_all_heads(case, lamb, monkeypatch):
-    witness, images = Witness(monkeypatch), array("multi/X")
+    recorded, images = RecordedSinkhorn(monkeypatch), array("multi/X")
     clock, options = every_step(0)
     method, _ = make(f"{case}/model/", len(images), lamb=float(lamb), **options)
     assert method.before_step(clock, extract_from(images), one_process()) == []
     assert torch.equal(method.labels.of_images.long(), array(f"{case}/lamb{lamb}/labels"))
-    for made, wanted in zip(witness.made, GOLDEN[f"{case}/lamb{lamb}/err_iters"], strict=True):
-        check_ends(made.error, made.iterations, wanted)
+    for result, expected in zip(recorded.results, GOLDEN[f"{case}/lamb{lamb}/err_iters"], strict=True):
+        check_ends(result.error, result.iterations, expected)
     if f"{case}/lamb{lamb}/PS_pre" in GOLDEN:
         close(method.backbone(images), f"{case}/lamb{lamb}/PS_pre", 1e-6)  # made in float32 there, too
 
 
-@pytest.mark.parametrize(("epoch",), found(r"cifar_opt_sk/epoch(\d+)/labels_after"))
+@pytest.mark.parametrize(("epoch",), keys_matching(r"cifar_opt_sk/epoch(\d+)/labels_after"))
 def test_one_head_at_a_time(epoch, monkeypatch):
-    witness, images = Witness(monkeypatch), array("multi/X")
+    recorded, images = RecordedSinkhorn(monkeypatch), array("multi/X")
     clock, options = every_step(int(epoch))
     method, _ = make(
         "multi/model/", len(images), lamb=CIFAR_LAMBDA, tolerance=TOLERANCES["cifar"], relabel="one", **options
@@ -148,14 +148,14 @@ def test_one_head_at_a_time(epoch, monkeypatch):
     method.labels.of_images.copy_(array("cifar_opt_sk/labels_before"))
     method.before_step(clock, extract_from(images), one_process())
     assert torch.equal(method.labels.of_images.long(), array(f"cifar_opt_sk/epoch{epoch}/labels_after"))
-    for made, wanted in zip(witness.made, GOLDEN[f"cifar_opt_sk/epoch{epoch}/err_iters"], strict=True):
-        check_ends(made.error, made.iterations, wanted)
+    for result, expected in zip(recorded.results, GOLDEN[f"cifar_opt_sk/epoch{epoch}/err_iters"], strict=True):
+        check_ends(result.error, result.iterations, expected)
 
 
 # ---------------------------------------------------------------------------------------------------- schedule
 
 
-@pytest.mark.parametrize(("case",), found(r"nopts_main/(\d+)/"))
+@pytest.mark.parametrize(("case",), keys_matching(r"nopts_main/(\d+)/"))
 def test_steps_with_new_labels(case):
     """The official code trains epochs + 1 epochs, and keeps its times in images, behind a sentinel."""
     prefix = f"nopts_main/{case}"
@@ -167,26 +167,26 @@ def test_steps_with_new_labels(case):
     assert taken.tolist() == GOLDEN[f"{prefix}/niter_of_sk_calls"].tolist()
 
 
-@pytest.mark.parametrize(("epochs", "count"), found(r"nopts_main/formula_epochs(\d+)_nopts(\d+)"))
+@pytest.mark.parametrize(("epochs", "count"), keys_matching(r"nopts_main/formula_epochs(\d+)_nopts(\d+)"))
 def test_quadratic_times(epochs, count):
     times = sela.relabel_times(int(epochs) + 1, int(count), "quadratic")
     np.testing.assert_allclose(times, GOLDEN[f"nopts_main/formula_epochs{epochs}_nopts{count}"], rtol=1e-12)
 
 
-@pytest.mark.parametrize(("epochs", "count"), found(r"nopts_cifar/epochs(\d+)_nopts(\d+)/"))
+@pytest.mark.parametrize(("epochs", "count"), keys_matching(r"nopts_cifar/epochs(\d+)_nopts(\d+)/"))
 def test_linear_times(epochs, count):
     """Here the official code trains `epochs` epochs."""
     times = sela.relabel_times(int(epochs), int(count), "linear")
-    wanted = GOLDEN[f"nopts_cifar/epochs{epochs}_nopts{count}/times_in_epochs"]
-    np.testing.assert_allclose(times, wanted[:0:-1], rtol=1e-12)
+    expected = GOLDEN[f"nopts_cifar/epochs{epochs}_nopts{count}/times_in_epochs"]
+    np.testing.assert_allclose(times, expected[:0:-1], rtol=1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------- a whole training
 
 
-@pytest.mark.parametrize(("case",), found(r"loop/(\w+)/X"))
+@pytest.mark.parametrize(("case",), keys_matching(r"loop/(\w+)/X"))
 def test_training(case, monkeypatch):
-    prefix, witness = f"loop/{case}", Witness(monkeypatch)
+    prefix, recorded = f"loop/{case}", RecordedSinkhorn(monkeypatch)
     images = array(f"{prefix}/X").double()
     *sizes, num_heads, lr = GOLDEN[f"{prefix}/epochs_nopts_bs_K_hc_lr"].tolist()
     epochs, count, batch_size, clusters, num_heads = map(int, (*sizes, num_heads))
@@ -199,9 +199,9 @@ def test_training(case, monkeypatch):
     extract, world, clock = extract_from(images), one_process(), Clock(0, per_epoch, (epochs + 1) * per_epoch)
     relabeled, losses = {}, []
     while not clock.done:
-        calls = len(witness.made)
+        calls = len(recorded.results)
         method.before_step(clock, extract, world)
-        if len(witness.made) > calls:
+        if len(recorded.results) > calls:
             relabeled[clock.step] = method.labels.of_images.clone()
         positions = torch.arange(batch_size) + clock.step % per_epoch * batch_size
         views = [images[positions][None]]
@@ -213,8 +213,8 @@ def test_training(case, monkeypatch):
         clock = clock.after_step()
     assert list(relabeled) == GOLDEN[f"{prefix}/sk_niter"].tolist()
     assert torch.equal(torch.stack(list(relabeled.values())).long(), array(f"{prefix}/labels_after_each_sk"))
-    for made, wanted in zip(witness.made, GOLDEN[f"{prefix}/sk_err_iters"], strict=True):
-        check_ends(made.error, made.iterations, wanted)
+    for result, expected in zip(recorded.results, GOLDEN[f"{prefix}/sk_err_iters"], strict=True):
+        check_ends(result.error, result.iterations, expected)
     close(np.reshape(losses, (-1, per_epoch)).mean(1), f"{prefix}/epoch_loss_f64", 1e-9)
     for name in (key.removeprefix(f"{prefix}/final/") for key in GOLDEN if key.startswith(f"{prefix}/final/")):
         layer, _, kind = name.rpartition(".")

@@ -55,9 +55,9 @@ def array(key, golden=SFRIK):
 
 
 def close(ours, key, tolerance, golden=SFRIK):
-    wanted, ours = array(key, golden).double(), torch.as_tensor(ours).detach().double()
-    assert ours.shape == wanted.shape, key
-    error = (ours - wanted).abs().max() / wanted.abs().max().clamp_min(1e-300)
+    expected, ours = array(key, golden).double(), torch.as_tensor(ours).detach().double()
+    assert ours.shape == expected.shape, key
+    error = (ours - expected).abs().max() / expected.abs().max().clamp_min(1e-300)
     assert error <= tolerance, f"{key}: relative error {error:.2e}"
 
 
@@ -67,8 +67,8 @@ def degrees(text):
 
 def ours(official):
     """Our options for the official ones."""
-    found = {OPTIONS[name]: value for name, value in official.items() if name in OPTIONS}
-    return found | ({"weights": degrees(found["weights"])} if "weights" in found else {})
+    options = {OPTIONS[name]: value for name, value in official.items() if name in OPTIONS}
+    return options | ({"weights": degrees(options["weights"])} if "weights" in options else {})
 
 
 def run(module, official, groups, world=None, **more):
@@ -168,10 +168,10 @@ def test_legendre(dtype):
     t, values = array("legendre/t").to(TYPES[dtype]), array(f"legendre/values_{dtype}")
     for i, dim in enumerate(SFRIK["legendre/dims"].tolist()):
         for k, degree in enumerate(SFRIK["legendre/degrees"].tolist()):
-            found = sfrik.polynomial(t, sfrik.legendre(dim, degree).coef.tolist())
-            assert (found.double() - values[i, k]).abs().max() <= LOSS[dtype], (dim, degree)
+            polynomial = sfrik.polynomial(t, sfrik.legendre(dim, degree).coef.tolist())
+            assert (polynomial.double() - values[i, k]).abs().max() <= LOSS[dtype], (dim, degree)
             weights = [0.0] * (degree - 1) + [2.0]
-            assert torch.allclose(sfrik.polynomial(t, sfrik.kernel(dim, weights)), 2 * found)
+            assert torch.allclose(sfrik.polynomial(t, sfrik.kernel(dim, weights)), 2 * polynomial)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -199,15 +199,15 @@ def test_projector(dtype):
 
 def on_ranks(rank, size, cases, x, y):
     """This rank's loss and the gradients of its half of the images, for every (name, official options)."""
-    rank_info, found = RankInfo(rank, size, rank, size), []
+    rank_info, losses_and_gradients = RankInfo(rank, size, rank, size), []
     world = World(rank_info, Grid(size, 1), choose_device(rank_info))
     half = slice(rank * len(x) // size, (rank + 1) * len(x) // size)
     for name, official in cases:
         views = [torch.from_numpy(t[half]).double().requires_grad_() for t in (x, y)]
         output = run(METHODS[name], official, [torch.stack(views)], world)
         output.loss.backward()
-        found.append((output.loss.item(), *(view.grad.numpy() for view in views)))
-    return found
+        losses_and_gradients.append((output.loss.item(), *(view.grad.numpy() for view in views)))
+    return losses_and_gradients
 
 
 def coefficients(name):

@@ -15,8 +15,8 @@ from ssl_dist.grid import Grid
 def test_every_image_and_view_is_held_exactly_once(wi, wv, images_each, views_each):
     g = Grid(wi, wv)
     M, K = wi * images_each, wv * views_each
-    held = [pair for r in range(g.size) for pair in itertools.product(g.view_range(r, K), g.image_range(r, M))]
-    assert sorted(held) == list(itertools.product(range(K), range(M)))
+    cells = [pair for r in range(g.size) for pair in itertools.product(g.view_range(r, K), g.image_range(r, M))]
+    assert sorted(cells) == list(itertools.product(range(K), range(M)))
 
 
 def test_ranks_that_share_images_are_neighbours():
@@ -65,7 +65,7 @@ GROUPS = st.lists(st.integers(1, 24), min_size=1, max_size=3)
 SMALL = {"world": st.integers(1, 24), "batch": st.integers(1, 48), "groups": GROUPS, "free": st.booleans()}
 
 
-def wanted(world, batch, groups, free):
+def dividing_shards(world, batch, groups, free):
     """The view shards that divide, by trying each."""
     return [
         wv
@@ -87,9 +87,9 @@ def offered(error):
 
 @given(**SMALL)
 def test_splits_are_all_that_divide(world, batch, groups, free):
-    found = grid.splits(world, batch, groups, free)
-    assert [g.views for g in found] == wanted(world, batch, groups, free)
-    assert all(g.size == world for g in found)
+    splits = grid.splits(world, batch, groups, free)
+    assert [g.views for g in splits] == dividing_shards(world, batch, groups, free)
+    assert all(g.size == world for g in splits)
 
 
 @given(**SMALL)
@@ -97,7 +97,7 @@ def test_splits_are_all_that_divide(world, batch, groups, free):
 def test_every_split_shares_every_group_evenly(world, batch, groups, free):
     """Each rank holds as many cells (group, view, image) as any other, and together they hold each cell once."""
     for g in grid.splits(world, batch, groups, free):
-        held = [
+        cells = [
             [
                 (group, view, image)
                 for group, num in enumerate(groups)
@@ -106,14 +106,14 @@ def test_every_split_shares_every_group_evenly(world, batch, groups, free):
             ]
             for rank in range(world)
         ]
-        assert {len(cells) for cells in held} == {sum(groups) * batch // world}
+        assert {len(of_rank) for of_rank in cells} == {sum(groups) * batch // world}
         everything = [(k, v, m) for k, num in enumerate(groups) for v in range(num) for m in range(batch)]
-        assert sorted(itertools.chain(*held)) == everything
+        assert sorted(itertools.chain(*cells)) == everything
 
 
 @given(**SMALL)
 def test_every_split_can_be_asked_for_and_nothing_else(world, batch, groups, free):
-    possible = wanted(world, batch, groups, free)
+    possible = dividing_shards(world, batch, groups, free)
     for view_shards in range(1, world + 2):
         if view_shards in possible:
             chosen = grid.choose(view_shards, world, world, batch, groups, free)
@@ -126,12 +126,12 @@ def test_every_split_can_be_asked_for_and_nothing_else(world, batch, groups, fre
 
 @given(**SMALL)
 def test_without_a_split_the_world_sizes_that_have_one_are_listed(world, batch, groups, free):
-    if wanted(world, batch, groups, free):
+    if dividing_shards(world, batch, groups, free):
         return
     with pytest.raises(UserError) as refused:
         grid.choose("auto", world, world, batch, groups, free)
     listed = [int(size) for size in str(refused.value).rpartition("that do: ")[2].split(", ")]
-    assert listed == [size for size in range(1, 2 * world) if wanted(size, batch, groups, free)]
+    assert listed == [size for size in range(1, 2 * world) if dividing_shards(size, batch, groups, free)]
 
 
 @given(nodes=st.integers(1, 6), per_node=st.integers(1, 8), batch=st.integers(1, 96), groups=GROUPS, free=st.booleans())
@@ -144,7 +144,7 @@ def test_auto_spreads_an_image_over_nodes_only_when_it_must(nodes, per_node, bat
         g = Grid(world // views, views)
         return len({(g.image_shard(rank), rank // per_node) for rank in range(world)}) > g.images
 
-    possible = wanted(world, batch, groups, free)
+    possible = dividing_shards(world, batch, groups, free)
     inside = [views for views in possible if not crosses(views)]
     assert inside == [views for views in possible if Grid(world // views, views).inside(per_node)]
     if possible:

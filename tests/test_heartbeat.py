@@ -101,9 +101,9 @@ def test_a_skipped_exchange_is_found_by_its_number(logs):
     collective(own, "all_gather")
     assert heartbeat.disagreement(own) is None, "the other may be on its way"
     collective(other, "broadcast")
-    said = heartbeat.disagreement(own)
-    assert "number 10 was all_gather at test_heartbeat.py:" in said
-    assert "on rank 0 and broadcast at test_heartbeat.py:" in said
+    message = heartbeat.disagreement(own)
+    assert "number 10 was all_gather at test_heartbeat.py:" in message
+    assert "on rank 0 and broadcast at test_heartbeat.py:" in message
     for state in (own, other):
         collective(state, "all_reduce")
     assert "number 10" in heartbeat.disagreement(own), "one skipped before is still among the last"

@@ -80,16 +80,16 @@ def test_a_search_chooses_on_the_held_out_part_and_tests_once(run, monkeypatch):
     )
     code, records = evaluate(run, ["logistic", "knn"], ["knn.k=[3]"], searched=[f"logistic.c={json.dumps(grid)}"])
     assert code == 0 and tests == [*["train[held out 10%]"] * len(grid), "test"]
-    found = [record for record in records if record["name"] == "logistic_top1"]
-    assert [record["value"] for record in found[:-1]] == tried
-    assert found[-1]["value"] == original(train, test, logistic.Options(c=best))["logistic_top1"]
-    assert found[-1]["options"]["c"] == best
-    assert found[-1]["protocol"].endswith(
+    top1s = [record for record in records if record["name"] == "logistic_top1"]
+    assert [record["value"] for record in top1s[:-1]] == tried
+    assert top1s[-1]["value"] == original(train, test, logistic.Options(c=best))["logistic_top1"]
+    assert top1s[-1]["options"]["c"] == best
+    assert top1s[-1]["protocol"].endswith(
         f"; logistic.c={json.dumps(best)} chosen of logistic.c={json.dumps(grid)} by top-1 on train[held out 10%]"
     )
     assert values(records, "test")["knn3_top1"] == knn.run(train, test, knn.Options(k=[3]))["knn3_top1"]
-    kept = results.read(run / "results.json")
-    assert kept == records and len({record["protocol"] for record in kept}) == len(grid) + 2
+    stored = results.read(run / "results.json")
+    assert stored == records and len({record["protocol"] for record in stored}) == len(grid) + 2
     assert evaluate(run, ["logistic"], [], searched=[f"logistic.c={json.dumps(grid)}"])[1] == [
         record for record in records if record["name"].startswith("logistic")
     ]
@@ -98,9 +98,9 @@ def test_a_search_chooses_on_the_held_out_part_and_tests_once(run, monkeypatch):
 
 def test_options_that_the_protocol_does_not_name_are_told_apart(run):
     _, records = evaluate(run, ["knn"], ["knn.k=[5]"], searched=["knn.memory_mb=[8,9]"], validation=0.5)
-    kept = results.read(run / "results.json")
-    assert len(records) == len(kept) == 2 * 3
-    assert [record["options"]["memory_mb"] for record in kept if record["name"] == "knn5_top1"] == [8, 9, 8], "a tie"
+    stored = results.read(run / "results.json")
+    assert len(records) == len(stored) == 2 * 3
+    assert [record["options"]["memory_mb"] for record in stored if record["name"] == "knn5_top1"] == [8, 9, 8], "a tie"
 
 
 def test_subsets(run, tmp_path):
@@ -113,8 +113,8 @@ def test_subsets(run, tmp_path):
     assert values(of_a_list, "test") == values(records, "test")
     assert "; fitted on the 200 images of a.txt (" in of_a_list[0]["protocol"]
     swapped = np.sort(np.append(ids[1:], np.setdiff1d(train.image_ids, ids)[0]))
-    _, others = evaluate(run, ["knn"], ["knn.k=[5]", f"data.subset={_list(tmp_path / 'a.txt', swapped)}"])
-    assert others[0]["protocol"] != of_a_list[0]["protocol"], "another file of the same name"
+    _, of_another_list = evaluate(run, ["knn"], ["knn.k=[5]", f"data.subset={_list(tmp_path / 'a.txt', swapped)}"])
+    assert of_another_list[0]["protocol"] != of_a_list[0]["protocol"], "another file of the same name"
     held, rest = halves(run, 0.1, ids)
     _, records = evaluate(run, ["knn"], ["knn.k=[5]", "data.subset={per_class: 20, start: 5}"], validation=0.1)
     assert values(records, "train[held out 10%]") == knn.run(rest, held, knn.Options(k=[5])) and len(held) == 20
@@ -157,8 +157,8 @@ def test_a_probe_is_searched_over_like_the_others(run):
 )
 def test_mistakes_are_one_line(run, capsys, words, line):
     assert cli.main(["evaluate", str(run), "knn", *words]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and said.count("\n") == 1 and line in said
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1 and line in stderr
     assert not (run / "results.json").exists()
 
 
@@ -173,18 +173,18 @@ def in_ranks(rank, size, run):
 @pytest.mark.slow
 def test_any_number_of_ranks_measures_the_same(digits, tmp_path):
     """355 test images, which neither 2 nor 3 divides."""
-    found = {}
+    measured = {}
     for size in (1, 2, 3):
         run = pretrained(digits, tmp_path / str(size))
         codes, outputs = zip(*ranks.launch(in_ranks, size, tmp_path, run), strict=True)
         assert set(codes) == {0}
         assert "".join(outputs).count("logistic_sgd_top1") == 1, "the table is printed once"
         records = results.read(run / "results.json")
-        found[size] = [(r["name"], r["split"], r["protocol"], r["value"]) for r in records]
+        measured[size] = [(r["name"], r["split"], r["protocol"], r["value"]) for r in records]
         test = read_features(run / "features" / "digits-test.safetensors")
         assert len(test) % 2 and len(test) % 3
-        found[size, "features"] = test.rows(0, len(test))
-    assert len(found[1]) == 3 * 2 + 2 + 2 * 4 + 4 + 3
+        measured[size, "features"] = test.rows(0, len(test))
+    assert len(measured[1]) == 3 * 2 + 2 + 2 * 4 + 4 + 3
     for size in (2, 3):
-        assert found[size] == found[1]
-        np.testing.assert_allclose(found[size, "features"], found[1, "features"], rtol=1e-4, atol=1e-6)
+        assert measured[size] == measured[1]
+        np.testing.assert_allclose(measured[size, "features"], measured[1, "features"], rtol=1e-4, atol=1e-6)

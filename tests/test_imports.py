@@ -76,20 +76,20 @@ def breaches(module, names):
     own = part_of(module)
     if own is None:  # ssl_dist/__init__.py: only where compiled code is kept, which must be known before any compiles
         return [f"{module} imports {name}" for name in names if part_of(name) not in (None, "numba_cache")]
-    found = []
+    messages = []
     for name in names:
         other = part_of(name)
         if other is None or other == own:
             continue
         if other not in FLOOR_OF:
-            found.append(f"{module} imports {name}, which has no floor")
+            messages.append(f"{module} imports {name}, which has no floor")
         elif FLOOR_OF[other] > FLOOR_OF[own]:
-            found.append(f"{module} imports {name} of a higher floor")
+            messages.append(f"{module} imports {name} of a higher floor")
         elif FLOOR_OF[other] == FLOOR_OF[own] and own not in GROUND:
-            found.append(f"{module} imports {name} of its own floor")
+            messages.append(f"{module} imports {name} of its own floor")
         elif {own, other} <= STRANGERS:
-            found.append(f"{module} imports {name}, a stranger to it")
-    return found
+            messages.append(f"{module} imports {name}, a stranger to it")
+    return messages
 
 
 def test_no_files_import_each_other_in_a_circle():
@@ -139,9 +139,9 @@ def test_imports_point_one_way(path):
     ],
 )
 def test_a_breach_is_seen(module, line, fault):
-    found = breaches(module, list(imported(ast.parse(line), module)))
-    assert len(found) == bool(fault)
-    assert all(fault in text for text in found)
+    messages = breaches(module, list(imported(ast.parse(line), module)))
+    assert len(messages) == bool(fault)
+    assert all(fault in text for text in messages)
 
 
 @pytest.mark.parametrize(

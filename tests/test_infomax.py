@@ -102,26 +102,26 @@ def test_any_number_of_ranks_equals_the_loops(grid, weights):
     loss, terms, gradients, buffers = reference(method, batch)
     alive = {name for name, gradient in gradients.items() if gradient.abs().max() > 1e-6}
     assert gradients.keys() - alive <= {"backbone.conv.bias"}, "a network of dead units would hide a fault"
-    found = grids.run(method, grid, batch)
-    torch.testing.assert_close(found.loss, loss, **EXACT)
-    assert found.gradients.keys() == gradients.keys()
-    for name, wanted in gradients.items():
-        torch.testing.assert_close(found.gradients[name], wanted, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
-    for output, ours in zip(found.outputs, found.buffers, strict=True):
+    result = grids.run(method, grid, batch)
+    torch.testing.assert_close(result.loss, loss, **EXACT)
+    assert result.gradients.keys() == gradients.keys()
+    for name, expected in gradients.items():
+        torch.testing.assert_close(result.gradients[name], expected, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
+    for output, ours in zip(result.outputs, result.buffers, strict=True):
         assert output.metrics.keys() == {f"loss_{name}" for name in terms}
         assert output.representations.shape == (6, 3)
         for name, term in terms.items():
             torch.testing.assert_close(output.metrics[f"loss_{name}"], term, **EXACT)
-        for name, wanted in buffers.items():
-            torch.testing.assert_close(ours[name], wanted, **EXACT)
+        for name, expected in buffers.items():
+            torch.testing.assert_close(ours[name], expected, **EXACT)
 
 
 def test_an_adversarial_prior_turns_the_gradient_of_the_backbone_round():
     grads = {}
     for prior in ("cooperative", "adversarial"):
         method = make(beta=0.0, gamma=1.0, prior=prior)
-        found = grids.run(method, Grid(1, 1), images())
-        grads[prior] = found.gradients, found.loss
+        result = grids.run(method, Grid(1, 1), images())
+        grads[prior] = result.gradients, result.loss
     (one, loss), (other, same) = grads.values()
     assert torch.equal(loss, same) and loss > 0
     for name, gradient in one.items():
@@ -148,12 +148,12 @@ def test_gradients_that_cancel_keep_their_digits():
     torch.manual_seed(0)
     net = infomax.LocalNet(8, 4, 32)
     maps, y = torch.rand(16, 4, 32, 32), torch.rand(16, 1, 8) + 1e-2 * torch.rand(16, 2, 8)
-    found = {}
+    gradients = {}
     for dtype in (torch.float64, torch.float32):
         own = copy.deepcopy(net).to(dtype)
         infomax.jensen_shannon(own(maps.to(dtype), y.to(dtype))).backward()
-        found[dtype] = own.l2.weight.grad.double(), own.l2.bias.grad.double()
-    for exact, ours in zip(found[torch.float64], found[torch.float32], strict=True):
+        gradients[dtype] = own.l2.weight.grad.double(), own.l2.bias.grad.double()
+    for exact, ours in zip(gradients[torch.float64], gradients[torch.float32], strict=True):
         assert (ours - exact).norm() < 1e-6 * exact.norm()  # 4e-7 is the worst of five seeds; by a matrix product 2e-6
 
 

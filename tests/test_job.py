@@ -24,8 +24,8 @@ SRUN = {
 
 
 def test_environment_of_a_task():
-    found = job.environment(SRUN)
-    assert found == {
+    variables = job.environment(SRUN)
+    assert variables == {
         "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_PORT": "29677",
         "SSL_DIST_BY_SRUN": "1",
     }  # fmt: skip
@@ -41,12 +41,12 @@ def test_a_port_of_its_own_for_every_job():
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [({"SLURM_NTASKS": "7"}, "7 tasks on 2 nodes"), ({"MASTER_ADDR": None}, "MASTER_ADDR is not set")],
 )
-def test_what_cannot_be(changed, said):
+def test_what_cannot_be(changed, message):
     slurm = {name: value for name, value in (SRUN | changed).items() if value is not None}
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         job.environment(slurm)
 
 
@@ -135,7 +135,7 @@ def test_options_come_before_the_site(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("partitoin: x", "partitoin.*partition"),
         ("- a", "must be a mapping"),
@@ -143,10 +143,10 @@ def test_options_come_before_the_site(tmp_path):
         ("a: [", "YAML"),
     ],
 )
-def test_a_sites_mistakes(tmp_path, text, said):
+def test_a_sites_mistakes(tmp_path, text, message):
     file = tmp_path / "site.yaml"
     file.write_text(text)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         read_site(file, {})
 
 
@@ -209,8 +209,8 @@ def test_what_is_queued_again(tmp_path, code, state, crashes, again, array, fail
     script = "\n".join([f"(exit {code})", *teardown_lines(3, tmp_path)])
     environment = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "7"} | array
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, check=False)
-    asked = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
-    assert done.returncode == code and asked == (f"requeue {job_name}\n" if again else "")
+    commands = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
+    assert done.returncode == code and commands == (f"requeue {job_name}\n" if again else "")
 
 
 def test_the_job_that_submitit_pickles_is_a_name_and_words():
@@ -231,8 +231,8 @@ def test_seeds_and_sweeps():
     assert submit.variants(file, ["run_dir=."], [], [])[0].run_dir == "."
     with pytest.raises(UserError, match="no name that a seed"):
         submit.variants(file, ["run_dir=."], [1], [])
-    found = submit.variants(file, ["run_dir=runs/x/"], [0, 7], ["optim.lr=[1e-3, 3e-3]"])
-    assert [(c.run_dir, c.optim.lr, c.seed) for c in found] == [
+    configs = submit.variants(file, ["run_dir=runs/x/"], [0, 7], ["optim.lr=[1e-3, 3e-3]"])
+    assert [(c.run_dir, c.optim.lr, c.seed) for c in configs] == [
         ("runs/x-lr0.001-seed0", 1e-3, 0), ("runs/x-lr0.001-seed7", 1e-3, 7),
         ("runs/x-lr0.003-seed0", 3e-3, 0), ("runs/x-lr0.003-seed7", 3e-3, 7),
     ]  # fmt: skip

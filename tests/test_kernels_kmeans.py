@@ -37,23 +37,23 @@ def own_rows(world, x, interleaved):
 
 def test_whitening_is_that_of_the_formula():
     x = rows() * torch.arange(1, 9) + 5
-    made = kmeans.whiten(x.float(), 5, one_process())
+    white = kmeans.whiten(x.float(), 5, one_process())
     centred = x.float().double() - x.float().double().mean(0)
     values, axes = np.linalg.eigh(np.cov(centred.T.numpy(), bias=True))
-    wanted = torch.from_numpy(centred.numpy() @ axes[:, -5:] / np.sqrt(values[-5:]))
-    assert made.dtype == torch.float64
-    torch.testing.assert_close(wanted.square().mean(0), torch.ones(5).double())
-    wanted = wanted / wanted.norm(dim=1, keepdim=True)
-    torch.testing.assert_close((made * wanted).sum(0).abs(), wanted.square().sum(0), rtol=1e-9, atol=0)
-    torch.testing.assert_close(made @ made.T, wanted @ wanted.T, rtol=0, atol=1e-9)
+    expected = torch.from_numpy(centred.numpy() @ axes[:, -5:] / np.sqrt(values[-5:]))
+    assert white.dtype == torch.float64
+    torch.testing.assert_close(expected.square().mean(0), torch.ones(5).double())
+    expected = expected / expected.norm(dim=1, keepdim=True)
+    torch.testing.assert_close((white * expected).sum(0).abs(), expected.square().sum(0), rtol=1e-9, atol=0)
+    torch.testing.assert_close(white @ white.T, expected @ expected.T, rtol=0, atol=1e-9)
 
 
 def test_a_dead_channel_stays_dead():
     x = rows()
     wide = torch.cat([x, torch.zeros(len(x), 1), x[:, :1] * 1e-12], 1)
-    made = kmeans.whiten(wide, 10, one_process())
+    white = kmeans.whiten(wide, 10, one_process())
     narrow = kmeans.whiten(x, 8, one_process())
-    torch.testing.assert_close(made @ made.T, narrow @ narrow.T, rtol=0, atol=1e-6)
+    torch.testing.assert_close(white @ white.T, narrow @ narrow.T, rtol=0, atol=1e-6)
 
 
 def test_features_that_are_all_equal_stay_finite():
@@ -71,8 +71,8 @@ def test_whitening_by_any_number_of_ranks(size, interleaved):
         return own, kmeans.whiten(x[own], 5, world)
 
     joined = torch.empty_like(alone)
-    for own, made in thread_world.run(part, Grid(size, 1)):
-        joined[own] = made
+    for own, white in thread_world.run(part, Grid(size, 1)):
+        joined[own] = white
     torch.testing.assert_close(joined @ joined.T, alone @ alone.T, rtol=0, atol=1e-12)
 
 
@@ -94,15 +94,15 @@ def test_the_result_is_as_good_as_scikit_learns():
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_any_number_of_ranks_finds_the_same_clusters(size, interleaved):
     x = rows(101, groups=30, spread=1.0)
-    alone, distance = cluster(x, 12)
+    alone, expected = cluster(x, 12)
 
     def part(world):
         own = own_rows(world, x, interleaved)
         return own, cluster(x[own], 12, world=world, positions=own, count=len(x))
 
-    for own, (labels, found) in thread_world.run(part, Grid(size, 1)):
+    for own, (labels, distance) in thread_world.run(part, Grid(size, 1)):
         assert torch.equal(labels, alone[own])
-        assert found == pytest.approx(distance, rel=1e-12)
+        assert distance == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_key_decides():
@@ -121,8 +121,8 @@ def test_the_best_start_counts():
 
 def test_of_starts_that_are_equal_up_to_rounding_the_first_counts(monkeypatch):
     """Rounding differs from one number of ranks to another, and labels have other numbers in every start."""
-    found = iter([("a", 1.0), ("b", 1 - 1e-12), ("c", 1 - 1e-6), ("d", 1 - 1e-6 - 1e-13), ("e", 1.0)])
-    monkeypatch.setattr(kmeans, "_lloyd", lambda *_: next(found))
+    starts = iter([("a", 1.0), ("b", 1 - 1e-12), ("c", 1 - 1e-6), ("d", 1 - 1e-6 - 1e-13), ("e", 1.0)])
+    monkeypatch.setattr(kmeans, "_lloyd", lambda *_: next(starts))
     assert cluster(rows(9), 3) == ("c", 1 - 1e-6)
 
 
@@ -156,14 +156,14 @@ def test_fewer_different_rows_than_clusters():
 
 def test_the_watchdog_hears_of_every_centre_and_iteration():
     """A phase that changes counts as progress, however long the whole takes."""
-    world, heard = one_process(), []
+    world, phases_and_bounds = one_process(), []
     reduce, world.all_reduce_sum = (
         world.all_reduce_sum,
-        lambda x: heard.append((world.state.phase, world.state.bound)) or reduce(x),
+        lambda x: phases_and_bounds.append((world.state.phase, world.state.bound)) or reduce(x),
     )
     cluster(rows(101, groups=30, spread=1.0), 12, world=world, num_starts=2)
-    phases = [phase for phase, bound in heard if bound == kmeans.PASS_TIMEOUT_S]
-    assert len({*phases}) > 2 * 12 and len(phases) >= len(heard) - 2, "all but the first centre of a start"
+    phases = [phase for phase, bound in phases_and_bounds if bound == kmeans.PASS_TIMEOUT_S]
+    assert len({*phases}) > 2 * 12 and len(phases) >= len(phases_and_bounds) - 2, "all but the first centre of a start"
     assert sum("iteration" in phase for phase in phases) > 4 and world.state.phase == ""
 
 

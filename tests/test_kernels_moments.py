@@ -68,14 +68,14 @@ def test_maps_are_rounded_once(layout, dtype):
     vectors[0] += 1e4
     mean, scale, offset, scale_g = (v.view(shape) for v in vectors)
     exact = (x.double() - mean) * scale + offset
-    for ours, wanted in (
+    for ours, expected in (
         (Elements(x).affine(*vectors[:3]), exact),
         (Elements(x).affine2(grad, *vectors), grad.double() * scale_g + exact),
     ):
         assert ours.dtype == x.dtype and ours.shape == x.shape
         # Half a unit in the last place; bfloat16 passes through float32, float64 has several operations.
         eps = torch.finfo(dtype).eps
-        torch.testing.assert_close(ours.double(), wanted, rtol=0.51 * eps, atol=max(1e-7 * eps, 1e-14))
+        torch.testing.assert_close(ours.double(), expected, rtol=0.51 * eps, atol=max(1e-7 * eps, 1e-14))
         if layout not in ("one channel", "every other", "empty"):
             assert ours.stride() == x.stride()
 

@@ -69,18 +69,18 @@ class Problem:
         return loss.detach(), logits, gradients, mean, var
 
 
-def close(ours, wanted, tolerance):
+def close(ours, expected, tolerance):
     """Relative to the largest magnitude of the array."""
-    assert ours.shape == wanted.shape
-    if wanted.numel():
-        error = (ours.double() - wanted.double()).abs().max() / wanted.abs().max().clamp_min(1e-3)
+    assert ours.shape == expected.shape
+    if expected.numel():
+        error = (ours.double() - expected.double()).abs().max() / expected.abs().max().clamp_min(1e-3)
         assert error <= tolerance, f"relative error {error:.2e}"
 
 
-def compare(ours, wanted, tolerance):
-    for a, b in zip(ours[:2] + ours[3:], wanted[:2] + wanted[3:], strict=True):
+def compare(ours, expected, tolerance):
+    for a, b in zip(ours[:2] + ours[3:], expected[:2] + expected[3:], strict=True):
         close(a, b, tolerance)
-    for name, a, b in zip(NAMES, ours[2], wanted[2], strict=True):
+    for name, a, b in zip(NAMES, ours[2], expected[2], strict=True):
         assert a.dtype == b.dtype, name
         close(a, b, tolerance)
 

@@ -58,19 +58,19 @@ def run(scores, lamb=10.0, tolerance=0.1, world=None, num_rows=None):
 def test_labels_error_and_iterations_are_those_of_the_loop(num_rows, num_columns, lamb, seed):
     x = logits(num_rows, num_columns, seed, spread=1.0)
     labels, error, iterations = slow(np.exp(x - logsumexp(x, 1, keepdims=True)), lamb, 0.1)
-    _, made = run(x, lamb)
-    assert (made.labels.tolist(), made.iterations) == (labels.tolist(), iterations)
-    assert made.error == pytest.approx(error, rel=1e-6, abs=1e-12)
+    _, result = run(x, lamb)
+    assert (result.labels.tolist(), result.iterations) == (labels.tolist(), iterations)
+    assert result.error == pytest.approx(error, rel=1e-6, abs=1e-12)
     _, shifted = run(x + np.arange(num_rows)[:, None], lamb)  # logits: a row may be shifted
-    assert torch.equal(shifted.labels, made.labels) and shifted.iterations == iterations
+    assert torch.equal(shifted.labels, result.labels) and shifted.iterations == iterations
 
 
 def test_the_transport_gives_every_row_and_every_cluster_its_share():
-    A, made = run(logits(200, 7), 25.0, tolerance=1e-9)
-    Q = made.rows[:, None] * A * made.columns
+    A, result = run(logits(200, 7), 25.0, tolerance=1e-9)
+    Q = result.rows[:, None] * A * result.columns
     torch.testing.assert_close(Q.sum(0), torch.full((7,), 1 / 7, dtype=Q.dtype), rtol=1e-9, atol=0)
     torch.testing.assert_close(Q.sum(1), torch.full((200,), 1 / 200, dtype=Q.dtype), rtol=1e-12, atol=0)
-    assert made.labels.bincount().min() >= 200 // 7 - 2
+    assert result.labels.bincount().min() >= 200 // 7 - 2
 
 
 @pytest.mark.parametrize(
@@ -83,18 +83,18 @@ def test_nothing_underflows(name, lamb, spread, offset):
     x = logits(40, 5, spread=spread)
     x[:, :2] += [offset, 1.5 * offset]
     labels, error, iterations = slow_in_logarithms(x, lamb, 0.1)
-    _, made = run(x, lamb)
-    assert (made.labels.tolist(), made.iterations) == (labels.tolist(), iterations)
-    assert made.error == pytest.approx(error, rel=1e-4, abs=1e-9)
+    _, result = run(x, lamb)
+    assert (result.labels.tolist(), result.iterations) == (labels.tolist(), iterations)
+    assert result.error == pytest.approx(error, rel=1e-4, abs=1e-9)
     if offset < 0:
         with np.errstate(all="ignore"):
             assert np.isnan(slow(np.exp(x - logsumexp(x, 1, keepdims=True)), lamb, 0.1)[1]), "the official loop's end"
 
 
 def test_scores_beyond_float64_still_give_every_cluster_images():
-    _, made = run(logits(300, 10, spread=300.0), 25.0)
-    assert math.isfinite(made.error) and made.error <= 0.1
-    assert made.labels.bincount(minlength=10).min() > 10
+    _, result = run(logits(300, 10, spread=300.0), 25.0)
+    assert math.isfinite(result.error) and result.error <= 0.1
+    assert result.labels.bincount(minlength=10).min() > 10
 
 
 def _of_rank(world, x, lamb, bounds):
@@ -116,10 +116,10 @@ def test_any_number_of_ranks_makes_the_same_labels(bounds):
 
 def test_blocks_do_not_matter(monkeypatch):
     x = logits(60, 9)
-    A, made = run(x)
+    A, result = run(x)
     monkeypatch.setitem(sinkhorn.BLOCK_BYTES, "cpu", 7 * 9 * 8)
     B, again = run(x)
-    assert torch.equal(made.labels, again.labels) and made.iterations == again.iterations
+    assert torch.equal(result.labels, again.labels) and result.iterations == again.iterations
     torch.testing.assert_close(A, B, rtol=1e-12, atol=0)
 
 
@@ -129,25 +129,25 @@ def test_the_compiled_half_step_is_that_of_torch(monkeypatch, num_rows):
     monkeypatch.setattr(sinkhorn, "PIECE_ROWS", 6)
     torch.manual_seed(0)
     A, before = torch.rand(num_rows, 7, dtype=torch.float64), torch.rand(num_rows, dtype=torch.float64)
-    r, made = torch.rand(7, dtype=torch.float64), []
+    r, half_steps = torch.rand(7, dtype=torch.float64), []
     for half_step, num_threads in ((sinkhorn._by_blocks, 1), (sinkhorn._by_loops, 1), (sinkhorn._by_loops, 3)):
         torch.set_num_threads(num_threads)
         c = before.clone()
-        made.append((half_step(A, c, r, 40), c))
+        half_steps.append((half_step(A, c, r, 40), c))
     new = 1 / (40 * (A @ r))
-    for sums, c in made:
+    for sums, c in half_steps:
         torch.testing.assert_close(c, new, rtol=1e-13, atol=0)
         torch.testing.assert_close(sums[:-1], new @ A, rtol=1e-13, atol=0)
         torch.testing.assert_close(sums[-1], (before / new - 1).abs().sum(), rtol=1e-13, atol=0)
-    assert torch.equal(made[1][0], made[2][0]) and torch.equal(made[1][1], made[2][1])
+    assert torch.equal(half_steps[1][0], half_steps[2][0]) and torch.equal(half_steps[1][1], half_steps[2][1])
 
 
 def test_the_way_of_gpus_makes_the_same_labels(monkeypatch):
     x = logits(60, 9)
-    _, made = run(x)
+    _, result = run(x)
     monkeypatch.setattr(sinkhorn, "_by_loops", sinkhorn._by_blocks)
     _, again = run(x)
-    assert torch.equal(made.labels, again.labels) and made.iterations == again.iterations
+    assert torch.equal(result.labels, again.labels) and result.iterations == again.iterations
 
 
 def test_the_scores_are_worked_on_in_place():
@@ -160,15 +160,15 @@ def test_the_scores_are_worked_on_in_place():
 
 def test_the_watchdog_hears_of_every_ten_iterations():
     """A phase that changes counts as progress, however long the whole takes."""
-    world, heard = one_process(), []
+    world, phases_and_bounds = one_process(), []
     reduce, world.all_reduce_sum = (
         world.all_reduce_sum,
-        lambda x: heard.append((world.state.phase, world.state.bound)) or reduce(x),
+        lambda x: phases_and_bounds.append((world.state.phase, world.state.bound)) or reduce(x),
     )
-    _, made = run(logits(60, 9), 25.0, world=world)
-    assert all(bound == sinkhorn.CHECK_TIMEOUT_S for _, bound in heard), "before the iterations, too"
-    phases = [phase for phase, _ in heard if not phase.startswith("the exponentials")]
-    assert len(phases) == made.iterations > 30 and len({*phases}) == (made.iterations - 1) // 10 + 1
+    _, result = run(logits(60, 9), 25.0, world=world)
+    assert all(bound == sinkhorn.CHECK_TIMEOUT_S for _, bound in phases_and_bounds), "before the iterations, too"
+    phases = [phase for phase, _ in phases_and_bounds if not phase.startswith("the exponentials")]
+    assert len(phases) == result.iterations > 30 and len({*phases}) == (result.iterations - 1) // 10 + 1
     assert all(phase.startswith("Sinkhorn-Knopp") for phase in phases) and world.state.phase == ""
 
 

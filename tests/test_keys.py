@@ -34,8 +34,8 @@ def test_first_values_never_change():
 
 
 def test_order_and_length_of_words_matter():
-    seen = {int(keys.hash64(*words)) for words in [(), (0,), (0, 0), (1, 2), (2, 1), (1,), (1, 0), (0, 1)]}
-    assert len(seen) == 8
+    hashes = {int(keys.hash64(*words)) for words in [(), (0,), (0, 0), (1, 2), (2, 1), (1,), (1, 0), (0, 1)]}
+    assert len(hashes) == 8
 
 
 def test_uniform_is_uniform():

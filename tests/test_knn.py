@@ -57,13 +57,13 @@ def reference(train, test, k, temperature, num_classes):
 
 def test_equals_the_slow_reference_for_every_k_and_temperature():
     train, test = random_part(60), random_part(33, seed=1)
-    found = knn.run(train, test, knn.Options(k=[7, 1, 60], temperature=[0.07, 0.5], precision="fp64"))
+    values = knn.run(train, test, knn.Options(k=[7, 1, 60], temperature=[0.07, 0.5], precision="fp64"))
     expected = {}
     for k in (1, 7, 60):
         for temperature, suffix in ((0.07, ""), (0.5, "_T0.5")):
             top1, top5 = reference(train, test, k, temperature, 5)
             expected |= {f"knn{k}{suffix}_top1": top1, f"knn{k}{suffix}_top5": top5}
-    assert found == expected
+    assert values == expected
 
 
 def unit(rows):
@@ -81,10 +81,10 @@ def test_ties_take_the_lower_image_id_and_the_lower_class_whatever_the_blocks(
     train, test = part(EXACT[draw(12)], [*draw(10), 0, 1]), part(EXACT[draw(4)], draw(4))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neighbours, "_block_sizes", lambda *_: (num_queries, num_rows))
-        found = knn.run(train, test, knn.Options(k=[k], temperature=[1.0], precision=precision))
+        values = knn.run(train, test, knn.Options(k=[k], temperature=[1.0], precision=precision))
         blocks = list(neighbours.neighbours(train, test, k, torch.float64, 1))
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1
-    assert tuple(found.values()) == reference(train, test, k, 1.0, num_classes)
+    assert tuple(values.values()) == reference(train, test, k, 1.0, num_classes)
 
     rows = torch.cat([rows for _, _, rows in blocks])
     cosines = torch.cat([cosine for _, cosine, _ in blocks])
@@ -130,8 +130,8 @@ def test_a_class_that_the_training_split_lacks_is_wrong():
 
 def test_small_temperatures_stay_finite():
     train, test = random_part(40), random_part(20, seed=1)
-    found = knn.run(train, test, knn.Options(k=[5], temperature=[0.005]))
-    assert found["knn5_T0.005_top1"] == reference(train, test, 5, 0.005, 5)[0]
+    values = knn.run(train, test, knn.Options(k=[5], temperature=[0.005]))
+    assert values["knn5_T0.005_top1"] == reference(train, test, 5, 0.005, 5)[0]
 
 
 def test_more_neighbours_than_images():

@@ -38,16 +38,16 @@ def blueprint_of(digits, *more):
 def test_the_file_holds_the_labels_of_every_training_image(run, digits, tmp_path, capsys):
     out = tmp_path / "new" / "labels.csv"
     assert cli.main(["labels", str(run), "--out", str(out)]) == 0
-    said = capsys.readouterr().out
-    assert "48 images by 2 head(s), after step 2" in said and "10 classes: 0." in said
+    output = capsys.readouterr().out
+    assert "48 images by 2 head(s), after step 2" in output and "10 classes: 0." in output
     ids = blueprint_of(digits).order.train_ids
-    kept = checkpoint.load(checkpoint.newest(Path(run)))["method"]["labels.of_images"]
+    stored = checkpoint.load(checkpoint.newest(Path(run)))["method"]["labels.of_images"]
     lines = out.read_text().splitlines()
     assert lines[0] == "image_id,label_0,label_1"
-    assert lines[1:] == [f"{i},{a},{b}" for i, a, b in zip(ids, *kept.tolist(), strict=True)]
+    assert lines[1:] == [f"{i},{a},{b}" for i, a, b in zip(ids, *stored.tolist(), strict=True)]
     for column in range(2):
         read = labels.read(out, column, 2000)
-        assert np.array_equal(read[ids], kept[column]) and (read >= 0).sum() == 48
+        assert np.array_equal(read[ids], stored[column]) and (read >= 0).sum() == 48
 
 
 def test_another_run_takes_them_as_labels(run, digits, tmp_path):
@@ -82,8 +82,8 @@ def test_what_is_refused(run, digits, tmp_path, capsys, arguments, words):
     places = {"RUN": run, "EMPTY": tmp_path / "empty", "OTHER": tmp_path / "other", "MOVED": tmp_path / "moved"}
     places["EMPTY"].mkdir()
     if "OTHER" in arguments:
-        wanted = [f"data.root={digits}", f"run_dir={places['OTHER']}", "data.reader=arrays"]
-        assert train(config.load("configs/digits/random_weights-conv4.yaml", wanted)) == 0
+        settings = [f"data.root={digits}", f"run_dir={places['OTHER']}", "data.reader=arrays"]
+        assert train(config.load("configs/digits/random_weights-conv4.yaml", settings)) == 0
     if "MOVED" in arguments[-1]:
         other_images(places["MOVED"], digits)
     words_in = [w.replace("MOVED", str(places["MOVED"])) if "=" in w else str(places.get(w, w)) for w in arguments]

@@ -263,9 +263,9 @@ def test_real_ranks_end_by_themselves(code, ranks):
 
 @pytest.mark.slow
 def test_two_machines(ranks, tmp_path):
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
     machines = [ranks(MULTI, 2, i, f"127.0.0.1:{port}", 1, "c.yaml", "wait", LOCAL_ADDR="127.0.0.1") for i in range(2)]
     for rank in range(2):
         wait_for(tmp_path / f"started-{rank}", "2")

@@ -64,10 +64,10 @@ def test_dropped_shares_and_scale(layer):
 def test_a_mask_belongs_to_its_row_and_layer():
     first, second, x = KeyedDropout(0.5, 0), KeyedDropout(0.5, 1), torch.ones(4, 64)
     with keyed_rows(KEYS):
-        masks, others = first(x), second(x)
+        masks, other_masks = first(x), second(x)
     with keyed_rows(KEYS.flip(0)[:2]):
         assert torch.equal(first(x[:2]), masks.flip(0)[:2]), "not a matter of the place in the batch"
-    assert not torch.equal(masks, others) and not torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks, other_masks) and not torch.equal(masks[0], masks[1])
     assert torch.equal(first.eval()(x), x), "evaluation drops nothing, and needs no names"
 
 

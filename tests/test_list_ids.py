@@ -38,9 +38,9 @@ def test_an_id_is_the_place_in_the_converted_file(root, tmp_path):
 
 def test_names_that_are_none_or_two(root, tmp_path):
     name = next((root / "train").rglob("*.*")).name
-    for line, said in (("nothing.JPEG", "no image has this name"), (name, "images have this name, give its folder")):
+    for line, message in (("nothing.JPEG", "no image has this name"), (name, "images have this name, give its folder")):
         (tmp_path / "list.txt").write_text(f"\n{line}\n")
-        with pytest.raises(UserError, match=f"line 2: '{line}': .*{said}"):
+        with pytest.raises(UserError, match=f"line 2: '{line}': .*{message}"):
             list_ids.ids_of(tmp_path / "list.txt", root, "train")
     with pytest.raises(UserError, match="--split val: "):
         list_ids.ids_of(tmp_path / "list.txt", root, "val")

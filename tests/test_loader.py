@@ -46,8 +46,8 @@ def loader(reader=None, grid=None, rank=0, threads=1):
 
 
 def collect(start=0, stop=6, **more):
-    with loader(**more) as made:
-        return list(made.batches(start, stop))
+    with loader(**more) as opened:
+        return list(opened.batches(start, stop))
 
 
 def test_batches_have_the_promised_shapes():
@@ -88,8 +88,8 @@ def test_a_resume_in_the_middle_sees_what_would_have_come():
 def test_an_error_reaches_the_loop_and_every_thread_ends():
     before = threading.active_count()
     reader = Reader(fail_at=2)
-    with loader(reader) as made, pytest.raises(OSError, match="the disk is gone"):
-        for _ in made.batches(0, 6):
+    with loader(reader) as opened, pytest.raises(OSError, match="the disk is gone"):
+        for _ in opened.batches(0, 6):
             pass
     assert reader.closed and threading.active_count() == before
 
@@ -98,8 +98,8 @@ def test_an_error_reaches_the_loop_and_every_thread_ends():
 def test_leaving_early_ends_every_thread(taken):
     before = threading.active_count()
     reader = Reader()
-    with loader(reader, threads=2) as made:
-        batches = made.batches(0, 6)
+    with loader(reader, threads=2) as opened:
+        batches = opened.batches(0, 6)
         for _ in range(taken):
             next(batches)
     assert threading.active_count() == before

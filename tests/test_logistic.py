@@ -44,19 +44,19 @@ def sklearns_optimum(train, c, standardize):
 @pytest.mark.parametrize("classes", [2, 4])
 def test_objective_is_scikit_learns_optimum(classes, c, standardize):
     train = correlated(300, classes=classes)
-    found = logistic.fit(train, logistic.Options(c=c, standardize=standardize))
+    fit = logistic.fit(train, logistic.Options(c=c, standardize=standardize))
     objective, model = sklearns_optimum(train, c, standardize)
-    assert found.converged
-    assert found.objective == pytest.approx(objective, rel=1e-6)
-    features = (train.features - found.mean.numpy()) / found.scale.numpy()
-    logits = features @ found.weights[:, :-1].numpy().T + found.weights[:, -1].numpy()
+    assert fit.converged
+    assert fit.objective == pytest.approx(objective, rel=1e-6)
+    features = (train.features - fit.mean.numpy()) / fit.scale.numpy()
+    logits = features @ fit.weights[:, :-1].numpy().T + fit.weights[:, -1].numpy()
     ours = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    expected = model.predict_proba((train.features - found.mean.numpy()) / found.scale.numpy())
+    expected = model.predict_proba((train.features - fit.mean.numpy()) / fit.scale.numpy())
     np.testing.assert_allclose(ours, expected, atol=5e-3)
 
 
 @pytest.fixture(scope="module")
-def digits_seen_by_a_network():
+def untrained_features():
     """Features of an untrained conv4: all of one sign, nearly the same for every image."""
     images, labels = load_digits(return_X_y=True)
     pixels = torch.from_numpy(images[:600].reshape(-1, 1, 8, 8) / 16).float()
@@ -69,13 +69,13 @@ def digits_seen_by_a_network():
 
 @pytest.mark.parametrize("standardize", [True, False])
 @pytest.mark.parametrize("c", [0.1, 1000.0])
-def test_ill_conditioned_features_of_a_network(digits_seen_by_a_network, c, standardize):
-    train = digits_seen_by_a_network
+def test_ill_conditioned_features_of_a_network(untrained_features, c, standardize):
+    train = untrained_features
     moments = train.features.astype(np.float64).T @ train.features
     assert np.linalg.cond(moments) > 1e6
-    found = logistic.fit(train, logistic.Options(c=c, standardize=standardize))
-    assert found.converged
-    assert found.objective == pytest.approx(sklearns_optimum(train, c, standardize)[0], rel=1e-6)
+    fit = logistic.fit(train, logistic.Options(c=c, standardize=standardize))
+    assert fit.converged
+    assert fit.objective == pytest.approx(sklearns_optimum(train, c, standardize)[0], rel=1e-6)
 
 
 def test_accuracies_of_labels_with_gaps():
@@ -119,9 +119,9 @@ def test_dead_and_repeated_channels(standardize):
     features, labels = correlated(200).features, correlated(200).labels
     spoilt = np.concatenate([features, features[:, :3], np.zeros((200, 2)), np.full((200, 1), 0.1)], 1)
     train = part(spoilt, labels)
-    found = logistic.fit(train, logistic.Options(standardize=standardize))
-    assert found.converged
-    assert found.objective == pytest.approx(sklearns_optimum(train, 1.0, standardize)[0], rel=1e-6)
+    fit = logistic.fit(train, logistic.Options(standardize=standardize))
+    assert fit.converged
+    assert fit.objective == pytest.approx(sklearns_optimum(train, 1.0, standardize)[0], rel=1e-6)
 
 
 def test_a_penalty_too_small_to_tell_repeated_channels_apart():
@@ -138,14 +138,14 @@ def test_the_fit_is_the_point_that_was_returned(monkeypatch):
         return SimpleNamespace(x=start, nit=1)
 
     monkeypatch.setattr(logistic, "minimize", tries_one_returns_another)
-    found = logistic.fit(correlated(300), logistic.Options())
-    assert not found.weights.any() and found.objective == pytest.approx(300 * np.log(4))
+    fit = logistic.fit(correlated(300), logistic.Options())
+    assert not fit.weights.any() and fit.objective == pytest.approx(300 * np.log(4))
 
 
 def test_separable_classes():
     train = part(np.repeat(np.eye(3) * 5, 10, 0), np.repeat([0, 1, 2], 10))
-    found = logistic.fit(train, logistic.Options(c=1e4))
-    assert found.converged and found.objective == pytest.approx(sklearns_optimum(train, 1e4, True)[0], rel=1e-6)
+    fit = logistic.fit(train, logistic.Options(c=1e4))
+    assert fit.converged and fit.objective == pytest.approx(sklearns_optimum(train, 1e4, True)[0], rel=1e-6)
 
 
 def test_correlation_costs_few_passes():

@@ -48,8 +48,8 @@ def test_mistakes_are_refused():
     large = drawn(20_000, dim=20)
     with pytest.raises(UserError, match=r"logistic_calibrated\.memory_mb = 1: the file needs about \d+ MiB") as caught:
         logistic_calibrated.run(large, large, Options(memory_mb=1))
-    told = int(re.search(r"about (\d+) MiB", str(caught.value))[1])
-    assert logistic_calibrated.run(large, large, Options(memory_mb=told + 1, max_iter=1))
+    needed_mib = int(re.search(r"about (\d+) MiB", str(caught.value))[1])
+    assert logistic_calibrated.run(large, large, Options(memory_mb=needed_mib + 1, max_iter=1))
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="at least two classes"):
         logistic_calibrated.run(part(train.features, [3] * 100), train, Options())

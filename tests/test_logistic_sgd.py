@@ -105,11 +105,11 @@ def test_accuracies():
 
 
 def test_only_the_last_epoch_counts(monkeypatch):
-    def made_up(*_):
+    def three_epochs(*_):
         for biases in ([0, 0, 0, 9], [0, 0, 0, 0], [0, 0, 2, 2]):  # 25, 100 and 50 % right
             yield logistic_sgd.Epoch(torch.eye(4).double(), torch.tensor(biases).double(), 0.0)
 
-    monkeypatch.setattr(logistic_sgd, "epochs", made_up)
+    monkeypatch.setattr(logistic_sgd, "epochs", three_epochs)
     test = part(np.eye(4), [0, 1, 2, 3])
     assert logistic_sgd.run(test, test, Options())["logistic_sgd_top1"] == 50.0
 

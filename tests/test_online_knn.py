@@ -103,8 +103,8 @@ def test_labels_are_needed(tmp_path):
     for i in range(4):
         save(tmp_path / f"images/unlabeled/{i}.jpg", picture(24, 24, i))
     convert("folder", tmp_path / "images", tmp_path / "data", name="plain", workers=1, progress=False)
-    wanted = settings(tmp_path / "data", tmp_path / "run", "data.name=plain", "data.limit=null", "optim.batch_size=2")
-    for action in (lambda: explain(wanted, 1), lambda: train(wanted)):
+    chosen = settings(tmp_path / "data", tmp_path / "run", "data.name=plain", "data.limit=null", "optim.batch_size=2")
+    for action in (lambda: explain(chosen, 1), lambda: train(chosen)):
         with pytest.raises(UserError, match="train"):  # the split that it would work on
             action()
 
