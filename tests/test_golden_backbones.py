@@ -79,7 +79,7 @@ def filled(net):
 
 
 def distance(actual, expected):
-    """The largest difference, relative to the largest magnitude of what is wanted."""
+    """The largest difference, relative to the largest magnitude of what is expected."""
     assert actual.shape == expected.shape
     return float((actual - expected).abs().max() / expected.abs().max())
 

@@ -18,9 +18,9 @@ def read(path):
 
 def centre_of(picture, color):
     """Mean (row, column) of the pixels of a colour."""
-    found = np.argwhere(abs(picture - np.array(color)).max(2) <= 2)
-    assert len(found) > 100, color
-    return found.mean(0)
+    positions = np.argwhere(abs(picture - np.array(color)).max(2) <= 2)
+    assert len(positions) > 100, color
+    return positions.mean(0)
 
 
 @pytest.mark.parametrize("size", [4, 32, 224])

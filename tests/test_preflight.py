@@ -45,7 +45,7 @@ def test_a_start_has_one_name_and_leaves_nothing(digits, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("second", "broken", "said"),
+    ("second", "broken", "message"),
     [
         (["optim.lr=0.5"], None, naming("optim.lr", "rank 0", 0.001, "rank 1", 0.5)),
         (["run_dir=elsewhere"], None, naming("run_dir", "rank 0", "rank 1") + ".*elsewhere"),
@@ -59,11 +59,11 @@ def test_a_start_has_one_name_and_leaves_nothing(digits, tmp_path):
         ),
     ],
 )
-def test_what_differs_is_named(digits, tmp_path, second, broken, said):
+def test_what_differs_is_named(digits, tmp_path, second, broken, message):
     import re
 
     for answer in ranks.launch(agreed, 2, tmp_path, digits, tmp_path / "run", second, broken):
-        assert re.search(said, answer), answer
+        assert re.search(message, answer), answer
 
 
 def test_one_process_agrees_with_itself(digits, tmp_path):

@@ -75,8 +75,8 @@ def test_pixels_are_pillows(odd, reader, threads):
         batches = list(opened.batches(steps, team))
     assert len(batches) == len(steps)
     # All batches are compared at the end: a buffer used twice would show.
-    for ids, (pixels, heights, widths, given) in zip(steps, batches, strict=True):
-        assert given.tolist() == ids.tolist() and heights.dtype == widths.dtype == given.dtype == np.int64
+    for ids, (pixels, heights, widths, image_ids) in zip(steps, batches, strict=True):
+        assert image_ids.tolist() == ids.tolist() and heights.dtype == widths.dtype == image_ids.dtype == np.int64
         assert pixels.shape == (len(ids), 150, 300, 3)
         assert pixels.dtype == np.uint8 and pixels.flags.writeable and pixels.flags.c_contiguous
         for i, image_id in enumerate(ids):
@@ -90,10 +90,10 @@ def test_pixels_are_pillows(odd, reader, threads):
 @pytest.mark.parametrize("reader", READERS)
 def test_batches_are_fresh(odd, reader):
     with Dataset(odd, reader=reader).open("val") as opened:
-        kept = [pixels for pixels, *_ in opened.batches(numbers([0, 1]) * 12)]
-    assert all(not np.shares_memory(a, b) for a, b in itertools.combinations(kept, 2))
-    kept[0][:] = 0
-    assert kept[1].any()
+        batches = [pixels for pixels, *_ in opened.batches(numbers([0, 1]) * 12)]
+    assert all(not np.shares_memory(a, b) for a, b in itertools.combinations(batches, 2))
+    batches[0][:] = 0
+    assert batches[1].any()
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -126,11 +126,11 @@ def test_any_way_to_stop(odd, reader, threads):
             assert len(list(opened.batches(numbers([0, 1, 2], [3]), team))) == 2
         with pytest.raises(RuntimeError, match="the plan failed"):
             list(opened.batches(broken(), team))
-        left = opened.batches(endless, team)
-        next(left)
+        unfinished = opened.batches(endless, team)
+        next(unfinished)
     assert threading.active_count() == before
     with pytest.raises(ValueError, match="closed"):
-        next(left)
+        next(unfinished)
     with pytest.raises(ValueError, match="closed"):
         opened.labels(np.array([0]))
     opened.close()

@@ -144,8 +144,8 @@ def test_a_recipe_makes_the_views_that_pillow_and_torchvision_make(name):
     pixels = np.stack([smooth(1, 110, 130), noise(2, 110, 130)])
     heights, widths, ids = np.array([110, 75]), np.array([130, 101]), np.array([4, 9])
     for group, spec in zip(groups, specs, strict=True):
-        made = views.make_views((pixels, heights, widths, ids), spec, spec.view_ids, 1, 0)
-        assert made.shape == (spec.num, 2, 3, spec.size, spec.size)
+        ours = views.make_views((pixels, heights, widths, ids), spec, spec.view_ids, 1, 0)
+        assert ours.shape == (spec.num, 2, 3, spec.size, spec.size)
         for v, b in itertools.product(range(min(spec.num, 2)), range(2)):
             image = pixels[b, : heights[b], : widths[b]]
             drawn = views.draw_view(spec, 1, 0, int(ids[b]), int(spec.view_ids[v]), *image.shape[:2])
@@ -153,12 +153,12 @@ def test_a_recipe_makes_the_views_that_pillow_and_torchvision_make(name):
             exact = drawn.hue == 0 or not drawn.jitter
             exact &= group.gaussian_blur is None or group.gaussian_blur.kernel is None
             if exact:
-                np.testing.assert_array_equal(made[v, b], expected)
+                np.testing.assert_array_equal(ours[v, b], expected)
                 continue
             # single levels of the hue and of torchvision's blur, which later steps may enlarge or turn over
             threshold = group.solarize.threshold if drawn.solarize else None
-            near = distance(made[v, b], expected) <= 4 if threshold is None else True
-            assert near and np.count_nonzero(made[v, b] != expected) <= 2e-3 * expected.size
+            near = distance(ours[v, b], expected) <= 4 if threshold is None else True
+            assert near and np.count_nonzero(ours[v, b] != expected) <= 2e-3 * expected.size
 
 
 def test_asymmetric_views_and_several_sizes_count_their_ids_through_the_groups():

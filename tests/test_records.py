@@ -59,14 +59,14 @@ def test_a_repeated_measurement_replaces_the_old_one(tmp_path):
         ("knn20_top1", 3.0),
         ("knn200_top1", 2.0),
     ]
-    others = [
+    different = [
         *measured({"knn20_top1": 4.0}, protocol="another"),
         *measured({"knn20_top1": 5.0}, dataset="cifar10"),
         *measured({"knn20_top1": 6.0}, split="train"),
         *measured({"knn20_top1": 7.0}, checkpoint="cd" * 32),
         *measured({"knn5_top1": 8.0}),
     ]
-    merged = results.add(path, others)
+    merged = results.add(path, different)
     assert [r["value"] for r in merged] == [3.0, 2.0, 4.0, 5.0, 6.0, 7.0, 8.0]
     assert results.read(path) == merged
     assert os.listdir(path.parent) == ["results.json"]
@@ -92,15 +92,15 @@ def test_old_or_new_records_at_every_kill(tmp_path, monkeypatch):
     for before in ([], ["a", "b"]):
         if before:
             results.add(prepared / "results.json", measured(dict.fromkeys(before, 1.0)))
-        seen = []
+        names = []
         for run in kills.every_kill(
             prepared, tmp_path, lambda run: results.add(run / "results.json", measured({"c": 2.0}))
         ):
-            seen.append([record["name"] for record in results.read(run / "results.json")])
+            names.append([record["name"] for record in results.read(run / "results.json")])
             results.add(run / "results.json", measured({"c": 2.0}))
             assert [record["name"] for record in results.read(run / "results.json")] == [*before, "c"]
             assert os.listdir(run) == ["results.json"]
-        assert seen == sorted(seen, key=len) and seen[0] == before and seen[-1] == [*before, "c"]
+        assert names == sorted(names, key=len) and names[0] == before and names[-1] == [*before, "c"]
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '[{"name": "x"}]', "[1]", "\xff"])

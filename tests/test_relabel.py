@@ -20,14 +20,14 @@ LIMIT, BATCH = 54, 12  # four batches of 12 and a tail of 6
 
 
 def make(data, run, rank_info):
-    wanted = [f"data.root={data}", f"run_dir={run}", f"data.limit={LIMIT}", "data.reader=arrays", "precision=fp64"]
-    wanted += [
+    overrides = [f"data.root={data}", f"run_dir={run}", f"data.limit={LIMIT}", "data.reader=arrays", "precision=fp64"]
+    overrides += [
         f"optim.batch_size={BATCH}",
         "data.view_shards=1",
         "data.eval_resize=36",
         "data.eval_interpolation=bicubic",
     ]
-    blueprint = derive(config.load(CONFIG, wanted), rank_info)
+    blueprint = derive(config.load(CONFIG, overrides), rank_info)
     run = TrainState(blueprint, World(rank_info, blueprint.grid, torch.device("cpu")))
     run.method.backbone.layer4.add_module("drop", KeyedDropout(0.5, 0))
     relu = run.method.backbone.layer4.relu
@@ -39,14 +39,14 @@ def outputs(rank, size, data, run, kinds):
     """For every kind of extraction: positions and values of this rank, then the running mean of the first layer."""
     training = make(data, run, RankInfo(rank, size, rank, size))
     extract = training.extract_at(Clock(7, 4, 100))
-    found = []
+    extractions = []
     for augmented, in_training in kinds:
         training.method.train()
         rows = extract(training.method.backbone, augmented=augmented, training=in_training)
         assert training.method.training and training.method.backbone.training
         mean = training.method.backbone.layer1.bn.running_mean
-        found.append((rows.positions.numpy(), rows.values.numpy(), mean.numpy().copy()))
-    return found
+        extractions.append((rows.positions.numpy(), rows.values.numpy(), mean.numpy().copy()))
+    return extractions
 
 
 KINDS = [(False, False), (True, False), (False, True), (True, True)]
@@ -66,12 +66,12 @@ def one_process(digits, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_any_number_of_ranks_gives_the_same(size, one_process, digits, tmp_path):
-    found = ranks.run(outputs, size, tmp_path, digits, tmp_path / "run", KINDS)
+    of_ranks = ranks.run(outputs, size, tmp_path, digits, tmp_path / "run", KINDS)
     for kind, whole in enumerate(one_process):
-        values, means = join([rank[kind] for rank in found])
-        wanted, [mean] = join([whole])
+        values, means = join([rank[kind] for rank in of_ranks])
+        expected, [mean] = join([whole])
         in_training = KINDS[kind][1]  # the others pass in the same batches on any number of ranks: equal to the bit
-        np.testing.assert_allclose(values, wanted, rtol=0, atol=1e-12 * np.abs(wanted).max() if in_training else 0)
+        np.testing.assert_allclose(values, expected, rtol=0, atol=1e-12 * np.abs(expected).max() if in_training else 0)
         np.testing.assert_allclose(means, np.broadcast_to(mean, means.shape), rtol=1e-12)
 
 
@@ -93,8 +93,8 @@ def test_the_test_transform_is_that_of_extraction(one_process, digits, tmp_path)
         [images] = reader.batches([run.plan.order.train_ids])
     images = test_views(images, 32, resize=36, interpolation="bicubic")
     with torch.no_grad():
-        wanted = run.method.backbone.eval()(run._normalize(torch.from_numpy(images)))
-    np.testing.assert_allclose(one_process[0][1], wanted.numpy(), rtol=1e-12)
+        expected = run.method.backbone.eval()(run._normalize(torch.from_numpy(images)))
+    np.testing.assert_allclose(one_process[0][1], expected.numpy(), rtol=1e-12)
 
 
 def test_augmented_views_depend_on_the_step(digits, tmp_path):
@@ -106,15 +106,15 @@ def test_augmented_views_depend_on_the_step(digits, tmp_path):
 def test_the_watchdog_sees_a_new_phase_every_batch_wherever_it_looks(digits, tmp_path, monkeypatch):
     """Its time limit is of a batch: reading and making views are in it, and no two batches have one phase."""
     run = make(digits, tmp_path / "run", RankInfo())
-    state, seen = run.world.state, []
+    state, phases_and_bounds = run.world.state, []
     make_test_views = relabel.views.test_views
 
     def views(*arguments, **options):
-        seen.append((state.phase, state.bound))
+        phases_and_bounds.append((state.phase, state.bound))
         return make_test_views(*arguments, **options)
 
     def network(images):
-        seen.append((state.phase, state.bound))
+        phases_and_bounds.append((state.phase, state.bound))
         return images.flatten(1)
 
     monkeypatch.setattr(relabel, "BATCH_SIZE", 20)
@@ -123,7 +123,7 @@ def test_the_watchdog_sees_a_new_phase_every_batch_wherever_it_looks(digits, tmp
     module = nn.Identity()
     module.forward = network
     run.extract_at(Clock(0, 4, 100))(module)
-    assert {bound for _, bound in seen} == {relabel.BATCH_TIMEOUT_S}
-    made, passed = seen[::2], seen[1::2]
-    assert made == passed and len(set(made)) == len(made) == 3
+    assert {bound for _, bound in phases_and_bounds} == {relabel.BATCH_TIMEOUT_S}
+    in_views, in_network = phases_and_bounds[::2], phases_and_bounds[1::2]
+    assert in_views == in_network and len(set(in_views)) == len(in_views) == 3
     assert (state.phase, state.bound) == ("the first step", 300.0)

@@ -72,10 +72,10 @@ def test_shares_of_units_join_to_all_pairs(num_views, num_images, data):
     cut = data.draw(st.integers(0, num_units))
     parts = [relational.unit_rows(num_views, num_images, *ends) for ends in ((0, cut), (cut, num_units))]
     left, positive, negative = (torch.cat(rows) for rows in zip(*parts, strict=True))
-    wanted = slow_relation.pairs(num_views, num_images)
-    found = [*((*pair, 1) for pair in zip(left.tolist(), positive.tolist(), strict=True)),
+    expected = slow_relation.pairs(num_views, num_images)
+    joined = [*((*pair, 1) for pair in zip(left.tolist(), positive.tolist(), strict=True)),
              *((*pair, 0) for pair in zip(left.tolist(), negative.tolist(), strict=True))]  # fmt: skip
-    assert sorted(found) == sorted(wanted)
+    assert sorted(joined) == sorted(expected)
     assert torch.all(positive % num_images == left % num_images) and torch.all(
         negative % num_images != left % num_images
     )
@@ -96,8 +96,8 @@ def test_focal_loss_is_that_of_the_formula(gamma, alpha, seed):
     logits, target = 5 * torch.randn(20, dtype=torch.float64), torch.randint(0, 2, (20,))
     pt = torch.where(target == 1, torch.sigmoid(logits), torch.sigmoid(-logits))
     weight = 1.0 if alpha is None else torch.tensor([1 - alpha, alpha], dtype=torch.float64)[target]
-    wanted = -weight * (1 - pt) ** gamma * torch.log(pt)
-    torch.testing.assert_close(relational.focal_bce(logits, target, gamma, alpha), wanted, rtol=1e-10, atol=1e-12)
+    expected = -weight * (1 - pt) ** gamma * torch.log(pt)
+    torch.testing.assert_close(relational.focal_bce(logits, target, gamma, alpha), expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
@@ -140,12 +140,12 @@ def test_any_grid_of_ranks_equals_the_loops(aggregation, grid, fused):
     outputs, all_gradients, all_buffers = zip(*thread_world.run(rank, grid), strict=True)
     close = {"rtol": 1e-9, "atol": 1e-12}
     torch.testing.assert_close(torch.stack([o.loss.detach() for o in outputs]).mean(), loss, **close)
-    for name, wanted in grads.items():
+    for name, expected in grads.items():
         mean = torch.stack([g[name] for g in all_gradients]).mean(0)  # as DDP does
-        torch.testing.assert_close(mean, wanted, **close, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(mean, expected, **close, msg=lambda m, n=name: f"{n}: {m}")
     for ours in all_buffers:
-        for name, wanted in buffers.items():
-            torch.testing.assert_close(ours[name], wanted, **close)
+        for name, expected in buffers.items():
+            torch.testing.assert_close(ours[name], expected, **close)
     scores = logits.view(-1, 2, 6)
     correct = torch.stack([(scores[:, 0] > 0).double().mean(), (scores[:, 1] <= 0).double().mean()]) * 100
     for output in outputs:
@@ -153,9 +153,9 @@ def test_any_grid_of_ranks_equals_the_loops(aggregation, grid, fused):
         assert output.metrics["accuracy_negative"] == pytest.approx(correct[1].item())
         assert output.metrics["accuracy"] == pytest.approx(correct.mean().item())
         assert output.representations.shape == (4, 6, 6)
-    for name, wanted in (("positive", scores[:, 0]), ("negative", scores[:, 1])):
+    for name, expected in (("positive", scores[:, 0]), ("negative", scores[:, 1])):
         joined = torch.cat([o.histograms[f"relation_score_{name}"] for o in outputs])
-        torch.testing.assert_close(joined, torch.sigmoid(wanted.flatten()), **close)
+        torch.testing.assert_close(joined, torch.sigmoid(expected.flatten()), **close)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -168,8 +168,8 @@ def test_gamma_and_alpha_reach_the_loss(gamma, alpha, fused):
     output = method(batch_of(views), one_process())
     output.loss.backward()
     torch.testing.assert_close(output.loss.detach(), loss, rtol=1e-10, atol=0)
-    for name, wanted in grads.items():
-        torch.testing.assert_close(method.get_parameter(name).grad, wanted, rtol=1e-9, atol=1e-12)
+    for name, expected in grads.items():
+        torch.testing.assert_close(method.get_parameter(name).grad, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -203,12 +203,12 @@ def test_the_ablations_score_by_dot_products(head, grid):
     loss, logits = slow_relation.loss_and_logits(z, None, "", 2.0, 0.5)
     loss.backward()
 
-    found = grids.run(method, grid, views)
+    result = grids.run(method, grid, views)
     close = {"rtol": 1e-9, "atol": 1e-12}
-    torch.testing.assert_close(found.loss, loss.detach(), **close)
-    for name, wanted in gradients(alone).items():
-        torch.testing.assert_close(found.gradients[name], wanted, **close)
-    assert found.outputs[0].metrics["accuracy_positive"] == pytest.approx(
+    torch.testing.assert_close(result.loss, loss.detach(), **close)
+    for name, expected in gradients(alone).items():
+        torch.testing.assert_close(result.gradients[name], expected, **close)
+    assert result.outputs[0].metrics["accuracy_positive"] == pytest.approx(
         (logits.view(-1, 2, 6)[:, 0] > 0).double().mean().item() * 100
     )
 
@@ -221,20 +221,22 @@ def test_known_labels_make_positive_pairs(grid, fused):
     method = make(4, labelled=1.0)
     alone = copy.deepcopy(method)
     [z] = alone.represent(batch_of(views))
-    known = [None if label < 0 else int(label) for label in labels]
-    loss, logits = slow_relation.loss_and_logits(z, alone.relation_module, "cat", 2.0, 0.5, known)
+    known_labels = [None if label < 0 else int(label) for label in labels]
+    loss, logits = slow_relation.loss_and_logits(z, alone.relation_module, "cat", 2.0, 0.5, known_labels)
     loss.backward()
 
     method.fused = fused
-    found = grids.run(method, grid, views, labels=labels)
+    result = grids.run(method, grid, views, labels=labels)
     close = {"rtol": 1e-9, "atol": 1e-12}
-    torch.testing.assert_close(found.loss, loss.detach(), **close)
-    for name, wanted in gradients(alone).items():
-        torch.testing.assert_close(found.gradients[name], wanted, **close)
+    torch.testing.assert_close(result.loss, loss.detach(), **close)
+    for name, expected in gradients(alone).items():
+        torch.testing.assert_close(result.gradients[name], expected, **close)
     pairs = slow_relation.pairs(4, 6)
-    positive = torch.tensor([y or known[i % 6] == known[j % 6] is not None for i, j, y in pairs], dtype=torch.bool)
+    positive = torch.tensor(
+        [y or known_labels[i % 6] == known_labels[j % 6] is not None for i, j, y in pairs], dtype=torch.bool
+    )
     assert positive.sum() > len(pairs) // 2
-    metrics = found.outputs[0].metrics
+    metrics = result.outputs[0].metrics
     assert metrics["positive_share"] == pytest.approx(100 * positive.double().mean().item())
     right = (logits > 0) == positive
     assert metrics["accuracy"] == pytest.approx(100 * right.double().mean().item())
@@ -244,12 +246,12 @@ def test_known_labels_make_positive_pairs(grid, fused):
 def test_which_labels_are_known_is_drawn_by_image():
     labels = torch.zeros(4000, dtype=torch.int64)
     batch = Batch([], [], torch.arange(4000), labels, torch.arange(4000))
-    known = make(4, labelled=0.25)._revealed_labels(batch)
-    assert set(known.tolist()) == {-1, 0} and (known == 0).double().mean().item() == pytest.approx(0.25, abs=0.03)
-    half = Batch([], [], torch.arange(2000, 4000), labels[:2000], torch.arange(2000))
-    assert torch.equal(make(4, labelled=0.25)._revealed_labels(half), known[2000:])
-    more = make(4, labelled=0.5)._revealed_labels(batch)
-    assert ((more == 0) | (known == -1)).all(), "a larger share holds the smaller one"
+    quarter = make(4, labelled=0.25)._revealed_labels(batch)
+    assert set(quarter.tolist()) == {-1, 0} and (quarter == 0).double().mean().item() == pytest.approx(0.25, abs=0.03)
+    second_half = Batch([], [], torch.arange(2000, 4000), labels[:2000], torch.arange(2000))
+    assert torch.equal(make(4, labelled=0.25)._revealed_labels(second_half), quarter[2000:])
+    half = make(4, labelled=0.5)._revealed_labels(batch)
+    assert ((half == 0) | (quarter == -1)).all(), "a larger share holds the smaller one"
 
 
 def test_labels_that_there_are_not_are_refused():

@@ -146,8 +146,8 @@ def test_gamma_rises_from_its_base_to_one(total, base):
     assert averages[0] == pytest.approx(base, abs=1e-6) and averages[-1] == pytest.approx(1, abs=1e-6)
     assert all(0 <= a <= b + 1e-6 and b <= 1 for a, b in pairwise(averages))
     for k in (0, total // 3, total):
-        wanted = 1 - (1 - base) * (math.cos(math.pi * k / total) + 1) / 2
-        assert relic.cosine_gamma(k, total, base) == pytest.approx(wanted, abs=1e-6)
+        expected = 1 - (1 - base) * (math.cos(math.pi * k / total) + 1) / 2
+        assert relic.cosine_gamma(k, total, base) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -187,10 +187,10 @@ def test_the_target_is_a_copy_and_then_an_average():
         for (name, target, online), (_, now, _) in zip(before, networks(method), strict=True):
             assert not torch.equal(target, online), f"{name}: nothing to see"
             if step < 2:
-                wanted = online
+                expected = online
             else:
-                wanted = gamma * target + (1 - gamma) * online if target.is_floating_point() else target
-            torch.testing.assert_close(now, wanted, rtol=1e-12, atol=0 if step < 2 else 1e-15, msg=f"{step} {name}")
+                expected = gamma * target + (1 - gamma) * online if target.is_floating_point() else target
+            torch.testing.assert_close(now, expected, rtol=1e-12, atol=0 if step < 2 else 1e-15, msg=f"{step} {name}")
 
 
 def test_the_target_takes_part_in_training_mode_and_without_gradient():
@@ -287,8 +287,8 @@ def test_any_grid_of_ranks_equals_one(grid, loss, pairing):
     method = apart(make(((2, 4), (2, 2)), batchnorm=grid.views == 1, loss=loss, pairing=pairing))
     views = draw(method)
     alone = copy.deepcopy(method)
-    wanted = alone(batch_of(views), one_process())
-    wanted.loss.backward()
+    expected = alone(batch_of(views), one_process())
+    expected.loss.backward()
     batch = batch_of(views)
 
     def rank(world):
@@ -305,7 +305,7 @@ def test_any_grid_of_ranks_equals_one(grid, loss, pairing):
 
     methods_of_ranks, outputs = zip(*thread_world.run(rank, grid), strict=True)
     mean = torch.stack([output.loss.detach() for output in outputs]).mean()
-    torch.testing.assert_close(mean, wanted.loss.detach(), **CLOSE)
+    torch.testing.assert_close(mean, expected.loss.detach(), **CLOSE)
     for name, parameter in alone.named_parameters():
         if parameter.requires_grad:
             gradient = torch.stack([own.get_parameter(name).grad for own in methods_of_ranks]).mean(0)  # as DDP does
@@ -313,7 +313,7 @@ def test_any_grid_of_ranks_equals_one(grid, loss, pairing):
                 gradient, parameter.grad, rtol=1e-9, atol=1e-13, msg=lambda m, n=name: f"{n} {m}"
             )
     for output in outputs:
-        for name, value in wanted.metrics.items():
+        for name, value in expected.metrics.items():
             torch.testing.assert_close(torch.as_tensor(output.metrics[name]), torch.as_tensor(value), **CLOSE)
 
 
@@ -339,7 +339,7 @@ def test_half_precision_is_compared_in_float32():
 @pytest.mark.parametrize("loss", LOSSES)
 def test_it_learns_what_views_share(loss):
     """Views of an image share two channels; the third, the largest, is noise of each view's own."""
-    method, found = make(loss=loss, gamma=0.9), []
+    method, accuracies = make(loss=loss, gamma=0.9), []
     adam = torch.optim.Adam([p for p in method.parameters() if p.requires_grad], 2e-2)
     for step in range(150):
         torch.manual_seed(step)
@@ -351,8 +351,8 @@ def test_it_learns_what_views_share(loss):
         output.loss.backward()
         adam.step()
         method.after_step(Clock(step + 1, 3, 150))
-        found.append(float(output.metrics["accuracy"]))
-    assert sum(found[-10:]) / 10 > 75 and sum(found[:3]) / 3 < 60
+        accuracies.append(float(output.metrics["accuracy"]))
+    assert sum(accuracies[-10:]) / 10 > 75 and sum(accuracies[:3]) / 3 < 60
 
 
 # ---------------------------------------------------------------------------------------------------- configs

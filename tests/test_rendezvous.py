@@ -38,8 +38,8 @@ def join_as_two_of_three(rank, size):
 
 
 def test_a_rank_that_does_not_come_is_named(tmp_path):
-    for said in ranks.launch(join_as_two_of_three, 2, tmp_path):
-        assert said.startswith("rank 2 of 3 did not come; here are rank 0 on ") and "rank 1 on " in said
+    for message in ranks.launch(join_as_two_of_three, 2, tmp_path):
+        assert message.startswith("rank 2 of 3 did not come; here are rank 0 on ") and "rank 1 on " in message
 
 
 def test_rank_0_that_does_not_come_is_named(port):
@@ -101,11 +101,11 @@ def test_self_test_passes_where_all_is_well(tmp_path, size):
 
 
 @pytest.mark.parametrize(
-    ("broken", "said"),
+    ("broken", "message"),
     [("no backward sum", "not summed"), ("wrong order", "not in canonical order"), ("wrong sum", "a sum over the")],
 )
-def test_self_test_finds_what_is_broken(tmp_path, broken, said):
-    assert all(said in answer for answer in ranks.run(proven, 2, tmp_path, broken))
+def test_self_test_finds_what_is_broken(tmp_path, broken, message):
+    assert all(message in answer for answer in ranks.run(proven, 2, tmp_path, broken))
 
 
 def start(rank, size):

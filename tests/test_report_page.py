@@ -271,10 +271,10 @@ def test_what_belongs_to_another_checkpoint(tmp_path):
 
 def test_a_part_held_out_is_not_put_beside_a_paper(tmp_path):
     run = make_run(tmp_path / "run")
-    held = record(run, name="logistic_top1", value=77.77, split="train[held out 10%]")
-    results.add(run / "results.json", [held])
+    of_validation = record(run, name="logistic_top1", value=77.77, split="train[held out 10%]")
+    results.add(run / "results.json", [of_validation])
     assert page_of(run).text.count("77.77") == 1, "in the table of results and nowhere else"
-    results.add(run / "results.json", [held | {"split": "test", "value": 66.66}])
+    results.add(run / "results.json", [of_validation | {"split": "test", "value": 66.66}])
     shown = page_of(run).text
     assert shown.count("77.77") == 1 and shown.count("66.66") == 3
 
@@ -340,7 +340,7 @@ def test_several_runs_of_which_some_lack_results(tmp_path, capsys):
 def test_mistakes(tmp_path, capsys):
     (tmp_path / "folder").mkdir()
     run = make_run(tmp_path / "run")
-    for words, said in [
+    for words, message in [
         ([tmp_path / "folder"], "folder: not a run's folder"),
         ([tmp_path / "none"], "none: not a run's folder"),
         ([run, tmp_path / "folder"], "folder: not a run's folder"),
@@ -351,7 +351,7 @@ def test_mistakes(tmp_path, capsys):
     ]:
         assert cli.main(["report", *map(str, words)]) == 2
         out, error = capsys.readouterr()
-        assert said in error and error.count("\n") == 1 and out == "", error
+        assert message in error and error.count("\n") == 1 and out == "", error
     assert not (run / "report.html").exists()
 
 
@@ -361,10 +361,10 @@ def test_old_or_new_page_at_every_kill(tmp_path, monkeypatch):
     prepared.mkdir()
     (prepared / "report.html").write_text("old")
     monkeypatch.setattr(page, "of", lambda _: "new")
-    seen = set()
+    contents = set()
     for run in kills.every_kill(prepared, tmp_path, lambda run: report.write([run], run / "report.html")):
-        seen.add((run / "report.html").read_text())
-    assert seen == {"old", "new"}
+        contents.add((run / "report.html").read_text())
+    assert contents == {"old", "new"}
 
 
 def test_reading_changes_nothing(tmp_path):

@@ -29,8 +29,8 @@ def part(features, labels):
 
 
 def named(part, split):
-    known = {"split": split, "dataset": "shapes", "classes": json.dumps(["disc", "ring", "star"])}
-    return replace(part, metadata=known)
+    metadata = {"split": split, "dataset": "shapes", "classes": json.dumps(["disc", "ring", "star"])}
+    return replace(part, metadata=metadata)
 
 
 def random_part(count, dim=6, classes=5, seed=0):
@@ -48,32 +48,32 @@ def reference(gallery, queries, counts, leave_out=False):
     values = {f"retrieval_top{k}": 0.0 for k in counts}
     values |= {f"retrieval_precision{k}": 0.0 for k in counts if k > 1} | {"retrieval_map": 0.0}
     for query, target in enumerate(queries.labels):
-        others = [i for i in range(len(gallery)) if not (leave_out and i == query)]
-        cosines = {i: round(cosine(queries.features[query], gallery.features[i]), 6) for i in others}
-        matches = [gallery.labels[i] == target for i in sorted(others, key=lambda i: (-cosines[i], i))]
+        candidates = [i for i in range(len(gallery)) if not (leave_out and i == query)]
+        cosines = {i: round(cosine(queries.features[query], gallery.features[i]), 6) for i in candidates}
+        matches = [gallery.labels[i] == target for i in sorted(candidates, key=lambda i: (-cosines[i], i))]
         for k in counts:
             values[f"retrieval_top{k}"] += any(matches[:k])
             if k > 1:
                 values[f"retrieval_precision{k}"] += sum(matches[:k]) / k
-        found, total = 0, 0.0
+        matched, total = 0, 0.0
         for place, match in enumerate(matches, 1):
             if match:
-                found += 1
-                total += found / place
-        values["retrieval_map"] += total / found if found else 0.0
+                matched += 1
+                total += matched / place
+        values["retrieval_map"] += total / matched if matched else 0.0
     return {name: value * 100 / len(queries) for name, value in values.items()}
 
 
-def close(found, expected):
-    assert list(found) == list(expected)
-    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-12)
+def close(values, expected):
+    assert list(values) == list(expected)
+    np.testing.assert_allclose(list(values.values()), list(expected.values()), rtol=1e-12)
 
 
 @pytest.mark.parametrize("gallery", ["train", "test"])
 def test_equals_the_slow_reference(gallery):
     train, test = random_part(61), random_part(37, seed=1)
-    found = retrieval.run(train, test, retrieval.Options(k=[20, 1, 5], gallery=gallery))
-    close(found, reference(test if gallery == "test" else train, test, [1, 5, 20], gallery == "test"))
+    values = retrieval.run(train, test, retrieval.Options(k=[20, 1, 5], gallery=gallery))
+    close(values, reference(test if gallery == "test" else train, test, [1, 5, 20], gallery == "test"))
 
 
 def test_average_precision_is_scikit_learns():
@@ -82,8 +82,8 @@ def test_average_precision_is_scikit_learns():
     unit_train, unit_test = (p.features / np.linalg.norm(p.features, axis=1, keepdims=True) for p in (train, test))
     cosines = unit_test.astype(np.float64) @ unit_train.astype(np.float64).T
     scores = [average_precision_score(train.labels == y, row) for y, row in zip(test.labels, cosines, strict=True)]
-    found = retrieval.run(train, test, retrieval.Options())["retrieval_map"]
-    assert found == pytest.approx(100 * np.mean(scores), rel=1e-12)
+    mean = retrieval.run(train, test, retrieval.Options())["retrieval_map"]
+    assert mean == pytest.approx(100 * np.mean(scores), rel=1e-12)
 
 
 @settings(max_examples=40)
@@ -95,8 +95,8 @@ def test_ties_take_the_lower_image_id_whatever_the_blocks(data, gallery, num_que
     train, test = part(EXACT[draw(12)], [*draw(10), 0, 1]), part(EXACT[draw(5)], draw(5))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retrieval, "_block_sizes", lambda *_: (num_queries, num_rows))
-        found = retrieval.run(train, test, retrieval.Options(k=[1, 3], gallery=gallery))
-    close(found, reference(test if gallery == "test" else train, test, [1, 3], gallery == "test"))
+        values = retrieval.run(train, test, retrieval.Options(k=[1, 3], gallery=gallery))
+    close(values, reference(test if gallery == "test" else train, test, [1, 3], gallery == "test"))
 
 
 def test_of_collapsed_features_the_order_is_that_of_ids():
@@ -140,8 +140,8 @@ def test_any_number_of_queries_each_counted_once(count):
 
 def test_a_class_that_cannot_be_found_counts_as_nothing(caplog):
     train = part(EXACT[:4], [0, 1, 0, 1])
-    found = retrieval.run(train, part(EXACT[:2], [0, 7]), retrieval.Options(k=[1, 4]))
-    assert found == {
+    values = retrieval.run(train, part(EXACT[:2], [0, 7]), retrieval.Options(k=[1, 4]))
+    assert values == {
         "retrieval_top1": 50, "retrieval_top4": 50, "retrieval_precision4": 25,
         "retrieval_map": 100 * (1 + 2 / 4) / 2 / 2,
     }  # fmt: skip

@@ -89,30 +89,30 @@ def test_turns_are_counter_clockwise():
 def test_any_number_of_ranks_equals_one(grid):
     method = make(rotation)
     loss, _, upright, gradients, buffers = reference(method, images())
-    found = grids.run(method, grid, images())
-    _compare(found, loss, upright, gradients, buffers)
+    result = grids.run(method, grid, images())
+    _compare(result, loss, upright, gradients, buffers)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_retraining_on_labels_and_turns(grid):
     method = make(supervised, rotation=True)
     loss, parts, upright, gradients, buffers = reference(method, images(), LABELS)
-    found = grids.run(method, grid, images(), labels=LABELS)
-    _compare(found, loss, upright, gradients, buffers)
-    for output in found.outputs:
+    result = grids.run(method, grid, images(), labels=LABELS)
+    _compare(result, loss, upright, gradients, buffers)
+    for output in result.outputs:
         for name, part in parts.items():
             torch.testing.assert_close(output.metrics[f"loss_{name}"], part.detach(), **EXACT)
 
 
-def _compare(found, loss, upright, gradients, buffers):
-    torch.testing.assert_close(found.loss, loss, **EXACT)
-    for name, wanted in gradients.items():
-        torch.testing.assert_close(found.gradients[name], wanted, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
-    for output, ours in zip(found.outputs, found.buffers, strict=True):
+def _compare(result, loss, upright, gradients, buffers):
+    torch.testing.assert_close(result.loss, loss, **EXACT)
+    for name, expected in gradients.items():
+        torch.testing.assert_close(result.gradients[name], expected, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
+    for output, ours in zip(result.outputs, result.buffers, strict=True):
         torch.testing.assert_close(output.representations, upright, **EXACT)
-        assert torch.equal(output.metrics["accuracy"], found.outputs[0].metrics["accuracy"])
-        for name, wanted in buffers.items():
-            torch.testing.assert_close(ours[name], wanted, **EXACT)
+        assert torch.equal(output.metrics["accuracy"], result.outputs[0].metrics["accuracy"])
+        for name, expected in buffers.items():
+            torch.testing.assert_close(ours[name], expected, **EXACT)
 
 
 @pytest.mark.parametrize("module", [rotation, supervised])

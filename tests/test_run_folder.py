@@ -118,32 +118,32 @@ def test_one_writer_at_a_time_and_the_lock_dies_with_its_owner(tmp_path):
 
 def test_the_lock_is_one_that_nfs_keeps_between_machines(tmp_path):
     """NFS turns an flock into a lock of its server only where the file is open for writing, which no folder can be."""
-    held = run_folder.claim(tmp_path)
-    assert os.path.samestat(os.fstat(held), os.stat(tmp_path / "logs" / "starts.jsonl"))
-    assert fcntl.fcntl(held, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+    lock = run_folder.claim(tmp_path)
+    assert os.path.samestat(os.fstat(lock), os.stat(tmp_path / "logs" / "starts.jsonl"))
+    assert fcntl.fcntl(lock, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
     run_folder.note_start(tmp_path, make(), 0, 1)  # opens and closes the same file
     with pytest.raises(UserError, match="another process"):
         run_folder.claim(tmp_path)
-    os.close(held)
+    os.close(lock)
     assert sorted(os.listdir(tmp_path)) == ["checkpoints", "logs", "tensorboard"]
     assert os.listdir(tmp_path / "logs") == ["starts.jsonl"]
 
 
 def test_the_owner_removes_what_a_killed_one_left(tmp_path):
     os.close(run_folder.claim(tmp_path))
-    left = [".config.yaml.01234567.tmp", "checkpoints/.step-00000002.pt.89abcdef.tmp"]
-    left += ["checkpoints/step-00000002.pt.sha256"]
-    kept = ["checkpoints/step-00000001.pt", "checkpoints/step-00000001.pt.sha256", ".notes.tmp", "results.json"]
-    for name in left + kept:
+    leftovers = [".config.yaml.01234567.tmp", "checkpoints/.step-00000002.pt.89abcdef.tmp"]
+    leftovers += ["checkpoints/step-00000002.pt.sha256"]
+    others = ["checkpoints/step-00000001.pt", "checkpoints/step-00000001.pt.sha256", ".notes.tmp", "results.json"]
+    for name in leftovers + others:
         (tmp_path / name).touch()
-    held = run_folder.claim(tmp_path)
-    assert [name for name in left + kept if (tmp_path / name).exists()] == kept
-    for name in left:
+    lock = run_folder.claim(tmp_path)
+    assert [name for name in leftovers + others if (tmp_path / name).exists()] == others
+    for name in leftovers:
         (tmp_path / name).touch()
     with pytest.raises(UserError, match="another process"):
         run_folder.claim(tmp_path)
-    assert all((tmp_path / name).exists() for name in left), "who does not own the folder removes nothing"
-    os.close(held)
+    assert all((tmp_path / name).exists() for name in leftovers), "who does not own the folder removes nothing"
+    os.close(lock)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

@@ -8,15 +8,15 @@ from ssl_dist.evaluate import search
 
 def test_every_combination_once_the_last_option_fastest():
     words = ["knn.k=[[1],[5]]", "logistic.c=[0.1,1,10]", "knn.temperature=[[0.07],[0.5]]"]
-    found = search.search_spaces(["knn", "logistic", "probe"], ["knn.precision=fp64"], words)
-    assert set(found) == {"knn", "logistic"}
-    assert [(c.options.k, c.options.temperature) for c in found["knn"].candidates] == [
+    spaces = search.search_spaces(["knn", "logistic", "probe"], ["knn.precision=fp64"], words)
+    assert set(spaces) == {"knn", "logistic"}
+    assert [(c.options.k, c.options.temperature) for c in spaces["knn"].candidates] == [
         ([1], [0.07]), ([1], [0.5]), ([5], [0.07]), ([5], [0.5]),
     ]  # fmt: skip
-    assert all(candidate.options.precision == "fp64" for candidate in found["knn"].candidates)
-    assert [candidate.options.c for candidate in found["logistic"].candidates] == [0.1, 1.0, 10.0]
-    assert str(found["knn"].candidates[1]) == "knn.k=[1] knn.temperature=[0.5]"
-    assert str(found["logistic"]) == "logistic.c=[0.1, 1, 10]"
+    assert all(candidate.options.precision == "fp64" for candidate in spaces["knn"].candidates)
+    assert [candidate.options.c for candidate in spaces["logistic"].candidates] == [0.1, 1.0, 10.0]
+    assert str(spaces["knn"].candidates[1]) == "knn.k=[1] knn.temperature=[0.5]"
+    assert str(spaces["logistic"]) == "logistic.c=[0.1, 1, 10]"
     assert search.search_spaces(["knn"], [], []) == {}
 
 

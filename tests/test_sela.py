@@ -39,10 +39,10 @@ def make(seed=0, **options):
     return sela.Method(Backbone(), info, sela.Options(**{"clusters": 4, "heads": 2, **options})).double().train()
 
 
-def extract_of(world, asked=None):
+def extract_of(world, calls=None):
     def extract(network, augmented=False, training=False):
-        if asked is not None:
-            asked.append((augmented, training))
+        if calls is not None:
+            calls.append((augmented, training))
         own = torch.arange(world.rank_info.rank, IMAGES, world.rank_info.world_size)
         with torch.no_grad():
             return Rows(own, network(PIXELS[own]))
@@ -93,23 +93,23 @@ def test_labels_are_made_when_they_are_due_and_only_then(schedule):
     world = one_process()
     total, due = 12, []
     for step in range(total):
-        method, asked = make(relabelings=5, schedule=schedule), []
+        method, calls = make(relabelings=5, schedule=schedule), []
         before = method.labels.of_images.clone()
-        assert method.before_step(Clock(step, 3, total), extract_of(world, asked), world) == []
-        assert bool(asked) == (not torch.equal(method.labels.of_images, before))
-        due += [step] * bool(asked)
-    wanted = official_steps(sela.relabel_times(total / 3, 5, schedule), 3, total)
-    assert due == wanted and 0 in due and 1 < len(due) < total
+        assert method.before_step(Clock(step, 3, total), extract_of(world, calls), world) == []
+        assert bool(calls) == (not torch.equal(method.labels.of_images, before))
+        due += [step] * bool(calls)
+    expected = official_steps(sela.relabel_times(total / 3, 5, schedule), 3, total)
+    assert due == expected and 0 in due and 1 < len(due) < total
 
 
 # ---------------------------------------------------------------------------------------------------- labels
 
 
-@pytest.mark.parametrize(("labels_from", "asked_for"), [("augmented", (True, True)), ("test", (False, False))])
-def test_what_new_labels_are_made_from(labels_from, asked_for):
-    asked = []
-    make(labels_from=labels_from).before_step(Clock(0, 3, 12), extract_of(one_process(), asked), one_process())
-    assert asked == [asked_for]
+@pytest.mark.parametrize(("labels_from", "call"), [("augmented", (True, True)), ("test", (False, False))])
+def test_what_new_labels_are_made_from(labels_from, call):
+    calls = []
+    make(labels_from=labels_from).before_step(Clock(0, 3, 12), extract_of(one_process(), calls), one_process())
+    assert calls == [call]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -183,8 +183,8 @@ def test_a_step_on_several_ranks_is_that_of_one(size):
     [(alone, gradients)] = thread_world.run(step)
     several = thread_world.run(step, Grid(size, 1))
     assert sum(output.loss.item() for output, _ in several) / size == pytest.approx(alone.loss.item(), rel=1e-12)
-    for name, wanted in gradients.items():
-        torch.testing.assert_close(sum(g[name] for _, g in several) / size, wanted, rtol=1e-10, atol=1e-14)
+    for name, expected in gradients.items():
+        torch.testing.assert_close(sum(g[name] for _, g in several) / size, expected, rtol=1e-10, atol=1e-14)
     for output, _ in several:
         assert output.metrics.keys() == alone.metrics.keys()
         for name, value in output.metrics.items():

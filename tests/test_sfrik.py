@@ -57,8 +57,8 @@ def slow_terms(z, general, reg_small, weights):
     num_views, num_images, dim = z.shape
     similar = 0.0
     for g in general:
-        others = [v for v in range(num_views) if v != g]
-        similar += sum((z[g] - z[v]).square().mean() for v in others) / len(others) / len(general)
+        other_views = [v for v in range(num_views) if v != g]
+        similar += sum((z[g] - z[v]).square().mean() for v in other_views) / len(other_views) / len(general)
     regularised = range(num_views) if reg_small else general
     total = 0.0
     for v in regularised:
@@ -73,23 +73,23 @@ def slow_terms(z, general, reg_small, weights):
 @settings(max_examples=60)
 @given(st.integers(3, 40000), st.lists(st.floats(0, 50), min_size=1, max_size=7), st.floats(-1, 1))
 def test_kernel_is_a_sum_of_gegenbauer_polynomials(dim, weights, t):
-    found = sfrik.polynomial(torch.tensor(t, dtype=torch.float64), sfrik.kernel(dim, weights))
-    assert float(found) == pytest.approx(slow_kernel(t, dim, weights), rel=1e-9, abs=1e-9 * max(1, sum(weights)))
+    value = sfrik.polynomial(torch.tensor(t, dtype=torch.float64), sfrik.kernel(dim, weights))
+    assert float(value) == pytest.approx(slow_kernel(t, dim, weights), rel=1e-9, abs=1e-9 * max(1, sum(weights)))
 
 
 @pytest.mark.parametrize("degree", range(1, 6))
 def test_in_two_dimensions_they_are_chebyshevs(degree):
     angle = torch.linspace(0, math.pi, 9, dtype=torch.float64)
-    found = sfrik.polynomial(angle.cos(), sfrik.legendre(2, degree).coef.tolist())
-    torch.testing.assert_close(found, (degree * angle).cos(), **EXACT)
+    values = sfrik.polynomial(angle.cos(), sfrik.legendre(2, degree).coef.tolist())
+    torch.testing.assert_close(values, (degree * angle).cos(), **EXACT)
 
 
 @pytest.mark.parametrize("ends", [[(0, 5)], [(0, 2), (2, 5)], [(0, 1), (1, 1), (1, 5)]], ids=str)
 def test_rows_of_the_gram_matrix_join(ends):
     z = nn.functional.normalize(torch.randn(5, 7, dtype=torch.float64), dim=1)
-    _, wanted = slow_terms(torch.stack([z, z]), [0], True, [1.0, 40.0, 40.0, 3.0])
-    found = sum(sfrik.discrepancy(z, [1.0, 40.0, 40.0, 3.0], lo, hi) for lo, hi in ends)
-    assert float(found) == pytest.approx(wanted, rel=1e-9)
+    _, expected = slow_terms(torch.stack([z, z]), [0], True, [1.0, 40.0, 40.0, 3.0])
+    joined = sum(sfrik.discrepancy(z, [1.0, 40.0, 40.0, 3.0], lo, hi) for lo, hi in ends)
+    assert float(joined) == pytest.approx(expected, rel=1e-9)
 
 
 def test_discrepancy_is_that_of_places_from_the_uniform_distribution():
@@ -148,15 +148,15 @@ def grids_of(form):
 @pytest.mark.parametrize(("form", "grid"), [(form, grid) for form in FORMS for grid in grids_of(form)])
 def test_any_grid_equals_one_process(form, grid):
     method, groups = make(form), views(form)
-    wanted, found = grids.run(method, Grid(1, 1), *groups), grids.run(method, grid, *groups)
-    torch.testing.assert_close(found.loss, wanted.loss, **EXACT)
-    for name, gradient in wanted.gradients.items():
-        torch.testing.assert_close(found.gradients[name], gradient, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
-    for buffers in found.buffers:
-        for name, value in wanted.buffers[0].items():
+    expected, result = grids.run(method, Grid(1, 1), *groups), grids.run(method, grid, *groups)
+    torch.testing.assert_close(result.loss, expected.loss, **EXACT)
+    for name, gradient in expected.gradients.items():
+        torch.testing.assert_close(result.gradients[name], gradient, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
+    for buffers in result.buffers:
+        for name, value in expected.buffers[0].items():
             torch.testing.assert_close(buffers[name], value, **EXACT)
-    for output in found.outputs:
-        for name, value in wanted.outputs[0].metrics.items():
+    for output in result.outputs:
+        for name, value in expected.outputs[0].metrics.items():
             torch.testing.assert_close(output.metrics[name], value, **EXACT)
 
 
@@ -188,8 +188,8 @@ def test_memory_at_the_papers_size(num_images, dim):
     Counted on torch's meta device, where tensors have a size but no bytes.
     """
     embeddings, gram = 2 * num_images * dim * 4, num_images**2 * 4
-    found = peak(num_images, dim, "meta")
-    assert embeddings <= found <= 5 * embeddings + 10 * gram, (found / embeddings, found / gram)
+    peak_bytes = peak(num_images, dim, "meta")
+    assert embeddings <= peak_bytes <= 5 * embeddings + 10 * gram, (peak_bytes / embeddings, peak_bytes / gram)
 
 
 def test_memory_of_a_real_step_is_what_is_counted():

@@ -23,15 +23,15 @@ with StopRequest() as stop:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2], ids=lambda number: number.name)
 def test_a_signal_raises_the_flag_inside_and_the_former_handler_comes_back(number):
-    heard = []
-    before = signal.signal(number, lambda *_: heard.append(number))
+    numbers = []
+    before = signal.signal(number, lambda *_: numbers.append(number))
     try:
         with StopRequest() as stop:
             assert not stop.requested
             os.kill(os.getpid(), number)
-            assert stop.requested and not heard
+            assert stop.requested and not numbers
         os.kill(os.getpid(), number)
-        assert heard == [number]
+        assert numbers == [number]
     finally:
         signal.signal(number, before)
 

@@ -64,16 +64,16 @@ def reference(method, both):
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.1, "activation": "leaky_relu", "last_bias": True}], ids=str)
 def test_any_number_of_ranks_equals_the_loops(grid, loss, options):
     method, both = make(loss=loss, **options), views()
-    wanted, accuracy, gradients, buffers = reference(method, both)
+    expected, accuracy, gradients, buffers = reference(method, both)
     assert 0 < accuracy < 100
-    found = grids.run(method, grid, both)
-    torch.testing.assert_close(found.loss, wanted, **EXACT)
+    result = grids.run(method, grid, both)
+    torch.testing.assert_close(result.loss, expected, **EXACT)
     for name, gradient in gradients.items():
-        torch.testing.assert_close(found.gradients[name], gradient, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
-    for output, ours in zip(found.outputs, found.buffers, strict=True):
+        torch.testing.assert_close(result.gradients[name], gradient, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
+    for output, ours in zip(result.outputs, result.buffers, strict=True):
         assert float(output.metrics["accuracy"]) == pytest.approx(accuracy)
         assert output.representations.shape == (12, 7)
-        torch.testing.assert_close(output.loss.detach(), wanted, **EXACT)
+        torch.testing.assert_close(output.loss.detach(), expected, **EXACT)
         for name, buffer in buffers.items():
             torch.testing.assert_close(ours[name], buffer, **EXACT)
 
@@ -85,8 +85,8 @@ def test_shares_of_anchors_join(num_images, data):
     cut = data.draw(st.integers(0, len(z)))
     whole = simclr.candidates(z, 0.2)
     parts = [simclr.candidates(z, 0.2, *ends) for ends in ((0, cut), (cut, len(z)))]
-    for joined, wanted in zip(map(torch.cat, zip(*parts, strict=True)), whole, strict=True):
-        torch.testing.assert_close(joined, wanted, **EXACT)
+    for joined, expected in zip(map(torch.cat, zip(*parts, strict=True)), whole, strict=True):
+        torch.testing.assert_close(joined, expected, **EXACT)
 
 
 @pytest.mark.parametrize("loss", simclr.LOSSES)

@@ -14,9 +14,9 @@ from tests.make_images import cifar_files, picture, save, simple_folder, stl10_f
 
 
 def test_digits(digits):
-    told = manifest.load(digits)
-    assert {split: facts.count for split, facts in told.splits.items()} == {"train": 1442, "test": 355}
-    assert told.classes == list("0123456789") and min(told.splits["test"].class_counts) >= 34
+    dataset = manifest.load(digits)
+    assert {split: facts.count for split, facts in dataset.splits.items()} == {"train": 1442, "test": 355}
+    assert dataset.classes == list("0123456789") and min(dataset.splits["test"].class_counts) >= 34
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -40,13 +40,13 @@ def no_checksums(monkeypatch):
 
 @pytest.mark.parametrize(("dataset", "prefix"), [("cifar10", "class"), ("cifar100", "f"), ("supercifar100", "c")])
 def test_cifar(tmp_path, no_checksums, dataset, prefix):
-    made = cifar_files(tmp_path / "source", hundred=dataset != "cifar10")
+    splits = cifar_files(tmp_path / "source", hundred=dataset != "cifar10")
     # the folder above the files, or the files' own
     root = next((tmp_path / "source").iterdir()) if dataset == "cifar100" else tmp_path / "source"
-    told = run(dataset, root, tmp_path / "out")
+    converted = run(dataset, root, tmp_path / "out")
     number = {"cifar10": 10, "cifar100": 100, "supercifar100": 20}[dataset]
-    assert told.classes == [f"{prefix}{i}" for i in range(number)] and told.image_size == 32
-    for split, (pixels, labels) in made.items():
+    assert converted.classes == [f"{prefix}{i}" for i in range(number)] and converted.image_size == 32
+    for split, (pixels, labels) in splits.items():
         file = Beton(tmp_path / "out" / f"{split}.beton")
         if dataset != "cifar10":
             labels = [pair[dataset == "supercifar100"] for pair in labels]
@@ -55,10 +55,10 @@ def test_cifar(tmp_path, no_checksums, dataset, prefix):
 
 
 def test_stl10(tmp_path, no_checksums):
-    made = stl10_files(tmp_path / "source")
-    told = run("stl10", tmp_path / "source", tmp_path / "out")
-    assert list(told.splits) == ["unlabeled", "train", "test"] and told.pretraining == "unlabeled"
-    for split, (pixels, labels) in made.items():
+    splits = stl10_files(tmp_path / "source")
+    converted = run("stl10", tmp_path / "source", tmp_path / "out")
+    assert list(converted.splits) == ["unlabeled", "train", "test"] and converted.pretraining == "unlabeled"
+    for split, (pixels, labels) in splits.items():
         file = Beton(tmp_path / "out" / f"{split}.beton")
         assert (np.stack([file.sample(i) for i in range(file.count)]) == pixels.reshape(len(pixels), -1)).all()
         assert file.labels.tolist() == (labels.tolist() if split != "unlabeled" else [-1] * 5)
@@ -82,10 +82,10 @@ def test_tiny_imagenet_in_every_form(tmp_path):
     roots = [tmp_path / "tiny-imagenet-200.zip", tmp_path, folder, folder.parent]
     outs = [tmp_path / f"out{i}" for i in range(4)]
     for root, out in zip(roots, outs, strict=True):
-        told = run("tiny-imagenet", root, out)
+        converted = run("tiny-imagenet", root, out)
     assert len({(out / name).read_bytes() for out in outs for name in ["train.beton"]}) == 1
     assert len({(out / name).read_bytes() for out in outs for name in ["val.beton"]}) == 1
-    assert told.classes == ["n01", "n02", "n03"] and list(told.splits) == ["train", "val"]
+    assert converted.classes == ["n01", "n02", "n03"] and list(converted.splits) == ["train", "val"]
     # val_10 comes after val_9, labels follow val_annotations.txt: n03, n01, n02, n03 ...
     file = Beton(outs[0] / "val.beton")
     assert file.labels.tolist() == [2, 0, 1] * 4

@@ -36,12 +36,12 @@ def test_any_number_of_ranks_equals_one(grid):
     logits = one.classifier(h)
     loss = -sum(row.log_softmax(0)[label] for row, label in zip(logits, LABELS, strict=True)) / 6
     loss.backward()
-    found = grids.run(method, grid, images(), labels=LABELS)
-    torch.testing.assert_close(found.loss, loss.detach(), **EXACT)
-    for name, wanted in grids.gradients(one).items():
-        torch.testing.assert_close(found.gradients[name], wanted, **EXACT)
+    result = grids.run(method, grid, images(), labels=LABELS)
+    torch.testing.assert_close(result.loss, loss.detach(), **EXACT)
+    for name, expected in grids.gradients(one).items():
+        torch.testing.assert_close(result.gradients[name], expected, **EXACT)
     right = sum(int(row.argmax()) == label for row, label in zip(logits, LABELS.tolist(), strict=True))
-    for output in found.outputs:
+    for output in result.outputs:
         assert float(output.metrics["accuracy"]) == pytest.approx(100 * right / 6)
         torch.testing.assert_close(output.representations, h.detach(), **EXACT)
 

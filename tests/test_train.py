@@ -119,8 +119,8 @@ def test_resume_is_bit_exact_in_weights_optimizer_and_metrics(uninterrupted, dig
         file.write('{"step": 6, "loss": 9.9}\n{"step": 7, "lo')
     run_training(digits, run)
     assert fingerprint(run) == fingerprint(uninterrupted)
-    wanted = {line["step"]: line for line in metrics(uninterrupted)}
-    assert all(wanted.get(line["step"], line) == line for line in metrics(run))
+    expected = {line["step"]: line for line in metrics(uninterrupted)}
+    assert all(expected.get(line["step"], line) == line for line in metrics(run))
     assert metrics(run)[-1] == metrics(uninterrupted)[-1]
 
 
@@ -158,8 +158,8 @@ def test_bf16_stays_close_and_keeps_float32_weights(uninterrupted, digits, tmp_p
     run_training(digits, tmp_path / "run", "precision=bf16", "optim.steps=2")
     state = weights(tmp_path / "run")
     assert all(v.dtype in (torch.float32, torch.int64) for v in state.values())
-    wanted = {line["step"]: line for line in metrics(uninterrupted)}
-    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(wanted[1]["loss"], rel=2e-2)
+    expected = {line["step"]: line for line in metrics(uninterrupted)}
+    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(expected[1]["loss"], rel=2e-2)
 
 
 def test_random_weights_are_saved_and_done(digits, tmp_path):
@@ -207,8 +207,8 @@ def test_sigterm_saves_the_step_exits_75_and_resumes_exactly(digits, tmp_path):
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 75 and "stopping after step" in said
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 75 and "stopping after step" in stderr
     [step] = checkpoint.steps(tmp_path / "run")
     assert step < 60, "it ended before the signal came"
     assert run_training(digits, tmp_path / "run", *more) == 0
@@ -272,17 +272,17 @@ def test_a_mistake_that_only_one_rank_meets_is_said_by_that_rank(digits, tmp_pat
     data = bytearray(path.read_bytes())
     data[Beton(path).pointers[bad] + 7] ^= 0xFF
     path.write_bytes(data)
-    (first, _), (second, said) = ranks.launch(damaged_in_rank_1, 2, tmp_path, other, tmp_path / "run")
-    assert second == 2 and f"image {bad} is damaged" in said
-    assert first != 0
+    (code0, _), (code1, stderr) = ranks.launch(damaged_in_rank_1, 2, tmp_path, other, tmp_path / "run")
+    assert code1 == 2 and f"image {bad} is damaged" in stderr
+    assert code0 != 0
 
 
 @pytest.mark.slow
 def test_a_compiled_backbone_trains_the_same(digits, tmp_path):
     states = []
-    for wanted in ("true", "false"):
-        run = tmp_path / wanted
-        settings = config.load(CONFIG, overrides(digits, run, f"compile={wanted}", "optim.steps=3", "timeout=300"))
+    for compiled in ("true", "false"):
+        run = tmp_path / compiled
+        settings = config.load(CONFIG, overrides(digits, run, f"compile={compiled}", "optim.steps=3", "timeout=300"))
         from ssl_dist.train.loop import train
 
         assert train(settings) == 0

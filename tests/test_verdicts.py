@@ -71,8 +71,8 @@ HEALTHY = {
 @pytest.mark.parametrize("kind", HEALTHY)
 def test_healthy_runs_raise_no_alarm(kind):
     for seed in range(20):
-        found = judged(healthy(seed=seed, **HEALTHY[kind]))
-        assert {v.check: v.measured for v in found.values() if v.level not in ("ok", "info")} == {}
+        verdicts = judged(healthy(seed=seed, **HEALTHY[kind]))
+        assert {v.check: v.measured for v in verdicts.values() if v.level not in ("ok", "info")} == {}
 
 
 @pytest.mark.parametrize(
@@ -141,8 +141,8 @@ def test_waiting_is_weighted_by_time():
     ],
 )
 def test_diverging_loss(loss, level, words):
-    found = judged(healthy(loss=loss))["Loss"]
-    assert found.level == level and words in found.words and found.remedy
+    verdict = judged(healthy(loss=loss))["Loss"]
+    assert verdict.level == level and words in verdict.words and verdict.remedy
 
 
 def test_still_falling():

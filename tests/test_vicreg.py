@@ -57,8 +57,8 @@ def reference(method, both):
 @pytest.mark.parametrize("ends", [[(0, 5)], [(0, 2), (2, 5)], [(0, 1), (1, 1), (1, 4), (4, 5)]], ids=str)
 def test_rows_of_the_covariance_join(ends):
     z = torch.randn(9, 5, dtype=torch.float64)
-    _, _, wanted = slow_terms(z, torch.zeros_like(z))
-    torch.testing.assert_close(sum(vicreg.covariance(z, lo, hi) for lo, hi in ends), wanted, **EXACT)
+    _, _, expected = slow_terms(z, torch.zeros_like(z))
+    torch.testing.assert_close(sum(vicreg.covariance(z, lo, hi) for lo, hi in ends), expected, **EXACT)
 
 
 def test_a_collapsed_dimension_costs_one():
@@ -71,16 +71,16 @@ def test_a_collapsed_dimension_costs_one():
 def test_any_number_of_ranks_equals_the_loops(grid, options):
     method, both = make(**options), views()
     loss, terms, gradients, buffers = reference(method, both)
-    found = grids.run(method, grid, both)
-    torch.testing.assert_close(found.loss, loss, **EXACT)
-    for name, wanted in gradients.items():
-        torch.testing.assert_close(found.gradients[name], wanted, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
-    for ours in found.buffers:
-        for name, wanted in buffers.items():
-            torch.testing.assert_close(ours[name], wanted, **EXACT)
-    for output in found.outputs:
-        for name, wanted in zip(("invariance", "variance", "covariance"), terms, strict=True):
-            torch.testing.assert_close(output.metrics[name], wanted, **EXACT)
+    result = grids.run(method, grid, both)
+    torch.testing.assert_close(result.loss, loss, **EXACT)
+    for name, expected in gradients.items():
+        torch.testing.assert_close(result.gradients[name], expected, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
+    for ours in result.buffers:
+        for name, expected in buffers.items():
+            torch.testing.assert_close(ours[name], expected, **EXACT)
+    for output in result.outputs:
+        for name, expected in zip(("invariance", "variance", "covariance"), terms, strict=True):
+            torch.testing.assert_close(output.metrics[name], expected, **EXACT)
         assert output.representations.shape == (2, 6, 7)
 
 

@@ -174,10 +174,10 @@ def test_order_matters():
         ["grayscale", "color_jitter", "gaussian_blur", "solarize"],
         ["color_jitter", "grayscale", "solarize", "gaussian_blur"],
     ]
-    made = [views.render_view(image, spec_of(group_of(order=order, **steps)), drawn) for order in orders]
-    assert all((a != b).any() for a, b in zip(made, made[1:] + made[:1], strict=True))
+    rendered = [views.render_view(image, spec_of(group_of(order=order, **steps)), drawn) for order in orders]
+    assert all((a != b).any() for a, b in zip(rendered, rendered[1:] + rendered[:1], strict=True))
     default = views.render_view(image, spec_of(group_of(**steps)), drawn)
-    np.testing.assert_array_equal(default, made[0])
+    np.testing.assert_array_equal(default, rendered[0])
 
 
 def test_threads_padding_and_splits_change_nothing_after_a_resize():

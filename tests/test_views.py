@@ -65,12 +65,12 @@ def test_test_views_refuse_a_centre_crop_larger_than_the_image(batch):
 def test_views_are_the_drawn_parameters_applied(batch):
     pixels, heights, widths, ids = batch
     spec = views.view_specs([FULL], 6, 16)[0]
-    made = views.make_views(batch, spec, spec.view_ids, 5, 2)
+    ours = views.make_views(batch, spec, spec.view_ids, 5, 2)
     for b, (height, width) in enumerate(zip(heights, widths, strict=True)):
         for view_id in spec.view_ids:
             drawn = views.draw_view(spec, 5, 2, int(ids[b]), int(view_id), int(height), int(width))
             expected = views.render_view(pixels[b, :height, :width], spec, drawn)
-            np.testing.assert_array_equal(made[view_id, b], expected)
+            np.testing.assert_array_equal(ours[view_id, b], expected)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4, 12])
@@ -233,8 +233,8 @@ def test_a_strength_of_zero_leaves_its_step_out():
     spec = spec_of(color_jitter={"p": 1.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0})
     assert {drawn[3:7] for drawn in drawn_parameters(spec, 32, 32, 100)} == {(1.0, 1.0, 1.0, 0.0)}
     pixels = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), dtype=np.uint8)
-    made = views.make_views((pixels, np.array([16]), np.array([16]), np.array([0])), spec, spec.view_ids, 0, 0)
-    np.testing.assert_array_equal(made[0, 0], pixels[0].transpose(2, 0, 1))
+    ours = views.make_views((pixels, np.array([16]), np.array([16]), np.array([0])), spec, spec.view_ids, 0, 0)
+    np.testing.assert_array_equal(ours[0, 0], pixels[0].transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.2, 0.5, 0.8, 1.0])

@@ -29,7 +29,7 @@ def problem():
     """Features of 90 and 60 images with three classes that a linear classifier finds in part; class 4 is at times
     difficult. Returns train, its labels, test, its labels."""
     rng = np.random.default_rng(0)
-    made = []
+    splits = []
     for count in (90, 60):
         labels = np.full((count, 20), -1, np.int8)
         rows = rng.normal(size=(count, 12))
@@ -38,8 +38,8 @@ def problem():
             labels[there, label] = 1
             rows[there, column] += 1.5
         labels[rng.random(count) < 0.2, 4] = 0
-        made += [features(rows), labels]
-    return made
+        splits += [features(rows), labels]
+    return splits
 
 
 COSTS = [1e-3, 1e-1, 10.0]
@@ -49,7 +49,7 @@ def test_costs_and_values_are_those_of_scikit_learn(problem, capsys):
     train, train_labels, test, test_labels = problem
     options = classification.Options(costs=COSTS)
     values = classification.evaluate(train, train_labels, test, test_labels, options, 2)
-    rows, others = classification.unit_rows(train), classification.unit_rows(test)
+    rows, test_rows = classification.unit_rows(train), classification.unit_rows(test)
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-4)
     eleven, area, costs = [], [], []
     for label in (2, 4, 14):
@@ -61,10 +61,12 @@ def test_costs_and_values_are_those_of_scikit_learn(problem, capsys):
         scores = [cross_val_score(machine(c), rows, positive, cv=3, scoring="average_precision").mean() for c in COSTS]
         best = COSTS[int(np.argmax(scores))]
         costs.append(f"{CLASSES[label]} {best:.3g}")
-        found = classification_ap(machine(best).fit(rows, positive).decision_function(others), test_labels[:, label])
-        assert values[f"voc_classification_ap_{CLASSES[label]}"] == pytest.approx(100 * found[0])
-        eleven.append(found[0])
-        area.append(found[1])
+        precisions = classification_ap(
+            machine(best).fit(rows, positive).decision_function(test_rows), test_labels[:, label]
+        )
+        assert values[f"voc_classification_ap_{CLASSES[label]}"] == pytest.approx(100 * precisions[0])
+        eleven.append(precisions[0])
+        area.append(precisions[1])
     assert values["voc_classification_map_11point"] == pytest.approx(100 * np.mean(eleven))
     assert values["voc_classification_map_area"] == pytest.approx(100 * np.mean(area))
     assert values["voc_classification_converged"] == 1.0 and len(values) == 3 + 3
@@ -141,8 +143,10 @@ def command(voc, weights, out, *more):
 
 def test_from_the_folder_to_results(voc, weights, tmp_path, capsys):
     assert command(voc, weights, tmp_path) == 0
-    said = capsys.readouterr()
-    assert "voc_classification_map_11point" in said.out and "ap_bird" not in said.out and "24/24" in said.err
+    captured = capsys.readouterr()
+    assert (
+        "voc_classification_map_11point" in captured.out and "ap_bird" not in captured.out and "24/24" in captured.err
+    )
     records = {record["name"]: record for record in json.loads((tmp_path / "results.json").read_text())}
     record = records["voc_classification_map_11point"]
     assert record["value"] > 60 and record["dataset"] == "VOC2007" and record["split"] == "test"
@@ -168,10 +172,10 @@ def test_a_stage_is_averaged_to_at_most_9216_numbers(weights):
     with torch.no_grad():
         _, maps = source.backbone.forward_stages(images)
         for layer, channels, side in (("stem", 16, 24), ("layer2", 32, 16), ("layer3", 64, 12)):
-            found = classification.Extractor(source, layer)(images)
-            assert found.shape == (2, channels * side * side)
-            wanted = torch.nn.functional.adaptive_avg_pool2d(maps[layer], side).flatten(1)
-            torch.testing.assert_close(found, wanted)
+            features = classification.Extractor(source, layer)(images)
+            assert features.shape == (2, channels * side * side)
+            expected = torch.nn.functional.adaptive_avg_pool2d(maps[layer], side).flatten(1)
+            torch.testing.assert_close(features, expected)
         assert torch.equal(classification.Extractor(source, "output")(images), source.backbone(images))
         small = images[..., :16, :16]  # a map of 4 x 4, which is not enlarged
         assert torch.equal(
@@ -187,20 +191,20 @@ def test_the_whole_image_or_its_centre(voc, weights):
     sample = read_split([voc], "Main", "trainval").samples[1]
     image = sample.image()
     assert image.size == (96, 72)
-    for crop, wanted in (
+    for crop, expected in (
         ("whole", image.resize((64, 48), 2).resize((32, 32), 2)),
         ("centre", image.resize((64, 48), 2).crop((16, 8, 48, 40))),
     ):
-        found = classification._input(source, classification.Options(size=32, resize=48, crop=crop))(sample)
-        torch.testing.assert_close(found * 255, torch.from_numpy(np.array(wanted)).permute(2, 0, 1).float())
+        pixels = classification._input(source, classification.Options(size=32, resize=48, crop=crop))(sample)
+        torch.testing.assert_close(pixels * 255, torch.from_numpy(np.array(expected)).permute(2, 0, 1).float())
 
 
 def refusal(capsys, *arguments):
     capsys.readouterr()
     assert cli.main([str(word) for word in arguments]) == 2
-    said = capsys.readouterr().err
-    lines = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in said
+    stderr = capsys.readouterr().err
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in stderr
     return lines[0]
 
 
@@ -234,24 +238,28 @@ def test_what_the_command_refuses(voc, weights, tmp_path, capsys, monkeypatch):
 def test_what_an_exported_file_tells(tmp_path):
     """Its backbone, method, step and constants. Damaged metadata are refused; others get ImageNet's constants."""
     tensors = {name: t.contiguous() for name, t in backbones.build("resnet8").state_dict().items()}
-    told = {"backbone": "resnet8", "method": "relational", "checkpoint": "ab" * 32, "step": "40",
+    metadata = {"backbone": "resnet8", "method": "relational", "checkpoint": "ab" * 32, "step": "40",
             "normalize": '{"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}'}  # fmt: skip
     path = tmp_path / "model.safetensors"
 
     def load(changes, *overrides):
-        safetensors.torch.save_file(tensors, path, {k: v for k, v in (told | changes).items() if v is not None})
+        safetensors.torch.save_file(tensors, path, {k: v for k, v in (metadata | changes).items() if v is not None})
         return pretrained.load(path, overrides)
 
-    found = load({})
-    assert (found.name, found.method, found.step, found.normalize.mean) == (
+    loaded = load({})
+    assert (loaded.name, loaded.method, loaded.step, loaded.normalize.mean) == (
         "resnet8",
         "relational",
         40,
         (0.1, 0.2, 0.3),
     )
     assert load({}, "views.normalize={mean: [0, 0, 0], std: [1, 1, 1]}").normalize.mean == (0, 0, 0)
-    others = load({"step": None}, "backbone.name=resnet8")
-    assert (others.method, others.step, others.normalize.mean) == ("model.safetensors", 0, (0.485, 0.456, 0.406))
+    without_step = load({"step": None}, "backbone.name=resnet8")
+    assert (without_step.method, without_step.step, without_step.normalize.mean) == (
+        "model.safetensors",
+        0,
+        (0.485, 0.456, 0.406),
+    )
     for changes in ({"step": "x"}, {"normalize": "{"}, {"normalize": "[1]"}, {"normalize": '{"mean": 3}'}):
         with pytest.raises(UserError, match=r"model.safetensors: .*normalize"):
             load(changes)

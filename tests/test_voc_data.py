@@ -50,12 +50,12 @@ def test_boxes_hold_the_pixels_of_the_mask(voc):
         mask = np.array(sample.mask(image.size))
         assert image.mode == "RGB" and mask.shape == image.size[::-1]
         assert set(np.unique(mask)) == {0, VOID, *(objects.labels + 1)}
-        seen = np.zeros_like(mask, np.bool_)
+        boxed = np.zeros_like(mask, np.bool_)
         for x0, y0, x1, y1 in objects.boxes.astype(int):
             ys, xs = np.nonzero(mask[y0:y1, x0:x1])
             assert (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) == (0, 0, x1 - x0, y1 - y0)
-            seen[y0:y1, x0:x1] = True
-        assert not mask[~seen].any()
+            boxed[y0:y1, x0:x1] = True
+        assert not mask[~boxed].any()
 
 
 def test_several_folders_are_joined(voc, tmp_path):
@@ -177,12 +177,12 @@ def test_objects_as_voc_writes_them(one):
         "<?xml version='1.0'?>\n<annotation><object><name> tvmonitor\n</name><bndbox><ymax>7.5</ymax><xmax>5</xmax>"
         "<ymin>1</ymin><xmin>5</xmin></bndbox></object></annotation>"
     )
-    found = one.objects()
-    assert found.boxes.tolist() == [[4, 0, 5, 7.5]] and found.labels.tolist() == [CLASSES.index("tvmonitor")]
-    assert found.difficult.tolist() == [False]
+    objects = one.objects()
+    assert objects.boxes.tolist() == [[4, 0, 5, 7.5]] and objects.labels.tolist() == [CLASSES.index("tvmonitor")]
+    assert objects.difficult.tolist() == [False]
     one.annotation_path.write_text("<annotation></annotation>")
-    found = one.objects()
-    assert found.boxes.shape == (0, 4) and found.labels.shape == found.difficult.shape == (0,)
+    objects = one.objects()
+    assert objects.boxes.shape == (0, 4) and objects.labels.shape == objects.difficult.shape == (0,)
 
 
 def test_images_that_are_damaged(one):

@@ -29,7 +29,7 @@ class Toy(nn.Module):
         return self.drop(torch.relu(self.norm(self.conv(x)))).mean((1, 2, 3))
 
 
-def toy(seen=None, on_load=lambda epoch, index: None):
+def toy(batches=None, on_load=lambda epoch, index: None):
     loop.seed_torch(3)
     model = Toy()
 
@@ -40,23 +40,23 @@ def toy(seen=None, on_load=lambda epoch, index: None):
 
     def loss(items):
         ids, images = zip(*items, strict=True)
-        if seen is not None:
-            seen.append(ids)
+        if batches is not None:
+            batches.append(ids)
         return {"square": ((model(torch.stack(images)) - 2 - torch.tensor(ids) / 10) ** 2).mean()}
 
     return loop.Task(model, 11, load, loss, [])
 
 
 def options(**changes):
-    given = {"steps": 9, "batch_size": 4, "lr": 0.1, "milestones": [0.5], "seed": 3, "log_every": 2}
-    return loop.TrainingOptions(**(given | changes))
+    values = {"steps": 9, "batch_size": 4, "lr": 0.1, "milestones": [0.5], "seed": 3, "log_every": 2}
+    return loop.TrainingOptions(**(values | changes))
 
 
 def fit(folder, task, **changes):
-    given = options(**changes)
-    settings = SETTINGS | {"options": {"steps": given.steps, "workers": given.workers}}
+    training_options = options(**changes)
+    settings = SETTINGS | {"options": {"steps": training_options.steps, "workers": training_options.workers}}
     with loop.claimed(folder), ThreadPoolExecutor(2) as pool:
-        return loop.fit(task, given, folder, settings, pool)
+        return loop.fit(task, training_options, folder, settings, pool)
 
 
 def renew_statistics(task, steps):
@@ -65,10 +65,10 @@ def renew_statistics(task, steps):
 
 
 def test_every_image_once_an_epoch_in_an_order_of_its_own(tmp_path):
-    seen = []
-    assert fit(tmp_path, toy(seen)) == 0
-    assert [len(ids) for ids in seen] == [4] * 9, "the tail that fills no batch is dropped"
-    epochs = [sum(seen[start : start + 2], ()) for start in range(0, 8, 2)]
+    batches = []
+    assert fit(tmp_path, toy(batches)) == 0
+    assert [len(ids) for ids in batches] == [4] * 9, "the tail that fills no batch is dropped"
+    epochs = [sum(batches[start : start + 2], ()) for start in range(0, 8, 2)]
     assert all(len(set(epoch)) == 8 for epoch in epochs) and len(set(epochs)) == 4
     assert epochs[1] == tuple(loop.epoch_order(3, 1, 11)[:8])
     assert sorted(loop.epoch_order(3, 1, 11)) == list(range(11))
@@ -76,8 +76,8 @@ def test_every_image_once_an_epoch_in_an_order_of_its_own(tmp_path):
 
 
 def test_the_rate():
-    given = options(warmup_steps=3, steps=100, milestones=[0.5, 11 / 12], lr=1.0)
-    rates = [loop.lr(given, Clock(step, 7, 100)) for step in (0, 1, 2, 3, 49, 50, 91, 92, 99)]
+    training_options = options(warmup_steps=3, steps=100, milestones=[0.5, 11 / 12], lr=1.0)
+    rates = [loop.lr(training_options, Clock(step, 7, 100)) for step in (0, 1, 2, 3, 49, 50, 91, 92, 99)]
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
@@ -102,7 +102,7 @@ def test_the_loss_is_the_sum_of_its_terms(tmp_path):
 def test_a_resume_at_any_step_equals_no_stop_bit_for_bit(tmp_path):
     whole = toy()
     assert fit(tmp_path / "whole", whole) == 0
-    seen = []
+    batches = []
     for stop in (1, 2, 3, 5, 8):
         folder = tmp_path / f"stop-{stop}"
         # The signal comes while images of a step ahead are read; the loop stops after the step at hand.
@@ -113,18 +113,18 @@ def test_a_resume_at_any_step_equals_no_stop_bit_for_bit(tmp_path):
             if count[0] == 4 * stop:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        parts = [fit(folder, toy(on_load=interrupt))]
-        (found,) = checkpoint.steps(folder)[-1:]
-        again = toy(seen)
-        parts.append(fit(folder, again))
-        assert parts == [75, 0] and 0 < found < 9
+        codes = [fit(folder, toy(on_load=interrupt))]
+        (step,) = checkpoint.steps(folder)[-1:]
+        again = toy(batches)
+        codes.append(fit(folder, again))
+        assert codes == [75, 0] and 0 < step < 9
         for name, tensor in whole.model.state_dict().items():
             assert torch.equal(tensor, again.model.state_dict()[name]), (stop, name)
         lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
-        wanted = [json.loads(text) for text in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-        assert [(x["step"], x["loss"]) for x in lines] == [(x["step"], x["loss"]) for x in wanted]
-    done = toy(seen := [])
-    assert fit(folder, done) == 0 and seen == [], "a complete training is only loaded"
+        expected = [json.loads(text) for text in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+        assert [(x["step"], x["loss"]) for x in lines] == [(x["step"], x["loss"]) for x in expected]
+    done = toy(batches := [])
+    assert fit(folder, done) == 0 and batches == [], "a complete training is only loaded"
     assert torch.equal(done.model.conv.weight, whole.model.conv.weight)
 
 
@@ -149,17 +149,17 @@ def test_a_crash_goes_on_from_the_last_epoch_bit_for_bit(tmp_path):
 
 
 def test_statistics_are_the_mean_over_the_batches_that_would_follow(tmp_path):
-    seen = []
-    task = toy(seen)
+    batches = []
+    task = toy(batches)
     task.frozen.append(task.model.drop)
     task.model.norm.running_mean.fill_(5.0)
     task.model.norm.num_batches_tracked.fill_(100)  # as after a training
     before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
     renew_statistics(task, 4)
     follow = [loop.epoch_order(3, epoch, 11)[start : start + 4].tolist() for epoch in (4, 5, 6) for start in (0, 4)]
-    assert [list(ids) for ids in seen] == follow[1:5], "9 steps were taken, the next is the second of epoch 4"
+    assert [list(ids) for ids in batches] == follow[1:5], "9 steps were taken, the next is the second of epoch 4"
     maps = []
-    for step, ids in enumerate(seen, 9):
+    for step, ids in enumerate(batches, 9):
         epoch = step // 2
         images = [torch.randn(3, 6, 6, generator=torch.Generator().manual_seed(1000 * epoch + i)) for i in ids]
         maps.append(task.model.conv(torch.stack(images)))
@@ -170,11 +170,11 @@ def test_statistics_are_the_mean_over_the_batches_that_would_follow(tmp_path):
     assert task.model.norm.momentum == 0.1
     for name, tensor in task.model.state_dict().items():
         assert torch.equal(tensor, before[name]) or name.startswith(("norm.running", "norm.num")), name
-    kept = toy()
-    kept.frozen.append(kept.model.norm)
-    kept.model.norm.running_mean.fill_(5.0)
-    renew_statistics(kept, 2)
-    assert (kept.model.norm.running_mean == 5.0).all(), "statistics that stay"
+    fixed = toy()
+    fixed.frozen.append(fixed.model.norm)
+    fixed.model.norm.running_mean.fill_(5.0)
+    renew_statistics(fixed, 2)
+    assert (fixed.model.norm.running_mean == 5.0).all(), "statistics that stay"
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
@@ -186,8 +186,8 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
     path.write_bytes(data)
     again = toy()
     assert fit(tmp_path, again) == 0
-    said = capsys.readouterr().err
-    assert f"{path}: its SHA-256 differs" in said and "taken up after step 8" in said
+    stderr = capsys.readouterr().err
+    assert f"{path}: its SHA-256 differs" in stderr and "taken up after step 8" in stderr
     assert torch.equal(again.model.conv.weight, whole.model.conv.weight)
 
 

@@ -27,8 +27,8 @@ def slow_ap(hits, num_positives):
 
     points = []
     for n in range(1, len(hits) + 1):
-        found = sum(hits[:n])
-        points.append((Fraction(found, num_positives), Fraction(found, n)))
+        hit_count = sum(hits[:n])
+        points.append((Fraction(hit_count, num_positives), Fraction(hit_count, n)))
     eleven = Fraction(0)
     for k in range(11):
         eleven += max((p for r, p in points if r >= Fraction(k, 10)), default=Fraction(0)) / 11
@@ -46,10 +46,10 @@ def slow_iou(a, b):
     return common / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - common)
 
 
-def slow_detection_ap(found, true, threshold):
-    """VOCevaldet.m for one class. found: (image, score, box), in the order of images; true: (image, box, difficult)."""
+def slow_detection_ap(detections, true, threshold):
+    """VOCevaldet.m for one class. detections: (image, score, box), in the order of images; true: (image, box, difficult)."""
     hits, taken = [], set()
-    for image, _, box in sorted(found, key=lambda one: -one[1]):  # stable
+    for image, _, box in sorted(detections, key=lambda one: -one[1]):  # stable
         best, which = -1.0, None
         for number, (other, true_box, _) in enumerate(true):
             if other == image and slow_iou(box, true_box) > best:
@@ -126,22 +126,22 @@ def test_iou():
 def test_detections_equal_the_slow_loop(seed):
     rng = np.random.default_rng(seed)
     counted = Detections(3)
-    found, true = [[] for _ in range(3)], [[] for _ in range(3)]
+    detections, true = [[] for _ in range(3)], [[] for _ in range(3)]
     for image in range(12):
-        num_true, num_found = rng.integers(0, 5), rng.integers(0, 8)
-        true_boxes, boxes = random_boxes(rng, num_true), random_boxes(rng, num_found)
-        for i in range(min(num_true, num_found)):  # near ones, and several for one
+        num_true, num_detections = rng.integers(0, 5), rng.integers(0, 8)
+        true_boxes, boxes = random_boxes(rng, num_true), random_boxes(rng, num_detections)
+        for i in range(min(num_true, num_detections)):  # near ones, and several for one
             boxes[i] = true_boxes[rng.integers(num_true)] + rng.integers(-1, 2, 4) * 0.25
-        true_labels, labels = rng.integers(0, 3, num_true), rng.integers(0, 3, num_found)
-        difficult, scores = rng.random(num_true) < 0.3, rng.integers(1, 6, num_found) / 6  # many equal scores
+        true_labels, labels = rng.integers(0, 3, num_true), rng.integers(0, 3, num_detections)
+        difficult, scores = rng.random(num_true) < 0.3, rng.integers(1, 6, num_detections) / 6  # many equal scores
         counted.add(boxes, labels, scores, Objects(true_boxes, true_labels, difficult))
         for label, score, box in zip(labels, scores, boxes, strict=True):
-            found[label].append((image, score, box.astype(np.float64)))
+            detections[label].append((image, score, box.astype(np.float64)))
         for label, box, hard in zip(true_labels, true_boxes, difficult, strict=True):
             true[label].append((image, box.astype(np.float64), bool(hard)))
     for threshold in IOU_THRESHOLDS:
-        wanted = [slow_detection_ap(found[c], true[c], threshold) for c in range(3)]
-        np.testing.assert_allclose(counted.ap(threshold), wanted, atol=1e-12)
+        expected = [slow_detection_ap(detections[c], true[c], threshold) for c in range(3)]
+        np.testing.assert_allclose(counted.ap(threshold), expected, atol=1e-12)
 
 
 def one_image(boxes, scores, true_boxes, difficult=None, labels=None, true_labels=None):
@@ -196,6 +196,6 @@ def test_void_pixels_and_absent_classes():
     predicted = np.array([[0, 1, 2], [0, 3, 0]])
     counts = confusion(predicted, true, 4)
     assert counts.sum() == 4 and counts[0].tolist() == [2, 0, 0, 0] and counts[1].tolist() == [1, 1, 0, 0]
-    found = class_iou(counts)
-    assert found[:2].tolist() == [2 / 3, 0.5] and np.isnan(found[2:]).all()
+    ious = class_iou(counts)
+    assert ious[:2].tolist() == [2 / 3, 0.5] and np.isnan(ious[2:]).all()
     assert class_iou(confusion(true, true, 4))[:2].tolist() == [1.0, 1.0]

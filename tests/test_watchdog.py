@@ -147,18 +147,18 @@ def test_ranks_hear_that_their_launcher_died(tmp_path):
     import pathlib, time
     from ssl_dist.distributed.rank import RankInfo
     from ssl_dist.distributed.watchdog import Watchdog
-    told = pathlib.Path({told!r})
-    with Watchdog(RankInfo(), 5.0, lambda: told.write_text("told")):
+    notice = pathlib.Path({notice!r})
+    with Watchdog(RankInfo(), 5.0, lambda: notice.write_text("died")):
         print("begun", flush=True)
         end = time.monotonic() + 20
-        while not told.exists() and time.monotonic() < end:
+        while not notice.exists() and time.monotonic() < end:
             time.sleep(0.05)
     '''
     subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
     time.sleep(60)
     """
-    told = tmp_path / "told"
-    code = "import textwrap, time\n" + textwrap.dedent(launcher).replace("{told!r}", repr(str(told)))
+    notice = tmp_path / "notice"
+    code = "import textwrap, time\n" + textwrap.dedent(launcher).replace("{notice!r}", repr(str(notice)))
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
@@ -167,13 +167,13 @@ def test_ranks_hear_that_their_launcher_died(tmp_path):
     process.kill()
     process.wait()
     end = time.monotonic() + 15
-    while not told.exists():
+    while not notice.exists():
         assert time.monotonic() < end
         time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
-    ("own", "in_collective", "others", "is_straggler"),
+    ("own", "in_collective", "other_numbers", "is_straggler"),
     [
         (5, False, [6, 6], True),  # the others have gone on
         (5, False, [5, 5], True),  # in user code, as far as can be seen
@@ -184,13 +184,13 @@ def test_ranks_hear_that_their_launcher_died(tmp_path):
         (5, False, [6, 4], False),
     ],
 )
-def test_who_is_a_straggler(tmp_path, own, in_collective, others, is_straggler):
+def test_who_is_a_straggler(tmp_path, own, in_collective, other_numbers, is_straggler):
     from ssl_dist.distributed.heartbeat import Heartbeat, RankState
     from ssl_dist.distributed.rank import RankInfo
     from ssl_dist.distributed.watchdog import Watchdog
 
     (tmp_path / "board").mkdir()
-    for rank, number in enumerate(others, 1):
+    for rank, number in enumerate(other_numbers, 1):
         state = RankState(RankInfo(rank, 3))
         state.record["collective"] = number
         state.move_to(Heartbeat(tmp_path, "s1", RankInfo(rank, 3)).path(rank), "s1")

@@ -82,7 +82,7 @@ def test_files_of_the_official_codes(net, tmp_path):
     network = Network(net)
     tensors = test_golden_backbones.filled(net)
     heads = {name for name in tensors if name.startswith("top_layer")}
-    wanted = {
+    expected = {
         name.removeprefix("backbone."): tensors[network.official(name)]
         for name in network.state_dict()
         if name.startswith("backbone.")
@@ -90,12 +90,12 @@ def test_files_of_the_official_codes(net, tmp_path):
     for form, content in official_files(net, tensors).items():
         path = tmp_path / "file.pth"
         torch.save(content, path, _use_new_zipfile_serialization=form != "published")  # SeLa's are of 2019
-        found = weights.fit(network.backbone, name_of(net), path)
-        assert found.tensors.keys() == wanted.keys(), form
-        assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.tensors.items()), form
-        assert heads <= set(found.unused), form
+        fitted = weights.fit(network.backbone, name_of(net), path)
+        assert fitted.tensors.keys() == expected.keys(), form
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in fitted.tensors.items()), form
+        assert heads <= set(fitted.unused), form
         path.unlink()
-    network.backbone.load_state_dict(found.tensors)
+    network.backbone.load_state_dict(fitted.tensors)
     for name, head in network.heads.items():
         head.load_state_dict({key: tensors[f"{name.replace('-', '.')}.{key}"] for key in ("weight", "bias")})
     network.double().eval()
@@ -138,9 +138,9 @@ def test_files_of_torchvision_and_timm(tmp_path):
     theirs.fc = torch.nn.Identity()
     for file in ("resnet18.pth", "resnet18.safetensors"):
         ours = backbones.build("resnet18").eval()
-        found = weights.fit(ours, "resnet18", tmp_path / file)
-        assert found.unused == ["fc.bias", "fc.weight"]
-        ours.load_state_dict(found.tensors)
+        fitted = weights.fit(ours, "resnet18", tmp_path / file)
+        assert fitted.unused == ["fc.bias", "fc.weight"]
+        ours.load_state_dict(fitted.tensors)
         assert int(ours.bn1.num_batches_tracked) == 0
         torch.testing.assert_close(ours(images), theirs(images))
 
@@ -148,9 +148,9 @@ def test_files_of_torchvision_and_timm(tmp_path):
     theirs = timm.create_model("convnext_atto", num_classes=7).eval()
     safetensors.torch.save_file(theirs.state_dict(), tmp_path / "timm.safetensors")
     ours = backbones.build("timm/convnext_atto").eval()
-    found = weights.fit(ours, "timm/convnext_atto", tmp_path / "timm.safetensors")
-    assert found.unused == ["head.fc.bias", "head.fc.weight"]
-    ours.load_state_dict(found.tensors)
+    fitted = weights.fit(ours, "timm/convnext_atto", tmp_path / "timm.safetensors")
+    assert fitted.unused == ["head.fc.bias", "head.fc.weight"]
+    ours.load_state_dict(fitted.tensors)
     theirs.reset_classifier(0)
     torch.testing.assert_close(ours(images), theirs(images))
 
@@ -289,18 +289,18 @@ def test_extract_reads_a_file_of_others(official, digits, tmp_path, capsys):
         "views.normalize={mean: [0.5, 0.5, 0.5], std: [0.25, 0.25, 0.25]}",
     ]
     assert cli.main(["extract", str(path), "--out", str(tmp_path / "out"), "--split", "test", *data]) == 0
-    said = capsys.readouterr()
-    assert f"{path}: a dictionary of backbone, relation" in said.err and "not used: nothing" in said.err
-    found = read_features(Path(said.out.strip()))
+    captured = capsys.readouterr()
+    assert f"{path}: a dictionary of backbone, relation" in captured.err and "not used: nothing" in captured.err
+    extracted = read_features(Path(captured.out.strip()))
     from ssl_dist.data.readers import Dataset
 
     with Dataset(digits, reader="arrays").open("test") as reader:
         [(pixels, _, _, _)] = list(reader.batches([np.arange(64)]))
     with torch.no_grad():
-        wanted = conv4((torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - 0.5) / 0.25)
-    np.testing.assert_allclose(found.features[:64], wanted.numpy(), rtol=1e-4, atol=1e-5)
-    assert found.metadata["backbone"] == "conv4" and found.metadata["method"] == "seed.tar"
-    assert "mean (0.5, 0.5, 0.5)" in found.metadata["transform"]
+        expected = conv4((torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - 0.5) / 0.25)
+    np.testing.assert_allclose(extracted.features[:64], expected.numpy(), rtol=1e-4, atol=1e-5)
+    assert extracted.metadata["backbone"] == "conv4" and extracted.metadata["method"] == "seed.tar"
+    assert "mean (0.5, 0.5, 0.5)" in extracted.metadata["transform"]
 
 
 @pytest.mark.parametrize(
@@ -351,9 +351,9 @@ def test_a_training_begins_from_a_file_and_goes_on_without_asking_where_it_lies(
     assert train(settings(digits, run, "optim.steps=2", tiny, f"backbone.weights={moved}")) == 0
     other = {"backbone": backbones.build("conv4").state_dict()}
     torch.save(other, path)
-    for given in (f"backbone.weights={path}", "backbone.weights=null"):
+    for weights_key in (f"backbone.weights={path}", "backbone.weights=null"):
         with pytest.raises(UserError, match=r"backbone\.weights = .*not the file that .* began from"):
-            train(settings(digits, run, "optim.steps=3", tiny, given))
+            train(settings(digits, run, "optim.steps=3", tiny, weights_key))
     with pytest.raises(UserError, match=r"backbone\.weights = .*/none.*not a file"):
         train(settings(digits, run, "optim.steps=3", tiny, f"backbone.weights={tmp_path}/none"))
 
