@@ -1,6 +1,6 @@
-"""A headless Chromium that loads a page and tells what happened: errors, requests, and the values of expressions.
+"""A headless Chromium that loads a page and reports what happened: errors, requests, and the values of expressions.
 
-It is spoken to by the DevTools protocol over a pipe (messages end in a zero byte), so no port and no package is needed.
+It is controlled by the DevTools protocol over a pipe (messages end in a zero byte), so it needs no port and no package.
 """
 
 import base64

@@ -1,6 +1,6 @@
 """`ssl-dist` as a rank in which something goes wrong: python tests/faulty_rank.py FAULT FOLDER train CONFIG ...
 
-Rank 1 meets the fault at step 3 and writes the time of it to FOLDER/fault; every rank writes its process id there.
+Rank 1 has the fault at step 3 and writes its time to FOLDER/fault; every rank writes its process id there.
 """
 
 import ctypes

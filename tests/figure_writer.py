@@ -6,7 +6,7 @@ from matplotlib.text import Text
 COLORS = {"train": 100, "test": 200}
 
 
-class Sketchbook:
+class MemoryFigureWriter:
     def __init__(self, folder=None):
         self.folder = folder
         self.pictures = {}

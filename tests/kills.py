@@ -13,7 +13,7 @@ def every_kill(prepared, tmp_path, action):
     """Yield a copy of the folder `prepared` for each point at which `action(copy)` can be killed by SIGKILL.
 
     The n-th copy is what a process leaves that was killed just before its n-th call of `CHANGES`, or half way through
-    it if it is a write. Ends when `action` comes through; that folder is yielded as well, as the last.
+    it if it is a write. Ends when `action` completes; that folder is yielded as well, as the last.
     """
     number, killed = 0, True
     while killed:
@@ -62,6 +62,6 @@ def _act(action, folder, number):
         os.fdopen = lambda descriptor, mode: io.BufferedWriter(Torn(descriptor, mode), 512)
         action(folder)
         os._exit(0)
-    except BaseException:  # the parent shows it
+    except BaseException:  # the parent prints it
         traceback.print_exc()
     os._exit(1)

@@ -1,4 +1,4 @@
-"""What tests ask of a message: that it names the thing, the value and the remedy, in whatever words between them."""
+"""What tests require of a message: that it names the thing, the value and the remedy, whatever the words between."""
 
 import re
 

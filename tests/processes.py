@@ -1,4 +1,4 @@
-"""Finding processes by what they were started with, killing them, and a keeper that does it when the tests cannot."""
+"""Finding processes by their environment, killing them, and a guard that does it when the tests were killed."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ def until(condition, what, deadline=DEADLINE):
 
 
 def processes(**environment):
-    """The processes that were started with all of these in their environment, the eldest first; no zombies."""
+    """The processes that were started with all of these in their environment, the oldest first; no zombies."""
     lines = {os.fsencode(f"{name}={value}") for name, value in environment.items()}
     starts_and_pids = []
     for entry in os.listdir("/proc"):
@@ -48,7 +48,7 @@ def send(pids, *numbers):
 
 
 def kill(deadline=DEADLINE, **environment):
-    """Kill what `processes` finds until nothing is found; stopped first, so that none can tell of another's death."""
+    """Kill what `processes` finds until nothing is found; stopped first, so that none can report the end of another."""
     until(
         lambda: not (pids := processes(**environment)) or send(pids, signal.SIGSTOP, signal.SIGKILL),
         lambda: f"the end of {processes(**environment)}",
@@ -62,7 +62,7 @@ def remove(sockets, *remove_nodes):
 
 
 def keep(parent, conf, *leftovers):
-    """Sleep until the parent dies, which the kernel tells by SIGTERM; then kill all that it left of its cluster."""
+    """Sleep until the parent dies, which the kernel reports by SIGTERM; then kill all that it left of its cluster."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     while os.getppid() == parent:
         signal.sigtimedwait({signal.SIGTERM}, 5)

@@ -31,7 +31,7 @@ def _child(function, rank, size, store, answers, arguments, port):
         answers.put((rank, function(rank, size, *arguments), None))
         if group:
             dist.destroy_process_group()
-    except BaseException:  # the parent shows it
+    except BaseException:  # the parent prints it
         answers.put((rank, None, traceback.format_exc()))
 
 

@@ -18,7 +18,7 @@ SIZES = {"alexnet": (223, 254)}  # others: 32 and 64 px
 
 # Of the deepest and the widest one each will do.
 @pytest.mark.parametrize("name", [name for name in backbones.names() if not re.search(r"(34|101|200)x|x[45]_", name)])
-def test_features_and_maps_are_as_wide_as_said(name):
+def test_features_and_maps_are_as_wide_as_documented(name):
     with torch.device("meta"):
         backbone = backbones.build(name).eval()
         for size in SIZES.get(name, (32, 64)):

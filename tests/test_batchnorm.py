@@ -1,4 +1,4 @@
-"""The CPU twin of SyncBatchNorm against nn.BatchNorm on the whole batch in float64; ranks are played by threads."""
+"""The CPU twin of SyncBatchNorm against nn.BatchNorm on the whole batch in float64; ranks are threads."""
 
 import copy
 import io
@@ -122,7 +122,7 @@ def test_the_split_over_ranks_does_not_show(layout, dtype, accuracy, centre):
                 torch.testing.assert_close(got, expected, rtol=accuracy, atol=accuracy)
 
 
-def test_what_travels_is_float64_and_a_step_is_reproducible():
+def test_what_is_reduced_is_float64_and_a_step_is_reproducible():
     x, grad, layer = make("channels_last", torch.float32, 1.0)
     dtypes = []
 
@@ -172,7 +172,7 @@ def test_update_running_takes_an_int_count():
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), "torch"])
-def test_a_copy_is_a_twin_of_its_own(clone):
+def test_a_copy_is_independent(clone):
     if clone == "torch":
 
         def clone(module):
@@ -191,7 +191,7 @@ def test_a_copy_is_a_twin_of_its_own(clone):
     assert net[1].num_batches_tracked == 1
 
 
-def test_a_deep_copy_meets_the_same_ranks():
+def test_a_deep_copy_uses_the_same_ranks():
     """Copying a bound method copies its object; a world of threads cannot even be copied."""
 
     def rank(world):

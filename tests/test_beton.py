@@ -102,7 +102,7 @@ def test_two_writers_are_refused(tmp_path):
     assert Beton(tmp_path / "x.beton").count == 1
 
 
-def test_a_killed_writers_rest_is_taken_over(tmp_path):
+def test_a_killed_writers_leftover_is_replaced(tmp_path):
     (tmp_path / ".x.beton.tmp").write_bytes(b"rest" * 1000)
     content = samples(3)
     write(tmp_path / "x.beton", content)

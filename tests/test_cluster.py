@@ -1,4 +1,4 @@
-"""The tests' own Slurm cluster: there in a second, does what other tests ask of it, leaves nothing."""
+"""The tests' own Slurm cluster: starts in a second, does what the tests need, leaves nothing behind."""
 
 import shutil
 import socket
@@ -189,7 +189,7 @@ def test_a_crashed_node_takes_its_tasks_and_comes_back(cluster, batch):
 
 @pytest.mark.slow
 def test_clear_ends_what_will_not_end(cluster, tmp_path):
-    """A job that is deaf and queues itself again, and a node that is gone."""
+    """A job that ignores signals and requeues itself, and a node that is down."""
     deaf = script(
         tmp_path / "deaf.sh", "trap '' TERM\nscontrol requeue $SLURM_JOB_ID\necho deaf\nsleep 300 & sleep 300\n"
     )

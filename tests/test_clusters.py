@@ -16,7 +16,7 @@ from ssl_dist.errors import UserError
 from ssl_dist.evaluators import clusters
 from ssl_dist.keys import EVALUATION, ORDER, hash64, permutation
 from ssl_dist.storage.features import Features
-from tests.figure_writer import Sketchbook, drawn
+from tests.figure_writer import MemoryFigureWriter, drawn
 from tests.messages import naming
 
 
@@ -179,24 +179,24 @@ def test_labels_of_the_whole_split_for_a_part_of_it(tmp_path):
 
 def test_the_pictures():
     train, test = blobs(60, "train", 1.5), blobs(50, "test", 1.5)
-    album, options = Sketchbook(), clusters.Options(number=4)
-    assert clusters.run(train, test, options, album) == clusters.run(train, test, options)
-    assert list(album.pictures) == ["clusters-purity", "clusters-images"]
-    for figure, title, caption in album.pictures.values():
+    writer, options = MemoryFigureWriter(), clusters.Options(number=4)
+    assert clusters.run(train, test, options, writer) == clusters.run(train, test, options)
+    assert list(writer.pictures) == ["clusters-purity", "clusters-images"]
+    for figure, title, caption in writer.pictures.values():
         drawn(figure)
         assert title and "50 images of shapes test in 4 clusters (k-means with 4 clusters" in caption
     assigned = clusters._assigned(test, clusters._fitted(train, options), options)
     counts = clusters.contingency(test.labels, assigned)
     purity = counts.max(1) / counts.sum(1)
     order = np.argsort(-purity, kind="stable")
-    bars = album.pictures["clusters-purity"][0].axes[0].patches
+    bars = writer.pictures["clusters-purity"][0].axes[0].patches
     assert [bar.get_width() for bar in bars] == pytest.approx((100 * purity[order]).tolist())
-    texts = [text for text in album.texts("clusters-images") if text.startswith("cluster ")]
+    texts = [text for text in writer.texts("clusters-images") if text.startswith("cluster ")]
     best = counts.argmax(1)
     assert texts == [
         f"cluster {k}: {counts[k].sum()} images\n{100 * purity[k]:.0f} % {'abcde'[best[k]]}" for k in order
     ]
-    shown = iter(zip(album.images_shown("clusters-images"), album.pictures["clusters-images"][0].axes, strict=True))
+    shown = iter(zip(writer.images_shown("clusters-images"), writer.pictures["clusters-images"][0].axes, strict=True))
     for k in order:
         own_before = True
         for (split, image), axes in itertools.islice(shown, min(14, int(counts[k].sum()))):
@@ -209,10 +209,10 @@ def test_the_pictures():
 def test_pictures_of_the_labels_of_a_file_are_of_the_training_split(tmp_path):
     train, test = blobs(90, "train"), blobs(12, "test")
     path = labels_of(tmp_path, np.arange(90), [np.arange(90) * 7 % 45])  # 45 clusters: not all are shown
-    album = Sketchbook()
-    clusters.run(train, test, clusters.Options(labels=path), album)
-    assert all(part is train for part in album.part_of.values())
-    assert {split for split, _ in album.images_shown("clusters-images")} == {"train"}
-    assert sum(text.startswith("cluster ") for text in album.texts("clusters-images")) == 20
-    assert "the 10 purest and the 10 least pure" in album.pictures["clusters-images"][2]
-    assert "... 5 clusters between ..." in album.texts("clusters-purity")
+    writer = MemoryFigureWriter()
+    clusters.run(train, test, clusters.Options(labels=path), writer)
+    assert all(part is train for part in writer.part_of.values())
+    assert {split for split, _ in writer.images_shown("clusters-images")} == {"train"}
+    assert sum(text.startswith("cluster ") for text in writer.texts("clusters-images")) == 20
+    assert "the 10 purest and the 10 least pure" in writer.pictures["clusters-images"][2]
+    assert "... 5 clusters between ..." in writer.texts("clusters-purity")

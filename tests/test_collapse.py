@@ -9,7 +9,7 @@ import torch
 from ssl_dist.train.collapse import MAX_ROWS, effective_rank, feature_std
 
 
-def test_isotropic_features_are_alive():
+def test_isotropic_features_have_full_rank():
     z = torch.randn(4, 500, 16, generator=torch.Generator().manual_seed(0))
     assert feature_std(z) == pytest.approx(1, abs=0.02) and effective_rank(z) > 15.5
 

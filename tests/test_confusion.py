@@ -14,7 +14,7 @@ from ssl_dist.keys import hash64
 from ssl_dist.results import confusion
 from ssl_dist.results.sampling import evenly
 from ssl_dist.storage.features import Features
-from tests.figure_writer import Sketchbook
+from tests.figure_writer import MemoryFigureWriter
 
 
 def part(labels, classes=("cat", "dog", "owl")):
@@ -29,21 +29,21 @@ def test_the_matrix_is_scikit_learns(pairs):
 
 
 def test_the_captions_say_what_is_seen():
-    album, labels = Sketchbook(), [0] * 8 + [1] * 2 + [2] * 2
+    writer, labels = MemoryFigureWriter(), [0] * 8 + [1] * 2 + [2] * 2
     predicted = np.array([0] * 6 + [1] * 4 + [2] * 2)
-    confusion.add_pictures(album, part(labels), ["cat", "dog", "owl"], predicted, "x", "a guess")
-    assert list(album.pictures) == ["x-confusion", "x-classes"]
-    _, title, caption = album.pictures["x-confusion"]
+    confusion.add_pictures(writer, part(labels), ["cat", "dog", "owl"], predicted, "x", "a guess")
+    assert list(writer.pictures) == ["x-confusion", "x-classes"]
+    _, title, caption = writer.pictures["x-confusion"]
     assert title == "Confusions of a guess" and "12 images of pets test" in caption
     assert "83.33 % of all images are right. Most frequent: cat taken for dog (25 %)." in caption
-    confusion.add_pictures(album, part(labels), ["cat", "dog", "owl"], np.array(labels), "y", "a guess")
-    assert "No image is taken for another class." in album.pictures["y-confusion"][2]
+    confusion.add_pictures(writer, part(labels), ["cat", "dog", "owl"], np.array(labels), "y", "a guess")
+    assert "No image is taken for another class." in writer.pictures["y-confusion"][2]
 
 
 def test_too_many_classes_have_no_matrix():
-    album = Sketchbook()
-    confusion.add_pictures(album, part([0, 10**7]), range(10**7 + 1), np.array([0, 10**7]), "x", "a guess")
-    assert not album.pictures
+    writer = MemoryFigureWriter()
+    confusion.add_pictures(writer, part([0, 10**7]), range(10**7 + 1), np.array([0, 10**7]), "x", "a guess")
+    assert not writer.pictures
 
 
 def test_labels_without_a_name_are_named_by_their_number():
@@ -85,23 +85,23 @@ def blobs(count, seed):
 def test_the_pictures_of_a_classifier_show_its_errors(name, overrides, value, how):
     train, test = blobs(90, 0), blobs(41, 1)
     evaluator, options = evaluators.find(name), evaluators.parse_options([name], overrides)[name]
-    album = Sketchbook()
-    values = evaluator.run(train, test, options, album)
+    writer = MemoryFigureWriter()
+    values = evaluator.run(train, test, options, writer)
     assert values == evaluator.run(train, test, options)
-    assert list(album.pictures) == [f"{name}-confusion", f"{name}-classes"]
-    figure, title, caption = album.pictures[f"{name}-confusion"]
+    assert list(writer.pictures) == [f"{name}-confusion", f"{name}-classes"]
+    figure, title, caption = writer.pictures[f"{name}-confusion"]
     assert title == f"Confusions of {how}" and f"{values[value]:.2f} % of all images are right" in caption
     share = np.ma.filled(figure.axes[0].images[0].get_array(), np.nan)
     assert np.isnan(share[[2, 3]]).all(), "classes without a test image"
     right = np.nansum(np.diagonal(share) * np.bincount(test.labels, minlength=5)) / len(test)
     assert right == pytest.approx(values[value])
-    assert f"all images {values[value]:.1f}" in album.texts(f"{name}-classes")
-    assert not {"c", "d"} & set(album.texts(f"{name}-classes"))
+    assert f"all images {values[value]:.1f}" in writer.texts(f"{name}-classes")
+    assert not {"c", "d"} & set(writer.texts(f"{name}-classes"))
 
 
 def test_of_equal_votes_the_picture_takes_the_lower_class():
     train = replace(part([1, 0], "ab"), features=np.ones((2, 1), np.float32))
     test = replace(part([0, 1, 1], "ab"), features=np.ones((3, 1), np.float32))
-    album = Sketchbook()
-    assert evaluators.find("knn").run(train, test, evaluators.find("knn").Options(k=[2]), album)["knn2_top1"] < 34
-    assert np.array_equal(album.pictures["knn-confusion"][0].axes[0].images[0].get_array(), [[100, 0], [100, 0]])
+    writer = MemoryFigureWriter()
+    assert evaluators.find("knn").run(train, test, evaluators.find("knn").Options(k=[2]), writer)["knn2_top1"] < 34
+    assert np.array_equal(writer.pictures["knn-confusion"][0].axes[0].images[0].get_array(), [[100, 0], [100, 0]])

@@ -1,4 +1,4 @@
-"""Conversion: what is stored, in which order, with what told about it; killed and repeated; and every mistake."""
+"""Conversion: what is stored, in which order, with which dataset.json; killed and repeated; and every mistake."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def test_order_and_labels_are_torchvisions(tmp_path):
     assert Beton(tmp_path / "out" / "train.beton").labels.tolist() == reference.targets
 
 
-def test_what_is_told(tmp_path):
+def test_the_manifest(tmp_path):
     dataset = run("folder", odd_folder(tmp_path / "birds"), tmp_path / "out")
     assert dataset == manifest.load(tmp_path / "out") and dataset.name == "birds"
     assert list(dataset.splits) == ["train", "val"]

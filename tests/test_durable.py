@@ -74,7 +74,7 @@ def test_an_error_that_names_a_file_keeps_its_name(tmp_path):
     assert Path(raised.value.filename) == tmp_path / "other"
 
 
-def test_files_of_the_dead_go_and_those_of_the_living_and_of_others_stay(tmp_path):
+def test_only_temporary_files_of_ended_processes_are_removed(tmp_path):
     dead = [".x.0123abcd.tmp", ".a.b.part-3.00000000.tmp"]
     foreign = ["x.tmp", ".x.tmp", ".x.0123abc.tmp", ".x.0123ABCD.tmp", "x.0123abcd.tmp", ".x.0123abcd.tmp.gz"]
     for name in dead + foreign:

@@ -22,7 +22,7 @@ from ssl_dist.evaluators import embedding
 from ssl_dist.keys import EVALUATION, hash64
 from ssl_dist.results.sampling import evenly
 from ssl_dist.storage.features import Features
-from tests.figure_writer import Sketchbook, drawn
+from tests.figure_writer import MemoryFigureWriter, drawn
 from tests.messages import naming
 
 QUICK = {"iterations": 500, "perplexity": 8.0}
@@ -46,12 +46,12 @@ def embedded(tmp_path_factory):
     """(test split, options, values, album) of a run with pictures."""
     test, options = part(151), embedding.Options(limit=100, **QUICK)
     run = tmp_path_factory.mktemp("run")
-    album = Sketchbook(run / "figures")
-    return test, options, embedding.run(part(60, "train"), test, options, album), album
+    writer = MemoryFigureWriter(run / "figures")
+    return test, options, embedding.run(part(60, "train"), test, options, writer), writer
 
 
 def test_values_are_scikit_learns(embedded):
-    test, _, values, album = embedded
+    test, _, values, writer = embedded
     rows = evenly(test.labels, 100, hash64(0, EVALUATION))
     assert np.bincount(test.labels[rows]).tolist() in ([34, 33, 33], [33, 34, 33], [33, 33, 34])
     x = unit(test.features[rows].astype(np.float64))
@@ -61,43 +61,43 @@ def test_values_are_scikit_learns(embedded):
     dims = int(values["embedding_pca90_dims"])
     assert share[:dims].sum() >= 90 > share[: dims - 1].sum()
     assert values["embedding_pca_trustworthiness"] == pytest.approx(trustworthiness(x, PCA(2).fit_transform(x)))
-    points = map_of(album, "embedding-tsne")
+    points = map_of(writer, "embedding-tsne")
     order = np.argsort(test.labels[rows], kind="stable")  # the picture draws class by class
     assert values["embedding_tsne_trustworthiness"] == pytest.approx(trustworthiness(x[order], points))
     assert 0.8 < values["embedding_tsne_trustworthiness"] <= 1
 
 
-def map_of(album, name):
-    return np.concatenate([np.asarray(c.get_offsets()) for c in album.pictures[name][0].axes[0].collections])
+def map_of(writer, name):
+    return np.concatenate([np.asarray(c.get_offsets()) for c in writer.pictures[name][0].axes[0].collections])
 
 
 def test_it_can_be_made_again_whatever_the_threads(embedded):
-    test, options, values, album = embedded
-    again = Sketchbook(album.folder)
+    test, options, values, writer = embedded
+    again = MemoryFigureWriter(writer.folder)
     with threadpool_limits(2):
         assert embedding.run(part(60, "train"), test, options, again) == values
-    assert np.array_equal(map_of(again, "embedding-tsne"), map_of(album, "embedding-tsne"))
+    assert np.array_equal(map_of(again, "embedding-tsne"), map_of(writer, "embedding-tsne"))
     assert embedding.run(part(60, "train"), test, options) == values, "pictures change nothing"
     other = embedding.run(part(60, "train"), test, embedding.Options(limit=100, seed=1, **QUICK))
     assert other["embedding_tsne_trustworthiness"] != values["embedding_tsne_trustworthiness"]
 
 
 def test_the_pictures(embedded):
-    test, _, values, album = embedded
-    assert list(album.pictures) == ["embedding-pca", "embedding-tsne", "embedding-images"]
-    for name, (figure, title, caption) in album.pictures.items():
+    test, _, values, writer = embedded
+    assert list(writer.pictures) == ["embedding-pca", "embedding-tsne", "embedding-images"]
+    for name, (figure, title, caption) in writer.pictures.items():
         drawn(figure)
         assert title and "100 images of shapes test, evenly over the classes by key (seed 0)" in caption
-        assert {"ring", "star"} <= set(album.texts(name))
+        assert {"ring", "star"} <= set(writer.texts(name))
     share = PCA().fit(unit(test.features[evenly(test.labels, 100, hash64(0, EVALUATION))])).explained_variance_ratio_
-    assert f"first component ({share[0] * 100:.1f} % of the variance)" in album.texts("embedding-pca")
-    assert "perplexity 8, 500 iterations" in album.pictures["embedding-tsne"][2]
-    assert f"Trustworthiness {values['embedding_tsne_trustworthiness']:.3f}" in album.pictures["embedding-tsne"][2]
+    assert f"first component ({share[0] * 100:.1f} % of the variance)" in writer.texts("embedding-pca")
+    assert "perplexity 8, 500 iterations" in writer.pictures["embedding-tsne"][2]
+    assert f"Trustworthiness {values['embedding_tsne_trustworthiness']:.3f}" in writer.pictures["embedding-tsne"][2]
 
 
 def test_the_projector_gets_vectors_labels_and_thumbnails(embedded):
-    test, _, _, album = embedded
-    folder = album.folder.parent / "tensorboard" / "embedding"
+    test, _, _, writer = embedded
+    folder = writer.folder.parent / "tensorboard" / "embedding"
     rows = evenly(test.labels, 100, hash64(0, EVALUATION))
     config = (folder / "projector_config.pbtxt").read_text()
     paths = dict(re.findall(r'(\w+_path): "(.+)"', config))
@@ -123,9 +123,9 @@ def test_the_projector_gets_vectors_labels_and_thumbnails(embedded):
 
 def test_large_images_become_thumbnails(embedded):
     test, *_ = embedded
-    album = Sketchbook()
-    album.images = lambda part, rows: np.full((len(rows), 100, 100, 3), 250, np.uint8)
-    thumbnails = embedding._thumbnails(album, test, np.arange(151).repeat(2))
+    writer = MemoryFigureWriter()
+    writer.images = lambda part, rows: np.full((len(rows), 100, 100, 3), 250, np.uint8)
+    thumbnails = embedding._thumbnails(writer, test, np.arange(151).repeat(2))
     assert thumbnails.shape == (302, 3, 40, 40) and thumbnails.min() > 0.97 and thumbnails.max() <= 1
 
 
@@ -149,8 +149,8 @@ def test_what_is_refused():
 
 @pytest.mark.slow
 def test_tensorboard_serves_the_projector(embedded):
-    _, _, _, album = embedded
-    logs = album.folder.parent / "tensorboard"
+    _, _, _, writer = embedded
+    logs = writer.folder.parent / "tensorboard"
     program = Path(sys.executable).with_name("tensorboard")
     with open(logs.parent / "tensorboard.log", "w+") as log:
         process = subprocess.Popen(

@@ -113,7 +113,7 @@ def test_any_world_size_writes_the_same_file(run, digits, tmp_path, size):
     assert [p.name for p in (tmp_path / "b").iterdir()] == [alone.name], "no part is left behind"
 
 
-def test_what_the_killed_left_is_removed_and_what_the_living_write_is_not(run, digits, tmp_path):
+def test_parts_of_killed_processes_are_removed_and_those_of_running_ones_are_not(run, digits, tmp_path):
     encoder = load_encoder(run)
     path = features_path(tmp_path, source(digits), "test")
     dead = [tmp_path / ".digits-test.part-1.01234567.tmp", tmp_path / ".digits-test.safetensors.89abcdef.tmp"]

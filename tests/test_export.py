@@ -16,13 +16,13 @@ from tests import golden_fill
 
 @pytest.fixture
 def run_of(digits, tmp_path):
-    """Makes a run whose backbone has weights that nothing draws; returns its folder."""
+    """Makes a run whose backbone has other weights than any initial ones; returns its folder."""
 
     def make(backbone, method="random_weights", *more):
         torch.manual_seed(5)
         network = backbones.build(backbone)
         if not backbone.startswith("timm/"):
-            golden_fill.fill(network, 5)  # statistics of BatchNorm that are none of a beginning
+            golden_fill.fill(network, 5)  # not the initial statistics of BatchNorm
         torch.save(network.state_dict(), tmp_path / "filled.pth")
         run = tmp_path / f"{method}-{backbone.replace('/', '-')}"
         overrides = [

@@ -1,4 +1,4 @@
-"""The album of an evaluation: which images it shows, and what its pictures say of themselves."""
+"""The figures of an evaluation: which images they show, and the metadata in their files."""
 
 import json
 
@@ -55,12 +55,12 @@ def test_the_images_asked_for_in_the_order_asked_for(digits, opened, tmp_path, m
     monkeypatch.setattr(album_module, "_BLOCK_BYTES", 2 * 32 * 32 * 3)  # two images a block
     test, train = part(digits, "test"), part(digits, "train")
     rows = np.array([7, 3, 300, 3, 0])
-    with FigureWriter(tmp_path, test, opened, data(), "knn") as album:
+    with FigureWriter(tmp_path, test, opened, data(), "knn") as writer:
         assert not opened.readers, "nothing is opened before an image is needed"
-        assert np.array_equal(album.images(test, rows), decoded(digits, "test", rows))
-        assert np.array_equal(album.images(train, rows), decoded(digits, "train", rows))
-        assert np.array_equal(album.images(test, rows[:1]), decoded(digits, "test", [7]))
-        assert album.images(test, rows[:0]).shape == (0, 32, 32, 3)
+        assert np.array_equal(writer.images(test, rows), decoded(digits, "test", rows))
+        assert np.array_equal(writer.images(train, rows), decoded(digits, "train", rows))
+        assert np.array_equal(writer.images(test, rows[:1]), decoded(digits, "test", [7]))
+        assert writer.images(test, rows[:0]).shape == (0, 32, 32, 3)
     assert [reader.info.split for reader in opened.readers] == ["test", "train"]
     for reader in opened.readers:
         with pytest.raises(ValueError, match="closed"):
@@ -69,26 +69,26 @@ def test_the_images_asked_for_in_the_order_asked_for(digits, opened, tmp_path, m
 
 def test_a_piece_of_a_split_shows_the_images_of_its_ids(digits, opened, tmp_path):
     piece = part(digits, "train", [5, 9, 200], "train[held out 10%]")
-    with FigureWriter(tmp_path, piece, opened, data(), "knn") as album:
-        assert np.array_equal(album.images(piece, np.array([2, 0])), decoded(digits, "train", [200, 5]))
-        path = album.add("x", Figure(), "t", "c")
-        test_path = album.add("x", Figure(), "t", "c", part(digits, "test"))
+    with FigureWriter(tmp_path, piece, opened, data(), "knn") as writer:
+        assert np.array_equal(writer.images(piece, np.array([2, 0])), decoded(digits, "train", [200, 5]))
+        path = writer.add("x", Figure(), "t", "c")
+        test_path = writer.add("x", Figure(), "t", "c", part(digits, "test"))
     assert path.name == "digits-train-held-out-10-x.png" and test_path.name == "digits-test-x.png"
 
 
 def test_the_images_are_those_of_the_test_transform(digits, opened, tmp_path):
     test = part(digits, "test")
-    with FigureWriter(tmp_path, test, opened, data(image_size=24, eval_resize=40), "knn") as album:
-        [shown] = album.images(test, np.array([11]))
+    with FigureWriter(tmp_path, test, opened, data(image_size=24, eval_resize=40), "knn") as writer:
+        [shown] = writer.images(test, np.array([11]))
     image = Image.fromarray(decoded(digits, "test", [11])[0])
     assert np.array_equal(shown, np.asarray(center_crop(resize(image, 40, InterpolationMode.BILINEAR), 24)))
 
 
 def test_a_picture_says_what_it_is(digits, opened, tmp_path):
     test = part(digits, "test")
-    with FigureWriter(tmp_path / "new" / "figures", test, opened, data(), "retrieval") as album:
+    with FigureWriter(tmp_path / "new" / "figures", test, opened, data(), "retrieval") as writer:
         figure = Figure(figsize=(1, 1), dpi=50)
-        path = album.add("nearest", figure, "Nearest images", "Cosine ≥ 0 – κ")
+        path = writer.add("nearest", figure, "Nearest images", "Cosine ≥ 0 – κ")
     assert path == tmp_path / "new" / "figures" / "digits-test-nearest.png"
     with Image.open(path) as picture:
         assert picture.format == "PNG" and picture.size == (50, 50)
@@ -99,8 +99,8 @@ def test_a_picture_says_what_it_is(digits, opened, tmp_path):
 
 
 def test_a_picture_is_written_whole_or_not_at_all(digits, opened, tmp_path, monkeypatch):
-    album = FigureWriter(tmp_path, part(digits, "test"), opened, data(), "knn")
-    path = album.add("x", Figure(figsize=(1, 1)), "old", "")
+    writer = FigureWriter(tmp_path, part(digits, "test"), opened, data(), "knn")
+    path = writer.add("x", Figure(figsize=(1, 1)), "old", "")
     (tmp_path / ".digits-test-x.png.01234567.tmp").touch()  # of one that was killed
 
     def fails(self, file, metadata):
@@ -110,7 +110,7 @@ def test_a_picture_is_written_whole_or_not_at_all(digits, opened, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(album_module.FigureCanvasAgg, "print_png", fails)
         with pytest.raises(KeyboardInterrupt):
-            album.add("x", Figure(figsize=(1, 1)), "new", "")
+            writer.add("x", Figure(figsize=(1, 1)), "new", "")
     assert list(tmp_path.iterdir()) == [path]
     with Image.open(path) as picture:
         assert picture.text["Title"] == "old"
@@ -119,8 +119,8 @@ def test_a_picture_is_written_whole_or_not_at_all(digits, opened, tmp_path, monk
 def test_what_is_refused(digits, opened, tmp_path):
     test = part(digits, "test")
     other = Features(test.features, test.labels, test.image_ids, test.metadata | {"data": "other"}, "RUN/f.safetensors")
-    with FigureWriter(tmp_path, test, opened, data(), "knn") as album, pytest.raises(UserError) as caught:
-        album.images(other, np.array([0]))
+    with FigureWriter(tmp_path, test, opened, data(), "knn") as writer, pytest.raises(UserError) as caught:
+        writer.images(other, np.array([0]))
     assert "RUN/f.safetensors: features of other images than the split test of digits" in str(caught.value)
     assert json.dumps(str(caught.value)).count("\\n") == 0
     (tmp_path / "file").touch()
@@ -139,7 +139,7 @@ def test_pictures_are_known_by_their_evaluator_and_checkpoint(digits, opened, tm
 
 
 @pytest.mark.slow
-def test_evaluate_leaves_the_pictures_and_what_they_say(digits, tmp_path, capsys):
+def test_evaluate_leaves_the_pictures_and_their_metadata(digits, tmp_path, capsys):
     run = tmp_path / "run"
     settings = [f"data.root={digits}", f"run_dir={run}", "data.reader=arrays"]
     assert train(config.load("configs/digits/random_weights-conv4.yaml", settings)) == 0

@@ -114,7 +114,7 @@ def every_step(step):
 
 
 class RecordedSinkhorn:
-    """Sinkhorn-Knopp as it is, which keeps what it was given and what it returned."""
+    """Sinkhorn-Knopp as it is, which keeps its results."""
 
     def __init__(self, monkeypatch):
         self.results, self.original = [], sinkhorn.sinkhorn_knopp

@@ -1,4 +1,4 @@
-"""What ranks show each other: states in mapped files, endings, and what is concluded from them."""
+"""What ranks share with each other: states in mapped files, exit reports, and what is concluded from them."""
 
 import json
 import os
@@ -40,14 +40,14 @@ def test_a_state_is_seen_by_others_at_once(logs):
     assert heartbeat.name(1).endswith(f"(pid {os.getpid()}) at step 7")
 
 
-def test_what_was_done_before_moving_to_the_file_is_kept(logs):
+def test_collectives_before_moving_to_the_file_are_kept(logs):
     state = RankState(RankInfo(1, 2))
     collective(state, "barrier")
     state.move_to(Heartbeat(logs, "s1", RankInfo(1, 2)).path(1), "s1")
     assert Heartbeat(logs, "s1", RankInfo(0, 2)).record(1)["collective"] == 1
 
 
-def test_an_exchange_that_fails_counts_as_not_ended(logs):
+def test_a_collective_that_fails_counts_as_not_ended(logs):
     (_, other), heartbeat = pair(logs)
     with pytest.raises(RuntimeError), other.collective("all_reduce"):
         raise RuntimeError
@@ -56,7 +56,7 @@ def test_an_exchange_that_fails_counts_as_not_ended(logs):
     assert heartbeat.record(1)["in_collective"] == 0
 
 
-def test_records_of_another_start_and_torn_ones_are_nobodys(logs):
+def test_records_of_another_start_and_torn_ones_are_ignored(logs):
     pair(logs, "old")
     heartbeat = Heartbeat(logs, "new", RankInfo(0, 2))
     assert heartbeat.record(1) is None and heartbeat.name(1) == "rank 1" and heartbeat.beats() == {}
@@ -65,13 +65,13 @@ def test_records_of_another_start_and_torn_ones_are_nobodys(logs):
     assert Heartbeat(logs, "new", RankInfo(0, 3)).record(2) is None
 
 
-def test_pulses_of_those_that_have_not_ended(logs):
+def test_beats_of_ranks_that_have_not_ended(logs):
     (_, other), heartbeat = pair(logs)
     assert heartbeat.beats() == {1: 0}
     other.beat()
     assert heartbeat.beats() == {1: 1}
     Heartbeat(logs, "s1", RankInfo(1, 2)).write_exit_report(other, "it broke", None, 1)
-    assert heartbeat.beats() == {}, "who has said that it ends is not silent"
+    assert heartbeat.beats() == {}, "a rank with an exit report is not silent"
 
 
 def test_a_rank_whose_process_has_ended_is_gone(logs):
@@ -89,17 +89,17 @@ def test_a_rank_whose_process_has_ended_is_gone(logs):
     process.wait()
     assert heartbeat.is_gone(1)
     other.record["machine"] = b"elsewhere"
-    assert not heartbeat.is_gone(1), "nobody can tell from another machine, even one of the same name"
+    assert not heartbeat.is_gone(1), "unknown of another machine, even one of the same name"
 
 
-def test_a_skipped_exchange_is_found_by_its_number(logs):
+def test_a_skipped_collective_is_named_by_its_number(logs):
     (own, other), heartbeat = pair(logs)
     for state in (own, other):
         for _ in range(9):
             collective(state, "all_reduce")
     assert heartbeat.disagreement(own) is None
     collective(own, "all_gather")
-    assert heartbeat.disagreement(own) is None, "the other may be on its way"
+    assert heartbeat.disagreement(own) is None, "the other may not have reached it yet"
     collective(other, "broadcast")
     message = heartbeat.disagreement(own)
     assert "number 10 was all_gather at test_heartbeat.py:" in message
@@ -109,7 +109,7 @@ def test_a_skipped_exchange_is_found_by_its_number(logs):
     assert "number 10" in heartbeat.disagreement(own), "one skipped before is still among the last"
 
 
-def test_endings(logs):
+def test_exit_reports(logs):
     (own, _), heartbeat = pair(logs)
     own.step = 4
     assert heartbeat.exit_report(0) is None
@@ -124,7 +124,7 @@ def test_endings(logs):
     assert json.loads(line)["cause"] == "it broke"
 
 
-def test_an_ending_that_cannot_be_written_hides_nothing(logs, capsys):
+def test_an_exit_report_that_cannot_be_written_hides_nothing(logs, capsys):
     (own, _), heartbeat = pair(logs)
     heartbeat.logs = logs / "gone"
     heartbeat.write_exit_report(own, "it broke", None, 1)
@@ -138,10 +138,10 @@ def test_phases(logs):
     assert (state.phase, state.bound) == ("", 0.0)
     with pytest.raises(OSError), state.phase_of("the save", 9.0):
         raise OSError
-    assert state.phase == "the save", "named in what is said of the error"
+    assert state.phase == "the save", "named in the message of the error"
 
 
-def test_endings_that_name_themselves_come_first(logs):
+def test_exit_reports_that_blame_no_other_rank_come_first(logs):
     rank_info = [RankInfo(rank, 4) for rank in range(4)]
     for rank, blamed in ((1, 2), (2, None), (3, 2)):
         Heartbeat(logs, "s1", rank_info[rank]).write_exit_report(RankState(rank_info[rank]), f"of {rank}", blamed, 1)

@@ -76,7 +76,7 @@ def test_a_search_chooses_on_the_held_out_part_and_tests_once(run, monkeypatch):
     monkeypatch.setattr(
         logistic,
         "run",
-        lambda a, b, options, album=None: (tests.append(b.metadata["split"]), original(a, b, options, album))[1],
+        lambda a, b, options, writer=None: (tests.append(b.metadata["split"]), original(a, b, options, writer))[1],
     )
     code, records = evaluate(run, ["logistic", "knn"], ["knn.k=[3]"], searched=[f"logistic.c={json.dumps(grid)}"])
     assert code == 0 and tests == [*["train[held out 10%]"] * len(grid), "test"]
@@ -96,7 +96,7 @@ def test_a_search_chooses_on_the_held_out_part_and_tests_once(run, monkeypatch):
     assert len(tests) == len(grid) + 1, "what is known is not measured again"
 
 
-def test_options_that_the_protocol_does_not_name_are_told_apart(run):
+def test_options_that_the_protocol_does_not_name_are_distinguished(run):
     _, records = evaluate(run, ["knn"], ["knn.k=[5]"], searched=["knn.memory_mb=[8,9]"], validation=0.5)
     stored = results.read(run / "results.json")
     assert len(records) == len(stored) == 2 * 3

@@ -20,7 +20,7 @@ ALL = {"alpha": 0.5, "beta": 2.0, "gamma": 0.3}
 
 
 class Backbone(nn.Module):
-    """A map of 4 channels and features of 3 numbers; BatchNorm, so that the images of other ranks are felt."""
+    """A map of 4 channels and features of 3 numbers; BatchNorm, so that the images of other ranks matter."""
 
     feature_dim, stages = 3, {"first": 4, "second": 9}
 
@@ -144,7 +144,7 @@ def test_draws_are_functions_of_seed_step_and_image():
 
 
 def test_gradients_that_cancel_keep_their_digits():
-    """Joint and marginal pairs weigh against each other; float32 is to be near float64 all the same."""
+    """The gradients of joint and marginal pairs nearly cancel; float32 must stay near float64 all the same."""
     torch.manual_seed(0)
     net = infomax.LocalNet(8, 4, 32)
     maps, y = torch.rand(16, 4, 32, 32), torch.rand(16, 1, 8) + 1e-2 * torch.rand(16, 2, 8)

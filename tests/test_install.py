@@ -38,7 +38,7 @@ class Machine:
         self.put_user(uid=0)
 
     def put_python(self, name="python3", version="3.11"):
-        """It makes environments with itself inside, notes what pip is told, and knows nothing else."""
+        """It makes environments with itself inside, records the arguments of pip, and does nothing else."""
         return script(
             self.bin / name,
             f"""\
@@ -82,7 +82,7 @@ class Machine:
         script(self.bin / "apt-get", f'echo "$(id) apt-get $*" >>{self.log}; touch {self.log} {touched}')
 
     def put_user(self, uid, sudo=None):
-        """Not root, with a sudo that lets through, one that refuses ("false") or none."""
+        """Not root, with a sudo that works, one that refuses ("false") or none."""
         script(self.bin / "id", f'echo "${{AS:-{uid}}}"')
         if sudo is not None:
             script(self.bin / "sudo", f'[ "$1" != -n ] || shift; {sudo} || exit 1; AS=0 "$@"')

@@ -1,4 +1,4 @@
-"""The rank's place from srun's environment, the site's file, the batch scripts."""
+"""The ranks' environment variables from srun's, the site's file, the batch scripts."""
 
 import argparse
 import signal
@@ -173,7 +173,7 @@ def test_script(tmp_path, time, minutes):
     assert lines[srun:].index('exit "$code"') > 0 and "--kill-on-bad-exit=0 --wait=30" in lines[srun]
 
 
-def test_the_plain_script_says_the_same(tmp_path):
+def test_the_plain_script_has_the_same_lines(tmp_path):
     plain = (ROOT / "slurm" / "train.sbatch").read_text()
     shared = setup_lines(Site()) + teardown_lines(3, tmp_path)
     for line in shared:

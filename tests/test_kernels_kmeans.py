@@ -154,7 +154,7 @@ def test_fewer_different_rows_than_clusters():
     assert distance == 0 and len({*labels.tolist()}) == 3
 
 
-def test_the_watchdog_hears_of_every_centre_and_iteration():
+def test_the_phase_changes_with_every_centre_and_iteration():
     """A phase that changes counts as progress, however long the whole takes."""
     world, phases_and_bounds = one_process(), []
     reduce, world.all_reduce_sum = (

@@ -142,7 +142,7 @@ def test_the_compiled_half_step_is_that_of_torch(monkeypatch, num_rows):
     assert torch.equal(half_steps[1][0], half_steps[2][0]) and torch.equal(half_steps[1][1], half_steps[2][1])
 
 
-def test_the_way_of_gpus_makes_the_same_labels(monkeypatch):
+def test_the_code_path_of_gpus_makes_the_same_labels(monkeypatch):
     x = logits(60, 9)
     _, result = run(x)
     monkeypatch.setattr(sinkhorn, "_by_loops", sinkhorn._by_blocks)
@@ -158,7 +158,7 @@ def test_the_scores_are_worked_on_in_place():
     assert scores.amax(1).eq(1).all() and scores.amax(0).eq(1).all()
 
 
-def test_the_watchdog_hears_of_every_ten_iterations():
+def test_the_phase_changes_every_ten_iterations():
     """A phase that changes counts as progress, however long the whole takes."""
     world, phases_and_bounds = one_process(), []
     reduce, world.all_reduce_sum = (

@@ -94,7 +94,7 @@ def test_what_is_refused(run, digits, tmp_path, capsys, arguments, words):
 
 
 def other_images(folder, digits):
-    """A conversion that told of other samples."""
+    """A conversion whose dataset.json has other checksums."""
     shutil.copytree(digits, folder)
     facts = json.loads((folder / "dataset.json").read_text())
     facts["splits"]["train"]["sha256"] = "0" * 64

@@ -1,4 +1,4 @@
-"""Labels from a CSV file: what is read, what is refused, and where a training meets them."""
+"""Labels from a CSV file: what is read, what is refused, and where a training uses them."""
 
 import numpy as np
 import pytest
@@ -41,14 +41,14 @@ def test_a_column_is_read_and_the_rest_is_unknown(tmp_path):
         ("image_id,label\n1,0\n1,0\n", "line 3: image 1 stands twice"),
     ],
 )
-def test_a_bad_file_is_told_by_line(text, fault, tmp_path):
+def test_a_bad_file_is_refused_with_its_line(text, fault, tmp_path):
     path = written(tmp_path / "labels.csv", text)
     with pytest.raises(UserError) as error:
         labels.read(path, 0, 5)
     assert fault in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_missing_file_or_column_is_told(tmp_path):
+def test_a_missing_file_or_column_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"nowhere.csv.*cannot be read: No such file"):
         labels.read(tmp_path / "nowhere.csv", 0, 5)
     path = written(tmp_path / "labels.csv", "image_id,label\n0,1\n")

@@ -215,7 +215,7 @@ sys.exit(0 if code in (2, 75) else code)
 
 @pytest.fixture
 def ranks(tmp_path):
-    """Starts scripts on a program without torch: it waits for a signal or ends with an exit code, as it is told."""
+    """Starts scripts on a program without torch: it waits for a signal or ends with an exit code, by its arguments."""
     (tmp_path / "ssl_dist").mkdir()
     (tmp_path / "ssl_dist" / "__main__.py").write_text(PROGRAM)
     processes = []

@@ -66,12 +66,12 @@ def test_a_mask_belongs_to_its_row_and_layer():
     with keyed_rows(KEYS):
         masks, other_masks = first(x), second(x)
     with keyed_rows(KEYS.flip(0)[:2]):
-        assert torch.equal(first(x[:2]), masks.flip(0)[:2]), "not a matter of the place in the batch"
+        assert torch.equal(first(x[:2]), masks.flip(0)[:2]), "whatever the position in the batch"
     assert not torch.equal(masks, other_masks) and not torch.equal(masks[0], masks[1])
-    assert torch.equal(first.eval()(x), x), "evaluation drops nothing, and needs no names"
+    assert torch.equal(first.eval()(x), x), "evaluation drops nothing, and needs no keys"
 
 
-def test_a_pass_without_names_is_a_mistake_of_the_program():
+def test_a_pass_without_keys_is_an_error_of_the_program():
     with pytest.raises(AssertionError, match="passes images inside"):
         KeyedDropout(0.5, 0)(torch.ones(2, 3))
 

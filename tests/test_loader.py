@@ -79,7 +79,7 @@ def test_shards_join_to_the_whole(grid):
             assert part.view_ids[0].tolist() == list(v)
 
 
-def test_a_resume_in_the_middle_sees_what_would_have_come():
+def test_a_resume_in_the_middle_gets_the_remaining_batches():
     whole = collect()
     for a, b in zip(whole[4:], collect(start=4), strict=True):
         assert torch.equal(a.views[0], b.views[0])

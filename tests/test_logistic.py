@@ -1,4 +1,4 @@
-"""Logistic regression against scikit-learn's optimum, and its honesty about convergence."""
+"""Logistic regression against scikit-learn's optimum, and what it reports of its convergence."""
 
 import logging
 from types import SimpleNamespace
@@ -153,7 +153,7 @@ def test_correlation_costs_few_passes():
     assert logistic.fit(correlated(500, dim=30), logistic.Options(c=100.0)).iterations < 80
 
 
-def test_the_gap_is_a_bound_and_an_early_end_is_loud(caplog):
+def test_the_gap_is_a_bound_and_an_early_end_is_reported(caplog):
     train = correlated(300)
     best = logistic.fit(train, logistic.Options(tolerance=1e-12)).objective
     for iterations in (1, 3, 6, 12):

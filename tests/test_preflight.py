@@ -1,4 +1,4 @@
-"""Ranks that do not belong together are refused before the first step, by all of them and said once."""
+"""Ranks that do not belong together are refused before the first step, by all of them and with one message."""
 
 import pytest
 
@@ -13,7 +13,7 @@ from tests.test_train import CONFIG, overrides
 
 
 def agreed(rank, size, data, run, second=(), broken=None):
-    """The name of the start, or what is said instead. `second` are overrides of the second rank."""
+    """The name of the start, or the message of the refusal. `second` are overrides of the second rank."""
     from ssl_dist.run import folder as run_folder
     from ssl_dist.storage import checkpoint
     from ssl_dist.train import preflight

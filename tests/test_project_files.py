@@ -38,7 +38,7 @@ def test_the_page_of_config_keys_is_current(capsys):
     assert page == capsys.readouterr().out, "run: ssl-dist keys --markdown > docs/config.md"
 
 
-def test_the_changelog_tells_of_this_version():
+def test_the_changelog_has_this_version():
     assert f"## {ssl_dist.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 

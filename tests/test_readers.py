@@ -260,7 +260,7 @@ def test_mistakes_are_named(own, tmp_path_factory):
     assert "colour" in refusal(own)
 
 
-def test_without_ffcv_the_remedy_is_said(odd, monkeypatch):
+def test_without_ffcv_the_remedy_is_named(odd, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "ffcv"]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "ffcv", None)

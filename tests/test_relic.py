@@ -261,7 +261,7 @@ def test_the_method_is_the_loop_over_pairs_of_views(loss, pairing, groups):
 
 
 def test_distinct_views_each_count_once_and_official_ones_do_not():
-    """The stated deviation: the authors' local views are the global ones again, so that a view meets itself."""
+    """The stated deviation: the authors' local views are the global ones again: a view is compared with itself."""
     counts = {}
     for pairing in ("distinct", "official"):
         method = make(((2, 4), (2, 2)), batchnorm=False, pairing=pairing)

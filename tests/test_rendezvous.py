@@ -48,7 +48,7 @@ def test_rank_0_that_does_not_come_is_named(port):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_wish_to_stop_is_heard_while_waiting(port, rank):
+def test_a_stop_request_ends_the_wait(port, rank):
     start = time.monotonic()
     with pytest.raises(StoppedWhileWaiting):
         rendezvous.join(RankInfo(rank, 2, rank, 2), CPU, lambda: time.monotonic() > start + 0.3)

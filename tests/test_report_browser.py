@@ -89,7 +89,7 @@ def test_the_browser_would_notice(browser, tmp_path):
 
 
 def test_a_real_run_from_training_to_page(browser, digits, tmp_path):
-    """What the loop, the evaluators and the album write is what the page reads."""
+    """What the loop, the evaluators and the FigureWriter write is what the page reads."""
     run = tmp_path / "run"
     place = [f"data.root={digits}", f"run_dir={run}", "data.reader=arrays"]
     length = ["optim.steps=40", "optim.epochs=null", "log.every_steps=1", "log.knn_every_epochs=1"]

@@ -222,7 +222,7 @@ def test_the_trainings_of_evaluators(tmp_path):
     assert [curve["name"] for curve in json.loads(loss["data-curves"])] == ["probe-0", "probe-1"]
 
 
-def test_damage_is_told(tmp_path, capsys):
+def test_damage_is_reported(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     lines = (run / "metrics.jsonl").read_text().splitlines()
     lines[3] = lines[3][:20]
@@ -292,7 +292,7 @@ def test_the_result_beside_a_published_one(tmp_path):
     assert re.search(r"61\.03\s*55\.00\s*probe_top1", page_of(run).text)
 
 
-def test_not_converged_is_said(tmp_path):
+def test_not_converged_is_reported(tmp_path):
     run = make_run(tmp_path / "run")
     results.add(run / "results.json", [record(run, name="logistic_converged", value=0.0)])
     assert re.search(r"logistic_converged\s*not converged", page_of(run).text)
@@ -322,7 +322,7 @@ def test_the_best_accuracy_of_several_is_bold(tmp_path):
     assert ">77.00<" in text and "<b>77.00</b>" not in text  # there is nothing to compare it with
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path):
+def test_runs_of_one_name_are_distinguished(tmp_path):
     folders = [make_run(tmp_path / name / "run", seed=seed) for seed, name in enumerate("ab")]
     text = page_of(*folders).text
     assert "a/run" in text and "b/run" in text and (tmp_path / "report.html").exists()

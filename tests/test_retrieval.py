@@ -16,7 +16,7 @@ from sklearn.metrics import average_precision_score
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators import retrieval
 from ssl_dist.storage.features import Features
-from tests.figure_writer import Sketchbook, drawn
+from tests.figure_writer import MemoryFigureWriter, drawn
 from tests.messages import naming
 
 # Directions with many equal cosines, and a row of zeros.
@@ -107,8 +107,8 @@ def test_of_collapsed_features_the_order_is_that_of_ids():
     assert (keys & retrieval._ROW_MASK).tolist() == [[i for i in range(7) if i != query] for query in range(7)]
 
 
-def test_the_nearest_are_told_apart_down_to_a_billionth():
-    """Cosines 1 - 2e-9 and 1: float32 holds neither apart."""
+def test_the_nearest_are_distinguished_down_to_a_billionth():
+    """Cosines 1 - 2e-9 and 1: float32 rounds both to 1."""
     train = part([[1, 6e-5, 0], [1, 0, 0], [0, 1, 0]], [0, 1, 0])
     assert retrieval.run(train, part([[1, 0, 0]], [1]), retrieval.Options(k=[1]))["retrieval_top1"] == 100
 
@@ -168,15 +168,15 @@ def test_what_is_refused():
 def test_the_pictures(gallery):
     train, test = (named(random_part(n, classes=3, seed=n), split) for n, split in ((90, "train"), (40, "test")))
     options = retrieval.Options(gallery=gallery, queries=6)
-    album = Sketchbook()
-    assert retrieval.run(train, test, options, album) == retrieval.run(train, test, options)
+    writer = MemoryFigureWriter()
+    assert retrieval.run(train, test, options, writer) == retrieval.run(train, test, options)
     prefix = "retrieval" if gallery == "train" else "retrieval-within"
-    assert list(album.pictures) == [f"{prefix}-confusion", f"{prefix}-classes", f"{prefix}-nearest"]
-    for figure, title, caption in album.pictures.values():
+    assert list(writer.pictures) == [f"{prefix}-confusion", f"{prefix}-classes", f"{prefix}-nearest"]
+    for figure, title, caption in writer.pictures.values():
         drawn(figure)
         assert title and "\n" not in caption
 
-    texts, shown = album.texts(f"{prefix}-nearest"), album.images_shown(f"{prefix}-nearest")
+    texts, shown = writer.texts(f"{prefix}-nearest"), writer.images_shown(f"{prefix}-nearest")
     searched = train if gallery == "train" else test
     order = np.concatenate([keys for _, keys in retrieval.rankings(test, searched, gallery == "test", 1 << 20)])
     order = (order & retrieval._ROW_MASK).astype(int)
@@ -188,7 +188,7 @@ def test_the_pictures(gallery):
     right = [int(searched.labels[order[query, 0]] == test.labels[query]) for (_, query), *_ in queries]
     assert right == [1, 1, 1, 0, 0, 0], "half of them are failures"
     assert [test.labels[query] for (_, query), *_ in queries] == [0, 1, 2] * 2, "evenly over the classes"
-    assert f"{len(searched)} images of shapes {gallery}" in album.pictures[f"{prefix}-nearest"][2]
+    assert f"{len(searched)} images of shapes {gallery}" in writer.pictures[f"{prefix}-nearest"][2]
     share = (searched.labels[order[:, 0]] == test.labels).mean() * 100
     assert f"nearest image of the same class ({share:.1f} % of queries)" in texts
     wrong = sum(searched.labels[i] != test.labels[query] for (_, query), *nearest in queries for _, i in nearest)

@@ -21,7 +21,7 @@ GRIDS = [Grid(1, 1), Grid(2, 1), Grid(3, 1)]
 
 
 class Backbone(nn.Module):
-    """Tells turns apart, and one image of the batch from another only by its BatchNorm."""
+    """Distinguishes turns, and one image of the batch from another only by its BatchNorm."""
 
     feature_dim = 6
 
@@ -116,7 +116,7 @@ def _compare(result, loss, upright, gradients, buffers):
 
 
 @pytest.mark.parametrize("module", [rotation, supervised])
-def test_dropout_knows_the_turns(module):
+def test_every_turn_has_a_dropout_mask_of_its_own(module):
     """Each turn of an image has a mask of its own, and any number of ranks has the same ones."""
     method = make(module, dropout=0.5, **({"rotation": True} if module is supervised else {}))
     one, three = (grids.run(method, grid, images(), labels=LABELS) for grid in (Grid(1, 1), Grid(3, 1)))

@@ -25,12 +25,12 @@ def make(**changes):
 
 
 def trained(run, **changes):
-    """Accept a config and leave a checkpoint behind, which binds the next one."""
+    """Accept a config and leave a checkpoint behind, which fixes the config of later starts."""
     run_folder.accept(run, make(**changes))
     (run / "checkpoints" / "step-00000001.pt").touch()
 
 
-def test_a_start_without_a_checkpoint_binds_nobody(tmp_path):
+def test_a_start_without_a_checkpoint_fixes_no_config(tmp_path):
     run_folder.claim(tmp_path)
     run_folder.accept(tmp_path, make())
     run_folder.accept(tmp_path, make(seed=1))
@@ -90,7 +90,7 @@ def test_a_scheduled_run_may_not_grow(tmp_path, scheduled):
         run_folder.accept(tmp_path, make(**scheduled, optim__epochs=4))
 
 
-def test_one_writer_at_a_time_and_the_lock_dies_with_its_owner(tmp_path):
+def test_one_writer_at_a_time_and_the_lock_ends_with_its_owner(tmp_path):
     code = (
         "import pathlib, sys; from ssl_dist.run import folder as run_folder\n"
         "run_folder.claim(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
@@ -129,7 +129,7 @@ def test_the_lock_is_one_that_nfs_keeps_between_machines(tmp_path):
     assert os.listdir(tmp_path / "logs") == ["starts.jsonl"]
 
 
-def test_the_owner_removes_what_a_killed_one_left(tmp_path):
+def test_the_owner_removes_leftovers_of_a_killed_one(tmp_path):
     os.close(run_folder.claim(tmp_path))
     leftovers = [".config.yaml.01234567.tmp", "checkpoints/.step-00000002.pt.89abcdef.tmp"]
     leftovers += ["checkpoints/step-00000002.pt.sha256"]

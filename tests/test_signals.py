@@ -47,7 +47,7 @@ def test_the_third_interrupt_ends_at_once_but_never_a_save(times, saving, code):
     assert (done.returncode, done.stdout) == (code, "True\n" if code == 0 else ""), done.stderr
 
 
-def test_the_program_may_ask_too():
+def test_the_program_may_request_a_stop_too():
     stop = StopRequest()
     stop.request()
     assert stop.requested

@@ -64,7 +64,7 @@ def test_stl10(tmp_path, no_checksums):
         assert file.labels.tolist() == (labels.tolist() if split != "unlabeled" else [-1] * 5)
 
 
-def test_without_a_download_the_remedy_is_said(tmp_path, monkeypatch):
+def test_without_a_download_the_remedy_is_named(tmp_path, monkeypatch):
     def unreachable(*_, **__):
         raise urllib.error.URLError("no network")
 

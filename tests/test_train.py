@@ -259,7 +259,7 @@ def damaged_in_rank_1(rank, size, data, run):
     return code, stdout.getvalue()
 
 
-def test_a_mistake_that_only_one_rank_meets_is_said_by_that_rank(digits, tmp_path):
+def test_an_error_on_one_rank_alone_is_reported_by_that_rank(digits, tmp_path):
     from ssl_dist.data.beton import Beton
     from ssl_dist.distributed.world import RankInfo
     from ssl_dist.run.blueprint import derive

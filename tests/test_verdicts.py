@@ -1,4 +1,4 @@
-"""Every illness is named with its numbers and a remedy, and healthy runs raise no alarm."""
+"""Every problem of a run is named with its numbers and a remedy, and healthy runs raise no alarm."""
 
 import math
 
@@ -101,7 +101,7 @@ def test_saturated_relation_head():
     assert few.level == "warning" and "after" not in few.words  # ten lines do not say since when
 
 
-def test_relation_head_that_guesses_or_says_one_thing():
+def test_relation_head_that_guesses_or_gives_one_answer():
     assert "guesses" in the_only_alarm(exact(50.2, 52.0, 48.4)).words
     assert "nearly every pair positive" in the_only_alarm(exact(51.5, 99.0, 4.0)).words
     assert "nearly every pair negative" in the_only_alarm(exact(51.5, 4.0, 99.0)).words

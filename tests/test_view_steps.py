@@ -321,7 +321,7 @@ def patch_group(num=5, side=64, jitter=8, **recipe):
 
 
 def test_patches_of_an_image_are_cells_of_one_picture_chosen_without_replacement():
-    """View ids count through the groups; the picture hangs on the image and the group, the patch on the view."""
+    """View ids count through the groups; the picture depends on the image and the group, the patch on the view."""
     groups = [group_of(num=2), patch_group(9, 64, 0, random_resized_crop={}, color_jitter={}, horizontal_flip=0.5)]
     _, spec = views.view_specs(groups, 11, 20)
     cells = set()

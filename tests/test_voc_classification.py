@@ -102,7 +102,7 @@ def test_perfect_features_are_100(problem):
 
 
 @pytest.mark.filterwarnings("ignore:Liblinear failed to converge")
-def test_iterations_that_do_not_suffice_are_told(problem):
+def test_iterations_that_do_not_suffice_are_reported(problem):
     options = classification.Options(costs=[10.0], max_iter=1)
     assert classification.evaluate(*problem, options, 1)["voc_classification_converged"] == 0.0
 
@@ -235,7 +235,7 @@ def test_what_the_command_refuses(voc, weights, tmp_path, capsys, monkeypatch):
     assert "one process" in refused()
 
 
-def test_what_an_exported_file_tells(tmp_path):
+def test_the_metadata_of_an_exported_file(tmp_path):
     """Its backbone, method, step and constants. Damaged metadata are refused; others get ImageNet's constants."""
     tensors = {name: t.contiguous() for name, t in backbones.build("resnet8").state_dict().items()}
     metadata = {"backbone": "resnet8", "method": "relational", "checkpoint": "ab" * 32, "step": "40",

@@ -70,7 +70,7 @@ def test_several_folders_are_joined(voc, tmp_path):
     assert "twice" in refusal(read_split, [voc, voc], "Main", "trainval")
 
 
-def test_the_digest_tells_images_and_truth(voc, tmp_path):
+def test_the_digests_of_images_and_of_annotations(voc, tmp_path):
     again = voc_folder(tmp_path / "again")
     first, second = (read_split([root], "Main", "test") for root in (voc, again))
     assert first.digest() == second.digest() == first.digest()

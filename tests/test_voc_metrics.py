@@ -47,7 +47,8 @@ def slow_iou(a, b):
 
 
 def slow_detection_ap(detections, true, threshold):
-    """VOCevaldet.m for one class. detections: (image, score, box), in the order of images; true: (image, box, difficult)."""
+    """VOCevaldet.m for one class. detections: (image, score, box), in the order of images;
+    true: (image, box, difficult)."""
     hits, taken = [], set()
     for image, _, box in sorted(detections, key=lambda one: -one[1]):  # stable
         best, which = -1.0, None

@@ -1,4 +1,4 @@
-"""The clock of one rank, in real processes. Faults among several ranks: test_faults.py."""
+"""The watchdog of one rank, in real processes. Faults among several ranks: test_faults.py."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def ending(folder):
     return json.loads((folder / "error-0.json").read_text())
 
 
-def test_a_rank_without_progress_ends_and_says_where_it_is(tmp_path):
+def test_a_rank_without_progress_ends_and_reports_where_it_is(tmp_path):
     code, _, err = ended(start(tmp_path, "time.sleep(60)"))
     assert code == 1
     [line] = err.splitlines()
@@ -132,14 +132,14 @@ def test_a_suspended_process_has_not_hung(tmp_path):
         ("raise Fault('rank 0 on x at step 3: broken')", 1, "rank 0 on x at step 3: broken", "Fault"),
     ],
 )
-def test_what_ends_a_rank_is_left_for_the_others(tmp_path, body, code, cause, shown):
+def test_the_exit_report_is_left_for_the_others(tmp_path, body, code, cause, shown):
     returned, _, err = ended(start(tmp_path, body))
     assert returned == 1 and shown in err
     assert (ending(tmp_path)["cause"], ending(tmp_path)["code"], ending(tmp_path)["behind"]) == (cause, code, None)
     assert cause in (tmp_path / "rank-0.log").read_text()
 
 
-def test_ranks_hear_that_their_launcher_died(tmp_path):
+def test_ranks_notice_that_their_launcher_died(tmp_path):
     launcher = """
     import os, subprocess, sys
     os.environ["TORCHELASTIC_RUN_ID"] = "x"

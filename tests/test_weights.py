@@ -105,7 +105,7 @@ def test_files_of_the_official_codes(net, tmp_path):
     assert (out - eval_out).abs().max() <= 1e-9 * eval_out.abs().max()
 
 
-def test_the_form_is_told_and_what_was_left(tmp_path):
+def test_the_form_and_the_unused_tensors_are_named(tmp_path):
     tensors = backbones.build("resnet18").state_dict()
     path = tmp_path / "model.pth"
 
@@ -371,7 +371,7 @@ def test_weights_of_others_are_evaluated_through_a_run_that_does_not_train(offic
     assert json.loads((run / "logs" / "starts.jsonl").read_text())["config"]["backbone"]["weights"] == str(path)
 
 
-def test_explain_tells_what_the_file_holds(official, digits, tmp_path):
+def test_explain_names_what_the_file_holds(official, digits, tmp_path):
     from ssl_dist.train.explain import explain
 
     text = explain(settings(digits, tmp_path / "run", "optim.steps=1", f"backbone.weights={official[0]}"), 1, None)

@@ -108,7 +108,7 @@ def sums(rank, size):
     return total.item(), x.grad.item(), reduced.item(), flags, shares, world.on_rank0(lambda: rank), failed
 
 
-def test_exchanges(tmp_path):
+def test_collectives(tmp_path):
     answers = ranks.run(sums, 2, tmp_path)
     assert [a[:4] for a in answers] == [(3.0, 5.0, 6.0, [True, False])] * 2
     assert [a[4] for a in answers] == [(0, 3), (3, 7)]
