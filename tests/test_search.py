@@ -15,8 +15,8 @@ def test_every_combination_once_the_last_option_fastest():
     ]  # fmt: skip
     assert all(candidate.options.precision == "fp64" for candidate in spaces["knn"].candidates)
     assert [candidate.options.c for candidate in spaces["logistic"].candidates] == [0.1, 1.0, 10.0]
-    assert str(spaces["knn"].candidates[1]) == "knn.k=[1] knn.temperature=[0.5]"
-    assert str(spaces["logistic"]) == "logistic.c=[0.1, 1, 10]"
+    assert spaces["knn"].candidates[1].words == "knn.k=[1] knn.temperature=[0.5]"
+    assert spaces["logistic"].words == "logistic.c=[0.1, 1, 10]"
     assert search.search_spaces(["knn"], [], []) == {}
 
 

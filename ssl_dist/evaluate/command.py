@@ -195,14 +195,14 @@ def evaluate(
 
 def _search(whole: EvalContext, part: EvalContext, name: str, space: search.SearchSpace) -> list[dict]:
     """The records of every combination on the held-out part, and those of the best one on the test split."""
-    tries = [_measure(part, name, each.options, f"one of a search: {each}") for each in space.candidates]
+    tries = [_measure(part, name, each.options, f"one of a search: {each.words}") for each in space.candidates]
     values = [{record["name"]: record["value"] for record in records} for records in tries]
     index = whole.world.raise_together(lambda: search.best_index(values))
     best, score = space.candidates[index], search.top1(values[index])
     _print_on_rank0(
-        whole.world, f"{name}: {best} has the highest top-1 of {len(tries)} on {part.held_out}, {score:.2f}"
+        whole.world, f"{name}: {best.words} has the highest top-1 of {len(tries)} on {part.held_out}, {score:.2f}"
     )
-    remark = f"{best} chosen of {space} by top-1 on {part.held_out}"
+    remark = f"{best.words} chosen of {space.words} by top-1 on {part.held_out}"
     return [*itertools.chain(*tries), *_measure(whole, name, best.options, remark)]
 
 
@@ -214,7 +214,9 @@ def _measure(context: EvalContext, name: str, options: Section, remark: str | No
     world, evaluator, path = context.world, evaluators.find(name), context.run / "results.json"
     protocol = world.on_rank0(lambda: _protocol(context, evaluator, options, remark))  # it may read a file
     metadata, tree = context.metadata, to_tree(options)
-    recorded = world.on_rank0(lambda: [r for r in results.read(path) if _is_same(r, protocol, tree, metadata)])
+    same: dict[str, object] = {key: metadata[key] for key in ("dataset", "split", "data", "checkpoint")}
+    same |= {"protocol": protocol, "options": tree}
+    recorded = world.on_rank0(lambda: [record for record in results.read(path) if record | same == record])
     if recorded:
         if not world.on_rank0(lambda: _lacks_pictures(context, name, evaluator)):
             _print_on_rank0(world, f"{name}: in {path} already")
@@ -236,12 +238,6 @@ def _protocol(context: EvalContext, evaluator: Evaluator, options: Section, rema
     if context.held_out is not None and methods.find(context.encoder.config.method.name).needs_labels:
         parts.append("the encoder may have been trained on these labels")
     return "; ".join([*parts, *([remark] if remark else [])])
-
-
-def _is_same(record: dict, protocol: str, options: dict, metadata: dict[str, str]) -> bool:
-    """Whether the record is of the same measurement."""
-    same = all(record[key] == metadata[key] for key in ("dataset", "split", "data", "checkpoint"))
-    return same and record["protocol"] == protocol and record["options"] == options
 
 
 def _lacks_pictures(context: EvalContext, name: str, evaluator: Evaluator) -> bool:

@@ -8,7 +8,7 @@ test split, once.
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ssl_dist import evaluators
 from ssl_dist.config import Section
@@ -17,30 +17,22 @@ from ssl_dist.errors import UserError
 DEFAULT_SHARE = 0.1  # of the training images that are held out, unless --validation says otherwise
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One combination: all options of the evaluator, and those that are searched over, as evaluator.option: value."""
+class Candidate(NamedTuple):
+    """One combination in words, evaluator.option=value, and all options of the evaluator."""
 
+    words: str
     options: Section
-    values: dict[str, object]
-
-    def __str__(self) -> str:
-        return _assignments(self.values)
 
 
-@dataclass(frozen=True)
-class SearchSpace:
-    """An evaluator's combinations. axes: evaluator.option: the values to try."""
+class SearchSpace(NamedTuple):
+    """An evaluator's combinations; in words, evaluator.option=[value, value]."""
 
-    axes: dict[str, list]
+    words: str
     candidates: list[Candidate]
 
-    def __str__(self) -> str:
-        return _assignments(self.axes)
 
-
-def _assignments(values: Mapping[str, object]) -> str:
-    return " ".join(f"{key}={_as_yaml(value)}" for key, value in values.items())
+def _assignments(evaluator: str, values: Mapping[str, object]) -> str:
+    return " ".join(f"{evaluator}.{option}={_as_yaml(value)}" for option, value in values.items())
 
 
 def _as_yaml(value: object) -> str:
@@ -84,8 +76,8 @@ def _search_space(name: str, tree: dict, axes: dict[str, list]) -> SearchSpace:
     for combination in itertools.product(*axes.values()):
         searched = dict(zip(axes, combination, strict=True))
         options = evaluators.build_options(name, tree | searched)
-        candidates.append(Candidate(options, {f"{name}.{option}": value for option, value in searched.items()}))
-    return SearchSpace({f"{name}.{option}": values for option, values in axes.items()}, candidates)
+        candidates.append(Candidate(_assignments(name, searched), options))
+    return SearchSpace(_assignments(name, axes), candidates)
 
 
 def best_index(candidate_values: Sequence[dict[str, float]]) -> int:

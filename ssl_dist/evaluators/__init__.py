@@ -18,13 +18,6 @@ if TYPE_CHECKING:
     from ssl_dist.transfer.subject import EvalContext
 
 OptionsT = TypeVar("OptionsT", bound=Section)
-InputT = TypeVar("InputT", bound=Section, contravariant=True)
-
-
-@runtime_checkable
-class _Describing(Protocol[InputT]):
-    def protocol(self, options: InputT) -> str:
-        """The sentence that results.json keeps beside every number: how it was measured."""
 
 
 class FeatureEvaluator(Protocol[OptionsT]):
@@ -50,10 +43,13 @@ class FeatureEvaluator(Protocol[OptionsT]):
 
 
 @runtime_checkable
-class ImageEvaluator(_Describing[OptionsT], Protocol[OptionsT]):
+class ImageEvaluator(Protocol[OptionsT]):
     """A module that works on images, on all ranks together. Options: as those of a `FeatureEvaluator`."""
 
     Options: type[OptionsT]
+
+    def protocol(self, options: OptionsT) -> str:
+        """The sentence that results.json keeps beside every number: how it was measured."""
 
     def measure(self, context: "EvalContext", options: OptionsT) -> dict[str, float]:
         """Values by name, as those of `FeatureEvaluator.run`. Every rank calls it and returns the same.
@@ -113,6 +109,6 @@ def draws(evaluator: Evaluator) -> bool:
 
 def protocol(evaluator: Evaluator, options: Section) -> str:
     """The sentence that says how the evaluator measures with these options."""
-    if isinstance(evaluator, _Describing):
+    if hasattr(evaluator, "protocol"):
         return evaluator.protocol(options)
     return evaluator.PROTOCOL.format(**options.model_dump())

@@ -24,7 +24,7 @@ from torch import Tensor
 from ssl_dist.config import NonNegativeInt, PositiveInt, Section
 from ssl_dist.data import labels as labels_file
 from ssl_dist.distributed.world import one_process
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, refuse_unreadable
 from ssl_dist.kernels.kmeans import kmeans
 from ssl_dist.keys import EVALUATION, ORDER, hash64, permutation
 from ssl_dist.results.confusion import class_names
@@ -51,7 +51,8 @@ def protocol(options: Options) -> str:
     """The sentence that says how was measured. A file of labels is named with the start of its SHA-256."""
     scores = "NMI, AMI and ARI as scikit-learn's; majority vote and Hungarian matching with the labels of the split"
     if options.labels is not None:
-        digest = hashlib.sha256(_file_bytes(Path(options.labels))).hexdigest()[:12]
+        with refuse_unreadable(f"clusters.labels = {options.labels!r}"):
+            digest = hashlib.sha256(Path(options.labels).read_bytes()).hexdigest()[:12]
         return f"labels of training images, column {options.column} of {options.labels} ({digest}): {scores}"
     number = "as many clusters as classes" if options.number is None else f"{options.number} clusters"
     rows = "L2-normalised features" if options.normalize else "features as they are"
@@ -117,13 +118,6 @@ def contingency(labels_N: np.ndarray, clusters_N: np.ndarray) -> np.ndarray:
 
 def _named(prefix: str, values: dict[str, float]) -> dict[str, float]:
     return {prefix + name: value for name, value in values.items()}
-
-
-def _file_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"clusters.labels = {str(path)!r}: cannot be read: {error.strerror}") from None
 
 
 # -------------------------------------------------------------------------------------------------- k-means

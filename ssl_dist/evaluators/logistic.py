@@ -209,18 +209,21 @@ def _ranges(part: Features, num_classes: int, memory: int) -> Iterator[tuple[int
         yield start, min(start + step, len(part))
 
 
+def _logit_blocks(fitted: Fit, part: Features, memory: int) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of each block, and their logits."""
+    for start, stop in _ranges(part, len(fitted.labels), memory):
+        rows_RE = _standardised(part, start, stop, fitted.mean, fitted.scale)
+        yield slice(start, stop), rows_RE @ fitted.weights.T
+
+
 def _accuracies(fitted: Fit, part: Features, memory: int) -> tuple[float, float]:
     """Top-1 and top-5 in percent."""
     index_of = {int(label): i for i, label in enumerate(fitted.labels)}
     target_N = torch.tensor([index_of.get(label, -1) for label in part.labels.tolist()])
-    return top1_and_top5(
-        (_standardised(part, start, stop, fitted.mean, fitted.scale) @ fitted.weights.T, target_N[start:stop])
-        for start, stop in _ranges(part, len(fitted.labels), memory)
-    )
+    return top1_and_top5((logits_RC, target_N[rows]) for rows, logits_RC in _logit_blocks(fitted, part, memory))
 
 
 def _predicted(fitted: Fit, part: Features, memory: int) -> np.ndarray:
     """The label of every row, int64 [N]; of equal logits the lower."""
-    blocks = _ranges(part, len(fitted.labels), memory)
-    logits = (_standardised(part, *block, fitted.mean, fitted.scale) @ fitted.weights.T for block in blocks)
-    return fitted.labels.numpy()[np.concatenate([logits_RC.numpy().argmax(1) for logits_RC in logits])]
+    best = [logits_RC.numpy().argmax(1) for _, logits_RC in _logit_blocks(fitted, part, memory)]
+    return fitted.labels.numpy()[np.concatenate(best)]

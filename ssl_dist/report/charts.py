@@ -13,6 +13,14 @@ from ssl_dist.train import online_knn
 FIRST = ("loss", "accuracy", online_knn.NAME, "feature_std", "effective_rank", "lr", "images_per_s", "data_wait")
 _COMMON = FIRST[2:]  # mean the same whatever the method; the others are drawn method by method
 _UNPLOTTED = {"step", "epoch", "views_per_s", "seconds_per_step"}  # the axis, and multiples of images_per_s
+# Of metrics whose axis begins at 0: title, unit, and the value and name of a limit.
+_FROM_ZERO: dict[str, tuple[str, str, tuple[float, str] | None]] = {
+    "lr": ("learning rate", "", None),
+    "feature_std": ("feature_std", "1: isotropic", (verdicts.COLLAPSED_STD, "collapsed below")),
+    "effective_rank": ("effective rank", "directions", (verdicts.COLLAPSED_RANK, "collapsed below")),
+    "images_per_s": ("throughput", "images/s", None),
+    "data_wait": ("waiting for images", "% of the time", (100 * verdicts.SLOW_WAIT, "slow above")),
+}
 
 
 def charts(run: Run) -> Markup:
@@ -56,21 +64,9 @@ def _charts(key: str, runs: Sequence[Run], named: bool) -> list[Markup]:
 
 
 def _chart(key: str, curves: Sequence[Curve], suffix: str, named: bool) -> Markup:
-    match key:
-        case "lr":
-            return chart("learning rate", "", curves, named, from_zero=True)
-        case "feature_std":
-            return chart(key, "1: isotropic", curves, named, True, (verdicts.COLLAPSED_STD, "collapsed below"))
-        case "effective_rank":
-            return chart(
-                "effective rank", "directions", curves, named, True, (verdicts.COLLAPSED_RANK, "collapsed below")
-            )
-        case "images_per_s":
-            return chart("throughput", "images/s", curves, named, from_zero=True)
-        case "data_wait":
-            return chart(
-                "waiting for images", "% of the time", curves, named, True, (100 * verdicts.SLOW_WAIT, "slow above")
-            )
+    if key in _FROM_ZERO:
+        title, unit, limit = _FROM_ZERO[key]
+        return chart(title, unit, curves, named, True, limit)
     unit = "%" if key.startswith("accuracy") else "% of held-out images" if key == online_knn.NAME else ""
     return chart(_words(key) + suffix, unit, curves, named)
 

@@ -158,14 +158,12 @@ def points(xy_N2: np.ndarray, labels_N: np.ndarray, names: Sequence[str], axis_n
         axes.scatter(
             own[:, 0], own[:, 1], s=11, c=color, marker=shape, linewidths=0, alpha=0.65, label=_short(names[label])
         )
-    axes.set(xlabel=axis_names[0], ylabel=axis_names[1])
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
+    axes.set_xlabel(axis_names[0], color=INK)
+    axes.set_ylabel(axis_names[1], color=INK)
     axes.tick_params(labelsize=8, labelcolor=GREY, color=PALE)
     axes.set_aspect("equal", adjustable="datalim")
     if not any(axis_names):  # a map without units
-        axes.set_xticks([])
-        axes.set_yticks([])
+        axes.set(xticks=[], yticks=[])
         axes.spines[:].set(visible=True, color=PALE)
     if named:
         legend = figure.legend(
@@ -201,8 +199,7 @@ def image_map(
             red_green_blue = to_rgb(PALETTE[int(np.searchsorted(present, label))])
             page[top + 1 : top + side + 5, left + 1 : left + side + 5] = np.array(red_green_blue) * 255
         page[top + frame : top + frame + side, left + frame : left + frame + side] = image
-    figure = Figure(figsize=(9, 9 * rows / columns + 0.4), dpi=120)
-    figure.set_layout_engine("constrained")
+    figure = Figure(figsize=(9, 9 * rows / columns + 0.4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(page, interpolation="antialiased")
     axes.set_axis_off()
@@ -214,8 +211,7 @@ def image_map(
 
 
 def _plot(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), dpi=120)
-    figure.set_layout_engine("constrained")
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
@@ -227,8 +223,7 @@ def _add_image(figure: Figure, image: np.ndarray, left: float, top: float, size:
     width, height = figure.get_size_inches()
     axes = figure.add_axes((left / width, (top - 0.92 * size) / height, side / width, side / height))
     axes.imshow(image, interpolation="nearest" if len(image) < 120 * size else "antialiased", aspect="auto")
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     return axes
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ssl_dist.config import Normalize
 from ssl_dist.data.pillow import CONVERTIBLE_MODES, DAMAGED_IMAGE_ERRORS, reason_of
-from ssl_dist.errors import UserError, did_you_mean
+from ssl_dist.errors import UserError, did_you_mean, refuse_unreadable
 
 CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -227,10 +227,8 @@ def _text(path: Path) -> str:
 
 
 def _bytes(path: Path) -> bytes:
-    try:
+    with refuse_unreadable(path):
         return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _picture(path: Path) -> Image.Image:

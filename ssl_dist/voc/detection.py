@@ -23,6 +23,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 
 from ssl_dist.config import NonNegativeInt, PositiveFloat, PositiveInt, Probability
+from ssl_dist.data.plan import limited
 from ssl_dist.errors import UserError
 from ssl_dist.keys import TRANSFER, VIEWS, hash64, uniforms
 from ssl_dist.progress import Progress
@@ -131,7 +132,7 @@ def augmented(sample: Sample, key: np.uint64, options: Options) -> tuple[Tensor,
 def evaluate(model: nn.Module, test: Split, device: torch.device, pool: Executor) -> tuple[dict[str, float], Figure]:
     """Every image of the test split once, one at a time, at its own proportions. Values in percent, and a picture."""
     model.eval()
-    detections, rows, shown = Detections(len(CLASSES)), set(pictures.rows_to_draw(len(test))), []
+    detections, rows, shown = Detections(len(CLASSES)), set(limited(len(test), pictures.MAX_IMAGES)), []
 
     with Progress(f"detection {test.title}", len(test), "image") as counter, torch.inference_mode():
         for index, [image] in enumerate(read_ahead(pool, Sample.image, ((sample,) for sample in test.samples), 1)):

@@ -24,12 +24,6 @@ MASKS_CAPTION = (
 )
 
 
-def rows_to_draw(num_images: int) -> list[int]:
-    """Rows of the split whose images are drawn: evenly spaced."""
-    count = min(MAX_IMAGES, num_images)
-    return [i * num_images // count for i in range(count)]
-
-
 def boxes(shown: Sequence[tuple[Image.Image, Objects, np.ndarray, np.ndarray, np.ndarray]]) -> Figure:
     """For every image what is there, and the boxes, labels and scores found."""
     rows = -(-len(shown) // COLUMNS)

@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from torchvision.models.segmentation.fcn import FCN, FCNHead
 
 from ssl_dist.config import Normalize, PositiveFloat, PositiveInt, Probability
+from ssl_dist.data.plan import limited
 from ssl_dist.errors import UserError
 from ssl_dist.keys import TRANSFER, VIEWS, hash64, uniforms
 from ssl_dist.nn.backbone import Backbone
@@ -131,7 +132,7 @@ def evaluate(
     """Every image of the test split once, whole: values in percent, means over the classes that occur; a picture."""
     model.eval()
     total = np.zeros((len(NAMES), len(NAMES)), np.int64)
-    rows, shown = set(pictures.rows_to_draw(len(test))), []
+    rows, shown = set(limited(len(test), pictures.MAX_IMAGES)), []
 
     def load(sample: Sample) -> tuple[Image.Image, np.ndarray]:
         image = sample.image()
