@@ -36,12 +36,12 @@ def test_one_rank_equals_torch(shape, channels_last):
         x = x.to(memory_format=torch.channels_last)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     weight = torch.randn(shape, dtype=torch.float64)
-    expected, got = theirs(a), ours(b)
+    expected, actual = theirs(a), ours(b)
     # Torch computes x scale + offset: with a mean of 33 std, it loses as many units itself.
-    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-    assert got.stride() == expected.stride()
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    assert actual.stride() == expected.stride()
     (expected * weight).sum().backward()
-    (got * weight).sum().backward()
+    (actual * weight).sum().backward()
     torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-10)
     for p, q in zip(theirs.parameters(), ours.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-10)
@@ -85,10 +85,10 @@ def test_float32_is_float64_rounded(layout, centre):
     x, grad, layer = make(layout, torch.float32, centre)
     ours = step(SyncBatchNorm(copy.deepcopy(layer), alone), x, grad)
     theirs = step(copy.deepcopy(layer).double(), x.double(), grad.double())
-    for got, expected in zip(ours, theirs, strict=True):
-        assert got.dtype == torch.float32
+    for actual, expected in zip(ours, theirs, strict=True):
+        assert actual.dtype == torch.float32
         # 1e-7 is one rounding to float32. At 1e4, float64's reference is itself 1e4 of its units off.
-        torch.testing.assert_close(got.double(), expected, rtol=1e-7, atol=1e-7 if centre < 1e3 else 1e-6)
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-7, atol=1e-7 if centre < 1e3 else 1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "accuracy"), [(torch.float32, 1.2e-7), (torch.float64, 1e-13)], ids=str)
@@ -107,19 +107,19 @@ def test_the_split_over_ranks_does_not_show(layout, dtype, accuracy, centre):
 
         everything = thread_world.run(rank, Grid(len(bounds) - 1, 1))
         for theirs, _ in everything:
-            for got, expected in zip(theirs, moments, strict=True):
-                torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
+            for actual, expected in zip(theirs, moments, strict=True):
+                torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
         parts = list(zip(*(results for _, results in everything), strict=True))
         # Per unit of the mean in std, float64 loses one of its units.
         close = {"rtol": accuracy, "atol": accuracy * (1 + centre) if dtype == torch.float64 else accuracy}
         torch.testing.assert_close(torch.cat(parts[0]), y, **close)
         torch.testing.assert_close(torch.cat(parts[1]), grad_x, **close)
         size = len(grad.movedim(1, -1).flatten(0, -2)) ** 0.5  # of a sum of numbers of size 1
-        for got, expected in ((sum(parts[2]), grad_weight), (sum(parts[3]), grad_bias)):
-            torch.testing.assert_close(got, expected, rtol=2 * accuracy, atol=2 * close["atol"] * size)
+        for actual, expected in ((sum(parts[2]), grad_weight), (sum(parts[3]), grad_bias)):
+            torch.testing.assert_close(actual, expected, rtol=2 * accuracy, atol=2 * close["atol"] * size)
         for theirs, expected in zip(parts[4:], running, strict=True):
-            for got in theirs:
-                torch.testing.assert_close(got, expected, rtol=accuracy, atol=accuracy)
+            for actual in theirs:
+                torch.testing.assert_close(actual, expected, rtol=accuracy, atol=accuracy)
 
 
 def test_what_is_reduced_is_float64_and_a_step_is_reproducible():

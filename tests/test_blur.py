@@ -45,9 +45,9 @@ def test_torchvisions_blur_up_to_rare_single_levels(kernel, kind):
     for seed in range(20):
         size, sigma = (32, 41, 96, 10)[seed % 4], float(np.random.default_rng(seed).uniform(0.1, 2.0))
         image = kind(seed, size, size)
-        got, expected = blurred(image, sigma, kernel), planes(blur(Image.fromarray(image), kernel, sigma))
-        assert distance(got, expected) <= 1
-        differing, count = differing + np.count_nonzero(got != expected), count + got.size
+        actual, expected = blurred(image, sigma, kernel), planes(blur(Image.fromarray(image), kernel, sigma))
+        assert distance(actual, expected) <= 1
+        differing, count = differing + np.count_nonzero(actual != expected), count + actual.size
     assert differing <= 1e-4 * count
 
 

@@ -40,18 +40,18 @@ def halves(run, share, ids=None):
     """Features of the held-out part and of the rest, by what is documented."""
     whole = read_features(run / "features" / "digits-train.safetensors")
     ids = whole.image_ids if ids is None else ids
-    held = plan.held_out(ids, whole.labels[ids], share, seed=0)
-    return whole.subset(held, "held"), whole.subset(np.setdiff1d(ids, held))
+    held_out_ids = plan.held_out(ids, whole.labels[ids], share, seed=0)
+    return whole.subset(held_out_ids, "held"), whole.subset(np.setdiff1d(ids, held_out_ids))
 
 
 def test_validation_measures_a_part_of_the_training_split(run):
-    held, rest = halves(run, 0.25)
+    validation, rest = halves(run, 0.25)
     code, records = evaluate(run, ["knn", "logistic"], ["knn.k=[5]"], validation=0.25)
     assert code == 0 and {record["split"] for record in records} == {"train[held out 25%]"}
-    expected = knn.run(rest, held, knn.Options(k=[5])) | logistic.run(rest, held, logistic.Options())
+    expected = knn.run(rest, validation, knn.Options(k=[5])) | logistic.run(rest, validation, logistic.Options())
     assert values(records, "train[held out 25%]") == expected
     assert results.read(run / "results.json") == records
-    assert {record["data"] for record in records} == {held.metadata["data"]}
+    assert {record["data"] for record in records} == {validation.metadata["data"]}
 
 
 def test_validation_leaves_the_test_split_alone(digits, tmp_path, monkeypatch):
@@ -66,10 +66,10 @@ def test_validation_leaves_the_test_split_alone(digits, tmp_path, monkeypatch):
 
 
 def test_a_search_chooses_on_the_held_out_part_and_tests_once(run, monkeypatch):
-    held, rest = halves(run, 0.1)
+    validation, rest = halves(run, 0.1)
     train, test = (read_features(run / "features" / f"digits-{split}.safetensors") for split in ("train", "test"))
     grid = [0.003, 0.03, 3.0, 30.0]
-    tried = [logistic.run(rest, held, logistic.Options(c=c))["logistic_top1"] for c in grid]
+    tried = [logistic.run(rest, validation, logistic.Options(c=c))["logistic_top1"] for c in grid]
     best = grid[tried.index(max(tried))]
     tests = []
     original = logistic.run
@@ -115,9 +115,12 @@ def test_subsets(run, tmp_path):
     swapped = np.sort(np.append(ids[1:], np.setdiff1d(train.image_ids, ids)[0]))
     _, of_another_list = evaluate(run, ["knn"], ["knn.k=[5]", f"data.subset={_list(tmp_path / 'a.txt', swapped)}"])
     assert of_another_list[0]["protocol"] != of_a_list[0]["protocol"], "another file of the same name"
-    held, rest = halves(run, 0.1, ids)
+    validation, rest = halves(run, 0.1, ids)
     _, records = evaluate(run, ["knn"], ["knn.k=[5]", "data.subset={per_class: 20, start: 5}"], validation=0.1)
-    assert values(records, "train[held out 10%]") == knn.run(rest, held, knn.Options(k=[5])) and len(held) == 20
+    assert (
+        values(records, "train[held out 10%]") == knn.run(rest, validation, knn.Options(k=[5]))
+        and len(validation) == 20
+    )
 
 
 def _list(path, ids):
@@ -133,11 +136,11 @@ def test_a_probe_is_searched_over_like_the_others(run):
     tops = [record for record in records if record["name"] == "probe_top1"]
     assert [record["split"] for record in tops] == ["train[held out 20%]"] * 2 + ["test"]
     assert tops[0]["value"] < tops[1]["value"] and tops[2]["options"]["lr"] == 0.05
-    held, rest = halves(run, 0.2)
+    validation, rest = halves(run, 0.2)
     learnt = {tuple(map(int, path.read_text().split())) for path in run.glob("evaluations/*/train_ids.txt")}
     assert learnt == {tuple(rest.image_ids)}
     assert len(list((run / "evaluations").iterdir())) == 3
-    assert tops[0]["value"] * len(held) / 100 == pytest.approx(round(tops[0]["value"] * len(held) / 100))
+    assert tops[0]["value"] * len(validation) / 100 == pytest.approx(round(tops[0]["value"] * len(validation) / 100))
     _, alone = evaluate(run, ["probe"], [*chosen, "probe.lr=0.05"])
     assert alone[0]["value"] == tops[2]["value"] and probe.protocol(probe.Options(epochs=1)) != alone[0]["protocol"]
 

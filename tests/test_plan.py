@@ -19,9 +19,9 @@ def test_each_image_at_most_once_an_epoch_and_only_the_tail_is_missing(n, m, see
     p = DataOrder(np.arange(n) * 3, m, seed)
     for epoch in range(2):
         steps = range(epoch * p.steps_per_epoch, (epoch + 1) * p.steps_per_epoch)
-        seen = np.concatenate([p.global_ids(s) for s in steps])
-        assert len(set(seen)) == len(seen) == n - n % m
-        assert set(seen) <= set(np.arange(n) * 3)
+        ids = np.concatenate([p.global_ids(s) for s in steps])
+        assert len(set(ids)) == len(ids) == n - n % m
+        assert set(ids) <= set(np.arange(n) * 3)
 
 
 def test_ranks_join_to_the_global_batch_at_any_grid():
@@ -85,21 +85,21 @@ def test_a_share_of_every_class_is_held_out(labels, share, seed):
         with pytest.raises(UserError, match=f"class {list(counts).index(1)} has one image"):
             plan.held_out(ids, labels, share, seed)
         return
-    held = plan.held_out(ids, labels, share, seed)
-    assert held.tolist() == sorted(set(held)) and set(held) <= set(ids)
-    held_counts = np.bincount(labels[(held - 1) // 3], minlength=4)
-    for count, number in zip(counts, held_counts, strict=True):
+    held_ids = plan.held_out(ids, labels, share, seed)
+    assert held_ids.tolist() == sorted(set(held_ids)) and set(held_ids) <= set(ids)
+    counts_held = np.bincount(labels[(held_ids - 1) // 3], minlength=4)
+    for count, number in zip(counts, counts_held, strict=True):
         assert number == (min(max(1, int(share * count + 0.5)), count - 1) if count else 0)
 
 
 def test_what_is_held_out_is_a_function_of_the_seed_and_of_the_class_alone():
     ids, labels = np.arange(300), np.arange(300) % 3
-    held = plan.held_out(ids, labels, 0.1, 5)
-    assert np.array_equal(held, plan.held_out(ids[::-1], labels[::-1], 0.1, 5)), "the order of images says nothing"
-    assert not np.array_equal(held, plan.held_out(ids, labels, 0.1, 6))
+    held_ids = plan.held_out(ids, labels, 0.1, 5)
+    assert np.array_equal(held_ids, plan.held_out(ids[::-1], labels[::-1], 0.1, 5)), "the order of images says nothing"
+    assert not np.array_equal(held_ids, plan.held_out(ids, labels, 0.1, 6))
     without_the_last = plan.held_out(ids[labels < 2], labels[labels < 2], 0.1, 5)
-    assert np.array_equal(without_the_last, held[held % 3 < 2]), "another class may come or go"
-    positions = [set(held[held % 3 == label] // 3) for label in range(3)]
+    assert np.array_equal(without_the_last, held_ids[held_ids % 3 < 2]), "another class may come or go"
+    positions = [set(held_ids[held_ids % 3 == label] // 3) for label in range(3)]
     assert positions[0] != positions[1] != positions[2], "each class has a draw of its own"
     with pytest.raises(UserError, match=r"--validation 0\.1: needs labels, and 1 images of this split have none"):
         plan.held_out(ids, np.where(ids == 7, -1, labels), 0.1, 5)

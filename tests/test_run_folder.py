@@ -133,11 +133,11 @@ def test_the_owner_removes_leftovers_of_a_killed_one(tmp_path):
     os.close(run_folder.claim(tmp_path))
     leftovers = [".config.yaml.01234567.tmp", "checkpoints/.step-00000002.pt.89abcdef.tmp"]
     leftovers += ["checkpoints/step-00000002.pt.sha256"]
-    others = ["checkpoints/step-00000001.pt", "checkpoints/step-00000001.pt.sha256", ".notes.tmp", "results.json"]
-    for name in leftovers + others:
+    other_files = ["checkpoints/step-00000001.pt", "checkpoints/step-00000001.pt.sha256", ".notes.tmp", "results.json"]
+    for name in leftovers + other_files:
         (tmp_path / name).touch()
     lock = run_folder.claim(tmp_path)
-    assert [name for name in leftovers + others if (tmp_path / name).exists()] == others
+    assert [name for name in leftovers + other_files if (tmp_path / name).exists()] == other_files
     for name in leftovers:
         (tmp_path / name).touch()
     with pytest.raises(UserError, match="another process"):

@@ -116,11 +116,11 @@ def test_drawn_views_equal_pillows(name, seed, height, width, size):
         return  # a crop larger than the resized image
     image = noise(seed, height, width)
     sides = np.array([height]), np.array([width])
-    got = views.make_views((image[None], *sides, np.array([7])), spec, spec.view_ids, seed, 3)
+    actual = views.make_views((image[None], *sides, np.array([7])), spec, spec.view_ids, seed, 3)
     for view_id in spec.view_ids:
         drawn = views.draw_view(spec, seed, 3, 7, int(view_id), height, width)
-        np.testing.assert_array_equal(got[view_id, 0], reference(image, group, size, drawn))
-        np.testing.assert_array_equal(got[view_id, 0], views.render_view(image, spec, drawn))
+        np.testing.assert_array_equal(actual[view_id, 0], reference(image, group, size, drawn))
+        np.testing.assert_array_equal(actual[view_id, 0], views.render_view(image, spec, drawn))
 
 
 @settings(max_examples=60)
@@ -128,13 +128,13 @@ def test_drawn_views_equal_pillows(name, seed, height, width, size):
 def test_bicubic_resizes_equal_pillows(height, width, size, flip, seed):
     image = noise(seed, height, width)
     spec = spec_of(group_of(random_resized_crop={"interpolation": "bicubic"}), 1, size)
-    got = views.render_view(image, spec, identity(height, width)._replace(flip=flip))
+    actual = views.render_view(image, spec, identity(height, width)._replace(flip=flip))
     turn = functional.hflip if flip else lambda x: x
     rows = turn(rows_first(Image.fromarray(image), size, size, "bicubic"))
-    np.testing.assert_array_equal(got, planes(rows))
+    np.testing.assert_array_equal(actual, planes(rows))
     if not columns_first(height, width, size, size):
         plain = functional.resize(Image.fromarray(image), [size, size], BICUBIC)
-        np.testing.assert_array_equal(got, planes(turn(plain)))
+        np.testing.assert_array_equal(actual, planes(turn(plain)))
 
 
 def test_bicubic_weights_below_zero_are_clipped():
@@ -144,25 +144,25 @@ def test_bicubic_weights_below_zero_are_clipped():
     image[6:, :, 1] = 255
     image[3:5, 3:5, 2] = 255
     spec = spec_of(group_of(random_resized_crop={"interpolation": "bicubic"}), 1, 29)
-    got = views.render_view(image, spec, identity(12, 12))
-    np.testing.assert_array_equal(got, planes(rows_first(Image.fromarray(image), 29, 29, "bicubic")))
+    actual = views.render_view(image, spec, identity(12, 12))
+    np.testing.assert_array_equal(actual, planes(rows_first(Image.fromarray(image), 29, 29, "bicubic")))
 
 
 @pytest.mark.parametrize(("resize", "interpolation"), [(32, "bicubic"), (45, "bicubic"), (45, "bilinear")])
 def test_the_test_transform_with_either_interpolation(resize, interpolation):
     image = noise(3, 50, 61)
     sides = np.array([50]), np.array([61])
-    got = views.test_views((image[None], *sides, np.array([0])), 32, resize=resize, interpolation=interpolation)[0]
+    actual = views.test_views((image[None], *sides, np.array([0])), 32, resize=resize, interpolation=interpolation)[0]
     plain = functional.resize(Image.fromarray(image), resize, functional.InterpolationMode(interpolation))
-    np.testing.assert_array_equal(got, planes(functional.center_crop(plain, [32, 32])))
+    np.testing.assert_array_equal(actual, planes(functional.center_crop(plain, [32, 32])))
 
 
 @pytest.mark.parametrize("threshold", [0, 127, 128, 255])
 def test_solarize_equals_pillow(threshold):
     image = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
     spec = spec_of(group_of(solarize={"threshold": threshold}))
-    got = views.render_view(image, spec, identity(16, 16)._replace(solarize=True))
-    np.testing.assert_array_equal(got, planes(functional.solarize(Image.fromarray(image), threshold)))
+    actual = views.render_view(image, spec, identity(16, 16)._replace(solarize=True))
+    np.testing.assert_array_equal(actual, planes(functional.solarize(Image.fromarray(image), threshold)))
 
 
 def test_order_matters():
@@ -189,8 +189,8 @@ def test_threads_padding_and_splits_change_nothing_after_a_resize():
     for b in range(7):
         one = np.ascontiguousarray(pixels[b : b + 1, : heights[b], : widths[b]])
         sides = heights[b : b + 1], widths[b : b + 1]
-        got = views.make_views((one, *sides, ids[b : b + 1]), spec, spec.view_ids[1:], 1, 0)
-        np.testing.assert_array_equal(got[:, 0], expected[1:, b])
+        actual = views.make_views((one, *sides, ids[b : b + 1]), spec, spec.view_ids[1:], 1, 0)
+        np.testing.assert_array_equal(actual[:, 0], expected[1:, b])
 
 
 # ------------------------------------------------------------------------------------------------- draws
@@ -357,8 +357,8 @@ def test_shards_of_patches_are_those_of_all_views():
     ids = np.array([5, 6, 7])
     expected = views.make_views((pixels, *sides, ids), spec, spec.view_ids, 3, 4)
     for chosen in (slice(0, 2), slice(2, 6)):
-        got = views.make_views((pixels, *sides, ids), spec, spec.view_ids[chosen], 3, 4)
-        np.testing.assert_array_equal(got, expected[chosen])
+        actual = views.make_views((pixels, *sides, ids), spec, spec.view_ids[chosen], 3, 4)
+        np.testing.assert_array_equal(actual, expected[chosen])
 
 
 # ------------------------------------------------------------------------------------------------- mistakes

@@ -80,8 +80,8 @@ def test_threads_change_nothing(batch, threads):
     tests = views.test_views(batch, 16)
     with ThreadTeam(threads) as team:
         for _ in range(3):
-            got = views.make_views(batch, spec, spec.view_ids, 1, 0, team)
-            np.testing.assert_array_equal(got, expected)
+            actual = views.make_views(batch, spec, spec.view_ids, 1, 0, team)
+            np.testing.assert_array_equal(actual, expected)
             np.testing.assert_array_equal(views.test_views(batch, 16, team=team), tests)
 
 
@@ -93,12 +93,12 @@ def test_splits_orders_and_padding_change_nothing(batch, image_cut, view_cut, or
     pixels, heights, widths, ids = select(batch, np.array(order))
     pixels = np.pad(pixels, ((0, 0), (0, padding), (0, 2 * padding), (0, 0)), constant_values=77)
     shuffled = (pixels, heights, widths, ids)
-    got = np.zeros_like(expected)
+    actual = np.zeros_like(expected)
     for images in (slice(0, image_cut), slice(image_cut, 9)):
         for chosen in (slice(0, view_cut), slice(view_cut, 5)):
             part = views.make_views(select(shuffled, images), spec, spec.view_ids[chosen], 1, 3)
-            got[chosen, images] = part
-    np.testing.assert_array_equal(got, expected[:, np.array(order)])
+            actual[chosen, images] = part
+    np.testing.assert_array_equal(actual, expected[:, np.array(order)])
 
 
 def test_padding_is_not_seen_by_the_test_transform(batch):

@@ -48,12 +48,12 @@ IMAGES |= {"saturated": lambda seed: saturated(seed, 64), "gray": lambda seed: g
 
 def check_crop(image, crop, size, flip):
     top, left, height, width = crop
-    got = views.render_view(image, crop_spec(size), parameters(image, crop=crop, flip=flip))
+    actual = views.render_view(image, crop_spec(size), parameters(image, crop=crop, flip=flip))
     part = Image.fromarray(image).crop((left, top, left + width, top + height))
     turn = functional.hflip if flip else lambda x: x
-    np.testing.assert_array_equal(got, planes(turn(rows_first(part, size, size))))
+    np.testing.assert_array_equal(actual, planes(turn(rows_first(part, size, size))))
     plain = planes(turn(functional.resized_crop(Image.fromarray(image), top, left, height, width, [size, size])))
-    assert distance(got, plain) <= (2 if columns_first(height, width, size, size) else 0)
+    assert distance(actual, plain) <= (2 if columns_first(height, width, size, size) else 0)
 
 
 SIDE = st.integers(1, 300)
@@ -101,18 +101,18 @@ def test_the_test_transform(height, width, size, margin, seed):
     resize = size + margin
     padded = np.full((1, height + 3, width + 2, 3), 99, np.uint8)
     padded[0, :height, :width] = image
-    got = views.test_views((padded, np.array([height]), np.array([width]), np.array([0])), size, resize=resize)[0]
+    actual = views.test_views((padded, np.array([height]), np.array([width]), np.array([0])), size, resize=resize)[0]
     plain = functional.resize(Image.fromarray(image), resize)
     rows = rows_first(Image.fromarray(image), plain.height, plain.width)
-    np.testing.assert_array_equal(got, planes(functional.center_crop(rows, [size, size])))
+    np.testing.assert_array_equal(actual, planes(functional.center_crop(rows, [size, size])))
     limit = 2 if columns_first(height, width, plain.height, plain.width) else 0
-    assert distance(got, planes(functional.center_crop(plain, [size, size]))) <= limit
+    assert distance(actual, planes(functional.center_crop(plain, [size, size]))) <= limit
 
 
 def test_the_test_transform_leaves_an_image_of_the_right_size_alone():
     image = noise(0, 32, 32)
-    got = views.test_views((image[None], np.array([32]), np.array([32]), np.array([0])), 32)
-    np.testing.assert_array_equal(got[0], planes(image))
+    actual = views.test_views((image[None], np.array([32]), np.array([32]), np.array([0])), 32)
+    np.testing.assert_array_equal(actual[0], planes(image))
 
 
 ENHANCERS = {
@@ -128,23 +128,23 @@ def test_brightness_contrast_and_saturation_equal_pillow(step, kind):
     factors = [0.0, 0.2, 0.5, 0.999999, 1.0, 1.000001, 1.8, 3.7, *np.random.default_rng(2).uniform(0, 2, 40)]
     for seed, factor in enumerate(factors):
         image = IMAGES[kind](seed)
-        got = views.render_view(image, spec(64), parameters(image, **{step: float(factor)}))
+        actual = views.render_view(image, spec(64), parameters(image, **{step: float(factor)}))
         expected = planes(ENHANCERS[step](Image.fromarray(image)).enhance(float(factor)))
-        np.testing.assert_array_equal(got, expected, err_msg=str(factor))
+        np.testing.assert_array_equal(actual, expected, err_msg=str(factor))
 
 
 def test_contrast_of_more_pixels_than_one_partial_sum_holds():
     image = noise(3, 300, 300) | 128
-    got = views.render_view(image, spec(300), parameters(image, contrast=0.4))
-    np.testing.assert_array_equal(got, planes(ImageEnhance.Contrast(Image.fromarray(image)).enhance(0.4)))
+    actual = views.render_view(image, spec(300), parameters(image, contrast=0.4))
+    np.testing.assert_array_equal(actual, planes(ImageEnhance.Contrast(Image.fromarray(image)).enhance(0.4)))
 
 
 @pytest.mark.parametrize("kind", IMAGES)
 def test_grayscale_equals_torchvision_on_pil(kind):
     image = IMAGES[kind](4)
-    got = views.render_view(image, spec(64), parameters(image, grayscale=True))
+    actual = views.render_view(image, spec(64), parameters(image, grayscale=True))
     expected = functional.rgb_to_grayscale(Image.fromarray(image), num_output_channels=3)
-    np.testing.assert_array_equal(got, planes(expected))
+    np.testing.assert_array_equal(actual, planes(expected))
 
 
 @pytest.mark.parametrize("kind", IMAGES)
@@ -153,14 +153,14 @@ def test_hue_is_torchvisions_tensor_kernel(kind, record_property):
     shifts = [-0.5, -1 / 3, -1 / 6, 1e-7, 1 / 6, 0.25, 0.5, *np.random.default_rng(3).uniform(-0.5, 0.5, 40)]
     for seed, shift in enumerate(shifts):
         image = IMAGES[kind](seed)
-        got = views.render_view(image, spec(64), parameters(image, hue=float(shift)))
+        actual = views.render_view(image, spec(64), parameters(image, hue=float(shift)))
         expected = tensor_kernels.adjust_hue(torch.from_numpy(planes(image).copy()), float(shift)).numpy()
-        assert distance(got, expected) <= 1, shift
-        differing += np.count_nonzero(got != expected)
+        assert distance(actual, expected) <= 1, shift
+        differing += np.count_nonzero(actual != expected)
         pillow = planes(functional.adjust_hue(Image.fromarray(image), float(shift)))
         # the two references disagree; no more than they do
-        assert distance(got, pillow) <= distance(expected, pillow) + 1
-        to_pillow = max(to_pillow, distance(got, pillow))
+        assert distance(actual, pillow) <= distance(expected, pillow) + 1
+        to_pillow = max(to_pillow, distance(actual, pillow))
     assert differing < 1e-4 * len(shifts) * image.size
     record_property("largest difference to Pillow's hue, grey levels", to_pillow)
     print(f"{kind}: hue differs from Pillow's by up to {to_pillow} grey levels")
@@ -196,9 +196,9 @@ def test_whole_pipelines_in_every_order(order):
         )
         np.testing.assert_array_equal(views.render_view(image, crop_spec(32), drawn), reference(image, 32, drawn))
         drawn = drawn._replace(hue=float(generator.uniform(-0.2, 0.2)))
-        got, expected = views.render_view(image, crop_spec(32), drawn), reference(image, 32, drawn)
-        assert np.count_nonzero(got != expected) <= 1e-3 * got.size  # the hue's rare single levels,
-        assert distance(got, expected) <= 4  # which contrast and saturation may enlarge
+        actual, expected = views.render_view(image, crop_spec(32), drawn), reference(image, 32, drawn)
+        assert np.count_nonzero(actual != expected) <= 1e-3 * actual.size  # the hue's rare single levels,
+        assert distance(actual, expected) <= 4  # which contrast and saturation may enlarge
 
 
 @settings(max_examples=25)
@@ -210,7 +210,7 @@ def test_drawn_pipelines(seed, height, width):
     (drawn_spec,) = views.view_specs([group], 8, 24)
     image = noise(seed, height, width)
     sizes = np.array([height]), np.array([width])
-    got = views.make_views((image[None], *sizes, np.array([7])), drawn_spec, drawn_spec.view_ids, seed, 3)
+    actual = views.make_views((image[None], *sizes, np.array([7])), drawn_spec, drawn_spec.view_ids, seed, 3)
     for view_id in range(8):
         drawn = views.draw_view(drawn_spec, seed, 3, 7, view_id, height, width)
-        np.testing.assert_array_equal(got[view_id, 0], reference(image, 24, drawn))
+        np.testing.assert_array_equal(actual[view_id, 0], reference(image, 24, drawn))

@@ -72,11 +72,11 @@ def slow_detection_ap(detections, true, threshold):
 @given(st.lists(st.booleans(), min_size=0, max_size=30), st.integers(0, 12))
 def test_average_precision_equals_the_slow_loop(hits, unranked):
     positives = sum(hits) + unranked
-    got = average_precision(np.array(hits, np.bool_), positives)
+    actual = average_precision(np.array(hits, np.bool_), positives)
     if positives == 0:
-        assert np.isnan(got).all()
+        assert np.isnan(actual).all()
     else:
-        assert got == pytest.approx(slow_ap(hits, positives), abs=1e-12)
+        assert actual == pytest.approx(slow_ap(hits, positives), abs=1e-12)
 
 
 def test_by_hand():

@@ -50,8 +50,8 @@ def step(rank, size, views, share):
     world = World(RankInfo(rank, size, rank, size), Grid(size // views, views), torch.device("cpu"))
     net = world.wrap(world.synchronize_batchnorm(make_net()))
     grid, images = world.grid, make_images()
-    held_v, held_m = grid.view_range(rank, K), grid.image_range(rank, M)
-    mine = images[held_v.start : held_v.stop, held_m.start : held_m.stop]
+    own_views, own_images = grid.view_range(rank, K), grid.image_range(rank, M)
+    mine = images[own_views.start : own_views.stop, own_images.start : own_images.stop]
     z = world.gather_views(net(mine.flatten(0, 1)).unflatten(0, mine.shape[:2]))
     if share:
         low, high = world.share(K * M)
@@ -62,7 +62,7 @@ def step(rank, size, views, share):
     loss.backward()
     module = getattr(net, "module", net)
     mean = world.all_reduce_mean(loss.detach()).item()
-    labels = world.gather_images(torch.arange(M)[held_m.start : held_m.stop])
+    labels = world.gather_images(torch.arange(M)[own_images.start : own_images.stop])
     return (
         mean, [p.grad.numpy() for p in module.parameters()], [b.numpy() for b in module.buffers()], z.detach().numpy(),
         labels.tolist(),
