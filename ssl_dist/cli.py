@@ -59,9 +59,6 @@ def _prints(error: UserError | Fault) -> bool:
     return os.environ.get("RANK" if error.raised_on is RaisedOn.EVERY_RANK else "LOCAL_RANK", "0") == "0"
 
 
-# ------------------------------------------------------------------------------------------------ the command line
-
-
 _Argument = tuple[str, dict[str, Any]]  # what `ArgumentParser.add_argument` is given
 _COMMANDS: list[tuple[str, str, tuple[_Argument, ...], Action]] = []  # in the order of --help
 

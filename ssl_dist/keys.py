@@ -36,10 +36,22 @@ def uniform(key: np.uint64, n: int) -> np.float64:
 
 
 @njit(cache=True, nogil=True)
-def _draws(key: np.uint64, count: int) -> np.ndarray:
-    out = np.empty(count, np.uint64)
-    for n in range(count):
-        out[n] = mix64(key + np.uint64(n + 1) * _GOLDEN)
+def _draws(keys: np.ndarray, count: int) -> np.ndarray:
+    """The 64 bits of draws 0 .. count - 1 of every key: uint64 [len(keys), count]."""
+    out = np.empty((len(keys), count), np.uint64)
+    for i in range(len(keys)):
+        for n in range(count):
+            out[i, n] = mix64(keys[i] + np.uint64(n + 1) * _GOLDEN)
+    return out
+
+
+@njit(cache=True, nogil=True)
+def _folds(keys: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """`fold` of every key and every word: uint64 [len(keys), len(words)]."""
+    out = np.empty((len(keys), len(words)), np.uint64)
+    for i in range(len(keys)):
+        for j in range(len(words)):
+            out[i, j] = fold(keys[i], words[j])
     return out
 
 
@@ -53,12 +65,12 @@ def hash64(*words: int | np.integer) -> np.uint64:
 
 def permutation(key: np.uint64, n: int) -> np.ndarray:
     """A permutation of range(n), int64 [n], uniform over keys: the order of n draws of the key."""
-    return np.argsort(_draws(key, n), kind="stable").astype(np.int64)
+    return np.argsort(_draws(np.array([key], np.uint64), n)[0], kind="stable").astype(np.int64)
 
 
 def uniforms(key: np.uint64, count: int) -> np.ndarray:
     """Draws 0 .. count - 1 of `key`: float64 [count] in [0, 1)."""
-    return (_draws(key, count) >> np.uint64(11)) * 2.0**-53
+    return (_draws(np.array([key], np.uint64), count)[0] >> np.uint64(11)) * 2.0**-53
 
 
 def normals(key: np.uint64, count: int) -> np.ndarray:
@@ -67,31 +79,13 @@ def normals(key: np.uint64, count: int) -> np.ndarray:
     return np.sqrt(-2 * np.log1p(-first)) * np.cos(2 * np.pi * second)
 
 
-@njit(cache=True, nogil=True)
-def _fold_rows(key: np.uint64, firsts: np.ndarray, seconds: np.ndarray, out: np.ndarray) -> None:
-    for i in range(len(firsts)):
-        first = fold(key, firsts[i])
-        for j in range(len(seconds)):
-            out[i, j] = fold(first, seconds[j])
-
-
 def row_keys(key: np.uint64, firsts: np.ndarray, seconds: np.ndarray) -> np.ndarray:
     """The keys of (*words of `key`, firsts[i], seconds[j]): uint64 [len(firsts), len(seconds)]."""
-    out = np.empty((len(firsts), len(seconds)), np.uint64)
-    _fold_rows(key, np.ascontiguousarray(firsts, np.int64), np.ascontiguousarray(seconds, np.int64), out)
-    return out
+    keys = _folds(np.array([key], np.uint64), np.ascontiguousarray(firsts, np.int64))[0]
+    return _folds(keys, np.ascontiguousarray(seconds, np.int64))
 
 
 def uniform_rows(key: np.uint64, ids: np.ndarray, width: int) -> np.ndarray:
     """float64 [len(ids), width] in [0, 1): row i is a function of `key` and ids[i] alone."""
-    out = np.empty((len(ids), width))
-    _uniform_rows(key, np.ascontiguousarray(ids, np.int64), out)
-    return out
-
-
-@njit(cache=True, nogil=True)
-def _uniform_rows(key: np.uint64, ids: np.ndarray, out: np.ndarray) -> None:
-    for i in range(len(ids)):
-        row = fold(key, ids[i])
-        for n in range(out.shape[1]):
-            out[i, n] = uniform(row, n)
+    keys = _folds(np.array([key], np.uint64), np.ascontiguousarray(ids, np.int64))[0]
+    return (_draws(keys, width) >> np.uint64(11)) * 2.0**-53

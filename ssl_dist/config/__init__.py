@@ -16,29 +16,7 @@ from ssl_dist.config.section import (
 )
 
 __all__ = [
-    "ClassSubset",
-    "ColorJitter",
-    "Config",
-    "Data",
-    "FiniteFloat",
-    "GaussianBlur",
-    "Interpolation",
-    "NonNegativeFloat",
-    "NonNegativeInt",
-    "Normalize",
-    "Optim",
-    "PositiveFloat",
-    "PositiveInt",
-    "Probability",
-    "RandomResizedCrop",
-    "Resize",
-    "Section",
-    "ViewGroup",
-    "Views",
-    "dump",
-    "load",
-    "overridden",
-    "parse_yaml",
-    "to_tree",
-    "validate",
-]
+    "ClassSubset", "ColorJitter", "Config", "Data", "FiniteFloat", "GaussianBlur", "Interpolation", "NonNegativeFloat",
+    "NonNegativeInt", "Normalize", "Optim", "PositiveFloat", "PositiveInt", "Probability", "RandomResizedCrop",
+    "Resize", "Section", "ViewGroup", "Views", "dump", "load", "overridden", "parse_yaml", "to_tree", "validate",
+]  # fmt: skip

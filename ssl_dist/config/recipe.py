@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from ssl_dist.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Section
 
 Interpolation = Literal["bilinear", "bicubic"]
+Range = Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)]
 Level = Annotated[int, Field(ge=0, le=255)]
 # Smaller ones blur nothing and are no divisor; Pillow's buffers grow with larger ones.
 Sigma = Annotated[float, Field(ge=0.01, le=1000)]
@@ -23,10 +24,8 @@ class Resize(Section):
 class RandomResizedCrop(Section):
     """Crop a random part (Inception crop) and resize it to the view's size; antialiased when it shrinks."""
 
-    scale: tuple[PositiveFloat, PositiveFloat] = Field(
-        (0.08, 1.0), strict=False, description="share of the image's area"
-    )
-    ratio: tuple[PositiveFloat, PositiveFloat] = Field((0.75, 4 / 3), strict=False, description="width / height")
+    scale: Range = Field((0.08, 1.0), description="share of the image's area")
+    ratio: Range = Field((0.75, 4 / 3), description="width / height")
     interpolation: Interpolation = Field("bilinear", description="of the resizing")
 
     @model_validator(mode="after")
@@ -51,7 +50,7 @@ class Affine(Section):
     translate: tuple[Probability, Probability] = Field(
         (0.1, 0.1), strict=False, description="right and down, from [-t, t] of the side, in whole pixels"
     )
-    scale: tuple[PositiveFloat, PositiveFloat] = Field((0.9, 1.1), strict=False, description="factor of the size")
+    scale: Range = Field((0.9, 1.1), description="factor of the size")
     shear: Annotated[float, Field(ge=0, lt=90)] = Field(10.0, description="of the x axis, from [-s, s] degrees")
 
     @model_validator(mode="after")
@@ -100,10 +99,8 @@ class Erasing(Section):
     """Paint a random rectangle in one colour, as torchvision's RandomErasing."""
 
     p: Probability = Field(0.5, description="probability that a part is erased")
-    scale: tuple[PositiveFloat, PositiveFloat] = Field(
-        (0.02, 0.33), strict=False, description="share of the view's area"
-    )
-    ratio: tuple[PositiveFloat, PositiveFloat] = Field((0.3, 3.3), strict=False, description="height / width")
+    scale: Range = Field((0.02, 0.33), description="share of the view's area")
+    ratio: Range = Field((0.3, 3.3), description="height / width")
     fill: tuple[Level, Level, Level] = Field(
         (0, 0, 0), strict=False, description="levels of red, green, blue; 255 * mean is 0 after the normalisation"
     )

@@ -26,8 +26,6 @@ from ssl_dist.config.section import (
 )
 from ssl_dist.errors import UserError, refuse_unreadable
 
-# ---------------------------------------------------------------------------------------------------- views
-
 
 class Normalize(Section):
     """Per-channel mean and standard deviation of pixels in [0, 1]."""
@@ -59,9 +57,6 @@ class Views(Section):
         if total and self.num and total != self.num:
             raise ValueError(f"num: {self.num} differs from the sum of the groups' num, {total}; leave one of them out")
         return self
-
-
-# ------------------------------------------------------------------------------------------- the other sections
 
 
 class ClassSubset(Section):
@@ -199,9 +194,6 @@ class Config(Section):
     def num_views(self) -> int | None:
         """K as the config gives it; None when it leaves the number to the method."""
         return self.views.num or sum(group.num or 0 for group in self.views.groups) or None
-
-
-# ------------------------------------------------------------------------------------------------- reading
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -89,25 +89,14 @@ def wait_for_all_ranks(store: dist.Store, rank_info: RankInfo, end: float, is_st
             elif time.monotonic() > end:
                 absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
                 here = [store.get(key).decode() for rank, key in enumerate(keys) if rank not in absent]
-                message = f"{_ranks(absent)} of {rank_info.world_size} did not come; here are {', '.join(here[:8])}"
+                ranks = f"rank{'' if len(absent) == 1 else 's'} {', '.join(map(str, absent))}"
+                message = f"{ranks} of {rank_info.world_size} did not come; here are {', '.join(here[:8])}"
                 store.set(_TIMED_OUT, message)
-            if store.check([_STOPPING]):
-                _let_others_read(rank_info)
-                raise StoppedWhileWaiting
-            if store.check([_TIMED_OUT]):
-                message = store.get(_TIMED_OUT).decode()
-                _let_others_read(rank_info)
-                raise Fault(message)
+            if store.check([_STOPPING]) or store.check([_TIMED_OUT]):
+                error = StoppedWhileWaiting() if store.check([_STOPPING]) else Fault(store.get(_TIMED_OUT).decode())
+                if rank_info.is_rank0:
+                    time.sleep(1)  # the store ends with rank 0, and the others have to read it
+                raise error
             time.sleep(0.02)
     except dist.DistNetworkError:
         raise Fault(f"{rank_info}: rank 0 has left while other ranks were still coming") from None
-
-
-def _let_others_read(rank_info: RankInfo) -> None:
-    """Keep the store for a moment: it ends with rank 0."""
-    if rank_info.is_rank0:
-        time.sleep(1)
-
-
-def _ranks(numbers: list[int]) -> str:
-    return ("rank " if len(numbers) == 1 else "ranks ") + ", ".join(map(str, numbers))

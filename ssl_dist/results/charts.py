@@ -13,6 +13,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from ssl_dist.run.plots import new_plot
+
 BAR, RIGHT, WRONG = "#0072B2", "#009E73", "#D55E00"
 INK, GREY, PALE = "#444444", "#666666", "#e4e4e4"
 MAX_BARS = 40
@@ -29,7 +31,7 @@ def confusion(share_CC: np.ndarray, names: Sequence[str]) -> Figure:
     """
     count = len(names)
     side = min(9.0, 2.6 + 0.42 * min(count, MAX_LABELLED_CLASSES) + 0.06 * max(0, count - MAX_LABELLED_CLASSES))
-    figure, axes = _plot(side + 0.9, side)
+    figure, axes = new_plot(side + 0.9, side)
     image = axes.imshow(
         share_CC, cmap=colormaps["Blues"].with_extremes(bad=PALE), vmin=0, vmax=100, interpolation="nearest"
     )
@@ -72,7 +74,7 @@ def class_bars(values_C: np.ndarray, names: Sequence[str], mean: float, label: s
     order = [int(i) for i in np.argsort(-values_C, kind="stable") if not np.isnan(values_C[i])]
     half, hidden = MAX_BARS // 2, len(order) - MAX_BARS
     shown: list[int | None] = [*order[:half], None, *order[-half:]] if hidden > 0 else list(order)
-    figure, axes = _plot(6.5, max(1.6, 0.9 + 0.24 * len(shown)))
+    figure, axes = new_plot(6.5, max(1.6, 0.9 + 0.24 * len(shown)))
     highest = max(float(np.nanmax(values_C)), mean)
     text_box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # the line of the mean may pass behind a text
     for row, index in enumerate(shown):
@@ -149,7 +151,7 @@ def points(xy_N2: np.ndarray, labels_N: np.ndarray, names: Sequence[str], axis_n
     """A map of points [N, 2], coloured and shaped by class. Up to 20 classes have their names in a legend, and colour
     and shape together are each one's own. axis_names: empty ones for a map without units."""
     wide, high = np.ptp(xy_N2, axis=0)
-    figure, axes = _plot(7.6, 0.5 + 6 * min(1.1, max(0.5, high / wide if wide > 0 else 1.1)))
+    figure, axes = new_plot(7.6, 0.5 + 6 * min(1.1, max(0.5, high / wide if wide > 0 else 1.1)))
     present = [int(label) for label in np.unique(labels_N)]
     named = len(present) <= MAX_LABELLED_CLASSES
     for number, label in enumerate(present):
@@ -199,8 +201,7 @@ def image_map(
             red_green_blue = to_rgb(PALETTE[int(np.searchsorted(present, label))])
             page[top + 1 : top + side + 5, left + 1 : left + side + 5] = np.array(red_green_blue) * 255
         page[top + frame : top + frame + side, left + frame : left + frame + side] = image
-    figure = Figure(figsize=(9, 9 * rows / columns + 0.4), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = new_plot(9, 9 * rows / columns + 0.4)
     axes.imshow(page, interpolation="antialiased")
     axes.set_axis_off()
     if len(present) <= len(PALETTE):
@@ -208,14 +209,6 @@ def image_map(
         style = {"frameon": False, "fontsize": 8, "labelcolor": INK, "handlelength": 1, "columnspacing": 1.2}
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), **style)
     return figure
-
-
-def _plot(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_axisbelow(True)
-    return figure, axes
 
 
 def _add_image(figure: Figure, image: np.ndarray, left: float, top: float, size: float, side: float) -> Axes:

@@ -26,9 +26,7 @@ def views_grid(path: str | Path, views_VBCHW: np.ndarray) -> None:
     cells[:, :height, :, :width] = views_VBCHW.transpose(1, 3, 0, 4, 2)
     page = cells.reshape(num_images * (height + gap), num_views * (width + gap), 3)[:-gap, :-gap]
     cell = min(1.0, 24 / num_views)  # inches
-    figure = Figure(figsize=(cell * num_views + 0.5, cell * num_images * height / width + 0.5), dpi=120)
-    figure.set_layout_engine("constrained")
-    axes = figure.add_subplot()
+    figure, axes = new_plot(cell * num_views + 0.5, cell * num_images * height / width + 0.5)
     axes.imshow(page, interpolation="nearest" if width < 120 * cell else "antialiased")
     axes.set_xticks(width / 2 - 0.5 + (width + gap) * np.arange(num_views), [str(view) for view in range(num_views)])
     axes.set_yticks([])
@@ -48,7 +46,8 @@ def loss_curve(path: str | Path, metrics_jsonl: str | Path) -> None:
     lines = [line for line in _read_metrics(Path(metrics_jsonl)) if "loss" in line and "epoch" in line]
     if not lines:
         raise UserError(f"{metrics_jsonl}: holds no loss yet; train for log.every_steps steps at least")
-    figure, axes = _plot()
+    figure, axes = new_plot(7, 4)
+    axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
     epochs = [line["epoch"] for line in lines]
     marker = "." if len(lines) < 30 else ""
     axes.plot(epochs, [line["loss"] for line in lines], color=_LOSS, linewidth=1.6, label="loss", marker=marker)
@@ -87,12 +86,11 @@ def _read_metrics(path: Path) -> list[dict]:
     return lines
 
 
-def _plot() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7, 4), dpi=120)
-    figure.set_layout_engine("constrained")
+def new_plot(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of this size in inches with one pair of axes, open above and on the right."""
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
     return figure, axes
 

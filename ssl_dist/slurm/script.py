@@ -74,9 +74,6 @@ def read_site(file: str | Path | None, options: dict[str, Any]) -> Site:
     return validate(Site, tree | overrides)
 
 
-# ---------------------------------------------------------------------------------------------------- the script
-
-
 def setup_lines(site: Site) -> list[str]:
     """The batch script before srun. The settings are those of launch/torchrun_multi.sh, for its reasons."""
     return [

@@ -119,9 +119,6 @@ def require_labels(*parts: Features) -> None:
         )
 
 
-# -------------------------------------------------------------------------------------------------- writing
-
-
 def write_features(
     path: str | Path, features: np.ndarray, labels: np.ndarray, image_ids: np.ndarray, metadata: dict[str, str]
 ) -> None:
@@ -152,9 +149,6 @@ def write_features(
             rows = np.ascontiguousarray(features[start : start + step], "<f4")
             _check_finite(rows, image_ids[start : start + step], str(path))
             file.write(rows.data)
-
-
-# -------------------------------------------------------------------------------------------------- reading
 
 
 def read_features(path: str | Path) -> Features:
@@ -211,9 +205,6 @@ def _layout(entry: object, name: str, path: Path) -> tuple[tuple[int, ...], int,
         if are_sizes and offsets[1] - offsets[0] == math.prod(shape) * np.dtype(dtype).itemsize:
             return tuple(shape), *offsets
     raise UserError(f"{path}: damaged header: tensor {name} does not fill its place; extract again")
-
-
-# -------------------------------------------------------------------------------------------------- checks
 
 
 def _fault(arrays: dict[str, tuple[np.dtype, tuple[int, ...]]], metadata: dict[str, str]) -> str:

@@ -6,6 +6,7 @@ be named.
 """
 
 import hashlib
+import itertools
 import pickle
 import re
 import struct
@@ -79,14 +80,12 @@ def fit(backbone: nn.Module, name: str, path: Path) -> Weights:
     tree, sha256 = read(path)
     own = backbone.state_dict()
     container, stored = _state_dict(path, tree)
-    matches, layout, theirs = -1, "", dict[str, str]()  # of the combination with the most tensors in the file
-    for prefix in PREFIXES:
-        for title, naming in NAMINGS:
-            names = {tensor: prefix + renamed(tensor, naming) for tensor in own}
-            count = sum(tensor in stored for tensor in names.values())
-            if count > matches:
-                matches, layout, theirs = count, f"{container}, {title}", names
-    if matches == 0:
+    combinations = [
+        (f"{container}, {title}", {tensor: prefix + renamed(tensor, naming) for tensor in own})
+        for prefix, (title, naming) in itertools.product(PREFIXES, NAMINGS)
+    ]
+    layout, theirs = max(combinations, key=lambda combination: sum(name in stored for name in combination[1].values()))
+    if not stored.keys() & theirs.values():
         first = ", ".join(list(stored)[:4])
         raise UserError(f"{path}: holds no tensor of backbone {name}; it holds {first}, ...; known are {KNOWN_FORMATS}")
     tensors = {}

@@ -55,9 +55,6 @@ def _data(plan: RunPlan) -> dict[str, str]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------- who holds what
-
-
 def _grid(plan: RunPlan, memory: "Memory") -> dict[str, str]:
     grid, images = plan.grid, plan.config.optim.batch_size
     groups = " + ".join(f"{s.num} x {s.size} px" for s in plan.specs)
@@ -131,9 +128,6 @@ def _training(plan: RunPlan) -> dict[str, str]:
     return lines
 
 
-# ---------------------------------------------------------------------------------------------------- memory
-
-
 @dataclass(frozen=True)
 class Memory:
     """What one rank holds, in bytes where not said otherwise; all but decoded images is the same for every split.
@@ -145,7 +139,7 @@ class Memory:
     parameters: int  # numbers in the backbone
     feature_dim: int
     weights: int  # those trained with gradients, optimizer state and, on several ranks, buckets that average gradients
-    waiting: int  # uint8 views: in the queue, of the batch that waits for a place in it, of this step's batch
+    waiting: int  # uint8 views: of the batches made ahead or in the making, and of this step's batch
     inputs: int  # this step's views as numbers
     activations: int  # of the backbone, with the gradients in flight, at their largest
     representations: int  # of all ranks, and their gradient
@@ -165,7 +159,7 @@ class Memory:
             parameters=sum(p.numel() for p in method.backbone.parameters()),
             feature_dim=method.info.feature_dim,
             weights=(everything + (copies - 1) * trained * trainable) * element,
-            waiting=(AHEAD + 2) * pixels if trainable else 0,
+            waiting=(AHEAD + 1) * pixels if trainable else 0,
             inputs=pixels * element if trainable else 0,
             activations=_peak(plan, method) if trainable else 0,
             representations=2 * images * plan.num_views * method.info.feature_dim * element if trainable else 0,
@@ -177,9 +171,18 @@ class Memory:
         images = plan.config.optim.batch_size // grid.images if plan.method_class.trainable else 0
         return 2 * images * plan.split.max_height * plan.split.max_width * 3
 
+    def parts(self, grid: Grid) -> dict[str, int]:
+        return {
+            "weights, gradients, optimizer": self.weights,
+            "decoded images": self.decoded(grid),
+            "waiting views": self.waiting,
+            "input": self.inputs,
+            "activations": self.activations,
+            "representations": self.representations,
+        }
+
     def total(self, grid: Grid) -> int:
-        parts = self.weights, self.waiting, self.inputs, self.activations, self.representations
-        return sum(parts) + self.decoded(grid)
+        return sum(self.parts(grid).values())
 
 
 def _on_meta(plan: RunPlan) -> SSLMethod[Any]:
@@ -247,19 +250,11 @@ class Alive(TorchDispatchMode):
 
 
 def _memory(memory: Memory) -> dict[str, str]:
-    plan = memory.plan
-    parts = {
-        "weights, gradients, optimizer": memory.weights,
-        "decoded images": memory.decoded(plan.grid),
-        "waiting views": memory.waiting,
-        "input": memory.inputs,
-        "activations": memory.activations,
-        "representations": memory.representations,
-    }
-    text = ", ".join(f"{name} {_mib(num_bytes):.1f}" for name, num_bytes in parts.items())
+    grid = memory.plan.grid
+    text = ", ".join(f"{name} {_mib(num_bytes):.1f}" for name, num_bytes in memory.parts(grid).items())
     return {
         "backbone": f"{memory.parameters:,} parameters, {memory.feature_dim} features",
-        "memory a rank": f"about {_mib(memory.total(plan.grid)):.1f} MiB, the allocator's slack not counted:\n{text}",
+        "memory a rank": f"about {_mib(memory.total(grid)):.1f} MiB, the allocator's slack not counted:\n{text}",
     }
 
 

@@ -63,18 +63,13 @@ class OnlineKNN:
         ):
             data, threads = self.plan.config.data, self.plan.threads
             rows = outputs(lambda pixels: encoder(to_input(pixels)), reader, own, data, threads, world, progress)
-            features_ND = self._joined(np.concatenate(list(rows)), low)
-            accuracy = world.on_rank0(lambda: self._voted(features_ND))
+            own_ND = torch.from_numpy(np.concatenate(list(rows)))
+            features_ND = torch.zeros(len(self.ids), own_ND.shape[1])
+            features_ND[low:high] = own_ND
+            features_ND = world.all_reduce_sum(features_ND.to(world.device)).cpu()
+            accuracy = world.on_rank0(lambda: self._voted(features_ND.numpy()))
         world.state.step = step  # an extraction counts its batches there
         return accuracy
-
-    def _joined(self, own: np.ndarray, low: int) -> np.ndarray:
-        """All ranks' rows."""
-        if self.world.alone:
-            return own
-        rows_ND = torch.zeros(len(self.ids), own.shape[1], device=self.world.device)
-        rows_ND[low : low + len(own)] = torch.from_numpy(own).to(rows_ND)
-        return self.world.all_reduce_sum(rows_ND).cpu().numpy()
 
     def _voted(self, features_ND: np.ndarray) -> float:
         parts = slice(0, -self.num_queries), slice(-self.num_queries, None)

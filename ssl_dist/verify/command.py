@@ -128,9 +128,6 @@ def certify(
     return [row for group in rows for row in group]
 
 
-# ---------------------------------------------------------------------------------------------------- cases
-
-
 def cases(
     folder: Path, file: str | None = None, names: Sequence[str] = (), overrides: Sequence[str] = (), steps: int = STEPS
 ) -> Iterator[VerifyCase]:
@@ -204,9 +201,6 @@ def _grids(plan: RunPlan) -> dict[int, list[Grid]]:
     if batch % max(WORLD_SIZES):
         raise UserError(f"optim.batch_size = {batch}: {max(WORLD_SIZES)} ranks cannot share it; give a multiple of 4")
     return grids
-
-
-# ---------------------------------------------------------------------------------------------------- text
 
 
 def _describe(plan: RunPlan, steps: int) -> str:
