@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -55,13 +54,12 @@ def options(**changes):
 def fit(folder, task, **changes):
     training_options = options(**changes)
     settings = SETTINGS | {"options": {"steps": training_options.steps, "workers": training_options.workers}}
-    with loop.claimed(folder), ThreadPoolExecutor(2) as pool:
-        return loop.fit(task, training_options, folder, settings, pool)
+    with loop.claimed(folder):
+        return loop.fit(task, training_options, folder, settings, threads=2)
 
 
 def renew_statistics(task, steps):
-    with ThreadPoolExecutor(2) as pool:
-        loop.renew_statistics(task, options(), steps, pool)
+    loop.renew_statistics(task, options(), steps, threads=2)
 
 
 def test_every_image_once_an_epoch_in_an_order_of_its_own(tmp_path):

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -257,8 +256,7 @@ class Oracle(torch.nn.Module):
 def test_every_test_image_counts_once(voc):
     val = split(voc, "val")
     oracle = Oracle(val.samples)
-    with ThreadPoolExecutor(2) as pool:
-        values, picture = detection.evaluate(oracle, val, CPU, pool)
+    values, picture = detection.evaluate(oracle, val, CPU, threads=2)
     assert oracle.asked == [sample.id for sample in val.samples] and set(values.values()) == {100.0}
     assert len(picture.axes) == 4
     for axes, sample in zip(picture.axes, val.samples, strict=True):
@@ -271,8 +269,7 @@ def test_every_test_image_counts_once(voc):
 def test_a_picture_has_a_few_of_the_images(voc, monkeypatch):
     monkeypatch.setattr(pictures, "MAX_IMAGES", 2)
     val = split(voc, "val")
-    with ThreadPoolExecutor(2) as pool:
-        _, picture = detection.evaluate(Oracle(val.samples), val, CPU, pool)
+    _, picture = detection.evaluate(Oracle(val.samples), val, CPU, threads=2)
     shown = [axes.images[0].get_array() for axes in picture.axes]
     assert len(shown) == 2 and all((shown[i] == np.array(val.samples[2 * i].image())).all() for i in range(2))
 
@@ -293,8 +290,8 @@ def test_pictures():
 
 def fit(task, options, folder):
     settings = {"task": "toy", "train": "shapes", "images": "ab", "normalize": {}, "options": {}}
-    with loop.claimed(folder), ThreadPoolExecutor(2) as pool:
-        return loop.fit(task, options, folder, settings, pool)
+    with loop.claimed(folder):
+        return loop.fit(task, options, folder, settings, threads=2)
 
 
 @pytest.mark.parametrize("kind", [pytest.param("detection", marks=pytest.mark.slow), "segmentation"])
@@ -335,8 +332,7 @@ def test_a_detector_learns_and_finds_the_shapes(voc, tmp_path):
     options = detection.Options(**SMALL | {"steps": 150, "batch_size": 4, "boxes_per_image": 32}, lr=0.02, log_every=10)
     task = detection.task(source, split(voc), options, CPU)
     assert fit(task, options, tmp_path) == 0
-    with ThreadPoolExecutor(2) as pool:
-        values, _ = detection.evaluate(task.model, split(voc, "val"), CPU, pool)
+    values, _ = detection.evaluate(task.model, split(voc, "val"), CPU, threads=2)
     assert values["voc_detection_ap50_area"] > 20, values
 
 
@@ -346,8 +342,7 @@ def test_a_segmentation_learns(voc, tmp_path):
     options = segmentation.Options(steps=250, batch_size=4, crop=64, lr=0.02, log_every=10)
     task, _ = segmentation.task(source, split(voc, kind="Segmentation"), options, CPU)
     assert fit(task, options, tmp_path) == 0
-    with ThreadPoolExecutor(2) as pool:
-        values, _ = segmentation.evaluate(task.model, split(voc, "val", "Segmentation"), HALF, CPU, pool)
+    values, _ = segmentation.evaluate(task.model, split(voc, "val", "Segmentation"), HALF, CPU, threads=2)
     assert values["voc_segmentation_miou"] > 30, values  # untrained: 0; 38.5 measured
 
 

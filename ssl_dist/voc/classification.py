@@ -11,7 +11,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -68,7 +68,7 @@ class Options(Section):
 
 
 def features_of(
-    pretrained: Pretrained, split: Split, options: Options, folder: Path, device: torch.device, pool: Executor
+    pretrained: Pretrained, split: Split, options: Options, folder: Path, device: torch.device, threads: int
 ) -> Features:
     """The features of a split, read from `folder` where they are there and fresh."""
     path = folder / f"voc-{split.dataset}-{split.name}-{options.layer}.safetensors"
@@ -93,7 +93,7 @@ def features_of(
     to_input = _input(pretrained, options)
     parts = []
     with Progress(f"features {split.title}", len(split), "image") as counter, torch.inference_mode():
-        for images in read_ahead(pool, to_input, ((sample,) for sample in split.samples), EXTRACTION_BATCH_SIZE):
+        for images in read_ahead(to_input, zip(split.samples, strict=True), EXTRACTION_BATCH_SIZE, threads):
             parts.append(network(torch.stack(images).to(device)).cpu().numpy())
             counter.update(len(images))
     no_labels = np.full(len(split), -1, np.int64)  # an image has several classes

@@ -3,7 +3,6 @@
 import hashlib
 import sys
 from collections.abc import Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +28,7 @@ Outcome = tuple[dict[str, float], str, str]  # values, protocol, SHA-256 of the 
 
 @dataclass(frozen=True)
 class Transfer:
-    """What a task works on. out: the folder of results; pool: `threads` threads that read images."""
+    """What a task works on. out: the folder of results; threads: how many read images, and fit."""
 
     source: Pretrained
     train: Split
@@ -37,7 +36,6 @@ class Transfer:
     out: Path
     device: torch.device
     threads: int
-    pool: Executor
 
     @property
     def names(self) -> dict[str, str]:
@@ -64,15 +62,14 @@ def run(name: str, weights: Path, roots: Sequence[Path], out: Path, overrides: S
     data.check_disjoint(train, test)
     source = pretrained.load(weights, of_weights)
     threads = options.workers or RankInfo().cores
-    with ThreadPoolExecutor(threads, "image") as pool:
-        transfer = Transfer(source, train, test, out, choose_device(RankInfo()), threads, pool)
-        outcome: Outcome | None
-        if isinstance(options, classification.Options):
-            outcome = classify(transfer, options)
-        elif isinstance(options, detection.Options):
-            outcome = detect(transfer, options)
-        else:
-            outcome = segment(transfer, options)
+    transfer = Transfer(source, train, test, out, choose_device(RankInfo()), threads)
+    outcome: Outcome | None
+    if isinstance(options, classification.Options):
+        outcome = classify(transfer, options)
+    elif isinstance(options, detection.Options):
+        outcome = detect(transfer, options)
+    else:
+        outcome = segment(transfer, options)
     if outcome is None:
         return STOPPED, []
     values, protocol, digest = outcome
@@ -97,12 +94,12 @@ def classify(transfer: Transfer, options: classification.Options) -> Outcome:
     train, test = transfer.train, transfer.test
     train_labels, test_labels = train.labels, test.labels  # damaged lists show before the long extraction
     classification.present_classes(train_labels, test_labels, options)
-    folder, device, pool = transfer.out / "features", transfer.device, transfer.pool
+    folder, device, threads = transfer.out / "features", transfer.device, transfer.threads
     train_features, test_features = (
-        classification.features_of(transfer.source, split, options, folder, device, pool) for split in (train, test)
+        classification.features_of(transfer.source, split, options, folder, device, threads) for split in (train, test)
     )
     parts = train_features, train_labels, test_features, test_labels
-    values = classification.evaluate(*parts, options, transfer.threads)
+    values = classification.evaluate(*parts, options, threads)
     row = {sample: labels.tobytes() for sample, labels in zip(test.samples, test_labels, strict=True)}
     return values, _protocol(classification.PROTOCOL, options, train), test.digest(row.__getitem__)
 
@@ -116,8 +113,8 @@ def detect(transfer: Transfer, options: detection.Options) -> Outcome | None:
     if not _fit("detection", task, options, transfer):
         return None
     if options.statistics_steps and options.norm == "batch":
-        loop.renew_statistics(task, options, options.statistics_steps, transfer.pool)
-    values, figure = detection.evaluate(task.model, test, transfer.device, transfer.pool)
+        loop.renew_statistics(task, options, options.statistics_steps, transfer.threads)
+    values, figure = detection.evaluate(task.model, test, transfer.device, transfer.threads)
     _add_picture(transfer, "detection", figure, "Boxes that were found", pictures.BOXES_CAPTION)
     digest = test.digest(lambda sample: sample.annotation_path.read_bytes())
     return values, _protocol(detection.PROTOCOL, options, train), digest
@@ -129,7 +126,7 @@ def segment(transfer: Transfer, options: segmentation.Options) -> Outcome | None
     task, stride = segmentation.task(source, train, options, transfer.device)
     if not _fit("segmentation", task, options, transfer):
         return None
-    values, figure = segmentation.evaluate(task.model, test, source.normalize, transfer.device, transfer.pool)
+    values, figure = segmentation.evaluate(task.model, test, source.normalize, transfer.device, transfer.threads)
     _add_picture(transfer, "segmentation", figure, "Masks that were found", pictures.MASKS_CAPTION)
     digest = test.digest(lambda sample: sample.mask_path.read_bytes())
     return values, _protocol(segmentation.PROTOCOL, options, train, stride=stride), digest
@@ -154,7 +151,7 @@ def _fit(name: str, task: loop.Task, options: TransferOptions, transfer: Transfe
         "options": to_tree(options),
     }
     with loop.claimed(folder):
-        return loop.fit(task, options, folder, settings, transfer.pool) != STOPPED
+        return loop.fit(task, options, folder, settings, transfer.threads) != STOPPED
 
 
 def _protocol(template: str, options: Options, train: Split, **more: int) -> str:

@@ -8,7 +8,6 @@ BatchNorm trained, one more behind layer4, its statistics taken anew over 200 ba
 coder, RoIAlign and the assignment of anchors are torchvision's.
 """
 
-from concurrent.futures import Executor
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -129,13 +128,13 @@ def augmented(sample: Sample, key: np.uint64, options: Options) -> tuple[Tensor,
     return to_tensor(image), target
 
 
-def evaluate(model: nn.Module, test: Split, device: torch.device, pool: Executor) -> tuple[dict[str, float], Figure]:
+def evaluate(model: nn.Module, test: Split, device: torch.device, threads: int) -> tuple[dict[str, float], Figure]:
     """Every image of the test split once, one at a time, at its own proportions. Values in percent, and a picture."""
     model.eval()
     detections, rows, shown = Detections(len(CLASSES)), set(limited(len(test), pictures.MAX_IMAGES)), []
 
     with Progress(f"detection {test.title}", len(test), "image") as counter, torch.inference_mode():
-        for index, [image] in enumerate(read_ahead(pool, Sample.image, ((sample,) for sample in test.samples), 1)):
+        for index, [image] in enumerate(read_ahead(Sample.image, zip(test.samples, strict=True), 1, threads)):
             (output,) = model([to_tensor(image).to(device)])
             boxes, labels, scores = (output[name].cpu().numpy() for name in ("boxes", "labels", "scores"))
             objects = test.samples[index].objects()

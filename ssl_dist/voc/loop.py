@@ -11,12 +11,11 @@ and of upsampling are summed in an order that varies.
 
 import dataclasses
 import functools
+import itertools
 import os
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Generic, TypeVar
 
@@ -34,6 +33,7 @@ from ssl_dist.progress import Progress
 from ssl_dist.run.folder import differences
 from ssl_dist.run.log import RunLog
 from ssl_dist.storage import checkpoint, durable
+from ssl_dist.thread_team import run_ahead
 from ssl_dist.train import optim
 
 FREE_OPTIONS = ("workers", "log_every")  # they change no number
@@ -71,9 +71,9 @@ class Task(Generic[Item]):
         for module in self.frozen:
             module.eval()
 
-    def batches(self, clock: Clock, options: TrainingOptions, pool: Executor) -> Iterator[list[Item]]:
+    def batches(self, clock: Clock, options: TrainingOptions, threads: int) -> Iterator[list[Item]]:
         """The batches of the steps that follow `clock`. The tail of an epoch that fills no batch is dropped."""
-        return read_ahead(pool, self.load, _order(clock, self.num_images, options), options.batch_size)
+        return read_ahead(self.load, _order(clock, self.num_images, options), options.batch_size, threads)
 
 
 def seed_torch(seed: int, purpose: int = INIT, number: int = 0) -> None:
@@ -98,7 +98,7 @@ def claimed(folder: Path) -> Iterator[None]:
         os.close(held)
 
 
-def fit(task: Task, options: TrainingOptions, folder: Path, settings: dict, pool: Executor) -> int:
+def fit(task: Task, options: TrainingOptions, folder: Path, settings: dict, threads: int) -> int:
     """Train to the last step, or go on with what `folder` holds; 0 when complete, 75 when asked to stop.
 
     settings: plain values that must be the same on resume, among them the names task and train, normalize and images
@@ -114,7 +114,7 @@ def fit(task: Task, options: TrainingOptions, folder: Path, settings: dict, pool
     task.train_mode()
     title = f"{settings['task']} {settings['train']}"
     with StopRequest() as stop, RunLog(folder, clock, title, options.batch_size, 1) as log:
-        for items in task.batches(clock, options, pool):
+        for items in task.batches(clock, options, threads):
             optim.set_lr(optimizer, lr(options, clock))
             seed_torch(options.seed, METHOD, clock.step)
             terms = task.loss(items)
@@ -141,7 +141,7 @@ def fit(task: Task, options: TrainingOptions, folder: Path, settings: dict, pool
     return 0
 
 
-def renew_statistics(task: Task, options: TrainingOptions, steps: int, pool: Executor) -> None:
+def renew_statistics(task: Task, options: TrainingOptions, steps: int, threads: int) -> None:
     """Put the mean over `steps` batches of training images in the place of BatchNorm's running mean and variance.
 
     The running ones weigh the last batches most and mix those of weights that have changed since ("precise BN" of
@@ -155,7 +155,7 @@ def renew_statistics(task: Task, options: TrainingOptions, steps: int, pool: Exe
         norm.momentum = None  # torch's word for the mean of all batches since the reset
     clock = Clock(options.steps, task.num_images // options.batch_size, options.steps + steps)
     with torch.no_grad(), Progress("statistics of BatchNorm", steps, "step") as counter:
-        for step, items in enumerate(task.batches(clock, options, pool), clock.step):
+        for step, items in enumerate(task.batches(clock, options, threads), clock.step):
             seed_torch(options.seed, METHOD, step)
             task.loss(items)
             counter.update(1)
@@ -188,21 +188,12 @@ def _order(clock: Clock, num_images: int, options: TrainingOptions) -> Iterator[
             yield epoch, int(index)
 
 
-def read_ahead(
-    pool: Executor, load: Callable[..., Item], arguments: Iterable[tuple], size: int
-) -> Iterator[list[Item]]:
-    """Lists of `size` results of load(*arguments), in their order, read two lists ahead by the pool."""
-    remaining, waiting = iter(arguments), deque[Future[Item]]()
-    try:
-        while True:
-            while len(waiting) < 3 * size and (next_arguments := next(remaining, None)) is not None:
-                waiting.append(pool.submit(load, *next_arguments))
-            if not waiting:
-                return
-            yield [waiting.popleft().result() for _ in range(min(size, len(waiting)))]
-    finally:
-        for future in waiting:
-            future.cancel()
+def read_ahead(load: Callable[..., Item], arguments: Iterable[tuple], size: int, threads: int) -> Iterator[list[Item]]:
+    """Lists of `size` results of load(*arguments), in their order, read two lists ahead."""
+    calls = (functools.partial(load, *of_one) for of_one in arguments)
+    with closing(run_ahead(calls, threads, 2 * size)) as items:
+        while batch := list(itertools.islice(items, size)):
+            yield batch
 
 
 def _optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.SGD:

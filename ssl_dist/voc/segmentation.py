@@ -7,7 +7,6 @@ MoCo's (He et al. 2020, appendix A): 30,000 steps of 16 crops of 513 px, scaled 
 left out.
 """
 
-from concurrent.futures import Executor
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -127,7 +126,7 @@ def augmented(sample: Sample, key: np.uint64, crop: int, normalize: Normalize) -
 
 
 def evaluate(
-    model: nn.Module, test: Split, normalize: Normalize, device: torch.device, pool: Executor
+    model: nn.Module, test: Split, normalize: Normalize, device: torch.device, threads: int
 ) -> tuple[dict[str, float], Figure]:
     """Every image of the test split once, whole: values in percent, means over the classes that occur; a picture."""
     model.eval()
@@ -139,7 +138,7 @@ def evaluate(
         return image, np.array(sample.mask(image.size))
 
     with Progress(f"segmentation {test.title}", len(test), "image") as counter, torch.inference_mode():
-        for index, [(image, mask)] in enumerate(read_ahead(pool, load, ((sample,) for sample in test.samples), 1)):
+        for index, [(image, mask)] in enumerate(read_ahead(load, zip(test.samples, strict=True), 1, threads)):
             pixels = normalized(image, normalize)[None].to(device)
             predicted = model(pixels)["out"][0].argmax(0).cpu().numpy()
             total += confusion(predicted, mask, len(NAMES))
