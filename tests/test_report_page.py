@@ -192,6 +192,7 @@ def test_verdicts_have_badges_and_are_counted(tmp_path):
     assert text.count('<span class="badge error">ill</span>') == 1
     assert text.count('<span class="badge warning">look</span>') == 2
     assert '<span class="badge ok">fine</span>' in text
+    assert ">slow above</text>" in text and ">collapsed below</text>" in text  # the limits in the charts
 
 
 def test_the_knn_that_is_measured_now_and_then(tmp_path):
