@@ -1,7 +1,6 @@
 """Confusion counts, the choice of images for pictures, and what the captions say."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,9 +16,10 @@ from ssl_dist.storage.features import Features
 from tests.figure_writer import MemoryFigureWriter
 
 
-def part(labels, classes=("cat", "dog", "owl")):
+def part(labels, classes=("cat", "dog", "owl"), features=None):
     metadata = {"classes": json.dumps(list(classes)), "dataset": "pets", "split": "test"}
-    return Features(np.zeros((len(labels), 1), np.float32), np.asarray(labels), np.arange(len(labels)), metadata)
+    features = np.zeros((len(labels), 1), np.float32) if features is None else features
+    return Features(features, np.asarray(labels), np.arange(len(labels)), metadata)
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1))
@@ -71,7 +71,7 @@ def blobs(count, seed):
     generator = np.random.default_rng(seed)
     labels = np.array([0, 1, 4])[np.arange(count) % 3]
     features = (generator.standard_normal((count, 4)) + labels[:, None]).astype(np.float32)
-    return replace(part(labels, "abcde"), features=features)
+    return part(labels, "abcde", features)
 
 
 @pytest.mark.parametrize(
@@ -100,8 +100,8 @@ def test_the_pictures_of_a_classifier_show_its_errors(name, overrides, value, ho
 
 
 def test_of_equal_votes_the_picture_takes_the_lower_class():
-    train = replace(part([1, 0], "ab"), features=np.ones((2, 1), np.float32))
-    test = replace(part([0, 1, 1], "ab"), features=np.ones((3, 1), np.float32))
+    train = part([1, 0], "ab", np.ones((2, 1), np.float32))
+    test = part([0, 1, 1], "ab", np.ones((3, 1), np.float32))
     writer = MemoryFigureWriter()
     assert evaluators.find("knn").run(train, test, evaluators.find("knn").Options(k=[2]), writer)["knn2_top1"] < 34
     assert np.array_equal(writer.pictures["knn-confusion"][0].axes[0].images[0].get_array(), [[100, 0], [100, 0]])

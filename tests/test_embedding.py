@@ -43,7 +43,7 @@ def unit(rows):
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory):
-    """(test split, options, values, album) of a run with pictures."""
+    """(test split, options, values, writer) of a run with pictures."""
     test, options = part(151), embedding.Options(limit=100, **QUICK)
     run = tmp_path_factory.mktemp("run")
     writer = MemoryFigureWriter(run / "figures")

@@ -12,7 +12,7 @@ from ssl_dist import cli, config
 from ssl_dist.config import Data
 from ssl_dist.data.readers import Dataset
 from ssl_dist.errors import UserError
-from ssl_dist.results import figures as album_module
+from ssl_dist.results import figures
 from ssl_dist.results.figures import FigureWriter
 from ssl_dist.storage.features import Features
 from ssl_dist.train.loop import train
@@ -52,7 +52,7 @@ def decoded(digits, split, ids):
 
 
 def test_the_images_asked_for_in_the_order_asked_for(digits, opened, tmp_path, monkeypatch):
-    monkeypatch.setattr(album_module, "_BLOCK_BYTES", 2 * 32 * 32 * 3)  # two images a block
+    monkeypatch.setattr(figures, "_BLOCK_BYTES", 2 * 32 * 32 * 3)  # two images a block
     test, train = part(digits, "test"), part(digits, "train")
     rows = np.array([7, 3, 300, 3, 0])
     with FigureWriter(tmp_path, test, opened, data(), "knn") as writer:
@@ -108,7 +108,7 @@ def test_a_picture_is_written_whole_or_not_at_all(digits, opened, tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(album_module.FigureCanvasAgg, "print_png", fails)
+        patch.setattr(figures.FigureCanvasAgg, "print_png", fails)
         with pytest.raises(KeyboardInterrupt):
             writer.add("x", Figure(figsize=(1, 1)), "new", "")
     assert list(tmp_path.iterdir()) == [path]
@@ -130,12 +130,12 @@ def test_what_is_refused(digits, opened, tmp_path):
 
 def test_pictures_are_known_by_their_evaluator_and_checkpoint(digits, opened, tmp_path):
     (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n")
-    assert not album_module.has_pictures(tmp_path / "nowhere", "knn", "c0ffee")
-    assert not album_module.has_pictures(tmp_path, "knn", "c0ffee")
+    assert not figures.has_pictures(tmp_path / "nowhere", "knn", "c0ffee")
+    assert not figures.has_pictures(tmp_path, "knn", "c0ffee")
     FigureWriter(tmp_path, part(digits, "test"), opened, data(), "knn").add("x", Figure(figsize=(1, 1)), "t", "c")
-    assert album_module.has_pictures(tmp_path, "knn", "c0ffee")
-    assert not album_module.has_pictures(tmp_path, "knn", "another")
-    assert not album_module.has_pictures(tmp_path, "logistic", "c0ffee")
+    assert figures.has_pictures(tmp_path, "knn", "c0ffee")
+    assert not figures.has_pictures(tmp_path, "knn", "another")
+    assert not figures.has_pictures(tmp_path, "logistic", "c0ffee")
 
 
 @pytest.mark.slow
