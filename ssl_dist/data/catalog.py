@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,7 @@ CATALOG: dict[str, Entry] = {
 # fmt: on
 
 
-@dataclass(frozen=True)
-class SplitRoles:
+class SplitRoles(NamedTuple):
     """Which split serves for what. A name may be absent from the folder: opening it then lists those present."""
 
     pretraining: str
@@ -96,9 +95,5 @@ def split_roles(name: str, splits_present: Collection[str]) -> SplitRoles:
     entry = CATALOG.get(name)
     if entry is None:
         return default
-    return SplitRoles(
-        *(
-            getattr(entry, use) if getattr(entry, use) in splits_present else getattr(default, use)
-            for use in ("pretraining", "training", "evaluation")
-        )
-    )
+    own = (entry.pretraining, entry.training, entry.evaluation)
+    return SplitRoles(*(split if split in splits_present else other for split, other in zip(own, default, strict=True)))

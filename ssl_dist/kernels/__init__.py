@@ -1,3 +1,1 @@
 """Fused CPU kernels behind methods. Each computes what a few lines of torch say, and tests hold the two together."""
-
-__all__ = ["kmeans", "moments", "neighbours", "relation", "relation_loops", "sinkhorn"]

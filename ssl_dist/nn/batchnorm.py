@@ -149,10 +149,7 @@ def synchronize(module: nn.Module, reduce: Callable[[Tensor], Tensor]) -> nn.Mod
     if has_twin(module):
         return SyncBatchNorm(module, reduce)
     for name, child in module.named_children():
-        if has_twin(child):
-            setattr(module, name, SyncBatchNorm(child, reduce))
-        else:
-            synchronize(child, reduce)
+        setattr(module, name, synchronize(child, reduce))
     return module
 
 
