@@ -22,8 +22,8 @@ from ssl_dist.convert.sources import open_source
 from ssl_dist.convert.statistics import Moments, measure
 from ssl_dist.data import manifest
 from ssl_dist.data.beton import JPG, MAX_SIDE, RAW, Beton, Digest, Writer
-from ssl_dist.data.catalog import CATALOG, Entry, SplitRoles, split_roles
-from ssl_dist.data.manifest import Encoding, Manifest, SplitFacts
+from ssl_dist.data.catalog import CATALOG, OWN_FOLDER, Entry, SplitRoles, split_roles
+from ssl_dist.data.manifest import Encoding, Manifest, SplitRecord
 from ssl_dist.distributed.rank import available_cores
 from ssl_dist.errors import UserError, did_you_mean
 from ssl_dist.progress import Progress
@@ -57,7 +57,7 @@ def convert(
     """
     name, entry = _name_and_entry(dataset, root, name)
     out = Path(out) if out is not None else Path("data") / name
-    if root is None and entry is not None and entry.source in ("cifar", "stl10"):
+    if root is None and entry.source in ("cifar", "stl10"):
         root = out / "download"
     workers, quiet = available_cores() if workers is None else workers, not progress
     if workers < 1:
@@ -94,33 +94,31 @@ def convert(
 
 def _manifest(
     name: str,
-    entry: Entry | None,
+    entry: Entry,
     classes: list[str],
-    splits: dict[str, SplitFacts],
+    splits: dict[str, SplitRecord],
     roles: SplitRoles,
     moments: Moments,
     encoding: Encoding,
 ) -> Manifest:
     return Manifest(
         name=name,
-        about=entry.about if entry is not None else "images of a folder",
+        about=entry.about,
         classes=classes,
         splits=splits,
-        pretraining=roles.pretraining,
-        training=roles.training,
-        evaluation=roles.evaluation,
-        image_size=entry.image_size if entry is not None else None,
+        **roles._asdict(),
+        image_size=entry.image_size,
         mean=moments[0],
         std=moments[1],
         measured_images=moments[2],
-        paper_mean=list(entry.paper_mean) if entry is not None and entry.paper_mean else None,
-        paper_std=list(entry.paper_std) if entry is not None and entry.paper_std else None,
+        paper_mean=list(entry.paper_mean) if entry.paper_mean else None,
+        paper_std=list(entry.paper_std) if entry.paper_std else None,
         encoding=encoding,
     )
 
 
-def _name_and_entry(dataset: str, root: str | Path | None, name: str | None) -> tuple[str, Entry | None]:
-    """The data set's name and its entry in the catalog."""
+def _name_and_entry(dataset: str, root: str | Path | None, name: str | None) -> tuple[str, Entry]:
+    """The data set's name and its entry in the catalog, or that of a folder of one's own."""
     if dataset != "folder":
         if dataset not in CATALOG:
             known = [*CATALOG, "folder"]
@@ -134,15 +132,14 @@ def _name_and_entry(dataset: str, root: str | Path | None, name: str | None) -> 
     name = name if name is not None else Path(root).resolve().name
     if not name or "/" in name:
         raise UserError(f"--name {name!r}: must be a plain word; give the data set a name with --name")
-    return name, CATALOG.get(name)
+    return name, CATALOG.get(name, OWN_FOLDER)
 
 
-def _encoding(entry: Entry | None, max_side: int | None) -> Encoding:
+def _encoding(entry: Entry, max_side: int | None) -> Encoding:
     if max_side is not None and not 1 <= max_side <= MAX_SIDE:
         raise UserError(f"--max-side {max_side}: must be 1..{MAX_SIDE} pixels")
-    max_side = max_side or (entry.max_side if entry is not None else Entry.max_side)
-    raw_side = entry.raw_side if entry is not None else Entry.raw_side
-    return Encoding(raw_side=min(raw_side, max_side), max_side=max_side, jpeg_quality=JPEG_QUALITY)
+    max_side = max_side or entry.max_side
+    return Encoding(raw_side=min(entry.raw_side, max_side), max_side=max_side, jpeg_quality=JPEG_QUALITY)
 
 
 def _previous_manifest(out: Path, name: str, quiet: bool) -> Manifest | None:
@@ -159,7 +156,7 @@ def _previous_manifest(out: Path, name: str, quiet: bool) -> Manifest | None:
     return previous
 
 
-def _is_intact(path: Path, recorded: SplitFacts, images: Images, quiet: bool) -> bool:
+def _is_intact(path: Path, recorded: SplitRecord, images: Images, quiet: bool) -> bool:
     """Whether a finished split has the source's images and every byte that was written."""
     if recorded.listing != images.listing() or not path.exists():
         return False
@@ -180,7 +177,7 @@ def _is_intact(path: Path, recorded: SplitFacts, images: Images, quiet: bool) ->
     return intact
 
 
-def _write(path: Path, images: Images, num_classes: int, encoding: Encoding, workers: int, quiet: bool) -> SplitFacts:
+def _write(path: Path, images: Images, num_classes: int, encoding: Encoding, workers: int, quiet: bool) -> SplitRecord:
     """Encode a split into its file."""
     count = len(images.names)
     with (
@@ -192,7 +189,7 @@ def _write(path: Path, images: Images, num_classes: int, encoding: Encoding, wor
             writer.add(int(label), sample.mode, sample.height, sample.width, sample.data)
             counter.update(1)
         digest = writer.finish()
-    return _split_facts(Beton(path), num_classes, digest, images.listing())
+    return _record_of(Beton(path), num_classes, digest, images.listing())
 
 
 def _encoded(images: Images, encoding: Encoding, workers: int) -> Generator[Sample, None, None]:
@@ -214,9 +211,9 @@ def _load(images: Images, i: int) -> bytes | np.ndarray:
         raise UserError(f"{images.describe(i)}: can not be read ({error}); replace or remove it") from None
 
 
-def _split_facts(beton: Beton, num_classes: int, digest: str, listing: str) -> SplitFacts:
+def _record_of(beton: Beton, num_classes: int, digest: str, listing: str) -> SplitRecord:
     labels = beton.labels[beton.labels >= 0]
-    return SplitFacts(
+    return SplitRecord(
         count=beton.count,
         labelled=len(labels) == beton.count,
         class_counts=np.bincount(labels, minlength=num_classes).tolist(),

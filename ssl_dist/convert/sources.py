@@ -9,7 +9,7 @@ import numpy as np
 
 from ssl_dist.convert.folders import image_folder, tiny_imagenet
 from ssl_dist.convert.images import Images, PixelImages, Source
-from ssl_dist.data.catalog import CATALOG
+from ssl_dist.data.catalog import CATALOG, OWN_FOLDER
 from ssl_dist.errors import UserError
 
 Opened = TypeVar("Opened")
@@ -17,7 +17,7 @@ Opened = TypeVar("Opened")
 
 def open_source(dataset: str, root: Path | None) -> Source:
     """The source of a catalog entry or of a folder of one's own. Raises `UserError` when `root` does not hold it."""
-    kind = CATALOG[dataset].source if dataset in CATALOG else "folder"
+    kind = CATALOG.get(dataset, OWN_FOLDER).source
     if kind == "digits":
         return digits()
     if root is None:

@@ -19,8 +19,7 @@ class Entry:
     pretraining: str
     training: str
     evaluation: str
-    image_size: int
-    num_classes: int | None
+    image_size: int | None
     paper_mean: tuple[float, float, float] | None = None
     paper_std: tuple[float, float, float] | None = None
     raw_side: int = 64
@@ -40,39 +39,40 @@ _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CATALOG: dict[str, Entry] = {
     "cifar10": Entry(
         "60,000 photos of 32x32 in 10 classes (Krizhevsky 2009); torchvision, downloaded where missing",
-        "cifar", "train", "train", "test", 32, 10, *_CIFAR10,
+        "cifar", "train", "train", "test", 32, *_CIFAR10,
     ),
     "cifar100": Entry(
         "60,000 photos of 32x32 in 100 classes (Krizhevsky 2009); torchvision, downloaded where missing",
-        "cifar", "train", "train", "test", 32, 100, *_CIFAR100,
+        "cifar", "train", "train", "test", 32, *_CIFAR100,
     ),
     "supercifar100": Entry(
         "CIFAR-100 with its 20 coarse labels; torchvision, downloaded where missing",
-        "cifar", "train", "train", "test", 32, 20, *_CIFAR100,
+        "cifar", "train", "train", "test", 32, *_CIFAR100,
     ),
     "stl10": Entry(
         "100,000 unlabeled and 13,000 labelled photos of 96x96 in 10 classes (Coates et al. 2011); torchvision, "
         "downloaded where missing",
-        "stl10", "unlabeled", "train", "test", 96, 10, *_HALF, raw_side=96,
+        "stl10", "unlabeled", "train", "test", 96, *_HALF, raw_side=96,
     ),
     "tiny-imagenet": Entry(
         "110,000 photos of 64x64 in 200 classes (Stanford CS231n); tiny-imagenet-200.zip, its folder, or a folder",
-        "tiny-imagenet", "train", "train", "val", 64, 200, *_QUARTER,
+        "tiny-imagenet", "train", "train", "val", 64, *_QUARTER,
     ),
     "slimagenet64": Entry(
         "SlimageNet64: 200 photos of 64x64 from each class of ImageNet (Antoniou et al. 2020); an image folder",
-        "folder", "train", "train", "test", 64, 1000, *_QUARTER,
+        "folder", "train", "train", "test", 64, *_QUARTER,
     ),
     "imagenet": Entry(
         "ILSVRC 2012: 1,281,167 and 50,000 photos in 1,000 classes; an image folder with train/ and val/",
-        "folder", "train", "train", "val", 224, 1000, *_IMAGENET,
+        "folder", "train", "train", "val", 224, *_IMAGENET,
     ),
     "digits": Entry(
         "scikit-learn's 1,797 handwritten digits of 8x8, enlarged to 32x32 RGB; needs no download",
-        "digits", "train", "train", "test", 32, 10,
+        "digits", "train", "train", "test", 32,
     ),
 }
 # fmt: on
+OWN_FOLDER = Entry("images of a folder", "folder", "train", "train", "test", None)
 
 
 class SplitRoles(NamedTuple):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import llvmlite.binding
 import numba
@@ -32,17 +33,6 @@ from ssl_dist.errors import UserError
 
 
 @contextmanager
-def _attribute_set(owner: object, name: str, value: object) -> Iterator[None]:
-    """Set `owner.name` to `value` inside the block."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
-@contextmanager
 def _thread_counts_kept() -> Iterator[None]:
     """Put the process's numbers of threads back, which FFCV sets when it is imported and with every Loader."""
     before = torch.get_num_threads(), numba.get_num_threads()
@@ -54,7 +44,7 @@ def _thread_counts_kept() -> Iterator[None]:
 
 
 # FFCV keeps two constants in a numba dictionary that only Python reads; compiling it would take 5 s at every start.
-with _thread_counts_kept(), _attribute_set(numba.typed, "Dict", dict):
+with _thread_counts_kept(), mock.patch.object(numba.typed, "Dict", dict):
     try:
         from ffcv import libffcv
         from ffcv.fields.rgb_image import SimpleRGBImageDecoder
@@ -181,8 +171,8 @@ class FfcvReader(Reader):
     def __init__(self, info: SplitInfo, beton: Beton):
         super().__init__(info, beton)
         # FFCV would compile the Python function around our compiled one, which takes seconds and saves nothing.
-        interpreted = _attribute_set(Compiler, "is_enabled", False)
-        with _thread_counts_kept(), interpreted, _attribute_set(ffcv_loader, "OSCacheManager", MappedFile):
+        interpreted = mock.patch.object(Compiler, "is_enabled", False)
+        with _thread_counts_kept(), interpreted, mock.patch.object(ffcv_loader, "OSCacheManager", MappedFile):
             loader = ffcv_loader.Loader(
                 str(beton.path),
                 batch_size=1,  # of buffers that are never allocated

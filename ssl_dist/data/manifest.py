@@ -21,7 +21,7 @@ class Encoding(Section):
     jpeg_quality: int
 
 
-class SplitFacts(Section):
+class SplitRecord(Section):
     """One split: <split>.beton. class_counts: images of every class; raw, jpeg: images stored so; sha256: see
     `beton.Digest`; listing: SHA-256 of the names of its images at the source."""
 
@@ -45,7 +45,7 @@ class Manifest(Section):
     name: str
     about: str
     classes: list[str]
-    splits: dict[str, SplitFacts]
+    splits: dict[str, SplitRecord]
     pretraining: str
     training: str
     evaluation: str
