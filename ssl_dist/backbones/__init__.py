@@ -16,22 +16,21 @@ from ssl_dist.errors import UserError, did_you_mean
 from ssl_dist.nn.backbone import Backbone
 
 _TIMM = "timm/"
+_SMALL_STEM = "_small_stem"
 WIDTHS = (2, 4, 5)
 
+_RESNETS = {f"resnet{depth}": partial(resnet.ResNet, depth) for depth in resnet.LAYERS}
+_RESNETS |= {
+    f"resnet{depth}x{width}": partial(resnet.ResNet, depth, width) for depth in resnet.LAYERS for width in WIDTHS
+}
+_RESNETS |= {name + _SMALL_STEM: partial(builder, small_stem=True) for name, builder in _RESNETS.items()}
 _BUILDERS: dict[str, Callable[..., Backbone]] = {
     "conv4": Conv4,
     **{f"resnet{depth}": partial(resnet_small.SmallResNet, depth) for depth in resnet_small.DEPTHS},
-    **{f"resnet{depth}": partial(resnet.ResNet, depth) for depth in resnet.LAYERS},
-    **{f"resnet{depth}x{width}": partial(resnet.ResNet, depth, width) for depth in resnet.LAYERS for width in WIDTHS},
+    **_RESNETS,
     "resnetv2_50": ResNetV2,
     "alexnet": AlexNet,
     **{name: partial(efficientnet.EfficientNet, name) for name in efficientnet.BUILDERS},
-}
-_SMALL_STEM = "_small_stem"
-_BUILDERS |= {
-    name + _SMALL_STEM: partial(builder, small_stem=True)
-    for name, builder in _BUILDERS.items()
-    if isinstance(builder, partial) and builder.func is resnet.ResNet
 }
 
 
@@ -55,7 +54,7 @@ def check(name: str, zero_init_residual: bool = False) -> None:
         )
     if name not in available:
         raise UserError(f"backbone.name = {name!r}: no such backbone; {did_you_mean(name, available)}{remedy}")
-    if zero_init_residual and not _is_resnet(name):
+    if zero_init_residual and name not in _RESNETS:
         raise UserError(
             f"backbone.zero_init_residual = true: backbone {name} has no such option (resnet18 to resnet200 have); "
             "set it to false"
@@ -68,7 +67,3 @@ def build(name: str, zero_init_residual: bool = False) -> Backbone:
     if name.startswith(_TIMM):
         return TimmModel(name.removeprefix(_TIMM))
     return _BUILDERS[name](zero_init_residual=True) if zero_init_residual else _BUILDERS[name]()
-
-
-def _is_resnet(name: str) -> bool:
-    return getattr(_BUILDERS.get(name), "func", None) is resnet.ResNet

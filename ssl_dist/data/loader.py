@@ -50,10 +50,7 @@ class TrainLoader:
     pin: bool
 
     def __post_init__(self) -> None:
-        self.view_ids = [
-            np.array([spec.first_view + v for v in self.grid.view_range(self.rank, spec.num)], np.int64)
-            for spec in self.specs
-        ]
+        self.view_ids = [spec.view_ids[list(self.grid.view_range(self.rank, spec.num))] for spec in self.specs]
         self._batches: Generator[HostBatch, None, None] | None = None
 
     def __enter__(self) -> Self:
@@ -80,7 +77,7 @@ class TrainLoader:
 
     def _batch(self, step: int, decoded: Iterator[views.Images], team: ThreadTeam) -> HostBatch:
         images = next(decoded)
-        epoch, image_ids = step // self.order.steps_per_epoch, images.ids
+        epoch = step // self.order.steps_per_epoch
         groups = [
             torch.from_numpy(views.make_views(images, spec, view_ids, self.order.seed, epoch, team))
             for spec, view_ids in zip(self.specs, self.view_ids, strict=True)
@@ -91,8 +88,8 @@ class TrainLoader:
             step,
             groups,
             [torch.from_numpy(view_ids) for view_ids in self.view_ids],
-            torch.from_numpy(np.array(image_ids, np.int64)),
-            torch.from_numpy(np.array(self.reader.labels(image_ids), np.int64)),
+            torch.from_numpy(images.ids),
+            torch.from_numpy(self.reader.labels(images.ids)),
         )
 
 

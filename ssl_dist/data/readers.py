@@ -64,11 +64,8 @@ class Dataset:
         return FfcvReader(info, beton)
 
     def _open(self, split: str) -> tuple[SplitInfo, Beton]:
-        if split not in self._opened:
-            self._opened[split] = self._read(split)
-        return self._opened[split]
-
-    def _read(self, split: str) -> tuple[SplitInfo, Beton]:
+        if split in self._opened:
+            return self._opened[split]
         if split not in self.splits:
             raise UserError(
                 f"data.split = {split!r}: {self.root} holds the splits {', '.join(self.splits)}; choose one"
@@ -92,4 +89,5 @@ class Dataset:
             std=self._manifest.std,
             sha256=facts.sha256,
         )
+        self._opened[split] = info, beton
         return info, beton

@@ -21,9 +21,7 @@ from ssl_dist.kernels.ranks import Ranks
 
 BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**26}  # of a block of rows: what the caches hold; on a GPU to fill it
 PIECE_ROWS = 1024  # rows whose sums are taken by one thread; they are added in order, so threads change no result
-MIN_LOG_ENTRY = (
-    -600.0
-)  # logarithm of the smallest entry, where the largest of its row and column is 1; float64 ends at -708
+MIN_LOG_ENTRY = -600.0  # of the smallest entry, where the largest of its row and column is 1; float64 ends at -708
 CHECK_ITERATIONS = 10  # from one look at the error to the next, as in the official code
 MAX_ITERATIONS = 100_000
 CHECK_TIMEOUT_S = 600.0  # for CHECK_ITERATIONS iterations

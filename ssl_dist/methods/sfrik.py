@@ -149,7 +149,5 @@ class Method(SSLMethod[Options]):
         """The invariance, and what rows lo..hi-1 of the Gram matrices add to the discrepancy."""
         z_KMD, options = F.normalize(embeddings_KMD, dim=-1), self.options
         regularised = range(self.num_views) if options.reg_small else options.general
-        share = reduce(torch.add, (discrepancy(z_KMD[v], options.weights, lo, hi) for v in regularised)) / len(
-            regularised
-        )
-        return invariance(z_KMD, options.general), share
+        shares = [discrepancy(z_KMD[v], options.weights, lo, hi) for v in regularised]
+        return invariance(z_KMD, options.general), reduce(torch.add, shares) / len(shares)
