@@ -238,8 +238,8 @@ def save_forever(run, saved):
     torch.set_num_threads(1)
     held = durable.lock(run / "lock", os.O_RDWR | os.O_CREAT, wait=False)
     checkpoint.remove_leftovers(run)
-    found = checkpoint.load_newest(run)
-    step = found[1]["step"] if found else 0
+    newest = checkpoint.load_newest(run)
+    step = newest[1]["step"] if newest else 0
     while held:
         step += 1
         save_and_prune(step, float(step), keep=2)(run)
@@ -258,8 +258,9 @@ def start_saving(run):
 @pytest.mark.slow
 def test_kills_at_any_time(tmp_path, capsys):
     chance = random.Random(0)
-    reached = 0
-    for _ in range(25):
+    kills = reached = 0
+    while kills < 25 or reached <= 50:  # enough saves for the kills to fall into, on a busy machine too
+        kills += 1
         process, saved = start_saving(tmp_path)
         reached = max(reached, int(saved.recv_bytes()))
         time.sleep(chance.uniform(0, 0.06))
@@ -274,7 +275,6 @@ def test_kills_at_any_time(tmp_path, capsys):
         step, value = value_in(tmp_path)
         assert step in (reached, reached + 1) and value == step
         assert (tmp_path / "checkpoints" / "LAST").read_text() in {f"step-{s:08d}.pt\n" for s in (step - 1, step)}
-    assert reached > 50, "too few saves for the kills to fall into"
     assert capsys.readouterr().err == ""
 
 
@@ -283,17 +283,17 @@ def test_a_reader_beside_a_training_that_prunes(tmp_path, capsys):
     process, saved = start_saving(tmp_path)
     try:
         saved.recv_bytes()
-        found = []
-        for _ in range(300):
+        steps = []
+        while len(steps) < 300 or steps[-1] - steps[0] <= 20:  # on a busy machine 300 reads see fewer saves
             path, loaded, _ = checkpoint.load_newest(tmp_path)
             assert path == checkpoint.path_of(tmp_path, loaded["step"])
             assert loaded["method"]["weight"][0, 0].item() == loaded["step"]
-            found.append(loaded["step"])
+            steps.append(loaded["step"])
             assert process.is_alive()
     finally:
         process.kill()
         process.join()
-    assert found == sorted(found) and found[-1] - found[0] > 20
+    assert steps == sorted(steps)
     assert capsys.readouterr().err == ""
 
 
