@@ -224,7 +224,7 @@ def ranks(tmp_path):
         process = subprocess.Popen(
             [str(word) for word in command],
             cwd=tmp_path,
-            env=os.environ | {"PYTHON": sys.executable} | env,
+            env=os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path)} | env,
             stderr=subprocess.PIPE,
             text=True,
         )
