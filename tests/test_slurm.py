@@ -214,8 +214,8 @@ def test_a_crash_that_comes_again_ends_the_job(cluster, digits, tmp_path):
 def test_an_array_is_queued_again_and_each_seed_evaluated(cluster, digits, tmp_path, capsys):
     """The last element has the array's own job number."""
     words = training(digits, tmp_path / "run", "optim.steps=90", "precision=fp32", "data.view_shards=1")
-    more = ["--seeds", "3", "4", "--then", "knn", "knn.k=[5]"]
-    jobs = submit(cluster, tmp_path, *words, *TWO_NODES, *more)
+    more = ["--time", "00:10:00", "--seeds", "3", "4", "--then", "knn", "knn.k=[5]"]
+    jobs = submit(cluster, tmp_path, *words, *more)
     array, runs = jobs[0].partition("_")[0], [tmp_path / f"run-seed{seed}" for seed in (3, 4)]
     assert jobs[:2] == [f"{array}_0", f"{array}_1"] and len(jobs) == 4
     assert all(cluster.job(job)["Dependency"].startswith(f"afterok:{array}_") for job in jobs[2:])
