@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
-# Sets the checkout up where needed, then checks style and types and runs the tests, quick ones first. Ends with
-# pytest's summary.
+# Sets the checkout up where needed, then checks style and types and runs the tests. Ends with pytest's summary.
 #
-#   bash launch/test.sh                     everything: the quick tests, then those marked slow
+#   bash launch/test.sh                     everything; the tests that take longest are begun first
 #   bash launch/test.sh --quick             without the tests marked slow, and without Slurm and Chromium for them
-#   COVERAGE=1 bash launch/test.sh          also the share of the package's lines that the quick tests run
+#   COVERAGE=1 bash launch/test.sh          also the share of the package's lines that the tests run in their own process
 #   bash launch/test.sh [--quick] tests/test_config.py -k hints       what follows goes to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -26,18 +25,12 @@ if command -v shellcheck >/dev/null; then shellcheck launch/*.sh .ci/run; fi
 printf '\n== types: mypy\n'
 mypy
 
-workers=$(($(nproc) + 1)) # half of all tests wait, for ranks, clocks and Slurm; tests/conftest.py says which share one
-nothing=5                 # pytest's exit code where it found no test of the kind, as in a file that has none
-run() { # pytest's arguments; ends the script where a test fails
-    local found=0
-    python -m pytest -q -n "$workers" --dist loadgroup "$@" || found=$?
-    [ $found -eq 0 ] || [ $found -eq $nothing ] || exit $found
-    ran+=("$found")
-}
+workers=$(($(nproc) + 2))       # half of all tests wait, for ranks, clocks and Slurm; tests/conftest.py says which share one
+unset PYTHONDONTWRITEBYTECODE # else each of many hundred processes compiles the package again
 
 printf '\n== tests: pytest, each test under a time limit\n'
-ran=()
-run -m "not slow" ${COVERAGE:+--cov --cov-report=} "$@"
-[ -z "${COVERAGE:-}" ] || printf 'lines that the quick tests run: %s%%\n' "$(coverage report --format=total)"
-[ -z "$slow_too" ] || run -m slow "$@"
-[[ " ${ran[*]} " == *" 0 "* ]] || exit $nothing
+chosen=()
+[ -n "$slow_too" ] || chosen=(-m "not slow")
+python -m pytest -q -n "$workers" --dist loadgroup --no-loadscope-reorder \
+    "${chosen[@]}" ${COVERAGE:+--cov --cov-report=} "$@"
+[ -z "${COVERAGE:-}" ] || printf 'lines that the tests run: %s%%\n' "$(coverage report --format=total)"

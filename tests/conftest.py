@@ -1,4 +1,4 @@
-"""Settings of every test: one thread each, a time limit each, quick tests first, which ones share a worker."""
+"""Settings of every test: one thread each, a time limit each, their order, which ones share a worker."""
 
 import importlib.util
 import os
@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="FFCV is not installed (bash launch/install.sh)"))
         if (group := _group(item)) is not None:
             item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, CLUSTERS.get(_group(item), 2)))
+    items.sort(key=_place)
 
 
 def pytest_collection_finish(session):
@@ -47,7 +47,15 @@ def pytest_collection_finish(session):
         raise pytest.UsageError("this pytest-xdist does not group tests under this pytest: see setup.py")
 
 
-CLUSTERS = {"slurm": 0, "network": 1}  # the longest chains, which wait most of the time, are begun first
+CLUSTERS = ("slurm", "network")  # the longest chains, which wait most of the time
+
+
+def _place(item):
+    """What takes longest is begun first, so that the short groups of quick tests fill the workers up at the end."""
+    group = _group(item)
+    if group in CLUSTERS:
+        return CLUSTERS.index(group)
+    return len(CLUSTERS) + (2 if not item.get_closest_marker("slow") else 0 if group else 1)
 
 
 def _group(item):
