@@ -125,3 +125,11 @@ def test_dump_is_complete_and_loads_to_the_same(path, tmp_path):
     again.write_text(config.dump(settings))
     assert config.load(again) == settings
     assert set(yaml.safe_load(config.dump(settings))) == set(config.Config.model_fields)
+
+
+def test_a_file_that_cannot_be_read_is_named_with_the_reason_and_the_remedy(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes("seed: 1  # größer".encode("latin-1"))
+    for path, reason in ((tmp_path, "Is a directory"), (tmp_path / "latin.yaml", "not a text file")):
+        with pytest.raises(UserError) as caught:
+            config.load(path)
+        assert str(caught.value) == f"config {path}: cannot be read: {reason}; configs/ holds examples"
