@@ -1,6 +1,6 @@
-"""`ssl-dist` as a rank in which something goes wrong: python tests/faulty_rank.py FAULT FOLDER train CONFIG ...
+"""`ssl-dist` as a rank with a planned fault: python tests/faulty_rank.py FAULT FOLDER train CONFIG ...
 
-Rank 1 has the fault at step 3 and writes its time to FOLDER/fault; every rank writes its process id there.
+The fault occurs in rank 1 at step 3. FOLDER gets its time (fault) and the process id of every rank (pid-N).
 """
 
 import ctypes
@@ -29,25 +29,26 @@ def frozen():
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def on_fault(folder, action):
+def record_and_run(folder, action):
+    """Write the time of the fault, then cause it."""
     (folder / "fault").write_text(str(time.time()))
     action()
 
 
-def in_forward(folder, action):
+def fault_in_forward(folder, action):
     from ssl_dist.methods.relational import Method
 
     forward = Method.forward
 
     def faulty(self, batch, world):
         if RANK == 1 and world.state.step == AT_STEP and not (folder / "fault").exists():
-            on_fault(folder, action)
+            record_and_run(folder, action)
         return forward(self, batch, world)
 
     Method.forward = faulty
 
 
-def skipped_exchange(folder):
+def skipped_collective(folder):
     from ssl_dist.distributed.world import World
 
     reduce = World.all_reduce_sum
@@ -55,7 +56,7 @@ def skipped_exchange(folder):
     def faulty(self, x):
         caller = sys._getframe(1).f_code.co_name
         if self.state.step == AT_STEP and caller == "forward" and not (folder / "fault").exists():
-            on_fault(folder, lambda: None)
+            record_and_run(folder, lambda: None)
             return x
         return reduce(self, x)
 
@@ -70,7 +71,7 @@ def not_finite(folder):
 
     def faulty(self, loss_share):
         if RANK == 1 and self.state.step == AT_STEP:
-            on_fault(folder, lambda: None)
+            record_and_run(folder, lambda: None)
             loss_share = loss_share * float("nan")
         return scale_for_ddp_mean(self, loss_share)
 
@@ -84,7 +85,7 @@ def loader_exception(folder):
 
     def faulty(self, step, *arguments):
         if RANK == 1 and step == AT_STEP - 1:
-            on_fault(folder, lambda: None)
+            record_and_run(folder, lambda: None)
             raise ValueError("planned failure in the loader")
         return batch(self, step, *arguments)
 
@@ -100,7 +101,7 @@ def stuck_in_the_save(folder):
 
     def faulty(self, clock):
         if clock.step == 4:
-            on_fault(folder, stuck_in_user_code)
+            record_and_run(folder, stuck_in_user_code)
         save(self, clock)
 
     TrainState._save = faulty
@@ -125,7 +126,7 @@ def killed_in_the_extraction(folder):
 
     def faulty(*arguments, **options):
         if RANK == 1:
-            on_fault(folder, killed)
+            record_and_run(folder, killed)
         return test_views(*arguments, **options)
 
     run_encoder.views.test_views = faulty
@@ -137,7 +138,7 @@ if __name__ == "__main__":
     fault, folder = sys.argv[1], Path(sys.argv[2])
     (folder / f"pid-{RANK}").write_text(str(os.getpid()))
     if fault in ("stuck_in_user_code", "stuck_in_c", "killed", "frozen"):
-        in_forward(folder, globals()[fault])
+        fault_in_forward(folder, globals()[fault])
     elif fault != "none":
         globals()[fault](folder)
     sys.exit(cli.main(sys.argv[3:]))

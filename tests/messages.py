@@ -1,4 +1,4 @@
-"""What tests require of a message: that it names the thing, the value and the remedy, whatever the words between."""
+"""Patterns for messages: a test requires the key, the value and the remedy, not the wording."""
 
 import re
 

@@ -1,6 +1,6 @@
-"""Ways to break the program that the equality certificate must see. Each is called first in every rank (`prepare`).
+"""Ways to break the program that the equality certificate must detect. Each is called first in every rank (`prepare`).
 
-One process is left alone by all of them: it is what the ranks are compared with.
+None of them changes a run of one process, which is the reference for the ranks.
 """
 
 from unittest import mock
@@ -15,16 +15,16 @@ def lose_the_backward_sum():
     """A rank's representations get the gradient of its own share of the loss only."""
     backward = world_module._GatherViews.backward
 
-    def lost(ctx, grad):
+    def backward_without_sum(ctx, grad):
         with mock.patch.object(World, "all_reduce_sum", lambda self, x: x):
             return backward(ctx, grad)
 
-    world_module._GatherViews.backward = staticmethod(lost)
-    world_module.self_test = lambda world: None  # the self-test of every start sees it too; here the certificate must
+    world_module._GatherViews.backward = staticmethod(backward_without_sum)
+    world_module.self_test = lambda world: None  # the self-test at start-up would detect it before the certificate
 
 
 def shift_a_share():
-    """The last rank's share of the work begins and ends one piece too early."""
+    """The last rank's share of pieces begins and ends one piece too early."""
     share = World.share
 
     def shifted(self, count):
@@ -40,7 +40,7 @@ def normalize_locally():
 
 
 def reuse_a_view_id():
-    """Behind the first view shard the last view is made like the first one."""
+    """In every view shard but the first the last view is drawn with the id of the first one."""
     init = TrainLoader.__init__
 
     def reusing(self, *arguments):
@@ -53,5 +53,5 @@ def reuse_a_view_id():
 
 
 def add_methods(folder):
-    """The methods of another folder, as if they lay in ssl_dist/methods."""
+    """Find the methods in `folder` as if their files were in ssl_dist/methods."""
     methods.__path__.append(str(folder))

@@ -1,4 +1,4 @@
-"""Shell scripts in the place of programs, and running one with a deadline."""
+"""Shell scripts that stand in for programs, and running a program with a deadline."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ def script(path, body):
 
 
 def run(*command, **env):
-    """Run to the end with `env` on top of this environment, but for what the tests themselves set."""
+    """Run to the end, in this environment without what the tests set, plus `env`."""
     environment = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "PYTHON")}
     return subprocess.run(
         [str(word) for word in command],
@@ -30,8 +30,8 @@ def run(*command, **env):
 
 
 def wait_for(path, text=""):
-    """Until the file is there and holds `text`."""
+    """Wait until the file exists and contains `text`."""
     end = time.monotonic() + DEADLINE
     while not (path.exists() and text in path.read_text()):
-        assert time.monotonic() < end, f"{path} did not come, or without {text!r}"
+        assert time.monotonic() < end, f"{path} is missing or does not contain {text!r}"
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""tools/compare.py: its table, and two digits configs trained, evaluated and found again."""
+"""tools/compare.py: its table, and two configs for digits trained, evaluated and taken from disk the second time."""
 
 import importlib.util
 import json
@@ -47,13 +47,13 @@ def test_the_table_has_a_line_a_run(compare, tmp_path):
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
-def where(tmp_path, digits):
+def folders(tmp_path, digits):
     return ["--data", str(digits), "--out", str(tmp_path / "out")]
 
 
 def run(tmp_path, digits, *words):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TOOL.parents[1]), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, str(TOOL), *words, *where(tmp_path, digits)]
+    command = [sys.executable, str(TOOL), *words, *folders(tmp_path, digits)]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
@@ -66,12 +66,12 @@ def test_methods_are_compared_and_what_is_finished_stays(compare, digits, tmp_pa
     assert first.returncode == 0, first.stderr
     checkpoint = tmp_path / "out" / "digits-supervised-conv4" / "checkpoints" / "LAST"
     before = checkpoint.stat().st_mtime_ns
-    # once is enough to see real launches
+    # one real launch is enough
     monkeypatch.setattr(compare, "train", lambda file, overrides, ranks: cli.main(["train", file, *overrides]))
     monkeypatch.setattr(
         compare, "evaluate", lambda run: cli.main(["evaluate", str(run), "knn", "logistic", "knn.k=[20, 200]"])
     )
-    monkeypatch.setattr(sys, "argv", ["compare.py", random_weights, supervised, *words, *where(tmp_path, digits)])
+    monkeypatch.setattr(sys, "argv", ["compare.py", random_weights, supervised, *words, *folders(tmp_path, digits)])
     assert compare.main() == 0
     assert checkpoint.stat().st_mtime_ns == before
     rows = [line.split("|")[1:-1] for line in (tmp_path / "out" / "compare.md").read_text().splitlines()]
@@ -83,9 +83,9 @@ def test_methods_are_compared_and_what_is_finished_stays(compare, digits, tmp_pa
 
 @pytest.mark.slow
 def test_a_mistake_ends_the_comparison(digits, tmp_path):
-    done = run(tmp_path, digits, "configs/digits/supervised-conv4.yaml", "optim.lrr=1")
-    assert done.returncode == 2 and "optim.lrr" in done.stderr
-    twice = run(
+    unknown_key = run(tmp_path, digits, "configs/digits/supervised-conv4.yaml", "optim.lrr=1")
+    assert unknown_key.returncode == 2 and "optim.lrr" in unknown_key.stderr
+    same_name = run(
         tmp_path, digits, "configs/digits/supervised-conv4.yaml", "configs/digits/../digits/supervised-conv4.yaml"
     )
-    assert twice.returncode == 2 and "one name" in twice.stderr
+    assert same_name.returncode == 2 and "one name" in same_name.stderr

@@ -1,6 +1,7 @@
-"""Real faults in one of two real ranks under torchrun: all ranks end in time and say which rank, where and why.
+"""Real faults in one of two real ranks under torchrun: all ranks end in time and report which rank failed, where and
+why.
 
-`pytest -s tests/test_faults.py` prints the seconds and what was said.
+`pytest -s tests/test_faults.py` prints the seconds and the error lines.
 """
 
 import contextlib
@@ -28,8 +29,8 @@ pytestmark = pytest.mark.slow
 
 
 def training(data, run, *more):
-    own = [f"timeout={TIMEOUT}", "checkpoint.every_steps=2", "checkpoint.every_epochs=null", "log.every_steps=1"]
-    return ["train", CONFIG, *overrides(data, run, *own, *more)]
+    settings = [f"timeout={TIMEOUT}", "checkpoint.every_steps=2", "checkpoint.every_epochs=null", "log.every_steps=1"]
+    return ["train", CONFIG, *overrides(data, run, *settings, *more)]
 
 
 @pytest.fixture
@@ -64,36 +65,36 @@ def is_alive(pid):
 def wait_for(condition, seconds=150.0):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not come to pass"
+        assert time.monotonic() < end, f"the condition did not hold within {seconds:g} s"
         time.sleep(0.02)
 
 
-def seconds_to_the_end(folder, fault_at=None):
-    """From the fault until no rank is alive."""
+def seconds_until_all_ended(folder, fault_at=None):
+    """From the fault until no process of a rank is alive."""
     wait_for(lambda: fault_at or ((folder / "fault").exists() and (folder / "fault").read_text()))
     pids = [int(path.read_text()) for path in folder.glob("pid-*")]
     wait_for(lambda: not any(map(is_alive, pids)))
     return time.time() - (fault_at or float((folder / "fault").read_text()))
 
 
-def said_by_ranks(stderr):
+def error_lines(stderr):
     return [line for line in stderr.splitlines() if line.startswith(("error:", "WARNING"))]
 
 
-LOST = naming("rank 0", "step 3", "lost rank 1", "step 3")
-FAULTS = {  # who, when, why and where: a line of each rank that says it
-    "killed": [LOST],
+LOST_RANK_1 = naming("rank 0", "step 3", "lost rank 1", "step 3")
+FAULTS = {  # patterns of the ranks' error lines: rank, step, cause and place
+    "killed": [LOST_RANK_1],
     "stuck_in_user_code": [
         naming("rank 1", "step 3", "8 s", "faulty_rank.py") + r":\d+ in stuck_in_user_code",
         naming("rank 0", "step 3", "rank 1", "step 3", "8 s"),
     ],
-    "stuck_in_c": [LOST],
-    "frozen": [LOST],
+    "stuck_in_c": [LOST_RANK_1],
+    "frozen": [LOST_RANK_1],
     "loader_exception": [
         naming("rank 1", "step 3", "ValueError: planned failure in the loader"),
         naming("rank 0", "step 3", "rank 1", "step 3", "ValueError: planned failure in the loader"),
     ],
-    "skipped_exchange": [r"number \d+ was all_reduce at \w+.py:\d+ on rank 0 and all_reduce at \w+.py:\d+ on rank 1"],
+    "skipped_collective": [r"number \d+ was all_reduce at \w+.py:\d+ on rank 0 and all_reduce at \w+.py:\d+ on rank 1"],
     "not_finite": [naming("rank 1", "step 3", "loss", "nan") + r".*step-00000002\.pt; begin anew"],
     "stuck_in_the_save": [
         naming("rank 0", "step 4", "8 s", "save of step 4", "faulty_rank.py") + r":\d+ in stuck",
@@ -105,44 +106,46 @@ FAULTS = {  # who, when, why and where: a line of each rank that says it
 @pytest.mark.parametrize("fault", FAULTS)
 def test_all_ranks_end_in_time_and_name_the_cause(fault, digits, tmp_path, torchrun):
     process = torchrun(tmp_path, fault, training(digits, tmp_path / "run"))
-    seconds = seconds_to_the_end(tmp_path)
+    seconds = seconds_until_all_ended(tmp_path)
     _, stderr = process.communicate(timeout=150)
-    said = said_by_ranks(stderr)
-    print(f"\n{fault}: {seconds:.1f} s\n  " + "\n  ".join(said))
+    errors = error_lines(stderr)
+    print(f"\n{fault}: {seconds:.1f} s\n  " + "\n  ".join(errors))
     assert process.returncode == 1, stderr
     for pattern in FAULTS[fault]:
-        assert re.search(pattern, "\n".join(said)), f"{pattern!r} not in:\n{stderr}"
-    assert len(said) <= 2
+        assert re.search(pattern, "\n".join(errors)), f"{pattern!r} not in:\n{stderr}"
+    assert len(errors) <= 2
     assert seconds < TIMEOUT + 10
-    endings = [json.loads(path.read_text()) for path in (tmp_path / "run" / "logs").glob("error-*.json")]
-    assert endings and all(ending["step"] in (3, 4) and ending["host"] for ending in endings)
+    reports = [json.loads(path.read_text()) for path in (tmp_path / "run" / "logs").glob("error-*.json")]
+    assert reports and all(report["step"] in (3, 4) and report["host"] for report in reports)
     assert any(
-        ending["cause"] in (tmp_path / "run/logs" / f"rank-{ending['rank']}.log").read_text() for ending in endings
+        report["cause"] in (tmp_path / "run/logs" / f"rank-{report['rank']}.log").read_text() for report in reports
     )
     assert checkpoint.newest(tmp_path / "run").name == "step-00000002.pt"
 
 
 @pytest.mark.parametrize("fault", ["killed", "frozen", "stuck_in_user_code"])
-def test_four_ranks_blame_the_one_that_is_to_blame(fault, digits, tmp_path, torchrun):
+def test_four_ranks_blame_the_faulty_one(fault, digits, tmp_path, torchrun):
     process = torchrun(tmp_path, fault, training(digits, tmp_path / "run", "data.view_shards=2"), ranks=4)
-    seconds = seconds_to_the_end(tmp_path)
+    seconds = seconds_until_all_ended(tmp_path)
     _, stderr = process.communicate(timeout=150)
-    said = said_by_ranks(stderr)
-    print(f"\n{fault}, 4 ranks: {seconds:.1f} s\n  " + "\n  ".join(said))
-    assert process.returncode == 1 and len(said) >= 1
-    for line in said:
-        who, cause = re.fullmatch(r"error: (rank \d) on \S+ at step \d+: (.*)", line).groups()
-        assert cause.startswith(("lost rank 1 on", "rank 1 on")) or (who == "rank 1" and "no progress" in cause), line
+    errors = error_lines(stderr)
+    print(f"\n{fault}, 4 ranks: {seconds:.1f} s\n  " + "\n  ".join(errors))
+    assert process.returncode == 1 and len(errors) >= 1
+    for line in errors:
+        rank_name, cause = re.fullmatch(r"error: (rank \d) on \S+ at step \d+: (.*)", line).groups()
+        assert cause.startswith(("lost rank 1 on", "rank 1 on")) or (
+            rank_name == "rank 1" and "no progress" in cause
+        ), line
     assert seconds < TIMEOUT + 10
 
 
-def test_pictures_that_take_long_are_no_fault(digits, tmp_path, torchrun):
+def test_slow_pictures_are_no_fault(digits, tmp_path, torchrun):
     process = torchrun(tmp_path, "slow_pictures", training(digits, tmp_path / "run", "timeout=3"))
     _, stderr = process.communicate(timeout=150)
     assert process.returncode == 0, stderr
 
 
-def test_torchrun_starts_the_ranks_again_and_they_resume_exactly(digits, tmp_path, torchrun):
+def test_torchrun_restarts_the_ranks_and_they_resume_exactly(digits, tmp_path, torchrun):
     process = torchrun(tmp_path, "killed", training(digits, tmp_path / "run"), restarts=1)
     _, stderr = process.communicate(timeout=150)
     assert process.returncode == 0, stderr
@@ -150,7 +153,7 @@ def test_torchrun_starts_the_ranks_again_and_they_resume_exactly(digits, tmp_pat
     assert [start["step"] for start in starts] == [0, 2]
     [fault] = map(json.loads, (tmp_path / "run/logs/faults.jsonl").read_text().splitlines())
     assert fault["rank"] == 0 and "lost rank 1" in fault["cause"] and fault["behind"] == 1
-    assert not list((tmp_path / "run/logs").glob("error-*.json")), "the folder shows the present state"
+    assert not list((tmp_path / "run/logs").glob("error-*.json")), "the reports of an earlier start are removed"
     whole = tmp_path / "whole"
     whole.mkdir()
     assert torchrun(whole, "none", training(digits, whole / "run")).wait(150) == 0
@@ -158,18 +161,18 @@ def test_torchrun_starts_the_ranks_again_and_they_resume_exactly(digits, tmp_pat
     assert metrics(tmp_path / "run") == metrics(whole / "run")
 
 
-def begun(run):
+def has_two_steps(run):
     return (run / "metrics.jsonl").exists() and len(metrics(run)) >= 2
 
 
-@pytest.mark.parametrize(("name", "told"), [("SIGTERM", [0, 1]), ("SIGINT", [1]), ("SIGUSR2", [0])])
-def test_a_signal_to_one_rank_or_all_stops_them_after_the_same_step(name, told, digits, tmp_path, torchrun):
+@pytest.mark.parametrize(("name", "signalled_ranks"), [("SIGTERM", [0, 1]), ("SIGINT", [1]), ("SIGUSR2", [0])])
+def test_a_signal_to_one_rank_or_all_stops_them_after_the_same_step(name, signalled_ranks, digits, tmp_path, torchrun):
     run = tmp_path / "run"
     process = torchrun(
         tmp_path, "none", training(digits, run, "optim.steps=3000", "checkpoint.every_steps=null"), restarts=3
     )
-    wait_for(lambda: begun(run))
-    for rank in told:
+    wait_for(lambda: has_two_steps(run))
+    for rank in signalled_ranks:
         os.kill(int((tmp_path / f"pid-{rank}").read_text()), getattr(signal, name))
     _, stderr = process.communicate(timeout=150)
     # 0 to torchrun, or it would start them again; the launch script returns what is in the file
@@ -184,10 +187,10 @@ def test_a_signal_to_one_rank_or_all_stops_them_after_the_same_step(name, told, 
 def test_ranks_whose_torchrun_was_killed_save_and_end(digits, tmp_path, torchrun):
     run = tmp_path / "run"
     process = torchrun(tmp_path, "none", training(digits, run, "optim.steps=3000", "checkpoint.every_steps=null"))
-    wait_for(lambda: begun(run))
+    wait_for(lambda: has_two_steps(run))
     process.kill()
     process.wait()
-    seconds = seconds_to_the_end(tmp_path, fault_at=time.time())
+    seconds = seconds_until_all_ended(tmp_path, fault_at=time.time())
     assert len(checkpoint.steps(run)) == 1 and seconds < TIMEOUT + 10
 
 
@@ -205,27 +208,27 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_full_disk_in_a_save_ends_all_ranks_and_spares_the_older_checkpoints(digits, tmp_path, small_disk, torchrun):
+def test_a_full_disk_in_a_save_ends_all_ranks_and_keeps_the_older_checkpoints(digits, tmp_path, small_disk, torchrun):
     run = small_disk / "run"
     more = ["optim.steps=12", "checkpoint.every_steps=1", "checkpoint.keep=10", "log.images_every_epochs=100"]
     process = torchrun(tmp_path, "none", training(digits, run, *more))
     _, stderr = process.communicate(timeout=150)
-    [said] = said_by_ranks(stderr)
-    print(f"\nfull disk:\n  {said}")
+    [error] = error_lines(stderr)
+    print(f"\nfull disk:\n  {error}")
     pattern = (
         naming("rank 0") + r".* at step (\d+): \S+step-(\d+)\.pt: No space left on device, .* step \1; .*step-(\d+)\.pt"
     )
-    found = re.search(pattern, said)
-    assert process.returncode == 1 and found, stderr
-    assert int(found[1]) == int(found[2]) == int(found[3]) + 1
-    assert checkpoint.newest(run) == checkpoint.path_of(run, int(found[3]))
+    match = re.search(pattern, error)
+    assert process.returncode == 1 and match, stderr
+    assert int(match[1]) == int(match[2]) == int(match[3]) + 1
+    assert checkpoint.newest(run) == checkpoint.path_of(run, int(match[3]))
 
 
 def test_an_extraction_whose_rank_was_killed_ends(digits, tmp_path, torchrun):
     assert run_training(digits, tmp_path / "run", "optim.steps=1") == 0
     process = torchrun(tmp_path, "killed_in_the_extraction", ["extract", tmp_path / "run"])
-    seconds = seconds_to_the_end(tmp_path)
+    seconds = seconds_until_all_ended(tmp_path)
     _, stderr = process.communicate(timeout=150)
-    # torchrun tells the other rank to end, which it does at once: an extraction has nothing to save
+    # torchrun terminates the other rank, which ends at once: an extraction has nothing to save
     assert process.returncode == 1 and "SIGKILL" in stderr and seconds < TIMEOUT
     assert not list((tmp_path / "run" / "features").glob("*.safetensors"))

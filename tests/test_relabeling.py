@@ -45,42 +45,43 @@ def labels(run):
 
 
 @pytest.fixture(scope="module", params=sorted(OPTIONS))
-def whole(request, digits, tmp_path_factory):
+def uninterrupted(request, digits, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / request.param
     assert run_training(request.param, digits, run) == 0
     return request.param, run
 
 
-def test_labels_change_when_they_are_due(whole):
-    method, run = whole
+def test_labels_change_when_they_are_due(uninterrupted):
+    method, run = uninterrupted
     changes = [step for step, (a, b) in enumerate(pairwise(labels(run)), 1) if not torch.equal(a, b)]
     assert changes == {"sela": [1, 2, 4], "deepcluster": [3, 6]}[method]
     lines = metrics(run)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     for name in ("loss", "accuracy", "labels_changed", "cluster_min", "cluster_max", "cluster_entropy"):
         assert name in lines[-1]
-    said = [line["labels_changed"] for line in lines]  # of the last relabeling, which is state
-    assert all(said[step] == said[step - 1] for step in range(1, STEPS) if step not in changes) and len({*said}) > 1
+    changed = [line["labels_changed"] for line in lines]  # of the last relabeling, which is state
+    assert all(changed[step] == changed[step - 1] for step in range(1, STEPS) if step not in changes)
+    assert len({*changed}) > 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", range(1, STEPS))
-def test_a_resume_is_exact_at_any_step(whole, digits, tmp_path, step):
-    method, whole_run = whole
+def test_a_resume_is_exact_at_any_step(uninterrupted, digits, tmp_path, step):
+    method, uninterrupted_run = uninterrupted
     run = tmp_path / "run"
-    shutil.copytree(whole_run, run)
+    shutil.copytree(uninterrupted_run, run)
     for later in range(step + 1, STEPS + 1):
         checkpoint.path_of(run, later).unlink()
     assert run_training(method, digits, run) == 0
-    assert fingerprint(run) == fingerprint(whole_run)
-    assert all(torch.equal(a, b) for a, b in zip(labels(run), labels(whole_run), strict=True))
-    last = {line["step"]: line for line in metrics(run)}
-    assert [last[line["step"]] for line in metrics(whole_run)] == metrics(whole_run)
+    assert fingerprint(run) == fingerprint(uninterrupted_run)
+    assert all(torch.equal(a, b) for a, b in zip(labels(run), labels(uninterrupted_run), strict=True))
+    last_lines = {line["step"]: line for line in metrics(run)}
+    assert [last_lines[line["step"]] for line in metrics(uninterrupted_run)] == metrics(uninterrupted_run)
 
 
 @pytest.mark.slow
-def test_two_ranks_make_the_labels_of_one(whole, digits, tmp_path):
-    method, _ = whole
+def test_two_ranks_make_the_labels_of_one(uninterrupted, digits, tmp_path):
+    method, _ = uninterrupted
     assert run_training(method, digits, tmp_path / "one", "precision=fp64") == 0
     arguments = method, digits, tmp_path / "two", "precision=fp64"
     assert ranks.launch(in_ranks, 2, tmp_path, *arguments) == [0, 0]

@@ -1,5 +1,5 @@
-"""Every method, stopped and resumed: weights, buffers, optimizer and metrics are bit for bit those of a run that went
-through. A new file in ssl_dist/methods is tested here by its configs/digits/<name>-conv4.yaml, without an edit."""
+"""Every method, stopped and resumed: weights, buffers, optimizer and metrics are bit for bit those of an uninterrupted
+run. A new file in ssl_dist/methods is tested here by its configs/digits/<name>-conv4.yaml, without an edit."""
 
 import json
 from itertools import pairwise
@@ -18,26 +18,27 @@ from ssl_dist.storage import checkpoint
 from ssl_dist.train.loop import claimed, fit
 from ssl_dist.train.state import TrainState
 
-TRAINED = [name for name in methods.names() if methods.find(name).trainable]
+TRAINABLE = [name for name in methods.names() if methods.find(name).trainable]
 STEPS = 11  # two epochs of four steps and a part of the third
-RARER = {"sela": ["method.options.relabelings=3"]}  # its times crowd in a short training: a stop must fit between two
-TIMES = ("images_per_s", "views_per_s", "data_wait", "seconds_per_step")
+# In a short training more of them would leave no room for a stop between two.
+FEWER_RELABELINGS = {"sela": ["method.options.relabelings=3"]}
+TIME_KEYS = ("images_per_s", "views_per_s", "data_wait", "seconds_per_step")
 
 
 class StopAfter:
-    """A StopRequest that comes up in the step after which `step` steps are completed."""
+    """A StopRequest that is set in the step after which `step` steps are completed."""
 
     def __init__(self, training, step):
-        self.left, self.saving = step - training.clock.step, False
+        self.steps_left, self.saving = step - training.clock.step, False
 
     @property
     def requested(self):
-        self.left -= 1
-        return self.left == 0
+        self.steps_left -= 1
+        return self.steps_left == 0
 
 
-class Watched(TrainState):
-    """The real training, which notes before which steps the method looked at all images."""
+class RecordingTrainState(TrainState):
+    """A TrainState that records before which steps the method extracted outputs for all images."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -46,11 +47,11 @@ class Watched(TrainState):
     def extract_at(self, clock):
         extract = super().extract_at(clock)
 
-        def noted(*arguments, **options):
+        def recorded_extract(*arguments, **options):
             self.relabelled.add(clock.step)
             return extract(*arguments, **options)
 
-        return noted
+        return recorded_extract
 
 
 def settings(name, digits, run, precision):
@@ -59,56 +60,56 @@ def settings(name, digits, run, precision):
         [
             f"data.root={digits}", f"run_dir={run}", "data.limit=72", "data.reader=arrays", "data.workers=1",
             "optim.batch_size=16", "optim.epochs=null", f"optim.steps={STEPS}", f"precision={precision}",
-            "checkpoint.every_epochs=null", "log.every_steps=1", "compile=false", *RARER.get(name, []),
+            "checkpoint.every_epochs=null", "log.every_steps=1", "compile=false", *FEWER_RELABELINGS.get(name, []),
         ],
     )  # fmt: skip
 
 
-def train(wanted, until, session):
+def train(run_config, until, session):
     """Go on with the run until `until` steps are completed; the steps before which the method relabelled.
 
     session: a number of which nothing may depend, the seed of torch's and numpy's own generators.
     """
-    blueprint, world = derive(wanted, RankInfo()), one_process()
+    blueprint, world = derive(run_config, RankInfo()), one_process()
     with claimed(blueprint, world):
-        training = Watched(blueprint, world)
+        state = RecordingTrainState(blueprint, world)
         torch.manual_seed(session), np.random.seed(session)
-        assert fit(training, StopAfter(training, until)) == (0 if until == STEPS else STOPPED)
-    return training.relabelled
+        assert fit(state, StopAfter(state, until)) == (0 if until == STEPS else STOPPED)
+    return state.relabelled
 
 
 def stops(relabelled):
     """Half-way; and for a method that relabels again, right before that and in the middle between two times."""
-    found = {STEPS // 2}
-    again = sorted(step for step in relabelled if step > 0)
-    if again:
-        gap, after = max((b - a, b) for a, b in pairwise([0, *again]))
-        assert gap > 1, "it relabels before every step; no stop falls between two: see RARER"
-        found |= {after, after - gap // 2}
-    return sorted(found)
+    steps = {STEPS // 2}
+    repeated = sorted(step for step in relabelled if step > 0)
+    if repeated:
+        gap, after = max((b - a, b) for a, b in pairwise([0, *repeated]))
+        assert gap > 1, "it relabels before every step; no stop falls between two: see FEWER_RELABELINGS"
+        steps |= {after, after - gap // 2}
+    return sorted(steps)
 
 
-def final(run):
+def final_state(run):
     """Everything of the last checkpoint that a step depends on, name -> tensor or number."""
     state = checkpoint.load(checkpoint.newest(run))
     assert state["step"] == STEPS
-    kept = {f"method.{name}": value for name, value in state["method"].items()}
+    values = {f"method.{name}": value for name, value in state["method"].items()}
     for number, entry in state["optimizer"]["state"].items():
-        kept |= {f"optimizer.{number}.{name}": value for name, value in entry.items()}
+        values |= {f"optimizer.{number}.{name}": value for name, value in entry.items()}
     for group in state["optimizer"]["param_groups"]:
-        kept |= {f"optimizer.{name}": value for name, value in group.items()}
-    return kept
+        values |= {f"optimizer.{name}": value for name, value in group.items()}
+    return values
 
 
 def metrics(run):
     """Of every step, as text, in which a NaN is equal to itself."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: json.dumps({key: v for key, v in line.items() if key not in TIMES}) for line in lines}
+    return {line["step"]: json.dumps({key: v for key, v in line.items() if key not in TIME_KEYS}) for line in lines}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp64", "fp32"])
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", TRAINABLE)
 def test_a_resumed_run_is_the_uninterrupted_one(name, precision, digits, tmp_path):
     whole, parts = (settings(name, digits, tmp_path / run, precision) for run in ("whole", "parts"))
     relabelled = train(whole, STEPS, session=0)
@@ -116,7 +117,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, precision, digits, tmp_pat
         relabelled -= train(parts, until, session)
         assert checkpoint.steps(Path(parts.run_dir))[-1] == until
     assert not relabelled, f"the resumed run did not relabel before steps {relabelled}"
-    one, other = final(Path(whole.run_dir)), final(Path(parts.run_dir))
+    one, other = final_state(Path(whole.run_dir)), final_state(Path(parts.run_dir))
     assert one.keys() == other.keys()
     for key, value in one.items():
         same = torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key]
@@ -125,12 +126,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, precision, digits, tmp_pat
     assert list(metrics(Path(whole.run_dir))) == list(range(1, STEPS + 1))
 
 
-def test_where_a_run_is_stopped():
+def test_at_which_steps_a_run_is_stopped():
     assert stops(set()) == [5]
     assert stops({0}) == [5]
     assert stops({0, 4, 8}) == [5, 6, 8]
     assert stops({0, 4, 5}) == [2, 4, 5]
-    with pytest.raises(AssertionError, match="RARER"):
+    with pytest.raises(AssertionError, match="FEWER_RELABELINGS"):
         stops({0, 1, 2})
 
 

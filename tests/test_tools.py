@@ -1,4 +1,4 @@
-"""The tools for measuring are run, each in its smallest form: a benchmark that nobody runs is broken before long."""
+"""The tools for measuring run on their smallest input, so that a change which breaks one is noticed."""
 
 import subprocess
 import sys
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 TOOLS = Path(__file__).parents[1] / "tools"
-ELSEWHERE = {"compare": "test_compare.py", "draw_packages": "test_imports.py", "list_ids": "test_list_ids.py"}
-SMALLEST = {  # arguments, and how a line of the table begins that must hold figures above 0
+TESTED_ELSEWHERE = {"compare": "test_compare.py", "draw_packages": "test_imports.py", "list_ids": "test_list_ids.py"}
+SMALLEST_INPUTS = {  # arguments, and how a line of the table begins that must hold figures above 0
     "bench_knn": (
         ["--images", "500", "--queries", "20", "--features", "8", "--classes", "5", "--threads", "1"], "MiB at the peak"
     ),
@@ -30,17 +30,17 @@ SMALLEST = {  # arguments, and how a line of the table begins that must hold fig
 
 
 def test_every_tool_is_run_by_a_test():
-    assert {path.stem for path in TOOLS.glob("*.py")} == SMALLEST.keys() | ELSEWHERE.keys()
-    for name, file in ELSEWHERE.items():
+    assert {path.stem for path in TOOLS.glob("*.py")} == SMALLEST_INPUTS.keys() | TESTED_ELSEWHERE.keys()
+    for name, file in TESTED_ELSEWHERE.items():
         assert name in Path(__file__).with_name(file).read_text()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SMALLEST)
-def test_it_runs(name, digits, tmp_path):
-    arguments, line = SMALLEST[name]
+@pytest.mark.parametrize("name", SMALLEST_INPUTS)
+def test_the_tool_runs(name, digits, tmp_path):
+    arguments, table_line = SMALLEST_INPUTS[name]
     words = {"DIGITS": str(digits), "CONFIG": "configs/digits/relational-conv4.yaml"}
     command = [sys.executable, str(TOOLS / f"{name}.py"), *(words.get(word, word) for word in arguments)]
-    done = subprocess.run(command, cwd=TOOLS.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert any(row.startswith(line) for row in done.stdout.splitlines()), done.stdout
+    completed = subprocess.run(command, cwd=TOOLS.parent, capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    assert any(row.startswith(table_line) for row in completed.stdout.splitlines()), completed.stdout
