@@ -15,7 +15,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 PATIENCE = 60.0  # seconds for an answer
 
 
-def why_not() -> str:
+def unavailable_reason() -> str:
     """What is missing, in words; empty when there is a browser."""
     return "" if _program() else f"no headless browser: none of {', '.join(NAMES)} (Debian's package: chromium)"
 
@@ -29,7 +29,7 @@ class Browser:
 
     def __init__(self, folder: Path):
         program = _program()
-        assert program, why_not()
+        assert program, unavailable_reason()
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
         # The shell gives the pipes the numbers 3 and 4 that Chromium expects.

@@ -1,8 +1,8 @@
-"""A Slurm cluster of the tests' own on this machine: a controller, two nodes, and nothing left of them afterwards.
+"""A Slurm cluster of the tests' own on this machine: a controller and two nodes, removed afterwards.
 
-A node is called like its address (127.0.0.2), so a job's list of nodes resolves without /etc/hosts. Both see the same
-files and processes. All that belongs to a cluster, also what its jobs start, has the cluster's SLURM_CONF in its
-environment; by that it is found and killed. A program that clears its environment escapes.
+A node's name is its address (127.0.0.2), so a job's list of nodes resolves without /etc/hosts. Both see the same
+files and processes. All processes of a cluster, also those that its jobs start, have the cluster's SLURM_CONF in their
+environment and are found and killed by it. A program that clears its environment is not found.
 """
 
 import os
@@ -19,12 +19,12 @@ from pathlib import Path
 
 from tests.processes import DEADLINE, PATH, kill, processes, remove, send, until
 
-PACKAGES = "slurmctld slurmd slurm-client munge iproute2"  # of Debian; launch/install.sh names the same
+PACKAGES = "slurmctld slurmd slurm-client munge iproute2"  # of Debian; the same as in launch/install.sh
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
-KEEPER = Path(__file__).with_name("processes.py")
+GUARD = Path(__file__).with_name("processes.py")
 FINAL = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
 
-# Ports below those that the kernel gives to clients and below torchrun's 29500, in blocks: a cluster has one.
+# Ports below the kernel's ephemeral ones and below torchrun's 29500; each cluster has one block of them.
 FIRST_PORT, LAST_PORT, BLOCK = 20000, 29440, 64
 
 CONF = """\
@@ -67,11 +67,11 @@ PartitionName=DEFAULT Nodes={names} MaxTime=INFINITE State=UP
 PartitionName=main Default=YES PriorityTier=1 GraceTime=10
 PartitionName=high PriorityTier=10 PreemptMode=OFF
 """
-# cred_expire: a requeued job waits that long; 5 s is the least that Slurm takes
-# MinJobAge: finished jobs can be asked for an hour long; there is no accounting
+# cred_expire: a requeued job waits that long; 5 s is Slurm's minimum
+# MinJobAge: finished jobs can be queried for an hour; there is no accounting
 
 
-def why_not():
+def unavailable_reason():
     """Why no Cluster can be started here, with the remedy; None if one can."""
     missing = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
     if missing:
@@ -80,7 +80,7 @@ def why_not():
 
 
 def claim_ports():
-    """A block of free ports, and the socket on its first port that keeps it from other clusters while it is open."""
+    """A block of free ports, and the open socket on its first port that reserves the block."""
     blocks = [range(start, start + BLOCK) for start in range(FIRST_PORT, LAST_PORT, BLOCK)]
     begin = os.getpid() % len(blocks)
     for ports in blocks[begin:] + blocks[:begin]:
@@ -111,7 +111,7 @@ class Cluster:
         self.folder = Path(folder)
         self.conf = self.folder / "slurm.conf"
         self.daemons = {}  # by the name of the log; a slurmd's is its node's
-        # What somebody's own Slurm set for the tests must not reach this one
+        # Variables of a Slurm job in which the tests may run must not reach this cluster
         clean = {name: value for name, value in os.environ.items() if not re.match("SLURM|SBATCH|SRUN|SCANCEL", name)}
         self.environment = clean | {"SLURM_CONF": str(self.conf), "PATH": PATH}
 
@@ -120,7 +120,7 @@ class Cluster:
         self.claim, self.ports = claim_ports()
         self.sockets = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # a socket's path has 107 bytes at most
         try:
-            self.place_nodes()
+            self.set_up_network()
             self.start()
         except BaseException:
             self.stop()
@@ -130,17 +130,17 @@ class Cluster:
     def __exit__(self, *_):
         self.stop()
 
-    # What NetworkCluster does in another way
+    # Overridden by NetworkCluster
 
-    def place_nodes(self):
+    def set_up_network(self):
         self.address, self.nodes = "127.0.0.1", ("127.0.0.2", "127.0.0.3")
 
-    def remove_nodes(self):
-        """The command that undoes `place_nodes`; may fail."""
+    def network_removal(self):
+        """The command that undoes `set_up_network`; it may fail."""
         return ["true"]
 
     def slurmd(self, name):
-        """The command of a node."""
+        """The command that starts a node."""
         return ["slurmd", "-D", "-N", name]
 
     # The cluster
@@ -169,9 +169,10 @@ class Cluster:
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
 
-        # Kills what outlives this process. Started before anything that it could have to kill, and deaf to Ctrl-C.
-        keeper = ["setpriv", "--pdeathsig", "TERM", sys.executable, KEEPER, os.getpid(), self.conf, self.sockets]
-        self.keeper = subprocess.Popen([str(word) for word in (*keeper, *self.remove_nodes())], start_new_session=True)
+        # Kills what outlives this process. Started before any process that it may have to kill; ignores Ctrl-C.
+        command = ["setpriv", "--pdeathsig", "TERM", sys.executable, GUARD, os.getpid(), self.conf, self.sockets]
+        command += self.network_removal()
+        self.guard = subprocess.Popen([str(word) for word in command], start_new_session=True)
         files = [f"--{name}-file={self.folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
         options = ["--foreground", "--force", "--num-threads=2", f"--socket={self.sockets}/munge", *files]
         self._start_daemon("munged", ["munged", *options])
@@ -182,7 +183,8 @@ class Cluster:
         self._wait_until_idle()
 
     def _start_daemon(self, name, command, **environment):
-        """It dies with this process. A node's SLURMD_NODENAME is in its slurmstepd too, and Slurm gives it to tasks."""
+        """Start a daemon that is killed when this process ends. A node's SLURMD_NODENAME is also in the environment of
+        its slurmstepd, and Slurm passes it to tasks."""
         if name in self.nodes:
             environment["SLURMD_NODENAME"] = name
         with open(self.folder / f"{name}.log", "ab") as log:
@@ -204,31 +206,31 @@ class Cluster:
         until(is_idle, lambda: f"idle nodes: {self.run('sinfo', '-N', '-l', check=False)} {self.logs()}")
 
     def stop(self):
-        """At once, whatever runs; no process and no port stays."""
+        """Kill all processes of the cluster and free its ports, without waiting for jobs."""
         for daemon in self.daemons.values():
             daemon.kill()
             daemon.wait()
         self.daemons.clear()
         kill(SLURM_CONF=self.conf)
-        if hasattr(self, "keeper"):
-            self.keeper.kill()
-            self.keeper.wait()
-        remove(self.sockets, *self.remove_nodes())
+        if hasattr(self, "guard"):
+            self.guard.kill()
+            self.guard.wait()
+        remove(self.sockets, *self.network_removal())
         self.claim.close()
 
     def clear(self):
-        """Back to two idle nodes and no job that is not over: what a test may have left is killed."""
+        """Kill what a test has left queued or running; returns when no job is left and both nodes are idle."""
         for name in self.nodes:
             if self.daemons[name].poll() is not None:
                 self.start_node(name)
 
-        gentle = time.monotonic() + 0.5  # seconds; a step whose srun is killed needs 3 to end
+        kill_from = time.monotonic() + 0.5  # cancelled first: a step whose srun is killed needs 3 s to end
 
         def is_empty():
-            if not (left := self.run("squeue", "-h", "-o", "%A")):
+            if not (queued := self.run("squeue", "-h", "-o", "%A")):
                 return True
-            self.run("scancel", "--user", str(os.geteuid()))  # again and again: some queue themselves when told to end
-            for job in set(left.split()) if time.monotonic() > gentle else ():
+            self.run("scancel", "--user", str(os.geteuid()))  # repeatedly: some jobs requeue themselves on SIGTERM
+            for job in set(queued.split()) if time.monotonic() > kill_from else ():
                 send(self.pids_of(job), signal.SIGKILL)
             return False
 
@@ -243,8 +245,8 @@ class Cluster:
     # Clients
 
     def run(self, *command, check=True, cwd=None, **environment):
-        """What a command prints on stdout, such as run("squeue"); with `check`, it must succeed."""
-        done = subprocess.run(
+        """The stdout of a command, such as run("squeue"); with `check`, it must succeed."""
+        completed = subprocess.run(
             [str(word) for word in command],
             env=self.environment | {name: str(value) for name, value in environment.items()},
             cwd=cwd,
@@ -253,8 +255,10 @@ class Cluster:
             stdin=subprocess.DEVNULL,
             timeout=DEADLINE,
         )
-        assert not check or done.returncode == 0, f"{command} gave {done.returncode}: {done.stderr}{self.logs()}"
-        return done.stdout.strip()
+        assert not check or completed.returncode == 0, (
+            f"{command} gave {completed.returncode}: {completed.stderr}{self.logs()}"
+        )
+        return completed.stdout.strip()
 
     def submit(self, script, *arguments, options=(), cwd=None, **environment):
         """The id of a new job. `options` are sbatch's. Its output goes to `cwd` unless the script says otherwise."""
@@ -262,7 +266,7 @@ class Cluster:
         return self.run("sbatch", "--parsable", *options, script, *arguments, cwd=cwd, **environment)
 
     def job(self, job):
-        """What Slurm knows of a job (of an array: 14_0), running or over: JobState, Restarts, ExitCode, StdOut ..."""
+        """Slurm's record of a job (of an array: 14_0), running or ended: JobState, Restarts, ExitCode, StdOut ..."""
         return fields(self.run("scontrol", "show", "job", "-o", job))
 
     def output(self, job):
@@ -270,20 +274,22 @@ class Cluster:
         return path.read_text() if path.exists() else ""
 
     def wait(self, job, states, restarts=0, deadline=DEADLINE):
-        """What Slurm says of the job when it is first seen in one of these states (one, or several) after as many
-        `restarts`. Fails at once when the job is over in another state."""
+        """Wait until the job is in one of these states (one, or several) after at least as many `restarts`; return its
+        record. Fails at once when the job has ended in another state."""
         states = {states} if isinstance(states, str) else set(states)
 
-        def arrived():
-            now = self.job(job)
-            is_there = now["JobState"] in states and int(now["Restarts"]) >= restarts
-            assert is_there or now["JobState"] not in FINAL, f"not {states}, {restarts} restarts: {self.story(job)}"
-            return now if is_there else None
+        def record_in_state():
+            record = self.job(job)
+            is_reached = record["JobState"] in states and int(record["Restarts"]) >= restarts
+            assert is_reached or record["JobState"] not in FINAL, (
+                f"not {states}, {restarts} restarts: {self.diagnosis(job)}"
+            )
+            return record if is_reached else None
 
-        return until(arrived, lambda: f"{states}, {restarts} restarts: {self.story(job)}", deadline)
+        return until(record_in_state, lambda: f"{states}, {restarts} restarts: {self.diagnosis(job)}", deadline)
 
-    def story(self, job):
-        """All there is to say when a job went wrong."""
+    def diagnosis(self, job):
+        """The job's record, its output and the daemons' logs, for messages."""
         return f"{self.job(job)}\n== output\n{self.output(job)[-4000:]}{self.logs()}"
 
     def signal(self, job, name):
@@ -297,38 +303,38 @@ class Cluster:
         self.run("scontrol", "requeue", job)
 
     def pids_of(self, job, task=None):
-        """The job's processes, the eldest first: batch script, srun, tasks and their children. Or of one task of the
+        """The job's processes, oldest first: batch script, srun, tasks and their children. Or of one task of the
         step that runs, by its rank."""
-        job = self.job(job)["JobId"]  # else than the id of a job of an array, 14_0
-        wanted = {"SLURM_CONF": self.conf, "SLURM_JOB_ID": job}
+        job = self.job(job)["JobId"]  # unlike the id of a job of an array, 14_0
+        environment = {"SLURM_CONF": self.conf, "SLURM_JOB_ID": job}
         if task is not None:  # the batch script too has a SLURM_PROCID, but no step
             steps = re.findall(r"\.(\d+)$", self.run("squeue", "-h", "--steps", "-o", "%i", "-j", job), re.MULTILINE)
-            assert steps, f"no step runs: {self.story(job)}"
-            wanted |= {"SLURM_PROCID": task, "SLURM_STEP_ID": steps[-1]}
-        return processes(**wanted)
+            assert steps, f"no step runs: {self.diagnosis(job)}"
+            environment |= {"SLURM_PROCID": task, "SLURM_STEP_ID": steps[-1]}
+        return processes(**environment)
 
     # Nodes
 
     def node(self, name):
-        """What Slurm knows of a node. Its State is such as IDLE, MIXED (jobs, but room for more), MIXED+NOT_RESPONDING
+        """Slurm's record of a node. Its State is such as IDLE, MIXED (jobs, but room for more), MIXED+NOT_RESPONDING
         or DOWN+NOT_RESPONDING."""
         return fields(self.run("scontrol", "show", "node", "-o", name))
 
     def is_up(self, name):
         return self.node(name)["State"] in ("IDLE", "MIXED", "ALLOCATED")
 
-    def crash_node(self, name, tell=False):
+    def crash_node(self, name, report=False):
         """Kill everything of the node at once: slurmd, slurmstepd, batch scripts, tasks.
 
-        Slurm sees it within 20 s and queues the node's jobs again; with `tell` it hears of it now. A node that is back
-        before Slurm has seen anything is not missed: a job that only had tasks there, not its batch script, hangs.
+        Slurm notices within 20 s and requeues the node's jobs; with `report` it is notified at once. If the node is
+        started again before Slurm notices, a job that had only tasks there, not its batch script, hangs.
         """
         kill(SLURM_CONF=self.conf, SLURMD_NODENAME=name)
         self.daemons[name].wait()
-        if tell:
+        if report:
             self.run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=crashed")
 
     def start_node(self, name):
-        """After a crash; returns when the node may have jobs again."""
+        """Start the node after a crash; returns when it accepts jobs again."""
         self._start_daemon(name, self.slurmd(name))
         until(lambda: self.is_up(name), lambda: f"{self.node(name)} {self.logs()}")

@@ -1,4 +1,4 @@
-"""Settings of every test: one thread each, a time limit each, their order, which ones share a worker."""
+"""Settings of all tests: one thread and a time limit each, their order, and which of them share a worker."""
 
 import importlib.util
 import os
@@ -8,22 +8,22 @@ import sys
 import hypothesis
 import pytest
 
-from tests.cluster import Cluster, why_not
-from tests.network_cluster import NetworkCluster, why_no_network
+from tests.cluster import Cluster, unavailable_reason
+from tests.network_cluster import NetworkCluster, network_unavailable_reason
 
 # Read when a test first imports torch or numpy, and inherited by every process that a test starts.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-# A job in the background of a script is deaf to INT, QUIT and HUP, and so is all that it starts: the tests send them.
+# A background job of a script ignores INT, QUIT and HUP, and so do its children; the tests send these signals.
 for _number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
     if signal.getsignal(_number) == signal.SIG_IGN:
         signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
 SLOW_TIMEOUT = 600  # seconds; the quick tests' limit is in pyproject.toml
 
-# No deadline: a first call may compile for seconds. The same examples every time: a failure must be there again.
+# No deadline: a first call may compile for seconds. The same examples every time: a failure must be reproducible.
 hypothesis.settings.register_profile("ssl_dist", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ssl_dist")
 
@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="FFCV is not installed (bash launch/install.sh)"))
         if (group := _group(item)) is not None:
             item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=_place)
+    items.sort(key=_start_order)
 
 
 def pytest_collection_finish(session):
@@ -47,11 +47,11 @@ def pytest_collection_finish(session):
         raise pytest.UsageError("this pytest-xdist does not group tests under this pytest: see setup.py")
 
 
-CLUSTERS = ("slurm", "network")  # the longest chains, which wait most of the time
+CLUSTERS = ("slurm", "network")  # the longest sequences of tests, which mostly wait
 
 
-def _place(item):
-    """What takes longest is begun first, so that the short groups of quick tests fill the workers up at the end."""
+def _start_order(item):
+    """Sort key: the longest tests start first, so that short groups of quick tests fill the workers at the end."""
     group = _group(item)
     if group in CLUSTERS:
         return CLUSTERS.index(group)
@@ -60,7 +60,7 @@ def _place(item):
 
 def _group(item):
     """For `--dist loadgroup`: the tests of a group run one after another in one worker. Those of a cluster; those of a
-    file if they are quick or share what a fixture has made. Other slow tests go to whatever worker is free."""
+    file if they are quick or share a fixture. Other slow tests go to any free worker."""
     if {"_cluster", "_network_cluster"} & set(item.fixturenames):
         return "network" if "_network_cluster" in item.fixturenames else "slurm"
     shared = any(d.scope in ("module", "class") for defs in item._fixtureinfo.name2fixturedefs.values() for d in defs)
@@ -69,7 +69,7 @@ def _group(item):
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Building an FFCV loader sets torch's number of threads for the whole process; the next test gets one again."""
+    """One thread again for each test: building an FFCV loader sets torch's number of threads for the whole process."""
     yield
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
@@ -87,12 +87,12 @@ def digits(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def _cluster(tmp_path_factory):
-    yield from _started(Cluster, why_not(), tmp_path_factory)
+    yield from _started(Cluster, unavailable_reason(), tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def _network_cluster(tmp_path_factory):
-    yield from _started(NetworkCluster, why_no_network(), tmp_path_factory)
+    yield from _started(NetworkCluster, network_unavailable_reason(), tmp_path_factory)
 
 
 def _started(kind, obstacle, tmp_path_factory):
@@ -104,7 +104,7 @@ def _started(kind, obstacle, tmp_path_factory):
 
 @pytest.fixture
 def cluster(_cluster):
-    """A Slurm cluster of two nodes (tests/cluster.py); after the test no job runs and both nodes are there."""
+    """A Slurm cluster of two nodes (tests/cluster.py); after the test no job runs and both nodes are up."""
     yield _cluster
     _cluster.clear()
 

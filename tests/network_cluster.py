@@ -3,18 +3,18 @@
 import os
 import subprocess
 
-from tests.cluster import BLOCK, FIRST_PORT, Cluster, why_not
+from tests.cluster import BLOCK, FIRST_PORT, Cluster, unavailable_reason
 from tests.processes import PATH
 
 
-def why_no_network():
+def network_unavailable_reason():
     """Why no NetworkCluster can be started here, with the remedy; None if one can."""
-    if reason := why_not():
+    if reason := unavailable_reason():
         return reason
     trial = "ip link add bridge0 type bridge && ip link add veth0 type veth peer name veth1"
     command = ["unshare", "--net", "--uts", "--mount", "sh", "-ec", trial]
-    done = subprocess.run(command, env=os.environ | {"PATH": PATH}, capture_output=True, text=True)
-    return f"no virtual networks here: {done.stderr.strip()}" if done.returncode else None
+    completed = subprocess.run(command, env=os.environ | {"PATH": PATH}, capture_output=True, text=True)
+    return f"no virtual networks here: {completed.stderr.strip()}" if completed.returncode else None
 
 
 class NetworkCluster(Cluster):
@@ -33,17 +33,18 @@ class NetworkCluster(Cluster):
     exec slurmd -D -N "$4"
     """
 
-    def place_nodes(self):
+    def set_up_network(self):
         number = (self.ports[0] - FIRST_PORT) // BLOCK
-        network = f"198.18.{number}"  # from the addresses that are kept for tests of networks
+        network = f"198.18.{number}"  # in the range reserved for network tests (RFC 2544)
         self.address, self.nodes = f"{network}.1", (f"{network}.2", f"{network}.3")
         self.bridge = f"slurm{number}"
         self.run("ip", "link", "add", self.bridge, "type", "bridge")
         self.run("ip", "address", "add", f"{self.address}/24", "dev", self.bridge)
         self.run("ip", "link", "set", self.bridge, "up")
 
-    def remove_nodes(self):
-        links = [self.bridge, *(self.link(name) for name in self.nodes)]  # a node's dying connections may keep its own
+    def network_removal(self):
+        # By name, also the nodes' ends: a closing connection may keep a node's network alive
+        links = [self.bridge, *(self.link(name) for name in self.nodes)]
         return ["sh", "-c", 'for link; do ip link delete "$link"; done', "remove", *links]
 
     def slurmd(self, name):
@@ -54,17 +55,17 @@ class NetworkCluster(Cluster):
         return f"{self.bridge}-{name.rpartition('.')[2]}"
 
     def cut(self, name):
-        """Nothing reaches the node or leaves it, and nobody is told; what runs there goes on."""
+        """Drop all traffic to and from the node, without any notification; its processes keep running."""
         self.run("ip", "link", "set", self.link(name), "down")
 
     def mend(self, name):
-        """Slurm sees it after up to a minute, or when the node is started anew."""
+        """Restore the link. Slurm notices after up to a minute, or when the node is restarted."""
         self.run("ip", "link", "set", self.link(name), "up")
 
     def clear(self):
         for name in self.nodes:
             if self.daemons[name].poll() is None:
                 self.mend(name)
-            if not self.is_up(name):  # and it would take a minute to be
+            if not self.is_up(name):  # else Slurm would take a minute to notice
                 self.crash_node(name)
         super().clear()

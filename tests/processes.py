@@ -1,4 +1,4 @@
-"""Finding processes by their environment, killing them, and a guard that does it when the tests were killed."""
+"""Find processes by their environment and kill them; a guard process that does so when the tests have been killed."""
 
 import os
 import shutil
@@ -12,18 +12,18 @@ PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 DEADLINE = 60  # seconds
 
 
-def until(condition, what, deadline=DEADLINE):
-    """The first true result of `condition()`."""
+def until(condition, expectation, deadline=DEADLINE):
+    """Wait for the first true result of `condition()`, and return it."""
     end = time.monotonic() + deadline
-    while not (answer := condition()):
+    while not (result := condition()):
         if time.monotonic() > end:
-            raise TimeoutError(f"not within {deadline} s: {what() if callable(what) else what}")
+            raise TimeoutError(f"not within {deadline} s: {expectation() if callable(expectation) else expectation}")
         time.sleep(0.1)
-    return answer
+    return result
 
 
 def processes(**environment):
-    """The processes that were started with all of these in their environment, the oldest first; no zombies."""
+    """The processes that were started with all of these in their environment, oldest first, without zombies."""
     lines = {os.fsencode(f"{name}={value}") for name, value in environment.items()}
     starts_and_pids = []
     for entry in os.listdir("/proc"):
@@ -32,13 +32,13 @@ def processes(**environment):
                 starts_and_pids.append(
                     (int(Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()[19]), int(entry))
                 )
-        except (FileNotFoundError, ProcessLookupError, PermissionError):  # gone, or somebody else's
+        except (FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended, or belongs to another user
             continue
     return [pid for _, pid in sorted(starts_and_pids)]
 
 
 def send(pids, *numbers):
-    """Each signal to all of them before the next one."""
+    """Send each signal to all processes before the next signal."""
     for number in numbers:
         for pid in pids:
             try:
@@ -48,7 +48,7 @@ def send(pids, *numbers):
 
 
 def kill(deadline=DEADLINE, **environment):
-    """Kill what `processes` finds until nothing is found; stopped first, so that none can report the end of another."""
+    """Kill what `processes` returns until it is empty; stopped first, so that none can report the end of another."""
     until(
         lambda: not (pids := processes(**environment)) or send(pids, signal.SIGSTOP, signal.SIGKILL),
         lambda: f"the end of {processes(**environment)}",
@@ -56,19 +56,20 @@ def kill(deadline=DEADLINE, **environment):
     )
 
 
-def remove(sockets, *remove_nodes):
+def remove(sockets, *network_removal):
+    """Remove the folder of sockets, and the nodes' network by this command."""
     shutil.rmtree(sockets, ignore_errors=True)
-    subprocess.run(remove_nodes, env=os.environ | {"PATH": PATH}, stderr=subprocess.DEVNULL)
+    subprocess.run(network_removal, env=os.environ | {"PATH": PATH}, stderr=subprocess.DEVNULL)
 
 
-def keep(parent, conf, *leftovers):
-    """Sleep until the parent dies, which the kernel reports by SIGTERM; then kill all that it left of its cluster."""
+def guard(parent, conf, *to_remove):
+    """Sleep until the parent dies, which the kernel reports by SIGTERM; then kill what is left of its cluster."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     while os.getppid() == parent:
         signal.sigtimedwait({signal.SIGTERM}, 5)
     kill(SLURM_CONF=conf)
-    remove(*leftovers)
+    remove(*to_remove)
 
 
 if __name__ == "__main__":
-    keep(int(sys.argv[1]), *sys.argv[2:])
+    guard(int(sys.argv[1]), *sys.argv[2:])

@@ -49,14 +49,14 @@ def test_no_checkpoint_is_none(tmp_path):
 
 
 def value_in(run):
-    """Step and value of the newest checkpoint, which must be of one and the same save."""
+    """Step and value of the newest checkpoint; checks that its path, state and digest are of the same save."""
     path, loaded, digest = checkpoint.load_newest(run)
     assert path == checkpoint.path_of(run, loaded["step"]) == checkpoint.newest(run)
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
     return loaded["step"], loaded["method"]["weight"][0, 0].item()
 
 
-def harm(path, how):
+def damage(path, how):
     data = bytearray(path.read_bytes())
     checksum = path.with_name(path.name + ".sha256")
     data[len(data) // 2] ^= 1
@@ -82,28 +82,28 @@ def harm(path, how):
         path.mkdir()
 
 
-FAULTS = {
+MESSAGES_OF_DAMAGE = {
     "empty": "SHA-256 differs", "half": "SHA-256 differs", "bit": "SHA-256 differs",
     "no checksum": "has no checksum beside it", "garbage checksum": "checksum file is damaged",
     "empty checksum": "checksum file is damaged", "folder": "cannot be read: .*Is a directory",
     "unreadable": "cannot be read: .*[Ss]ymbolic links", "forbidden": "cannot be read: .*Permission denied",
 }  # fmt: skip
-ROOT_READS_ALL = pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+UNLESS_ROOT = pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
 
 
 @pytest.mark.parametrize(
-    "how", [pytest.param(how, marks=ROOT_READS_ALL) if how == "forbidden" else how for how in FAULTS]
+    "how", [pytest.param(how, marks=UNLESS_ROOT) if how == "forbidden" else how for how in MESSAGES_OF_DAMAGE]
 )
-def test_a_damaged_newest_is_passed_over_loudly(tmp_path, capsys, how):
+def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(tmp_path, capsys, how):
     good = checkpoint.save(tmp_path, state(1, 1.0))
     bad = checkpoint.save(tmp_path, state(2))
-    harm(bad, how)
+    damage(bad, how)
     assert checkpoint.newest(tmp_path) == good
     [warning] = capsys.readouterr().err.splitlines()
-    assert re.search(f"^WARNING: {bad}: .*{FAULTS[how]}", warning)
+    assert re.search(f"^WARNING: {bad}: .*{MESSAGES_OF_DAMAGE[how]}", warning)
     assert value_in(tmp_path) == (1, 1.0)
-    harm(good, how)
-    with pytest.raises(UserError, match=f"all 2 checkpoints are damaged .*{bad.name}: .*{FAULTS[how]}"):
+    damage(good, how)
+    with pytest.raises(UserError, match=f"all 2 checkpoints are damaged .*{bad.name}: .*{MESSAGES_OF_DAMAGE[how]}"):
         checkpoint.load_newest(tmp_path)
 
 
@@ -125,7 +125,7 @@ def test_prune_keeps_the_newest_and_every_mth(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_a_damaged_newer_one_does_not_push_the_good_ones_out(tmp_path, capsys, keep):
+def test_prune_does_not_remove_good_checkpoints_for_damaged_newer_ones(tmp_path, capsys, keep):
     for step in (6, 8, 10, 12):
         checkpoint.save(tmp_path, state(step))
     for step in (10, 12):
@@ -141,7 +141,7 @@ def test_a_damaged_newer_one_does_not_push_the_good_ones_out(tmp_path, capsys, k
 
 @pytest.fixture
 def no_fsync(monkeypatch):
-    """For what makes hundreds of saves and cuts no power: disks are slow."""
+    """No fsync, which is slow: for tests that save hundreds of times and simulate no power failure."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -149,7 +149,7 @@ def prepare(run, *steps_values, damaged=()):
     for step, value in steps_values:
         checkpoint.save(run, state(step, value))
     for step, how in damaged:
-        harm(checkpoint.path_of(run, step), how)
+        damage(checkpoint.path_of(run, step), how)
 
 
 def save_and_prune(step, value, keep, keep_every=None):
@@ -176,36 +176,38 @@ def save_and_prune(step, value, keep, keep_every=None):
     ids=["first", "keep 1", "keep 2", "again", "over bit", "over no checksum", "over garbage", "before damaged"],
 )
 def test_no_kill_loses_what_was_saved(tmp_path, capsys, no_fsync, before, damaged, after, keep):
-    """Whatever change of the file system is the last: the newest whole checkpoint is the one before or the new one."""
+    """After a kill behind any change of the file system the newest valid checkpoint is the previous or the new one."""
     prepared = tmp_path / "prepared"
     (prepared / "checkpoints").mkdir(parents=True)
     prepare(prepared, *before, damaged=damaged)
     old = value_in(prepared) if before else None
-    names = [checkpoint.path_of(prepared, step).name for step, _ in damaged]
+    damaged_names = [checkpoint.path_of(prepared, step).name for step, _ in damaged]
     capsys.readouterr()
     action = save_and_prune(*after, keep)
-    seen = []
+    outcomes = []
     for run in kills.every_kill(prepared, tmp_path, action):
-        seen.append(value_in(run) if checkpoint.steps(run) else None)
+        outcomes.append(value_in(run) if checkpoint.steps(run) else None)
         warnings = capsys.readouterr().err.splitlines()
-        assert all(any(name in warning for name in names) for warning in warnings), (
-            "one that was whole counts as damaged"
+        assert all(any(name in warning for name in damaged_names) for warning in warnings), (
+            "a valid checkpoint counts as damaged"
         )
         last = run / "checkpoints" / "LAST"
         if last.exists() and not damaged:
             named = last.with_name(last.read_text().strip())
-            assert named == checkpoint.path_of(run, checkpoint.steps(run)[-1]) or seen[-1] == after
+            assert named == checkpoint.path_of(run, checkpoint.steps(run)[-1]) or outcomes[-1] == after
             assert named.exists()
         checkpoint.remove_leftovers(run)
-        found = {name for name in os.listdir(last.parent) if not name.endswith(".damaged")}
-        assert all(re.fullmatch(FILES, name) for name in found)
-        assert {name.removesuffix(".sha256") for name in found} == found - {n for n in found if n.endswith(".sha256")}
+        files = {name for name in os.listdir(last.parent) if not name.endswith(".damaged")}
+        assert all(re.fullmatch(FILES, name) for name in files)
+        assert {name.removesuffix(".sha256") for name in files} == files - {n for n in files if n.endswith(".sha256")}
         action(run)  # the next start does it again
         assert value_in(run) == after and last.read_text().strip() == checkpoint.path_of(run, after[0]).name
         assert capsys.readouterr().err == ""
         checksum = checkpoint.path_of(run, after[0]).with_suffix(".pt.sha256")
         assert len(checksum.read_text().splitlines()) == 1, "sha256sum -c must hold"
-    assert set(seen) == {old, after} and seen == sorted(seen, key=[old, after].index), "first the old one, then the new"
+    assert set(outcomes) == {old, after} and outcomes == sorted(outcomes, key=[old, after].index), (
+        "first the old one, then the new"
+    )
 
 
 def test_prune_loses_nothing_at_any_kill(tmp_path, capsys, no_fsync):
@@ -222,28 +224,28 @@ def test_prune_loses_nothing_at_any_kill(tmp_path, capsys, no_fsync):
     assert checkpoint.steps(prepared) == list(range(1, 8)) and capsys.readouterr().err == ""
 
 
-def test_only_our_own_leftovers_are_removed(tmp_path):
+def test_only_leftovers_of_saves_are_removed(tmp_path):
     prepare(tmp_path, (1, 1.0))
     folder = tmp_path / "checkpoints"
-    kept = ["notes.txt", "best.pt", "x.sha256", "best.pt.sha256", "old.tmp", "step-00000001.pt.damaged"]
-    kept += os.listdir(folder)
-    for name in {*kept, "step-00000002.pt.sha256", ".step-00000003.pt.01234567.tmp"} - set(os.listdir(folder)):
+    expected = ["notes.txt", "best.pt", "x.sha256", "best.pt.sha256", "old.tmp", "step-00000001.pt.damaged"]
+    expected += os.listdir(folder)
+    for name in {*expected, "step-00000002.pt.sha256", ".step-00000003.pt.01234567.tmp"} - set(os.listdir(folder)):
         (folder / name).touch()
     checkpoint.remove_leftovers(tmp_path)
-    assert sorted(os.listdir(folder)) == sorted(kept)
+    assert sorted(os.listdir(folder)) == sorted(expected)
 
 
-def save_forever(run, saved):
-    """What a training does to the folder, as fast as it can; tells each step that is safe."""
+def save_forever(run, sender):
+    """Save and prune as a training does, without pause; sends the number of each step that is saved."""
     torch.set_num_threads(1)
-    held = durable.lock(run / "lock", os.O_RDWR | os.O_CREAT, wait=False)
+    lock = durable.lock(run / "lock", os.O_RDWR | os.O_CREAT, wait=False)
     checkpoint.remove_leftovers(run)
     newest = checkpoint.load_newest(run)
     step = newest[1]["step"] if newest else 0
-    while held:
+    while lock:
         step += 1
         save_and_prune(step, float(step), keep=2)(run)
-        saved.send_bytes(str(step).encode())
+        sender.send_bytes(str(step).encode())
 
 
 def start_saving(run):
@@ -257,32 +259,32 @@ def start_saving(run):
 
 @pytest.mark.slow
 def test_kills_at_any_time(tmp_path, capsys):
-    chance = random.Random(0)
-    kills = reached = 0
-    while kills < 25 or reached <= 50:  # enough saves for the kills to fall into, on a busy machine too
+    rng = random.Random(0)
+    kills = last_saved = 0
+    while kills < 25 or last_saved <= 50:  # enough saves for the kills to fall into, on a busy machine too
         kills += 1
-        process, saved = start_saving(tmp_path)
-        reached = max(reached, int(saved.recv_bytes()))
-        time.sleep(chance.uniform(0, 0.06))
+        process, receiver = start_saving(tmp_path)
+        last_saved = max(last_saved, int(receiver.recv_bytes()))
+        time.sleep(rng.uniform(0, 0.06))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
         try:
             while True:
-                reached = max(reached, int(saved.recv_bytes()))
+                last_saved = max(last_saved, int(receiver.recv_bytes()))
         except EOFError:
             pass
         step, value = value_in(tmp_path)
-        assert step in (reached, reached + 1) and value == step
+        assert step in (last_saved, last_saved + 1) and value == step
         assert (tmp_path / "checkpoints" / "LAST").read_text() in {f"step-{s:08d}.pt\n" for s in (step - 1, step)}
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.slow
-def test_a_reader_beside_a_training_that_prunes(tmp_path, capsys):
-    process, saved = start_saving(tmp_path)
+def test_reading_while_a_training_saves_and_prunes(tmp_path, capsys):
+    process, receiver = start_saving(tmp_path)
     try:
-        saved.recv_bytes()
+        receiver.recv_bytes()
         steps = []
         while len(steps) < 300 or steps[-1] - steps[0] <= 20:  # on a busy machine 300 reads see fewer saves
             path, loaded, _ = checkpoint.load_newest(tmp_path)
@@ -298,8 +300,8 @@ def test_a_reader_beside_a_training_that_prunes(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("instant", ["listed", "opened", "opened, saved again", "checked"])
-def test_what_a_training_does_while_we_read_is_no_damage(tmp_path, capsys, monkeypatch, instant):
-    """Between any two steps of the reader: the file that it is about to use is pruned or replaced."""
+def test_a_file_replaced_or_pruned_while_it_is_read_is_not_damaged(tmp_path, capsys, monkeypatch, instant):
+    """Between any two steps of the reader the file that it is about to use is pruned or replaced."""
     prepare(tmp_path, (1, 1.0))
     hooked = {"listed": "steps", "checked": "_examine"}.get(instant, "_checksums")
     original = getattr(checkpoint, hooked)
@@ -313,7 +315,7 @@ def test_what_a_training_does_while_we_read_is_no_damage(tmp_path, capsys, monke
     monkeypatch.setattr(checkpoint, hooked, hook)
     path, loaded, digest = checkpoint.load_newest(tmp_path)
     assert capsys.readouterr().err == ""
-    if instant == "checked":  # the file that was open is gone, and its bytes are still those that were checked
+    if instant == "checked":  # the open file has been removed, but its bytes are still those that were checked
         assert (path, loaded["step"], loaded["method"]["weight"][0, 0].item()) == (
             checkpoint.path_of(tmp_path, 1),
             1,
@@ -325,7 +327,7 @@ def test_what_a_training_does_while_we_read_is_no_damage(tmp_path, capsys, monke
         assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-LIMITED = """
+SAVE_WITH_A_SIZE_LIMIT = """
 import pathlib, resource, signal, sys, torch
 from tests.test_checkpoint import state
 from ssl_dist.storage import checkpoint
@@ -339,19 +341,21 @@ except OSError as error: print('refused', error.errno, error.filename, error)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("limit", "size"), [(1000, 0), (1000, 60_000), (100_000, 60_000)])
-def test_a_failed_write_leaves_nothing_behind_and_spares_the_older(tmp_path, limit, size):
-    """What fails is the flush of what is buffered, the first write of torch, or a write amid a tensor."""
+def test_a_failed_write_leaves_nothing_behind_and_keeps_the_older(tmp_path, limit, size):
+    """The failing write is a flush of the buffer, torch's first write, or one in the middle of a tensor."""
     old = checkpoint.save(tmp_path, state(1))
     before = os.listdir(old.parent)
-    command = [sys.executable, "-c", LIMITED, str(tmp_path), str(limit), str(size)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": "."})
-    refused = checkpoint.path_of(tmp_path, 2)
-    assert done.stdout.startswith(f"refused {errno.EFBIG} {refused} "), done.stderr
-    assert done.stdout.count(refused.name) == 2
+    command = [sys.executable, "-c", SAVE_WITH_A_SIZE_LIMIT, str(tmp_path), str(limit), str(size)]
+    completed = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": "."}
+    )
+    path = checkpoint.path_of(tmp_path, 2)
+    assert completed.stdout.startswith(f"refused {errno.EFBIG} {path} "), completed.stderr
+    assert completed.stdout.count(path.name) == 2
     assert checkpoint.newest(tmp_path) == old and os.listdir(old.parent) == before
 
 
-FULL = """
+FILL_UP = """
 import sys
 from pathlib import Path
 from tests.test_checkpoint import fill_up
@@ -360,7 +364,7 @@ fill_up(Path(sys.argv[1]))
 
 
 def fill_up(disk):
-    """Save with every amount of space left, page by page: it succeeds or leaves all as it was."""
+    """Save with 0, 1, ... free pages: every save succeeds or changes nothing."""
     outcomes = []
     for pages in range(12):
         run = disk / "run"
@@ -373,7 +377,7 @@ def fill_up(disk):
             path = checkpoint.save(run, state(3, 3.0))
         except OSError as error:
             assert error.errno == errno.ENOSPC and "No space left" in str(error) and error.filename in str(error)
-            if error.filename.endswith("LAST"):  # the checkpoint itself was whole and in place before
+            if error.filename.endswith("LAST"):  # the checkpoint itself was complete and in place before
                 assert value_in(run) == (3, 3.0)
                 outcomes.append("saved")
             else:
@@ -392,16 +396,16 @@ def test_a_disk_that_is_full(tmp_path):
     if shutil.which("unshare") is None:
         pytest.skip("unshare (util-linux) is missing, which mounts a small file system for one process alone")
     mount = 'mount -t tmpfs -o size=1m tmpfs "$0"'
-    alone = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
-    trial = subprocess.run([*alone, mount, tmp_path], capture_output=True, text=True, check=False)
+    in_own_namespace = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    trial = subprocess.run([*in_own_namespace, mount, tmp_path], capture_output=True, text=True, check=False)
     if trial.returncode:
         pytest.skip(f"a tmpfs may not be mounted here: {trial.stderr.strip()}")
-    done = subprocess.run(
-        [*alone, f'{mount} && exec "$@"', tmp_path, sys.executable, "-c", FULL, tmp_path],
+    completed = subprocess.run(
+        [*in_own_namespace, f'{mount} && exec "$@"', tmp_path, sys.executable, "-c", FILL_UP, tmp_path],
         capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": "."},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert {"full", "saved"} == set(done.stdout.split())
+    assert completed.returncode == 0, completed.stderr
+    assert {"full", "saved"} == set(completed.stdout.split())
 
 
 def test_foreign_files_are_refused_in_one_line(tmp_path):

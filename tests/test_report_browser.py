@@ -8,11 +8,11 @@ import pytest
 from ssl_dist import config, report
 from ssl_dist.evaluate.command import evaluate
 from ssl_dist.train.loop import train
-from tests.browser import Browser, why_not
+from tests.browser import Browser, unavailable_reason
 from tests.test_report_page import EVIL, make_run, png, record, results
 
 ROOT = Path(__file__).parent.parent
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not())]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(unavailable_reason()), reason=unavailable_reason())]
 
 
 @pytest.fixture(scope="module")

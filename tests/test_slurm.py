@@ -1,4 +1,4 @@
-"""Trainings on a real Slurm of two nodes: what happens to them, in what order, and that the weights do not notice."""
+"""Trainings on a real Slurm cluster of two nodes: after interruptions of every kind the weights are the same."""
 
 import contextlib
 import io
@@ -22,26 +22,26 @@ from tests.test_train import CONFIG, fingerprint, in_ranks, metrics, overrides, 
 
 ROOT = Path(__file__).parent.parent
 SUBMIT = [sys.executable, str(ROOT / "slurm" / "submit.py")]
-OWN = [
+OPTIONS = [
     "optim.steps=60", "checkpoint.every_epochs=null", "log.every_steps=1", "log.images_every_epochs=1000",
     "precision=fp64", "timeout=15",
 ]  # fmt: skip
-BEGUN = 5  # steps
+FIRST_STEPS = 5  # after which a start counts as running
 TWO_NODES = ("--nodes", "2", "--tasks-per-node", "1", "--time", "00:10:00")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def training(data, run, *more):
-    return ["train", str(ROOT / CONFIG), *overrides(data, run, *OWN, *more)]
+    return ["train", str(ROOT / CONFIG), *overrides(data, run, *OPTIONS, *more)]
 
 
 def submit(cluster, folder, *words):
     """The ids of the jobs that submit.py names, in its order."""
-    return named(submit_py(cluster, folder, *words))
+    return job_ids(submit_py(cluster, folder, *words))
 
 
 def submit_py(cluster, folder, *words):
-    """The output of submit.py, called in this process: another one would import torch anew."""
+    """The output of submit.py, called in this process, because another one would have to import torch."""
     output = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
         for name, value in cluster.environment.items():
@@ -52,7 +52,7 @@ def submit_py(cluster, folder, *words):
     return output.getvalue()
 
 
-def named(output):
+def job_ids(output):
     return re.findall(r"^job (\S+):", output, re.MULTILINE)
 
 
@@ -62,9 +62,9 @@ def step_of(run):
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-def has_begun(cluster, job, run, steps=BEGUN):
+def wait_for_steps(cluster, job, run, steps=FIRST_STEPS):
     """Wait until the training has taken some steps."""
-    until(lambda: step_of(run) >= steps, lambda: cluster.story(job), 120)
+    until(lambda: step_of(run) >= steps, lambda: cluster.diagnosis(job), 120)
 
 
 def starts(run):
@@ -73,145 +73,152 @@ def starts(run):
 
 
 def output(cluster, job):
-    """What all tasks of the job have said."""
+    """The output of all tasks of the job."""
     folder = Path(cluster.job(job)["StdOut"]).parent
     return "".join(path.read_text() for path in sorted(folder.glob("*.out")))
 
 
 @pytest.fixture(scope="module")
 def two_nodes(_cluster, digits, tmp_path_factory):
-    """A run of two nodes that nothing has disturbed."""
+    """The folder of an uninterrupted run on two nodes."""
     folder = tmp_path_factory.mktemp("two-nodes")
-    [job] = named(_cluster.run(*SUBMIT, *training(digits, folder / "run"), *TWO_NODES, cwd=folder))
+    [job] = job_ids(_cluster.run(*SUBMIT, *training(digits, folder / "run"), *TWO_NODES, cwd=folder))
     _cluster.wait(job, "COMPLETED", deadline=120)
     return folder / "run"
 
 
-def assert_undisturbed(run, two_nodes):
+def assert_equal_runs(run, two_nodes):
     assert fingerprint(run) == fingerprint(two_nodes)
     assert metrics(run) == metrics(two_nodes)
 
 
 def test_two_nodes_equal_one_process(two_nodes, digits, tmp_path):
-    assert run_training(digits, tmp_path / "one", *OWN, "optim.steps=20") == 0
-    assert run_training(digits, tmp_path / "one", *OWN) == 0
+    assert run_training(digits, tmp_path / "one", *OPTIONS, "optim.steps=20") == 0
+    assert run_training(digits, tmp_path / "one", *OPTIONS) == 0
     one, two = weights(tmp_path / "one"), weights(two_nodes)
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
     assert starts(two_nodes)[0]["world_size"] == 2
     [folder] = (two_nodes / "slurm").glob("[0-9]*")
-    left = sorted(path.name.partition("_")[2] for path in folder.iterdir())
-    assert {"0_log.out", "1_log.out", "submission.sh"} <= set(left), left
-    [kept] = (two_nodes / "slurm").glob("config-*.yaml")
-    assert config.load(kept) == config.load(two_nodes / "config.yaml")
+    names = sorted(path.name.partition("_")[2] for path in folder.iterdir())
+    assert {"0_log.out", "1_log.out", "submission.sh"} <= set(names), names
+    [saved_config] = (two_nodes / "slurm").glob("config-*.yaml")
+    assert config.load(saved_config) == config.load(two_nodes / "config.yaml")
 
 
-class Life:
-    """A job of two nodes and its run, which is stopped again and again."""
+class InterruptedJob:
+    """A job of two nodes and its run, which several tests interrupt one after another."""
 
     def __init__(self, cluster, job, run):
         self.cluster, self.job, self.run = cluster, job, run
 
-    def begin(self):
-        """Wait until the newest start has got further than any before it; the number of starts."""
+    def wait_until_running(self):
+        """Wait until the newest start has taken steps that no start before it had; returns the number of starts."""
         count = int(self.cluster.wait(self.job, "RUNNING", deadline=120)["Restarts"]) + 1
-        until(lambda: len(starts(self.run)) == count, lambda: self.cluster.story(self.job), 120)
-        least = max(step_of(self.run), starts(self.run)[-1]["step"]) + BEGUN
-        has_begun(self.cluster, self.job, self.run, least)
+        until(lambda: len(starts(self.run)) == count, lambda: self.cluster.diagnosis(self.job), 120)
+        least = max(step_of(self.run), starts(self.run)[-1]["step"]) + FIRST_STEPS
+        wait_for_steps(self.cluster, self.job, self.run, least)
         return count
 
-    def goes_on(self, count):
-        """Wait for the start after `count` of them; the step that it begins at."""
-        until(lambda: len(starts(self.run)) > count, lambda: self.cluster.story(self.job), 120)
+    def wait_for_next_start(self, count):
+        """Wait for the start after the first `count`; returns the step that it begins at."""
+        until(lambda: len(starts(self.run)) > count, lambda: self.cluster.diagnosis(self.job), 120)
         assert len(starts(self.run)) == count + 1 and self.cluster.job(self.job)["Restarts"] == str(count)
         return starts(self.run)[-1]["step"]
 
 
-LIFE = "data.view_shards=2"  # else ranks of one machine share views, those of two machines images
+VIEW_SHARDS = "data.view_shards=2"  # else ranks on one machine share views, and ranks on two machines share images
 
 
 @pytest.fixture(scope="class")
-def life(_cluster, digits, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("life")
+def interrupted(_cluster, digits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("interrupted")
     file = folder / "mine.yaml"
     file.write_text((ROOT / CONFIG).read_text())
-    more = [LIFE, "optim.steps=30000", "checkpoint.every_steps=5", "--partition", "main"]
+    more = [VIEW_SHARDS, "optim.steps=30000", "checkpoint.every_steps=5", "--partition", "main"]
     [job] = submit(_cluster, folder, "train", file, *training(digits, folder / "run", *more)[2:], *TWO_NODES)
-    file.write_text("nonsense")  # what is edited later is another training
-    yield Life(_cluster, job, folder / "run")
+    file.write_text("nonsense")  # a later edit must not change this job
+    yield InterruptedJob(_cluster, job, folder / "run")
     _cluster.clear()
 
 
-class TestOneTrainingThroughEverything:
-    """Of one job all that may happen to a training, one thing after another; the weights do not notice."""
+class TestOneInterruptedTraining:
+    """One job, interrupted in every way one after another; the weights are those of an uninterrupted run."""
 
-    def test_usr2_saves_and_the_job_is_queued_again(self, life):
-        count = life.begin()
-        life.cluster.signal(life.job, "USR2")
-        step = life.goes_on(count)
-        assert step >= starts(life.run)[-2]["step"] + BEGUN
-        assert f"stopping after step {step}" in output(life.cluster, life.job)
+    def test_usr2_saves_and_the_job_is_requeued(self, interrupted):
+        count = interrupted.wait_until_running()
+        interrupted.cluster.signal(interrupted.job, "USR2")
+        step = interrupted.wait_for_next_start(count)
+        assert step >= starts(interrupted.run)[-2]["step"] + FIRST_STEPS
+        assert f"stopping after step {step}" in output(interrupted.cluster, interrupted.job)
 
-    def test_preemption_by_a_higher_partition(self, life, tmp_path):
-        count = life.begin()
+    def test_preemption_by_a_higher_partition(self, interrupted, tmp_path):
+        count = interrupted.wait_until_running()
         script = tmp_path / "urgent.sh"
         script.write_text("#!/bin/bash\nsleep 2\n")
         options = ("--partition", "high", "--nodes", "2", "--exclusive")
-        urgent = life.cluster.submit(script, options=options)
-        life.cluster.wait(urgent, "COMPLETED")
-        step = life.goes_on(count)
-        assert step >= starts(life.run)[-2]["step"] + BEGUN, "it had saved before it left"
-        assert f"stopping after step {step}" in output(life.cluster, life.job)
+        urgent = interrupted.cluster.submit(script, options=options)
+        interrupted.cluster.wait(urgent, "COMPLETED")
+        step = interrupted.wait_for_next_start(count)
+        assert step >= starts(interrupted.run)[-2]["step"] + FIRST_STEPS, "the preempted job has saved"
+        assert f"stopping after step {step}" in output(interrupted.cluster, interrupted.job)
 
-    def test_a_killed_task_is_named_and_the_job_queued_again(self, life):
-        count = life.begin()
-        send(life.cluster.pids_of(life.job, task=1), signal.SIGKILL)
-        step = life.goes_on(count)
-        text = output(life.cluster, life.job)
+    def test_a_killed_task_is_named_and_the_job_requeued(self, interrupted):
+        count = interrupted.wait_until_running()
+        send(interrupted.cluster.pids_of(interrupted.job, task=1), signal.SIGKILL)
+        step = interrupted.wait_for_next_start(count)
+        text = output(interrupted.cluster, interrupted.job)
         assert re.search(r"lost rank 1 on \S+ \(pid \d+\) at step \d+: no sign of life", text)
-        assert len((life.run / "slurm" / f"crashes-{life.job}.txt").read_text().splitlines()) == 1
-        assert step % 5 == 0 and step > starts(life.run)[-2]["step"]
+        assert len((interrupted.run / "slurm" / f"crashes-{interrupted.job}.txt").read_text().splitlines()) == 1
+        assert step % 5 == 0 and step > starts(interrupted.run)[-2]["step"]
 
-    def test_the_crash_of_a_node(self, life):
-        count = life.begin()
-        cluster = life.cluster
+    def test_a_crashed_node_requeues_the_job(self, interrupted):
+        count = interrupted.wait_until_running()
+        cluster = interrupted.cluster
         cluster.crash_node(cluster.nodes[1])
-        until(lambda: cluster.job(life.job)["JobState"] == "PENDING", lambda: cluster.story(life.job), 90)
+        until(
+            lambda: cluster.job(interrupted.job)["JobState"] == "PENDING",
+            lambda: cluster.diagnosis(interrupted.job),
+            90,
+        )
         cluster.start_node(cluster.nodes[1])
-        step = life.goes_on(count)
-        assert step % 5 == 0 and step > starts(life.run)[-2]["step"]
+        step = interrupted.wait_for_next_start(count)
+        assert step % 5 == 0 and step > starts(interrupted.run)[-2]["step"]
 
-    def test_scancel_saves_and_stays_cancelled(self, life):
-        count = life.begin()
-        life.cluster.cancel(life.job)
-        life.cluster.wait(life.job, "CANCELLED")
-        step = starts(life.run)[-1]["step"] + BEGUN
-        until(lambda: checkpoint.steps(life.run)[-1] >= step, lambda: life.cluster.story(life.job))
+    def test_scancel_saves_and_stays_cancelled(self, interrupted):
+        count = interrupted.wait_until_running()
+        interrupted.cluster.cancel(interrupted.job)
+        interrupted.cluster.wait(interrupted.job, "CANCELLED")
+        step = starts(interrupted.run)[-1]["step"] + FIRST_STEPS
+        until(
+            lambda: checkpoint.steps(interrupted.run)[-1] >= step,
+            lambda: interrupted.cluster.diagnosis(interrupted.job),
+        )
         time.sleep(8)  # longer than a requeue takes here
-        now = life.cluster.job(life.job)
-        assert now["JobState"] == "CANCELLED" and now["Restarts"] == str(count - 1)
-        assert len(starts(life.run)) == count
-        assert f"stopping after step {step_of(life.run)}" in output(life.cluster, life.job)
+        record = interrupted.cluster.job(interrupted.job)
+        assert record["JobState"] == "CANCELLED" and record["Restarts"] == str(count - 1)
+        assert len(starts(interrupted.run)) == count
+        assert f"stopping after step {step_of(interrupted.run)}" in output(interrupted.cluster, interrupted.job)
 
-    def test_the_weights_are_those_of_a_run_that_nothing_disturbed(self, life, digits, tmp_path):
-        """Of two ranks without Slurm, up to the same step."""
-        steps = checkpoint.steps(life.run)[-1]
-        more = [*OWN, LIFE, f"optim.steps={steps}"]
+    def test_the_weights_are_those_of_an_uninterrupted_run(self, interrupted, digits, tmp_path):
+        """Two ranks without Slurm, up to the same step."""
+        steps = checkpoint.steps(interrupted.run)[-1]
+        more = [*OPTIONS, VIEW_SHARDS, f"optim.steps={steps}"]
         assert ranks.launch(in_ranks, 2, tmp_path, digits, tmp_path / "run", *more) == [0, 0]
-        assert_undisturbed(life.run, tmp_path / "run")
+        assert_equal_runs(interrupted.run, tmp_path / "run")
 
 
-def test_a_crash_that_comes_again_ends_the_job(cluster, digits, tmp_path):
+def test_a_crash_above_the_limit_ends_the_job(cluster, digits, tmp_path):
     run = tmp_path / "run"
     site = tmp_path / "site.yaml"
     site.write_text("crashes: 0\nnodes: 2\ntasks_per_node: 1\n")
     [job] = submit(cluster, tmp_path, *training(digits, run), "--site", site)
-    has_begun(cluster, job, run)
+    wait_for_steps(cluster, job, run)
     send(cluster.pids_of(job, task=0), signal.SIGKILL)
     assert cluster.wait(job, "FAILED", deadline=90)["Restarts"] == "0"
 
 
-def test_an_array_is_queued_again_and_each_seed_evaluated(cluster, digits, tmp_path, capsys):
+def test_an_array_is_requeued_and_each_seed_evaluated(cluster, digits, tmp_path, capsys):
     """The last element has the array's own job number."""
     words = training(digits, tmp_path / "run", "optim.steps=90", "precision=fp32", "data.view_shards=1")
     more = ["--time", "00:10:00", "--seeds", "3", "4", "--then", "knn", "knn.k=[5]"]
@@ -220,18 +227,18 @@ def test_an_array_is_queued_again_and_each_seed_evaluated(cluster, digits, tmp_p
     assert jobs[:2] == [f"{array}_0", f"{array}_1"] and len(jobs) == 4
     assert all(cluster.job(job)["Dependency"].startswith(f"afterok:{array}_") for job in jobs[2:])
     for job, run in zip(jobs[:2], runs, strict=True):
-        has_begun(cluster, job, run, steps=2)
+        wait_for_steps(cluster, job, run, steps=2)
     cluster.signal(array, "USR2")
     for job, run in zip(jobs[:2], runs, strict=True):
         cluster.wait(job, "COMPLETED", restarts=1, deadline=150)
         assert len(starts(run)) == 2 and starts(run)[1]["step"] > 0 and checkpoint.steps(run)[-1] == 90
     for job in jobs[2:]:
         cluster.wait(job, "COMPLETED", deadline=150)
-    found = [json.loads((run / "results.json").read_text()) for run in runs]
-    assert [records[0]["seed"] for records in found] == [3, 4]
+    records_of_runs = [json.loads((run / "results.json").read_text()) for run in runs]
+    assert [records[0]["seed"] for records in records_of_runs] == [3, 4]
     assert cli.main(["report", *map(str, runs)]) == 0 and "±" in capsys.readouterr().out
-    told = submit_py(cluster, tmp_path, "status", *runs)
-    assert len(re.findall(r"COMPLETED", told)) == 4 and told.count("90/90") == 2, told
+    status = submit_py(cluster, tmp_path, "status", *runs)
+    assert len(re.findall(r"COMPLETED", status)) == 4 and status.count("90/90") == 2, status
 
 
 def test_a_failing_training_cancels_its_evaluation(cluster, digits, tmp_path):
@@ -256,32 +263,32 @@ def jobs(_cluster, digits, tmp_path_factory):
     jobs = {}
     for name in "ab":
         [jobs[name]] = submit(_cluster, folder, *training(digits, folder / name, *more), "--site", site)
-    whole = ("--nodes", "2", "--tasks-per-node", "4")
-    [jobs["c"]] = submit(_cluster, folder, *training(digits, folder / "c"), *whole)
+    both_nodes = ("--nodes", "2", "--tasks-per-node", "4")
+    [jobs["c"]] = submit(_cluster, folder, *training(digits, folder / "c"), *both_nodes)
     for name in "ab":
-        has_begun(_cluster, jobs[name], folder / name, steps=10)
+        wait_for_steps(_cluster, jobs[name], folder / name, steps=10)
     yield folder, jobs
     _cluster.clear()
 
 
 class TestSeveralJobs:
-    """Two on one node, and one that waits for both nodes."""
+    """Two jobs on one node, and one that waits for both nodes."""
 
     def test_side_by_side_on_one_node(self, _cluster, jobs):
         folder, jobs = jobs
         both = [_cluster.job(jobs[name]) for name in "ab"]
         assert [(job["JobState"], job["NodeList"]) for job in both] == [("RUNNING", _cluster.nodes[0])] * 2
         before = {name: step_of(folder / name) for name in "ab"}
-        until(lambda: all(step_of(folder / name) > step for name, step in before.items()), "both to go on")
+        until(lambda: all(step_of(folder / name) > step for name, step in before.items()), "both jobs to take a step")
         first, second = (metrics(folder / name)[:10] for name in "ab")
-        assert first == second, "they did not meet"
+        assert first == second, "the two jobs do not interfere"
 
     def test_status(self, _cluster, jobs):
         folder, jobs = jobs
-        until(lambda: _cluster.job(jobs["c"])["Reason"] != "None", "a reason")
-        told = submit_py(_cluster, folder, "status", folder / "a", folder / "c").splitlines()
-        assert re.search(rf"^{jobs['a']} +train +RUNNING +\S+/a +\d+/30000 +\d+\.\d +[\d.]+ +\d+:\d\d", told[1]), told
-        assert re.search(rf"^{jobs['c']} +train +PENDING +\S+/c .*(Resources|Priority)$", told[2]), told
+        until(lambda: _cluster.job(jobs["c"])["Reason"] != "None", "the reason why it waits")
+        lines = submit_py(_cluster, folder, "status", folder / "a", folder / "c").splitlines()
+        assert re.search(rf"^{jobs['a']} +train +RUNNING +\S+/a +\d+/30000 +\d+\.\d +[\d.]+ +\d+:\d\d", lines[1]), lines
+        assert re.search(rf"^{jobs['c']} +train +PENDING +\S+/c .*(Resources|Priority)$", lines[2]), lines
 
 
 def test_the_plain_script_does_the_same(cluster, two_nodes, digits, tmp_path):
@@ -289,15 +296,15 @@ def test_the_plain_script_does_the_same(cluster, two_nodes, digits, tmp_path):
     options = ("--nodes", "2", "--ntasks-per-node", "1", "--time", "00:10:00")
     script = ROOT / "slurm" / "train.sbatch"
     job = cluster.submit(script, *training(digits, run)[1:], options=options, cwd=tmp_path, PYTHON=sys.executable)
-    has_begun(cluster, job, run)
+    wait_for_steps(cluster, job, run)
     cluster.signal(job, "USR2")
     cluster.wait(job, "COMPLETED", restarts=1, deadline=120)
-    assert_undisturbed(run, two_nodes)
+    assert_equal_runs(run, two_nodes)
 
 
 @pytest.mark.timeout(400)
 def test_the_time_limit(cluster, digits, tmp_path):
-    """The limit comes; the training has saved before, and goes on in the next start."""
+    """Before the time limit the training saves; the next start resumes it."""
     run = tmp_path / "run"
     site = tmp_path / "site.yaml"
     site.write_text('nodes: 2\ntasks_per_node: 1\ntime: "00:01:00"\nsignal_seconds: 20\n')
@@ -306,20 +313,20 @@ def test_the_time_limit(cluster, digits, tmp_path):
     saved = checkpoint.steps(run)
     assert len(saved) == 1 and saved[0] > 10
     cluster.wait(job, "RUNNING", restarts=1)
-    until(lambda: len(starts(run)) == 2, lambda: cluster.story(job))
+    until(lambda: len(starts(run)) == 2, lambda: cluster.diagnosis(job))
     assert starts(run)[1]["step"] == saved[0]
 
 
 @pytest.mark.timeout(400)
-def test_a_cut_link_ends_both_sides_and_only_the_next_start_writes(network_cluster, digits, tmp_path):
+def test_a_cut_link_ends_both_ranks_and_only_the_next_start_writes(network_cluster, digits, tmp_path):
     cluster, run = network_cluster, tmp_path / "run"
     [job] = submit(cluster, tmp_path, *training(digits, run, "checkpoint.every_steps=5"), *TWO_NODES)
-    has_begun(cluster, job, run)
+    wait_for_steps(cluster, job, run)
     ranks = [pid for task in range(2) for pid in cluster.pids_of(job, task=task)]
     cluster.cut(cluster.nodes[1])
     cut_at = time.monotonic()
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), lambda: cluster.story(job), 60)
-    assert time.monotonic() - cut_at < 15 + 10 + 10  # the run's timeout, what is allowed on top, and looking
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), lambda: cluster.diagnosis(job), 60)
+    assert time.monotonic() - cut_at < 15 + 10 + 10  # the run's timeout, what is allowed on top, and the polling
     before = checkpoint.steps(run)
     cluster.mend(cluster.nodes[1])
     cluster.wait(job, "COMPLETED", restarts=1, deadline=200)
@@ -330,7 +337,7 @@ def test_a_cut_link_ends_both_sides_and_only_the_next_start_writes(network_clust
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("arguments", "message"),
     [
         (["--partition", "nowhere"], "sbatch refuses the job: .*partition"),
         (["optim.lr=-1"], "optim.lr"),
@@ -347,17 +354,19 @@ def test_a_cut_link_ends_both_sides_and_only_the_next_start_writes(network_clust
         (["data.view_shards=3"], "data.view_shards"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_submitted(cluster, digits, tmp_path, more, said, monkeypatch, capsys):
+def test_mistakes_are_reported_before_anything_is_submitted(
+    cluster, digits, tmp_path, arguments, message, monkeypatch, capsys
+):
     for name, value in cluster.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    answer = mistake([*training(digits, tmp_path / "run"), *TWO_NODES, *more], monkeypatch, capsys)
-    assert re.search(said, answer)
+    line = error_line([*training(digits, tmp_path / "run"), *TWO_NODES, *arguments], monkeypatch, capsys)
+    assert re.search(message, line)
     assert cluster.run("squeue", "-h") == "" and not (tmp_path / "run").exists()
 
 
-def mistake(words, monkeypatch, capsys):
-    """The one line that submit.py says of them."""
+def error_line(words, monkeypatch, capsys):
+    """The one line of submit.py's stderr."""
     monkeypatch.setattr(sys, "argv", ["submit.py", *words])
     assert runpy.run_path(SUBMIT[1])["main"]() == 2
     [line] = capsys.readouterr().err.splitlines()
@@ -367,43 +376,43 @@ def mistake(words, monkeypatch, capsys):
 def test_without_slurm(digits, tmp_path, monkeypatch, capsys):
     words = [*training(digits, tmp_path / "run"), *TWO_NODES]
     monkeypatch.setenv("PATH", "/nowhere")
-    assert "sbatch: not found; run this on a machine of the cluster" in mistake(words, monkeypatch, capsys)
-    assert "none.yaml: cannot be read" in mistake(["train", "none.yaml", *TWO_NODES], monkeypatch, capsys)
-    assert "scontrol: not found" in mistake(["status"], monkeypatch, capsys)
+    assert "sbatch: not found; run this on a machine of the cluster" in error_line(words, monkeypatch, capsys)
+    assert "none.yaml: cannot be read" in error_line(["train", "none.yaml", *TWO_NODES], monkeypatch, capsys)
+    assert "scontrol: not found" in error_line(["status"], monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", ["submit.py", *words, "--dry-run"])
     assert runpy.run_path(SUBMIT[1])["main"]() == 0 and "#SBATCH --nodes=2" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 75)])
-def test_here_signals_reach_the_ranks_and_codes_come_back(digits, tmp_path, number, code):
+def test_local_signals_reach_the_ranks_and_exit_codes_are_returned(digits, tmp_path, number, code):
     run = tmp_path / "run"
     words = [*training(digits, run, "optim.steps=3000"), "--tasks-per-node", "2", "--cluster", "local"]
     process = subprocess.Popen([*SUBMIT, *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    until(lambda: step_of(run) > 2, "a beginning")
+    until(lambda: step_of(run) > 2, "the first steps")
     process.send_signal(number)
-    _, said = process.communicate(timeout=150)
-    assert process.returncode == code and "stopping after step" in said and "Traceback" not in said
+    _, stderr = process.communicate(timeout=150)
+    assert process.returncode == code and "stopping after step" in stderr and "Traceback" not in stderr
     assert checkpoint.steps(run)
 
 
-def here(words, monkeypatch):
+def run_submit(words, monkeypatch):
     """The exit code of submit.py in this process."""
     monkeypatch.setattr(sys, "argv", ["submit.py", *words])
     return runpy.run_path(SUBMIT[1])["main"]()
 
 
-def test_here_a_failure_is_a_failure_and_nothing_follows(digits, tmp_path, monkeypatch, capfd):
+def test_a_local_failure_is_returned_and_no_evaluation_follows(digits, tmp_path, monkeypatch, capfd):
     words = training(digits, tmp_path / "run", "optim.name=sgd", "optim.lr=1e38")
     more = ["--tasks-per-node", "2", "--cluster", "local", "--then", "knn"]
-    assert here([*words, *more], monkeypatch) == 1
+    assert run_submit([*words, *more], monkeypatch) == 1
     errors = capfd.readouterr().err
     assert "the loss is not finite" in errors and "features" not in errors
 
 
-def test_the_same_job_here(digits, tmp_path, monkeypatch):
+def test_the_same_job_runs_locally(digits, tmp_path, monkeypatch):
     words = [*training(digits, tmp_path / "run", "optim.steps=4"), "--tasks-per-node", "2", "--cluster", "local"]
-    assert here([*words, "--then", "knn", "knn.k=[5]"], monkeypatch) == 0
+    assert run_submit([*words, "--then", "knn", "knn.k=[5]"], monkeypatch) == 0
     assert starts(tmp_path / "run")[0]["world_size"] == 2 and checkpoint.steps(tmp_path / "run") == [4]
     assert json.loads((tmp_path / "run" / "results.json").read_text())
 
@@ -414,33 +423,33 @@ def test_a_search_is_one_job(cluster, digits, tmp_path, monkeypatch, capsys):
     words = ["evaluate", str(run), "knn", "data.subset={per_class: 20}", "--search", "knn.k=[[1],[5]]"]
     [job] = submit(cluster, tmp_path, *words, "--validation", "0.25")
     cluster.wait(job, "COMPLETED", deadline=100)
-    found = [r["split"] for r in json.loads((run / "results.json").read_text()) if r["name"].endswith("top1")]
-    assert found == ["train[held out 25%]", "train[held out 25%]", "test"]
+    splits = [r["split"] for r in json.loads((run / "results.json").read_text()) if r["name"].endswith("top1")]
+    assert splits == ["train[held out 25%]", "train[held out 25%]", "test"]
     for name, value in cluster.environment.items():
         monkeypatch.setenv(name, value)
-    for more, said in (
+    for arguments, message in (
         (["--validation", "2"], "--validation 2: give the share"),
         (["--search", "knn.kk=[1]"], "unknown key knn.kk"),
         (["data.subset=3"], "data.subset = 3"),
     ):
         capsys.readouterr()
-        assert said in mistake(["evaluate", str(run), "knn", *more], monkeypatch, capsys)
+        assert message in error_line(["evaluate", str(run), "knn", *arguments], monkeypatch, capsys)
 
 
-def test_a_fine_tuning_on_two_nodes_survives_a_stop(cluster, digits, tmp_path):
-    """Evaluated here by one process and there by two ranks, with a stop in between: the same accuracies."""
+def test_a_fine_tuning_on_two_nodes_resumes_after_a_stop(cluster, digits, tmp_path):
+    """One process, and two ranks with a stop in between: the same accuracies."""
     values = {}
-    for name in ("here", "there"):
+    for name in ("one_process", "two_ranks"):
         assert run_training(digits, tmp_path / name, "precision=fp64", "timeout=15") == 0
     words = ["finetune", "finetune.epochs=12", "finetune.batch_size=32"]
-    assert cli.main(["evaluate", str(tmp_path / "here"), *words]) == 0
-    run = tmp_path / "there"
+    assert cli.main(["evaluate", str(tmp_path / "one_process"), *words]) == 0
+    run = tmp_path / "two_ranks"
     [job] = submit(cluster, tmp_path, "evaluate", str(run), *words, *TWO_NODES)
-    until(lambda: list(run.glob("evaluations/*/checkpoints/step-*.pt")), lambda: cluster.story(job))
+    until(lambda: list(run.glob("evaluations/*/checkpoints/step-*.pt")), lambda: cluster.diagnosis(job))
     cluster.signal(job, "USR2")
     cluster.wait(job, "COMPLETED", restarts=1, deadline=150)
-    for name in ("here", "there"):
+    for name in ("one_process", "two_ranks"):
         values[name] = [r["value"] for r in json.loads((tmp_path / name / "results.json").read_text())]
-    assert values["here"] == values["there"] and len(values["here"]) == 2
-    told = submit_py(cluster, tmp_path, "status", run)
-    assert "evaluate" in told and "COMPLETED" in told
+    assert values["one_process"] == values["two_ranks"] and len(values["one_process"]) == 2
+    status = submit_py(cluster, tmp_path, "status", run)
+    assert "evaluate" in status and "COMPLETED" in status

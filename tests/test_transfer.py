@@ -1,4 +1,4 @@
-"""Probes and fine-tunings of real runs: what they train, what they measure, on any number of ranks, after any stop."""
+"""Probes and fine-tunings of real runs: what they train and measure, on any number of ranks, and after a stop."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def measured(run):
     return {record["name"]: record["value"] for record in records}, states
 
 
-def test_they_are_measured_once(run, measured, capsys):
+def test_probe_and_fine_tuning_are_measured_once(run, measured, capsys):
     values, _ = measured
     assert set(values) == {"probe_top1", "probe_top5", "finetune_top1", "finetune_top5"}
     assert 15 < values["probe_top1"] < values["probe_top5"] <= 100
@@ -60,7 +60,7 @@ def test_they_are_measured_once(run, measured, capsys):
     assert not list((run / "features").iterdir()), "images were asked for, not features"
 
 
-def test_their_confusions_are_drawn(run, measured):
+def test_probe_and_fine_tuning_have_confusion_matrices(run, measured):
     from PIL import Image
 
     for name in ("probe", "finetune"):
@@ -73,7 +73,7 @@ def test_their_confusions_are_drawn(run, measured):
             assert f"{measured[0][f'{name}_top1']:.2f} % of all images" in picture.text["Description"]
 
 
-def test_a_probe_leaves_the_backbone_as_it_was(run, measured):
+def test_a_probe_does_not_change_the_backbone(run, measured):
     encoder = load_encoder(run).module.state_dict()
     state = measured[1]["probe"]
     assert state["config"]["method"]["name"] == "linear_probe" and state["step"] == 2 * (1442 // 96)
@@ -82,18 +82,18 @@ def test_a_probe_leaves_the_backbone_as_it_was(run, measured):
     assert [len(group["params"]) for group in state["optimizer"]["param_groups"]] == [2]
 
 
-def test_a_fine_tuning_trains_all_of_it(run, measured):
+def test_a_fine_tuning_trains_the_whole_backbone(run, measured):
     encoder, state = load_encoder(run).module.state_dict(), measured[1]["finetune"]
-    moved = [name for name, tensor in encoder.items() if not torch.equal(state["method"][f"backbone.{name}"], tensor)]
-    assert set(encoder) == set(moved)
+    changed = [name for name, tensor in encoder.items() if not torch.equal(state["method"][f"backbone.{name}"], tensor)]
+    assert set(encoder) == set(changed)
     assert [group["lr"] for group in state["optimizer"]["param_groups"]] == [1e-3, 1e-3 * 0.1]
 
 
-def test_the_classifier_is_counted_image_by_image(run, measured, digits):
-    """A slow look at every test image, with the saved classifier, alone."""
+def test_the_accuracies_are_those_of_single_images(run, measured, digits):
+    """Recomputed with the saved classifier, one test image at a time."""
     [folder] = [path for path in (run / "evaluations").iterdir() if path.name.startswith("probe")]
     method, encoder = load_method(folder)
-    right, among_five = 0, 0
+    correct, among_five = 0, 0
     with Dataset(digits, reader="arrays").open("test") as reader, torch.no_grad():
         count = reader.info.count
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoder.normalize.mean, encoder.normalize.std))
@@ -101,8 +101,8 @@ def test_the_classifier_is_counted_image_by_image(run, measured, digits):
             image = (torch.from_numpy(pixels[0]).permute(2, 0, 1) / 255 - mean) / std
             order = method.eval().logits(image[None])["output"][0].argsort(descending=True).tolist()
             label = int(reader.labels([image_id])[0])
-            right, among_five = right + (order[0] == label), among_five + (label in order[:5])
-    assert measured[0]["probe_top1"] == pytest.approx(100 * right / count)
+            correct, among_five = correct + (order[0] == label), among_five + (label in order[:5])
+    assert measured[0]["probe_top1"] == pytest.approx(100 * correct / count)
     assert measured[0]["probe_top5"] == pytest.approx(100 * among_five / count)
 
 
@@ -141,7 +141,7 @@ def test_a_classifier_belongs_to_its_checkpoint(run, measured, digits, tmp_path)
         evaluate(run, ["classify"], [f"classify.head={folder}"], validation=0.1)
 
 
-def test_a_classifier_of_the_rest_is_measured_on_what_was_held_out(digits, tmp_path):
+def test_a_classifier_is_measured_on_the_images_held_out_from_it(digits, tmp_path):
     run = pretrained(digits, tmp_path / "run")
     _, records = evaluate(run, ["probe"], ["probe.epochs=2", "probe.lr=0.1"], validation=0.1)
     [folder] = (run / "evaluations").iterdir()
@@ -149,7 +149,7 @@ def test_a_classifier_of_the_rest_is_measured_on_what_was_held_out(digits, tmp_p
     assert [r["value"] for r in again] == [r["value"] for r in records] and again[0]["split"] == records[0]["split"]
 
 
-def test_fewer_neighbours_do_not_hide_the_others(run):
+def test_a_smaller_choice_of_neighbours_leaves_other_records(run):
     names = []
     for words in ([], ["knn.k=[20]"], []):
         names.append([record["name"] for record in evaluate(run, ["knn"], words)[1]])
@@ -177,7 +177,7 @@ def test_transfer_to_other_classes(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("chosen", "overrides", "line"),
+    ("evaluator", "overrides", "message"),
     [
         ("probe", ["probe.recipe=moco"], "probe.recipe"),
         ("probe", ["probe.batch_size=100000"], "probe.batch_size = 100000"),
@@ -191,10 +191,10 @@ def test_transfer_to_other_classes(run, tmp_path):
         ("classify", ["classify.head=/nowhere"], "/nowhere"),
     ],
 )
-def test_mistakes(run, chosen, overrides, line):
+def test_mistakes(run, evaluator, overrides, message):
     before = sorted((run / "evaluations").iterdir()) if (run / "evaluations").exists() else []
-    with pytest.raises(UserError, match=line):
-        evaluate(run, [chosen], overrides)
+    with pytest.raises(UserError, match=message):
+        evaluate(run, [evaluator], overrides)
     assert before == (sorted((run / "evaluations").iterdir()) if (run / "evaluations").exists() else [])
 
 
@@ -211,7 +211,7 @@ def test_every_recipe_makes_a_training(run):
 # ---------------------------------------------------------------------------------------------------- many ranks
 
 
-def loaded(rank, size, runs):
+def load_on_rank(rank, size, runs):
     from ssl_dist.distributed.rank import RankInfo
     from ssl_dist.distributed.world import join_world
     from ssl_dist.grid import Grid
@@ -221,9 +221,9 @@ def loaded(rank, size, runs):
 
 
 def test_all_ranks_measure_the_checkpoint_of_the_first(digits, tmp_path):
-    """As when a training saves another one between two ranks' reads."""
+    """Also when a training saves another checkpoint between two ranks' reads."""
     runs = [str(pretrained(digits, tmp_path / f"run{seed}", f"seed={seed}")) for seed in (0, 1)]
-    digests = ranks.launch(loaded, 2, tmp_path, runs)
+    digests = ranks.launch(load_on_rank, 2, tmp_path, runs)
     assert digests == [load_encoder(Path(runs[0])).sha256] * 2
 
 
@@ -236,7 +236,7 @@ def in_ranks(rank, size, run):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_any_world_size_measures_the_same(digits, tmp_path, size):
-    """355 test images, which neither 2 nor 3 divides; in float64, where no image stands on an edge."""
+    """355 test images, which neither 2 nor 3 divides; in float64, where no image lies on a decision boundary."""
     values, states = {}, {}
     for count in (1, size):
         run = pretrained(digits, tmp_path / str(count) / "run", "precision=fp64")
@@ -253,12 +253,12 @@ def test_any_world_size_measures_the_same(digits, tmp_path, size):
 
 
 @pytest.mark.slow
-def test_stopped_and_gone_on_with(digits, tmp_path):
-    """SIGTERM in a fine-tuning: exit code 75, and the same command ends with the bits of an undisturbed one."""
+def test_a_stopped_fine_tuning_resumes_exactly(digits, tmp_path):
+    """SIGTERM in a fine-tuning: exit code 75, and the same command ends with the bits of an uninterrupted one."""
     command = [sys.executable, "-m", "ssl_dist", "evaluate"]
     options = ["finetune", "finetune.epochs=12", "finetune.batch_size=32"]
-    found = {}
-    for name in ("through", "stopped"):
+    results = {}
+    for name in ("uninterrupted", "stopped"):
         run = pretrained(digits, tmp_path / name)
         process = subprocess.Popen([*command, str(run), *options], env=os.environ, stderr=subprocess.PIPE, text=True)
         if name == "stopped":
@@ -266,23 +266,24 @@ def test_stopped_and_gone_on_with(digits, tmp_path):
                 assert process.poll() is None
                 time.sleep(0.05)
             process.send_signal(signal.SIGTERM)
-            _, said = process.communicate(timeout=60)
-            assert process.returncode == 75 and "the same command goes on" in said
+            _, stderr = process.communicate(timeout=60)
+            assert process.returncode == 75 and "the same command goes on" in stderr
             [folder] = (run / "evaluations").iterdir()
             assert (
                 0 < checkpoint.load_run(folder)[1]["step"] < 12 * (1442 // 32) and not (run / "results.json").exists()
             )
             process = subprocess.Popen([*command, str(run), *options], stderr=subprocess.PIPE, text=True)
-        _, said = process.communicate(timeout=300)
-        assert process.returncode == 0, said
+        _, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0, stderr
         [folder] = (run / "evaluations").iterdir()
         state = checkpoint.load_run(folder)[1]
         values = [record["value"] for record in json.loads((run / "results.json").read_text())]
-        found[name] = values, state["method"], state["optimizer"]["state"]
-    assert found["through"][0] == found["stopped"][0]
-    for key, tensor in found["through"][1].items():
-        assert torch.equal(tensor, found["stopped"][1][key]), key
-    for number, moments in found["through"][2].items():
+        results[name] = values, state["method"], state["optimizer"]["state"]
+    assert results["uninterrupted"][0] == results["stopped"][0]
+    for key, tensor in results["uninterrupted"][1].items():
+        assert torch.equal(tensor, results["stopped"][1][key]), key
+    for number, moments in results["uninterrupted"][2].items():
         assert all(
-            torch.equal(torch.as_tensor(v), torch.as_tensor(found["stopped"][2][number][k])) for k, v in moments.items()
+            torch.equal(torch.as_tensor(v), torch.as_tensor(results["stopped"][2][number][k]))
+            for k, v in moments.items()
         )

@@ -1,4 +1,4 @@
-"""The equality certificate: it holds for all that there is, and each way to break the program turns it red."""
+"""The equality certificate: it holds for every method, and fails for every mutation of the program."""
 
 import math
 import os
@@ -31,8 +31,8 @@ def relational(digits, tmp_path):
     return next(verify.cases(tmp_path, CONFIG, [], [f"data.root={digits}", "data.reader=arrays"], steps=3))
 
 
-def different(rows):
-    """The grids on which a row does not hold."""
+def failing_grids(rows):
+    """The grids of the rows that do not hold."""
     return {str(row.grid) for row in rows if not row.holds}
 
 
@@ -40,7 +40,7 @@ def different(rows):
 def test_two_ranks_equal_one(relational, tmp_path):
     rows = verify.certify([relational], tmp_path, sizes=(2,))
     assert [row.grid for row in rows] == [Grid(2, 1), Grid(1, 2)]
-    assert different(rows) == set(), verify.table(rows)
+    assert failing_grids(rows) == set(), verify.table(rows)
     assert all(set(row.figures) == set(verify.KINDS) for row in rows)
     assert any(row.figures["weights"] > 0 for row in rows), "sums in another order leave some rounding"
 
@@ -79,10 +79,10 @@ def test_every_method_is_certified(name, certified):
         (mutations.reuse_a_view_id, VIEWS_SHARDED),
     ],
 )
-def test_a_broken_program_is_seen(relational, tmp_path, mutation, grids):
+def test_a_mutated_program_fails_the_certificate(relational, tmp_path, mutation, grids):
     rows = verify.certify([relational], tmp_path, mutation)
     print(verify.table(rows))
-    assert different(rows) == grids, verify.table(rows)
+    assert failing_grids(rows) == grids, verify.table(rows)
 
 
 TOY = '''
@@ -127,8 +127,8 @@ def test_a_new_file_is_certified(tmp_path, monkeypatch):
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
     cases = list(verify.cases(tmp_path, names=["toy", "local_toy"], steps=3))
     rows = verify.certify(cases, tmp_path, partial(mutations.add_methods, tmp_path))
-    said = {(row.case.method, row.case.variant, str(row.grid), row.holds) for row in rows}
-    assert said == {
+    outcomes = {(row.case.method, row.case.variant, str(row.grid), row.holds) for row in rows}
+    assert outcomes == {
         (name, f"pull={pull}", grid, name == "toy")
         for name in ("toy", "local_toy") for pull in ("all", "class") for grid in ("2x1", "4x1")
     }, verify.table(rows)  # fmt: skip
@@ -224,7 +224,7 @@ def test_differences_are_found(changed, expected):
     assert verify_ranks.difference(ONE_PROCESS | tensors(**changed), ONE_PROCESS, math.inf) == pytest.approx(expected)
 
 
-def test_what_is_missing_or_not_comparable_is_different():
+def test_missing_or_incomparable_tensors_differ():
     some = {name: ONE_PROCESS[name] for name in ("large", "small")}
     assert verify_ranks.difference(some, ONE_PROCESS, math.inf) == math.inf
     nan = tensors(a=[math.nan])
@@ -258,8 +258,8 @@ def test_each_bound_counts(relational, kind, capsys, monkeypatch):
         monkeypatch.setattr(verify, "certify", lambda *_, rows=rows: rows)
         monkeypatch.setattr(verify, "cases", lambda *_: [relational])
         assert cli.main(["verify", CONFIG]) == code
-        said = capsys.readouterr().out
-        assert all(word in said for word in (*words, "1e-09", CONFIG)), said
+        stdout = capsys.readouterr().out
+        assert all(word in stdout for word in (*words, "1e-09", CONFIG)), stdout
 
 
 # ---------------------------------------------------------------------------------------------------- cases
@@ -342,14 +342,14 @@ def hang():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("prepare", "patience", "words"),
+    ("prepare", "step_timeout_s", "words"),
     [
         (fail, 60, "rank 1 of 2 failed at relational .* 2x1: ValueError: planted"),
         (die, 60, r"rank 1 of 2 \(exit code 9\) died"),
         (hang, 3, "no step of any of 2 ranks within 3 s at relational .* 2x1"),
     ],
 )
-def test_a_rank_that_ends_or_hangs_ends_all(relational, tmp_path, capsys, prepare, patience, words):
+def test_a_rank_that_ends_or_hangs_ends_all(relational, tmp_path, capsys, prepare, step_timeout_s, words):
     with pytest.raises(Fault, match=words):
-        verify_ranks.run(2, [relational.on_grid(Grid(2, 1), tmp_path)], prepare, step_timeout_s=patience)
+        verify_ranks.run(2, [relational.on_grid(Grid(2, 1), tmp_path)], prepare, step_timeout_s=step_timeout_s)
     assert ("in fail" in capsys.readouterr().err) == (prepare is fail)

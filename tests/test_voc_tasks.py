@@ -1,4 +1,4 @@
-"""Detection and segmentation on small folders in VOC's format: what is built, augmented, learned and counted."""
+"""Detection and segmentation on small folders in VOC's format: models, augmentation, training and scores."""
 
 import json
 import os
@@ -89,7 +89,7 @@ def test_batchnorm_does_not_decay(voc):
     weights, norms = loop._optimizer(task.model, detection.Options(**SMALL)).param_groups
     assert (weights["weight_decay"], norms["weight_decay"]) == (1e-4, 0)
     assert all(p.ndim == 1 for p in norms["params"])
-    assert len(norms["params"]) == 2 * (20 + 1), "20 of resnet18 and the one behind layer4"
+    assert len(norms["params"]) == 2 * (20 + 1), "20 of resnet18 and the one after layer4"
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
@@ -98,16 +98,16 @@ def test_the_dilated_network_is_torchvisions(name):
     state = source.backbone.state_dict()
     model, _, stride = segmentation.build(source, segmentation.Options())
     bottleneck = name == "resnet50"
-    theirs = getattr(torchvision.models, name)(replace_stride_with_dilation=[False, False, bottleneck])
-    theirs.fc = torch.nn.Identity()
-    theirs.load_state_dict(state)
-    getter = torchvision.models._utils.IntermediateLayerGetter(theirs.eval(), {"layer4": "out"})
+    reference = getattr(torchvision.models, name)(replace_stride_with_dilation=[False, False, bottleneck])
+    reference.fc = torch.nn.Identity()
+    reference.load_state_dict(state)
+    getter = torchvision.models._utils.IntermediateLayerGetter(reference.eval(), {"layer4": "out"})
     images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        found, wanted = model.eval().backbone(images)["out"], getter(images)["out"]
-        torch.testing.assert_close(found, wanted)
+        output, expected = model.eval().backbone(images)["out"], getter(images)["out"]
+        torch.testing.assert_close(output, expected)
         assert model(images)["out"].shape == (1, 21, 64, 96)
-    assert stride == (16 if bottleneck else 32) and found.shape[-2:] == (64 // stride, 96 // stride)
+    assert stride == (16 if bottleneck else 32) and output.shape[-2:] == (64 // stride, 96 // stride)
 
 
 @pytest.mark.parametrize(
@@ -115,8 +115,8 @@ def test_the_dilated_network_is_torchvisions(name):
 )
 def test_segmentation_takes_other_backbones(name, stride, channels):
     source = pretrained(name)
-    model, frozen, found = segmentation.build(source, segmentation.Options(norm="frozen"))
-    assert found == stride and model.classifier[0].in_channels == channels
+    model, frozen, actual_stride = segmentation.build(source, segmentation.Options(norm="frozen"))
+    assert actual_stride == stride and model.classifier[0].in_channels == channels
     assert model.backbone.body is source.backbone and all(isinstance(m, torch.nn.BatchNorm2d) for m in frozen)
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -216,15 +216,15 @@ def test_an_image_of_void_alone_has_no_loss():
 
 
 def test_perfect_boxes_are_100(voc):
-    val, found = split(voc, "val"), Detections(len(CLASSES))
+    val, detections = split(voc, "val"), Detections(len(CLASSES))
     for sample in val.samples:
         o = sample.objects()
-        found.add(o.boxes, o.labels, np.ones(len(o.labels)), o)
-    values = detection.summary(found, val)
+        detections.add(o.boxes, o.labels, np.ones(len(o.labels)), o)
+    values = detection.summary(detections, val)
     assert set(values.values()) == {100.0} and len(values) == 6 + 4
-    nothing = Detections(len(CLASSES))
+    empty = Detections(len(CLASSES))
     with pytest.raises(UserError, match="no object that is not difficult"):
-        detection.summary(nothing, val)
+        detection.summary(empty, val)
 
 
 def test_perfect_masks_are_100(voc):
@@ -237,19 +237,19 @@ def test_perfect_masks_are_100(voc):
 
 
 class Oracle(torch.nn.Module):
-    """Knows the boxes of every image by its size and brightness; counts how often each one is asked for."""
+    """A perfect detector: finds the boxes of an image by the sum of its pixels; records the images in order."""
 
     def __init__(self, samples):
         super().__init__()
-        self.known, self.asked = {}, []
+        self.truth, self.requested_ids = {}, []
         for sample in samples:
             o = sample.objects()
             key = float(to_tensor(sample.image()).sum())
-            self.known[key] = sample.id, torch.tensor(o.boxes), torch.tensor(o.labels + 1)
+            self.truth[key] = sample.id, torch.tensor(o.boxes), torch.tensor(o.labels + 1)
 
     def forward(self, images):
-        id, boxes, labels = self.known[float(images[0].sum())]
-        self.asked.append(id)
+        id, boxes, labels = self.truth[float(images[0].sum())]
+        self.requested_ids.append(id)
         return [{"boxes": boxes, "labels": labels, "scores": torch.ones(len(labels))}]
 
 
@@ -257,7 +257,7 @@ def test_every_test_image_counts_once(voc):
     val = split(voc, "val")
     oracle = Oracle(val.samples)
     values, picture = detection.evaluate(oracle, val, CPU, threads=2)
-    assert oracle.asked == [sample.id for sample in val.samples] and set(values.values()) == {100.0}
+    assert oracle.requested_ids == [sample.id for sample in val.samples] and set(values.values()) == {100.0}
     assert len(picture.axes) == 4
     for axes, sample in zip(picture.axes, val.samples, strict=True):
         objects = sample.objects()
@@ -277,8 +277,15 @@ def test_a_picture_has_a_few_of_the_images(voc, monkeypatch):
 def test_pictures():
     assert limited(4952, pictures.MAX_IMAGES).tolist() == [4952 * i // 12 for i in range(12)]
     colours = pictures.palette()
-    known = {0: (0, 0, 0), 1: (128, 0, 0), 8: (64, 0, 0), 15: (192, 128, 128), 20: (0, 64, 128), VOID: (255, 255, 255)}
-    assert all(tuple(colours[index]) == colour for index, colour in known.items())
+    expected = {
+        0: (0, 0, 0),
+        1: (128, 0, 0),
+        8: (64, 0, 0),
+        15: (192, 128, 128),
+        20: (0, 64, 128),
+        VOID: (255, 255, 255),
+    }
+    assert all(tuple(colours[index]) == colour for index, colour in expected.items())
     image, mask = Image.new("RGB", (4, 3)), np.array([[0, 3, 3, VOID]] * 3, np.uint8)
     figure = pictures.masks([(image, mask, mask.clip(max=15))] * 3, segmentation.NAMES)
     assert len(figure.axes) == 9 and [t.get_text() for t in figure.legends[0].texts] == ["background", "bird", "person"]
@@ -295,20 +302,20 @@ def fit(task, options, folder):
 
 
 @pytest.mark.parametrize("kind", [pytest.param("detection", marks=pytest.mark.slow), "segmentation"])
-def test_a_resume_equals_no_stop_bit_for_bit(voc, tmp_path, kind):
+def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(voc, tmp_path, kind):
     """Proposals are sampled and units dropped by torch's generator, whose state belongs to the step."""
 
-    def made():
+    def build():
         if kind == "detection":
             options = detection.Options(**SMALL)
             return detection.task(pretrained(filled=False), split(voc), options, CPU), options
         options = segmentation.Options(batch_size=3, steps=4, crop=64)
         return segmentation.task(pretrained(filled=False), split(voc, kind="Segmentation"), options, CPU)[0], options
 
-    whole, options = made()
-    assert fit(whole, options, tmp_path / "whole") == 0
-    broken, _ = made()
-    load, calls = broken.load, []
+    uninterrupted, options = build()
+    assert fit(uninterrupted, options, tmp_path / "uninterrupted") == 0
+    stopped, _ = build()
+    load, calls = stopped.load, []
 
     def interrupting(epoch, index):
         calls.append(index)
@@ -316,13 +323,13 @@ def test_a_resume_equals_no_stop_bit_for_bit(voc, tmp_path, kind):
             os.kill(os.getpid(), signal.SIGUSR2)
         return load(epoch, index)
 
-    broken.load = interrupting
-    assert fit(broken, options, tmp_path / "broken") == 75
-    torch.rand(7)  # whatever happened meanwhile
-    again, _ = made()
-    assert fit(again, options, tmp_path / "broken") == 0
-    for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(tensor, again.model.state_dict()[name]), name
+    stopped.load = interrupting
+    assert fit(stopped, options, tmp_path / "stopped") == 75
+    torch.rand(7)  # other draws in between must not matter
+    resumed, _ = build()
+    assert fit(resumed, options, tmp_path / "stopped") == 0
+    for name, tensor in uninterrupted.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
 
 
 @pytest.mark.slow
@@ -364,14 +371,14 @@ def test_the_command_of_detection_on_two_folders(voc, tmp_path, capsys):
     words = ["voc", "detection", str(weights), "--root", str(voc), "--root", str(other), "--out", str(tmp_path / "out"),
              "backbone.name=resnet18", "train_split=train", "test_split=val", "steps=3", "batch_size=2",
              "min_sizes=[48]", "test_size=48", "boxes_per_image=8", "statistics_steps=2", "lr=1e-3"]  # fmt: skip
-    found = []
+    values = []
     for _ in range(2):
         assert cli.main(words) == 0
-        said = capsys.readouterr()
+        captured = capsys.readouterr()
         records = json.loads((tmp_path / "out" / "results.json").read_text())
-        found.append({record["name"]: record["value"] for record in records})
-    assert found[0] == found[1] and len(found[0]) == 6 + 4
-    assert "taken up after step 3" in said.err and "VOC2007+VOC2012 train;" in said.out
+        values.append({record["name"]: record["value"] for record in records})
+    assert values[0] == values[1] and len(values[0]) == 6 + 4
+    assert "taken up after step 3" in captured.err and "VOC2007+VOC2012 train;" in captured.out
     with Image.open(tmp_path / "out" / "figures" / "VOC2007-val-voc-detection.png") as picture:
         assert picture.text["Evaluator"] == "voc detection" and picture.text["Checkpoint"] == records[0]["checkpoint"]
     assert records[0]["dataset"] == "VOC2007" and records[0]["split"] == "val"
