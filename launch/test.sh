@@ -17,6 +17,10 @@ fi
 WITH_SLURM=${WITH_SLURM-$slow_too} WITH_CHROMIUM=${WITH_CHROMIUM-$slow_too} bash launch/install.sh
 PATH=$PWD/.venv/bin:$PATH
 
+unset PYTHONDONTWRITEBYTECODE # else each of many hundred processes compiles the package again
+
+python -m tests.compile_kernels & # meanwhile
+kernels=$!
 printf '\n== style: ruff%s\n' "$(command -v shellcheck >/dev/null && echo ' and shellcheck')"
 ruff check --quiet .
 ruff format --quiet --check .
@@ -24,9 +28,9 @@ if command -v shellcheck >/dev/null; then shellcheck launch/*.sh .ci/run; fi
 
 printf '\n== types: mypy\n'
 mypy
+wait $kernels
 
-workers=$(($(nproc) + 2))       # half of all tests wait, for ranks, clocks and Slurm; tests/conftest.py says which share one
-unset PYTHONDONTWRITEBYTECODE # else each of many hundred processes compiles the package again
+workers=$(($(nproc) + 2)) # half of all tests wait, for ranks, clocks and Slurm; tests/conftest.py says which share one
 
 printf '\n== tests: pytest, each test under a time limit\n'
 chosen=()
