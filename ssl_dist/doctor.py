@@ -1,4 +1,4 @@
-"""`ssl-dist doctor`: what this machine has and lacks, and the command that mends each lack.
+"""`ssl-dist doctor`: check what a run needs of this machine, and print the command that fixes each problem.
 
 Imports nothing of the package, so that `python -m ssl_dist.doctor` works where the package cannot be imported.
 """
@@ -43,7 +43,7 @@ OPTIONAL = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. `remedy` is the command or the step that mends it."""
+    """One line of the report. `remedy` is the command or the step that fixes it."""
 
     name: str
     good: bool

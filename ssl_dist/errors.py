@@ -1,4 +1,4 @@
-"""The exceptions that end a command with one line for people and no traceback."""
+"""The exceptions that end a command with a message of one line and no traceback."""
 
 import difflib
 from collections.abc import Iterable, Iterator

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent
 
 
 def use() -> None:
-    """Name the folder of these sources to numba, unless NUMBA_CACHE_DIR is set. Call it before compiling."""
+    """Set numba's cache folder to that of these sources, unless NUMBA_CACHE_DIR is set. Call it before compiling."""
     if "NUMBA_CACHE_DIR" in os.environ:
         return
     folder = _writable(f"numba-{digest(PACKAGE)}")

@@ -45,7 +45,7 @@ ALONE = ThreadTeam(1)
 
 
 def run_ahead(calls: Iterable[Callable[[], T]], num_threads: int, ahead: int) -> Generator[T, None, None]:
-    """What the calls return, in their order, of which `ahead` are made or being made before they are asked for.
+    """The results of the calls, in order; up to `ahead` of them are computed before they are requested.
 
     A call's error is raised where its result would stand. When the generator ends or is closed, so have the threads;
     calls that have not begun are dropped.

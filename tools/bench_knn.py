@@ -114,14 +114,14 @@ def measure(folder: Path, arguments) -> tuple[float, dict[str, float], list]:
         for name, mib in memory(process.pid):
             peaks[name] = max(peaks.get(name, 0), mib)
         time.sleep(0.02)
-    said = process.stdout.read().splitlines()
+    output_lines = process.stdout.read().splitlines()
     if process.returncode:
         sys.exit(f"the evaluation ended with exit code {process.returncode}")
-    return json.loads(said[0]), peaks, json.loads(said[-1])
+    return json.loads(output_lines[0]), peaks, json.loads(output_lines[-1])
 
 
 def memory(pid: int) -> list[tuple[str, float]]:
-    """What the kernel counts, in MiB; nothing for a process that has just ended."""
+    """The memory figures of /proc/PID/status in MiB; none for a process that has just ended."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     names = ("VmHWM", "RssAnon", "RssFile")
     return [(name, int(status[name].split()[0]) / 1024) for name in names if name in status]

@@ -68,9 +68,9 @@ def main() -> None:
     for allocator in allocators:
         first = None
         for images, views in arguments.grids:
-            wanted = [*settings, f"data.view_shards={views}"]
-            imports, estimate = before(arguments.config, images * views, wanted)
-            peaks = train(arguments.config, images * views, wanted, ALLOCATORS[allocator])
+            rank_settings = [*settings, f"data.view_shards={views}"]
+            imports, estimate = imports_and_estimate(arguments.config, images * views, rank_settings)
+            peaks = train(arguments.config, images * views, rank_settings, ALLOCATORS[allocator])
             largest = max(peaks)
             own = largest - imports
             first = first or (own, estimate)
@@ -86,25 +86,25 @@ def grid(text: str) -> tuple[int, int]:
     return images, views
 
 
-def before(config: str, world_size: int, settings: list[str]) -> tuple[float, float]:
-    """MiB of a process that has not begun to train, and what explain counts for a rank."""
+def imports_and_estimate(config: str, world_size: int, settings: list[str]) -> tuple[float, float]:
+    """MiB of a process after its imports, and of a rank as `ssl-dist explain` counts."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", WORKER, config, str(world_size), *settings, f"run_dir={folder}/run"]
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(f"explaining {config} failed with exit code {done.returncode}")
-    imports, estimate = json.loads(done.stdout)
+        completed = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if completed.returncode:
+        sys.exit(f"explaining {config} failed with exit code {completed.returncode}")
+    imports, estimate = json.loads(completed.stdout)
     return imports, estimate
 
 
 def train(config: str, world_size: int, settings: list[str], environment: dict[str, str]) -> list[float]:
-    """MiB that every rank held at its peak."""
+    """Peak memory of every rank in MiB."""
     mark = uuid.uuid4().hex
     inherited = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
-    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "said"), "w+", encoding="utf-8") as said:
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "output"), "w+", encoding="utf-8") as output:
         process = subprocess.Popen(
             [ROOT / "launch/torchrun_single.sh", str(world_size), config, *settings, f"run_dir={folder}/run"],
-            env=inherited | {"PYTHON": sys.executable, MARK: mark} | environment, stdout=said, stderr=said,
+            env=inherited | {"PYTHON": sys.executable, MARK: mark} | environment, stdout=output, stderr=output,
         )  # fmt: skip
         peaks: dict[str, float] = {}
         try:
@@ -116,14 +116,14 @@ def train(config: str, world_size: int, settings: list[str], environment: dict[s
             process.terminate()  # where this script is interrupted; torchrun ends its ranks
             process.wait()
         if process.returncode or len(peaks) != world_size:
-            said.seek(0)
-            sys.exit(f"{said.read()[-3000:]}\nthe training ended with exit code {process.returncode}")
+            output.seek(0)
+            sys.exit(f"{output.read()[-3000:]}\nthe training ended with exit code {process.returncode}")
     return list(peaks.values())
 
 
 def ranks(mark: str) -> list[tuple[str, float]]:
-    """(rank, VmHWM in MiB) of the processes below the launch script that bears the mark."""
-    found = []
+    """(rank, VmHWM in MiB) of the processes of the launch script with this value of MARK."""
+    peaks = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             pairs = (entry.partition("=") for entry in (process / "environ").read_text(errors="replace").split("\0"))
@@ -132,8 +132,8 @@ def ranks(mark: str) -> list[tuple[str, float]]:
         except OSError:  # it has ended, or is another user's
             continue
         if variables.get(MARK) == mark and "RANK" in variables and "VmHWM" in status:
-            found.append((variables["RANK"], int(status["VmHWM"].split()[0]) / 1024))
-    return found
+            peaks.append((variables["RANK"], int(status["VmHWM"].split()[0]) / 1024))
+    return peaks
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from ssl_dist.methods.relational import Method, Options, couples
 NUM_IMAGES = 64
 
 
-class Given(nn.Module):
-    """In the place of a backbone: representations are given."""
+class GivenRepresentations(nn.Module):
+    """Stands in for a backbone: returns the given representations."""
 
     def __init__(self, feature_dim: int):
         super().__init__()
@@ -81,7 +81,7 @@ def main() -> None:
         for num_views in arguments.views:
             torch.manual_seed(0)
             info = Info(NUM_IMAGES, 0, ((num_views, 32),), NUM_IMAGES, 1.0, features)
-            method = Method(Given(features), info, Options()).train()
+            method = Method(GivenRepresentations(features), info, Options()).train()
             z_KMD = torch.randn(num_views, NUM_IMAGES, features)
             losses = [cpu_time(side, method, z_KMD)[1] for side in sides.values()]  # also warms up
             if max(losses) - min(losses) > 1e-5:

@@ -45,19 +45,19 @@ def main() -> None:
 
 
 def in_processes(side, size: int, arguments) -> list[tuple[float, float, float]]:
-    """Of every process: wall and CPU seconds of an iteration, peak MiB."""
+    """Wall and CPU seconds of an iteration and peak MiB, of every process."""
     context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
+    queue = context.Queue()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [context.Process(target=rank_of, args=(side, r, size, port, arguments, answers)) for r in range(size)]
+    ranks = [context.Process(target=rank_of, args=(side, r, size, port, arguments, queue)) for r in range(size)]
     for rank in ranks:
         rank.start()
-    found = [answers.get(timeout=3600) for _ in ranks]
+    measurements = [queue.get(timeout=3600) for _ in ranks]
     for rank in ranks:
         rank.join()
-    return found
+    return measurements
 
 
 def rank_of(side, rank: int, size: int, port: int, arguments, answers) -> None:

@@ -65,13 +65,13 @@ def start(side: str, environment: dict[str, str]) -> subprocess.Popen:
 
 
 def serve(side) -> None:
-    """A turn for every line on stdin; the seconds of its steps, as JSON, on stdout."""
+    """Run a turn for every line on stdin; print the seconds of its steps as JSON."""
     for _ in sys.stdin:
         print(json.dumps(side.turn()), flush=True)
 
 
 class Port:
-    """The official loop's way of doing it, written plainly."""
+    """A straightforward port of the official training loop."""
 
     def __init__(self, arguments):
         import torch
@@ -175,10 +175,10 @@ class Ours:
         from ssl_dist.train.loop import claimed
         from ssl_dist.train.state import TrainState
 
-        wanted = SKIPPED + self.arguments.steps
+        num_steps = SKIPPED + self.arguments.steps
         changed = self.config.model_copy(
             update={
-                "optim": self.config.optim.model_copy(update={"steps": wanted}),
+                "optim": self.config.optim.model_copy(update={"steps": num_steps}),
                 "run_dir": str(self.folder / f"run-{self.steps}"),
             }
         )

@@ -38,21 +38,21 @@ SPEED = ("images_per_s", "views_per_s", "data_wait", "seconds_per_step")
 
 
 def rank_main(folder: Path, plan: dict, arguments: list[str]) -> int:
-    """`ssl-dist` in a rank that notes what it sees and kills as planned."""
+    """Run `ssl-dist` as a rank that records the images of every step and kills itself as planned."""
     from ssl_dist import cli
     from ssl_dist.train.state import TrainState
 
     rank = int(os.environ["RANK"])
     (folder / f"pid-{rank}").write_text(str(os.getpid()))
-    seen = open(folder / f"seen-{rank}.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - open to the end
+    record = open(folder / f"seen-{rank}.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - open to the end
     first_step = []
 
     def kill_after(delay: float) -> None:
         def kill():
             time.sleep(delay)
             (folder / "killed").write_text(str(time.time()))
-            everyone = [os.getppid(), *(int(path.read_text()) for path in folder.glob("pid-*"))]
-            for pid in everyone if plan["who"] == "all" else []:
+            pids = [os.getppid(), *(int(path.read_text()) for path in folder.glob("pid-*"))]
+            for pid in pids if plan["who"] == "all" else []:
                 if pid != os.getpid():
                     os.kill(pid, signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -64,11 +64,11 @@ def rank_main(folder: Path, plan: dict, arguments: list[str]) -> int:
 
     to_device, save = TrainState.to_device, TrainState._save
 
-    def noting(self, host):
+    def recording(self, host):
         first_step.append(host.step)
         line = {"step": host.step, "images": host.image_ids.tolist(), "views": host.view_ids[0].tolist()}
-        seen.write(json.dumps(line) + "\n")
-        seen.flush()
+        record.write(json.dumps(line) + "\n")
+        record.flush()
         if is_planned("step", host.step):
             kill_after(plan["delay"])
         return to_device(self, host)
@@ -78,7 +78,7 @@ def rank_main(folder: Path, plan: dict, arguments: list[str]) -> int:
             kill_after(plan["delay"])
         save(self, clock)
 
-    TrainState.to_device, TrainState._save = noting, saving
+    TrainState.to_device, TrainState._save = recording, saving
     return cli.main(arguments)
 
 
@@ -86,9 +86,9 @@ def rank_main(folder: Path, plan: dict, arguments: list[str]) -> int:
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def launch(folder: Path, ranks: int, plan: dict, arguments: list[str]) -> subprocess.Popen:
@@ -106,16 +106,16 @@ def launch(folder: Path, ranks: int, plan: dict, arguments: list[str]) -> subpro
 
 
 def processes_of(launcher: int) -> list[int]:
-    """The launcher's children that are alive."""
-    found = []
+    """The process ids of the launcher's children that are alive."""
+    pids = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, parent = path.read_text().rpartition(")")[2].split()[:2]
         except (FileNotFoundError, ProcessLookupError):
             continue
         if int(parent) == launcher and state not in "ZX":
-            found.append(int(path.parent.name))
-    return found
+            pids.append(int(path.parent.name))
+    return pids
 
 
 def is_alive(pid: int) -> bool:
@@ -132,8 +132,8 @@ def run_once(folder: Path, ranks: int, plan: dict, arguments: list[str]) -> tupl
         time.sleep(plan["delay"])
         children = processes_of(process.pid)
         (folder / "killed").write_text(str(time.time()))
-        everyone = [process.pid, *children]
-        for pid in everyone if plan["who"] == "all" else children[plan["rank"] % max(1, len(children)) :][:1]:
+        pids_of_all = [process.pid, *children]
+        for pid in pids_of_all if plan["who"] == "all" else children[plan["rank"] % max(1, len(children)) :][:1]:
             os.kill(pid, signal.SIGKILL)
     code = process.wait()
     pids = [int(path.read_text()) for path in folder.glob("pid-*")]
@@ -158,17 +158,17 @@ def state_of(run: Path) -> dict:
 
 
 def digest(state: dict) -> str:
-    found = hashlib.sha256(str(state["step"]).encode())
+    content = hashlib.sha256(str(state["step"]).encode())
     for name, value in sorted(state["tensors"].items()):
-        found.update(name.encode() + value.numpy().tobytes())
-    return found.hexdigest()
+        content.update(name.encode() + value.numpy().tobytes())
+    return content.hexdigest()
 
 
-def difference(state: dict, wanted: dict) -> float:
+def difference(state: dict, expected: dict) -> float:
     """The largest relative difference of a weight or buffer; each is measured against the largest of its tensor, and
     a tensor against 1e-3 at least (a bias before a BatchNorm holds rounding noise only)."""
     worst = 0.0
-    for name, value in wanted["tensors"].items():
+    for name, value in expected["tensors"].items():
         if name.startswith("method."):
             scale = max(value.double().abs().max().item(), 1e-3)
             worst = max(worst, (state["tensors"][name] - value).double().abs().max().item() / scale)
@@ -180,9 +180,9 @@ def metrics(run: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in SPEED} for line in lines]
 
 
-def faults_in_what_was_seen(starts: list[Path], num_steps: int) -> list[str]:
-    """Every step's M x K cells exactly once over the ranks of a start, the same whenever it was taken, and every image
-    once an epoch. A start that was killed may show a part of its last step only."""
+def coverage_faults(starts: list[Path], num_steps: int) -> list[str]:
+    """What contradicts this: the ranks of a start train on the M x K cells of a step exactly once, on the same ones in
+    every start, and on every image once an epoch. A killed start may have only a part of its last step."""
     faults, cells = [], {}
     for start in starts:
         taken = defaultdict(list)
@@ -191,13 +191,13 @@ def faults_in_what_was_seen(starts: list[Path], num_steps: int) -> list[str]:
                 if line.endswith("}"):
                     entry = json.loads(line)
                     taken[entry["step"]] += [(i, v) for i in entry["images"] for v in entry["views"]]
-        for step, seen in taken.items():
-            if len(seen) != len(set(seen)):
+        for step, pairs in taken.items():
+            if len(pairs) != len(set(pairs)):
                 faults.append(f"{start.name}: step {step} saw a view twice")
-            if len(seen) == M * K:
-                if cells.setdefault(step, set(seen)) != set(seen):
+            if len(pairs) == M * K:
+                if cells.setdefault(step, set(pairs)) != set(pairs):
                     faults.append(f"{start.name}: step {step}, taken again, saw something else")
-            elif step in cells and not set(seen) <= cells[step]:
+            elif step in cells and not set(pairs) <= cells[step]:
                 faults.append(f"{start.name}: step {step}, taken again, saw something else")
     for epoch in range(num_steps // STEPS_PER_EPOCH):
         steps = range(epoch * STEPS_PER_EPOCH, (epoch + 1) * STEPS_PER_EPOCH)
@@ -228,14 +228,14 @@ def series(name: str, folder: Path, seed: int, kills: int, num_steps: int, grids
         before = newest_step(run)
         starts.append(folder / name / f"start-{len(starts)}")
         code, seconds = run_once(starts[-1], ranks, plan, [*arguments, f"run_dir={run}", f"data.view_shards={shards}"])
-        left = len(list((run / "checkpoints").glob("*.tmp"))) + len(list((run / "checkpoints").glob(".*.tmp")))
-        torn, slowest = torn + (left > 0), max(slowest, seconds)
+        unfinished = len(list((run / "checkpoints").glob("*.tmp"))) + len(list((run / "checkpoints").glob(".*.tmp")))
+        torn, slowest = torn + (unfinished > 0), max(slowest, seconds)
         was_killed = (starts[-1] / "killed").exists()
         what = f"{plan['when']}, {plan['who']} (rank {plan['rank']})" if was_killed else "to the end"
         print(
             f"{name} start {len(starts)}: {ranks} rank(s), {shards} view shard(s), after step {before}: {what}; saved "
             f"{newest_step(run)}" + (f", last process gone after {seconds:.1f} s" if was_killed else "")
-            + (", a save was broken off" if left else ""), flush=True,
+            + (", a save was broken off" if unfinished else ""), flush=True,
         )  # fmt: skip
         first = [
             json.loads(p.read_text().partition("\n")[0]) for p in starts[-1].glob("seen-*.jsonl") if p.stat().st_size
@@ -248,11 +248,11 @@ def series(name: str, folder: Path, seed: int, kills: int, num_steps: int, grids
                 faults.append(f"start {len(starts)} ended with {code} at step {newest_step(run)} without a kill")
             break
     print(f"{name}: {num_killed} kills, {torn} saves broken off, slowest end {slowest:.1f} s after the kill")
-    return run, faults + faults_in_what_was_seen(starts, num_steps)
+    return run, faults + coverage_faults(starts, num_steps)
 
 
 def newest_step(run: Path) -> int:
-    """Where a start will go on. LAST may name the one before, after a kill between the two."""
+    """The step at which a start will resume. LAST may name the checkpoint before, after a kill between the two."""
     from ssl_dist.storage import checkpoint
 
     newest = checkpoint.newest(run)
@@ -282,21 +282,21 @@ def main() -> int:
     code, _ = run_once(folder / "whole" / "start", 2, {}, [*arguments, f"run_dir={whole}", "data.view_shards=2"])
     if code:
         sys.exit((folder / "whole" / "start" / "stderr").read_text())
-    wanted = state_of(whole)
-    print(f"uninterrupted, 2 ranks, 2 view shards: step {wanted['step']}, sha256 {digest(wanted)}", flush=True)
+    expected = state_of(whole)
+    print(f"uninterrupted, 2 ranks, 2 view shards: step {expected['step']}, sha256 {digest(expected)}", flush=True)
     failed = False
     for number in options.series:
         name, grids = f"series-{number}", [(2, 2)] if number == 1 else GRIDS
         run, faults = series(name, folder, options.seed, options.kills, num_steps, grids, arguments)
-        found = state_of(run)
+        final_state = state_of(run)
         if number == 1:
-            faults += ["weights, buffers or optimizer differ"] if digest(found) != digest(wanted) else []
+            faults += ["weights, buffers or optimizer differ"] if digest(final_state) != digest(expected) else []
             faults += ["metrics.jsonl differs"] if metrics(run) != metrics(whole) else []
-            print(f"{name}: step {found['step']}, sha256 {digest(found)}")
+            print(f"{name}: step {final_state['step']}, sha256 {digest(final_state)}")
         else:
-            worst = difference(found, wanted)
+            worst = difference(final_state, expected)
             faults += [f"weights or buffers differ by {worst:.3g}, more than {BOUND:g}"] if not worst <= BOUND else []
-            print(f"{name}: step {found['step']}, largest relative difference {worst:.3g}")
+            print(f"{name}: step {final_state['step']}, largest relative difference {worst:.3g}")
         for fault in faults:
             print(f"{name}: FAULT: {fault}")
         print(f"{name}: {'FAILED' if faults else 'passed: every image once an epoch, every start after the last save'}")

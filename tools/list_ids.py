@@ -34,27 +34,27 @@ def main() -> int:
 
 
 def ids_of(listed: Path, root: Path, split: str) -> list[int]:
-    """Rising ids of the images that a file names. Raises `UserError` for a name that no image has, or two have."""
+    """Ids, ascending, of the images that a file names. Raises `UserError` for a name that no image has, or two have."""
     splits = open_source("folder", root).splits
     if split not in splits:
         raise UserError(f"--split {split}: {root} has {', '.join(splits)}")
-    known = defaultdict(list)
+    by_stem = defaultdict(list)
     for number, path in enumerate(splits[split].names):
-        known[PurePosixPath(path).stem].append((number, PurePosixPath(path)))
-    found = set()
+        by_stem[PurePosixPath(path).stem].append((number, PurePosixPath(path)))
+    ids = set()
     with refuse_unreadable(listed):
         lines = listed.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        wanted = PurePosixPath(line.strip())
-        folders = wanted.parent.parts
-        hits = [i for i, path in known[wanted.stem] if not folders or path.parent.parts[-len(folders) :] == folders]
+        name = PurePosixPath(line.strip())
+        folders = name.parent.parts
+        hits = [i for i, path in by_stem[name.stem] if not folders or path.parent.parts[-len(folders) :] == folders]
         if len(hits) != 1:
             what = "no image has this name" if not hits else f"{len(hits)} images have this name, give its folder too"
             raise UserError(f"{listed} line {number}: {line.strip()!r}: {what}")
-        found.add(hits[0])
-    return sorted(found)
+        ids.add(hits[0])
+    return sorted(ids)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ _BUILDERS: dict[str, Callable[..., Backbone]] = {
 
 
 def names() -> list[str]:
-    """Every backbone of our own; timm's come on top."""
+    """The names of the backbones defined here; those of timm are not listed."""
     return list(_BUILDERS)
 
 

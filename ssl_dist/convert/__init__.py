@@ -1,4 +1,4 @@
-"""`ssl-dist convert`: a data set as it lies on disk, written as one .beton file a split."""
+"""`ssl-dist convert`: convert a data set to one .beton file per split."""
 
 from ssl_dist.convert.command import convert
 

@@ -121,8 +121,8 @@ def _name_and_entry(dataset: str, root: str | Path | None, name: str | None) -> 
     """The data set's name and its entry in the catalog, or that of a folder of one's own."""
     if dataset != "folder":
         if dataset not in CATALOG:
-            known = [*CATALOG, "folder"]
-            hint = did_you_mean(dataset, known).rstrip() or f"known are {', '.join(known)}"
+            names = [*CATALOG, "folder"]
+            hint = did_you_mean(dataset, names).rstrip() or f"known are {', '.join(names)}"
             raise UserError(f"convert {dataset}: no such data set; {hint} (folder: any folder of images)")
         if name not in (None, dataset):
             raise UserError(f"--name {name}: only `convert folder` takes a name; leave it out")
@@ -143,7 +143,7 @@ def _encoding(entry: Entry, max_side: int | None) -> Encoding:
 
 
 def _previous_manifest(out: Path, name: str, quiet: bool) -> Manifest | None:
-    """That of an earlier conversion into `out`. Raises `UserError` for another data set's: it is not written over."""
+    """The manifest of an earlier conversion into `out`. Raises `UserError` for another data set's, which is kept."""
     if not (out / manifest.FILE).exists():
         return None
     try:
@@ -193,7 +193,7 @@ def _write(path: Path, images: Images, num_classes: int, encoding: Encoding, wor
 
 
 def _encoded(images: Images, encoding: Encoding, workers: int) -> Generator[Sample, None, None]:
-    """Every image in id order; a bounded number of them waits or is being encoded."""
+    """Encode every image, in id order; the number that is encoded ahead of the consumer is bounded."""
 
     def encode_part(ids: range) -> list[Sample]:
         return [encode(_load(images, i), images.describe(i), encoding) for i in ids]

@@ -1,4 +1,4 @@
-"""Who sees what: a pure function of (seed, epoch, step, rank). Nothing here reads a file or keeps a state."""
+"""Which images a rank gets at a step: a pure function of (seed, epoch, step, rank), without files or state."""
 
 from dataclasses import dataclass, field
 

@@ -51,7 +51,7 @@ class Reader:
         return (own if self._labels is None else self._labels)[self._checked(ids)]
 
     def replace_labels(self, labels: np.ndarray) -> None:
-        """From now on `labels` answers from these, int64 [N]."""
+        """Make `labels` return these labels, int64 [N], from now on."""
         assert labels.shape == (self.info.count,), labels.shape
         self._labels = labels
 
@@ -82,7 +82,7 @@ class Reader:
         return self._beton
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._beton = None
 
     def __enter__(self) -> Self:

@@ -62,7 +62,7 @@ Evaluator = FeatureEvaluator[Any] | ImageEvaluator[Any]  # one that is found by 
 
 
 def names() -> list[str]:
-    """The evaluators there are, sorted. Nothing is imported to find out."""
+    """The names of all evaluators, sorted; imports none of them."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
@@ -103,7 +103,7 @@ def build_options(name: str, tree: dict) -> Section:
 
 
 def draws(evaluator: Evaluator) -> bool:
-    """Whether an evaluator of features leaves pictures."""
+    """Whether an evaluator of features writes pictures."""
     return getattr(evaluator, "DRAWS", False)
 
 

@@ -196,7 +196,7 @@ class SSLMethod(nn.Module, Generic[OptionsT]):
 
     @contextlib.contextmanager
     def keyed(self, batch: Batch, view_ids: Tensor) -> Iterator[None]:
-        """Around a pass of the rows (view, image), view-major: gives each its key, from which dropout draws."""
+        """A context for a pass of rows (view, image), view-major: each row gets its key, from which dropout draws."""
         if not self._draws:
             yield
             return
@@ -207,7 +207,7 @@ class SSLMethod(nn.Module, Generic[OptionsT]):
 
     @cached_property
     def _draws(self) -> bool:
-        """Whether any layer draws; keys cost a little."""
+        """Whether any layer draws from row keys; without one no keys are computed."""
         return any(isinstance(layer, KeyedDropout) for layer in self.modules())
 
 

@@ -156,7 +156,7 @@ class Method(SSLMethod[Options]):
         return Output(loss, metrics, representations=online_VMD.detach())
 
     def _online(self, batch: Batch) -> Batch:
-        """What passes the online network: every view, in the official pairing after the global views once more."""
+        """The views that the online network gets: all of them; in the official pairing, the global views twice."""
         if self.options.pairing == "distinct":
             return batch
         num_global = self.info.view_groups[0][0]

@@ -160,7 +160,7 @@ _view: ContextVar[int | None] = ContextVar("view", default=None)
 
 @contextlib.contextmanager
 def one_view(view_id: int) -> Iterator[None]:
-    """Inside, networks see the images of one view alone, and so does their BatchNorm."""
+    """A context in which networks, and so their BatchNorm, get the images of a single view."""
     token = _view.set(view_id)
     try:
         yield

@@ -52,7 +52,7 @@ _SHIFTS = (30, 27, 31)
 
 @contextlib.contextmanager
 def keyed_rows(keys: Tensor | None) -> Iterator[None]:
-    """Inside, row n of every batch that passes a network draws its dropout from keys[n] (int64 [N])."""
+    """A context in which dropout in row n of every batch is drawn from keys[n] (int64 [N])."""
     token = _rows.set(keys)
     try:
         yield

@@ -1,4 +1,4 @@
-"""What the page of several runs puts side by side."""
+"""The comparisons on the page of several runs: checks, results, means over seeds and published numbers."""
 
 from collections.abc import Sequence
 

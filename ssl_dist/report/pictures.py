@@ -1,4 +1,4 @@
-"""PNG files and what their own text chunks say they show."""
+"""PNG files and the descriptions in their text chunks."""
 
 import base64
 import io

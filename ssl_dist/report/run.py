@@ -1,4 +1,4 @@
-"""What lies in a run's folder, read for its page. What is missing or torn is no error but a note on the page."""
+"""The files of a run's folder, read for its page. A missing or damaged one is no error but a note on the page."""
 
 import json
 import math

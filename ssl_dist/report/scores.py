@@ -25,7 +25,7 @@ def value(record: dict) -> str:
 
 
 def remarks(run: Run, row: Published) -> list[str]:
-    """What sets a paper's number apart, and its training beside this one's."""
+    """The variant that a published number is of, and how long its training was compared with this one."""
     remarks = [row.variant] if row.variant else []
     if row.backbone is None:
         remarks.append("backbone not named")

@@ -43,8 +43,8 @@ def _read(run: Path) -> tuple[str, list[dict]]:
     if not records:
         raise UserError(f"{run}: holds no results; run `ssl-dist evaluate {run} knn` first")
     tree = run_folder.flat(config.to_tree(config.load(run / "config.yaml")))
-    kept = {key: value for key, value in tree.items() if key != "seed" and not key.startswith(run_folder.FREE_KEYS)}
-    return repr(kept), newest(records)
+    settings = {key: value for key, value in tree.items() if key != "seed" and not key.startswith(run_folder.FREE_KEYS)}
+    return repr(settings), newest(records)
 
 
 def newest(records: Sequence[dict]) -> list[dict]:

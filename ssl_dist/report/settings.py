@@ -1,4 +1,4 @@
-"""The config of runs on a page: what it sets, what it leaves as it is, what differs."""
+"""The config on a page: the keys that it sets, those at their defaults, and those that differ between runs."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""A run's folder: who may write it, and with which config. The folder is the run."""
+"""A run's folder: its lock, its config and the record of its starts. A run is identified by its folder."""
 
 import json
 import os
@@ -24,9 +24,9 @@ FORMER_RANKS_TIMEOUT_S = 120.0  # in which the ranks of a former start have ende
 
 
 def claim(run: Path) -> int:
-    """Make the folder, become its one writer and remove what a killed one left half done.
+    """Create the folder, lock it as its only writer, and remove unfinished files of a killed one.
 
-    The lock is an flock on logs/starts.jsonl: it dies with its owner, and as that file is open for writing, NFS keeps
+    The lock is an flock on logs/starts.jsonl: it ends with the process, and as that file is open for writing, NFS keeps
     it between machines too. Returns the descriptor that holds the lock. Raises `UserError` when the folder cannot be
     written or is taken.
     """
@@ -87,11 +87,11 @@ def check(run: Path, config: Config) -> None:
         return
     if not path.exists():
         raise UserError(f"run_dir = {str(run)!r}: holds checkpoints but no config.yaml; choose another folder")
-    kept = load(path)
+    saved = load(path)
     different = [
         f"{key} (there {old!r}, now {new!r})"
-        for key, old, new in differences(spelt_out(kept), spelt_out(config))
-        if not _may_differ(key, kept, old, new)
+        for key, old, new in differences(spelt_out(saved), spelt_out(config))
+        if not _may_differ(key, saved, old, new)
     ]
     if different:
         raise UserError(
@@ -115,12 +115,12 @@ def spelt_out(config: Config) -> dict[str, Any]:
     return tree
 
 
-def _may_differ(key: str, kept: Config, old: object, new: object) -> bool:
+def _may_differ(key: str, saved: Config, old: object, new: object) -> bool:
     if any(key == name or key.startswith(name + ".") for name in FREE_KEYS):
         return True
     if key not in ("optim.epochs", "optim.steps") or not isinstance(old, int) or not isinstance(new, int):
         return False
-    return new >= old and kept.optim.schedule == "constant" and not methods.find(kept.method.name).fixed_length
+    return new >= old and saved.optim.schedule == "constant" and not methods.find(saved.method.name).fixed_length
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, object]:

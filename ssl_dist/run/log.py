@@ -61,7 +61,7 @@ class RunLog:
         self._bar.describe(shown | {"images/s": speed["images_per_s"], "views/s": speed["views_per_s"]})
 
     def measured(self, clock: Clock, values: dict[str, float], seconds: float) -> None:
-        """Log what was measured between two steps; the time that it took is not the training's."""
+        """Log values measured between two steps; the time that this took does not count as training time."""
         step, start = self._since
         self._since = step, start + seconds
         self._write_line(clock, {"online": values})

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, whenever the process is killed; locks; removal of what killed ones leave."""
+"""Atomic writes of files, locks, and removal of the temporary files of killed processes."""
 
 import errno
 import fcntl
@@ -71,7 +71,7 @@ def temporary_path(path: Path, token: str) -> Path:
 
 
 def new_token() -> str:
-    """What sets one process's temporary files apart from those of all others, on any host."""
+    """A token for the names of a process's temporary files that no other process, on any host, has."""
     return secrets.token_hex(4)
 
 
@@ -96,7 +96,7 @@ def remove_dead(folder: Path) -> None:
 
 
 def lock(path: Path, flags: int, *, wait: bool = True) -> int:
-    """Open `path` and take an flock on it, which dies with its owner; returns the descriptor that holds it.
+    """Open `path` and take an flock on it, released when the process ends; returns the descriptor that holds it.
 
     flags: those of os.open. The file must be opened for writing, or NFS would keep the lock to one machine. Raises
     BlockingIOError when another process holds it and `wait` is False.

@@ -1,4 +1,4 @@
-"""Pre-training: the loop, the state that it works on, and what runs beside it."""
+"""Pre-training: the loop and its state, checks before it, relabelling, and measurements during it."""
 
 from ssl_dist.train.loop import train
 

@@ -37,8 +37,8 @@ def explain(config: Config, world_size: int, ranks_per_node: int | None = None) 
     memory = Memory.of(plan)
     of_method = _on_meta(plan).explain(world_size)
     lines = _data(plan) | _grid(plan, memory) | of_method | _training(plan) | _memory(memory)
-    kept = checkpoint.steps(plan.run)
-    lines["run folder"] = f"{plan.run} ({f'resumes after step {kept[-1]}' if kept else 'new'})"
+    steps = checkpoint.steps(plan.run)
+    lines["run folder"] = f"{plan.run} ({f'resumes after step {steps[-1]}' if steps else 'new'})"
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}".replace("\n", "\n" + " " * (width + 2)) for name, text in lines.items())
 
@@ -58,14 +58,14 @@ def _data(plan: RunPlan) -> dict[str, str]:
 def _grid(plan: RunPlan, memory: "Memory") -> dict[str, str]:
     grid, images = plan.grid, plan.config.optim.batch_size
     groups = " + ".join(f"{s.num} x {s.size} px" for s in plan.specs)
-    held = " + ".join(f"{s.num // grid.views} x {s.size} px" for s in plan.specs)
+    views_per_rank = " + ".join(f"{s.num // grid.views} x {s.size} px" for s in plan.specs)
     return {
         "method": f"{plan.config.method.name} on {plan.config.backbone.name}",
         **({} if plan.initial_weights is None else {"weights": plan.initial_weights.note}),
         "views": f"{groups} of each image",
         "global batch": f"{images} images, {images * plan.num_views} views",
         "ranks": f"{grid.size} = {grid.images} image shard(s) x {grid.views} view shard(s)",
-        "each rank": f"{images // grid.images} images, {held} views of each",
+        "each rank": f"{images // grid.images} images, {views_per_rank} views of each",
         "who holds what": _who(grid) + _where(grid, plan.rank_info.local_world_size),
         "splits": _splits(plan, memory),
     }
@@ -98,10 +98,10 @@ def _splits(plan: RunPlan, memory: "Memory") -> str:
     groups = [spec.num for spec in plan.specs]
     rows = [f"{'data.view_shards':>16} {'Wi x Wv':>9} {'images':>7} {'views':>9} {'MiB':>9}  a rank"]
     for grid in splits(plan.rank_info.world_size, images, groups, plan.method_class.free_views):
-        held = "+".join(str(num // grid.views) for num in groups)
+        views = "+".join(str(num // grid.views) for num in groups)
         total = f"{_mib(memory.total(grid)):.1f}"
         notes = ["chosen"] * (grid == plan.grid) + ["over nodes"] * (not grid.inside(ranks_per_node))
-        row = f"{grid.views:>16} {f'{grid.images} x {grid.views}':>9} {images // grid.images:>7} {held:>9} {total:>9}"
+        row = f"{grid.views:>16} {f'{grid.images} x {grid.views}':>9} {images // grid.images:>7} {views:>9} {total:>9}"
         rows.append(f"{row}  {', '.join(notes)}".rstrip())
     return "\n".join(rows)
 
@@ -216,7 +216,7 @@ def _peak(plan: RunPlan, method: SSLMethod[Any]) -> int:
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations make, until the last reference to them is gone.
+    """Counts the bytes of the live tensors that operations have created.
 
     Tensors that share a storage count once; those in `uncounted` do not count."""
 

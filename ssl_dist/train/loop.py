@@ -24,7 +24,7 @@ from ssl_dist.train.state import TrainState
 
 
 def train(config: Config) -> int:
-    """Run a training on this rank, or go on with it. Returns 0 when it is complete, 75 when it was stopped by a signal.
+    """Start or resume a training on this rank. Returns 0 when it is complete, 75 when it was stopped by a signal.
 
     For the main thread, whose signal handlers it replaces until it returns; a hang ends the whole process.
     """
@@ -70,8 +70,7 @@ def train_in(world: World, watchdog: Watchdog, stop: StopRequest, plan: RunPlan)
 
 @contextlib.contextmanager
 def claimed(plan: RunPlan, world: World) -> Iterator[None]:
-    """While the context lasts, the run's folder belongs to this training: rank 0 holds the lock and has accepted the
-    config."""
+    """A context in which rank 0 holds the lock of the run's folder, after it has checked the config."""
     locks: list[int] = []
 
     def claim() -> None:

@@ -38,7 +38,7 @@ def agree(plan: RunPlan, world: World) -> str:
     start = world.on_rank0(lambda: _begin(logs))
     visible = world.all_gather_object(_appears(_token(logs, start)))
     world.on_rank0(lambda: _token(logs, start).unlink())
-    blind = [name for (name, _), seen in zip(facts_of_ranks, visible, strict=True) if not seen]
+    blind = [name for (name, _), sees in zip(facts_of_ranks, visible, strict=True) if not sees]
     if blind:
         raise UserError(
             f"run_dir = {str(plan.run)!r}: {', '.join(blind[:4])} cannot see what {first_name} writes there; "
@@ -67,8 +67,8 @@ def _begin(logs: Path) -> str:
     for record in (logs / "board").iterdir():
         record.unlink()
     archive_exit_reports(logs)
-    for left in logs.glob(".start-*"):
-        left.unlink()  # of a start that was killed
+    for token in logs.glob(".start-*"):
+        token.unlink()  # of a start that was killed
     start = secrets.token_hex(8)
     _token(logs, start).touch()
     return start

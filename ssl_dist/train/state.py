@@ -199,8 +199,8 @@ class TrainState:
             raise OSError(
                 error.errno, f"{error.strerror}, while saving step {clock.step}; {self._newest()}", error.filename
             ) from error
-        kept = self.config.checkpoint
-        checkpoint.prune(self.folder, kept.keep, kept.keep_every, clock.step)
+        options = self.config.checkpoint
+        checkpoint.prune(self.folder, options.keep, options.keep_every, clock.step)
 
     def finish(self, clock: Clock) -> None:
         """Write what a complete run has: a checkpoint, also of a method that takes no step, and the loss curve."""
@@ -228,5 +228,5 @@ class TrainState:
         )
 
     def _newest(self) -> str:
-        kept = checkpoint.steps(self.folder)
-        return f"the newest checkpoint is {checkpoint.path_of(self.folder, kept[-1])}" if kept else "nothing is saved"
+        steps = checkpoint.steps(self.folder)
+        return f"the newest checkpoint is {checkpoint.path_of(self.folder, steps[-1])}" if steps else "nothing is saved"

@@ -83,11 +83,11 @@ def seed_torch(seed: int, purpose: int = INIT, number: int = 0) -> None:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which ends with the process. Raises `UserError` when another process has it."""
+    """Hold the folder's lock, released when the process ends. Raises `UserError` when another process has it."""
     with durable.refuse_unwritable(folder, "choose another --out"):
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         try:
-            held = durable.lock(folder / "lock", os.O_WRONLY | os.O_CREAT, wait=False)
+            descriptor = durable.lock(folder / "lock", os.O_WRONLY | os.O_CREAT, wait=False)
         except BlockingIOError:
             raise UserError(f"{folder}: another process is writing it; wait for it, or choose another --out") from None
     try:
@@ -95,7 +95,7 @@ def claimed(folder: Path) -> Iterator[None]:
         checkpoint.remove_leftovers(folder)
         yield
     finally:
-        os.close(held)
+        os.close(descriptor)
 
 
 def fit(task: Task, options: TrainingOptions, folder: Path, settings: dict, threads: int) -> int:

@@ -50,7 +50,7 @@ def iou(boxes_N4: np.ndarray, others_M4: np.ndarray) -> np.ndarray:
 
 
 class Detections:
-    """Boxes found in a split, image by image, and what is truly there."""
+    """Predicted boxes and true objects of a split, image by image."""
 
     def __init__(self, num_classes: int):
         # For each class: of every box found its score, highest IoU with a true box of its image, and that box's number

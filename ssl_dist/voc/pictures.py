@@ -1,4 +1,4 @@
-"""What a network found, drawn on test images: boxes, and masks beside the true ones."""
+"""Predictions drawn on test images: boxes, and masks beside the true ones."""
 
 from collections.abc import Sequence
 
@@ -25,7 +25,7 @@ MASKS_CAPTION = (
 
 
 def boxes(shown: Sequence[tuple[Image.Image, Objects, np.ndarray, np.ndarray, np.ndarray]]) -> Figure:
-    """For every image what is there, and the boxes, labels and scores found."""
+    """For every image the true objects, and the boxes, labels and scores predicted."""
     rows = -(-len(shown) // COLUMNS)
     figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")
     for number, (image, objects, detected, labels, scores) in enumerate(shown, 1):
