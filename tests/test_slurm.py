@@ -441,7 +441,7 @@ def test_a_fine_tuning_on_two_nodes_resumes_after_a_stop(cluster, digits, tmp_pa
     values = {}
     for name in ("one_process", "two_ranks"):
         assert run_training(digits, tmp_path / name, "precision=fp64", "timeout=15") == 0
-    words = ["finetune", "finetune.epochs=12", "finetune.batch_size=32"]
+    words = ["finetune", "finetune.epochs=12", "finetune.batch_size=32", "data.subset={per_class: 60}"]
     assert cli.main(["evaluate", str(tmp_path / "one_process"), *words]) == 0
     run = tmp_path / "two_ranks"
     [job] = submit(cluster, tmp_path, "evaluate", str(run), *words, *TWO_NODES)
