@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-RANK, AT_STEP = int(os.environ["RANK"]), 3
+AT_STEP = 3
 
 
 def stuck_in_user_code():
@@ -41,7 +41,7 @@ def fault_in_forward(folder, action):
     forward = Method.forward
 
     def faulty(self, batch, world):
-        if RANK == 1 and world.state.step == AT_STEP and not (folder / "fault").exists():
+        if is_rank_1() and world.state.step == AT_STEP and not (folder / "fault").exists():
             record_and_run(folder, action)
         return forward(self, batch, world)
 
@@ -60,7 +60,7 @@ def skipped_collective(folder):
             return x
         return reduce(self, x)
 
-    if RANK == 1:
+    if is_rank_1():
         World.all_reduce_sum = faulty
 
 
@@ -70,7 +70,7 @@ def not_finite(folder):
     scale_for_ddp_mean = World.scale_for_ddp_mean
 
     def faulty(self, loss_share):
-        if RANK == 1 and self.state.step == AT_STEP:
+        if is_rank_1() and self.state.step == AT_STEP:
             record_and_run(folder, lambda: None)
             loss_share = loss_share * float("nan")
         return scale_for_ddp_mean(self, loss_share)
@@ -84,7 +84,7 @@ def loader_exception(folder):
     batch = TrainLoader._batch
 
     def faulty(self, step, *arguments):
-        if RANK == 1 and step == AT_STEP - 1:
+        if is_rank_1() and step == AT_STEP - 1:
             record_and_run(folder, lambda: None)
             raise ValueError("planned failure in the loader")
         return batch(self, step, *arguments)
@@ -125,20 +125,28 @@ def killed_in_the_extraction(folder):
     test_views = run_encoder.views.test_views
 
     def faulty(*arguments, **options):
-        if RANK == 1:
+        if is_rank_1():
             record_and_run(folder, killed)
         return test_views(*arguments, **options)
 
     run_encoder.views.test_views = faulty
 
 
-if __name__ == "__main__":
+def is_rank_1():
+    return os.environ["RANK"] == "1"
+
+
+def main(fault, folder, *arguments):
     from ssl_dist import cli
 
-    fault, folder = sys.argv[1], Path(sys.argv[2])
-    (folder / f"pid-{RANK}").write_text(str(os.getpid()))
+    folder = Path(folder)
+    (folder / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
     if fault in ("stuck_in_user_code", "stuck_in_c", "killed", "frozen"):
         fault_in_forward(folder, globals()[fault])
     elif fault != "none":
         globals()[fault](folder)
-    sys.exit(cli.main(sys.argv[3:]))
+    return cli.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -18,8 +18,10 @@ from pathlib import Path
 import pytest
 
 from ssl_dist.storage import checkpoint
+from tests import faulty_rank
+from tests.forked_torchrun import ForkedTorchrun
 from tests.messages import naming
-from tests.processes import kill
+from tests.processes import kill, send
 from tests.ranks import free_port, launch
 from tests.test_train import CONFIG, fingerprint, in_ranks, metrics, overrides, run_training
 
@@ -36,25 +38,28 @@ def training(data, run, *more):
 
 
 @pytest.fixture
-def torchrun():
-    """Starts ranks under torchrun; none of them outlives its test."""
+def torchrun(tmp_path):
+    """Starts ranks under torchrun, forked or each a program of its own; none of them outlives its test."""
     mark = {"SSL_DIST_TEST": uuid.uuid4().hex}
     with contextlib.ExitStack() as processes:
         yield lambda *arguments, **options: processes.enter_context(_torchrun(mark, *arguments, **options))
         kill(**mark)
+        send([int(path.read_text()) for path in tmp_path.glob("pid-*")], signal.SIGKILL)
 
 
-def _torchrun(mark, folder, fault, arguments, restarts=0, ranks=2):
-    environment = os.environ | mark | {"PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+def _torchrun(mark, folder, fault, arguments, restarts=0, ranks=2, forked=True):
+    environment = mark | {"PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     environment |= {"SSL_DIST_EXIT_FILE": str(folder / "exit-code"), "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    command = [
-        sys.executable, str(ROOT / "launch" / "torchrun.py"), "--nproc-per-node", str(ranks),
-        "--max-restarts", str(restarts), "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}",
-        "--local-addr", "127.0.0.1", "--shutdown-timeout", "10", "--log-dir", str(folder / "torchrun"),
-        "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",
-        str(ROOT / "tests" / "faulty_rank.py"), fault, str(folder), *map(str, arguments),
+    options = [
+        "--nproc-per-node", str(ranks), "--max-restarts", str(restarts), "--rdzv-backend", "c10d",
+        "--rdzv-endpoint", f"localhost:{free_port()}", "--local-addr", "127.0.0.1", "--shutdown-timeout", "10",
+        "--log-dir", str(folder / "torchrun"), "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",
     ]  # fmt: skip
-    return subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    words = [fault, str(folder), *map(str, arguments)]
+    if forked:
+        return ForkedTorchrun(options, faulty_rank.main, words, environment, folder / "stderr")
+    command = [sys.executable, ROOT / "launch/torchrun.py", *options, ROOT / "tests/faulty_rank.py", *words]
+    return subprocess.Popen(command, env=os.environ | environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
 def is_alive(pid):
@@ -109,7 +114,8 @@ FAULTS = {  # patterns of the ranks' error lines: rank, step, cause and place
 @pytest.mark.parametrize("fault", FAULTS)
 def test_all_ranks_end_in_time_and_name_the_cause(fault, digits, tmp_path, torchrun):
     ranks, more = (4, ["data.view_shards=2"]) if fault in FOUR_RANKS else (2, [])
-    process = torchrun(tmp_path, fault, training(digits, tmp_path / "run", *more), ranks=ranks)
+    forked = fault != "killed"  # one of them with ranks that are programs of their own
+    process = torchrun(tmp_path, fault, training(digits, tmp_path / "run", *more), ranks=ranks, forked=forked)
     seconds = seconds_until_all_ended(tmp_path)
     _, stderr = process.communicate(timeout=150)
     errors = error_lines(stderr)
@@ -139,7 +145,7 @@ def test_slow_pictures_are_no_fault(digits, tmp_path, torchrun):
 
 
 def test_torchrun_restarts_the_ranks_and_they_resume_exactly(digits, tmp_path, torchrun):
-    process = torchrun(tmp_path, "killed", training(digits, tmp_path / "run"), restarts=1)
+    process = torchrun(tmp_path, "killed", training(digits, tmp_path / "run"), restarts=1, forked=False)
     _, stderr = process.communicate(timeout=150)
     assert process.returncode == 0, stderr
     starts = [json.loads(line) for line in (tmp_path / "run/logs/starts.jsonl").read_text().splitlines()]
@@ -156,7 +162,10 @@ def has_two_steps(run):
     return (run / "metrics.jsonl").exists() and len(metrics(run)) >= 2
 
 
-@pytest.mark.parametrize(("name", "signalled_ranks"), [("SIGTERM", [0, 1]), ("SIGINT", [1]), ("SIGUSR2", [0])])
+@pytest.mark.parametrize(
+    ("name", "signalled_ranks"),
+    [("SIGTERM", [1]), ("SIGTERM", [0, 1]), ("SIGINT", [1]), ("SIGUSR2", [0]), ("SIGUSR2", [0, 1])],
+)
 def test_a_signal_to_one_rank_or_all_stops_them_after_the_same_step(name, signalled_ranks, digits, tmp_path, torchrun):
     run = tmp_path / "run"
     process = torchrun(
@@ -177,7 +186,8 @@ def test_a_signal_to_one_rank_or_all_stops_them_after_the_same_step(name, signal
 
 def test_ranks_whose_torchrun_was_killed_save_and_end(digits, tmp_path, torchrun):
     run = tmp_path / "run"
-    process = torchrun(tmp_path, "none", training(digits, run, "optim.steps=3000", "checkpoint.every_steps=null"))
+    words = training(digits, run, "optim.steps=3000", "checkpoint.every_steps=null")
+    process = torchrun(tmp_path, "none", words, forked=False)
     wait_for(lambda: has_two_steps(run))
     process.kill()
     process.wait()

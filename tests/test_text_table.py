@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 from ssl_dist import report, results
+from ssl_dist.grid import Grid
 from ssl_dist.slurm import status
 from ssl_dist.verify import command as verify
 
@@ -67,7 +68,7 @@ job   what      state              run          step  epoch  images/s  time left
 def test_of_a_certificate():
     def row(method, variant, precision, figures, holds):
         case = SimpleNamespace(method=method, variant=variant, config=SimpleNamespace(precision=precision))
-        return SimpleNamespace(case=case, grid=SimpleNamespace(images=2, views=1), figures=figures, holds=holds)
+        return SimpleNamespace(case=case, grid=Grid(2, 1), figures=figures, holds=holds)
 
     equal = dict.fromkeys(("loss", "head", "deep", "buffers", "weights"), 1e-16)
     rows = [
