@@ -1,11 +1,14 @@
 """The commands. Thin: they read arguments, call one function and turn what it raises into an exit code."""
 
 import argparse
+import atexit
+import gc
 import importlib
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +110,20 @@ _RUN_OR_FILE = _argument("run", "a run's folder, or one checkpoint file", type=P
 # Imports stand inside the commands: torch and numba cost seconds that --help need not wait for.
 
 
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Import without the garbage collector, which would take a fifth of the time and find nothing. It leaves alone what
+    was imported until the process ends, when some libraries want to be collected."""
+    if "torch" in sys.modules:
+        yield
+        return
+    gc.disable()
+    yield
+    gc.freeze()
+    gc.enable()
+    atexit.register(gc.unfreeze)
+
+
 @_command(
     "convert",
     "write a data set as .beton files",
@@ -134,8 +151,9 @@ def _convert(args: argparse.Namespace) -> None:
 @_command("train", "pre-train, or go on with a run", *_CONFIG)
 def _train(args: argparse.Namespace) -> int:
     """Pre-train by a config, alone or under torchrun (launch/torchrun_single.sh). The same command again resumes."""
-    from ssl_dist import config
-    from ssl_dist.train.loop import train
+    with _importing():
+        from ssl_dist import config
+        from ssl_dist.train.loop import train
 
     return train(config.load(args.config, args.overrides))
 
@@ -149,8 +167,9 @@ def _train(args: argparse.Namespace) -> int:
 )
 def _explain(args: argparse.Namespace) -> None:
     """Print what a config will do, on any number of ranks, without starting anything. Mistakes show here first."""
-    from ssl_dist import config
-    from ssl_dist.train.explain import explain
+    with _importing():
+        from ssl_dist import config
+        from ssl_dist.train.explain import explain
 
     if args.world < 1:
         raise UserError(f"--world {args.world}: at least one rank is needed")
@@ -173,7 +192,8 @@ def _explain(args: argparse.Namespace) -> None:
 def _extract(args: argparse.Namespace) -> None:
     """Pass every image of a split through a run's frozen backbone: features/<dataset>-<split>.safetensors. Works under
     torchrun too; the file is the same. Weights of others need backbone.name, data.name and data.root."""
-    from ssl_dist.evaluate.command import extract
+    with _importing():
+        from ssl_dist.evaluate.command import extract
 
     for path in extract(args.weights, args.split or [], args.overrides, args.out):
         print(path)
@@ -209,8 +229,9 @@ def _extract(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> int:
     """Evaluate a run's newest checkpoint and print a table; every number goes to RUN/results.json. Features that are
     missing or stale are extracted first."""
-    from ssl_dist.evaluate.command import evaluate
-    from ssl_dist.results.records import table
+    with _importing():
+        from ssl_dist.evaluate.command import evaluate
+        from ssl_dist.results.records import table
 
     overrides = [word for word in args.overrides if "=" in word]
     evaluators = [word for word in args.overrides if "=" not in word]
@@ -237,7 +258,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     """The equality certificate: real steps of 2 and 4 ranks, on every grid, against one process. Exit code 1 when a
     bound does not hold."""
-    from ssl_dist.verify.command import verify
+    with _importing():
+        from ssl_dist.verify.command import verify
 
     overrides = [word for word in args.overrides if "=" in word]
     files = [word for word in args.overrides if "=" not in word]
