@@ -1,5 +1,7 @@
 """Settings of all tests: one thread and a time limit each, their order, and which of them share a worker."""
 
+import atexit
+import gc
 import importlib.util
 import os
 import signal
@@ -20,6 +22,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 for _number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
     if signal.getsignal(_number) == signal.SIG_IGN:
         signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
+
+gc.disable()  # until all is imported: a collection would take a fifth of the time and find nothing
 
 SLOW_TIMEOUT = 600  # seconds; the quick tests' limit is in pyproject.toml
 
@@ -42,6 +46,9 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish(session):
+    gc.freeze()
+    gc.enable()
+    atexit.register(gc.unfreeze)
     grouped = [item for item in session.items if item.get_closest_marker("xdist_group")]
     if getattr(session.config.option, "loadgroup", False) and not all("@" in item.nodeid for item in grouped):
         raise pytest.UsageError("this pytest-xdist does not group tests under this pytest: see setup.py")
