@@ -210,7 +210,7 @@ def test_other_forms_are_certified(groups, options, grids, digits, tmp_path):
     overrides = [f"data.root={digits}", "data.reader=arrays", "views.num=null", f"views.groups={groups}"]
     overrides += [f"method.options.{option}" for option in options]
     overrides += ["optim.name=lars", "optim.lr=3e-3", "optim.weight_decay=1e-2"]
-    cases = list(verify.cases(tmp_path, "configs/digits/sfrik-conv4.yaml", overrides=overrides, steps=5))
+    cases = list(verify.cases(tmp_path, "configs/digits/sfrik-conv4.yaml", overrides=overrides, steps=3))
     rows = verify.certify(cases, tmp_path)
     assert {str(row.grid) for row in rows} == grids
     assert all(row.holds for row in rows), verify.table(rows)
