@@ -67,5 +67,16 @@ def run(method, grid, *groups, labels=None):
     return StepResult(torch.stack([o.loss.detach() for o in outputs]).mean(), mean, list(buffers), list(outputs))
 
 
+def assert_equal(result, loss, gradients, buffers, tolerance):
+    """The step is that of a reference: loss, gradients by name, and buffers by name on every rank."""
+    torch.testing.assert_close(result.loss, loss, **tolerance)
+    assert result.gradients.keys() == gradients.keys()
+    for name, expected in gradients.items():
+        torch.testing.assert_close(result.gradients[name], expected, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+    for of_rank in result.buffers:
+        for name, expected in buffers.items():
+            torch.testing.assert_close(of_rank[name], expected, **tolerance)
+
+
 def _ends(places):
     return places.start, places.stop

@@ -54,12 +54,7 @@ def test_any_number_of_ranks_equals_the_loops(grid, options):
     method, groups = make(**options), views()
     loss, terms, gradients, buffers = reference(method, groups)
     result = grids.run(method, grid, *groups)
-    torch.testing.assert_close(result.loss, loss, **EXACT)
-    for name, expected in gradients.items():
-        torch.testing.assert_close(result.gradients[name], expected, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
-    for ours in result.buffers:
-        for name, expected in buffers.items():
-            torch.testing.assert_close(ours[name], expected, **EXACT)
+    grids.assert_equal(result, loss, gradients, buffers, EXACT)
     for output in result.outputs:
         for name, expected in zip(("alignment", "uniformity"), terms, strict=True):
             torch.testing.assert_close(output.metrics[name], expected, **EXACT)

@@ -103,17 +103,12 @@ def test_any_number_of_ranks_equals_the_loops(grid, weights):
     alive = {name for name, gradient in gradients.items() if gradient.abs().max() > 1e-6}
     assert gradients.keys() - alive <= {"backbone.conv.bias"}, "a network of dead units would hide a fault"
     result = grids.run(method, grid, batch)
-    torch.testing.assert_close(result.loss, loss, **EXACT)
-    assert result.gradients.keys() == gradients.keys()
-    for name, expected in gradients.items():
-        torch.testing.assert_close(result.gradients[name], expected, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
-    for output, ours in zip(result.outputs, result.buffers, strict=True):
+    grids.assert_equal(result, loss, gradients, buffers, EXACT)
+    for output in result.outputs:
         assert output.metrics.keys() == {f"loss_{name}" for name in terms}
         assert output.representations.shape == (6, 3)
         for name, term in terms.items():
             torch.testing.assert_close(output.metrics[f"loss_{name}"], term, **EXACT)
-        for name, expected in buffers.items():
-            torch.testing.assert_close(ours[name], expected, **EXACT)
 
 
 def test_an_adversarial_prior_turns_the_gradient_of_the_backbone_round():

@@ -105,14 +105,10 @@ def test_retraining_on_labels_and_turns(grid):
 
 
 def _compare(result, loss, upright, gradients, buffers):
-    torch.testing.assert_close(result.loss, loss, **EXACT)
-    for name, expected in gradients.items():
-        torch.testing.assert_close(result.gradients[name], expected, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
-    for output, ours in zip(result.outputs, result.buffers, strict=True):
+    grids.assert_equal(result, loss, gradients, buffers, EXACT)
+    for output in result.outputs:
         torch.testing.assert_close(output.representations, upright, **EXACT)
         assert torch.equal(output.metrics["accuracy"], result.outputs[0].metrics["accuracy"])
-        for name, expected in buffers.items():
-            torch.testing.assert_close(ours[name], expected, **EXACT)
 
 
 @pytest.mark.parametrize("module", [rotation, supervised])

@@ -149,12 +149,7 @@ def grids_of(form):
 def test_any_grid_equals_one_process(form, grid):
     method, groups = make(form), views(form)
     expected, result = grids.run(method, Grid(1, 1), *groups), grids.run(method, grid, *groups)
-    torch.testing.assert_close(result.loss, expected.loss, **EXACT)
-    for name, gradient in expected.gradients.items():
-        torch.testing.assert_close(result.gradients[name], gradient, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
-    for buffers in result.buffers:
-        for name, value in expected.buffers[0].items():
-            torch.testing.assert_close(buffers[name], value, **EXACT)
+    grids.assert_equal(result, expected.loss, expected.gradients, expected.buffers[0], EXACT)
     for output in result.outputs:
         for name, value in expected.outputs[0].metrics.items():
             torch.testing.assert_close(output.metrics[name], value, **EXACT)

@@ -67,15 +67,11 @@ def test_any_number_of_ranks_equals_the_loops(grid, loss, options):
     expected, accuracy, gradients, buffers = reference(method, both)
     assert 0 < accuracy < 100
     result = grids.run(method, grid, both)
-    torch.testing.assert_close(result.loss, expected, **EXACT)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(result.gradients[name], gradient, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
-    for output, ours in zip(result.outputs, result.buffers, strict=True):
+    grids.assert_equal(result, expected, gradients, buffers, EXACT)
+    for output in result.outputs:
         assert float(output.metrics["accuracy"]) == pytest.approx(accuracy)
         assert output.representations.shape == (12, 7)
         torch.testing.assert_close(output.loss.detach(), expected, **EXACT)
-        for name, buffer in buffers.items():
-            torch.testing.assert_close(ours[name], buffer, **EXACT)
 
 
 @settings(max_examples=30, deadline=None)

@@ -37,9 +37,7 @@ def test_any_number_of_ranks_equals_one(grid):
     loss = -sum(row.log_softmax(0)[label] for row, label in zip(logits, LABELS, strict=True)) / 6
     loss.backward()
     result = grids.run(method, grid, images(), labels=LABELS)
-    torch.testing.assert_close(result.loss, loss.detach(), **EXACT)
-    for name, expected in grids.gradients(one).items():
-        torch.testing.assert_close(result.gradients[name], expected, **EXACT)
+    grids.assert_equal(result, loss.detach(), grids.gradients(one), dict(one.named_buffers()), EXACT)
     right = sum(int(row.argmax()) == label for row, label in zip(logits, LABELS.tolist(), strict=True))
     for output in result.outputs:
         assert float(output.metrics["accuracy"]) == pytest.approx(100 * right / 6)
