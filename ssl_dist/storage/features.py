@@ -30,9 +30,11 @@ _CHUNK_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class Features:
-    """Features float32 [N, D] (read-only and mapped from disk when read from a file: get rows with `rows` or `take`),
-    labels int64 [N] (-1 = unknown), image_ids int64 [N] (0 .. N-1 in a file, fewer in a `subset`), metadata: the names
-    in `METADATA`. `source` is what errors call it; _selected: the rows that a subset has."""
+    """The features of a split's images, or of a `subset` of them. labels: int64 [N] (-1 = unknown); image_ids: int64
+    [N] (0 .. N-1 in a file, fewer in a subset); metadata: the names in `METADATA`; source: what errors call it.
+
+    _whole: float32 [M, D], read-only and mapped from disk when read from a file (get rows with `rows` or `take`);
+    _selected: its rows that a subset has, int64 [N], None for all."""
 
     _whole: np.ndarray
     labels: np.ndarray

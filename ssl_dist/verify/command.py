@@ -101,8 +101,7 @@ def verify(
     print(table(rows))
     print(LEGEND)
     print("\n".join(dict.fromkeys(case.note for case in chosen)))
-    bounds = {name: ", ".join(f"{kind} {bound:g}" for kind, bound in of.items()) for name, of in BOUNDS.items()}
-    print("bounds: " + "; ".join(f"{precision} {text}" for precision, text in bounds.items()))
+    print("bounds: " + "; ".join(f"{precision} {_describe_bounds(bounds)}" for precision, bounds in BOUNDS.items()))
     print(f"{good} of {len(rows)} hold" + ("" if good == len(rows) else f", {len(rows) - good} DIFFERENT"))
     return 0 if good == len(rows) else 1
 
@@ -119,9 +118,9 @@ def certify(
     """
     rows: list[list[Row]] = [[] for _ in chosen]
     for size in (1, *sizes):
-        work = [(number, grid) for number, case in enumerate(chosen) for grid in case.grids[size]]
-        trainings = [chosen[number].on_grid(grid, folder / f"pages-{number}") for number, grid in work]
-        for (number, grid), figures in zip(work, verify_ranks.run(size, trainings, prepare), strict=True):
+        places = [(number, grid) for number, case in enumerate(chosen) for grid in case.grids[size]]
+        trainings = [chosen[number].on_grid(grid, folder / f"pages-{number}") for number, grid in places]
+        for (number, grid), figures in zip(places, verify_ranks.run(size, trainings, prepare), strict=True):
             if size > 1:
                 worst = {kind: max(figures[kind]) for kind in chosen[number].bounds}
                 rows[number].append(Row(chosen[number], grid, worst))
@@ -208,6 +207,10 @@ def _describe(plan: RunPlan, steps: int) -> str:
     taken = f"{steps} steps (fp32: 1) of {batch} images x {plan.num_views} views" if method.trainable else "no step"
     together = "" if method.free_views else "; views are not sharded"
     return f"{plan.config.backbone.name}; takes {taken}{together}"
+
+
+def _describe_bounds(bounds: dict[str, float]) -> str:
+    return ", ".join(f"{kind} {bound:g}" for kind, bound in bounds.items())
 
 
 def table(rows: list[Row]) -> str:
