@@ -114,8 +114,7 @@ FAULTS = {  # patterns of the ranks' error lines: rank, step, cause and place
 @pytest.mark.parametrize("fault", FAULTS)
 def test_all_ranks_end_in_time_and_name_the_cause(fault, digits, tmp_path, torchrun):
     ranks, more = (4, ["data.view_shards=2"]) if fault in FOUR_RANKS else (2, [])
-    forked = fault != "loader_exception"  # one of them with ranks that are programs of their own
-    process = torchrun(tmp_path, fault, training(digits, tmp_path / "run", *more), ranks=ranks, forked=forked)
+    process = torchrun(tmp_path, fault, training(digits, tmp_path / "run", *more), ranks=ranks)
     seconds = seconds_until_all_ended(tmp_path)
     _, stderr = process.communicate(timeout=150)
     errors = error_lines(stderr)
@@ -145,6 +144,7 @@ def test_slow_pictures_are_no_fault(digits, tmp_path, torchrun):
 
 
 def test_torchrun_restarts_the_ranks_and_they_resume_exactly(digits, tmp_path, torchrun):
+    """The ranks are programs of their own, as a user's are."""
     process = torchrun(tmp_path, "killed", training(digits, tmp_path / "run"), restarts=1, forked=False)
     _, stderr = process.communicate(timeout=150)
     assert process.returncode == 0, stderr

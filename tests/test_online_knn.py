@@ -115,10 +115,10 @@ def in_ranks(rank, size, digits, run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 4])
-def test_any_world_size_measures_the_same(digits, tmp_path, size):
-    for count in (1, size):
+def test_any_world_size_measures_the_same(digits, tmp_path):
+    for count in (1, 2, 4):
         (tmp_path / f"ranks{count}").mkdir()
         codes = ranks.launch(in_ranks, count, tmp_path / f"ranks{count}", str(digits), str(tmp_path / f"run{count}"))
         assert set(codes) == {0}
-    assert len(logged(tmp_path / "run1")) == 3 and logged(tmp_path / "run1") == logged(tmp_path / f"run{size}")
+    assert len(logged(tmp_path / "run1")) == 3
+    assert logged(tmp_path / "run1") == logged(tmp_path / "run2") == logged(tmp_path / "run4")

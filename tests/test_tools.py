@@ -21,7 +21,8 @@ SMALLEST_INPUTS = {  # arguments, and how a line of the table begins that must h
         ["--images", "300", "--clusters", "10", "--features", "8", "--processes", "2", "--rounds", "1"], "ours, 2"
     ),
     "bench_step": (
-        ["--data", "DIGITS", "--reader", "arrays", "--views", "2", "--images", "8", "--rounds", "1", "--steps", "1"],
+        ["--data", "DIGITS", "--reader", "arrays", "--views", "2", "--images", "8", "--rounds", "1", "--steps", "1",
+         "--environments", "tuned"],
         "tuned environment"
     ),
     "bench_views": (["--rounds", "1"], "ReLIC, 32 px"),

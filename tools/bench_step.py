@@ -23,6 +23,7 @@ TUNED = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592",
 }
+ENVIRONMENTS = {"default": {}, "tuned": TUNED}
 SKIPPED = 3  # steps at the start of a turn that live on batches made ahead
 
 
@@ -35,14 +36,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=6, help="timed steps a turn")
     parser.add_argument("--reader", choices=["ffcv", "arrays"], default="ffcv", help="of our side")
+    parser.add_argument("--environments", nargs="+", choices=list(ENVIRONMENTS), default=list(ENVIRONMENTS))
     parser.add_argument("--worker", choices=["port", "ours"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         serve({"port": Port, "ours": Ours}[arguments.worker](arguments))
         return
     print(f"{arguments.backbone}, M = {arguments.images}, K = {arguments.views}, fp32, eager; ms per step, medians")
-    for name, extra in {"default environment": {}, "tuned environment": TUNED}.items():
-        environment = {k: v for k, v in os.environ.items() if k not in TUNED} | extra
+    for name in arguments.environments:
+        environment = {k: v for k, v in os.environ.items() if k not in TUNED} | ENVIRONMENTS[name]
         sides = {side: start(side, environment) for side in ("port", "ours")}
         times: dict[str, list[float]] = {"port": [], "ours": []}
         for _ in range(arguments.rounds):
@@ -56,7 +58,7 @@ def main() -> None:
         port, ours = (1000 * statistics.median(times[side]) for side in ("port", "ours"))
         ratios = [p / o for p, o in zip(times["port"], times["ours"], strict=True)]
         spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
-        print(f"{name}: port {port:.0f}, ours {ours:.0f}, ratio {statistics.median(ratios):.2f} ({spread})")
+        print(f"{name} environment: port {port:.0f}, ours {ours:.0f}, ratio {statistics.median(ratios):.2f} ({spread})")
 
 
 def start(side: str, environment: dict[str, str]) -> subprocess.Popen:
