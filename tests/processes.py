@@ -18,7 +18,7 @@ def until(condition, expectation, deadline=DEADLINE):
     while not (result := condition()):
         if time.monotonic() > end:
             raise TimeoutError(f"not within {deadline} s: {expectation() if callable(expectation) else expectation}")
-        time.sleep(0.1)
+        time.sleep(0.2)  # a look at Slurm is a process
     return result
 
 

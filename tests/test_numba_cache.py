@@ -8,10 +8,13 @@ import pytest
 
 from ssl_dist import numba_cache
 
-SHOW = (
-    "import numpy as np; from ssl_dist import views; from ssl_dist.config import Views\n"
-    "[spec] = views.view_specs(Views().groups, 2, 8); print(views.draw_view(spec, 0, 0, 0, 0, 32, 32).crop)"
-)
+SHOW = """
+import numpy as np
+from ssl_dist.config import Views
+from ssl_dist.views.draw import draw_patch, numeric_recipe
+recipe = numeric_recipe(Views().groups[0], 8)
+print([draw_patch(recipe, np.uint64(key), 0) for key in range(20)])
+"""
 
 
 def test_the_digest_follows_every_source_that_compiles(tmp_path):

@@ -211,7 +211,7 @@ class TestOneInterruptedTraining:
 def test_a_crash_above_the_limit_ends_the_job(cluster, digits, tmp_path):
     run = tmp_path / "run"
     site = tmp_path / "site.yaml"
-    site.write_text("crashes: 0\nnodes: 2\ntasks_per_node: 1\n")
+    site.write_text("crashes: 0\nnodes: 1\ntasks_per_node: 1\n")
     [job] = submit(cluster, tmp_path, *training(digits, run), "--site", site)
     wait_for_steps(cluster, job, run)
     send(cluster.pids_of(job, task=0), signal.SIGKILL)
@@ -441,7 +441,7 @@ def test_a_fine_tuning_on_two_nodes_resumes_after_a_stop(cluster, digits, tmp_pa
     values = {}
     for name in ("one_process", "two_ranks"):
         assert run_training(digits, tmp_path / name, "precision=fp64", "timeout=15") == 0
-    words = ["finetune", "finetune.epochs=12", "finetune.batch_size=32", "data.subset={per_class: 60}"]
+    words = ["finetune", "finetune.epochs=8", "finetune.batch_size=32", "data.subset={per_class: 40}"]
     assert cli.main(["evaluate", str(tmp_path / "one_process"), *words]) == 0
     run = tmp_path / "two_ranks"
     [job] = submit(cluster, tmp_path, "evaluate", str(run), *words, *TWO_NODES)

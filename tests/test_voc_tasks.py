@@ -336,11 +336,11 @@ def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(voc, tmp_pat
 def test_a_detector_learns_and_finds_the_shapes(voc, tmp_path):
     """From random weights a hundred steps find some of the coloured shapes on images that it has not seen."""
     source = pretrained(filled=False)
-    options = detection.Options(**SMALL | {"steps": 100, "batch_size": 4, "boxes_per_image": 32}, lr=0.02, log_every=10)
+    options = detection.Options(**SMALL | {"steps": 100, "batch_size": 4}, lr=0.02, log_every=10)
     task = detection.task(source, split(voc), options, CPU)
     assert fit(task, options, tmp_path) == 0
     values, _ = detection.evaluate(task.model, split(voc, "val"), CPU, threads=2)
-    assert values["voc_detection_ap50_area"] > 20, values
+    assert values["voc_detection_ap50_area"] > 20, values  # untrained: 0; 50.0 measured
 
 
 @pytest.mark.slow
