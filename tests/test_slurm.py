@@ -307,7 +307,7 @@ def test_the_time_limit(cluster, digits, tmp_path):
     """Before the time limit the training saves; the next start resumes it."""
     run = tmp_path / "run"
     site = tmp_path / "site.yaml"
-    site.write_text('nodes: 1\ntasks_per_node: 1\ntime: "00:01:00"\nsignal_seconds: 28\n')
+    site.write_text('nodes: 1\ntasks_per_node: 1\ntime: "00:01:00"\nsignal_seconds: 20\n')
     [job] = submit(cluster, tmp_path, *training(digits, run, "optim.steps=100000"), "--site", site)
     cluster.wait(job, "PENDING", restarts=1, deadline=150)
     saved = checkpoint.steps(run)
