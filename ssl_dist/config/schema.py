@@ -79,7 +79,11 @@ class Data(Section):
     )
     root: str = Field(description="folder with <split>.beton and dataset.json (what `convert --out` wrote)")
     reader: Literal["ffcv", "arrays"] = Field("ffcv", description="ffcv, or arrays: the same pixels without FFCV")
-    image_size: PositiveInt = Field(32, description="side of a view in pixels, unless its group says otherwise")
+    image_size: PositiveInt = Field(
+        32,
+        description="side in pixels of an image in evaluation, and of a view unless its group says otherwise; where it "
+        "is not given and all groups give a size: the largest of these",
+    )
     eval_resize: PositiveInt | None = Field(
         None, description="evaluation resizes the short side to this before the centre crop; null: to image_size"
     )
@@ -213,7 +217,17 @@ def overridden(tree: dict, overrides: Sequence[str]) -> Config:
         if not equals or not key:
             raise UserError(f"override {override!r}: write key=value, for example optim.lr=1e-3")
         _assign(tree, key.split("."), parse_yaml(value, f"override {override!r}"), override)
-    return validate(Config, tree)
+    config = validate(Config, tree)
+    sizes = [group.size for group in config.views.groups]
+    if "image_size" in config.data.model_fields_set or sizes == [None] * len(sizes):
+        return config
+    given = [size for size in sizes if size is not None]
+    if len(given) < len(sizes):
+        raise UserError(
+            f"data.image_size: must be given, since views.groups[{sizes.index(None)}] has no size and others have one "
+            f"({given[0]}); set data.image_size={max(given)}, say: images are evaluated at that size, too"
+        )
+    return validate(Config, tree | {"data": tree["data"] | {"image_size": max(given)}})
 
 
 def _assign(tree: dict | list, path: list[str], value: Any, override: str) -> None:

@@ -39,9 +39,11 @@ from ssl_dist.transfer.subject import EvalContext, chosen_images, hold_out
 EVALUATOR_TIMEOUT_S = 7 * 24 * 3600.0  # on rank 0; if its process dies, the others end at once
 
 DATA_KEYS = ("data.name", "data.root", "data.reader")
+TRANSFORM_KEYS = ("data.image_size", "data.eval_resize", "data.eval_interpolation")
+EVAL_KEYS = (*DATA_KEYS, *TRANSFORM_KEYS)
 SUBSET_KEY = "data.subset"
 # What can be set for weights of other programs, whose files do not say it.
-FOREIGN_KEYS = (*DATA_KEYS, "data.image_size", "data.eval_resize", "views.normalize", "backbone.name")
+FOREIGN_KEYS = (*DATA_KEYS, *TRANSFORM_KEYS, "views.normalize", "backbone.name")
 
 
 # -------------------------------------------------------------------------------------------------- extract
@@ -60,8 +62,8 @@ def extract(weights: Path, splits: Sequence[str], overrides: Sequence[str], out:
     else:
         data, rest = split_overrides(overrides)
         if rest:
-            raise UserError(f"override {rest[0]!r}: of the data, {', '.join(DATA_KEYS)} can be set here")
-        encoder = load_encoder(weights)
+            raise UserError(f"override {rest[0]!r}: only of the data, {', '.join(EVAL_KEYS)}, can be set here")
+        encoder = load_encoder(weights).with_transform(transform_of(data))
         dataset = dataset_of(encoder, data)
     chosen = splits or (dataset.uses.training, dataset.uses.evaluation)
     with (
@@ -70,7 +72,8 @@ def extract(weights: Path, splits: Sequence[str], overrides: Sequence[str], out:
         watchdog.reporting(),
     ):
         if encoder.ids:  # of a run, which may have saved another checkpoint since
-            encoder = load_together(weights, world)[1]
+            encoder = load_together(weights, world)[1].with_transform(encoder.changed)
+            _note_size(world, encoder)
         return [extract_features(encoder, dataset, split, folder, world, rank_info.cores) for split in chosen]
 
 
@@ -96,7 +99,17 @@ def dataset_of(encoder: Encoder, overrides: dict[str, str]) -> Dataset:
     )
 
 
-def split_overrides(overrides: Sequence[str], keys: Sequence[str] = DATA_KEYS) -> tuple[dict[str, str], list[str]]:
+def transform_of(data: dict[str, str]) -> list[str]:
+    """Those overrides that change the test transform, as key=value."""
+    return [f"{key}={value}" for key, value in data.items() if key in TRANSFORM_KEYS]
+
+
+def _note_size(world: World, encoder: Encoder) -> None:
+    if encoder.size_note is not None:
+        _print_on_rank0(world, encoder.size_note)
+
+
+def split_overrides(overrides: Sequence[str], keys: Sequence[str] = EVAL_KEYS) -> tuple[dict[str, str], list[str]]:
     """Overrides of the data set, which must be among `keys`, as key: value; and the rest, the evaluators'."""
     data, rest = {}, []
     for override in overrides:
@@ -135,7 +148,7 @@ def parse(
     chosen: Sequence[str], overrides: Sequence[str], validation: float | None = None, searched: Sequence[str] = ()
 ) -> EvalRequest:
     """The words of `ssl-dist evaluate`, checked as far as they can be without the run. Raises `UserError`."""
-    data, rest = split_overrides(overrides, (*DATA_KEYS, SUBSET_KEY))
+    data, rest = split_overrides(overrides, (*EVAL_KEYS, SUBSET_KEY))
     options = evaluators.parse_options(chosen, rest)
     spaces = search.search_spaces(chosen, rest, searched)
     if validation is not None:
@@ -166,9 +179,14 @@ def evaluate(
     request = parse(chosen, overrides, validation, searched)
     if not run.is_dir():
         raise UserError(f"{run}: not a run's folder; train first")
-    encoder = load_encoder(run)
+    encoder = load_encoder(run).with_transform(transform_of(request.data))
     dataset = dataset_of(encoder, request.data)
     train, test = dataset.uses.training, dataset.uses.evaluation
+    if test not in dataset.splits and (request.spaces or not request.validation):
+        raise UserError(
+            f"{dataset.root}: holds no split to measure on (test or val), only {', '.join(dataset.splits)}; convert "
+            f"one, or measure on a share of {train}: --validation {search.DEFAULT_SHARE:g}"
+        )
     train_ids, subset = (None, None) if request.subset is None else chosen_images(dataset, train, request.subset)
     rank_info = RankInfo.from_environment()
     with (
@@ -176,7 +194,8 @@ def evaluate(
         join_world(rank_info, Grid(rank_info.world_size, 1), watchdog.state) as world,
         watchdog.reporting(),
     ):
-        encoder = load_together(run, world)[1]
+        encoder = load_together(run, world)[1].with_transform(encoder.changed)
+        _note_size(world, encoder)
         world.on_rank0(lambda: results.require_writable(run / "results.json"))
         whole = EvalContext(run, encoder, dataset, train, test, world, watchdog, train_ids, subset=subset)
         part = whole if request.share is None else world.raise_together(partial(hold_out, whole, request.share))
@@ -214,8 +233,8 @@ def _measure(context: EvalContext, name: str, options: Section, remark: str | No
     world, evaluator, path = context.world, evaluators.find(name), context.run / "results.json"
     protocol = world.on_rank0(lambda: _protocol(context, evaluator, options, remark))  # it may read a file
     metadata, tree = context.metadata, to_tree(options)
-    same: dict[str, object] = {key: metadata[key] for key in ("dataset", "split", "data", "checkpoint")}
-    same |= {"protocol": protocol, "options": tree}
+    same: dict[str, object] = {key: metadata[key] for key in results.IDENTITY if key in metadata}
+    same |= {"protocol": protocol, "options": tree, "version": evaluator.VERSION}
     recorded = world.on_rank0(lambda: [record for record in results.read(path) if record | same == record])
     if recorded:
         if not world.on_rank0(lambda: _lacks_pictures(context, name, evaluator)):
@@ -225,7 +244,8 @@ def _measure(context: EvalContext, name: str, options: Section, remark: str | No
     start = time.perf_counter()
     values = _values(context, name, evaluator, options)
     _print_on_rank0(world, f"{name}: {time.perf_counter() - start:.1f} s")
-    records = results.make_records(values, protocol, metadata, seed=context.encoder.config.seed, options=tree)
+    seed = context.encoder.config.seed
+    records = results.make_records(values, protocol, metadata, seed, options=tree, version=evaluator.VERSION)
     world.on_rank0(lambda: results.add(path, records))
     return records
 

@@ -24,11 +24,14 @@ class FeatureEvaluator(Protocol[OptionsT]):
     """A module that works on the features of two splits, on rank 0.
 
     PROTOCOL: a sentence that says how it measures, with {option} where an option decides. Where more than a word
-    depends on the options, the module has a function protocol(options) instead, as `ImageEvaluator` has. DRAWS = True:
-    it draws pictures, and runs again where they are missing. Options: fields with descriptions and defaults.
+    depends on the options, the module has a function protocol(options) instead, as `ImageEvaluator` has. VERSION: of
+    the code, raised when the same options give another number on the same features, so that every number is measured
+    again. DRAWS = True: it draws pictures, and runs again where they are missing. Options: fields with descriptions and
+    defaults.
     """
 
     PROTOCOL: str
+    VERSION: int
     Options: type[OptionsT]
 
     def run(
@@ -44,8 +47,9 @@ class FeatureEvaluator(Protocol[OptionsT]):
 
 @runtime_checkable
 class ImageEvaluator(Protocol[OptionsT]):
-    """A module that works on images, on all ranks together. Options: as those of a `FeatureEvaluator`."""
+    """A module that works on images, on all ranks together. VERSION, Options: as those of a `FeatureEvaluator`."""
 
+    VERSION: int
     Options: type[OptionsT]
 
     def protocol(self, options: OptionsT) -> str:

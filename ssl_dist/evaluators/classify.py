@@ -14,6 +14,8 @@ from ssl_dist.transfer.classification import classify, draw
 from ssl_dist.transfer.recipe import encoder_file
 from ssl_dist.transfer.subject import EvalContext
 
+VERSION = 1
+
 
 class Options(Section):
     head: str | None = Field(
@@ -39,6 +41,7 @@ def measure(context: EvalContext, options: Options) -> dict[str, float]:
     """
     path, world = context.run if options.head is None else Path(options.head), context.world
     method, encoder = load_together(path, world)
+    encoder = encoder.with_transform(context.encoder.changed)
     world.raise_together(lambda: _check(method, encoder, context, options, path))
     classified = classify(method, encoder, context)
     draw(classified, context, "classify", "the classifier")

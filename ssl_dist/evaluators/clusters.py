@@ -31,6 +31,7 @@ from ssl_dist.results.confusion import class_names
 from ssl_dist.results.figures import FigureWriter
 from ssl_dist.storage.features import Features, check_pair, require_labels
 
+VERSION = 1
 DRAWS = True
 _NUM_ROWS, _NUM_COLUMNS = 20, 14  # clusters in the picture and images of each
 

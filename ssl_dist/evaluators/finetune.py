@@ -40,6 +40,7 @@ RECIPES = {
     "vicreg_1": _semi_supervised("VICReg with 1 % of labels", 0.03, 0.08),
     "vicreg_10": _semi_supervised("VICReg with 10 % of labels", 0.01, 0.1),
 }
+VERSION = 1
 
 
 class Options(Overrides):

@@ -8,7 +8,6 @@ first, and so do, in the top-5, classes without any vote (where the official cod
 Cosines are rounded, so in fp32 images closer together than about 1e-7 may change places with the memory budget.
 """
 
-import logging
 from typing import Annotated, Literal
 
 import numpy as np
@@ -16,9 +15,8 @@ import torch
 from pydantic import Field
 
 from ssl_dist.config import PositiveInt, Section
-from ssl_dist.errors import UserError
 from ssl_dist.kernels.neighbours import neighbours, votes
-from ssl_dist.results.accuracy import target_rank
+from ssl_dist.results.accuracy import neighbour_counts, target_rank
 from ssl_dist.results.confusion import add_pictures, class_names
 from ssl_dist.results.figures import FigureWriter
 from ssl_dist.storage.features import Features, check_pair, require_labels
@@ -27,6 +25,7 @@ PROTOCOL = (
     "weighted kNN: L2-normalised features, cosine, votes exp(cos/T), number of neighbours and T (0.07 unless given) as"
     " named, all test images, {precision}"
 )
+VERSION = 1
 DRAWS = True
 _PUBLISHED_K = (20, 200)
 _PUBLISHED_TEMPERATURE = 0.07
@@ -56,7 +55,7 @@ def run(train: Features, test: Features, options: Options, writer: FigureWriter 
     """
     check_pair(train, test)
     require_labels(train, test)
-    counts = _neighbour_counts(options.k, train)
+    counts = neighbour_counts(options.k, _PUBLISHED_K, len(train), "knn.k", train.source)
     train_labels_N, test_labels_N = torch.from_numpy(train.labels), torch.from_numpy(test.labels)
     num_classes = max(len(train.classes), int(train.labels.max()) + 1, int(test.labels.max()) + 1)
     dtype = torch.float64 if options.precision == "fp64" else torch.float32
@@ -77,24 +76,6 @@ def run(train: Features, test: Features, options: Options, writer: FigureWriter 
     if writer is not None:
         add_pictures(writer, test, class_names(test, train), predicted_N, "knn", f"kNN with {counts[-1]} neighbours")
     return {name: number * 100.0 / len(test) for name, number in num_correct.items()}
-
-
-def _neighbour_counts(requested: list[int] | None, train: Features) -> list[int]:
-    """The k to evaluate, rising. The default goes without those above the number of images, and a warning says so."""
-    counts = sorted(set(requested or _PUBLISHED_K))
-    fitting = [k for k in counts if k <= len(train)]
-    if fitting == counts:
-        return counts
-    if requested is not None or not fitting:
-        raise UserError(
-            f"knn.k = {counts[-1] if requested else 'null'}: {train.source} has {len(train)} images;"
-            f" give knn.k=[...] with numbers up to {len(train)}"
-        )
-    left_out = ", ".join(str(k) for k in counts if k > len(train))
-    logging.getLogger(__name__).warning(
-        "knn: k = %s left out, since %s has only %d images", left_out, train.source, len(train)
-    )
-    return fitting
 
 
 def _name(k: int, temperature: float, top: int) -> str:

@@ -29,6 +29,7 @@ from ssl_dist.results.figures import FigureWriter
 from ssl_dist.storage.features import Features, check_pair, require_labels
 
 PROTOCOL = "multinomial logistic regression on frozen features, at its optimum: L2, C={c}, standardize={standardize}"
+VERSION = 1
 DRAWS = True
 
 

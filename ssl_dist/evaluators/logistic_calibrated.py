@@ -26,6 +26,7 @@ PROTOCOL = (
     "calibrated logistic regression on frozen features as extracted (ReLIC): scikit-learn's CalibratedClassifierCV of"
     " LogisticRegression, {max_iter} iterations at most, mean of 5 folds"
 )
+VERSION = 1
 _FOLDS = 5
 
 

@@ -31,6 +31,7 @@ PROTOCOL = (
     "logistic regression by SGD on frozen features as extracted (SFRIK): {epochs} epochs, the last one counts, batches"
     " of {batch_size}, lr {lr} with a cosine per epoch, momentum {momentum}, weight decay {weight_decay}, seed {seed}"
 )
+VERSION = 1
 _INITIAL_STD = 0.01
 
 

@@ -37,6 +37,7 @@ RECIPES = {
         {"batchnorm": "batch"},
     ),
 }  # fmt: skip
+VERSION = 1
 
 
 class Options(Overrides):

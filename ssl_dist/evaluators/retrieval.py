@@ -21,9 +21,9 @@ from numba import njit
 from pydantic import Field
 
 from ssl_dist.config import PositiveInt, Section
-from ssl_dist.errors import UserError
 from ssl_dist.kernels.neighbours import unit_rows
 from ssl_dist.keys import EVALUATION, hash64
+from ssl_dist.results.accuracy import neighbour_counts
 from ssl_dist.results.confusion import add_pictures, class_names
 from ssl_dist.results.figures import FigureWriter
 from ssl_dist.results.sampling import evenly
@@ -33,9 +33,11 @@ PROTOCOL = (
     "retrieval: every test image ranks all other images of the {gallery} split by cosine; top-k: any of the k nearest"
     " has its class; precision@k: share of them that has; map: mean average precision of the whole list"
 )
+VERSION = 1
 DRAWS = True
 _ROW_MASK = np.uint64(0xFFFFFFFF)  # the part of a key that is the gallery's row
 _OWN_KEY = np.uint64(0xFFFFFFFFFFFFFFFF)  # the key of a query itself, behind all others
+_PUBLISHED_K = (1, 5, 20)
 _NUM_SHOWN = 8  # nearest images of a query in the picture
 
 
@@ -43,8 +45,10 @@ class Options(Section):
     gallery: Literal["train", "test"] = Field(
         "train", description="what is searched: the training images, or the other test images"
     )
-    k: Annotated[list[PositiveInt], Field(min_length=1)] = Field(
-        [1, 5, 20], description="list of k for top-k and precision at k"
+    k: Annotated[list[PositiveInt], Field(min_length=1)] | None = Field(
+        None,
+        description="list of k for top-k and precision at k; null: 1, 5 and 20, without those above the number of "
+        "images that are searched",
     )
     queries: PositiveInt = Field(20, description="queries in the picture, half of them failures")
     seed: int = Field(0, description="which queries the picture shows")
@@ -63,7 +67,8 @@ def run(train: Features, test: Features, options: Options, writer: FigureWriter 
     require_labels(train, test)
     leave_out = options.gallery == "test"
     gallery = test if leave_out else train
-    counts = _checked_counts(options.k, gallery, len(gallery) - leave_out)
+    num_found = len(gallery) - leave_out
+    counts = neighbour_counts(options.k, _PUBLISHED_K, num_found, "retrieval.k", gallery.source)
     num_hits = {k: 0 for k in counts}  # queries with an image of their class among the k nearest
     num_relevant = {k: 0 for k in counts}  # such images, over all queries
     precision_N = np.zeros(len(test))
@@ -135,16 +140,6 @@ def _block_sizes(num_gallery: int, dim: int, memory: int) -> tuple[int, int]:
     num_queries = max(1, (memory * 5 // 8 - lists) // (8 * num_gallery + per_row))
     num_rows = max(1, memory // 8 // (per_row + 8 * num_queries))
     return num_queries, num_rows
-
-
-def _checked_counts(requested: list[int], gallery: Features, size: int) -> list[int]:
-    counts = sorted(set(requested))
-    if counts[-1] > size:
-        raise UserError(
-            f"retrieval.k = {counts[-1]}: {size} images of {gallery.source} can be found; give retrieval.k=[...] with"
-            f" numbers up to {size}"
-        )
-    return counts
 
 
 def _warn_of_missing(test: Features, gallery: Features, leave_out: bool) -> None:

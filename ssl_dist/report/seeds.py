@@ -9,7 +9,19 @@ from ssl_dist.errors import UserError
 from ssl_dist.run import folder as run_folder
 
 # What must be equal for a mean over seeds.
-GROUP_KEYS = ("method", "backbone", "step", "dataset", "split", "data", "name", "protocol")
+GROUP_KEYS = (
+    "method",
+    "backbone",
+    "step",
+    "dataset",
+    "split",
+    "data",
+    "train_data",
+    "transform",
+    "name",
+    "protocol",
+    "version",
+)
 
 
 def over_seeds(runs: Sequence[Path]) -> list[dict]:

@@ -1,8 +1,17 @@
 """The results of evaluations: numbers in results.json, and pictures."""
 
-from ssl_dist.results.records import add, is_of_a_whole_split, make_records, number, read, require_writable, table
+from ssl_dist.results.records import (
+    IDENTITY,
+    add,
+    is_of_a_whole_split,
+    make_records,
+    number,
+    read,
+    require_writable,
+    table,
+)
 
 __all__ = [
-    "accuracy", "add", "charts", "confusion", "figures", "is_of_a_whole_split", "make_records", "number", "read",
-    "require_writable", "sampling", "table",
+    "IDENTITY", "accuracy", "add", "charts", "confusion", "figures", "is_of_a_whole_split", "make_records", "number",
+    "read", "require_writable", "sampling", "table",
 ]  # fmt: skip

@@ -1,9 +1,12 @@
-"""Top-1 and top-5 with a stated order of ties."""
+"""Top-1 and top-5 with a stated order of ties, and how many neighbours they are taken of."""
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+from ssl_dist.errors import UserError
 
 
 def target_rank(scores_QC: Tensor, targets_Q: Tensor) -> Tensor:
@@ -28,3 +31,24 @@ def top1_and_top5(blocks: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float
         num_top1 += int((rank_Q < 1).sum())
         num_top5 += int((rank_Q < 5).sum())
     return num_top1 * 100.0 / num_images, num_top5 * 100.0 / num_images
+
+
+def neighbour_counts(
+    requested: Sequence[int] | None, published: Sequence[int], num_images: int, key: str, source: str
+) -> list[int]:
+    """The numbers of nearest images to measure, rising. Without a request the published ones, without those above the
+    number of images, and a warning says so. key: the option's. Raises `UserError` for a request above it."""
+    counts = sorted(set(requested or published))
+    fitting = [k for k in counts if k <= num_images]
+    if fitting == counts:
+        return counts
+    if requested is not None or not fitting:
+        raise UserError(
+            f"{key} = {counts[-1] if requested else 'null'}: {source} has {num_images} images to choose from;"
+            f" give {key}=[...] with numbers up to {num_images}"
+        )
+    left_out = ", ".join(str(k) for k in counts if k > num_images)
+    logging.getLogger(__name__).warning(
+        "%s = %s left out, since %s has only %d images", key, left_out, source, num_images
+    )
+    return fitting

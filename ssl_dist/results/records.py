@@ -12,24 +12,37 @@ from ssl_dist.errors import UserError
 from ssl_dist.storage import durable
 from ssl_dist.storage.durable import atomic_write_or_refuse
 
-# checkpoint is the SHA-256 of the checkpoint's file, data that of the split's samples, options those of the evaluator,
+# checkpoint is the SHA-256 of the checkpoint's file, data and train_data those of the measured split's and the training
+# split's samples and labels, transform the test transform in words, version that of the evaluator, options its options,
 # time the moment of measuring (ISO 8601, UTC).
 FIELDS = (
-    "name", "value", "protocol", "options", "dataset", "split", "data", "seed",
+    "name", "value", "protocol", "options", "version", "dataset", "split", "data", "train_data", "transform", "seed",
     "method", "backbone", "checkpoint", "step", "time",
 )  # fmt: skip
-_IDENTITY = ("name", "dataset", "split", "data", "protocol", "options", "checkpoint")
-_TYPES = {"options": dict, "value": int | float, "seed": int | None, "step": int}  # the others are str
+LATER_FIELDS = ("version", "train_data", "transform")  # None in a record of before there were any
+# What a number depends on: a record that differs in one of these is of another measurement.
+IDENTITY = (
+    "name", "dataset", "split", "data", "train_data", "transform", "protocol", "options", "version", "checkpoint",
+)  # fmt: skip
+_TYPES = {
+    "options": dict, "value": int | float, "seed": int | None, "step": int, "version": int | None,
+    "train_data": str | None, "transform": str | None,
+}  # the others are str  # fmt: skip
 
 
 def make_records(
-    values: dict[str, float], protocol: str, metadata: Mapping[str, str], seed: int | None, options: dict
+    values: dict[str, float],
+    protocol: str,
+    metadata: Mapping[str, str],
+    seed: int | None,
+    options: dict,
+    version: int,
 ) -> list[dict]:
-    """One record for each of an evaluator's values. metadata: that of the test split's features file, or the same of an
-    evaluation on images; seed: the run's, None when it is not known."""
+    """One record for each of an evaluator's values. metadata: the other fields that say what was measured on which
+    images; seed: the run's, None when it is not known; version: the evaluator's."""
     common = {
-        **metadata, "protocol": protocol, "options": options, "seed": seed, "step": int(metadata["step"]),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        **metadata, "protocol": protocol, "options": options, "version": version, "seed": seed,
+        "step": int(metadata["step"]), "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     records = [common | {"name": name, "value": float(value)} for name, value in values.items()]
     return [{field: record[field] for field in FIELDS} for record in records]
@@ -46,6 +59,9 @@ def read(path: str | Path) -> list[dict]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not JSON"
         raise UserError(f"{path}: cannot be read: {reason}; move it away and evaluate again") from None
+    if isinstance(records, list):
+        absent = dict.fromkeys(LATER_FIELDS)
+        records = [absent | record if isinstance(record, dict) else record for record in records]
     if not isinstance(records, list) or not all(_is_record(record) for record in records):
         raise UserError(f"{path}: not a list of results; move it away and evaluate again")
     return records
@@ -54,15 +70,17 @@ def read(path: str | Path) -> list[dict]:
 def add(path: str | Path, new: Sequence[dict]) -> list[dict]:
     """Merge records into the file (whole or not at all) and return all of them.
 
-    A measurement made again (same name, data set, split, protocol, options and checkpoint) takes the old one's place.
-    Raises `UserError` when the file is damaged or cannot be written.
+    A measurement made again (equal in all of `IDENTITY`) takes the old one's place, and also that of a record which
+    lacks the fields that came later. Raises `UserError` when the file is damaged or cannot be written.
     """
     if not all(_is_record(record) for record in new):
         raise ValueError(f"a record needs the fields {', '.join(FIELDS)}")
     path = Path(path)
     with _locked(path):
         durable.remove_dead(path.parent)
-        merged = {json.dumps([record[field] for field in _IDENTITY]): record for record in [*read(path), *new]}
+        renewed = {_key(record, LATER_FIELDS) for record in new}
+        old = [r for r in read(path) if r["version"] is not None or _key(r, LATER_FIELDS) not in renewed]
+        merged = {_key(record): record for record in [*old, *new]}
         with atomic_write_or_refuse(path) as file:
             file.write((json.dumps(list(merged.values()), indent=2, ensure_ascii=False) + "\n").encode())
     return list(merged.values())
@@ -111,6 +129,10 @@ def number(value: float, std: float | None = None) -> str:
     probably a score that ends there."""
     decimals = 4 if 0 < abs(value) < 1 else 2
     return f"{value:.{decimals}f}" + ("" if std is None else f" ± {std:.{decimals}f}")
+
+
+def _key(record: dict, without: Sequence[str] = ()) -> str:
+    return json.dumps([record[field] for field in IDENTITY if field not in without], sort_keys=True)
 
 
 def _is_record(record: object) -> bool:

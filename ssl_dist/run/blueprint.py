@@ -23,6 +23,7 @@ from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.errors import UserError
 from ssl_dist.keys import INIT, hash64
 from ssl_dist.methods.base import Info, SSLMethod
+from ssl_dist.nn import batchnorm
 from ssl_dist.nn.layers import key_dropout
 from ssl_dist.storage import weights
 
@@ -209,8 +210,11 @@ def derive(config: Config, rank_info: RankInfo) -> RunPlan:
         pass  # a missing FFCV or a damaged file shows now
     with torch.device("meta"):  # what the method or the backbone refuses shows now, and no memory is taken
         method = plan.build().eval()
-        for size in {spec.size for spec in plan.specs}:
-            try_size(method.backbone, size, config.backbone.name)
+        if rank_info.world_size > 1:
+            batchnorm.refuse_others(method)
+        for size in dict.fromkeys(spec.size for spec in plan.specs):
+            try_size(method.backbone, size, config.backbone.name, "views")
+        try_size(method.backbone, config.data.image_size, config.backbone.name, "images in evaluation")
     return plan
 
 
@@ -222,13 +226,14 @@ def normalization(config: Config, split: SplitInfo) -> Normalize:
     return Normalize(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)) if normalize == "none" else normalize
 
 
-def try_size(backbone: nn.Module, size: int, name: str) -> None:
-    """Raises `UserError` when the backbone, on the meta device and called `name`, takes no images of `size` px."""
+def try_size(backbone: nn.Module, size: int, name: str, what: str) -> None:
+    """Raises `UserError` when the backbone, on the meta device and called `name`, takes no images of `size` px. what:
+    the images of that size."""
     try:
         backbone(torch.empty(1, 3, size, size, dtype=next(backbone.parameters()).dtype))
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"data.image_size: views of {size} px do not fit backbone {name}: {reason}") from None
+        raise UserError(f"data.image_size: {what} of {size} px do not fit backbone {name}: {reason}") from None
 
 
 def refuse_random_layers(module: nn.Module, name: str) -> None:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_dist import backbones, methods, views
-from ssl_dist.config import Config, Data, Normalize, validate
+from ssl_dist.config import Config, Data, Normalize, overridden, to_tree, validate
 from ssl_dist.data.loader import view_batches
 from ssl_dist.data.normalize import normalized
 from ssl_dist.data.reader import Reader, SplitInfo
@@ -42,6 +42,7 @@ class Encoder:
     step: int
     file: Path  # that it was read from
     ids: str = ""  # SHA-256 of the ids that it was trained on; empty for a file of another program
+    changed: tuple[str, ...] = ()  # settings of the test transform that are not the run's, as key=value
 
     @property
     def transform(self) -> str:
@@ -51,6 +52,29 @@ class Encoder:
         resize = self.config.data.eval_resize or size
         cubic = " bicubic" if self.config.data.eval_interpolation == "bicubic" else ""
         return f"short side to {resize}{cubic}, centre crop {size}, mean ({mean}), std ({std})"
+
+    @property
+    def size_note(self) -> str | None:
+        """A line for the user where images are not evaluated at the size of any view; else None."""
+        size, groups = self.config.data.image_size, self.config.views.groups
+        sizes = sorted({group.size or size for group in groups})
+        if self.changed or size in sizes:
+            return None
+        return (
+            f"images are evaluated at {size} px and the views were of {', '.join(map(str, sizes))}; "
+            f"data.image_size={sizes[-1]} evaluates at that size"
+        )
+
+    def with_transform(self, changed: Sequence[str]) -> "Encoder":
+        """The encoder with other settings of the test transform, each as key=value. Raises `UserError` for values that
+        are wrong, and for a size that the backbone does not take."""
+        if not changed:
+            return self
+        config = overridden(to_tree(self.config), changed)
+        with torch.device("meta"):
+            backbone = backbones.build(config.backbone.name).eval()
+            blueprint.try_size(backbone, config.data.image_size, config.backbone.name, "images")
+        return replace(self, config=config, changed=tuple(changed))
 
 
 def load_encoder(path: Path) -> Encoder:
@@ -96,7 +120,7 @@ def load_others(path: Path, settings: Config, split: SplitInfo) -> tuple[Encoder
     backbone = backbones.build(name)
     fitted = weights.fit(backbone, name, path)
     with torch.device("meta"):
-        blueprint.try_size(backbones.build(name).eval(), settings.data.image_size, name)
+        blueprint.try_size(backbones.build(name).eval(), settings.data.image_size, name, "images")
     backbone.load_state_dict(fitted.tensors)
     module = backbone.float().eval().requires_grad_(False)
     return Encoder(module, settings, blueprint.normalization(settings, split), fitted.sha256, 0, path), fitted.note
@@ -114,8 +138,9 @@ def is_fresh(path: Path, encoder: Encoder, dataset: Dataset, split: str) -> bool
         metadata = read_features(path).metadata
     except UserError:
         return False
-    current = (encoder.sha256, encoder.transform, dataset.info(split).sha256)
-    return (metadata["checkpoint"], metadata["transform"], metadata["data"]) == current
+    info = dataset.info(split)
+    current = (encoder.sha256, encoder.transform, info.sha256, json.dumps(list(info.classes)))
+    return tuple(metadata[key] for key in ("checkpoint", "transform", "data", "classes")) == current
 
 
 def extract_features(encoder: Encoder, dataset: Dataset, split: str, folder: Path, world: World, threads: int) -> Path:

@@ -47,6 +47,13 @@ class OnlineKNN:
         labels = plan.dataset.labels(self.split)
         ids = limited(len(labels), MAX_IMAGES)
         key = f"log.knn_every_epochs = {plan.config.log.knn_every_epochs}"
+        classes, counts = np.unique(labels[ids], return_counts=True)
+        ids = ids[np.isin(labels[ids], classes[counts > 1])]  # one to hold out, and one that votes for it
+        if not len(ids):
+            raise UserError(
+                f"{key}: no two of the {sum(counts)} images that it takes of split {self.split} are of one class (of "
+                f"{len(classes)}); set it to null"
+            )
         queries = held_out(ids, labels[ids], HELD_OUT_SHARE, plan.config.seed, key)
         self.ids = np.concatenate([np.setdiff1d(ids, queries), queries])
         self.labels = labels[self.ids]

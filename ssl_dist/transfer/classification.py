@@ -20,30 +20,32 @@ from ssl_dist.transfer.subject import EvalContext
 
 @dataclass(frozen=True)
 class Classified:
-    """The counts of every classifier. confusion: images by true class (row) and predicted class (column), int64 [C, C];
-    num_top5: images whose class is among the first five."""
+    """The counts of every classifier. total: images; num_top1, num_top5: those whose class is the first, or among the
+    first five; confusion: images by true class (row) and predicted class (column) of the last classifier, int64 [C, C],
+    None above `confusion.MAX_CLASSES`."""
 
-    confusion: dict[str, Tensor]
+    total: int
+    num_top1: dict[str, int]
     num_top5: dict[str, int]
+    confusion: Tensor | None
 
     def values(self, name: str) -> dict[str, float]:
         """`<name>_top1` and `<name>_top5` in percent; `<name>_<stage>_top1` of a classifier on a stage."""
         values = {}
-        for classifier, counts_CC in self.confusion.items():
+        for classifier, num_top1 in self.num_top1.items():
             prefix = name if classifier == "output" else f"{name}_{classifier}"
-            total = int(counts_CC.sum())
-            values[f"{prefix}_top1"] = int(counts_CC.diagonal().sum()) * 100.0 / total
-            values[f"{prefix}_top5"] = self.num_top5[classifier] * 100.0 / total
+            values[f"{prefix}_top1"] = num_top1 * 100.0 / self.total
+            values[f"{prefix}_top5"] = self.num_top5[classifier] * 100.0 / self.total
         return values
 
 
 def draw(classified: Classified, context: EvalContext, evaluator: str, how: str) -> None:
     """Write the last classifier's confusions to RUN/figures; of a held-out part none. how: the classifier in words."""
-    if context.held_out is not None:
+    if context.held_out is not None or classified.confusion is None:
         return
+    counts_CC = classified.confusion.numpy()
 
     def write() -> None:
-        counts_CC = list(classified.confusion.values())[-1].numpy()
         names = confusion.names_up_to(len(counts_CC), context.dataset.info(context.test).classes)
         what = f"{counts_CC.sum():,} images of {context.dataset.name} {context.test}"
         for picture in confusion.pictures(counts_CC, names, evaluator, how, what):
@@ -67,8 +69,9 @@ def classify(method: SSLMethod, encoder: Encoder, context: EvalContext) -> Class
         names, num_classes = classifiers(method, encoder)
         world.raise_together(lambda: _check_labels(labels, dataset, split, num_classes))
         low, high = share_in_batches(world, len(ids))
-        counts_HCC = torch.zeros(len(names), num_classes, num_classes, dtype=torch.int64)
-        num_top5_H = torch.zeros(len(names), dtype=torch.int64)
+        num_top1_H, num_top5_H = torch.zeros(2, len(names), dtype=torch.int64)
+        has_matrix = num_classes <= confusion.MAX_CLASSES
+        counts_CC = torch.zeros(num_classes if has_matrix else 0, num_classes, dtype=torch.int64)
         to_input = normalized(encoder.normalize, torch.float32, world.device)
 
         def score(pixels: Tensor) -> Tensor:
@@ -86,20 +89,19 @@ def classify(method: SSLMethod, encoder: Encoder, context: EvalContext) -> Class
                 scores_BHC = torch.from_numpy(scores).view(len(scores), len(names), num_classes)
                 target_B = labels[start : start + len(scores_BHC)]
                 start += len(scores_BHC)
-                _count(scores_BHC, target_B, counts_HCC, num_top5_H)
+                for h, scores_BC in enumerate(scores_BHC.unbind(1)):
+                    rank_B = target_rank(scores_BC, target_B)
+                    num_top1_H[h] += (rank_B < 1).sum()
+                    num_top5_H[h] += (rank_B < 5).sum()
+                if has_matrix:
+                    predicted_B = scores_BC.argmax(1).where(rank_B > 0, target_B)  # of equal scores the first class
+                    counts_CC.index_put_((target_B, predicted_B), torch.ones_like(target_B), accumulate=True)
     with world.state.phase_of(f"the classification of {split}, of the other ranks", BATCH_TIMEOUT_S):
-        counts_HCC = world.all_reduce_sum(counts_HCC.to(world.device)).cpu()
-        num_top5_H = world.all_reduce_sum(num_top5_H.to(world.device)).cpu()
-    return Classified(dict(zip(names, counts_HCC, strict=True)), dict(zip(names, num_top5_H.tolist(), strict=True)))
-
-
-def _count(scores_BHC: Tensor, target_B: Tensor, counts_HCC: Tensor, num_top5_H: Tensor) -> None:
-    """Add a batch to every classifier's confusions and images that are right among the first five, in place."""
-    for h, scores_BC in enumerate(scores_BHC.unbind(1)):
-        rank_B = target_rank(scores_BC, target_B)
-        num_top5_H[h] += (rank_B < 5).sum()
-        predicted_B = scores_BC.argmax(1).where(rank_B > 0, target_B)  # of equal scores the first class
-        counts_HCC[h].index_put_((target_B, predicted_B), torch.ones_like(target_B), accumulate=True)
+        num_top1_H, num_top5_H, counts_CC = (
+            world.all_reduce_sum(counts.to(world.device)).cpu() for counts in (num_top1_H, num_top5_H, counts_CC)
+        )
+    top1, top5 = (dict(zip(names, counts.tolist(), strict=True)) for counts in (num_top1_H, num_top5_H))
+    return Classified(len(ids), top1, top5, counts_CC if has_matrix else None)
 
 
 def classifiers(method: SSLMethod, encoder: Encoder) -> tuple[list[str], int]:

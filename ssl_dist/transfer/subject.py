@@ -45,6 +45,8 @@ class EvalContext:
             "dataset": self.dataset.name,
             "split": self.held_out or self.test,
             "data": self.dataset.info(self.test).sha256,
+            "train_data": self.dataset.info(self.train).sha256,
+            "transform": self.encoder.transform,
             "checkpoint": self.encoder.sha256,
             "step": str(self.encoder.step),
             "method": self.encoder.config.method.name,
@@ -54,7 +56,7 @@ class EvalContext:
     def digest(self, settings: dict) -> str:
         """Eight hexadecimal digits of a hash of these settings, the checkpoint and the training images."""
         parts = [json.dumps(settings, sort_keys=True), self.encoder.sha256, self.train, self.dataset.name]
-        parts += [self.dataset.info(self.train).sha256]
+        parts += [self.dataset.info(self.train).sha256, *self.encoder.changed]
         digest = hashlib.sha256("\n".join(parts).encode())
         if self.train_ids is not None:
             digest.update(self.train_ids.tobytes())

@@ -37,6 +37,7 @@ PROTOCOL = (
     "one-vs-rest linear SVM on frozen features of {layer}, short side {resize}, {crop} {size}, cost of each class by "
     "{folds} folds of {train}; VOC's mean average precision by 11 points and by area, difficult ones ignored"
 )
+VERSION = 1
 COSTS = sorted([2.0**power for power in range(-19, -3)] + [10.0**power for power in range(-7, 3)])
 MAX_FEATURES = 9216  # of a stage, whose map is averaged to the largest grid that fits (Goyal et al. 2019)
 EXTRACTION_BATCH_SIZE = 32

@@ -17,13 +17,14 @@ from ssl_dist.distributed.world import choose_device
 from ssl_dist.errors import UserError
 from ssl_dist.results.figures import add_picture
 from ssl_dist.voc import classification, data, detection, loop, pictures, pretrained, segmentation
-from ssl_dist.voc.data import Split
+from ssl_dist.voc.data import Sample, Split
 from ssl_dist.voc.pretrained import Pretrained
 from ssl_dist.voc.trunk import TransferOptions
 
 TASKS = {"classification": classification, "detection": detection, "segmentation": segmentation}
 Options = classification.Options | detection.Options | segmentation.Options
-Outcome = tuple[dict[str, float], str, str]  # values, protocol, SHA-256 of the test images and of what is true of them
+# Values, protocol, and the SHA-256 of training and of test images with what is true of them.
+Outcome = tuple[dict[str, float], str, str, str]
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class Transfer:
 
     @property
     def names(self) -> dict[str, str]:
-        """What was measured on which images, by the keys of a features file's metadata."""
+        """What was measured on which images, by the fields of a record."""
         source, names = self.source, {"dataset": self.test.dataset, "split": self.test.name}
-        names |= {"method": source.method, "backbone": source.name}
+        names |= {"method": source.method, "backbone": source.name, "transform": f"normalised by {source.normalize}"}
         return names | {"checkpoint": source.sha256, "step": str(source.step)}
 
 
@@ -72,8 +73,9 @@ def run(name: str, weights: Path, roots: Sequence[Path], out: Path, overrides: S
         outcome = segment(transfer, options)
     if outcome is None:
         return STOPPED, []
-    values, protocol, digest = outcome
-    records = results.make_records(values, protocol, transfer.names | {"data": digest}, source.seed, to_tree(options))
+    values, protocol, train_digest, digest = outcome
+    metadata = transfer.names | {"data": digest, "train_data": train_digest}
+    records = results.make_records(values, protocol, metadata, source.seed, to_tree(options), TASKS[name].VERSION)
     results.add(out / "results.json", records)
     return 0, records
 
@@ -100,8 +102,11 @@ def classify(transfer: Transfer, options: classification.Options) -> Outcome:
     )
     parts = train_features, train_labels, test_features, test_labels
     values = classification.evaluate(*parts, options, threads)
-    row = {sample: labels.tobytes() for sample, labels in zip(test.samples, test_labels, strict=True)}
-    return values, _protocol(classification.PROTOCOL, options, train), test.digest(row.__getitem__)
+    digests = []
+    for split in (train, test):
+        row = {sample: labels.tobytes() for sample, labels in zip(split.samples, split.labels, strict=True)}
+        digests.append(split.digest(row.__getitem__))
+    return values, _protocol(classification.PROTOCOL, options, train), digests[0], digests[1]
 
 
 def detect(transfer: Transfer, options: detection.Options) -> Outcome | None:
@@ -110,26 +115,34 @@ def detect(transfer: Transfer, options: detection.Options) -> Outcome | None:
     task = detection.task(transfer.source, train, options, transfer.device)
     for sample in test.samples:
         sample.objects()  # a damaged annotation shows now and not after the training
-    if not _fit("detection", task, options, transfer):
+    digest = train.digest(_annotation)
+    if not _fit("detection", task, options, transfer, digest):
         return None
     if options.statistics_steps and options.norm == "batch":
         loop.renew_statistics(task, options, options.statistics_steps, transfer.threads)
     values, figure = detection.evaluate(task.model, test, transfer.device, transfer.threads)
     _add_picture(transfer, "detection", figure, "Boxes that were found", pictures.BOXES_CAPTION)
-    digest = test.digest(lambda sample: sample.annotation_path.read_bytes())
-    return values, _protocol(detection.PROTOCOL, options, train), digest
+    return values, _protocol(detection.PROTOCOL, options, train), digest, test.digest(_annotation)
 
 
 def segment(transfer: Transfer, options: segmentation.Options) -> Outcome | None:
     """A fully convolutional network, fine-tuned. None: stopped on request."""
     source, train, test = transfer.source, transfer.train, transfer.test
     task, stride = segmentation.task(source, train, options, transfer.device)
-    if not _fit("segmentation", task, options, transfer):
+    digest = train.digest(_mask)
+    if not _fit("segmentation", task, options, transfer, digest):
         return None
     values, figure = segmentation.evaluate(task.model, test, source.normalize, transfer.device, transfer.threads)
     _add_picture(transfer, "segmentation", figure, "Masks that were found", pictures.MASKS_CAPTION)
-    digest = test.digest(lambda sample: sample.mask_path.read_bytes())
-    return values, _protocol(segmentation.PROTOCOL, options, train, stride=stride), digest
+    return values, _protocol(segmentation.PROTOCOL, options, train, stride=stride), digest, test.digest(_mask)
+
+
+def _annotation(sample: Sample) -> bytes:
+    return data.file_bytes(sample.annotation_path)
+
+
+def _mask(sample: Sample) -> bytes:
+    return data.file_bytes(sample.mask_path)
 
 
 def _add_picture(transfer: Transfer, name: str, figure: Figure, title: str, caption: str) -> None:
@@ -138,8 +151,8 @@ def _add_picture(transfer: Transfer, name: str, figure: Figure, title: str, capt
     print(path, file=sys.stderr, flush=True)
 
 
-def _fit(name: str, task: loop.Task, options: TransferOptions, transfer: Transfer) -> bool:
-    """Whether the training is complete; it was stopped on request otherwise."""
+def _fit(name: str, task: loop.Task, options: TransferOptions, transfer: Transfer, digest: str) -> bool:
+    """Whether the training is complete; it was stopped on request otherwise. digest: of the training split."""
     source, train, folder = transfer.source, transfer.train, transfer.out / name
     settings = {
         "task": name,
@@ -148,6 +161,7 @@ def _fit(name: str, task: loop.Task, options: TransferOptions, transfer: Transfe
         "normalize": to_tree(source.normalize),
         "train": train.title,
         "images": hashlib.sha256("\n".join(sample.id for sample in train.samples).encode()).hexdigest(),
+        "contents": digest,
         "options": to_tree(options),
     }
     with loop.claimed(folder):

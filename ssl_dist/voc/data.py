@@ -124,7 +124,7 @@ class Split:
 
     def digest(self, truth: Callable[[Sample], bytes] = lambda _: b"") -> str:
         """SHA-256 of ids, files of images and what `truth` gives for each."""
-        parts = ((sample.id.encode(), _bytes(sample.image_path), truth(sample)) for sample in self.samples)
+        parts = ((sample.id.encode(), file_bytes(sample.image_path), truth(sample)) for sample in self.samples)
         digests = (hashlib.sha256(part).digest() for of_sample in parts for part in of_sample)
         return hashlib.sha256(b"".join(digests)).hexdigest()
 
@@ -221,12 +221,12 @@ def _labels(root: Path, class_name: str, split: str) -> dict[str, int]:
 
 def _text(path: Path) -> str:
     try:
-        return _bytes(path).decode("utf-8")
+        return file_bytes(path).decode("utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not text") from None
 
 
-def _bytes(path: Path) -> bytes:
+def file_bytes(path: Path) -> bytes:
     with refuse_unreadable(path):
         return path.read_bytes()
 
@@ -253,7 +253,7 @@ class _NoDoctype(ElementTree.TreeBuilder):
 
 def parse_xml(path: Path) -> ElementTree.Element:
     """The root element of an annotation. Raises `UserError` for what is no plain XML."""
-    data = _bytes(path)
+    data = file_bytes(path)
     if len(data) > _MAX_XML_BYTES:
         raise UserError(f"{path}: {len(data)} bytes, an annotation has at most {_MAX_XML_BYTES}; restore the file")
     try:

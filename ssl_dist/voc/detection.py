@@ -39,6 +39,7 @@ PROTOCOL = (
     "average precision by 11 points and by area, difficult objects ignored, ap: mean over IoU 0.5 to 0.95, last step, "
     "seed {seed}"
 )
+VERSION = 1
 ANCHOR_SIDES = (32, 64, 128, 256, 512)  # pixels
 
 

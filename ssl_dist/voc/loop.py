@@ -234,6 +234,7 @@ def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, se
         f"{key} (there {old!r}, now {new!r})"
         for key, old, new in differences(state["config"], settings)
         if key.removeprefix("options.") not in FREE_OPTIONS
+        and not (key == "contents" and old is None)  # a checkpoint of before they were kept
     ]
     if different:
         raise UserError(

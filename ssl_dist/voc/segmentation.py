@@ -36,6 +36,7 @@ PROTOCOL = (
     "{frozen_stages} stages frozen, trained on {train}; mean IoU over the classes, whole images, void ignored, "
     "last step, seed {seed}"
 )
+VERSION = 1
 NAMES = ("background", *CLASSES)
 SCALES = (0.5, 2.0)
 

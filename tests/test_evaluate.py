@@ -1,0 +1,163 @@
+"""What a recorded number is of: it is taken from results.json as long as nothing that it depends on has changed."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from ssl_dist import cli, config, results
+from ssl_dist.convert.command import convert
+from ssl_dist.errors import UserError
+from ssl_dist.evaluate.command import evaluate
+from ssl_dist.evaluators import knn
+from ssl_dist.results.records import LATER_FIELDS
+from ssl_dist.storage.features import read_features
+from ssl_dist.train.loop import train
+from tests.make_images import save
+
+KNN = ["knn"], ["knn.k=[1]"]
+COLOURS = {"blue": (20, 30, 220), "red": (220, 30, 20)}
+
+
+def source_of(root, **exchanged):
+    """train/ and test/ of two classes of plain pictures; exchanged: the class whose folder holds another colour."""
+    for split, count in (("train", 6), ("test", 3)):
+        for name in COLOURS:
+            for i in range(count):
+                colour = np.array(COLOURS[exchanged.get(name, name) if split == "train" else name]) + 2 * i
+                save(root / split / name / f"{i}.png", np.full((32, 32, 3), colour, np.uint8))
+    return root
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of random weights on the two classes, measured once."""
+    data = tmp_path / "data" / "colours"
+    convert("folder", source_of(tmp_path / "source" / "colours"), data, workers=1, progress=False)
+    run = tmp_path / "run"
+    settings = {
+        "run_dir": str(run), "data": {"name": "colours", "root": str(data), "reader": "arrays", "workers": 1},
+        "method": {"name": "random_weights"}, "optim": {"batch_size": 4},
+    }  # fmt: skip
+    assert train(config.validate(config.Config, settings)) == 0
+    assert top1(evaluate(run, *KNN)) == 100
+    return run
+
+
+def top1(outcome):
+    code, records = outcome
+    assert code == 0
+    [value] = [record["value"] for record in records if record["name"] == "knn1_top1"]
+    return value
+
+
+def stored(run):
+    return [record for record in results.read(run / "results.json") if record["name"] == "knn1_top1"]
+
+
+def test_what_has_not_changed_is_taken_from_the_file(run, capsys):
+    before = (run / "results.json").read_bytes()
+    assert top1(evaluate(run, *KNN)) == 100
+    assert (run / "results.json").read_bytes() == before and "already" in capsys.readouterr().err
+
+
+def test_another_training_split_is_measured_anew(run, tmp_path):
+    """The test split stays as it was, to the bit."""
+    shutil.rmtree(tmp_path / "source")
+    data = tmp_path / "data" / "colours"
+    test_split = (data / "test.beton").read_bytes()
+    shutil.rmtree(data)
+    convert(
+        "folder", source_of(tmp_path / "source" / "colours", blue="red", red="blue"), data, workers=1, progress=False
+    )
+    assert (data / "test.beton").read_bytes() == test_split
+    assert top1(evaluate(run, *KNN)) == 0
+    assert [record["value"] for record in stored(run)] == [100, 0], "both are true, of their training splits"
+    assert len({record["train_data"] for record in stored(run)}) == 2
+
+
+def test_another_name_of_a_class_is_extracted_anew(run, tmp_path):
+    data = tmp_path / "data" / "colours"
+    path = data / "dataset.json"
+    path.write_text(path.read_text().replace('"blue"', '"azure"'))
+    assert top1(evaluate(run, ["knn"], ["knn.k=[1]", "knn.precision=fp64"])) == 100
+    assert read_features(run / "features" / "colours-test.safetensors").classes == ["azure", "red"]
+
+
+def test_another_version_of_an_evaluator_is_measured_anew(run, monkeypatch):
+    monkeypatch.setattr(knn, "VERSION", knn.VERSION + 1)
+    monkeypatch.setattr(knn, "run", lambda *_: {"knn1_top1": 50.0})
+    assert top1(evaluate(run, *KNN)) == 50
+
+
+def test_another_transform_is_measured_anew_and_recorded_beside(run):
+    assert top1(evaluate(run, ["knn"], ["knn.k=[1]", "data.image_size=16"])) == 100
+    sizes = [re.search(r"crop (\d+)", record["transform"])[1] for record in stored(run)]
+    assert sizes == ["32", "16"]
+    assert (
+        read_features(run / "features" / "colours-test.safetensors")
+        .metadata["transform"]
+        .startswith("short side to 16, centre crop 16")
+    )
+
+
+def test_records_of_before_are_read_and_replaced_when_measured_again(run):
+    path = run / "results.json"
+    old = [{k: v for k, v in record.items() if k not in LATER_FIELDS} for record in json.loads(path.read_text())]
+    path.write_text(json.dumps([record | {"value": 1.0} for record in old]))
+    assert [record["value"] for record in stored(run)] == [1] and "knn1_top1" in results.table(stored(run))
+    assert top1(evaluate(run, *KNN)) == 100, "nobody knows which training split the old number is of"
+    assert [record["value"] for record in stored(run)] == [100]
+    assert len(results.read(path)) == len(old)
+
+
+def test_without_a_split_to_measure_on(run, tmp_path, capsys):
+    data = tmp_path / "data" / "colours"
+    path = data / "dataset.json"
+    tree = json.loads(path.read_text())
+    del tree["splits"]["test"]
+    path.write_text(json.dumps(tree | {"evaluation": "val"}))
+    assert cli.main(["evaluate", str(run), "knn", "knn.k=[1]"]) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "no split to measure on" in line
+    advised = re.search(r"--validation \S+", line)[0].split()
+    assert cli.main(["evaluate", str(run), "knn", "knn.k=[1]", *advised]) == 0
+
+
+# ---------------------------------------------------------------------------------------------------- sizes
+
+
+def tree_of(run, **data):
+    return {
+        "run_dir": str(run), "data": {"name": "colours", "root": "none"} | data, "method": {"name": "simclr"},
+        "views": {"groups": [{"num": 2, "size": 24}, {"num": 2, "size": 16}]},
+    }  # fmt: skip
+
+
+def test_images_are_evaluated_at_the_size_of_the_largest_views():
+    assert config.overridden(tree_of("run"), []).data.image_size == 24
+    assert config.overridden(tree_of("run", image_size=32), []).data.image_size == 32
+    assert config.overridden(tree_of("run"), ["data.image_size=16"]).data.image_size == 16
+    tree = tree_of("run")
+    del tree["views"]["groups"][0]["size"]
+    with pytest.raises(UserError, match=r"data.image_size: must be given, .*groups\[0\].*data.image_size=16"):
+        config.overridden(tree, [])
+    assert config.overridden(tree, ["data.image_size=16"]).data.image_size == 16
+    with pytest.raises(UserError, match=r"data\.eval_resize"):
+        config.overridden(tree_of("run", eval_resize=20), [])
+
+
+def test_a_size_that_no_view_had_is_said(run, capsys):
+    path = run / "config.yaml"
+    assert "evaluated at" not in capsys.readouterr().err
+    settings = config.load(path, ["data.image_size=32", "views.groups=[{size: 24}]", f"run_dir={run}-other"])
+    assert train(settings) == 0
+    other = f"{run}-other"
+    assert cli.main(["evaluate", other, *KNN[0], *KNN[1]]) == 0
+    line = next(line for line in capsys.readouterr().err.splitlines() if "evaluated at" in line)
+    advised = re.search(r"data\.image_size=\d+", line)[0]
+    assert "32 px" in line and advised == "data.image_size=24"
+    assert cli.main(["evaluate", other, *KNN[0], *KNN[1], advised]) == 0
+    assert "evaluated at" not in capsys.readouterr().err
