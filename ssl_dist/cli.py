@@ -185,8 +185,8 @@ def _explain(args: argparse.Namespace) -> None:
     "write features files",
     _argument("weights", "a run's folder, or one checkpoint file", type=Path, metavar="RUN|WEIGHTS"),
     _overrides(
-        "data.root, data.name, data.reader of another set; for weights of others also backbone.name, data.image_size, "
-        "data.eval_resize, views.normalize"
+        "data.root, data.name, data.reader of another set; data.image_size, data.eval_resize, data.eval_interpolation; "
+        "for weights of others also backbone.name, views.normalize"
     ),
     _argument("--out", "folder to write to (default RUN/features)", type=Path),
     _argument("--split", "split to extract; may be repeated (default: training and test)", action="append"),
@@ -208,6 +208,7 @@ def _extract(args: argparse.Namespace) -> None:
     _argument(
         "overrides",
         "knn, logistic, probe, finetune, classify, ...; knn.k=[20,200] sets an option; data.root=... another data set; "
+        "data.image_size=... another size of images; "
         "data.subset={per_class: 260} or a list of ids: what to learn from",
         nargs="+",
         metavar="EVALUATOR|key=value",

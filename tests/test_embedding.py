@@ -142,9 +142,11 @@ def test_what_is_refused():
         embedding.run(train, test, embedding.Options())
     with pytest.raises(UserError, match=naming("embedding.neighbours = 10", 20)):
         embedding.run(train, test, embedding.Options(neighbours=10, perplexity=5))
-    same = Features(np.ones((20, 3), np.float32), test.labels, test.image_ids, test.metadata, "the file")
-    with pytest.raises(UserError, match=naming("the file", "same features", "collapsed")):
-        embedding.run(same, same, embedding.Options(perplexity=5))
+    for rows in (np.ones((20, 3)), np.random.default_rng(0).normal(size=(20, 3)) * 1e-30):  # t-SNE crashes on these
+        same = Features(rows.astype(np.float32), test.labels, test.image_ids, test.metadata, "the file")
+        for normalize in (True, False):
+            with pytest.raises(UserError, match=naming("the file", "same features", "collapsed")):
+                embedding.run(same, same, embedding.Options(perplexity=5, normalize=normalize))
 
 
 @pytest.mark.slow

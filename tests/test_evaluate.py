@@ -9,10 +9,12 @@ import pytest
 
 from ssl_dist import cli, config, results
 from ssl_dist.convert.command import convert
+from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.errors import UserError
 from ssl_dist.evaluate.command import evaluate
 from ssl_dist.evaluators import knn
 from ssl_dist.results.records import LATER_FIELDS
+from ssl_dist.run.blueprint import derive
 from ssl_dist.storage.features import read_features
 from ssl_dist.train.loop import train
 from tests.make_images import save
@@ -161,3 +163,27 @@ def test_a_size_that_no_view_had_is_said(run, capsys):
     assert "32 px" in line and advised == "data.image_size=24"
     assert cli.main(["evaluate", other, *KNN[0], *KNN[1], advised]) == 0
     assert "evaluated at" not in capsys.readouterr().err
+
+
+def test_a_vision_transformer_is_tried_at_the_size_of_evaluation(run):
+    vit = ["backbone.name=timm/vit_tiny_patch16_224", "method.name=supervised", "views.groups=[{size: 224}]"]
+    settings = config.load(run / "config.yaml", [*vit, "data.image_size=32"])
+    with pytest.raises(UserError, match=r"data\.image_size: images in evaluation of 32 px do not fit"):
+        derive(settings, RankInfo())
+    assert derive(config.load(run / "config.yaml", [*vit, "data.image_size=224"]), RankInfo())
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides", "message"),
+    [
+        (1, ["optim.batch_size=1"], r"optim\.batch_size = 1: .* give 2 or more"),  # maps of one pixel at 32 px
+        (2, ["backbone.name=timm/efficientnet_b0"], r"BatchNormAct2d\) cannot be synchronised .* train on one rank"),
+    ],
+)
+def test_what_the_ranks_would_refuse_is_refused_before_they_start(run, world, overrides, message):
+    resnet = ["backbone.name=resnet18", "method.name=supervised"]
+    settings = config.load(run / "config.yaml", [*resnet, *overrides])
+    with pytest.raises(UserError, match=message):
+        derive(settings, RankInfo(0, world, 0, world))
+    more = ["optim.batch_size=2"] if world == 1 else []
+    assert derive(config.load(run / "config.yaml", [*resnet, *overrides, *more]), RankInfo())

@@ -122,3 +122,18 @@ def test_any_world_size_measures_the_same(digits, tmp_path):
         assert set(codes) == {0}
     assert len(logged(tmp_path / "run1")) == 3
     assert logged(tmp_path / "run1") == logged(tmp_path / "run2") == logged(tmp_path / "run4")
+
+
+@pytest.mark.parametrize("num_pairs", [0, 2])
+def test_classes_of_which_one_image_is_taken_are_left_out(tmp_path, num_pairs):
+    for label in range(20):
+        for i in range(2 if label < num_pairs else 1):
+            save(tmp_path / "source/train" / f"c{label:02}" / f"{i}.png", picture(32, 32, 20 * i + label))
+    convert("folder", tmp_path / "source", tmp_path / "data", name="many", workers=1, progress=False)
+    plan = derive(settings(tmp_path / "data", tmp_path / "run", "data.name=many", method="relational"), RankInfo())
+    if num_pairs:
+        used = online_knn.OnlineKNN(plan, one_process())
+        assert used.num_queries == num_pairs and sorted(used.labels) == [0, 0, 1, 1]
+        return
+    with pytest.raises(UserError, match=r"log.knn_every_epochs = 1: no two of the 20 images .* set it to null"):
+        online_knn.OnlineKNN(plan, one_process())

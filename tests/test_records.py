@@ -17,6 +17,7 @@ METADATA = {
     "split": "test",
     "transform": "centre crop",
     "data": "cd" * 32,
+    "train_data": "ef" * 32,
     "checkpoint": "ab" * 32,
     "step": "40",
     "layer": "output",
@@ -27,7 +28,7 @@ METADATA = {
 
 def measured(values, protocol="kNN", **changes):
     test = Features(np.zeros((1, 1), np.float32), np.zeros(1, np.int64), np.zeros(1, np.int64), METADATA | changes)
-    return results.make_records(values, protocol, test.metadata, seed=3, options={"k": [20]})
+    return results.make_records(values, protocol, test.metadata, seed=3, options={"k": [20]}, version=1)
 
 
 def test_a_record_says_what_the_number_means():
@@ -39,9 +40,12 @@ def test_a_record_says_what_the_number_means():
         "value": 97.5,
         "protocol": "kNN",
         "options": {"k": [20]},
+        "version": 1,
         "dataset": "digits",
         "split": "test",
         "data": "cd" * 32,
+        "train_data": "ef" * 32,
+        "transform": "centre crop",
         "seed": 3,
         "method": "relational",
         "backbone": "conv4",

@@ -50,7 +50,8 @@ def digest(folder):
 def record(folder, **changes):
     return {
         "name": "knn20_top1", "value": 50.0, "protocol": "weighted kNN", "options": {}, "dataset": "cifar10",
-        "split": "test", "data": "d", "seed": 0, "method": "relational", "backbone": "conv4",
+        "split": "test", "data": "d", "train_data": "t", "transform": "crop", "version": 1,
+        "seed": 0, "method": "relational", "backbone": "conv4",
         "checkpoint": digest(folder), "step": 780, "time": "2030-01-01T00:00:00+00:00",
     } | changes  # fmt: skip
 

@@ -11,7 +11,8 @@ from ssl_dist.errors import UserError
 def run_with(folder, seed, value, lr=1e-3, **changes):
     record = {
         "name": "knn5_top1", "value": value, "protocol": "kNN", "options": {}, "dataset": "digits", "split": "test",
-        "data": "d", "seed": seed, "method": "relational", "backbone": "conv4", "checkpoint": f"c{seed}", "step": 20,
+        "data": "d", "train_data": "t", "transform": "crop", "version": 1,
+        "seed": seed, "method": "relational", "backbone": "conv4", "checkpoint": f"c{seed}", "step": 20,
         "time": "2030-01-01T00:00:00+00:00",
     } | changes  # fmt: skip
     folder.mkdir(exist_ok=True)

@@ -152,6 +152,13 @@ def test_a_class_that_cannot_be_found_counts_as_nothing(caplog):
     assert "1 of 3 queries" in caplog.text
 
 
+def test_the_default_goes_without_more_than_there_are(caplog):
+    values = retrieval.run(random_part(12), random_part(10, seed=1), retrieval.Options())
+    assert {"retrieval_top1", "retrieval_top5"} <= values.keys() and "retrieval_top20" not in values
+    assert "retrieval.k = 20 left out" in caplog.text
+    assert "retrieval_top20" in retrieval.run(random_part(20), random_part(10, seed=1), retrieval.Options())
+
+
 def test_what_is_refused():
     train, test = random_part(30), random_part(10, seed=1)
     with pytest.raises(UserError, match=naming("retrieval.k = 31", 30, 30)):

@@ -17,6 +17,7 @@ from ssl_dist.data.readers import Dataset
 from ssl_dist.errors import UserError
 from ssl_dist.evaluate.command import evaluate
 from ssl_dist.evaluators import finetune, probe
+from ssl_dist.results import confusion
 from ssl_dist.run.encoder import load_encoder, load_method, load_together
 from ssl_dist.storage import checkpoint
 from tests import ranks
@@ -286,3 +287,15 @@ def test_a_stopped_fine_tuning_resumes_exactly(digits, tmp_path):
             torch.equal(torch.as_tensor(v), torch.as_tensor(results["stopped"][2][number][k]))
             for k, v in moments.items()
         )
+
+
+def test_a_classifier_of_many_classes_needs_no_matrix_of_them(run, digits, monkeypatch):
+    """Above `confusion.MAX_CLASSES` hits are counted, not pairs of classes; the numbers are the same."""
+    _, expected = evaluate(run, ["probe"], ["probe.epochs=1", "probe.batch_size=64"])
+    monkeypatch.setattr(confusion, "MAX_CLASSES", 5)
+    classified = []
+    monkeypatch.setattr("ssl_dist.transfer.recipe.draw", lambda *arguments: classified.append(arguments[0]))
+    (run / "results.json").unlink()
+    _, records = evaluate(run, ["probe"], ["probe.epochs=1", "probe.batch_size=64"])
+    assert [record["value"] for record in records] == [record["value"] for record in expected]
+    assert [each.confusion for each in classified] == [None]

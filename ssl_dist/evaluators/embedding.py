@@ -37,7 +37,8 @@ PROTOCOL = (
 VERSION = 1
 DRAWS = True
 _PROJECTOR_DIMS = 128  # the projector reduces by itself what is wider than 200
-_MIN_SPREAD = 1e-7  # of the largest feature, below which features in float32 differ by rounding alone
+_MIN_RELATIVE_SPREAD = 1e-8  # of the largest feature; features in float32 that differ less are equal
+_MIN_SPREAD = 1e-12  # below it squared distances leave t-SNE's range, and the process with them
 _THUMBNAIL_SIZE = 40  # pixels; the projector takes a picture of all thumbnails of 8192 pixels at the most
 
 
@@ -72,7 +73,7 @@ def run(train: Features, test: Features, options: Options, writer: FigureWriter 
     _check_counts(len(rows), test, options)
     features_ND = torch.from_numpy(test.take(rows)).double()
     x_ND = (F.normalize(features_ND) if options.normalize else features_ND).numpy()
-    if np.ptp(x_ND, axis=0).max() <= _MIN_SPREAD * np.abs(x_ND).max():
+    if np.ptp(x_ND, axis=0).max() <= max(_MIN_RELATIVE_SPREAD * np.abs(x_ND).max(), _MIN_SPREAD):
         raise UserError(f"{test.source}: all images have the same features; the checkpoint has collapsed, use another")
     with threadpool_limits(1):  # sums in one order, whatever the machine: t-SNE can make another map of a last digit
         pca = PCA(svd_solver="full").fit(x_ND)

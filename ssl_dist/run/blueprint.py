@@ -215,6 +215,8 @@ def derive(config: Config, rank_info: RankInfo) -> RunPlan:
         for size in dict.fromkeys(spec.size for spec in plan.specs):
             try_size(method.backbone, size, config.backbone.name, "views")
         try_size(method.backbone, config.data.image_size, config.backbone.name, "images in evaluation")
+        if config.optim.batch_size == 1 and method_class.trainable and plan.num_views == 1:
+            _refuse_one_row(method, config.data.image_size)
     return plan
 
 
@@ -234,6 +236,24 @@ def try_size(backbone: nn.Module, size: int, name: str, what: str) -> None:
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"data.image_size: {what} of {size} px do not fit backbone {name}: {reason}") from None
+
+
+def _refuse_one_row(method: SSLMethod, size: int) -> None:
+    """Raises `UserError` when a BatchNorm gets one value of a channel from a single image, and so has no variance."""
+    method.train()
+    layers = [x for x in method.backbone.modules() if isinstance(x, nn.modules.batchnorm._BatchNorm) and x.training]
+    method.eval()
+
+    def check(_layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if inputs[0].numel() == inputs[0].shape[1]:
+            raise UserError(
+                "optim.batch_size = 1: BatchNorm has one value of a channel where the backbone's maps have one pixel; "
+                "give 2 or more"
+            )
+
+    for layer in layers:
+        layer.register_forward_pre_hook(check)
+    method.backbone(torch.empty(1, 3, size, size, dtype=next(method.parameters()).dtype))
 
 
 def refuse_random_layers(module: nn.Module, name: str) -> None:
