@@ -144,6 +144,60 @@ def test_damaged_files_are_refused(tmp_path):
     assert "contradict" in refusal(path)
 
 
+def test_no_field_of_the_tables_reaches_outside_the_pages(tmp_path):
+    """Each of these was a signal, or asked for all memory, when the pixels were read."""
+    path = tmp_path / "x.beton"
+    write(path, samples(20))
+    whole, file = path.read_bytes(), Beton(path)
+    table = len(whole) - 20 * beton.ALLOCATION.itemsize
+    jpeg_id, raw_id = 0, 1
+
+    def changed(**fields):
+        """The file with fields of records and of allocations set alike: name = (image, value)."""
+        records = np.frombuffer(whole, beton.SAMPLE, 20, beton.RECORDS_START).copy()
+        allocations = np.frombuffer(whole, beton.ALLOCATION, 20, table).copy()
+        for name, (image_id, value) in fields.items():
+            for array in (records, allocations):
+                if name in array.dtype.names:
+                    array[name][image_id] = value
+        front = whole[: beton.RECORDS_START] + records.tobytes()
+        path.write_bytes(front + whole[len(front) : table] + allocations.tobytes())
+        return refusal(path)
+
+    for pointer in (1 << 63, (1 << 64) - 1, (1 << 64) - 4096, table + 1, 0, beton.RECORDS_START):
+        assert "outside the pages" in changed(pointer=(jpeg_id, pointer)), pointer
+    for size in (1 << 63, (1 << 64) - 1, len(whole), table):
+        assert "outside the pages" in changed(size=(jpeg_id, size)), size
+    assert "two images lie in one place" in changed(size=(jpeg_id, int(file.sizes[jpeg_id]) + 1))
+    assert "two images lie in one place" in changed(pointer=(jpeg_id, int(file.pointers[2])))
+    for fields in (
+        {"size": (jpeg_id, 0)}, {"size": (raw_id, 1)}, {"mode": (jpeg_id, 2)}, {"label": (3, -2)}, {"width": (0, 0)},
+        {"height": (jpeg_id, 0)}, {"height": (raw_id, 65535)}, {"sample_id": (3, 4)},
+    ):  # fmt: skip
+        assert "contradict each other" in changed(**fields), fields
+
+    header = np.frombuffer(whole[: beton.HEADER.itemsize], beton.HEADER).copy()
+    for count in (1 << 62, (1 << 64) - 1, 1 << 33):
+        header["num_samples"], header["table"] = count, (len(whole) - count * 24) % (1 << 64)
+        path.write_bytes(header.tobytes() + whole[beton.HEADER.itemsize :])
+        assert "header speaks of" in refusal(path)
+    count = (len(whole) - 4096) // beton.ALLOCATION.itemsize  # fits the file's length, and not its records
+    header["num_samples"], header["table"] = count, len(whole) - count * beton.ALLOCATION.itemsize
+    path.write_bytes(header.tobytes() + whole[beton.HEADER.itemsize :])
+    assert f"header speaks of {count} images" in refusal(path)
+
+
+def test_the_checksum_of_the_tables_covers_every_byte_of_them(tmp_path):
+    path = tmp_path / "x.beton"
+    write(path, samples(4))
+    whole, before = path.read_bytes(), Beton(path).tables_sha256
+    records = beton.RECORDS_START
+    for place in (records + 16, records + 13, records - 1, len(whole) - 1 - beton.PAGE_SIZE):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        pages = place == len(whole) - 1 - beton.PAGE_SIZE
+        assert (Beton(path).tables_sha256 == before) == pages, place
+
+
 @pytest.mark.requires_ffcv
 def test_ffcv_has_the_same_types():
     import_module("ssl_dist.data.ffcv_reader")  # makes FFCV's import quick

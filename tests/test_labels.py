@@ -22,8 +22,9 @@ def test_a_column_is_read_and_the_rest_is_unknown(tmp_path):
     path = written(tmp_path / "labels.csv", "\ufeffimage_id,label_0,label_1\n3,7,0\n0,2,5\n")  # as spreadsheets write
     assert labels.read(path, 0, 5).tolist() == [2, -1, -1, 7, -1]
     assert labels.read(path, 1, 5).tolist() == [5, -1, -1, 0, -1]
-    grown = labels.read(path, 0, None)
-    assert grown[:4].tolist() == [2, -1, -1, 7] and (grown[4:] == -1).all()
+    assert labels.read(path, 0, None).tolist() == [2, -1, -1, 7]
+    written(path, "image_id,label_0\r\n\r\n3,7\r\n   \r\n\r\n")
+    assert labels.read(path, 0, 4).tolist() == [-1, -1, -1, 7], "blank lines are passed over"
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,10 @@ def test_a_column_is_read_and_the_rest_is_unknown(tmp_path):
         ("image_id,label\n0,cat\n", "line 2: must be 2 whole numbers"),
         ("image_id,label\n0,1000000\n", "line 2: a label has 6 digits at most"),
         ("image_id,label\n" + "9" * 30 + ",0\n", "line 2: a label has 6 digits at most, an id 18"),
+        ("image_id,label\n" + "9" * 5000 + ",0\n", "line 2: a label has 6 digits at most, an id 18"),
+        ("image_id,label\n²,0\n", "line 2: must be 2 whole numbers"),
+        ("image_id,label\n0,①\n", "line 2: must be 2 whole numbers"),
+        ("image_id,label\n0,1\n,\n", "line 3: must be 2 whole numbers"),
         ("image_id,label\n9,0\n", "line 2: image 9 is not in the split's 0..4"),
         ("image_id,label\n1,0\n1,0\n", "line 3: image 1 stands twice"),
     ],

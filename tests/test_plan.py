@@ -1,8 +1,11 @@
+import os
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ssl_dist.data import labels as labels_file
 from ssl_dist.data import plan
 from ssl_dist.data.plan import DataOrder
 from ssl_dist.errors import UserError
@@ -67,12 +70,31 @@ def test_list_file(tmp_path):
     path = tmp_path / "ids.txt"
     path.write_text("# half of them\n3\n\n1\n")
     assert plan.from_list(str(path), 4).tolist() == [1, 3]
-    for text, words in {"1\nx\n": "line 2: 'x'", "9\n": "line 1: '9'", "1\n1\n": "twice", "\n": "no id"}.items():
+    path.write_text("\ufeff3\r\n1\r\n\r\n")  # as editors of Windows write it
+    assert plan.from_list(str(path), 4).tolist() == [1, 3]
+    bad = {"1\nx\n": "line 2: 'x'", "9\n": "line 1: '9'", "1\n1\n": "twice", "\n": "no id", "²": "'²'", "①": "'①'",
+           "9" * 5000: "line 1: '9999", "0" * 5000 + "1": "line 1: '0000", "-1": "'-1'", "1.0": "'1.0'"}  # fmt: skip
+    for text, words in bad.items():
         path.write_text(text)
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=words) as caught:
             plan.from_list(str(path), 4)
+        assert len(str(caught.value)) < 500
+    path.write_bytes(b"\xff\xfe1\0")
+    with pytest.raises(UserError, match="not a text file"):
+        plan.from_list(str(path), 4)
     with pytest.raises(UserError, match="absent"):
         plan.from_list(str(tmp_path / "absent"), 4)
+
+
+@pytest.mark.timeout(20)
+def test_what_has_no_end_is_no_file(tmp_path):
+    """A pipe would wait for its writer, and /dev/zero never ends."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (str(tmp_path / "pipe"), "/dev/zero"):
+        with pytest.raises(UserError, match="not a regular file"):
+            plan.from_list(path, 4)
+        with pytest.raises(UserError, match="not a regular file"):
+            labels_file.read(path, 0, 4)
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.floats(0.01, 0.99), st.integers(0, 3))

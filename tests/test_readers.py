@@ -13,7 +13,7 @@ from PIL import Image
 
 from ssl_dist.convert.command import convert
 from ssl_dist.data import readers
-from ssl_dist.data.beton import JPG, RAW, Beton, Writer
+from ssl_dist.data.beton import JPG, RAW, RECORDS_START, SAMPLE, Beton, Writer
 from ssl_dist.data.readers import Dataset
 from ssl_dist.errors import UserError
 from ssl_dist.thread_team import ThreadTeam
@@ -190,6 +190,17 @@ def without_check_values(root):
             writer.add(*rest, data.tobytes())
         writer._records["check"] = 0
         writer.finish()
+    record(root)
+
+
+def record(root, **changes):
+    """Make dataset.json tell of train.beton as it is now, but for `changes`."""
+    file, described = Beton(root / "train.beton"), json.loads((root / "dataset.json").read_text())
+    sides = {"max_height": int(file.heights.max()), "max_width": int(file.widths.max())}
+    counts = np.bincount(file.labels, minlength=len(described["classes"])).tolist()
+    facts = {"class_counts": counts, "raw": int((file.modes == RAW).sum()), "tables": file.tables_sha256}
+    described["splits"]["train"] |= sides | facts | changes
+    (root / "dataset.json").write_text(json.dumps(described))
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -218,9 +229,49 @@ def test_a_jpeg_that_only_earns_a_warning_is_shown(own, reader):
         for _ in range(COUNT):
             writer.add(0, JPG, 70, 90, data)
         writer.finish()
+    record(own)
     with Dataset(own, reader=reader).open("train") as opened:
         ((pixels, *_),) = opened.batches(numbers([4]))
     assert (pixels[0] == stored(own)[0]).all()
+
+
+def exchange_labels(root, *ids):
+    """Write the label of the first image to the second and the reverse; every check value still holds."""
+    places = [RECORDS_START + image_id * SAMPLE.itemsize + SAMPLE.fields["label"][1] for image_id in ids]
+    whole = bytearray((root / "train.beton").read_bytes())
+    labels = [whole[place : place + 8] for place in places]
+    assert labels[0] != labels[1]
+    for place, label in zip(places, reversed(labels), strict=True):
+        whole[place : place + 8] = label
+    (root / "train.beton").write_bytes(whole)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_labels_that_were_changed_are_refused(own, reader):
+    exchange_labels(own, 0, COUNT - 1)
+    message = refusal(own, reader=reader)
+    assert "train.beton: its labels and tables are not those that were written" in message and "convert" in message
+    record(own, tables=None)  # as written before there was a checksum: such an exchange shows in nothing
+    assert Dataset(own, reader=reader).labels("train")[0] == 1
+
+
+def test_a_file_and_what_dataset_json_says_of_it(own):
+    """Also without a checksum of the tables, as it was written before."""
+    count, sides = Beton(own / "train.beton").count, Beton(own / "train.beton").heights
+    for changes, words in (
+        ({"class_counts": [4, 7]}, ["5 of its images have the label 0", "says 4"]),
+        ({"class_counts": [count + 0, 0]}, ["have the label 0", f"says {count}"]),
+        ({"max_height": int(sides.max()) + 1}, ["sizes differ"]),
+        ({"raw": 0}, ["sizes differ"]),
+    ):
+        record(own, tables=None, **changes)
+        message = refusal(own)
+        assert all(word in message for word in [*words, "dataset.json", "ssl-dist convert"]), message
+    described = json.loads((own / "dataset.json").read_text()) | {"classes": ["only"]}
+    described["splits"]["train"]["class_counts"] = [count]
+    described["splits"]["val"]["class_counts"] = [4]
+    (own / "dataset.json").write_text(json.dumps(described))
+    assert "has the label 1" in (message := refusal(own)) and "names 1 classes" in message
 
 
 # ------------------------------------------------------------------------------------------------------ mistakes

@@ -256,7 +256,7 @@ def _default(path: list[str]) -> dict | list:
 
 
 def _index(name: str, items: list, override: str) -> int:
-    if not (name.isdigit() and int(name) < len(items)):
+    if name not in map(str, range(len(items))):
         raise UserError(f"override {override!r}: {name!r} is not one of the items 0..{len(items) - 1}")
     return int(name)
 

@@ -19,7 +19,7 @@ import numpy as np
 from ssl_dist.convert.encode import Sample, encode, page_size
 from ssl_dist.convert.images import Images
 from ssl_dist.convert.sources import open_source
-from ssl_dist.convert.statistics import Moments, measure
+from ssl_dist.convert.statistics import Moments, constant_channels, measure
 from ssl_dist.data import manifest
 from ssl_dist.data.beton import JPG, MAX_SIDE, RAW, Beton, Digest, Writer
 from ssl_dist.data.catalog import CATALOG, OWN_FOLDER, Entry, SplitRoles, split_roles
@@ -79,13 +79,18 @@ def convert(
         for split in sorted(source.splits, key=lambda split: split != roles.pretraining):
             images, path = source.splits[split], out / f"{split}.beton"
             is_kept = split in splits and _is_intact(path, splits[split], images, quiet)
-            if not is_kept:
+            if is_kept:  # a manifest of before has no checksum of its tables
+                tables = Beton(path).tables_sha256
+                splits[split] = splits[split].model_copy(update={"tables": tables})
+            else:
                 splits[split] = _write(path, images, len(source.classes), encoding, workers, quiet)
             if split == roles.pretraining:
                 if previous is not None and is_kept:
                     moments: Moments = (previous.mean, previous.std, previous.measured_images)
                 else:
                     moments = measure(Beton(path), workers)
+                if constant := constant_channels(moments[1]):
+                    _log(f"{path}: constant in all images: {constant}; std is 1 for it in {manifest.FILE}", quiet)
             written = {name: splits[name] for name in source.splits if name in splits}
             result = _manifest(name, entry, source.classes, written, roles, moments, encoding)
             manifest.save(out, result)
@@ -165,6 +170,10 @@ def _is_intact(path: Path, recorded: SplitRecord, images: Images, quiet: bool) -
     except UserError as error:
         _log(f"{error}; doing so", quiet)
         return False
+    difference = manifest.difference(beton, recorded)
+    if difference:
+        _log(f"{path}: {difference}; converting it again", quiet)
+        return False
     if not np.array_equal(beton.labels, images.labels):
         return False
     digest = Digest()
@@ -223,6 +232,7 @@ def _record_of(beton: Beton, num_classes: int, digest: str, listing: str) -> Spl
         jpeg=int((beton.modes == JPG).sum()),
         bytes=beton.path.stat().st_size,
         sha256=digest,
+        tables=beton.tables_sha256,
         listing=listing,
     )
 

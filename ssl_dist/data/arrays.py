@@ -39,9 +39,10 @@ def stored_image(beton: Beton, image_id: int) -> np.ndarray:
     if beton.modes[image_id] == RAW:
         return data.reshape(*size, 3)
     try:
-        pixels = np.asarray(Image.open(io.BytesIO(data.tobytes())).convert("RGB"))
+        image = Image.open(io.BytesIO(data.tobytes()))
+        shown = image.height, image.width
+        if shown == size:  # asked before its pixels take memory
+            return np.asarray(image.convert("RGB"))
     except DAMAGED_IMAGE_ERRORS as error:
         raise damaged(beton, image_id, f"Pillow: {reason_of(error)}") from None
-    if pixels.shape[:2] != size:
-        raise damaged(beton, image_id, f"it shows {pixels.shape[:2]} pixels and the file says {size}")
-    return pixels
+    raise damaged(beton, image_id, f"it shows {shown} pixels and the file says {size}")

@@ -20,8 +20,8 @@ from typing import Self
 import numpy as np
 from numba import njit
 
-from ssl_dist.errors import UserError
-from ssl_dist.storage.durable import sync_folder
+from ssl_dist.errors import UserError, refuse_unreadable
+from ssl_dist.storage.durable import open_regular, sync_folder
 
 JPG, RAW = 0, 1  # FFCV's values of `mode`
 VERSION = 2
@@ -156,12 +156,14 @@ class Beton:
     """An open .beton file. Index = image id.
 
     count; labels int64 [N]; modes uint8 [N]; heights, widths, pointers, sizes int64 [N]; checks int64 [N] (0: none);
-    data uint8 [bytes of the file], mapped. Raises `UserError` for a file that is missing, truncated or foreign.
+    data uint8 [bytes of the file], mapped; tables_sha256: SHA-256 of all that is not the samples' bytes. Every sample
+    lies in the pages, and none over another. Raises `UserError` for a file that is missing, truncated, foreign or
+    contradicts itself.
     """
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        records, allocations = _read_tables(self.path)
+        records, allocations, self.tables_sha256 = _read_tables(self.path)
         self.count = len(records)
         self.labels = records["label"].astype(np.int64)
         self.modes = records["mode"].copy()
@@ -176,10 +178,16 @@ class Beton:
         if (
             (allocations["sample_id"][order] != np.arange(self.count)).any()
             or (allocations["pointer"][order] != records["pointer"]).any()
+            or not np.isin(self.modes, (JPG, RAW)).all()
+            or min(self.heights.min(), self.widths.min(), self.sizes.min()) < 1
             or (self.sizes[raw] != (self.heights * self.widths * 3)[raw]).any()
-            or (self.pointers + self.sizes).max() > self.path.stat().st_size
+            or self.labels.min() < -1
         ):
             raise _refused(self.path, "its tables contradict each other")
+        by_place = np.argsort(self.pointers, kind="stable")
+        ends = (self.pointers + self.sizes)[by_place]
+        if (ends[:-1] > self.pointers[by_place][1:]).any():
+            raise _refused(self.path, "its tables contradict each other: two images lie in one place")
         self.data = np.memmap(self.path, np.uint8, "r")
 
     def sample(self, image_id: int) -> np.ndarray:
@@ -194,14 +202,15 @@ class Beton:
             yield int(label), int(mode), int(height), int(width), self.sample(image_id).data
 
 
-def _read_tables(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The records and the allocations of a file whose frame is sound."""
+def _read_tables(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
+    """The records and the allocations of a file whose frame is sound, every place inside its pages, and the SHA-256 of
+    header, descriptors, records and allocations."""
     if not path.is_file():
         raise _refused(path, "there is no such file")
-    size = path.stat().st_size
-    if size < RECORDS_START:
-        raise _refused(path, f"{size} bytes are not a .beton file")
-    with open(path, "rb") as file:
+    with refuse_unreadable(path, "make it readable"), open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < RECORDS_START:
+            raise _refused(path, f"{size} bytes are not a .beton file")
         header = np.fromfile(file, HEADER, 1)[0]
         fields = np.fromfile(file, FIELD, 2)
         count, table, page = int(header["num_samples"]), int(header["table"]), int(header["page_size"])
@@ -215,9 +224,20 @@ def _read_tables(path: Path) -> tuple[np.ndarray, np.ndarray]:
         expected = table + count * ALLOCATION.itemsize
         if size != expected:
             raise _refused(path, f"it has {size} bytes and its header speaks of {expected}: truncated or damaged")
-        records = np.fromfile(file, SAMPLE, count)
+        pages_start = RECORDS_START + count * SAMPLE.itemsize
+        if pages_start > table:
+            raise _refused(path, f"its header speaks of {count} images, and its table begins at byte {table}: damaged")
+        file.seek(0)
+        front = file.read(pages_start)
         file.seek(table)
-        return records, np.fromfile(file, ALLOCATION, count)
+        back = file.read(count * ALLOCATION.itemsize)
+    records = np.frombuffer(front, SAMPLE, offset=RECORDS_START)
+    allocations = np.frombuffer(back, ALLOCATION)
+    # before any of them becomes a signed number
+    pointers, sizes = allocations["pointer"], allocations["size"]
+    if pointers.min() < pages_start or pointers.max() > table or (sizes > table - pointers).any():
+        raise _refused(path, "its tables contradict each other: an image lies outside the pages")
+    return records, allocations, hashlib.sha256(front + back).hexdigest()
 
 
 def _refused(path: Path, reason: str) -> UserError:

@@ -1,29 +1,32 @@
 """Labels from a text file in the place of a split's own: pseudo-labels of a method, or any other."""
 
 import csv
+import io
 from pathlib import Path
 
 import numpy as np
 
 from ssl_dist.errors import UserError
+from ssl_dist.storage.durable import open_regular
 
 KEYS = ("data.labels.file", "data.labels.column")
 MAX_IMAGES = 10**8  # where their number is unknown
 MAX_DIGITS = 6  # of a label: a classifier has an output for every number up to the largest
+MAX_ID_DIGITS = 18  # fits 64 bits
 
 
 def read(path: str | Path, column: int, count: int | None, keys: tuple[str, str] = KEYS) -> np.ndarray:
-    """int64 [count], -1 for images that the file does not list; count None: as many as the file needs, or more.
+    """int64 [count], -1 for images that the file does not list; count None: as many as the file needs.
     keys: those of the file and of the column, for errors.
 
     The file: CSV, a first line of names (image_id, then one or more label columns), then a line an image with its id
-    and a whole number of 0 to 999,999 a column; `column` counts the label columns from 0. Raises `UserError` that names
-    the line.
+    and a whole number of 0 to 999,999 a column, or nothing; `column` counts the label columns from 0. Raises
+    `UserError` that names the line.
     """
-    labels = np.full(count or 0, -1, np.int64)
+    label_of: dict[int, int] = {}
     last = (MAX_IMAGES if count is None else count) - 1
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file)
             names = next(rows, [])
             if len(names) < 2 or names[0] != "image_id":
@@ -31,22 +34,30 @@ def read(path: str | Path, column: int, count: int | None, keys: tuple[str, str]
             if column >= len(names) - 1:
                 raise UserError(f"{keys[1]} = {column}: {path} has {len(names) - 1} label column(s), counted from 0")
             for number, row in enumerate(rows, 2):
+                if len(row) < 2 and not "".join(row).strip():  # a blank line
+                    continue
                 if len(row) != len(names) or not all(word.isascii() and word.isdigit() for word in row):
                     raise _fault(keys, path, number, f"must be {len(names)} whole numbers")
-                if len(row[0]) > 18 or len(row[1 + column]) > MAX_DIGITS:
-                    raise _fault(keys, path, number, f"a label has {MAX_DIGITS} digits at most, an id 18")
+                if not is_whole_number(row[0]) or len(row[1 + column]) > MAX_DIGITS:
+                    raise _fault(keys, path, number, f"a label has {MAX_DIGITS} digits at most, an id {MAX_ID_DIGITS}")
                 image_id = int(row[0])
                 if image_id > last:
                     raise _fault(keys, path, number, f"image {image_id} is not in the split's 0..{last}")
-                if image_id >= len(labels):
-                    labels = np.append(labels, np.full(image_id + 1, -1, np.int64))  # at least twice as many
-                if labels[image_id] >= 0:
+                if image_id in label_of:
                     raise _fault(keys, path, number, f"image {image_id} stands twice")
-                labels[image_id] = int(row[1 + column])
+                label_of[image_id] = int(row[1 + column])
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{keys[0]} = {str(path)!r}: cannot be read: {reason}") from None
+    labels = np.full(max(label_of, default=-1) + 1 if count is None else count, -1, np.int64)
+    labels[list(label_of)] = list(label_of.values())
     return labels
+
+
+def is_whole_number(word: str) -> bool:
+    """Whether `word` is a number in plain digits that fits 64 bits. `str.isdigit` alone takes exponents and circles,
+    too, which int() refuses as it does thousands of digits."""
+    return word.isascii() and word.isdigit() and len(word) <= MAX_ID_DIGITS
 
 
 def text(image_ids: np.ndarray, labels: np.ndarray) -> str:

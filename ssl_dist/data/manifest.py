@@ -2,15 +2,22 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+import numpy as np
+from pydantic import AfterValidator, Field, model_validator
 
-from ssl_dist.config import Section, validate
+from ssl_dist.config import NonNegativeInt, PositiveInt, Section, validate
+from ssl_dist.data.beton import RAW, Beton
 from ssl_dist.errors import UserError
-from ssl_dist.storage.durable import write_text
+from ssl_dist.storage.durable import open_regular, write_text
 
 FILE = "dataset.json"
+CONSTANT_STD = 1.0  # stands for the standard deviation of a channel that has the same value in every pixel
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Std = Annotated[Share, AfterValidator(lambda std: std or CONSTANT_STD)]
+FileName = Annotated[str, Field(pattern=r"^[^/\x00]+$")]
 
 
 class Encoding(Section):
@@ -23,39 +30,51 @@ class Encoding(Section):
 
 class SplitRecord(Section):
     """One split: <split>.beton. class_counts: images of every class; raw, jpeg: images stored so; sha256: see
-    `beton.Digest`; listing: SHA-256 of the names of its images at the source."""
+    `beton.Digest`; tables: SHA-256 of the rest of the file, labels among it (null: written before there was one);
+    listing: SHA-256 of the names of its images at the source."""
 
-    count: int
+    count: PositiveInt
     labelled: bool
-    class_counts: list[int]
-    max_height: int
-    max_width: int
-    raw: int
-    jpeg: int
-    bytes: int
+    class_counts: list[NonNegativeInt]
+    max_height: PositiveInt
+    max_width: PositiveInt
+    raw: NonNegativeInt
+    jpeg: NonNegativeInt
+    bytes: Annotated[int, Field(ge=1)]
     sha256: str
+    tables: str | None = None
     listing: str
 
 
 class Manifest(Section):
     """The data set. mean, std: per channel, pixels in [0, 1], measured on `measured_images` images, evenly spaced, of
-    the split for pre-training; every image counts the same. pretraining, training, evaluation: `catalog.SplitRoles`."""
+    the split for pre-training; every image counts the same. A std of 0, which was written of a constant channel before,
+    is read as `CONSTANT_STD`. pretraining, training, evaluation: `catalog.SplitRoles`."""
 
     format: Literal[1] = 1
     name: str
     about: str
     classes: list[str]
-    splits: dict[str, SplitRecord]
+    splits: dict[FileName, SplitRecord] = Field(min_length=1)
     pretraining: str
     training: str
     evaluation: str
     image_size: int | None
-    mean: tuple[float, float, float] = Field(strict=False)
-    std: tuple[float, float, float] = Field(strict=False)
+    mean: tuple[Share, Share, Share] = Field(strict=False)
+    std: tuple[Std, Std, Std] = Field(strict=False)
     measured_images: int
     paper_mean: list[float] | None
     paper_std: list[float] | None
     encoding: Encoding
+
+    @model_validator(mode="after")
+    def _classes_are_counted(self) -> Self:
+        for split, record in self.splits.items():
+            if len(record.class_counts) != len(self.classes):
+                raise ValueError(
+                    f"splits.{split}.class_counts: counts {len(record.class_counts)} classes of {len(self.classes)}"
+                )
+        return self
 
 
 def load(root: str | Path) -> Manifest:
@@ -63,14 +82,41 @@ def load(root: str | Path) -> Manifest:
     path = Path(root) / FILE
     remedy = f"write it with `ssl-dist convert DATASET --root SOURCE --out {root}`"
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            tree = json.loads(file.read().decode("utf-8-sig"))
+        json.dumps(tree, ensure_ascii=False).encode()  # JSON can write half a character, which no message can show
     except FileNotFoundError:
         raise UserError(f"data.root = {str(root)!r}: there is no {FILE} in it; {remedy}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: can not be read ({error}); {remedy}") from None
     if not isinstance(tree, dict) or "splits" not in tree:
         raise UserError(f"{path}: not the {FILE} of a converted data set; {remedy}")
-    return validate(Manifest, tree, f"{path}: ")
+    try:
+        return validate(Manifest, tree, f"{path}: ")
+    except UserError as error:
+        raise UserError(f"{error}; {remedy}") from None
+
+
+def difference(beton: Beton, record: SplitRecord) -> str:
+    """In what a split's file is not the one that was recorded, in words; empty: in nothing that shows without reading
+    the samples' bytes."""
+    num_classes, highest = len(record.class_counts), int(beton.labels.max())
+    if beton.count != record.count:
+        return f"holds {beton.count} images and {FILE} says {record.count}"
+    if highest >= num_classes:
+        image_id = int(beton.labels.argmax())
+        return f"image {image_id} has the label {highest} and {FILE} names {num_classes} classes"
+    counts = np.bincount(beton.labels[beton.labels >= 0], minlength=num_classes)
+    other = np.flatnonzero(counts != record.class_counts)
+    if len(other):
+        own, recorded = counts[other[0]], record.class_counts[other[0]]
+        return f"{own} of its images have the label {other[0]} and {FILE} says {recorded}"
+    sides = int(beton.heights.max()), int(beton.widths.max())
+    if sides != (record.max_height, record.max_width) or (beton.modes == RAW).sum() != record.raw:
+        return f"its images are not those of {FILE} (sizes differ)"
+    if record.tables not in (None, beton.tables_sha256):
+        return f"its labels and tables are not those that were written (their SHA-256 is not the one in {FILE})"
+    return ""
 
 
 def save(root: Path, manifest: Manifest) -> None:

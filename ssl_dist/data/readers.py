@@ -49,8 +49,8 @@ class Dataset:
     def open(self, split: str) -> Reader:
         """The reader of a split; a context manager.
 
-        Raises `UserError` for a missing, truncated or foreign file, an unknown split, a count other than
-        dataset.json's, and for the reader ffcv where FFCV can not be imported.
+        Raises `UserError` for a missing, truncated or foreign file, an unknown split, a file that is not the one
+        dataset.json tells of, and for the reader ffcv where FFCV can not be imported.
         """
         info, beton = self._open(split)
         if self.reader == "arrays":
@@ -72,10 +72,10 @@ class Dataset:
             )
         facts = self._manifest.splits[split]
         beton = Beton(Path(self.root) / f"{split}.beton")
-        if beton.count != facts.count:
+        difference = manifest.difference(beton, facts)
+        if difference:
             raise UserError(
-                f"{beton.path}: holds {beton.count} images and {manifest.FILE} says {facts.count}; "
-                f"convert again: `ssl-dist convert DATASET --root SOURCE --out {self.root}`"
+                f"{beton.path}: {difference}; convert again: `ssl-dist convert DATASET --root SOURCE --out {self.root}`"
             )
         info = SplitInfo(
             name=self.name,
