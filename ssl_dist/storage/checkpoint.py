@@ -14,9 +14,8 @@ import torch
 
 from ssl_dist import __version__
 from ssl_dist.errors import UserError, refuse_unreadable
-from ssl_dist.storage import durable
-from ssl_dist.storage.durable import write_text
-from ssl_dist.storage.weights import DAMAGED_FILE_ERRORS
+from ssl_dist.storage import durable, torch_file
+from ssl_dist.storage.durable import open_regular, write_text
 
 FORMAT = 1
 KEYS = ("format", "step", "config", "method", "optimizer", "world_size", "versions", "normalize", "info", "data")
@@ -182,7 +181,7 @@ def _open_newest(run: Path) -> tuple[Path, BufferedReader, str] | None:
     faults: dict[Path, str] = {}
     for path in [path_of(run, step) for step in reversed(steps(run))]:
         try:
-            file = open(path, "rb")  # noqa: SIM115 - the caller closes it
+            file = open_regular(path)  # the caller closes it
         except OSError as error:
             fault, is_there = f"cannot be read: {error}", os.path.lexists(path)
         else:
@@ -241,20 +240,18 @@ def load_run(path: Path) -> tuple[Path, dict[str, Any], str]:
 def _opened(path: Path) -> BufferedReader:
     with refuse_unreadable(f"checkpoint {path}"):
         try:
-            return open(path, "rb")
+            return open_regular(path)
         except FileNotFoundError:
             raise UserError(f"checkpoint {path}: not found; name a run's folder or a step-*.pt in it") from None
 
 
-def _load(path: Path, file: BinaryIO) -> dict[str, Any]:
-    file.seek(0)
+def _load(path: Path, file: BufferedReader) -> dict[str, Any]:
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = torch_file.load(file)
     except pickle.UnpicklingError:  # torch's text advises to run whatever the file holds
         raise UserError(f"checkpoint {path}: not a checkpoint: it holds more than tensors and plain values") from None
-    except (*DAMAGED_FILE_ERRORS, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"checkpoint {path}: not a readable checkpoint: {reason}") from None
+    except (*torch_file.DAMAGED_FILE_ERRORS, OSError) as error:
+        raise UserError(f"checkpoint {path}: not a readable checkpoint: {torch_file.reason_of(error)}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT or set(KEYS) - set(state):
         raise UserError(
             f"checkpoint {path}: not a checkpoint of ssl_dist (format {FORMAT}); for weights of another program say "

@@ -9,19 +9,19 @@ import hashlib
 import itertools
 import pickle
 import re
-import struct
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ssl_dist.errors import UserError
+from ssl_dist.storage import torch_file
+from ssl_dist.storage.durable import open_regular
+from ssl_dist.storage.torch_file import DAMAGED_FILE_ERRORS
 
 # Where a tensor's own name starts with the first, it starts with the second in the file.
 TORCHVISION: dict[str, str] = {}  # and every backbone of one official code alone
@@ -51,6 +51,7 @@ KNOWN_FORMATS = (
     "a state_dict of torchvision, timm, SFRIK, VICReg, SeLa or ReLIC, or a dictionary with one under "
     "backbone (relational reasoning), state_dict (SeLa) or model (SFRIK, VICReg)"
 )
+REMEDY = "save the network's state_dict anew, or give another file"
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def _check(path: Path, name: str, tensor: Tensor, own: Tensor) -> None:
         fault = "holds values that are not finite"
     else:
         return
-    raise UserError(f"{path}: {name} {fault}; save the network's state_dict anew, or give another file")
+    raise UserError(f"{path}: {name} {fault}; {REMEDY}")
 
 
 def renamed(name: str, prefixes: Mapping[str, str]) -> str:
@@ -134,16 +135,17 @@ def renamed(name: str, prefixes: Mapping[str, str]) -> str:
 def read(path: Path) -> tuple[Any, str]:
     """What a .safetensors file or one of torch.save holds, tensors and plain values only, and the file's SHA-256.
 
-    Raises `UserError` when it holds anything else; nothing in it is run.
+    Raises `UserError` when it holds anything else, is no regular file, or would take more memory than its size
+    justifies (see `torch_file`); nothing in it is run.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
             # safetensors begins with the length of its header in 8 bytes, torch's files with PK or a pickle's protocol
             is_safetensors = file.read(9)[8:] == b"{"
             file.seek(0)
-            return (safetensors.torch.load(file.read()) if is_safetensors else _unpickled(file)), sha256
+            return (safetensors.torch.load(file.read()) if is_safetensors else torch_file.load(file)), sha256
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
     except pickle.UnpicklingError as error:
@@ -153,20 +155,8 @@ def read(path: Path) -> tuple[Any, str]:
             f"{path}: not read, for it holds {what}, which could run code; save its state_dict alone where you trust it"
         ) from None
     except DAMAGED_FILE_ERRORS as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: no weights that torch or safetensors can read: {reason}") from None
-
-
-# What torch and safetensors raise over bytes that are not theirs.
-DAMAGED_FILE_ERRORS = (
-    SafetensorError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
-    struct.error,
-)  # fmt: skip
-
-
-def _unpickled(file: BinaryIO) -> Any:
-    with warnings.catch_warnings(action="ignore"):  # torch's, of pickles that it then refuses
-        return torch.load(file, map_location="cpu", weights_only=True)
+        reason = torch_file.reason_of(error)
+        raise UserError(f"{path}: no weights that torch or safetensors can read: {reason}; {REMEDY}") from None
 
 
 def _state_dict(path: Path, tree: Any) -> tuple[str, dict[str, Tensor]]:
