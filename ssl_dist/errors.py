@@ -1,4 +1,4 @@
-"""The exceptions that end a command with a message of one line and no traceback."""
+"""The exceptions that end a command with a message of one line and no traceback, and what such a line may hold."""
 
 import difflib
 from collections.abc import Iterable, Iterator
@@ -14,22 +14,45 @@ class RaisedOn(Enum):
     EACH_MACHINE = "raised before the rendezvous, most likely by all ranks: the first rank of each machine prints it"
 
 
+MAX_MESSAGE, MAX_QUOTED = 490, 160  # characters of a message, and of a value in it
+
+
+def one_line(text: str, max_length: int = MAX_MESSAGE) -> str:
+    """`text` on one line, whatever is in it: what cannot be printed is escaped, and what is too long lacks its middle,
+    since a message begins with the key or file and ends with the remedy."""
+    if len(text) > 4 * max_length:  # to escape megabytes would take long
+        text = _without_middle(text, 4 * max_length)
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return _without_middle(escaped, max_length)
+
+
+def quoted(value: object) -> str:
+    """A value that a user gave, as a message shows it: as Python writes it, on one line and shortened."""
+    return one_line(repr(_without_middle(value, 4 * MAX_QUOTED) if isinstance(value, str) else value), MAX_QUOTED)
+
+
+def _without_middle(text: str, max_length: int) -> str:
+    head = max_length * 3 // 5
+    return text if len(text) <= max_length else f"{text[:head]} ... {text[head + 5 - max_length :]}"
+
+
 class UserError(ValueError):
-    """A mistake in what the user gave: exit code 2. The message names the key or file, the value and the remedy."""
+    """A mistake in what the user gave: exit code 2. The message names the key or file, the value and the remedy; it is
+    kept to one line (`one_line`)."""
 
     def __init__(self, message: str, raised_on: RaisedOn = RaisedOn.EACH_MACHINE):
-        super().__init__(message)
+        super().__init__(one_line(message))
         self.raised_on = raised_on
 
 
 class Fault(RuntimeError):
-    """Something that ends the run. The message names the rank, its host, the step and the cause.
+    """Something that ends the run. The message names the rank, its host, the step and the cause, on one line.
 
     code: the exit code, 1 or that of the rank that caused the fault.
     """
 
     def __init__(self, message: str, raised_on: RaisedOn = RaisedOn.THIS_RANK, code: int = 1):
-        super().__init__(message)
+        super().__init__(one_line(message))
         self.raised_on, self.code = raised_on, code
 
 

@@ -12,7 +12,7 @@ from ssl_dist.backbones.alexnet import AlexNet
 from ssl_dist.backbones.conv4 import Conv4
 from ssl_dist.backbones.resnetv2 import ResNetV2
 from ssl_dist.backbones.timm_model import TimmModel, timm_package
-from ssl_dist.errors import UserError, did_you_mean
+from ssl_dist.errors import UserError, did_you_mean, quoted
 from ssl_dist.nn.backbone import Backbone
 
 _TIMM = "timm/"
@@ -53,7 +53,7 @@ def check(name: str, zero_init_residual: bool = False) -> None:
             f"as resnet18x2, x4 or x5 (wide) and with {_SMALL_STEM} (for images of 32 px)"
         )
     if name not in available:
-        raise UserError(f"backbone.name = {name!r}: no such backbone; {did_you_mean(name, available)}{remedy}")
+        raise UserError(f"backbone.name = {quoted(name)}: no such backbone; {did_you_mean(name, available)}{remedy}")
     if zero_init_residual and name not in _RESNETS:
         raise UserError(
             f"backbone.zero_init_residual = true: backbone {name} has no such option (resnet18 to resnet200 have); "

@@ -6,8 +6,10 @@ from pydantic import Field, model_validator
 
 from ssl_dist.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Section
 
+MAX_VIEWS = 4096  # of an image
 Interpolation = Literal["bilinear", "bicubic"]
 Range = Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)]
+NumViews = Annotated[int, Field(ge=1, le=MAX_VIEWS)]
 Level = Annotated[int, Field(ge=0, le=255)]
 # Smaller ones blur nothing and are no divisor; Pillow's buffers grow with larger ones.
 Sigma = Annotated[float, Field(ge=0.01, le=1000)]
@@ -129,7 +131,7 @@ class ViewGroup(Section):
     flip after the crop: mirroring commutes with the later steps (with an affine one in distribution).
     """
 
-    num: PositiveInt | None = Field(None, description="views of this recipe; null: views.num (one group only)")
+    num: NumViews | None = Field(None, description="views of this recipe; null: views.num (one group only)")
     size: PositiveInt | None = Field(None, description="side in pixels; null: data.image_size")
     resize: Resize | None = Field(
         None,

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, model_validator
 
-from ssl_dist.config.recipe import ColorJitter, Interpolation, RandomResizedCrop, ViewGroup
+from ssl_dist.config.recipe import MAX_VIEWS, ColorJitter, Interpolation, NumViews, RandomResizedCrop, ViewGroup
 from ssl_dist.config.section import (
     FiniteFloat,
     NonNegativeFloat,
@@ -21,10 +21,11 @@ from ssl_dist.config.section import (
     Section,
     fields_along,
     parse_yaml,
+    read_yaml,
     to_tree,
     validate,
 )
-from ssl_dist.errors import UserError, refuse_unreadable
+from ssl_dist.errors import UserError, quoted
 
 
 class Normalize(Section):
@@ -35,7 +36,7 @@ class Normalize(Section):
 
 
 class Views(Section):
-    num: PositiveInt | None = Field(None, description="K, the views of each image; null: what the method fixes")
+    num: NumViews | None = Field(None, description="K, the views of each image; null: what the method fixes")
     normalize: Literal["dataset", "none"] | Normalize = Field(
         "dataset", description="dataset (mean and std of dataset.json), none, or {mean: [r, g, b], std: [r, g, b]}"
     )
@@ -54,6 +55,8 @@ class Views(Section):
         if len(nums) > 1 and None in nums:
             raise ValueError(f"groups[{nums.index(None)}].num: must be given when there are several groups")
         total = sum(num or 0 for num in nums)
+        if total > MAX_VIEWS:
+            raise ValueError(f"groups: have {total} views together; at most {MAX_VIEWS} can be made of an image")
         if total and self.num and total != self.num:
             raise ValueError(f"num: {self.num} differs from the sum of the groups' num, {total}; leave one of them out")
         return self
@@ -202,9 +205,7 @@ class Config(Section):
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config in a YAML file with `key.sub=value` overrides (values are YAML). Raises `UserError`."""
-    with refuse_unreadable(f"config {path}", "configs/ holds examples"):
-        text = Path(path).read_text(encoding="utf-8")
-    tree = parse_yaml(text, str(path))
+    tree = read_yaml(path, f"config {path}", "configs/ holds examples")
     if not isinstance(tree, dict):
         raise UserError(f"config {path}: must be a mapping of sections (data, views, method, ...); see configs/")
     return overridden(tree, overrides)
@@ -215,8 +216,8 @@ def overridden(tree: dict, overrides: Sequence[str]) -> Config:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise UserError(f"override {override!r}: write key=value, for example optim.lr=1e-3")
-        _assign(tree, key.split("."), parse_yaml(value, f"override {override!r}"), override)
+            raise UserError(f"override {quoted(override)}: write key=value, for example optim.lr=1e-3")
+        _assign(tree, key.split("."), parse_yaml(value, f"override {quoted(override)}"), override)
     config = validate(Config, tree)
     sizes = [group.size for group in config.views.groups]
     if "image_size" in config.data.model_fields_set or sizes == [None] * len(sizes):
@@ -240,7 +241,7 @@ def _assign(tree: dict | list, path: list[str], value: Any, override: str) -> No
         else:
             child = tree[_index(name, tree, override)]
         if not isinstance(child, dict | list):
-            raise UserError(f"override {override!r}: {'.'.join(path[: i + 1])} is not a section")
+            raise UserError(f"override {quoted(override)}: {'.'.join(path[: i + 1])} is not a section")
         tree = child
     if isinstance(tree, dict):
         tree[path[-1]] = value
@@ -257,7 +258,7 @@ def _default(path: list[str]) -> dict | list:
 
 def _index(name: str, items: list, override: str) -> int:
     if name not in map(str, range(len(items))):
-        raise UserError(f"override {override!r}: {name!r} is not one of the items 0..{len(items) - 1}")
+        raise UserError(f"override {quoted(override)}: {quoted(name)} is not one of the items 0..{len(items) - 1}")
     return int(name)
 
 

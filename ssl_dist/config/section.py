@@ -8,13 +8,15 @@ import re
 import types
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from ssl_dist.errors import UserError, did_you_mean
+from ssl_dist.errors import UserError, did_you_mean, quoted, refuse_unreadable
+from ssl_dist.reading import read_text
 
 MAX_INT = 10**9  # of two of them the product, in bytes of float64, still is an int64
 PositiveInt = Annotated[int, Field(ge=1, le=MAX_INT)]
@@ -33,35 +35,114 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
 
+# Of a YAML text. PyYAML takes a second for some 50,000 characters, and every alias stands for all that it names.
+MAX_CHARACTERS, MAX_DEPTH, MAX_VALUES = 100_000, 40, 20_000
+_TAG = "tag:yaml.org,2002:"
+_SCALARS = ("str", "int", "float", "bool", "null")
+
+
 class _Loader(yaml.SafeLoader):
-    """The safe loader; `1e-3` is a number (PyYAML follows YAML 1.1, where it is text) and no key may stand twice."""
+    """The safe loader, with limits. `1e-3` is a number (PyYAML follows YAML 1.1, where it is text), a date is text, and
+    no key may stand twice. What is made of a document are dicts, lists, text, finite numbers and their like."""
+
+    def __init__(self, text: str, source: str):
+        super().__init__(text)
+        self.name = source
+        self._depth = 0
+        self._extents: dict[int, tuple[int, int]] = {}  # by the node's id: its values, aliases counted, and its depth
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Raises `UserError` before recursion or memory has an end."""
+        mark, is_alias = self.peek_event().start_mark, self.check_event(yaml.AliasEvent)
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise self._refused(mark, f"nested deeper than {MAX_DEPTH} levels; write it flatter")
+        node = super().compose_node(parent, index)
+        assert node is not None, "an event of a node is next"
+        self._depth -= 1
+        if id(node) not in self._extents:
+            if is_alias:
+                raise self._refused(mark, "an alias inside what it names; write the value out")
+            parts = node.value if isinstance(node, yaml.CollectionNode) else []
+            nodes = [part for pair in parts for part in pair] if isinstance(node, yaml.MappingNode) else parts
+            extents = [self._extents[id(part)] for part in nodes]
+            self._extents[id(node)] = (
+                1 + sum(n for n, _ in extents),
+                1 + max((depth for _, depth in extents), default=0),
+            )
+        num_values, depth = self._extents[id(node)]
+        if num_values > MAX_VALUES:
+            raise self._refused(mark, f"more than {MAX_VALUES:,} values, aliases counted; write fewer")
+        if self._depth + depth > MAX_DEPTH:
+            raise self._refused(mark, f"nested deeper than {MAX_DEPTH} levels by aliases; write it flatter")
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        kind = node.tag.removeprefix(_TAG)
+        nodes = {"seq": yaml.SequenceNode, "map": yaml.MappingNode} | dict.fromkeys(_SCALARS, yaml.ScalarNode)
+        if not isinstance(node, nodes.get(kind, ())):
+            shown = f"!!{kind}" if node.tag.startswith(_TAG) else node.tag
+            raise self._refused(node.start_mark, f"the tag {quoted(shown)} has no place here; write the plain value")
+        if not isinstance(node, yaml.ScalarNode):
+            return super().construct_object(node, deep)
+        meant = self.resolve(yaml.ScalarNode, node.value, (True, False)).removeprefix(_TAG)
+        try:
+            if kind not in ("str", meant) and (kind, meant) != ("float", "int"):
+                raise ValueError
+            value = super().construct_object(node, deep)
+            if isinstance(value, int) and abs(value) >= 10**30:
+                raise ValueError
+        except (ValueError, OverflowError):
+            what = {
+                "int": "a whole number of at most 30 digits",
+                "float": "a number",
+                "bool": "true or false",
+                "null": "a null",
+            }
+            raise self._refused(node.start_mark, f"{quoted(node.value)} is not {what[kind]}; write one") from None
+        if isinstance(value, str) and "\0" in value:
+            raise self._refused(node.start_mark, f"{quoted(value)} holds a NUL character, which no name can; remove it")
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                line = key_node.start_mark.line + 1
-                raise UserError(f"{self.name}: line {line}: key {key!r} is not a word; keys are names such as optim")
-            if key in keys:
-                raise UserError(
-                    f"{self.name}: line {key_node.start_mark.line + 1}: key {key!r} stands twice; remove one"
+                raise self._refused(
+                    key_node.start_mark, f"key {quoted(key)} is not a word; keys are names such as optim"
                 )
+            if key in keys:
+                raise self._refused(key_node.start_mark, f"key {quoted(key)} stands twice; remove one")
             keys.add(key)
         return super().construct_mapping(node, deep)
 
+    def _refused(self, mark: yaml.Mark, reason: str) -> UserError:
+        return UserError(f"{self.name}: line {mark.line + 1}: {reason}")
+
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    _TAG + "float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _TAG + "timestamp"]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+
+
+def read_yaml(path: str | Path, target: str, remedy: str) -> Any:
+    """The YAML document in a file. target: the file as messages name it. Raises `UserError`."""
+    with refuse_unreadable(target, remedy):
+        return parse_yaml(read_text(path, 4 * MAX_CHARACTERS), str(path))
 
 
 def parse_yaml(text: str, source: str) -> Any:
     """One YAML document. Raises `UserError` naming `source` and the line."""
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(f"{source}: has {len(text):,} characters; at most {MAX_CHARACTERS:,} are read")
     loader = None
     try:
-        loader = _Loader(text)
-        loader.name = source
+        loader = _Loader(text, source)
         return loader.get_single_data()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -110,7 +191,8 @@ def _describe(section: type[BaseModel], error: ValidationError, prefix: str) -> 
 
 def _show(value: Any) -> str:
     """A value as the user would write it in YAML."""
-    return {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
+    shown = quoted(value)
+    return {"None": "null", "True": "true", "False": "false"}.get(shown, shown)
 
 
 def _path(section: type[BaseModel], location: Sequence[int | str], ends_unknown: bool) -> list[int | str]:

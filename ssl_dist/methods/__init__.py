@@ -5,7 +5,7 @@ import pkgutil
 
 from ssl_dist import config
 from ssl_dist.config import Section
-from ssl_dist.errors import UserError, did_you_mean
+from ssl_dist.errors import UserError, did_you_mean, quoted
 from ssl_dist.methods.base import SSLMethod
 
 _EVALUATIONS = ("fine_tuning", "linear_probe")  # trained on top of a method's backbone to measure it
@@ -24,7 +24,7 @@ def find(name: str) -> type[SSLMethod]:
     known = names()
     if name not in (*known, *_EVALUATIONS):
         hint = did_you_mean(name, known)
-        raise UserError(f"method.name = {name!r}: no such method; {hint}methods: {', '.join(known)}")
+        raise UserError(f"method.name = {quoted(name)}: no such method; {hint}methods: {', '.join(known)}")
     return importlib.import_module(f"{__name__}.{name}").Method
 
 

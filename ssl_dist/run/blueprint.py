@@ -20,7 +20,7 @@ from ssl_dist.data.plan import DataOrder, from_list, limited, per_class
 from ssl_dist.data.reader import Reader, SplitInfo
 from ssl_dist.data.readers import Dataset
 from ssl_dist.distributed.rank import RankInfo
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, quoted
 from ssl_dist.keys import INIT, hash64
 from ssl_dist.methods.base import Info, SSLMethod
 from ssl_dist.nn import batchnorm
@@ -109,7 +109,7 @@ class RunPlan:
         if path is None:
             return None
         if not Path(path).is_file():
-            raise UserError(f"backbone.weights = {path!r}: not a file; give one, or null to begin from random weights")
+            raise UserError(f"backbone.weights = {quoted(path)}: not a file; give one, or null for random weights")
         with torch.device("meta"):
             backbone = backbones.build(name)
         return replace(weights.fit(backbone, name, Path(path)), tensors={})
@@ -192,7 +192,7 @@ def derive(config: Config, rank_info: RankInfo) -> RunPlan:
         split = replace(split, classes=classes, labelled=bool((own_labels >= 0).any()))
     if method_class.needs_labels and not split.labelled:
         raise UserError(
-            f"data.split = {split_name!r}: method {config.method.name} needs labels and this split has none; "
+            f"data.split = {quoted(split_name)}: method {config.method.name} needs labels and this split has none; "
             "choose a labelled split"
         )
     plan = RunPlan(config, rank_info, method_class, options, dataset, split, own_labels)
@@ -262,6 +262,7 @@ def refuse_random_layers(module: nn.Module, name: str) -> None:
         rate = getattr(layer, "p", getattr(layer, "drop_prob", 0.0))
         if type(layer).__name__.startswith(("Dropout", "DropPath", "StochasticDepth", "RReLU")) and rate:
             raise UserError(
-                f"backbone.name = {name!r}: its layer {path} ({type(layer).__name__}) draws random numbers of its own; "
+                f"backbone.name = {quoted(name)}: its layer {path} ({type(layer).__name__}) draws random numbers of "
+                "its own; "
                 "choose a backbone without it"
             )

@@ -10,7 +10,7 @@ from typing import Any
 
 from ssl_dist import methods
 from ssl_dist.config import Config, dump, load, to_tree
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, quoted
 from ssl_dist.storage import checkpoint, durable
 
 # What may differ between two starts of one run: none of these changes the numbers.
@@ -31,7 +31,7 @@ def claim(run: Path) -> int:
     written or is taken.
     """
     starts = run / "logs" / "starts.jsonl"
-    with durable.refuse_unwritable(f"run_dir = {str(run)!r}", "choose another folder"):
+    with durable.refuse_unwritable(f"run_dir = {quoted(str(run))}", "choose another folder"):
         run.mkdir(parents=True, exist_ok=True)
         if not os.access(run, os.W_OK | os.X_OK):
             raise PermissionError(13, "Permission denied")
@@ -41,7 +41,7 @@ def claim(run: Path) -> int:
             descriptor = _lock(starts)
         except BlockingIOError:
             raise UserError(
-                f"run_dir = {str(run)!r}: another process is writing it{_last_start(starts)}; "
+                f"run_dir = {quoted(str(run))}: another process is writing it{_last_start(starts)}; "
                 "wait for it, or choose another run_dir"
             ) from None
     durable.remove_dead(run)
@@ -86,16 +86,16 @@ def check(run: Path, config: Config) -> None:
     if not checkpoint.steps(run):
         return
     if not path.exists():
-        raise UserError(f"run_dir = {str(run)!r}: holds checkpoints but no config.yaml; choose another folder")
+        raise UserError(f"run_dir = {quoted(str(run))}: holds checkpoints but no config.yaml; choose another folder")
     saved = load(path)
     different = [
-        f"{key} (there {old!r}, now {new!r})"
+        f"{key} (there {quoted(old)}, now {quoted(new)})"
         for key, old, new in differences(spelt_out(saved), spelt_out(config))
         if not _may_differ(key, saved, old, new)
     ]
     if different:
         raise UserError(
-            f"run_dir = {str(run)!r}: holds a run with another config: {'; '.join(different)}; "
+            f"run_dir = {quoted(str(run))}: holds a run with another config: {'; '.join(different)}; "
             "choose another run_dir or restore these values"
         )
 

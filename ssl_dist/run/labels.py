@@ -11,7 +11,7 @@ from ssl_dist import config
 from ssl_dist.config import Config
 from ssl_dist.data import labels
 from ssl_dist.distributed.rank import RankInfo
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, quoted
 from ssl_dist.run.blueprint import RunPlan, derive
 from ssl_dist.storage import checkpoint
 from ssl_dist.storage.durable import atomic_write_or_refuse
@@ -29,7 +29,7 @@ def export_labels(run: Path, out: Path, overrides: Sequence[str]) -> str:
     plan = _plan(state, overrides)
     if state["data"] != plan.data_identity:
         raise UserError(
-            f"data.root = {plan.config.data.root!r}: not the images that {path} was trained on; give their folder"
+            f"data.root = {quoted(plan.config.data.root)}: not the images that {path} was trained on; give their folder"
         )
     of_images = state["method"][BUFFER].numpy()
     ids = plan.order.train_ids
@@ -44,7 +44,7 @@ def _plan(state: dict[str, Any], overrides: Sequence[str]) -> RunPlan:
     for override in overrides:
         key, equals, value = override.partition("=")
         if key not in KEYS or not equals:
-            raise UserError(f"override {override!r}: {' and '.join(KEYS)} can be set here")
+            raise UserError(f"override {quoted(override)}: {' and '.join(KEYS)} can be set here")
         tree = tree | {"data": tree["data"] | {key.removeprefix("data."): value}}
     return derive(config.validate(Config, tree), RankInfo())
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ssl_dist.errors import UserError, refuse_unreadable
+from ssl_dist.errors import UserError, quoted, refuse_unreadable
 from ssl_dist.storage.durable import atomic_write_or_refuse
 
 _LOSS, _BOTH, _POSITIVE, _NEGATIVE = "#1f4e79", "#444444", "#2a8f4c", "#c0504d"
@@ -82,7 +82,7 @@ def _read_metrics(path: Path) -> list[dict]:
         try:
             lines.append(json.loads(line))
         except ValueError:
-            raise UserError(f"{path}: line {number} is not JSON: {line[:40]!r}; remove the line") from None
+            raise UserError(f"{path}: line {number} is not JSON: {quoted(line)}; remove the line") from None
     return lines
 
 

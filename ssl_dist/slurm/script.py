@@ -12,8 +12,8 @@ from pydantic import Field, model_validator
 from submitit.slurm.slurm import SlurmExecutor
 
 from ssl_dist.config import NonNegativeInt, PositiveFloat, PositiveInt
-from ssl_dist.config.section import Section, parse_yaml, validate
-from ssl_dist.errors import UserError, refuse_unreadable
+from ssl_dist.config.section import Section, read_yaml, validate
+from ssl_dist.errors import UserError
 
 # Keys of a site that are submitit's, too.
 _SAME_IN_SUBMITIT = ("partition", "account", "qos", "constraint", "nodes", "gpus_per_node", "cpus_per_task")
@@ -62,8 +62,7 @@ def read_site(file: str | Path | None, options: dict[str, Any]) -> Site:
     """The site's file, overridden by the options of the command line. Raises `UserError`."""
     tree: Any = {}
     if file is not None:
-        with refuse_unreadable(f"--site {file}", "slurm/site.yaml is an example"):
-            tree = parse_yaml(Path(file).read_text(encoding="utf-8"), str(file)) or {}
+        tree = read_yaml(file, f"--site {file}", "slurm/site.yaml is an example") or {}
         if not isinstance(tree, dict):
             raise UserError(
                 f"--site {file}: must be a mapping of keys such as partition; slurm/site.yaml is an example"

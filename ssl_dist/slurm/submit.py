@@ -20,7 +20,7 @@ from ssl_dist import config, evaluators
 from ssl_dist.config import Config
 from ssl_dist.config.section import parse_yaml
 from ssl_dist.distributed.rank import RankInfo
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, quoted
 from ssl_dist.evaluate.command import parse
 from ssl_dist.job import Job
 from ssl_dist.run import folder as run_folder
@@ -151,7 +151,7 @@ def variants(path: str, overrides: list[str], seeds: list[int], sweep: list[str]
         return [base]
     run = Path(base.run_dir)
     if not run.name:
-        raise UserError(f"run_dir = {str(run)!r}: has no name that a seed could be added to")
+        raise UserError(f"run_dir = {quoted(str(run))}: has no name that a seed could be added to")
     configs = []
     for values in itertools.product(*(values for _, values in axes)):
         chosen = [(key, value) for (key, _), value in zip(axes, values, strict=True)]

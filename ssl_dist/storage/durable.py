@@ -5,14 +5,13 @@ import fcntl
 import os
 import re
 import secrets
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
 from ssl_dist.errors import UserError
+from ssl_dist.reading import open_regular as open_regular
 
 _REMEDY = "give a folder that can, with space left"
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
@@ -38,21 +37,6 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         if error.filename is None:
             error.filename = str(path)
         raise
-
-
-def open_regular(path: str | Path) -> BufferedReader:
-    """Open a file to read its bytes. Raises OSError, also for what has no end or waits for a writer: a device, a pipe.
-
-    The caller closes it.
-    """
-    # without O_NONBLOCK a pipe that nobody writes to would wait here
-    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    mode = os.fstat(file.fileno()).st_mode
-    if not stat.S_ISREG(mode):
-        file.close()
-        code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
-        raise OSError(code, os.strerror(code) if stat.S_ISDIR(mode) else "it is not a regular file", str(path))
-    return file
 
 
 @contextmanager

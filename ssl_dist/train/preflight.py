@@ -9,7 +9,7 @@ from pathlib import Path
 from ssl_dist import config
 from ssl_dist.distributed.heartbeat import archive_exit_reports
 from ssl_dist.distributed.world import World
-from ssl_dist.errors import RaisedOn, UserError
+from ssl_dist.errors import RaisedOn, UserError, quoted
 from ssl_dist.numba_cache import PACKAGE
 from ssl_dist.run.blueprint import RunPlan
 from ssl_dist.run.folder import differences, flat
@@ -30,7 +30,7 @@ def agree(plan: RunPlan, world: World) -> str:
     for name, facts in facts_of_ranks[1:]:
         for key, of_first, of_other in differences(first, facts):
             raise UserError(
-                f"{key}: {first_name} has {of_first!r}, {name} has {of_other!r}; "
+                f"{key}: {first_name} has {quoted(of_first)}, {name} has {quoted(of_other)}; "
                 "start all ranks with the same program, config and data",
                 RaisedOn.EVERY_RANK,
             )
@@ -41,7 +41,7 @@ def agree(plan: RunPlan, world: World) -> str:
     blind = [name for (name, _), sees in zip(facts_of_ranks, visible, strict=True) if not sees]
     if blind:
         raise UserError(
-            f"run_dir = {str(plan.run)!r}: {', '.join(blind[:4])} cannot see what {first_name} writes there; "
+            f"run_dir = {quoted(str(plan.run))}: {', '.join(blind[:4])} cannot see what {first_name} writes there; "
             "choose a folder on a file system that all nodes share",
             RaisedOn.EVERY_RANK,
         )

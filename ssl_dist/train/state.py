@@ -18,7 +18,7 @@ from ssl_dist.data.normalize import normalized
 from ssl_dist.distributed import watchdog
 from ssl_dist.distributed import world as world_module
 from ssl_dist.distributed.signals import StopRequest
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, quoted
 from ssl_dist.methods.base import Batch, Extract, Output, Rows
 from ssl_dist.run.blueprint import RunPlan
 from ssl_dist.run.log import RunLog
@@ -61,13 +61,13 @@ class TrainState:
         identity = self.plan.data_identity
         if state["data"].get("weights") != identity.get("weights"):
             raise UserError(
-                f"backbone.weights = {self.config.backbone.weights!r}: not the file that {path} began from; give that "
-                "one, or another run_dir"
+                f"backbone.weights = {quoted(self.config.backbone.weights)}: not the file that {path} began from; give "
+                "that one, or another run_dir"
             )
         if state["data"] != identity:
             raise UserError(
-                f"data.root = {self.config.data.root!r}: not the images that {path} was trained on (another conversion "
-                "or another data.subset file); give their folder, or another run_dir"
+                f"data.root = {quoted(self.config.data.root)}: not the images that {path} was trained on (another "
+                "conversion or another data.subset file); give their folder, or another run_dir"
             )
         checkpoint.restore(self.method, state["method"], path)
         if self.method.trainable:

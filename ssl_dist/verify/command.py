@@ -22,7 +22,7 @@ from ssl_dist import config, methods, text_table
 from ssl_dist.config import Config, Section
 from ssl_dist.convert.command import convert
 from ssl_dist.distributed.rank import RankInfo
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, quoted
 from ssl_dist.grid import Grid, splits
 from ssl_dist.run.blueprint import RunPlan, derive
 from ssl_dist.verify import ranks as verify_ranks
@@ -137,7 +137,7 @@ def cases(
     for override in overrides:
         key = override.partition("=")[0]
         if key in OWN_KEYS:
-            raise UserError(f"override {override!r}: verify sets {key} itself (--steps for the number of steps)")
+            raise UserError(f"override {quoted(override)}: verify sets {key} itself (--steps for the number of steps)")
     if file is not None:
         yield from _cases(file, str(file), [], overrides, steps)
         return

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import center_crop, resize
 
 from ssl_dist.config import PositiveFloat, PositiveInt, Section
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, quoted
 from ssl_dist.progress import Progress
 from ssl_dist.storage.features import Features, read_features, write_features
 from ssl_dist.voc.data import CLASSES, Sample, Split, normalized
@@ -110,7 +110,7 @@ class Extractor(nn.Module):
         super().__init__()
         stages = pretrained.backbone.stages
         if layer != OUTPUT and layer not in stages:
-            raise UserError(f"layer = {layer!r}: backbone {pretrained.name} has {', '.join([OUTPUT, *stages])}")
+            raise UserError(f"layer = {quoted(layer)}: backbone {pretrained.name} has {', '.join([OUTPUT, *stages])}")
         self.backbone, self.layer = pretrained.backbone, layer
         self.side = 0 if layer == OUTPUT else max(1, int((MAX_FEATURES / stages[layer]) ** 0.5))
 
@@ -209,13 +209,13 @@ def present_classes(train_labels: np.ndarray, test_labels: np.ndarray, options: 
         present.append(label)
         if min(positive, len(train_labels) - positive) < options.folds:
             raise UserError(
-                f"train_split = {options.train_split!r}: {positive} of {len(train_labels)} images show a {name}; "
+                f"train_split = {quoted(options.train_split)}: {positive} of {len(train_labels)} images show a {name}; "
                 f"{options.folds} folds need {options.folds} with and without it"
             )
         if not tested:
-            raise UserError(f"test_split = {options.test_split!r}: no image shows a {name}; choose another split")
+            raise UserError(f"test_split = {quoted(options.test_split)}: no image shows a {name}; choose another split")
     if not present:
         raise UserError(
-            f"train_split = {options.train_split!r}: no image shows any class; restore the lists of classes"
+            f"train_split = {quoted(options.train_split)}: no image shows any class; restore the lists of classes"
         )
     return present

@@ -14,7 +14,7 @@ from ssl_dist.config import parse_yaml, to_tree, validate
 from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.distributed.signals import STOPPED
 from ssl_dist.distributed.world import choose_device
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, quoted
 from ssl_dist.results.figures import add_picture
 from ssl_dist.voc import classification, data, detection, loop, pictures, pretrained, segmentation
 from ssl_dist.voc.data import Sample, Split
@@ -86,8 +86,8 @@ def parse_options(name: str, overrides: Sequence[str]) -> Options:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise UserError(f"override {override!r}: write key=value, for example batch_size=8")
-        tree[key] = parse_yaml(value, f"override {override!r}")
+            raise UserError(f"override {quoted(override)}: write key=value, for example batch_size=8")
+        tree[key] = parse_yaml(value, f"override {quoted(override)}")
     return validate(TASKS[name].Options, tree)
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ssl_dist.config import Normalize
 from ssl_dist.data.pillow import CONVERTIBLE_MODES, DAMAGED_IMAGE_ERRORS, reason_of
-from ssl_dist.errors import UserError, did_you_mean, refuse_unreadable
+from ssl_dist.errors import UserError, did_you_mean, quoted, refuse_unreadable
 
 CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -73,7 +73,7 @@ class Sample:
         """The image, RGB. Raises `UserError`."""
         image = _picture(self.image_path)
         if image.mode not in CONVERTIBLE_MODES:
-            raise UserError(f"{self.image_path}: pixels of mode {image.mode!r} do not fit 8 bits; save it as RGB")
+            raise UserError(f"{self.image_path}: pixels of mode {quoted(image.mode)} do not fit 8 bits; save it as RGB")
         return image.convert("RGB")
 
     def objects(self) -> Objects:
@@ -90,7 +90,7 @@ class Sample:
         path = self.mask_path
         mask = _picture(path)
         if mask.mode not in ("P", "L"):
-            raise UserError(f"{path}: pixels of mode {mask.mode!r}; a mask has one class index a pixel (P or L)")
+            raise UserError(f"{path}: pixels of mode {quoted(mask.mode)}; a mask has one class index a pixel (P or L)")
         if mask.size != size:
             shapes = (f"{width}x{height}" for width, height in (mask.size, size))
             raise UserError(f"{path}: is {' pixels, its image '.join(shapes)}; they must be equal")
@@ -154,7 +154,7 @@ def read_split(roots: Sequence[Path], kind: str, name: str) -> Split:
         lines = [line.split() for line in _text(path).splitlines() if line.strip()]
         for line in lines:
             if len(line) != 1 or not _ID.fullmatch(line[0]):
-                raise UserError(f"{path}: {' '.join(line)[:60]!r} is not an image's id; a line holds one")
+                raise UserError(f"{path}: {quoted(' '.join(line))} is not an image's id; a line holds one")
         samples += [Sample(root, line[0]) for line in lines]
     repeated = len(samples) - len(set(samples))
     if repeated:
@@ -169,7 +169,7 @@ def check_disjoint(train: Split, test: Split) -> None:
     both = set(train.samples) & set(test.samples)
     if both:
         raise UserError(
-            f"train_split = {train.name!r}, test_split = {test.name!r}: {len(both)} images are in both, "
+            f"train_split = {quoted(train.name)}, test_split = {quoted(test.name)}: {len(both)} images are in both, "
             f"{min(sample.id for sample in both)} for one; choose splits without a common image"
         )
 
@@ -214,7 +214,7 @@ def _labels(root: Path, class_name: str, split: str) -> dict[str, int]:
         if not words:
             continue
         if len(words) != 2 or words[1] not in ("1", "-1", "0"):
-            raise UserError(f"{path}: {line[:60]!r} is not an id with 1, -1 or 0 (difficult)")
+            raise UserError(f"{path}: {quoted(line)} is not an id with 1, -1 or 0 (difficult)")
         table[words[0]] = int(words[1])
     return table
 
@@ -267,7 +267,7 @@ def _object(node: ElementTree.Element, path: Path) -> tuple[tuple[float, ...], i
     name = (node.findtext("name") or "").strip()
     if name not in CLASSES:
         hint = did_you_mean(name, CLASSES, who="it")
-        raise UserError(f"{path}: unknown class {name[:40]!r}: {hint}known are {', '.join(CLASSES)}")
+        raise UserError(f"{path}: unknown class {quoted(name)}: {hint}known are {', '.join(CLASSES)}")
     corners = [_number(node, f"bndbox/{key}", path) for key in ("xmin", "ymin", "xmax", "ymax")]
     x0, y0, x1, y1 = corners[0] - 1, corners[1] - 1, *corners[2:]  # counted from 1, the last pixel inside
     if x1 <= x0 or y1 <= y0:
@@ -282,5 +282,5 @@ def _number(node: ElementTree.Element, key: str, path: Path, default: str = "") 
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise UserError(f"{path}: {key} of an object is {text[:40]!r}, not a number")
+        raise UserError(f"{path}: {key} of an object is {quoted(text)}, not a number")
     return value

@@ -23,7 +23,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from ssl_dist.config import NonNegativeInt, PositiveFloat, PositiveInt, Probability
 from ssl_dist.data.plan import limited
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, quoted
 from ssl_dist.keys import TRANSFER, VIEWS, hash64, uniforms
 from ssl_dist.progress import Progress
 from ssl_dist.voc import pictures
@@ -152,7 +152,9 @@ def summary(detections: Detections, test: Split) -> dict[str, float]:
     ap_TCK = 100 * np.stack([detections.ap(threshold) for threshold in IOU_THRESHOLDS])
     present_C = ~np.isnan(ap_TCK[0, :, 0])
     if not present_C.any():
-        raise UserError(f"test_split = {test.name!r}: holds no object that is not difficult; choose another split")
+        raise UserError(
+            f"test_split = {quoted(test.name)}: holds no object that is not difficult; choose another split"
+        )
     mean_TK = ap_TCK[:, present_C].mean(1)
     values = {}
     for kind, name in enumerate(("11point", "area")):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ssl_dist.clock import Clock
 from ssl_dist.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Section
 from ssl_dist.distributed.signals import STOPPED, StopRequest
-from ssl_dist.errors import Fault, UserError
+from ssl_dist.errors import Fault, UserError, quoted
 from ssl_dist.keys import INIT, METHOD, ORDER, TRANSFER, hash64, permutation
 from ssl_dist.progress import Progress
 from ssl_dist.run.folder import differences
@@ -231,7 +231,7 @@ def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, se
         return 0
     path, state, _ = newest
     different = [
-        f"{key} (there {old!r}, now {new!r})"
+        f"{key} (there {quoted(old)}, now {quoted(new)})"
         for key, old, new in differences(state["config"], settings)
         if key.removeprefix("options.") not in FREE_OPTIONS
         and not (key == "contents" and old is None)  # a checkpoint of before they were kept

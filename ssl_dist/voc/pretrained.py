@@ -12,7 +12,7 @@ import torch
 from ssl_dist import backbones
 from ssl_dist.config import Normalize, parse_yaml, validate
 from ssl_dist.data.catalog import CATALOG
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, quoted
 from ssl_dist.nn.backbone import Backbone
 from ssl_dist.run import encoder as run_encoder
 from ssl_dist.run import export
@@ -45,7 +45,9 @@ def load(path: Path, overrides: Sequence[str]) -> Pretrained:
     name = values.get("backbone.name", metadata.get("backbone"))
     if name is None:
         if values:
-            raise UserError(f"override {overrides[0]!r}: is for files of weights, and needs backbone.name=... too")
+            raise UserError(
+                f"override {quoted(overrides[0])}: is for files of weights, and needs backbone.name=... too"
+            )
         encoder = run_encoder.load_encoder(path)
         settings = encoder.config
         backbone = _filled(settings.backbone.name, encoder.module.state_dict())
@@ -54,7 +56,7 @@ def load(path: Path, overrides: Sequence[str]) -> Pretrained:
             settings.seed,
         )  # fmt: skip
     if path.is_dir():
-        raise UserError(f"override {overrides[0]!r}: {path} is a folder, whose run tells it; leave it out")
+        raise UserError(f"override {quoted(overrides[0])}: {path} is a folder, whose run tells it; leave it out")
     normalize, step = _normalize_and_step(path, values, metadata)
     fitted = weights.fit(backbones.build(name), name, path)
     print(fitted.note, file=sys.stderr, flush=True)
@@ -91,6 +93,6 @@ def _normalize_and_step(path: Path, values: dict[str, str], metadata: dict[str, 
     if "views.normalize" in values:
         tree = parse_yaml(values["views.normalize"], f"override 'views.normalize={values['views.normalize']}'")
         if not isinstance(tree, dict):
-            raise UserError(f"views.normalize = {tree!r}: write {{mean: [r, g, b], std: [r, g, b]}}")
+            raise UserError(f"views.normalize = {quoted(tree)}: write {{mean: [r, g, b], std: [r, g, b]}}")
         normalize = validate(Normalize, tree, "views.normalize.")
     return normalize, step

@@ -20,7 +20,7 @@ from torchvision.models.segmentation.fcn import FCN, FCNHead
 
 from ssl_dist.config import Normalize, PositiveFloat, PositiveInt, Probability
 from ssl_dist.data.plan import limited
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, quoted
 from ssl_dist.keys import TRANSFER, VIEWS, hash64, uniforms
 from ssl_dist.nn.backbone import Backbone
 from ssl_dist.progress import Progress
@@ -78,7 +78,7 @@ def build(pretrained: Pretrained, options: Options) -> tuple[FCN, list[nn.Module
             last_map = trunk.eval()(torch.zeros(1, 3, height, width))["out"]
     except (NotImplementedError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"backbone.name = {pretrained.name!r}: voc segmentation needs maps of images of any size: "
+            f"backbone.name = {quoted(pretrained.name)}: voc segmentation needs maps of images of any size: "
             f"{str(error).splitlines()[0]}; choose another backbone"
         ) from None
     seed_torch(options.seed)

@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models.resnet import Bottleneck
 
 from ssl_dist.backbones.resnet import ResNet
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, quoted
 from ssl_dist.nn.backbone import Backbone
 from ssl_dist.voc.loop import TrainingOptions
 from ssl_dist.voc.pretrained import Pretrained
@@ -27,8 +27,8 @@ def require_resnet(pretrained: Pretrained, task: str) -> ResNet:
     """The backbone. Raises `UserError` for one without a ResNet's four layers."""
     if not isinstance(pretrained.backbone, ResNet):
         raise UserError(
-            f"backbone.name = {pretrained.name!r}: voc {task} needs a residual network with layer1 to layer4 (resnet18 "
-            "to resnet200, wide ones too); voc segmentation and classification take others"
+            f"backbone.name = {quoted(pretrained.name)}: voc {task} needs a residual network with layer1 to layer4 "
+            "(resnet18 to resnet200, wide ones too); voc segmentation and classification take others"
         )
     return pretrained.backbone
 

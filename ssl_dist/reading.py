@@ -1,0 +1,84 @@
+"""Reading of small files that a user may hand over: none that has no end, no value that could not be shown."""
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Callable
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+MAX_TEXT_BYTES = 1 << 30  # the metrics of a long run take some 100 MB
+MAX_INT_DIGITS = 18  # of a whole number in JSON that is kept as such; a longer one is read as a float
+
+
+def open_regular(path: str | Path) -> BufferedReader:
+    """Open a file to read its bytes. Raises OSError, also for what has no end or waits for a writer: a device, a pipe.
+
+    The caller closes it.
+    """
+    # without O_NONBLOCK a pipe that nobody writes to would wait here
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    mode = os.fstat(file.fileno()).st_mode
+    if not stat.S_ISREG(mode):
+        file.close()
+        code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(code, os.strerror(code) if stat.S_ISDIR(mode) else "it is not a regular file", str(path))
+    return file
+
+
+def read_text(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark. Raises OSError, also where it has more than
+    `max_bytes` or is no regular file, and UnicodeDecodeError."""
+    with open_regular(path) as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise OSError(errno.EFBIG, f"it has more than {max_bytes:,} bytes", str(path))
+    return data.decode("utf-8-sig")
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError for what is none, also for nesting that is too deep.
+
+    Half a character (a lone surrogate), which no file or message can hold, becomes `?`.
+    """
+    try:
+        value = json.loads(text, parse_int=_whole_number)
+        if "\\u" in text:
+            value = json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value
+
+
+def _whole_number(digits: str) -> int | float:
+    return int(digits) if len(digits) <= MAX_INT_DIGITS else float(digits)
+
+
+def json_lines(path: Path, is_valid: Callable[[dict], bool]) -> tuple[list[dict], list[int]]:
+    """The valid objects in a file of one JSON object a line, and the line numbers of what is none.
+
+    An unfinished last line, which a process may be writing, is neither. Raises OSError; a missing file holds nothing.
+    """
+    try:
+        with open_regular(path) as file:
+            data = file.read(MAX_TEXT_BYTES)
+    except FileNotFoundError:
+        return [], []
+    valid, faulty = [], []
+    for number, line in enumerate(data.split(b"\n")[:-1], 1):
+        try:
+            value = parse_json(line.decode())
+        except ValueError:
+            value = None
+        if isinstance(value, dict) and is_valid(value):
+            valid.append(value)
+        else:
+            faulty.append(number)
+    return valid, faulty
+
+
+def is_count(value: object) -> bool:
+    """Whether it is a whole number of steps, epochs or bytes; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
