@@ -1,5 +1,7 @@
 """The tools for measuring run on their smallest input, so that a change which breaks one is noticed."""
 
+import importlib.util
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +28,7 @@ SMALLEST_INPUTS = {  # arguments, and how a line of the table begins that must h
         "tuned environment"
     ),
     "bench_views": (["--rounds", "1"], "ReLIC, 32 px"),
+    "fuzz": (["--inputs", "3", "--minutes", "2"], "all "),
     "kill_series": (["--seed", "0", "--kills", "1", "--series", "1"], "series-1: passed"),
 }  # fmt: skip
 
@@ -45,3 +48,28 @@ def test_the_tool_runs(name, digits, tmp_path):
     completed = subprocess.run(command, cwd=TOOLS.parent, capture_output=True, text=True)
     assert completed.returncode == 0, completed.stdout + completed.stderr
     assert any(row.startswith(table_line) for row in completed.stdout.splitlines()), completed.stdout
+
+
+def test_the_fuzzer_sees_every_broken_rule():
+    spec = importlib.util.spec_from_file_location("fuzz", TOOLS / "fuzz.py")
+    fuzz = sys.modules["fuzz"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fuzz)
+    line = "error: seed = -1: must be at least 0\n"
+    for code, text in ((0, ""), (0, "WARNING: x\n"), (2, line), (1, "loading\n" + line), (75, "")):
+        assert not fuzz.broken_rule(code, text)
+    traceback = "Traceback (most recent call last):\n  File\nValueError: x\n"
+    broken = [
+        (2, ""),
+        (2, line + line),
+        (2, f"error: {'x' * 500}\n"),
+        (1, traceback),
+        (0, traceback),
+        (-11, ""),
+        (3, line),
+    ]
+    for code, text in [*broken, (None, "")]:
+        assert fuzz.broken_rule(code, text), (code, text)
+    rng, tree = random.Random(0), {"a": [1, {"b": "c"}], "d": None}
+    assert all(isinstance(fuzz.changed_bytes(b"some bytes", rng), bytes) for _ in range(200))
+    trees = [fuzz.changed_tree(tree, rng) for _ in range(200)]
+    assert sum(repr(changed) != repr(tree) for changed in trees) > 150 and tree == {"a": [1, {"b": "c"}], "d": None}
