@@ -45,3 +45,11 @@ def test_the_changelog_has_this_version():
 def test_issue_templates_are_yaml():
     for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
         assert yaml.safe_load(path.read_text(encoding="utf-8")), path
+
+
+def test_every_guarantee_names_a_test_that_is_there():
+    named = re.findall(r"`(t(?:ests|ools)/\w+\.py)(?:::(\w+))?`", (ROOT / "docs" / "guarantees.md").read_text())
+    assert len(named) > 30
+    for path, test in named:
+        text = (ROOT / path).read_text()
+        assert not test or re.search(rf"^ *def {test}\(", text, re.MULTILINE), f"{path}::{test}"
