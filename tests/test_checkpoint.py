@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import hashlib
 import multiprocessing
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from ssl_dist.errors import UserError
+from ssl_dist.methods.base import Info
 from ssl_dist.storage import checkpoint, durable
 from tests import kills
 from tests.messages import naming
@@ -22,6 +24,7 @@ from tests.messages import naming
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "numpy", "pytest", "ssl_dist.storage.checkpoint", "tests.ranks"])
 
+INFO = Info(num_images=4, num_classes=2, view_groups=((2, 32),), batch_size=2, total_epochs=1.0)
 FILES = r"LAST|step-\d{8}\.pt(\.sha256)?"
 
 
@@ -30,7 +33,8 @@ def state(step, value=0.0):
     nn.init.constant_(net.weight, value)
     return {
         "format": 1, "step": step, "config": {"seed": 0}, "method": net.state_dict(), "optimizer": {}, "world_size": 1,
-        "versions": checkpoint.versions(), "normalize": {}, "info": {}, "data": {},
+        "versions": checkpoint.versions(), "normalize": {"mean": [0.5] * 3, "std": [0.2] * 3},
+        "info": dataclasses.asdict(INFO), "data": {"split": "ab", "ids": "cd"},
     }  # fmt: skip
 
 

@@ -85,10 +85,12 @@ def load_encoder(path: Path) -> Encoder:
 def load_method(path: Path) -> tuple[SSLMethod, Encoder]:
     """The method in a run's newest checkpoint, or in a checkpoint file, and its encoder. Raises `UserError`."""
     path, state, digest = checkpoint.load_run(path)
-    settings = validate(Config, state["config"])
+    settings = validate(Config, state["config"], f"{path}: ")
     method_class = methods.find(settings.method.name)
     options = methods.build_options(method_class, settings.method.options)
     info = Info(**state["info"])
+    with torch.device("meta"):  # whatever sizes `info` has, no memory is taken before the tensors are found to fit
+        checkpoint.check_fits(blueprint.build_method(settings, method_class, options, info), state["method"], path)
     method = blueprint.build_method(settings, method_class, options, info)
     checkpoint.restore(method, state["method"], path)
     module = method.encoder().float().eval().requires_grad_(False)

@@ -24,23 +24,27 @@ def export_labels(run: Path, out: Path, overrides: Sequence[str]) -> str:
     """Write the labels in a run's newest checkpoint (or in a checkpoint file), a column a head; returns what was
     written in words, and the mutual information with the true labels, where there are any."""
     path, state, _ = checkpoint.load_run(run)
+    settings = config.validate(Config, state["config"], f"{path}: ")
     if BUFFER not in state["method"]:
-        raise UserError(f"{path}: method {state['config']['method']['name']} gives its images no labels")
-    plan = _plan(state, overrides)
+        raise UserError(f"{path}: method {settings.method.name} gives its images no labels")
+    plan = _plan(config.to_tree(settings), overrides)
     if state["data"] != plan.data_identity:
         raise UserError(
             f"data.root = {quoted(plan.config.data.root)}: not the images that {path} was trained on; give their folder"
         )
-    of_images = state["method"][BUFFER].numpy()
-    ids = plan.order.train_ids
+    of_images, ids = state["method"][BUFFER].numpy(), plan.order.train_ids
+    if of_images.ndim != 2 or of_images.shape[1] != len(ids) or of_images.dtype.kind != "i":
+        raise UserError(
+            f"{path}: {BUFFER} is {of_images.dtype} {list(of_images.shape)}, and there are {len(ids)} images; "
+            f"{checkpoint.CHANGED}"
+        )
     with atomic_write_or_refuse(out) as file:
         file.write(labels.text(ids, of_images).encode())
     summary = f"{out}: labels of {len(ids)} images by {len(of_images)} head(s), after step {state['step']}"
     return summary + _information(plan, ids, of_images)
 
 
-def _plan(state: dict[str, Any], overrides: Sequence[str]) -> RunPlan:
-    tree = state["config"]
+def _plan(tree: dict[str, Any], overrides: Sequence[str]) -> RunPlan:
     for override in overrides:
         key, equals, value = override.partition("=")
         if key not in KEYS or not equals:

@@ -14,10 +14,11 @@ import torch
 
 from ssl_dist import __version__
 from ssl_dist.errors import UserError, refuse_unreadable
-from ssl_dist.storage import durable, torch_file
+from ssl_dist.storage import checkpoint_state, durable, torch_file
 from ssl_dist.storage.durable import open_regular, write_text
 
 FORMAT = 1
+CHANGED = "it was changed: give another checkpoint, or train anew"
 KEYS = ("format", "step", "config", "method", "optimizer", "world_size", "versions", "normalize", "info", "data")
 _NAME = re.compile(r"step-(\d{8,})\.pt")
 
@@ -220,21 +221,42 @@ def _examine(path: Path, file: BufferedReader) -> tuple[str, str]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A checkpoint of ours: tensors and plain values only. Raises `UserError` if it is anything else."""
-    with _opened(path) as file:
-        return _load(path, file)
+    """The state in a checkpoint file of ours, wherever it lies. Raises `UserError` if it is anything else or damaged.
+
+    Where its .sha256 stands beside it, the file must be the one that was written. A file that was copied without it is
+    known by the CRC-32 of its records (`torch_file`), which is as good against an accident.
+    """
+    return _load_file(path)[0]
 
 
 def load_run(path: Path) -> tuple[Path, dict[str, Any], str]:
-    """Path, state and SHA-256 of a run's newest checkpoint, or of the checkpoint file `path`. Raises `UserError`."""
-    if not path.is_dir():
-        with _opened(path) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return path, _load(path, file), digest
-    newest = load_newest(path)
-    if newest is None:
-        raise UserError(f"{path}: holds no checkpoint; train first, or name a run's folder")
-    return newest
+    """Path, state and SHA-256 of a run's newest checkpoint, or of the checkpoint file `path`; the state is that of a
+    training with `info`, `normalize` and the ids of its images. Raises `UserError`."""
+    if path.is_dir():
+        newest = load_newest(path)
+        if newest is None:
+            raise UserError(f"{path}: holds no checkpoint; train first, or name a run's folder")
+        path, state, digest = newest
+    else:
+        state, digest = _load_file(path)
+    if not (state["info"] and state["normalize"] and "ids" in state["data"]):
+        raise UserError(f"checkpoint {path}: not of a pre-training; name a run of `ssl-dist train`")
+    return path, state, digest
+
+
+def _load_file(path: Path) -> tuple[dict[str, Any], str]:
+    """State and SHA-256 of a checkpoint file."""
+    with _opened(path) as file:
+        if _checksums(path) is None:
+            digest, fault = hashlib.file_digest(file, "sha256").hexdigest(), ""
+        else:
+            digest, fault = _examine(path, file)
+        if fault:
+            raise UserError(
+                f"checkpoint {path}: {fault}; copy it again with its {_checksum_path(path).name}, or name the run's "
+                "folder: its newest whole checkpoint is taken"
+            )
+        return _load(path, file), digest
 
 
 def _opened(path: Path) -> BufferedReader:
@@ -257,20 +279,55 @@ def _load(path: Path, file: BufferedReader) -> dict[str, Any]:
             f"checkpoint {path}: not a checkpoint of ssl_dist (format {FORMAT}); for weights of another program say "
             "backbone.name=... too"
         )
+    fault = checkpoint_state.fault_of(state)
+    if not fault and _NAME.fullmatch(path.name) and step_of(path.name) != state["step"]:
+        fault = f"it is of step {state['step']}"
+    if fault:
+        raise UserError(f"checkpoint {path}: {fault}; {CHANGED}")
     return state
 
 
 def restore(module: torch.nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
     """Load a method's state strictly. Raises `UserError` naming the first tensor that does not fit."""
+    check_fits(module, state, path)
+    module.load_state_dict(state, strict=True)
+
+
+def check_fits(module: torch.nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+    """Raises `UserError` naming the first tensor that does not fit `module`, which may be on the meta device."""
     own = module.state_dict()
     for name in dict.fromkeys([*own, *state]):
         if name not in state:
             raise UserError(f"checkpoint {path}: lacks {name}: it belongs to another method or backbone")
         if name not in own:
             raise UserError(f"checkpoint {path}: holds {name}, unknown here: it belongs to another method or backbone")
-        if own[name].shape != state[name].shape:
+        here, there = own[name], state[name]
+        if here.shape != there.shape:
             raise UserError(
-                f"checkpoint {path}: {name} has shape {list(state[name].shape)}, here {list(own[name].shape)}: "
+                f"checkpoint {path}: {name} has shape {list(there.shape)}, here {list(here.shape)}: "
                 "it belongs to another method or backbone"
             )
-    module.load_state_dict(state, strict=True)
+        if here.is_floating_point() != there.is_floating_point() or there.is_complex():
+            raise UserError(f"checkpoint {path}: {name} is of {there.dtype}, here {here.dtype}; {CHANGED}")
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> None:
+    """Load what an optimizer keeps of its parameters. Its settings stay: they are the config's. Raises `UserError` for
+    the state of another optimizer."""
+    groups = optimizer.state_dict()["param_groups"]
+    ids = [group["params"] for group in groups]
+    if [group.get("params") for group in state.get("param_groups", [])] != ids:
+        raise UserError(f"checkpoint {path}: optimizer.param_groups are not those of this method; {CHANGED}")
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    names = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.Adam) else {"momentum_buffer"}
+    if optimizer.defaults.get("momentum") == 0:
+        names = set()
+    for number, kept in state["state"].items():
+        if number not in parameters or kept.keys() != names:
+            raise UserError(f"checkpoint {path}: optimizer.state.{number} is not of this optimizer; {CHANGED}")
+        for name, value in kept.items():
+            shape = () if name == "step" else parameters[number].shape
+            if not isinstance(value, torch.Tensor) or value.shape != shape or not value.is_floating_point():
+                key = f"optimizer.state.{number}.{name}"
+                raise UserError(f"checkpoint {path}: {key} is no tensor of shape {list(shape)}; {CHANGED}")
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})

@@ -53,8 +53,9 @@ def _facts(plan: RunPlan) -> dict[str, object]:
     settings["run_dir"] = os.path.abspath(plan.run)
     sources = sorted(PACKAGE.rglob("*.py"))
     program = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+    normalize = {"mean and std": config.to_tree(plan.normalize)}
     images = {f"images ({key})": value for key, value in plan.data_identity.items()}
-    return settings | images | checkpoint.versions() | {"program": program}
+    return settings | normalize | images | checkpoint.versions() | {"program": program}
 
 
 def _token(logs: Path, start: str) -> Path:

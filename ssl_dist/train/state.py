@@ -69,9 +69,16 @@ class TrainState:
                 f"data.root = {quoted(self.config.data.root)}: not the images that {path} was trained on (another "
                 "conversion or another data.subset file); give their folder, or another run_dir"
             )
+        normalize = config.to_tree(self.plan.normalize)
+        if state["normalize"] != normalize:
+            raise UserError(
+                f"views.normalize = {self.config.views.normalize!r}: is {normalize}, and {path} was trained with "
+                f"{state['normalize']}; restore mean and std in {self.config.data.root}/dataset.json, or give another "
+                "run_dir"
+            )
         checkpoint.restore(self.method, state["method"], path)
         if self.method.trainable:
-            self.optimizer.load_state_dict(state["optimizer"])
+            checkpoint.restore_optimizer(self.optimizer, state["optimizer"], path)
         return int(state["step"])
 
     def loader(self) -> TrainLoader:

@@ -242,6 +242,6 @@ def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, se
             "these values"
         )
     checkpoint.restore(model, state["method"], path)
-    optimizer.load_state_dict(state["optimizer"])
+    checkpoint.restore_optimizer(optimizer, state["optimizer"], path)
     print(f"{path}: taken up after step {state['step']}", file=sys.stderr, flush=True)
     return state["step"]
