@@ -47,7 +47,7 @@ is_host=false
 [ "$node_rank" != 0 ] || is_host=true
 if [ "${command[0]}" = train ]; then # a mistake costs less before torchrun starts
     what_will_run=$("$python" -m ssl_dist explain "$@" --world $((nnodes * ranks)) --ranks-per-node "$ranks")
-    [ $is_host = false ] || printf '%s\n' "$what_will_run"
+    [ $is_host = false ] || printf '%s\n' "$what_will_run" || true # also where nobody reads it
 fi
 
 if [ -z "${OMP_NUM_THREADS:-}" ]; then # torchrun would set 1
@@ -103,10 +103,11 @@ done
 # Ranks that were stopped or met a mistake tell torchrun 0, which would start them again else.
 case $(cat "$SSL_DIST_EXIT_FILE" 2>/dev/null) in
 75)
-    echo "stopped on request; the same command goes on from the last checkpoint (exit code 75)" >&2
+    echo "stopped on request; the same command goes on from the last checkpoint (exit code 75)" >&2 || true
     exit 75
     ;;
 2) exit 2 ;;
+141) exit 141 ;; # nobody reads what an evaluation prints
 0) [ -z "$signal" ] || exit 0 ;; # torchrun reports 1 after any signal, also when the ranks were done
 esac
 exit "$code"

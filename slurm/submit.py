@@ -21,7 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ssl_dist.errors import UserError
+from ssl_dist import terminal
+from ssl_dist.errors import UserError, of_system
 
 
 def main() -> int:
@@ -47,6 +48,11 @@ def main() -> int:
     options, others = parser.parse_known_args()
     if any("=" not in word or word.startswith("-") for word in others) or (others and options.verb == "status"):
         parser.error(f"unknown argument: {' '.join(others)}")
+    with terminal.lasting():
+        return _perform(options, others)
+
+
+def _perform(options: argparse.Namespace, others: list[str]) -> int:
     try:
         if options.verb == "status":
             from ssl_dist.slurm import status
@@ -57,8 +63,8 @@ def main() -> int:
 
         options.overrides += others
         return submit.train(options) if options.verb == "train" else submit.evaluate(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"error: {error}" if isinstance(error, UserError) else f"error: {of_system(error)}", file=sys.stderr)
         return 2
 
 

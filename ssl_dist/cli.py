@@ -4,16 +4,15 @@ import argparse
 import atexit
 import gc
 import importlib
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from ssl_dist import __version__
-from ssl_dist.errors import Fault, RaisedOn, UserError
+from ssl_dist import __version__, outcome, terminal
+from ssl_dist.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from ssl_dist.config.describe import Table
@@ -27,6 +26,12 @@ Action = Callable[[argparse.Namespace], int | None]  # returns the exit code; No
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns its exit code; argparse exits by itself for a wrong command line (2) and --help (0)."""
+    with terminal.lasting() as output:
+        parsed = _parsed(arguments)
+        return outcome.of(lambda: parsed.action(parsed), output)
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     parsed, unparsed = parser.parse_known_args(arguments)
     # argparse takes no positional arguments after an option; overrides may stand anywhere.
@@ -34,32 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if any("=" not in word or word.startswith("-") for word in unparsed) or not hasattr(parsed, "overrides"):
             parser.error(f"unknown argument: {' '.join(unparsed)}")
         parsed.overrides += unparsed
-    exit_file = os.environ.get("SSL_DIST_EXIT_FILE")
-    first_of_machine = os.environ.get("LOCAL_RANK", "0") == "0"
-    if exit_file and first_of_machine:
-        Path(exit_file).unlink(missing_ok=True)  # of a start before this one
-    try:
-        code = parsed.action(parsed) or 0
-    except (UserError, Fault) as error:
-        if _prints(error):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        code = error.code if isinstance(error, Fault) else 2
-    except KeyboardInterrupt:
-        code = 130
-    if exit_file:
-        # torchrun tells its caller 1 whatever the ranks return, so the first rank of a machine writes it down.
-        if first_of_machine:
-            Path(exit_file).write_text(f"{code}\n")
-        if code in (2, 75):
-            return 0  # or torchrun would start the ranks again: a stop and a mistake are no faults to it
-    return code
-
-
-def _prints(error: UserError | Fault) -> bool:
-    """Whether this rank is the one to print an error that other ranks may raise too."""
-    if error.raised_on is RaisedOn.THIS_RANK:
-        return True
-    return os.environ.get("RANK" if error.raised_on is RaisedOn.EVERY_RANK else "LOCAL_RANK", "0") == "0"
+    return parsed
 
 
 _Argument = tuple[str, dict[str, Any]]  # what `ArgumentParser.add_argument` is given
@@ -80,8 +60,13 @@ def _command(name: str, help: str, *arguments: _Argument) -> Callable[[Action], 
     return add
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(one_line(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "ssl-dist",
         description="Pre-train an image backbone without labels, on one process or many, and evaluate it.",
         epilog="A first run: bash launch/quickstart.sh. " + EXIT_CODES,
@@ -241,7 +226,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if not evaluators:
         raise UserError(f"evaluate {args.run}: name at least one evaluator, for example knn")
     code, records = evaluate(args.run, evaluators, overrides, args.validation, args.search)
-    if os.environ.get("RANK", "0") == "0":
+    if outcome.rank_info().is_rank0:
         print(table(records))
     return code
 

@@ -1,6 +1,7 @@
 """The exceptions that end a command with a message of one line and no traceback, and what such a line may hold."""
 
 import difflib
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -54,6 +55,14 @@ class Fault(RuntimeError):
     def __init__(self, message: str, raised_on: RaisedOn = RaisedOn.THIS_RANK, code: int = 1):
         super().__init__(one_line(message))
         self.raised_on, self.code = raised_on, code
+
+
+def of_system(error: OSError) -> str:
+    """What the system refused, for a message: the file, where it is known, and the reason."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return (
+        f"{os.fsdecode(error.filename)}: {reason}" if isinstance(error.filename, str | bytes | os.PathLike) else reason
+    )
 
 
 @contextmanager

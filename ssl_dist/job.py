@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ssl_dist import cli
-from ssl_dist.distributed.rank import BY_SRUN
+from ssl_dist.distributed.rank import BY_SRUN, environment_number
 from ssl_dist.distributed.signals import STOPPED
 from ssl_dist.errors import UserError
 
@@ -55,8 +55,8 @@ def environment(slurm: Mapping[str, str]) -> dict[str, str]:
     """
     if "RANK" in slurm or "SLURM_PROCID" not in slurm:
         return {}
-    size, nodes = int(slurm["SLURM_NTASKS"]), int(slurm["SLURM_NNODES"])
-    if size % nodes:
+    size, nodes = environment_number("SLURM_NTASKS", slurm), environment_number("SLURM_NNODES", slurm)
+    if nodes == 0 or size % nodes:
         raise UserError(f"--tasks-per-node: {size} tasks on {nodes} nodes: give every node as many as the others")
     if size > 1 and "MASTER_ADDR" not in slurm:
         raise UserError(
@@ -65,9 +65,9 @@ def environment(slurm: Mapping[str, str]) -> dict[str, str]:
         )
     return {
         BY_SRUN: "1",
-        "RANK": slurm["SLURM_PROCID"],
+        "RANK": str(environment_number("SLURM_PROCID", slurm)),
         "WORLD_SIZE": str(size),
-        "LOCAL_RANK": slurm["SLURM_LOCALID"],
+        "LOCAL_RANK": str(environment_number("SLURM_LOCALID", slurm)),
         "LOCAL_WORLD_SIZE": str(size // nodes),
         "MASTER_PORT": str(port(slurm)),
     }
@@ -79,7 +79,8 @@ def port(slurm: Mapping[str, str]) -> int:
     reserved = re.match(r"\d+", slurm.get("SLURM_STEP_RESV_PORTS", ""))
     if reserved:
         return int(reserved[0])
-    return FIRST_PORT + (int(slurm["SLURM_JOB_ID"]) + 97 * int(slurm.get("SLURM_RESTART_COUNT", 0))) % NUM_PORTS
+    job, restarts = environment_number("SLURM_JOB_ID", slurm), environment_number("SLURM_RESTART_COUNT", slurm, 0)
+    return FIRST_PORT + (job + 97 * restarts) % NUM_PORTS
 
 
 if __name__ == "__main__":

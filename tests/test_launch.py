@@ -29,7 +29,7 @@ def python(tmp_path):
         cd {tmp_path}
         if [ "$2" = ssl_dist ]; then
             echo "$*" >explained
-            echo "the plan"
+            echo "the plan" || true
             exit "${{EXPLAIN_CODE:-0}}"
         fi
         trap 'echo TERM >>signals' TERM
@@ -144,6 +144,7 @@ def test_what_the_user_set_stays(python):
         ("0", 1, 1),  # rank 0 was done, but another rank failed
         ("75", 0, 75),  # what ranks say of a stop or a mistake is 0 to torchrun, or it would start them again
         ("2", 0, 2),
+        ("141", 0, 141),  # nobody reads its table
         (None, 0, 0),
     ],
 )
@@ -152,6 +153,13 @@ def test_exit_codes(rank, torchrun, code, python):
     answer = run(SINGLE, 2, "c.yaml", PYTHON=python, TORCHRUN=f"{write}exit {torchrun}")
     assert answer.returncode == code
     assert ("the same command goes on" in answer.stderr) == (code == 75)
+
+
+@pytest.mark.parametrize("streams", [">&- 2>&-", ">/dev/full 2>&1"])
+def test_what_the_script_says_may_reach_nobody(streams, python):
+    body = 'echo 75 >"$SSL_DIST_EXIT_FILE"; exit 1'
+    environment = os.environ | {"PYTHON": str(python), "TORCHRUN": body}
+    assert subprocess.run(["bash", "-c", f"{SINGLE} 2 c.yaml {streams}"], env=environment, check=False).returncode == 75
 
 
 @pytest.mark.parametrize(

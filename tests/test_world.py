@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from ssl_dist import cli
 from ssl_dist.distributed.world import RankInfo, World, one_process
 from ssl_dist.errors import UserError
 from ssl_dist.grid import Grid
@@ -129,12 +130,47 @@ def test_environment(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert RankInfo.from_environment() == RankInfo()
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(UserError, match="WORLD_SIZE"):
-        RankInfo.from_environment()
-    for name, value in {"WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+    for name, value in {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     assert RankInfo.from_environment() == RankInfo(1, 4, 1, 2)
+
+
+IMPOSSIBLE = {  # and words of the line
+    ("", "", "1", ""): ["LOCAL_RANK = '1'", "RANK is not"],
+    ("1", "", "", ""): ["RANK = '1'", "WORLD_SIZE is not"],
+    ("", "4", "", ""): ["WORLD_SIZE = '4'", "RANK is not"],
+    ("0", "2", "0", ""): ["LOCAL_WORLD_SIZE is not"],
+    ("2", "2", "0", "1"): ["RANK = 2", "WORLD_SIZE = 2"],
+    ("-1", "2", "0", "1"): ["RANK = '-1'", "not a number"],
+    ("one", "2", "0", "1"): ["RANK = 'one'", "not a number"],
+    ("²", "2", "0", "1"): ["RANK = '²'", "not a number"],
+    ("1" * 5000, "2", "0", "1"): ["RANK = '111", "not a number"],
+    ("0", "0", "0", "1"): ["WORLD_SIZE = 0"],
+    ("3", "4", "2", "2"): ["LOCAL_RANK = 2", "LOCAL_WORLD_SIZE = 2"],
+    ("0", "4", "1", "2"): ["LOCAL_RANK = 1 of 2", "RANK = 0 of 4"],
+    ("0", "2", "0", "4"): ["LOCAL_RANK = 0 of 4", "RANK = 0 of 2"],
+}
+
+
+@pytest.mark.parametrize("values", IMPOSSIBLE, ids=lambda values: "-".join(values)[:20])
+def test_an_environment_that_no_rank_can_have_is_refused_and_the_remedy_helps(values, monkeypatch, capsys, tmp_path):
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    for name, value in zip(names, values, strict=True):
+        monkeypatch.delenv(name, raising=False)
+        if value:
+            monkeypatch.setenv(name, value)
+    config = ["configs/digits/relational-conv4.yaml", f"run_dir={tmp_path / 'run'}"]
+    commands = [["train", *config], ["extract", tmp_path], ["evaluate", tmp_path, "knn"]]
+    for command in commands:
+        assert cli.main(list(map(str, command))) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        if command[0] == "train":
+            assert line.startswith("error: environment: ") and all(word in line for word in IMPOSSIBLE[values])
+            remedy = line.rpartition("unset ")[2].split()
+    assert cli.main(["explain", "nowhere.yaml"]) == 2 and "nowhere.yaml" in capsys.readouterr().err, "nobody spoke"
+    for name in remedy:
+        monkeypatch.delenv(name)
+    assert RankInfo.from_environment() == RankInfo()
 
 
 def test_one_process_needs_no_group():

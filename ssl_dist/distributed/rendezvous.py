@@ -50,9 +50,12 @@ def _store(rank_info: RankInfo, end: float, is_stopping: Callable[[], bool]) -> 
     """The key-value store at MASTER_ADDR:MASTER_PORT, kept by rank 0 unless torchrun's agent keeps it."""
     try:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        if not 0 <= port < 2**16:
+            raise ValueError
     except (KeyError, ValueError):
         raise UserError(
-            "environment: RANK is set but MASTER_ADDR and MASTER_PORT (a number) are not; start with torchrun"
+            "environment: RANK is set but MASTER_ADDR and MASTER_PORT (a number below 65536) are not; start with "
+            "torchrun"
         ) from None
     is_server = rank_info.is_rank0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if not is_server:

@@ -1,10 +1,16 @@
-"""Requests to stop: a signal sets a flag and nothing else, and the loop reads the flag between two steps."""
+"""Requests to stop: a signal sets a flag and nothing else, and the loop reads the flag between two steps.
+
+SIGHUP, which a terminal sends when it is closed, is none: a training outlives its terminal. Only torchrun passes it on
+to its ranks to end them.
+"""
 
 import os
 import signal
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
+
+from ssl_dist.distributed.rank import UNDER_TORCHRUN
 
 STOPPED = 75  # exit code: stopped on request after a checkpoint; start the same command again
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -22,6 +28,8 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         for number in _SIGNALS:
             self._former_handlers[number] = signal.signal(number, self._handle)
+        on_hangup = self._handle if UNDER_TORCHRUN in os.environ else signal.SIG_IGN
+        self._former_handlers[signal.SIGHUP] = signal.signal(signal.SIGHUP, on_hangup)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -19,9 +19,9 @@ from pathlib import Path
 from types import FrameType
 
 from ssl_dist.distributed.heartbeat import ExitReport, Heartbeat, RankState
-from ssl_dist.distributed.rank import RankInfo
+from ssl_dist.distributed.rank import UNDER_TORCHRUN, RankInfo
 from ssl_dist.distributed.ranklog import RankLog
-from ssl_dist.errors import Fault, RaisedOn, UserError
+from ssl_dist.errors import Fault, RaisedOn, UserError, one_line
 
 START_TIMEOUT_S = 600.0  # from the launch to the first step: rendezvous, reading a checkpoint from a slow disk
 FIRST_STEP_TIMEOUT_S = 300.0  # caches are cold, kernels are loaded
@@ -45,7 +45,7 @@ class Watchdog:
         self.log = RankLog(rank_info)
         self.heartbeat: Heartbeat | None = None  # None before `publish`
         self._on_orphaned = on_orphaned
-        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._launcher = os.getppid() if UNDER_TORCHRUN in os.environ else None
         self._interval = min(1.0, max(0.05, timeout / 20))
         self._is_ending = False
         self._ended = threading.Event()
@@ -90,7 +90,7 @@ class Watchdog:
         else:
             cause = f"{type(error).__name__}: {error}"
             self._write_exit_report(cause, None, 1, everywhere=False, trace="".join(traceback.format_exception(error)))
-            print(f"error: {self.where()}: {cause}", file=sys.stderr, flush=True)
+            print(one_line(f"error: {self.where()}: {cause}"), file=sys.stderr, flush=True)
 
     def where(self) -> str:
         """`rank 1 on host at step 3`: the head of every message of this rank."""

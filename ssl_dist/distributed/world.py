@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ssl_dist.distributed import rendezvous
 from ssl_dist.distributed.heartbeat import RankState
-from ssl_dist.distributed.rank import BY_SRUN, RankInfo
-from ssl_dist.errors import Fault, RaisedOn, UserError
+from ssl_dist.distributed.rank import BY_SRUN, RankInfo, environment_number
+from ssl_dist.errors import Fault, RaisedOn, UserError, of_system
 from ssl_dist.grid import Grid
 from ssl_dist.nn import batchnorm
 
@@ -159,8 +159,9 @@ class World:
             except UserError as error:
                 outcome[1] = UserError(str(error), RaisedOn.EVERY_RANK)
             except OSError as error:
-                cause = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-                outcome[1] = Fault(f"{self.rank_info} at step {self.state.step}: {cause}", RaisedOn.EVERY_RANK)
+                outcome[1] = Fault(
+                    f"{self.rank_info} at step {self.state.step}: {of_system(error)}", RaisedOn.EVERY_RANK
+                )
         if not self.alone:
             with self.state.collective("broadcast"):
                 dist.broadcast_object_list(outcome, src=0)
@@ -212,7 +213,7 @@ def choose_device(rank_info: RankInfo) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    on_node = int(os.environ.get("SLURM_GPUS_ON_NODE", 0)) if BY_SRUN in os.environ else 0
+    on_node = environment_number("SLURM_GPUS_ON_NODE", default=0) if BY_SRUN in os.environ else 0
     if count == 1 < rank_info.local_world_size <= on_node:
         return torch.device("cuda", 0)  # srun --gpus-per-task shows every rank its own GPU alone
     if count < rank_info.local_world_size:

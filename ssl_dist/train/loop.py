@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ssl_dist import views
+from ssl_dist import terminal, views
 from ssl_dist.config import Config
 from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.distributed.rendezvous import StoppedWhileWaiting
@@ -37,7 +37,11 @@ def train(config: Config) -> int:
     plan.method_class.warm_up(plan.options, plan.dtype)
     if not torch.cuda.is_available():
         moments.warm_up(plan.dtype)
-    with StopRequest() as stop, Watchdog(rank_info, config.timeout, stop.request) as watchdog:
+    with (
+        StopRequest() as stop,
+        Watchdog(rank_info, config.timeout, stop.request) as watchdog,
+        terminal.lasting(lambda fault: watchdog.log.note(f"{fault}; what is done goes on in metrics.jsonl")),
+    ):
         try:
             world = join_world(rank_info, plan.grid, watchdog.state, lambda: stop.requested)
         except StoppedWhileWaiting:
