@@ -2,12 +2,13 @@
 
 import errno
 import json
+import math
 import os
 import stat
 from collections.abc import Callable
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 MAX_TEXT_BYTES = 1 << 30  # the metrics of a long run take some 100 MB
 MAX_INT_DIGITS = 18  # of a whole number in JSON that is kept as such; a longer one is read as a float
@@ -79,6 +80,11 @@ def json_lines(path: Path, is_valid: Callable[[dict], bool]) -> tuple[list[dict]
     return valid, faulty
 
 
-def is_count(value: object) -> bool:
+def is_finite(value: object) -> TypeGuard[float]:
+    """Whether it is a number, whole or not; true and false are none, and neither are NaN and infinity."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_count(value: object) -> TypeGuard[int]:
     """Whether it is a whole number of steps, epochs or bytes; true and false are none."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53

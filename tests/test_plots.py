@@ -85,11 +85,15 @@ def test_loss_curve(tmp_path):
 def test_metrics_that_cannot_be_drawn_are_refused(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for content, message in (
-        (None, "cannot be read"),
+        (None, "holds no loss"),
         ("", "holds no loss"),
-        ('{"a": 1}\n{"b"\n', "line 2 is not JSON"),
+        ('{"a": 1}\n{"b"\n', "holds no loss"),
+        ("a folder", "cannot be read"),
     ):
-        if content is not None:
+        if content == "a folder":
+            path.unlink()
+            path.mkdir()
+        elif content is not None:
             path.write_text(content)
         with pytest.raises(UserError, match=message) as caught:
             plots.loss_curve(tmp_path / "loss.png", path)

@@ -1,25 +1,25 @@
 """The files of a run's folder, read for its page. A missing or damaged one is no error but a note on the page."""
 
-import json
+import contextlib
 import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ssl_dist import config, evaluators, methods, results
 from ssl_dist.config import Config
 from ssl_dist.errors import UserError
+from ssl_dist.reading import json_lines
 from ssl_dist.report import pictures
 from ssl_dist.report.markup import count
 from ssl_dist.report.pictures import Picture
 from ssl_dist.report.seeds import newest
 from ssl_dist.report.verdicts import MAX_MAGNITUDE, is_amount, is_number
+from ssl_dist.run.metrics import read_metrics
 from ssl_dist.storage import checkpoint
 
 VIEWS = "views*.png"
-MAX_COUNT = 2**53  # of steps and epochs; what is beyond it is no count
 
 
 @dataclass
@@ -126,7 +126,11 @@ def _read_metrics(run: Run) -> None:
         run.note("curves", f"{run.config.method.name} does not train: there is nothing to plot.")
         return
     path = run.folder / "metrics.jsonl"
-    run.lines, faulty = _json_lines(path, _is_metrics_line)
+    try:
+        run.lines, faulty = read_metrics(path)
+    except OSError as error:
+        run.note("curves", f"metrics.jsonl cannot be read: {error.strerror}.")
+        return
     if faulty:
         verb = "is" if len(faulty) == 1 else "are"
         run.note("curves", f"{count(faulty, 'line')} of metrics.jsonl cannot be read and {verb} left out: line "
@@ -154,7 +158,8 @@ def _read_results(run: Run) -> None:
 
 def _read_starts(run: Run) -> None:
     path = run.folder / "logs" / "starts.jsonl"
-    run.starts, _ = _json_lines(path, lambda line: isinstance(line.get("versions"), dict))
+    with contextlib.suppress(OSError):  # what it says of versions and hosts is left out
+        run.starts, _ = json_lines(path, lambda line: isinstance(line.get("versions"), dict))
 
 
 def _read_views(run: Run) -> None:
@@ -197,30 +202,6 @@ def _readable(run: Run, part: str, paths: Sequence[Path]) -> list[Picture]:
         except UserError as error:
             run.note(part, f"{error}.")
     return readable
-
-
-def _json_lines(path: Path, is_valid: Callable[[dict], bool]) -> tuple[list[dict], list[int]]:
-    """The valid lines, and the line numbers of the others; an unfinished last line is neither."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:  # also the missing file of a run that has not begun
-        return [], []
-    valid, faulty = [], []
-    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
-        try:
-            value: Any = json.loads(line)
-        except (ValueError, RecursionError):
-            value = None
-        if isinstance(value, dict) and is_valid(value):
-            valid.append(value)
-        else:
-            faulty.append(number)
-    return valid, faulty
-
-
-def _is_metrics_line(line: dict) -> bool:
-    step, epoch = line.get("step"), line.get("epoch")
-    return isinstance(step, int) and isinstance(epoch, int | float) and 0 <= step < MAX_COUNT and 0 <= epoch < MAX_COUNT
 
 
 def seconds(run: Run) -> float:

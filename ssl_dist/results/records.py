@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ssl_dist import text_table
 from ssl_dist.errors import UserError
+from ssl_dist.reading import parse_json, read_text
 from ssl_dist.storage import durable
 from ssl_dist.storage.durable import atomic_write_or_refuse
 
@@ -53,7 +54,8 @@ def read(path: str | Path) -> list[dict]:
     first record. Raises `UserError` when it is something else."""
     path = Path(path)
     try:
-        records = json.loads(path.read_text(encoding="utf-8") or "[]")
+        text = read_text(path)
+        records = parse_json(text) if text else []
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
@@ -140,4 +142,5 @@ def _is_record(record: object) -> bool:
         isinstance(record, dict)
         and set(record) == set(FIELDS)
         and all(isinstance(record[field], _TYPES.get(field, str)) for field in FIELDS)
+        and not any(isinstance(record[field], bool) for field in FIELDS)  # true would count as 1
     )

@@ -11,6 +11,7 @@ from typing import Any
 from ssl_dist import methods
 from ssl_dist.config import Config, dump, load, to_tree
 from ssl_dist.errors import UserError, quoted
+from ssl_dist.reading import is_count, json_lines
 from ssl_dist.storage import checkpoint, durable
 
 # What may differ between two starts of one run: none of these changes the numbers.
@@ -63,14 +64,8 @@ def _lock(starts: Path) -> int:
 
 def _last_start(starts: Path) -> str:
     """Who started last, in words; the one that holds the lock, unless that one has only just begun."""
-    lines = starts.read_text(encoding="utf-8").splitlines()
-    if not lines:
-        return ""
-    try:
-        last = json.loads(lines[-1])
-    except json.JSONDecodeError:  # torn by a kill
-        return ""
-    return f" (the last start noted there: pid {last['pid']} on host {last['host']})"
+    lines, _ = json_lines(starts, lambda line: is_count(line.get("pid")) and isinstance(line.get("host"), str))
+    return f" (the last start noted there: pid {lines[-1]['pid']} on host {lines[-1]['host']})" if lines else ""
 
 
 def accept(run: Path, config: Config) -> None:

@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ssl_dist.clock import Clock
 from ssl_dist.progress import Progress
-from ssl_dist.storage.durable import write_text
+from ssl_dist.run.metrics import FILE, cut_after
 
 
 class RunLog:
@@ -18,8 +18,8 @@ class RunLog:
 
     def __init__(self, run: Path, clock: Clock, title: str, images_per_step: int, views_per_image: int):
         self.images_per_step, self.views_per_image = images_per_step, views_per_image
-        cut_after(run / "metrics.jsonl", clock.step)
-        self._metrics = open(run / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+        cut_after(run / FILE, clock.step)
+        self._metrics = open(run / FILE, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
         self._board = SummaryWriter(run / "tensorboard", purge_step=clock.step + 1)
         self._bar = Progress(title, clock.total_steps, "step", done=clock.step)
         self._since = (clock.step, time.perf_counter())
@@ -84,17 +84,3 @@ class RunLog:
 def _short(value: float) -> float | int:
     """Ten digits: float32 holds seven, and fp64 runs are compared by their checkpoints."""
     return value if isinstance(value, int) else float(np.format_float_positional(value, 10, fractional=False))
-
-
-def cut_after(path: Path, step: int) -> None:
-    """Drop lines of metrics.jsonl after `step` (they will be written again), and a line torn by a kill."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            continue  # the last line, torn; its step is after the checkpoint's
-    write_text(path, "".join(kept))

@@ -1,6 +1,5 @@
 """Pictures of a run as PNG files: its views, its loss, its relation scores. Nothing here touches a display."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ssl_dist.errors import UserError, quoted, refuse_unreadable
+from ssl_dist.errors import UserError, refuse_unreadable
+from ssl_dist.reading import is_finite
+from ssl_dist.run.metrics import read_metrics
 from ssl_dist.storage.durable import atomic_write_or_refuse
 
 _LOSS, _BOTH, _POSITIVE, _NEGATIVE = "#1f4e79", "#444444", "#2a8f4c", "#c0504d"
@@ -39,11 +40,12 @@ def views_grid(path: str | Path, views_VBCHW: np.ndarray) -> None:
 
 
 def loss_curve(path: str | Path, metrics_jsonl: str | Path) -> None:
-    """The loss against the epoch; accuracies, where they were logged, on a second axis.
+    """The loss against the epoch; accuracies, where they were logged, on a second axis. Damaged lines are passed over.
 
-    Raises `UserError` when the file is missing, damaged or holds no loss.
+    Raises `UserError` when the file cannot be read or holds no loss.
     """
-    lines = [line for line in _read_metrics(Path(metrics_jsonl)) if "loss" in line and "epoch" in line]
+    with refuse_unreadable(metrics_jsonl):
+        lines = [line for line in read_metrics(Path(metrics_jsonl))[0] if is_finite(line.get("loss"))]
     if not lines:
         raise UserError(f"{metrics_jsonl}: holds no loss yet; train for log.every_steps steps at least")
     figure, axes = new_plot(7, 4)
@@ -59,31 +61,18 @@ def loss_curve(path: str | Path, metrics_jsonl: str | Path) -> None:
         "accuracy_positive": ("accuracy of positives", _POSITIVE, "--"),
         "accuracy_negative": ("accuracy of negatives", _NEGATIVE, "--"),
     }
-    logged = {name: curve for name, curve in curves.items() if any(name in line for line in lines)}
+    logged = {name: curve for name, curve in curves.items() if any(is_finite(line.get(name)) for line in lines)}
     if logged:
         right = axes.twinx()
         right.spines[["top", "left"]].set_visible(False)
         for name, (label, color, dashes) in logged.items():
-            points = [(line["epoch"], line[name]) for line in lines if name in line]
+            points = [(line["epoch"], line[name]) for line in lines if is_finite(line.get(name))]
             right.plot(*zip(*points, strict=True), color=color, linestyle=dashes, linewidth=1.2, label=label)
         right.set(ylabel="accuracy (%)")
         right.set_ylim(None, 100.5)
         handles = axes.get_lines() + right.get_lines()
         figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=9)
     _save(figure, path)
-
-
-def _read_metrics(path: Path) -> list[dict]:
-    with refuse_unreadable(path, "a run's folder holds metrics.jsonl"):
-        text = path.read_text(encoding="utf-8")
-    lines = []
-    # A run that is still going may be in the middle of its last line.
-    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            raise UserError(f"{path}: line {number} is not JSON: {quoted(line)}; remove the line") from None
-    return lines
 
 
 def new_plot(width: float, height: float) -> tuple[Figure, Axes]:

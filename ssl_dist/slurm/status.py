@@ -1,6 +1,5 @@
 """`submit.py status`: a line for every job, from Slurm's answer and the files of its run."""
 
-import json
 import re
 import shutil
 import subprocess
@@ -8,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssl_dist import config, text_table
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, refuse_unreadable
 from ssl_dist.progress import duration
+from ssl_dist.reading import is_finite, json_lines
+from ssl_dist.run.metrics import FILE, read_metrics
 from ssl_dist.storage import checkpoint
 
 HEAD = ("job", "what", "state", "run", "step", "epoch", "images/s", "time left", "checkpoint", "why")
@@ -27,8 +28,9 @@ def table(runs: Sequence[Path]) -> str:
             raise UserError(f"{path.parent.parent}: no job of this run was submitted from here")
     rows: list[Sequence[str]] = [HEAD]
     for path in job_files:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
+        with refuse_unreadable(path):
+            entries, _ = json_lines(path, lambda line: all(isinstance(line.get(key), str) for key in ("job", "kind")))
+        for entry in entries:
             rows.append(_row(path.parent.parent, entry["job"], entry["kind"]))
     return "\n".join(text_table.aligned(rows))
 
@@ -56,11 +58,14 @@ def _row(run: Path, job: str, kind: str) -> tuple[str, ...]:
 def _progress(run: Path) -> tuple[str, str, str, str]:
     """Step, epoch, images a second and the time left, from the last line of metrics.jsonl and the config."""
     try:
-        whole = (run / "metrics.jsonl").read_text(encoding="utf-8").rpartition("\n")[0]  # one may be half written
-        last, settings = json.loads(whole.splitlines()[-1]), config.load(run / "config.yaml")
-    except (FileNotFoundError, IndexError, UserError):  # nothing yet
+        lines, settings = read_metrics(run / FILE)[0], config.load(run / "config.yaml")
+    except (OSError, UserError):
         return "", "", "", ""
-    optim = settings.optim
+    speeds = ("seconds_per_step", "images_per_s")
+    shown = [line for line in lines if line["epoch"] > 0 and all(is_finite(line.get(key)) for key in speeds)]
+    if not shown:  # nothing yet
+        return "", "", "", ""
+    optim, last = settings.optim, shown[-1]
     total = optim.steps or round(optim.epochs * last["step"] / last["epoch"])
     left = (total - last["step"]) * last["seconds_per_step"]
     return (

@@ -1,0 +1,42 @@
+"""metrics.jsonl of a run's folder: a JSON object of numbers every `log.every_steps` steps."""
+
+from pathlib import Path
+
+from ssl_dist.reading import MAX_TEXT_BYTES, is_count, is_finite, json_lines, open_regular, parse_json
+from ssl_dist.storage.durable import atomic_write
+
+FILE = "metrics.jsonl"
+
+
+def read_metrics(path: Path) -> tuple[list[dict], list[int]]:
+    """The lines that have a step and an epoch, and the line numbers of the others. Raises OSError; a missing file
+    holds nothing."""
+    return json_lines(path, _is_metrics_line)
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Drop the lines after `step` (they will be written again), and a last line torn by a kill.
+
+    A line that cannot be read stays where it is: nobody knows its step. Raises OSError.
+    """
+    if not path.exists():
+        return
+    with open_regular(path) as file:
+        lines = file.read(MAX_TEXT_BYTES).split(b"\n")[:-1]
+    kept = [line + b"\n" for line in lines if _step_of(line) <= step]
+    if len(kept) < len(lines) or path.stat().st_size > sum(map(len, kept)):
+        with atomic_write(path) as file:
+            file.writelines(kept)
+
+
+def _step_of(line: bytes) -> int:
+    try:
+        value = parse_json(line.decode())
+    except ValueError:
+        return 0
+    return value["step"] if isinstance(value, dict) and is_count(value.get("step")) else 0
+
+
+def _is_metrics_line(line: dict) -> bool:
+    epoch = line.get("epoch")
+    return is_count(line.get("step")) and is_finite(epoch) and 0 <= epoch < 2**53
