@@ -59,7 +59,10 @@ def _act(action, folder, number):
         os.fsync = lambda _: None  # a kill loses nothing that was handed to the kernel, and disks are slow
         for name in CHANGES:
             setattr(os, name, counted(getattr(os, name)))
-        os.fdopen = lambda descriptor, mode: io.BufferedWriter(Torn(descriptor, mode), 512)
+        fdopen = os.fdopen
+        os.fdopen = lambda descriptor, mode: (
+            fdopen(descriptor, mode) if mode == "rb" else io.BufferedWriter(Torn(descriptor, mode), 512)
+        )
         action(folder)
         os._exit(0)
     except BaseException:  # the parent prints it
