@@ -57,6 +57,9 @@ class Fault(RuntimeError):
         self.raised_on, self.code = raised_on, code
 
 
+AFTER_MENDING = "mend that and give the same command again"  # the remedy where the system has refused something
+
+
 def of_system(error: OSError) -> str:
     """What the system refused, for a message: the file, where it is known, and the reason."""
     reason = error.strerror or str(error) or type(error).__name__

@@ -8,7 +8,7 @@ from pathlib import Path
 from ssl_dist import terminal
 from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.distributed.signals import STOPPED
-from ssl_dist.errors import Fault, RaisedOn, UserError, of_system, one_line
+from ssl_dist.errors import AFTER_MENDING, Fault, RaisedOn, UserError, of_system, one_line
 
 UNREAD = 141  # exit code of a command whose output nobody reads any more, as `| head` leaves it: a shell's for SIGPIPE
 
@@ -26,7 +26,7 @@ def of(command: Callable[[], int | None], output: terminal.Stream) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         code = error.code if isinstance(error, Fault) else 2
     except OSError as error:
-        print(one_line(f"error: {of_system(error)}"), file=sys.stderr, flush=True)
+        print(one_line(f"error: {of_system(error)}; {AFTER_MENDING}"), file=sys.stderr, flush=True)
         code = 1
     except KeyboardInterrupt:
         code = 130

@@ -7,6 +7,7 @@ compared: a rank is silent when its beat does not change while another rank obse
 """
 
 import contextlib
+import dataclasses
 import json
 import mmap
 import os
@@ -16,11 +17,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ssl_dist.distributed.rank import RankInfo
-from ssl_dist.storage.durable import atomic_write
+from ssl_dist.reading import open_regular, parse_json, read_text
+from ssl_dist.storage.durable import append_line, atomic_write, naming
 
 RECORD = np.dtype(
     [
@@ -36,6 +39,7 @@ RECORD = np.dtype(
         ("call_sites", "S96", 4),  # operation and line of code of the last ones; number n is at n % 4
     ]
 )
+MAX_REPORT_BYTES = 1 << 20
 NUM_CALL_SITES = RECORD["call_sites"].shape[0]
 
 
@@ -89,7 +93,8 @@ class RankState:
         """Keep the state in this file."""
         self.record["start"] = start.encode()
         path.unlink(missing_ok=True)  # who reads the former file keeps its content
-        path.write_bytes(self.record.tobytes())
+        with naming(path):
+            path.write_bytes(self.record.tobytes())
         with open(path, "r+b") as file:
             self._pages = mmap.mmap(file.fileno(), RECORD.itemsize)
         self.record = np.frombuffer(self._pages, RECORD, 1).reshape(())
@@ -128,7 +133,12 @@ class ExitReport:
 
     @staticmethod
     def from_json(text: str) -> "ExitReport":
-        fields = json.loads(text)
+        """Raises ValueError for what is no report."""
+        fields: dict[str, Any] = {"traceback": ""} | dict(parse_json(text))
+        kinds = dict.fromkeys(("rank", "pid", "step", "code"), int) | {"behind": int | None}
+        names = {"behind" if field.name == "blamed_rank" else field.name for field in dataclasses.fields(ExitReport)}
+        if set(fields) != names or not all(isinstance(fields[name], kinds.get(name, str)) for name in names):
+            raise ValueError("no exit report")
         return ExitReport(blamed_rank=fields.pop("behind"), **fields)
 
     def to_json(self) -> str:
@@ -162,8 +172,8 @@ class Heartbeat:
     def exit_report(self, rank: int) -> ExitReport | None:
         """Why `rank` has ended in this start; None: it has written no report, or it cannot be read now."""
         try:
-            report = ExitReport.from_json((self.logs / f"error-{rank}.json").read_text(encoding="utf-8"))
-        except OSError:
+            report = ExitReport.from_json(read_text(self.logs / f"error-{rank}.json"))
+        except (OSError, ValueError):
             return None
         return report if report.start == self.start else None
 
@@ -261,6 +271,11 @@ def _text(value: np.ndarray) -> str:
 def archive_exit_reports(logs: Path) -> None:
     """Move the reports of earlier starts to faults.jsonl, so that logs/error-*.json are of this start."""
     for path in sorted(logs.glob("error-*.json")):
-        with open(logs / "faults.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(json.loads(path.read_text(encoding="utf-8"))) + "\n")
+        with open_regular(path) as file:
+            text = file.read(MAX_REPORT_BYTES).decode(errors="replace")
+        try:
+            report = json.dumps(json.loads(ExitReport.from_json(text).to_json()))
+        except ValueError:
+            report = json.dumps({"damaged": path.name, "text": text})
+        append_line(logs / "faults.jsonl", report)
         path.unlink()

@@ -3,8 +3,8 @@
 import faulthandler
 import sys
 import time
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
 from ssl_dist.distributed.rank import RankInfo
 
@@ -14,13 +14,15 @@ class RankLog:
 
     def __init__(self, rank_info: RankInfo):
         self.rank_info = rank_info
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
         self._shows_crashes = False
 
     def open(self, logs: Path) -> None:
         """Write to this folder until the next call; an evaluation has several trainings, one after another."""
         self.close()
-        self._file = open(logs / f"rank-{self.rank_info.rank}.log", "a", encoding="utf-8")  # noqa: SIM115 - kept open
+        # without a buffer, which would fail again when it is closed
+        path = logs / f"rank-{self.rank_info.rank}.log"
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - kept open
         if not faulthandler.is_enabled():  # else the surrounding program has set its own
             faulthandler.enable(self._file)
             self._shows_crashes = True
@@ -30,8 +32,8 @@ class RankLog:
         if self._file is None:
             return
         try:
-            self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n")
-            self._file.flush()
+            entry = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n"
+            self._file.write(entry.encode(errors="backslashreplace"))
         except OSError as error:
             print(f"{self._file.name}: {error.strerror}", file=sys.stderr, flush=True)
 

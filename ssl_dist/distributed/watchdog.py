@@ -21,7 +21,7 @@ from types import FrameType
 from ssl_dist.distributed.heartbeat import ExitReport, Heartbeat, RankState
 from ssl_dist.distributed.rank import UNDER_TORCHRUN, RankInfo
 from ssl_dist.distributed.ranklog import RankLog
-from ssl_dist.errors import Fault, RaisedOn, UserError, one_line
+from ssl_dist.errors import AFTER_MENDING, Fault, RaisedOn, UserError, of_system, one_line
 
 START_TIMEOUT_S = 600.0  # from the launch to the first step: rendezvous, reading a checkpoint from a slow disk
 FIRST_STEP_TIMEOUT_S = 300.0  # caches are cold, kernels are loaded
@@ -87,9 +87,13 @@ class Watchdog:
             self._write_exit_report(str(error), None, error.code, error.raised_on is RaisedOn.EVERY_RANK)
         elif _is_lost_contact(error):
             raise self._lost_contact(error) from error
+        elif isinstance(error, OSError):
+            cause, trace = f"{of_system(error)}; {AFTER_MENDING}", _trace(error)
+            self._write_exit_report(cause, None, 1, everywhere=False, trace=trace)
+            raise Fault(f"{self.where()}: {cause}") from error
         else:
             cause = f"{type(error).__name__}: {error}"
-            self._write_exit_report(cause, None, 1, everywhere=False, trace="".join(traceback.format_exception(error)))
+            self._write_exit_report(cause, None, 1, everywhere=False, trace=_trace(error))
             print(one_line(f"error: {self.where()}: {cause}"), file=sys.stderr, flush=True)
 
     def where(self) -> str:
@@ -186,8 +190,7 @@ class Watchdog:
         message = " ".join(str(error).split())[:600]
         evidence = None if self.heartbeat is None else self._evidence(self.heartbeat)
         cause, blamed_rank, code = evidence or (f"lost contact with another rank ({message})", None, 1)
-        trace = "".join(traceback.format_exception(error))
-        self._write_exit_report(cause, blamed_rank, code, everywhere=False, trace=trace)
+        self._write_exit_report(cause, blamed_rank, code, everywhere=False, trace=_trace(error))
         return Fault(f"{self.where()}: {cause}", code=code)
 
     def _evidence(self, heartbeat: Heartbeat) -> tuple[str, int | None, int] | None:
@@ -217,6 +220,10 @@ class Watchdog:
         if report.blamed_rank is not None and report.blamed_rank != self.rank_info.rank:
             return report.cause
         return f"rank {report.rank} on {report.host} ended at step {report.step}: {report.cause}"
+
+
+def _trace(error: Exception) -> str:
+    return "".join(traceback.format_exception(error))
 
 
 def _main_thread() -> FrameType | None:

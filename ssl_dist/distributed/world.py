@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ssl_dist.distributed import rendezvous
 from ssl_dist.distributed.heartbeat import RankState
 from ssl_dist.distributed.rank import BY_SRUN, RankInfo, environment_number
-from ssl_dist.errors import Fault, RaisedOn, UserError, of_system
+from ssl_dist.errors import AFTER_MENDING, Fault, RaisedOn, UserError, of_system
 from ssl_dist.grid import Grid
 from ssl_dist.nn import batchnorm
 
@@ -159,9 +159,8 @@ class World:
             except UserError as error:
                 outcome[1] = UserError(str(error), RaisedOn.EVERY_RANK)
             except OSError as error:
-                outcome[1] = Fault(
-                    f"{self.rank_info} at step {self.state.step}: {of_system(error)}", RaisedOn.EVERY_RANK
-                )
+                where = f"{self.rank_info} at step {self.state.step}"
+                outcome[1] = Fault(f"{where}: {of_system(error)}; {AFTER_MENDING}", RaisedOn.EVERY_RANK)
         if not self.alone:
             with self.state.collective("broadcast"):
                 dist.broadcast_object_list(outcome, src=0)

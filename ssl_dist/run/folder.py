@@ -141,5 +141,4 @@ def note_start(run: Path, config: Config, step: int, world_size: int) -> None:
         "versions": checkpoint.versions(),
         "config": to_tree(config),
     }
-    with open(run / "logs" / "starts.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+    durable.append_line(run / "logs" / "starts.jsonl", json.dumps(entry))

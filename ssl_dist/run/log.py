@@ -1,16 +1,58 @@
-"""The log of a run: a progress bar, metrics.jsonl, TensorBoard. Only rank 0 writes it."""
+"""The log of a run: a progress bar, metrics.jsonl, TensorBoard. Only rank 0 writes it.
 
-import json
+What cannot be written raises OSError with the file's name.
+"""
+
+import io
+import itertools
+import os
+import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import summary
 
 from ssl_dist.clock import Clock
 from ssl_dist.progress import Progress
-from ssl_dist.run.metrics import FILE, cut_after
+from ssl_dist.run.metrics import FILE, append, cut_after
+from ssl_dist.storage import durable
+
+_BUCKETS = 1e-12 * 1.1 ** np.arange(774)  # up to 1e20, as TensorBoard's own
+
+
+class EventFile:
+    """A file of TensorBoard's events, whole at any time. torch's SummaryWriter writes in a thread of its own, which
+    prints a traceback where the disk is full.
+
+    purge_step: TensorBoard passes over what former files hold from this step on.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(self, folder: Path, purge_step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        start = f"{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{next(self._numbers)}"
+        self._path = folder / f"events.out.tfevents.{start}"
+        self._append(
+            Event(step=purge_step, file_version="brain.Event:2"),
+            Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)),
+        )
+
+    def add(self, step: int, *summaries: Any) -> None:
+        """Write summaries of torch.utils.tensorboard.summary. Raises OSError with the file's name."""
+        self._append(*(Event(step=step, summary=summary) for summary in summaries))
+
+    def _append(self, *events: Event) -> None:
+        records = io.BytesIO()
+        for event in events:
+            event.wall_time = time.time()
+            RecordWriter(records).write(event.SerializeToString())
+        durable.append(self._path, records.getvalue())
 
 
 class RunLog:
@@ -18,9 +60,9 @@ class RunLog:
 
     def __init__(self, run: Path, clock: Clock, title: str, images_per_step: int, views_per_image: int):
         self.images_per_step, self.views_per_image = images_per_step, views_per_image
-        cut_after(run / FILE, clock.step)
-        self._metrics = open(run / FILE, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
-        self._board = SummaryWriter(run / "tensorboard", purge_step=clock.step + 1)
+        self._path = run / FILE
+        cut_after(self._path, clock.step)
+        self._board = EventFile(run / "tensorboard", clock.step + 1)
         self._bar = Progress(title, clock.total_steps, "step", done=clock.step)
         self._since = (clock.step, time.perf_counter())
         self._waited = 0.0
@@ -30,8 +72,6 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-        self._metrics.close()
-        self._board.close()
 
     def waited(self, seconds: float) -> None:
         """Count seconds in which the loop waited for data."""
@@ -55,8 +95,9 @@ class RunLog:
         }
         self._since, self._waited = (clock.step, now), 0.0
         self._write_line(clock, {"train": metrics, "speed": speed})
+        bins = np.concatenate([-_BUCKETS[::-1], [0.0], _BUCKETS])
         for name, values in histograms.items():
-            self._board.add_histogram(name, values, clock.step)
+            self._board.add(clock.step, summary.histogram(name, values.numpy(force=True), bins))
         shown = {name: metrics[name] for name in ("loss", "accuracy") if name in metrics}
         self._bar.describe(shown | {"images/s": speed["images_per_s"], "views/s": speed["views_per_s"]})
 
@@ -68,17 +109,17 @@ class RunLog:
 
     def _write_line(self, clock: Clock, groups: dict[str, dict[str, float]]) -> None:
         line = {"step": clock.step, "epoch": clock.epochs_done}
+        scalars = []
         for group, values in groups.items():
             line |= values
-            for name, value in values.items():
-                self._board.add_scalar(f"{group}/{name}", value, clock.step)
-        self._metrics.write(json.dumps({k: _short(v) for k, v in line.items()}) + "\n")
-        self._metrics.flush()
+            scalars += [summary.scalar(f"{group}/{name}", value) for name, value in values.items()]
+        self._board.add(clock.step, *scalars)
+        append(self._path, {name: _short(value) for name, value in line.items()})
 
     def pictures(self, name: str, clock: Clock, views_VBCHW: np.ndarray) -> None:
         """A grid in TensorBoard: a row for each image, a column for each of its views (uint8)."""
         rows = np.concatenate(views_VBCHW, axis=3)
-        self._board.add_image(name, np.concatenate(rows, axis=1), clock.step)
+        self._board.add(clock.step, summary.image(name, np.concatenate(rows, axis=1), dataformats="CHW"))
 
 
 def _short(value: float) -> float | int:

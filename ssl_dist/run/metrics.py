@@ -1,9 +1,10 @@
 """metrics.jsonl of a run's folder: a JSON object of numbers every `log.every_steps` steps."""
 
+import json
 from pathlib import Path
 
 from ssl_dist.reading import MAX_TEXT_BYTES, is_count, is_finite, json_lines, open_regular, parse_json
-from ssl_dist.storage.durable import atomic_write
+from ssl_dist.storage.durable import append_line, atomic_write
 
 FILE = "metrics.jsonl"
 
@@ -12,6 +13,11 @@ def read_metrics(path: Path) -> tuple[list[dict], list[int]]:
     """The lines that have a step and an epoch, and the line numbers of the others. Raises OSError; a missing file
     holds nothing."""
     return json_lines(path, _is_metrics_line)
+
+
+def append(path: Path, line: dict) -> None:
+    """Add a line, whole or not at all. Raises OSError with the file's name."""
+    append_line(path, json.dumps(line))
 
 
 def cut_after(path: Path, step: int) -> None:

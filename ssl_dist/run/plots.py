@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from ssl_dist.errors import UserError, refuse_unreadable
 from ssl_dist.reading import is_finite
 from ssl_dist.run.metrics import read_metrics
-from ssl_dist.storage.durable import atomic_write_or_refuse
+from ssl_dist.storage.durable import atomic_write
 
 _LOSS, _BOTH, _POSITIVE, _NEGATIVE = "#1f4e79", "#444444", "#2a8f4c", "#c0504d"
 _GREY = "#666666"
@@ -42,7 +42,7 @@ def views_grid(path: str | Path, views_VBCHW: np.ndarray) -> None:
 def loss_curve(path: str | Path, metrics_jsonl: str | Path) -> None:
     """The loss against the epoch; accuracies, where they were logged, on a second axis. Damaged lines are passed over.
 
-    Raises `UserError` when the file cannot be read or holds no loss.
+    Raises `UserError` when the file cannot be read or holds no loss, OSError when the picture cannot be written.
     """
     with refuse_unreadable(metrics_jsonl):
         lines = [line for line in read_metrics(Path(metrics_jsonl))[0] if is_finite(line.get("loss"))]
@@ -85,5 +85,8 @@ def new_plot(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    with atomic_write_or_refuse(Path(path)) as file:
+    """Raises OSError."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
         FigureCanvasAgg(figure).print_png(file)

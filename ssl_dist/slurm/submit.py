@@ -137,8 +137,7 @@ def _submit(slurm: Executor, kind: str, jobs: dict[str, Job]) -> dict[str, str]:
         entry = {"job": job_id, "kind": kind, "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         path = Path(run_dir, "slurm", "jobs.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        durable.append_line(path, json.dumps(entry))
     return job_ids
 
 

@@ -27,16 +27,46 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is there and is not a regular file", str(path))
     name = temporary_path(path, new_token())
-    try:
+    with naming(path):
         with temporary(name) as file:
             yield file
             sync(file)
             os.replace(name, path)
         sync_folder(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError of the block the name of the file, where the system gives none (on a full disk) or that of its
+    temporary file."""
+    try:
+        yield
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None or _TEMPORARY.fullmatch(os.path.basename(str(error.filename))):
             error.filename = str(path)
         raise
+
+
+def append(path: Path, data: bytes) -> None:
+    """Add bytes to the end of a file, all or none of them but for a kill. Raises OSError with the file's name."""
+    with naming(path), open(path, "ab", buffering=0) as file:
+        size, left = file.seek(0, os.SEEK_END), memoryview(data)
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a text file, as `append` does; one that a kill has torn is ended before it."""
+    with naming(path), open(path, "ab+", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size:
+            file.seek(size - 1)
+        is_torn = size > 0 and file.read(1) != b"\n"
+    append(path, (f"\n{line}\n" if is_torn else f"{line}\n").encode())
 
 
 @contextmanager

@@ -61,9 +61,8 @@ def train_in(world: World, watchdog: Watchdog, stop: StopRequest, plan: RunPlan)
         except UserError as error:
             # config, images and checkpoint are the same on all ranks, so all raise it
             raise UserError(str(error), RaisedOn.EVERY_RANK) from error
-        if world.is_rank0:
-            run_folder.note_start(run.folder, plan.config, run.clock.step, world.rank_info.world_size)
         rank_info = world.rank_info
+        world.on_rank0(lambda: run_folder.note_start(run.folder, plan.config, run.clock.step, rank_info.world_size))
         watchdog.log.note(
             f"{rank_info} of {rank_info.world_size} (pid {os.getpid()}) begins after step {run.clock.step}"
         )

@@ -1,0 +1,67 @@
+"""No space at any write of a training: one line, and the same command goes on to the same numbers."""
+
+import os
+import re
+
+import pytest
+
+from ssl_dist import cli
+from tests.full_disk import FullDisk
+from tests.test_train import CONFIG, fingerprint, metrics, overrides
+
+STEPS = ("optim.steps=2", "checkpoint.every_steps=1", "checkpoint.every_epochs=null", "log.every_steps=1")
+
+
+def command(digits, run):
+    return ["train", CONFIG, *overrides(digits, run, *STEPS)]
+
+
+def files(run):
+    """The names in a run's folder, but for TensorBoard's, of which every start leaves one."""
+    return {
+        os.path.relpath(os.path.join(folder, name), run)
+        for folder, _, names in os.walk(run)
+        for name in names
+        if not name.startswith("events.out.")
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(digits, tmp_path_factory):
+    """A training that nothing disturbed, and the number of its changes to the disk."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        disk = FullDisk(monkeypatch, run)
+        assert cli.main(command(digits, run)) == 0
+    assert disk.changes > 40, "does the training write as tests/full_disk.py sees it?"
+    return run, disk.changes
+
+
+def check(allowed, whole, digits, run, capsys):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        FullDisk(monkeypatch, run, allowed)
+        code = cli.main(command(digits, run))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line or "Traceback" in line]
+    if code == 0:  # what failed decides nothing: the log of a rank
+        assert lines == []
+    else:
+        assert code in (1, 2) and len(lines) == 1, lines
+        assert lines[0].startswith("error: ") and str(run) in lines[0] and "No space left" in lines[0], lines
+        assert re.search("choose another folder|mend that and give the same command again", lines[0]), lines
+    assert not [name for name in files(run) if name.endswith(".tmp")]
+    assert cli.main(command(digits, run)) == 0
+    capsys.readouterr()
+    assert fingerprint(run) == fingerprint(whole[0]) and metrics(run) == metrics(whole[0])
+    assert files(run) - {"logs/faults.jsonl"} == files(whole[0])
+    return code
+
+
+@pytest.mark.parametrize("share", [0.0, 0.15, 0.4, 0.7, 1.0])
+def test_no_space_is_one_line_and_nothing_is_lost(share, whole, digits, tmp_path, capsys):
+    check(round(share * (whole[1] - 1)), whole, digits, tmp_path / "run", capsys)
+
+
+@pytest.mark.slow
+def test_no_space_at_any_write(whole, digits, tmp_path, capsys):
+    codes = [check(allowed, whole, digits, tmp_path / f"run-{allowed}", capsys) for allowed in range(whole[1])]
+    assert codes.count(0) < len(codes) / 4
