@@ -61,7 +61,7 @@ def refusal(action, path):
 WRONG = (None, True, -1, 1.5, 10**15, math.nan, "x" * 1000, [], [1], {"a": 1}, {1: {2: 3}}, torch.zeros(2), (1,))
 
 
-@pytest.mark.parametrize("key", [key for key in checkpoint.KEYS if key != "format"])
+@pytest.mark.parametrize("key", checkpoint.KEYS)
 def test_no_value_of_another_type_is_used(state, tmp_path, key):
     for value in WRONG:
         if isinstance(value, type(state[key])) and key in ("step", "world_size") and value == 1:
@@ -84,7 +84,8 @@ def test_no_value_of_another_type_is_used(state, tmp_path, key):
         ("method", "backbone.layer1.bn.bias", torch.zeros(8).cfloat()), ("versions", "torch", 2), ("data", "ids", 3),
         ("method", "backbone.layer1.bn.bias", torch.zeros(8).to_sparse()), ("config", "seed", "x"),
         ("method", "backbone.layer1.bn.bias", torch.zeros(8, device="meta")), ("config", "backbone", 3),
-        ("config", "method", {"name": 3}), ("optimizer", "state", []), ("optimizer", "param_groups", {}),
+        ("config", "method", {"name": 3}),
+        ("config", "seed", torch.zeros(2)), ("optimizer", "state", []), ("optimizer", "param_groups", {}),
     ],
 )  # fmt: skip
 def test_no_wrong_value_within_is_used(state, tmp_path, section, key, value):

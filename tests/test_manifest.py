@@ -85,9 +85,9 @@ NAN, INF = float("nan"), float("inf")
         ("mean", [128.0, 128.0, 128.0]), ("mean", [10**400, 0, 0]), ("mean", {"red": 0}), ("mean", "0.5"),
         ("std", [0.2, 0.2]), ("std", [0.2, -0.2, 0.2]), ("std", [0.2, NAN, 0.2]), ("std", [INF, 0.2, 0.2]),
         ("std", [70.0, 70.0, 70.0]), ("std", [True, 0.2, 0.2]), ("classes", []), ("classes", ["0"]),
-        ("classes", [0] * 10), ("classes", ["\ud800"] * 10), ("splits", {}), ("splits", []),
+        ("classes", [0] * 10), ("splits", {}), ("splits", []),
         ("splits", {"../train": {}}),
-        ("splits", {"a\0b": {}}), ("name", 3), ("name", "\udfff"), ("format", 2), ("encoding", {"raw_side": 1}),
+        ("splits", {"a\0b": {}}), ("name", 3), ("format", 2), ("encoding", {"raw_side": 1}),
         ("splits.train.count", 0), ("splits.train.count", -1), ("splits.train.count", 10**30),
         ("splits.train.class_counts", [1]), ("splits.train.class_counts", [-1] * 10), ("splits.train.max_height", 0),
         ("splits.train.sha256", None), ("splits.train.tables", 3), ("splits.train.tables", "0" * 64),
@@ -106,7 +106,7 @@ def test_a_wrong_value_is_one_line_with_its_key_and_a_remedy(digits, tmp_path, k
         Dataset(tmp_path, reader="arrays").open("train")
     message = str(caught.value)
     assert "\n" not in message and "ssl-dist convert" in message, message
-    assert key.split(".")[-1] in message or "surrogates" in message, message
+    assert key.split(".")[-1] in message, message
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ import numpy as np
 from numba import njit
 
 from ssl_dist.errors import UserError, refuse_unreadable
-from ssl_dist.storage.durable import open_regular, sync_folder
+from ssl_dist.reading import open_regular
+from ssl_dist.storage.durable import sync_folder
 
 JPG, RAW = 0, 1  # FFCV's values of `mode`
 VERSION = 2

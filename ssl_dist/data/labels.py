@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ssl_dist.errors import UserError
-from ssl_dist.storage.durable import open_regular
+from ssl_dist.reading import open_regular
 
 KEYS = ("data.labels.file", "data.labels.column")
 MAX_IMAGES = 10**8  # where their number is unknown

@@ -10,7 +10,8 @@ from pydantic import AfterValidator, Field, model_validator
 from ssl_dist.config import NonNegativeInt, PositiveInt, Section, validate
 from ssl_dist.data.beton import RAW, Beton
 from ssl_dist.errors import UserError
-from ssl_dist.storage.durable import open_regular, write_text
+from ssl_dist.reading import parse_json, read_text
+from ssl_dist.storage.durable import write_text
 
 FILE = "dataset.json"
 CONSTANT_STD = 1.0  # stands for the standard deviation of a channel that has the same value in every pixel
@@ -82,12 +83,10 @@ def load(root: str | Path) -> Manifest:
     path = Path(root) / FILE
     remedy = f"write it with `ssl-dist convert DATASET --root SOURCE --out {root}`"
     try:
-        with open_regular(path) as file:
-            tree = json.loads(file.read().decode("utf-8-sig"))
-        json.dumps(tree, ensure_ascii=False).encode()  # JSON can write half a character, which no message can show
+        tree = parse_json(read_text(path))
     except FileNotFoundError:
         raise UserError(f"data.root = {str(root)!r}: there is no {FILE} in it; {remedy}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: can not be read ({error}); {remedy}") from None
     if not isinstance(tree, dict) or "splits" not in tree:
         raise UserError(f"{path}: not the {FILE} of a converted data set; {remedy}")

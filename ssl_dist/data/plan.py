@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ssl_dist.data.labels import is_whole_number
-from ssl_dist.errors import UserError, refuse_unreadable
+from ssl_dist.errors import UserError, quoted, refuse_unreadable
 from ssl_dist.grid import Grid
 from ssl_dist.keys import HELD_OUT, ORDER, hash64, permutation
-from ssl_dist.storage.durable import open_regular
+from ssl_dist.reading import read_text
 
 
 @dataclass
@@ -97,15 +97,16 @@ def held_out(ids: np.ndarray, labels: np.ndarray, share: float, seed: int, setti
 
 def from_list(path: str, num_images: int) -> np.ndarray:
     """Ids in a text file, one a line (blank lines and lines that begin with # are passed over), sorted."""
-    with refuse_unreadable(f"data.subset: {path}"), open_regular(path) as file:
-        lines = file.read().decode("utf-8-sig").splitlines()
+    with refuse_unreadable(f"data.subset: {path}"):
+        lines = read_text(path).splitlines()
     ids = []
     for number, line in enumerate(map(str.strip, lines), 1):
         if not line or line.startswith("#"):
             continue
         if not is_whole_number(line) or int(line) >= num_images:
-            shown = repr(line if len(line) <= 40 else line[:40] + "...")
-            raise UserError(f"data.subset: {path} line {number}: {shown} is not an id from 0 to {num_images - 1}")
+            raise UserError(
+                f"data.subset: {path} line {number}: {quoted(line)} is not an id from 0 to {num_images - 1}"
+            )
         ids.append(int(line))
     if len(set(ids)) != len(ids) or not ids:
         raise UserError(f"data.subset: {path}: " + ("holds an id twice" if ids else "holds no id"))

@@ -14,8 +14,9 @@ import torch
 
 from ssl_dist import __version__
 from ssl_dist.errors import UserError, refuse_unreadable
+from ssl_dist.reading import open_regular
 from ssl_dist.storage import checkpoint_state, durable, torch_file
-from ssl_dist.storage.durable import open_regular, write_text
+from ssl_dist.storage.durable import write_text
 
 FORMAT = 1
 CHANGED = "it was changed: give another checkpoint, or train anew"
@@ -274,7 +275,8 @@ def _load(path: Path, file: BufferedReader) -> dict[str, Any]:
         raise UserError(f"checkpoint {path}: not a checkpoint: it holds more than tensors and plain values") from None
     except (*torch_file.DAMAGED_FILE_ERRORS, OSError) as error:
         raise UserError(f"checkpoint {path}: not a readable checkpoint: {torch_file.reason_of(error)}") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT or set(KEYS) - set(state):
+    form = state.get("format") if isinstance(state, dict) else None
+    if type(form) is not int or form != FORMAT or set(KEYS) - set(state):
         raise UserError(
             f"checkpoint {path}: not a checkpoint of ssl_dist (format {FORMAT}); for weights of another program say "
             "backbone.name=... too"

@@ -2,8 +2,10 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 from torch import Tensor
+
+from ssl_dist.errors import quoted
 
 MAX_INT = 10**12
 Count = Annotated[int, Field(ge=1, le=MAX_INT)]
@@ -57,7 +59,7 @@ class State(_Strict):
     model_config = ConfigDict(extra="ignore")
 
     step: CountOrNone
-    config: dict[str, Any]
+    config: dict[str, JsonValue]
     method: dict[str, Dense]
     world_size: Count
     versions: dict[str, str]
@@ -82,6 +84,6 @@ def fault_of(state: dict[str, Any]) -> str:
         fault = error.errors(include_url=False)[0]
         key = ".".join(str(part)[:80] for part in (section, *fault["loc"]) if part != "")
         message, value = fault["msg"].removeprefix("Value error, "), fault["input"]
-        shown = repr(value)[:60] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+        shown = quoted(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
         return f"{key} = {shown}: {message[0].lower()}{message[1:]}"
     return ""

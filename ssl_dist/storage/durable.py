@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ssl_dist.errors import UserError
-from ssl_dist.reading import open_regular as open_regular
 
 _REMEDY = "give a folder that can, with space left"
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")

@@ -21,6 +21,8 @@ from typing import IO, Any, BinaryIO
 import torch
 from safetensors import SafetensorError
 
+from ssl_dist.errors import MAX_QUOTED, one_line
+
 MAX_OPCODES = 2_000_000  # ten seconds; a backbone has some thousands
 MAX_PICKLE = 1 << 26  # bytes
 MAX_DEPTH = 50  # of tuples, lists and dictionaries in each other
@@ -35,9 +37,9 @@ DAMAGED_FILE_ERRORS = (
 
 
 def reason_of(error: Exception) -> str:
-    """What one of `DAMAGED_FILE_ERRORS` says, in a line of at most 200 characters."""
+    """What one of `DAMAGED_FILE_ERRORS` says, in a line."""
     lines = str(error).splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return one_line(lines[0], MAX_QUOTED) if lines else type(error).__name__
 
 
 def load(file: BinaryIO) -> Any:

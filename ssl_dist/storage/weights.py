@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ssl_dist.errors import UserError
+from ssl_dist.reading import open_regular
 from ssl_dist.storage import torch_file
-from ssl_dist.storage.durable import open_regular
 from ssl_dist.storage.torch_file import DAMAGED_FILE_ERRORS
 
 # Where a tensor's own name starts with the first, it starts with the second in the file.
