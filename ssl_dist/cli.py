@@ -123,14 +123,20 @@ def _importing() -> Iterator[None]:
     _argument("--out", "where to write; becomes data.root (default data/<dataset>)", type=Path),
     _argument("--name", "name of a folder's data set (default: of ROOT); a catalog name brings its facts along"),
     _argument("--max-side", "longer images are shrunk to this many pixels (default: catalog)", type=int),
+    _argument("--max-pixels", "largest picture that is read (default 178956970)", type=int),
     _argument("--workers", "threads that encode (default: all cores)", type=int),
+    _argument(
+        "--skip-damaged", "leave out images that can not be read, and name them in dataset.json", action="store_true"
+    ),
+    _argument("--recheck", "compare the bytes of the source's images with those of before", action="store_true"),
 )
 def _convert(args: argparse.Namespace) -> None:
     """Write <split>.beton for every split of a data set, and dataset.json. A killed conversion goes on after the last
     complete split."""
     from ssl_dist.convert.command import convert
 
-    manifest = convert(args.dataset, args.root, args.out, name=args.name, max_side=args.max_side, workers=args.workers)
+    names = ("name", "max_side", "max_pixels", "workers", "skip_damaged", "recheck")
+    manifest = convert(args.dataset, args.root, args.out, **{name: getattr(args, name) for name in names})
     out = args.out or Path("data", manifest.name)
     print(f"{out}: done; use it with data.root={out}")
 

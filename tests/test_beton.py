@@ -33,7 +33,9 @@ def write(path, content, **options):
     with Writer(path, len(content), **options) as writer:
         for sample in content:
             writer.add(*sample)
-        return writer.finish()
+        digest = writer.complete()
+        writer.publish()
+    return digest
 
 
 def test_read_is_what_was_written(tmp_path):
@@ -98,7 +100,8 @@ def test_two_writers_are_refused(tmp_path):
         with pytest.raises(UserError, match=r"x\.beton: another process"):
             Writer(tmp_path / "x.beton", 1)
         writer.add(*samples(1)[0])
-        writer.finish()
+        writer.complete()
+        writer.publish()
     assert Beton(tmp_path / "x.beton").count == 1
 
 

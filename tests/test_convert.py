@@ -219,12 +219,12 @@ def test_a_damaged_dataset_json_is_made_anew(simple):
 
 SLOWLY = """
 import sys, time
-from ssl_dist.convert import command
-encode = command.encode
+from ssl_dist.convert import command, split
+encode = split.encode
 def slow(*arguments):
     time.sleep(0.02)
     return encode(*arguments)
-command.encode = slow
+split.encode = slow
 command.convert("folder", sys.argv[1], sys.argv[2], workers=2, progress=False)
 """
 

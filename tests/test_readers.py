@@ -189,7 +189,8 @@ def without_check_values(root):
         for *rest, data in content:
             writer.add(*rest, data.tobytes())
         writer._records["check"] = 0
-        writer.finish()
+        writer.complete()
+        writer.publish()
     record(root)
 
 
@@ -228,7 +229,8 @@ def test_a_jpeg_that_only_earns_a_warning_is_shown(own, reader):
     with Writer(own / "train.beton", COUNT) as writer:
         for _ in range(COUNT):
             writer.add(0, JPG, 70, 90, data)
-        writer.finish()
+        writer.complete()
+        writer.publish()
     record(own)
     with Dataset(own, reader=reader).open("train") as opened:
         ((pixels, *_),) = opened.batches(numbers([4]))

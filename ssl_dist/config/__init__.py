@@ -1,7 +1,18 @@
 """The configuration of a run: its sections, the recipe of the views, and how both are read strictly."""
 
 from ssl_dist.config.recipe import ColorJitter, GaussianBlur, Interpolation, RandomResizedCrop, Resize, ViewGroup
-from ssl_dist.config.schema import ClassSubset, Config, Data, Normalize, Optim, Views, dump, load, overridden
+from ssl_dist.config.schema import (
+    ClassSubset,
+    Config,
+    Data,
+    DatasetName,
+    Normalize,
+    Optim,
+    Views,
+    dump,
+    load,
+    overridden,
+)
 from ssl_dist.config.section import (
     FiniteFloat,
     NonNegativeFloat,
@@ -16,7 +27,8 @@ from ssl_dist.config.section import (
 )
 
 __all__ = [
-    "ClassSubset", "ColorJitter", "Config", "Data", "FiniteFloat", "GaussianBlur", "Interpolation", "NonNegativeFloat",
-    "NonNegativeInt", "Normalize", "Optim", "PositiveFloat", "PositiveInt", "Probability", "RandomResizedCrop",
-    "Resize", "Section", "ViewGroup", "Views", "dump", "load", "overridden", "parse_yaml", "to_tree", "validate",
+    "ClassSubset", "ColorJitter", "Config", "Data", "DatasetName", "FiniteFloat", "GaussianBlur", "Interpolation",
+    "NonNegativeFloat", "NonNegativeInt", "Normalize", "Optim", "PositiveFloat", "PositiveInt", "Probability",
+    "RandomResizedCrop", "Resize", "Section", "ViewGroup", "Views", "dump", "load", "overridden", "parse_yaml",
+    "to_tree", "validate",
 ]  # fmt: skip

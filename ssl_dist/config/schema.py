@@ -76,10 +76,11 @@ class LabelsFile(Section):
     column: NonNegativeInt = Field(0, description="which of the label columns, counted from 0")
 
 
+DatasetName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+
+
 class Data(Section):
-    name: str = Field(
-        pattern=r"^\w[\w.-]*$", description="data set: an entry of the catalog, or a plain word for one of your own"
-    )
+    name: DatasetName = Field(description="data set: an entry of the catalog, or a plain word for one of your own")
     root: str = Field(description="folder with <split>.beton and dataset.json (what `convert --out` wrote)")
     reader: Literal["ffcv", "arrays"] = Field("ffcv", description="ffcv, or arrays: the same pixels without FFCV")
     image_size: PositiveInt = Field(

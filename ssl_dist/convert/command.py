@@ -5,33 +5,27 @@ one writer takes the samples in id order, so the bytes do not depend on the numb
 resume: it is complete under its name or not there at all.
 """
 
-import contextlib
-import itertools
-import sys
-import zipfile
-import zlib
-from collections.abc import Generator
-from functools import partial
+import os
+import re
 from pathlib import Path
 
-import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
-from ssl_dist.convert.encode import Sample, encode, page_size
-from ssl_dist.convert.images import Images
+from ssl_dist.config import DatasetName
+from ssl_dist.convert.encode import MAX_PIXELS, pillow_limited_to
+from ssl_dist.convert.images import Source
 from ssl_dist.convert.sources import open_source
+from ssl_dist.convert.split import Options, kept, written
 from ssl_dist.convert.statistics import Moments, constant_channels, measure
 from ssl_dist.data import manifest
-from ssl_dist.data.beton import JPG, MAX_SIDE, RAW, Beton, Digest, Writer
+from ssl_dist.data.beton import MAX_SIDE, Beton
 from ssl_dist.data.catalog import CATALOG, OWN_FOLDER, Entry, SplitRoles, split_roles
 from ssl_dist.data.manifest import Encoding, Manifest, SplitRecord
 from ssl_dist.distributed.rank import available_cores
-from ssl_dist.errors import UserError, did_you_mean
-from ssl_dist.progress import Progress
+from ssl_dist.errors import UserError, did_you_mean, quoted, refuse_unreadable
 from ssl_dist.storage.durable import refuse_unwritable, remove_dead
-from ssl_dist.thread_team import run_ahead
 
 JPEG_QUALITY = 95
-IMAGES_PER_TASK = 32  # of a thread
 
 
 def convert(
@@ -41,7 +35,10 @@ def convert(
     *,
     name: str | None = None,
     max_side: int | None = None,
+    max_pixels: int | None = None,
     workers: int | None = None,
+    skip_damaged: bool = False,
+    recheck: bool = False,
     progress: bool = True,
 ) -> Manifest:
     """Write OUT/<split>.beton for every split of a data set and OUT/dataset.json; returns the latter.
@@ -49,52 +46,81 @@ def convert(
     dataset: an entry of the catalog, or "folder" for images of one's own. root: where its images are (cifar10,
     cifar100, supercifar100 and stl10 are downloaded to it where missing; None: OUT/download). out: None: data/<name>.
     name: of a folder's data set, None: the folder's own; a name of the catalog brings that entry's facts along.
-    max_side: pixels; larger images are shrunk to it; None: the catalog's, 512 for a folder. workers: threads that
-    encode; None: one a core. progress: shown on standard error.
+    max_side: pixels; larger images are shrunk to it; None: the catalog's, 512 for a folder. max_pixels: of the largest
+    picture that is read; None: 178,956,970. workers: threads that encode; None: one a core. skip_damaged: images that
+    can not be read are left out, and named in dataset.json. recheck: see below. progress: shown on standard error.
 
     Run again, it verifies the splits that are complete (SHA-256 over every sample) and makes those that are missing,
-    damaged, of another encoding or of another list of images. Raises `UserError` for all that the user can mend.
+    damaged, of another encoding or of other images: of another name, or, where size, times or inode of a file differ
+    from what they were, and with `recheck` always, of other bytes. Raises `UserError` for all that the user can mend.
     """
     name, entry = _name_and_entry(dataset, root, name)
     out = Path(out) if out is not None else Path("data") / name
     if root is None and entry.source in ("cifar", "stl10"):
         root = out / "download"
-    workers, quiet = available_cores() if workers is None else workers, not progress
-    if workers < 1:
+    options = Options(
+        encoding=_encoding(entry, max_side),
+        workers=available_cores() if workers is None else workers,
+        quiet=not progress,
+        skip_damaged=skip_damaged,
+        recheck=recheck,
+    )
+    if options.workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
-    encoding = _encoding(entry, max_side)
-    previous = _previous_manifest(out, name, quiet)
-    source = open_source(dataset, Path(root) if root is not None else None)
+    max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
+    if not 1 <= max_pixels <= MAX_SIDE**2:
+        raise UserError(f"--max-pixels {max_pixels}: must be 1..{MAX_SIDE**2}")
+    previous = _previous_manifest(out, name, options)
+    source = _source(dataset, root, out)
+    for line in source.left_out:
+        options.report(f"--root {root}: left out: {line}")
     roles = split_roles(name, source.splits)
     if roles.pretraining not in source.splits:
         raise UserError(f"--root {root}: has neither train/ nor unlabeled/; looked for images to train on")
-    if previous is not None and (previous.encoding != encoding or previous.classes != source.classes):
-        _log(f"{out}: was written with other sizes or classes; converting again", quiet)
+    if previous is not None and (previous.encoding != options.encoding or previous.classes != source.classes):
+        options.report(f"{out}: was written with other sizes or classes; converting again")
         previous = None
     splits = dict(previous.splits) if previous is not None else {}
-    with refuse_unwritable(f"--out {out}", "free space there or choose another folder"):
+    with (
+        refuse_unwritable(f"--out {out}", "free space there or choose another folder"),
+        pillow_limited_to(max_pixels),
+    ):
         out.mkdir(parents=True, exist_ok=True)
         remove_dead(out)
         # The split for pre-training comes first: no dataset.json is without its mean and standard deviation.
         for split in sorted(source.splits, key=lambda split: split != roles.pretraining):
             images, path = source.splits[split], out / f"{split}.beton"
-            is_kept = split in splits and _is_intact(path, splits[split], images, quiet)
-            if is_kept:  # a manifest of before has no checksum of its tables
-                tables = Beton(path).tables_sha256
-                splits[split] = splits[split].model_copy(update={"tables": tables})
-            else:
-                splits[split] = _write(path, images, len(source.classes), encoding, workers, quiet)
-            if split == roles.pretraining:
-                if previous is not None and is_kept:
+            record = kept(path, splits[split], images, options) if split in splits else None
+            if record is not None and previous is not None:
+                if split == roles.pretraining:
                     moments: Moments = (previous.mean, previous.std, previous.measured_images)
-                else:
-                    moments = measure(Beton(path), workers)
-                if constant := constant_channels(moments[1]):
-                    _log(f"{path}: constant in all images: {constant}; std is 1 for it in {manifest.FILE}", quiet)
-            written = {name: splits[name] for name in source.splits if name in splits}
-            result = _manifest(name, entry, source.classes, written, roles, moments, encoding)
+            else:
+                # All that takes time is done before the file takes its place: dataset.json follows at once. Who is
+                # killed between the two leaves a pair of which readers and the next run see that it is none.
+                with written(path, images, len(source.classes), options) as (beton, record):
+                    if split == roles.pretraining:
+                        moments = measure(beton, options.workers)
+            if split == roles.pretraining and (constant := constant_channels(moments[1])):
+                options.report(f"{path}: constant in all images: {constant}; std is 1 for it in {manifest.FILE}")
+            splits[split] = record
+            done = {name: splits[name] for name in source.splits if name in splits}
+            result = _manifest(name, entry, source.classes, done, roles, moments, options.encoding)
             manifest.save(out, result)
     return result
+
+
+def _source(dataset: str, root: str | Path | None, out: Path) -> Source:
+    """The images. Raises `UserError` also for classes that no dataset.json can name, before anything is written."""
+    with refuse_unreadable(f"--root {root}", "make it readable"):
+        source = open_source(dataset, Path(root) if root is not None else None, out)
+    for name in source.classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError:  # half characters stand for bytes of a folder's name that are no UTF-8
+            raise UserError(
+                f"--root {root}: the name of class {os.fsencode(name)!r} is not UTF-8; rename its folder in every split"
+            ) from None
+    return source
 
 
 def _manifest(
@@ -134,10 +160,20 @@ def _name_and_entry(dataset: str, root: str | Path | None, name: str | None) -> 
         return dataset, CATALOG[dataset]
     if root is None:
         raise UserError("convert folder: --root must name the folder with the images")
-    name = name if name is not None else Path(root).resolve().name
-    if not name or "/" in name:
-        raise UserError(f"--name {name!r}: must be a plain word; give the data set a name with --name")
+    given, name = name, name if name is not None else Path(root).resolve().name
+    if not _is_dataset_name(name):
+        proposed = re.sub(r"[^a-zA-Z0-9_.-]+", "_", name).lstrip("_.-") or "photos"
+        what = f"--root {quoted(str(root))}: the folder's name" if given is None else f"--name {quoted(name)}: it"
+        raise UserError(f"{what} can not be a data.name (letters, digits, _ . and -); give it one: --name {proposed}")
     return name, CATALOG.get(name, OWN_FOLDER)
+
+
+def _is_dataset_name(name: str) -> bool:
+    try:
+        TypeAdapter(DatasetName).validate_python(name)
+    except ValidationError:
+        return False
+    return True
 
 
 def _encoding(entry: Entry, max_side: int | None) -> Encoding:
@@ -147,96 +183,32 @@ def _encoding(entry: Entry, max_side: int | None) -> Encoding:
     return Encoding(raw_side=min(entry.raw_side, max_side), max_side=max_side, jpeg_quality=JPEG_QUALITY)
 
 
-def _previous_manifest(out: Path, name: str, quiet: bool) -> Manifest | None:
+def _previous_manifest(out: Path, name: str, options: Options) -> Manifest | None:
     """The manifest of an earlier conversion into `out`. Raises `UserError` for another data set's, which is kept."""
     if not (out / manifest.FILE).exists():
         return None
     try:
         previous = manifest.load(out)
     except UserError as error:
-        _log(f"{error}; doing so", quiet)
+        options.report(f"{error}; doing so")
         return None
     if previous.name != name:
         raise UserError(f"--out {out}: holds the data set {previous.name!r}; choose another folder for {name!r}")
+    if any(record.tables is None for record in previous.splits.values()):
+        previous = previous.model_copy(update={"splits": _with_tables(out, previous.splits)})
+        with refuse_unwritable(f"--out {out}", "make it writable or choose another folder"):
+            manifest.save(out, previous)
     return previous
 
 
-def _is_intact(path: Path, recorded: SplitRecord, images: Images, quiet: bool) -> bool:
-    """Whether a finished split has the source's images and every byte that was written."""
-    if recorded.listing != images.listing() or not path.exists():
-        return False
-    try:
-        beton = Beton(path)
-    except UserError as error:
-        _log(f"{error}; doing so", quiet)
-        return False
-    difference = manifest.difference(beton, recorded)
-    if difference:
-        _log(f"{path}: {difference}; converting it again", quiet)
-        return False
-    if not np.array_equal(beton.labels, images.labels):
-        return False
-    digest = Digest()
-    with Progress(f"{path.stem}: verifying", beton.count, "image", quiet) as counter:
-        for sample in beton.samples():
-            digest.add(*sample)
-            counter.update(1)
-    intact = digest.hexdigest() == recorded.sha256
-    _log(f"{path}: {'complete, kept' if intact else 'damaged, converting it again'}", quiet)
-    return intact
-
-
-def _write(path: Path, images: Images, num_classes: int, encoding: Encoding, workers: int, quiet: bool) -> SplitRecord:
-    """Encode a split into its file."""
-    count = len(images.names)
-    with (
-        Writer(path, count, page_size(encoding)) as writer,
-        Progress(f"{path.stem}: converting", count, "image", quiet) as counter,
-        contextlib.closing(_encoded(images, encoding, workers)) as samples,
-    ):
-        for label, sample in zip(images.labels, samples, strict=True):
-            writer.add(int(label), sample.mode, sample.height, sample.width, sample.data)
-            counter.update(1)
-        digest = writer.finish()
-    return _record_of(Beton(path), num_classes, digest, images.listing())
-
-
-def _encoded(images: Images, encoding: Encoding, workers: int) -> Generator[Sample, None, None]:
-    """Encode every image, in id order; the number that is encoded ahead of the consumer is bounded."""
-
-    def encode_part(ids: range) -> list[Sample]:
-        return [encode(_load(images, i), images.describe(i), encoding) for i in ids]
-
-    ids = range(len(images.names))
-    parts = (partial(encode_part, ids[start : start + IMAGES_PER_TASK]) for start in ids[::IMAGES_PER_TASK])
-    with contextlib.closing(run_ahead(parts, workers, 3 * workers)) as encoded:
-        yield from itertools.chain.from_iterable(encoded)
-
-
-def _load(images: Images, i: int) -> bytes | np.ndarray:
-    try:
-        return images.load(i)
-    except (OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{images.describe(i)}: can not be read ({error}); replace or remove it") from None
-
-
-def _record_of(beton: Beton, num_classes: int, digest: str, listing: str) -> SplitRecord:
-    labels = beton.labels[beton.labels >= 0]
-    return SplitRecord(
-        count=beton.count,
-        labelled=len(labels) == beton.count,
-        class_counts=np.bincount(labels, minlength=num_classes).tolist(),
-        max_height=int(beton.heights.max()),
-        max_width=int(beton.widths.max()),
-        raw=int((beton.modes == RAW).sum()),
-        jpeg=int((beton.modes == JPG).sum()),
-        bytes=beton.path.stat().st_size,
-        sha256=digest,
-        tables=beton.tables_sha256,
-        listing=listing,
-    )
-
-
-def _log(text: str, quiet: bool) -> None:
-    if not quiet:
-        print(text, file=sys.stderr, flush=True)
+def _with_tables(out: Path, splits: dict[str, SplitRecord]) -> dict[str, SplitRecord]:
+    """Records of before there was `tables`, with it: so a new file can not pass for the one that they tell of."""
+    bound = dict(splits)
+    for split, record in splits.items():
+        try:
+            beton = Beton(out / f"{split}.beton")
+        except UserError:  # there is none that belongs to the record; the comparison with the source says so
+            continue
+        if not manifest.difference(beton, record):
+            bound[split] = record.model_copy(update={"tables": beton.tables_sha256})
+    return bound

@@ -1,6 +1,10 @@
 """One image from its source to what a .beton stores: pixels for small images, JPEG for larger ones."""
 
 import io
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +13,10 @@ from PIL import Image
 from ssl_dist.data.beton import JPG, MAX_SIDE, PAGE_SIZE, RAW
 from ssl_dist.data.manifest import Encoding
 from ssl_dist.data.pillow import CONVERTIBLE_MODES, DAMAGED_IMAGE_ERRORS, reason_of
-from ssl_dist.errors import UserError
+from ssl_dist.errors import quoted
+
+MAX_PIXELS = 178_956_970  # of a picture that is read: where Pillow takes it for an attack
+MAX_STORED_PIXELS = 89_478_485  # where Pillow, in the readers, would warn
 
 
 @dataclass(frozen=True)
@@ -30,28 +37,50 @@ def page_size(encoding: Encoding) -> int:
     return size
 
 
-def encode(item: bytes | np.ndarray, name: str, encoding: Encoding) -> Sample:
+class UnfitImage(ValueError):
+    """An image that can not be stored; the message is the reason, without the image's name."""
+
+
+@contextmanager
+def pillow_limited_to(max_pixels: int) -> Iterator[None]:
+    """Let Pillow decode pictures of up to `max_pixels` (rounded up to even), without its warnings, which begin at the
+    half. Its limit is one for the process, so it is set around a conversion and not in its threads."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = -(-max_pixels // 2)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def encode(item: bytes | np.ndarray, encoding: Encoding) -> Sample:
     """`item` as the file will hold it: an encoded picture, or pixels uint8 [H, W, 3].
 
     Images whose sides are both at most `raw_side` are stored as pixels. JPEG files (grey or colour) whose sides are
     at most `max_side` keep their bytes. Everything else becomes RGB, is shrunk (Lanczos, antialiased) until its longer
     side equals `max_side` if it was larger, and is compressed anew. An EXIF orientation is ignored, as torchvision's
-    ImageFolder does. Raises `UserError` naming the image when it can not be read.
+    ImageFolder does. Raises `UnfitImage` when it can not be read or stored.
     """
     if isinstance(item, np.ndarray):
         image, keep = Image.fromarray(item), False
     else:
-        image = _open(item, name)
+        image = _open(item)
         keep = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and len(item) <= page_size(encoding)
     width, height = image.size
     longer = max(width, height)
     if longer <= encoding.raw_side:
-        return Sample(RAW, height, width, _rgb(image, name).tobytes())
-    if keep and longer <= encoding.max_side:
-        return Sample(JPG, height, width, bytes(item))
-    image = _rgb(image, name)
+        return Sample(RAW, height, width, _rgb(image).tobytes())
     if longer > encoding.max_side:
         width, height = (max(1, round(side * encoding.max_side / longer)) for side in (width, height))
+        keep = False
+    if width * height > MAX_STORED_PIXELS:
+        raise UnfitImage(f"would be stored with {width}x{height} pixels, over {MAX_STORED_PIXELS}; lower --max-side")
+    if keep:
+        return Sample(JPG, height, width, bytes(item))
+    image = _rgb(image)
+    if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     if max(width, height) <= encoding.raw_side:
         return Sample(RAW, height, width, image.tobytes())
@@ -60,24 +89,27 @@ def encode(item: bytes | np.ndarray, name: str, encoding: Encoding) -> Sample:
     return Sample(JPG, height, width, file.getvalue())
 
 
-def _open(data: bytes, name: str) -> Image.Image:
+def _open(data: bytes) -> Image.Image:
     """A picture decoded to its end."""
     try:
         image = Image.open(io.BytesIO(data))
+        if max(image.size) > MAX_SIDE:
+            raise UnfitImage(f"{image.size[0]}x{image.size[1]} pixels, at most {MAX_SIDE} a side can be stored")
         image.load()
+    except Image.DecompressionBombError as error:
+        number = (re.findall(r"\((\d+) pixels\)", str(error)) or ["more"])[0]
+        raise UnfitImage(f"has {number} pixels, over the limit; --max-pixels {number} reads it") from None
+    except UnfitImage:
+        raise
     except DAMAGED_IMAGE_ERRORS as error:
-        raise UserError(
-            f"{name}: can not be read as an image ({reason_of(error)}); replace or remove the file"
-        ) from None
+        raise UnfitImage(f"can not be read as an image ({reason_of(error)})") from None
     if image.mode not in CONVERTIBLE_MODES:
-        raise UserError(f"{name}: pixels of mode {image.mode!r} do not fit 8 bits; save it with 8 bits a channel")
-    if max(image.size) > MAX_SIDE:
-        raise UserError(f"{name}: {image.size[0]}x{image.size[1]} pixels, at most {MAX_SIDE} a side can be stored")
+        raise UnfitImage(f"pixels of mode {quoted(image.mode)} do not fit 8 bits; save it with 8 bits a channel")
     return image
 
 
-def _rgb(image: Image.Image, name: str) -> Image.Image:
+def _rgb(image: Image.Image) -> Image.Image:
     try:
         return image.convert("RGB")
     except DAMAGED_IMAGE_ERRORS as error:
-        raise UserError(f"{name}: can not be made RGB ({reason_of(error)}); save it as an RGB image") from None
+        raise UnfitImage(f"can not be made RGB ({reason_of(error)}); save it as an RGB image") from None

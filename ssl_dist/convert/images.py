@@ -1,8 +1,9 @@
 """A source of images to convert: splits, each with its images in id order."""
 
 import hashlib
+import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,12 @@ class Images:
 
     def listing(self) -> str:
         """SHA-256 of the names: tells whether the source still lists the same images."""
-        return hashlib.sha256("\n".join(self.names).encode("utf-8", "surrogateescape")).hexdigest()
+        return _sha256(self.names)
+
+    def stamps(self) -> str | None:
+        """SHA-256 of what changes whenever an image is replaced, and may change without, asked of the source without
+        reading the images; None: nothing is known but the images themselves."""
+        return None
 
 
 class FileImages(Images):
@@ -45,6 +51,20 @@ class FileImages(Images):
     def load(self, i: int) -> bytes:
         return (self.folder / self.names[i]).read_bytes()
 
+    def stamps(self) -> str:
+        """Of name, size, times of the last change (of the contents; of them or the entry) and inode of every file.
+
+        The time of an entry can not be set by programs, and a folder that takes another's name brings other inodes.
+        """
+        return _sha256(map(self._stamp, self.names))
+
+    def _stamp(self, name: str) -> str:
+        try:
+            state = os.stat(self.folder / name)
+        except OSError as error:  # a link to nothing, say: reading it tells
+            return f"{name}\0{error.errno}"
+        return f"{name}\0{state.st_size}\0{state.st_mtime_ns}\0{state.st_ctime_ns}\0{state.st_ino}"
+
 
 class ZipImages(Images):
     """Members of an open archive below the folder `inside` it."""
@@ -58,6 +78,12 @@ class ZipImages(Images):
 
     def load(self, i: int) -> bytes:
         return self.archive.read(self.inside + self.names[i])
+
+    def stamps(self) -> str:
+        """Of name, size and checksum of every member."""
+        members = {member.filename: member for member in self.archive.infolist()}
+        found = ((name, members.get(self.inside + name)) for name in self.names)
+        return _sha256(f"{name}\0{member and (member.file_size, member.CRC)}" for name, member in found)
 
 
 class PixelImages(Images):
@@ -73,5 +99,12 @@ class PixelImages(Images):
 
 @dataclass(frozen=True)
 class Source:
+    """left_out: what lies there and is not converted, a line a reason."""
+
     classes: list[str]
     splits: dict[str, Images]
+    left_out: Sequence[str] = ()
+
+
+def _sha256(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()

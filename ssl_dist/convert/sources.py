@@ -15,8 +15,9 @@ from ssl_dist.errors import UserError
 Opened = TypeVar("Opened")
 
 
-def open_source(dataset: str, root: Path | None) -> Source:
-    """The source of a catalog entry or of a folder of one's own. Raises `UserError` when `root` does not hold it."""
+def open_source(dataset: str, root: Path | None, out: Path | None = None) -> Source:
+    """The source of a catalog entry or of a folder of one's own. Raises `UserError` when `root` does not hold it, and
+    when `out`, where the conversion goes, lies in an image folder, whose class it would be for the next one."""
     kind = CATALOG.get(dataset, OWN_FOLDER).source
     if kind == "digits":
         return digits()
@@ -28,6 +29,8 @@ def open_source(dataset: str, root: Path | None) -> Source:
         return stl10(root)
     if kind == "tiny-imagenet":
         return tiny_imagenet(root)
+    if out is not None and out.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"--out {out}: lies in the source, --root {root}; choose a folder outside of it")
     return image_folder(root)
 
 

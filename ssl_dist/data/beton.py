@@ -82,9 +82,9 @@ class Digest:
 
 
 class Writer:
-    """Writes `count` samples in id order to a temporary file beside `path`, which `finish` moves into place.
+    """Writes up to `count` samples in id order to a temporary file beside `path`, which `publish` moves into place.
 
-    Use as a context manager: without `finish` the temporary file is removed. Raises `UserError` when another process
+    Use as a context manager: without `publish` the temporary file is removed. Raises `UserError` when another process
     is writing the same file; `OSError` (a full disk, say) is left to the caller.
     """
 
@@ -133,24 +133,28 @@ class Writer:
         self._pointer += len(data)
         self._next += 1
 
-    def finish(self) -> str:
-        """Complete the file, put it in its place and return the digest."""
-        assert self._next == self.count
+    def complete(self) -> str:
+        """Complete the temporary file, which can be opened from now on, and return the digest."""
+        assert 0 < self._next <= self.count
+        records, allocations = self._records[: self._next], self._allocations[: self._next]
         padding = -self._pointer % self.page_size  # FFCV reads whole pages
         self._file.write(bytes(padding))
         table = self._pointer + padding
-        self._file.write(self._allocations.tobytes())
+        self._file.write(allocations.tobytes())
         self._file.flush()
-        header = np.array([(VERSION, len(FIELDS), self.page_size, self.count, table)], HEADER)
+        header = np.array([(VERSION, len(FIELDS), self.page_size, self._next, table)], HEADER)
         # A file opened for appending writes at its end only; the front goes through its own handle.
         with open(self.temporary, "r+b") as front:
-            front.write(header.tobytes() + FIELDS.tobytes() + self._records.tobytes())
+            front.write(header.tobytes() + FIELDS.tobytes() + records.tobytes())
             front.flush()
             os.fsync(front.fileno())
+        return self.digest.hexdigest()
+
+    def publish(self) -> None:
+        """Put the complete file in its place."""
         os.replace(self.temporary, self.path)
         self._file.close()
         sync_folder(self.path.parent)
-        return self.digest.hexdigest()
 
 
 class Beton:

@@ -32,7 +32,9 @@ class Encoding(Section):
 class SplitRecord(Section):
     """One split: <split>.beton. class_counts: images of every class; raw, jpeg: images stored so; sha256: see
     `beton.Digest`; tables: SHA-256 of the rest of the file, labels among it (null: written before there was one);
-    listing: SHA-256 of the names of its images at the source."""
+    listing: SHA-256 of the names of its images at the source; stamps, contents: of what tells cheaply that they were
+    replaced, and of their bytes (see `convert.images`; null: written before there were these, or nothing tells);
+    skipped: name -> reason of the images that `--skip-damaged` left out."""
 
     count: PositiveInt
     labelled: bool
@@ -45,6 +47,9 @@ class SplitRecord(Section):
     sha256: str
     tables: str | None = None
     listing: str
+    stamps: str | None = None
+    contents: str | None = None
+    skipped: dict[str, str] = Field(default_factory=dict)
 
 
 class Manifest(Section):

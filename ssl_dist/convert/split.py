@@ -1,0 +1,213 @@
+"""One split: its images to a .beton, and the comparison of a .beton with the source that it was made of."""
+
+import contextlib
+import hashlib
+import itertools
+import os
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from ssl_dist.convert.encode import Sample, UnfitImage, encode, page_size
+from ssl_dist.convert.images import Images
+from ssl_dist.data import manifest
+from ssl_dist.data.beton import JPG, RAW, Beton, Digest, Writer
+from ssl_dist.data.manifest import Encoding, SplitRecord
+from ssl_dist.errors import MAX_MESSAGE, UserError
+from ssl_dist.progress import Progress
+from ssl_dist.thread_team import run_ahead
+
+IMAGES_PER_TASK = 32  # of a thread
+# What reading a file or a member of an archive raises where it is damaged, gone or locked.
+UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, KeyError, RuntimeError, EOFError, ValueError)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How every split is made. workers: threads; quiet: report nothing on standard error; skip_damaged: leave out what
+    can not be read; recheck: read the source's images even where nothing tells that they changed."""
+
+    encoding: Encoding
+    workers: int
+    quiet: bool
+    skip_damaged: bool
+    recheck: bool
+
+    def report(self, text: str) -> None:
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+
+# ----------------------------------------------------------------------------------- a finished split and its source
+
+
+def kept(path: Path, recorded: SplitRecord, images: Images, options: Options) -> SplitRecord | None:
+    """The record of a finished split that has every byte that was written and is made of the source's images; None: it
+    must be made again, and the reason was reported.
+
+    What is compared: the names, the labels and what `Images.stamps` tells; where that differs or is not known, the
+    bytes of all images of the source.
+    """
+    stamps = images.stamps()
+    unchanged = stamps is not None and stamps == recorded.stamps and not options.recheck
+    reason = _difference(path, recorded, images, options)
+    if not reason and not unchanged and _contents(path.stem, images, options) != recorded.contents:
+        reason = f"{path}: the images of the source are others than those that it was made of"
+    if reason:
+        options.report(f"{reason}; converting it again")
+        return None
+    compared = "names, sizes and times" if unchanged else "the bytes"
+    recheck = "; --recheck compares their bytes" if unchanged else ""
+    options.report(f"{path}: complete, kept: {compared} of the source's images are as they were{recheck}")
+    return recorded.model_copy(update={"stamps": stamps, "tables": Beton(path).tables_sha256})
+
+
+def _difference(path: Path, recorded: SplitRecord, images: Images, options: Options) -> str:
+    """Why the file is not whole, or not that of the source's names and labels; empty: it is."""
+    if recorded.listing != images.listing():
+        return f"{path}: the source lists other images"
+    if recorded.contents is None:
+        return f"{path}: was written before the bytes of its images were recorded"
+    if recorded.skipped and not options.skip_damaged:
+        return f"{path}: {len(recorded.skipped)} images were left out of it by --skip-damaged, which is not given now"
+    try:
+        beton = Beton(path)
+    except UserError as error:
+        return str(error)
+    difference = manifest.difference(beton, recorded)
+    if difference:
+        return f"{path}: {difference}"
+    is_stored = np.array([_printable(name) not in recorded.skipped for name in images.names])
+    if not np.array_equal(beton.labels, images.labels[is_stored]):
+        return f"{path}: the source gives its images other classes"
+    digest = Digest()
+    with Progress(f"{path.stem}: verifying", beton.count, "image", options.quiet) as counter:
+        for sample in beton.samples():
+            digest.add(*sample)
+            counter.update(1)
+    return "" if digest.hexdigest() == recorded.sha256 else f"{path}: damaged"
+
+
+def _contents(split: str, images: Images, options: Options) -> str:
+    """SHA-256 of the SHA-256 of every image of the source, in id order."""
+    total = hashlib.sha256()
+    with (
+        Progress(f"{split}: reading the source", len(images.names), "image", options.quiet) as counter,
+        contextlib.closing(_in_threads(lambda i: _load(images, i)[0], images, options)) as digests,
+    ):
+        for digest in digests:
+            total.update(digest)
+            counter.update(1)
+    return total.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------- writing a split
+
+
+@contextlib.contextmanager
+def written(path: Path, images: Images, num_classes: int, options: Options) -> Iterator[tuple[Beton, SplitRecord]]:
+    """The split's complete file, under a temporary name, and its record; a block that ends well puts it in its place.
+
+    Raises `UserError` that names all images that can not be converted, unless these are to be left out.
+    """
+    count, contents, unfit = len(images.names), hashlib.sha256(), dict[int, str]()
+    stamps = images.stamps()  # asked before the images are read: what changes meanwhile is noticed by the next run
+
+    def encoded(i: int) -> tuple[bytes, Sample | UnfitImage]:
+        digest, item = _load(images, i)
+        try:
+            return digest, item if isinstance(item, UnfitImage) else encode(item, options.encoding)
+        except UnfitImage as error:
+            return digest, error
+
+    with Writer(path, count, page_size(options.encoding)) as writer:
+        with (
+            Progress(f"{path.stem}: converting", count, "image", options.quiet) as counter,
+            contextlib.closing(_in_threads(encoded, images, options)) as results,
+        ):
+            for i, (digest, sample) in enumerate(results):
+                contents.update(digest)
+                if isinstance(sample, UnfitImage):
+                    unfit[i] = str(sample)
+                elif not unfit or options.skip_damaged:
+                    writer.add(int(images.labels[i]), sample.mode, sample.height, sample.width, sample.data)
+                counter.update(1)
+        if unfit:
+            _refuse_or_report(path.stem, images, unfit, options)
+        sha256 = writer.complete()
+        beton = Beton(writer.temporary)
+        labels = beton.labels[beton.labels >= 0]
+        yield (
+            beton,
+            SplitRecord(
+                count=beton.count,
+                labelled=len(labels) == beton.count,
+                class_counts=np.bincount(labels, minlength=num_classes).tolist(),
+                max_height=int(beton.heights.max()),
+                max_width=int(beton.widths.max()),
+                raw=int((beton.modes == RAW).sum()),
+                jpeg=int((beton.modes == JPG).sum()),
+                bytes=beton.path.stat().st_size,
+                sha256=sha256,
+                tables=beton.tables_sha256,
+                listing=images.listing(),
+                stamps=stamps,
+                contents=contents.hexdigest(),
+                skipped={_printable(images.names[i]): reason for i, reason in unfit.items()},
+            ),
+        )
+        writer.publish()
+
+
+def _refuse_or_report(split: str, images: Images, unfit: dict[int, str], options: Options) -> None:
+    """Name the images that can not be converted: all in one error, or, where that would be too long, all before it."""
+    named = [f"{images.describe(i)}: {reason}" for i, reason in unfit.items()]
+    number = f"{split}: {len(unfit)} of {len(images.names)} images can not be converted"
+    if options.skip_damaged and len(unfit) < len(images.names):
+        options.report("\n".join([f"{number} and are left out; {manifest.FILE} names them, too:", *named]))
+        return
+    remedy = "replace or remove it, or leave it out with --skip-damaged"
+    if len(unfit) == len(images.names):
+        remedy = "give --root a folder with images that can be read"
+    listed = ", ".join(f"{images.names[i]} ({reason})" for i, reason in unfit.items())
+    message = f"{named[0]}; {remedy}" if len(unfit) == 1 else f"{number}: {listed}; {remedy}"
+    if len(message) > MAX_MESSAGE:
+        print("\n".join(named), file=sys.stderr, flush=True)
+        message = f"{number}, named above, the first is {named[0]}; {remedy}"
+    raise UserError(message)
+
+
+def _load(images: Images, i: int) -> tuple[bytes, bytes | np.ndarray | UnfitImage]:
+    """SHA-256 of an image's bytes at the source, and these; in their place why they can not be read."""
+    try:
+        item = images.load(i)
+    except UNREADABLE as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        return hashlib.sha256().digest(), UnfitImage(f"can not be read ({reason or error})")
+    return hashlib.sha256(item if isinstance(item, bytes) else item.tobytes()).digest(), item
+
+
+def _in_threads(work: Callable[[int], T], images: Images, options: Options) -> Generator[T, None, None]:
+    """work(i) of every image, in id order; the number that is done ahead of the consumer is bounded."""
+
+    def part(ids: range) -> list[T]:
+        return [work(i) for i in ids]
+
+    ids = range(len(images.names))
+    parts = (partial(part, ids[start : start + IMAGES_PER_TASK]) for start in ids[::IMAGES_PER_TASK])
+    with contextlib.closing(run_ahead(parts, options.workers, 3 * options.workers)) as results:
+        yield from itertools.chain.from_iterable(results)
+
+
+def _printable(name: str) -> str:
+    """A name of a file as JSON can hold it, also where it is no UTF-8."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
