@@ -321,6 +321,18 @@ def test_what_readers_would_refuse_is_not_stored(tmp_path, monkeypatch):
     assert run("folder", source, tmp_path / "out", max_side=100).splits["train"].max_height == 100
 
 
+def test_a_format_that_pillow_knows_in_part(tmp_path):
+    """Pillow raises NotImplementedError for a DDS file with unknown pixels, whatever the file is called."""
+    source = simple_folder(tmp_path / "source", per_class=1, splits=("train",))
+    path = save(source / "train" / "red" / "texture.dds", picture(9, 9))
+    data = bytearray(path.read_bytes())
+    data[80:84] = bytes(4)  # the flags of the pixels' format
+    path.unlink()
+    path.with_suffix(".png").write_bytes(data)
+    message = refusal("folder", source, tmp_path / "out")
+    assert "texture.png: can not be read as an image" in message and "pixel format" in message
+
+
 def test_damage_of_every_kind_has_a_reason(tmp_path):
     """Bytes changed at random, of every format: an image is converted or named, and nothing else happens."""
     rng = np.random.default_rng(0)
