@@ -220,16 +220,10 @@ def overridden(tree: dict, overrides: Sequence[str]) -> Config:
             raise UserError(f"override {quoted(override)}: write key=value, for example optim.lr=1e-3")
         _assign(tree, key.split("."), parse_yaml(value, f"override {quoted(override)}"), override)
     config = validate(Config, tree)
-    sizes = [group.size for group in config.views.groups]
-    if "image_size" in config.data.model_fields_set or sizes == [None] * len(sizes):
+    sizes = [group.size for group in config.views.groups if group.size is not None]
+    if "image_size" in config.data.model_fields_set or len(sizes) < len(config.views.groups):
         return config
-    given = [size for size in sizes if size is not None]
-    if len(given) < len(sizes):
-        raise UserError(
-            f"data.image_size: must be given, since views.groups[{sizes.index(None)}] has no size and others have one "
-            f"({given[0]}); set data.image_size={max(given)}, say: images are evaluated at that size, too"
-        )
-    return validate(Config, tree | {"data": tree["data"] | {"image_size": max(given)}})
+    return validate(Config, tree | {"data": tree["data"] | {"image_size": max(sizes)}})
 
 
 def _assign(tree: dict | list, path: list[str], value: Any, override: str) -> None:

@@ -100,6 +100,8 @@ class _Loader(yaml.SafeLoader):
                 "null": "a null",
             }
             raise self._refused(node.start_mark, f"{quoted(node.value)} is not {what[kind]}; write one") from None
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            raise self._refused(node.start_mark, f"{quoted(value)} holds half a character, not text; write it whole")
         if isinstance(value, str) and "\0" in value:
             raise self._refused(node.start_mark, f"{quoted(value)} holds a NUL character, which no name can; remove it")
         return value
