@@ -37,6 +37,7 @@ REFUSED = {  # and words of the line
     "a: !!binary x": ["tag", "!!binary"],
     "a: !mine x": ["tag", "!mine"],
     'a: "x\\0y"': ["NUL", "remove"],
+    'a: "x\\ud800y"': ["half a character", "write it whole"],
     "a: " + "[" * 5000 + "]" * 5000: [f"deeper than {MAX_DEPTH}"],
     "\n".join(" " * n + "a:" for n in range(300)): [f"deeper than {MAX_DEPTH}", f"line {MAX_DEPTH}"],
     bomb(9, 9): ["line 5", "values", "write fewer"],
