@@ -101,8 +101,8 @@ def claimed(folder: Path) -> Iterator[None]:
 def fit(task: Task, options: TrainingOptions, folder: Path, settings: dict, threads: int) -> int:
     """Train to the last step, or go on with what `folder` holds; 0 when complete, 75 when asked to stop.
 
-    settings: plain values that must be the same on resume, among them the names task and train, normalize and images
-    (SHA-256 of the ids).
+    settings: plain values that must be the same on resume, among them the names task and train, normalize, images
+    (SHA-256 of the ids) and contents (of pictures and annotations).
     """
     per_epoch = task.num_images // options.batch_size
     if per_epoch == 0:
