@@ -36,8 +36,11 @@ def digest(package: Path) -> str:
 
 def _writable(name: str) -> Path:
     """The folder `name` in the first place that can be written: beside the package, the user's cache, the system's."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    for base in (PACKAGE / "__pycache__", home / "ssl_dist", Path(tempfile.gettempdir(), f"ssl_dist-{os.getuid()}")):
+    bases = [PACKAGE / "__pycache__", Path(tempfile.gettempdir(), f"ssl_dist-{os.getuid()}")]
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # stays as it is for a user without home
+    if os.path.isabs(home):
+        bases.insert(1, Path(home, "ssl_dist"))
+    for base in bases:
         folder = base / name
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Exported backbones load strictly in torchvision, timm and the official code's networks, and compute the same."""
 
 import json
+import os
 
 import pytest
 import safetensors.torch
@@ -12,6 +13,7 @@ from ssl_dist.run.encoder import load_encoder
 from ssl_dist.storage import checkpoint, weights
 from ssl_dist.train.loop import train
 from tests import golden_fill
+from tests.full_disk import FullDisk
 
 
 @pytest.fixture
@@ -112,6 +114,21 @@ def test_the_seeds_form_has_the_backbone_and_the_relation_head(run_of, tmp_path,
     assert weights.fit(scope["backbone"], "conv4", out).format == (
         "a dictionary of backbone, relation (as relational reasoning saves it), the backbone's own names"
     )
+
+
+def test_no_space_is_one_line(run_of, tmp_path, capsys, monkeypatch):
+    run, out = run_of("conv4"), tmp_path / "out" / "s.tar"
+    (tmp_path / "out").mkdir()
+    capsys.readouterr()
+    for allowed in range(3):
+        with monkeypatch.context() as patches:
+            disk = FullDisk(patches, tmp_path / "out", allowed)
+            code = cli.main(["export", str(run), "--format", "seed", "--out", str(out)])
+        assert (code, os.listdir(out.parent)) == ((2, []) if disk.changes > allowed else (0, ["s.tar"]))
+        if code:
+            [line] = capsys.readouterr().err.splitlines()
+            assert line.startswith("error: ") and "s.tar" in line and "No space left" in line
+    assert code == 0
 
 
 def test_a_backbone_that_the_library_has_not_is_refused(run_of, tmp_path, capsys):

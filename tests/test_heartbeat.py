@@ -148,3 +148,17 @@ def test_exit_reports_that_blame_no_other_rank_come_first(logs):
     assert [report.rank for report in Heartbeat(logs, "s1", rank_info[0]).exit_reports()] == [2, 1, 3]
     assert Heartbeat(logs, "s2", rank_info[0]).exit_reports() == []
     assert Heartbeat(logs / "gone", "s1", rank_info[0]).exit_reports() == []
+
+
+DAMAGED = ["", "5", "[]", "{", '{"rank": 0}', "[" * 10**5, "\udcff", '{"rank": "0", "behind": null}']
+
+
+@pytest.mark.parametrize("text", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_exit_report_is_none_and_is_kept(text, logs):
+    _, heartbeat = pair(logs)
+    (logs / "error-1.json").write_bytes(text.encode(errors="surrogateescape"))
+    assert heartbeat.exit_report(1) is None and heartbeat.exit_reports() == []
+    archive_exit_reports(logs)
+    [fault] = map(json.loads, (logs / "faults.jsonl").read_text().splitlines())
+    assert fault == {"damaged": "error-1.json", "text": text.replace("\udcff", "\ufffd")}
+    assert not (logs / "error-1.json").exists()

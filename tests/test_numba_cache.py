@@ -2,6 +2,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,17 @@ def test_a_cache_that_is_given_is_kept(monkeypatch):
     monkeypatch.setenv("NUMBA_CACHE_DIR", "/given")
     numba_cache.use()
     assert os.environ["NUMBA_CACHE_DIR"] == "/given"
+
+
+def test_a_user_without_a_home_has_the_systems_folder(tmp_path, monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    unknown = tmp_path / "file"
+    unknown.touch()
+    monkeypatch.setattr(numba_cache, "PACKAGE", unknown)  # nothing can be made below a file
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert numba_cache._writable("numba-0") == tmp_path / f"ssl_dist-{os.getuid()}" / "numba-0"
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -113,6 +114,15 @@ def test_the_page_of_a_run(tmp_path):
     for source in pictures:
         head, data = source.split(",")
         assert head == "data:image/png;base64" and Image.open(io.BytesIO(base64.b64decode(data))).size == (6, 4)
+
+
+def test_a_folder_whose_name_is_no_utf8(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run").rename(tmp_path / "run-\udce9")
+    stdout = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert cli.main(["report", str(run)]) == 0
+    assert b"run-\xe9/report.html: open it" in stdout.buffer.getvalue()
+    assert "run-\\udce9" in (run / "report.html").read_text(encoding="utf-8")
 
 
 def test_keys_that_are_set_come_first(tmp_path):

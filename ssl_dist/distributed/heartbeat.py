@@ -134,7 +134,8 @@ class ExitReport:
     @staticmethod
     def from_json(text: str) -> "ExitReport":
         """Raises ValueError for what is no report."""
-        fields: dict[str, Any] = {"traceback": ""} | dict(parse_json(text))
+        value = parse_json(text)
+        fields: dict[str, Any] = {"traceback": ""} | (value if isinstance(value, dict) else {})
         kinds = dict.fromkeys(("rank", "pid", "step", "code"), int) | {"behind": int | None}
         names = {"behind" if field.name == "blamed_rank" else field.name for field in dataclasses.fields(ExitReport)}
         if set(fields) != names or not all(isinstance(fields[name], kinds.get(name, str)) for name in names):

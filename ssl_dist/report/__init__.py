@@ -37,7 +37,7 @@ def write(runs: Sequence[Run], out: Path | None) -> Path:
     text = page.of(runs)
     path = out if out is not None else _common_folder(runs) / "report.html"
     with atomic_write_or_refuse(path, "give another file with --out") as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))  # a folder's name may be no UTF-8
     return path
 
 

@@ -1,6 +1,7 @@
 """A run's encoder in a file that other programs load: by torchvision's or timm's names, or as relational reasoning's
 official code (the "seed" of this program) saves its networks."""
 
+import io
 import json
 from pathlib import Path
 
@@ -38,7 +39,9 @@ def export(run: Path, form: str, out: Path) -> str:
     with atomic_write_or_refuse(out) as file:
         if form == "seed":
             parts = {key: getattr(method, part) for part, key in SEED_PARTS.items() if hasattr(method, part)}
-            torch.save({"backbone": tensors} | {key: _plain(part) for key, part in parts.items()}, file)
+            whole = io.BytesIO()  # torch replaces the error of a write by one of its own
+            torch.save({"backbone": tensors} | {key: _plain(part) for key, part in parts.items()}, whole)
+            file.write(whole.getbuffer())
             return line
         normalize = json.dumps(to_tree(encoder.normalize))
         facts = (name, encoder.config.method.name, encoder.sha256, str(encoder.step), normalize)
