@@ -92,6 +92,7 @@ def test_another_version_of_an_evaluator_is_measured_anew(run, monkeypatch):
     monkeypatch.setattr(knn, "VERSION", knn.VERSION + 1)
     monkeypatch.setattr(knn, "run", lambda *_: {"knn1_top1": 50.0})
     assert top1(evaluate(run, *KNN)) == 50
+    assert [(record["version"], record["value"]) for record in stored(run)] == [(1, 100), (2, 50)]
 
 
 def test_another_transform_is_measured_anew_and_recorded_beside(run):
