@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import faulthandler
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -33,6 +34,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 MAX_SECONDS, MAX_BYTES, MAX_LINE = 20, 2 * 10**9, 500
 CODES = (0, 1, 2, 75)
+FORMATS = ("ppm", "bmp", "tiff", "webp")  # beside JPEG and PNG
+SUBMIT = "slurm/submit.py"
 CONFIG = ROOT / "configs" / "digits" / "relational-conv4.yaml"
 
 ODD_VALUES = [
@@ -212,7 +215,8 @@ def changed_safetensors(data: bytes, rng: random.Random) -> bytes:
 @dataclass
 class Reader:
     """A file of the template, the command that reads it, and the ways to change it beside that of its bytes. command:
-    {0} stands for the folder, a copy of the template. after: called when the file is written."""
+    of ssl-dist, or of slurm/submit.py where it begins so; {0} stands for the folder, a copy of the template. after:
+    called when the file is written."""
 
     name: str
     file: str
@@ -245,7 +249,7 @@ def quietly(command: str) -> None:
 
 
 def pictures(root: Path) -> Path:
-    """train/ and test/ of two classes of small pictures."""
+    """train/ and test/ of two classes of small pictures, and one of every further format in train/cat."""
     import numpy as np
     from PIL import Image
 
@@ -254,6 +258,8 @@ def pictures(root: Path) -> Path:
         path = root / split / label / f"{i}.{'png' if i % 2 else 'jpg'}"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (20 + i, 24, 3), np.uint8)).save(path)
+    for suffix in FORMATS:
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(root / "train" / "cat" / f"a.{suffix}")
     return root
 
 
@@ -274,6 +280,7 @@ def make_template(here: Path) -> list[Reader]:
     shutil.copy(run / "config.yaml", here / "config.yaml")
     (here / "ids.txt").write_text("# ids\n0\n1\n\n2\n3\n5\n")
     (here / "labels.csv").write_text("image_id,label\n" + "".join(f"{i},{i % 2}\n" for i in range(8)))
+    shutil.copy(ROOT / "slurm" / "site.yaml", here)
     voc(here / "voc")
     torch.save(backbones.build("resnet18").state_dict(), here / "resnet18.pth")
 
@@ -311,7 +318,10 @@ def make_template(here: Path) -> list[Reader]:
         Reader("weights", "weights.pth", f"{explain} backbone.weights={{0}}/weights.pth", [changed_state]),
         Reader("picture", "source/train/cat/1.png", convert),
         Reader("photo", "source/train/dog/2.jpg", convert),
+        *(Reader(suffix, f"source/train/cat/a.{suffix}", convert) for suffix in FORMATS),
         Reader("annotation", "voc/Annotations/a.xml", detect),
+        Reader("site of Slurm", "site.yaml", f"{SUBMIT} train {{0}}/config.yaml data.root={{0}}/data run_dir={{0}}/new "
+               "optim.batch_size=8 --site {0}/site.yaml --dry-run", [changed_yaml]),
         Reader("list of images", "voc/ImageSets/Main/train.txt", detect),
     ]  # fmt: skip
 
@@ -337,6 +347,16 @@ def voc(root: Path) -> Path:
 # ------------------------------------------------------------------------------------------ running
 
 
+def submit(words: list[str]) -> int:
+    """Exit code of slurm/submit.py."""
+    spec = importlib.util.spec_from_file_location("submit", ROOT / SUBMIT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.argv = [SUBMIT, *words]
+    return module.main()
+
+
 def outcome_of(words: list[str], folder: Path) -> tuple[int | None, str]:
     """Run the command in a forked process; its exit code (None: stopped after MAX_SECONDS) and standard error."""
     from ssl_dist import cli
@@ -355,7 +375,7 @@ def outcome_of(words: list[str], folder: Path) -> tuple[int | None, str]:
             resource.setrlimit(resource.RLIMIT_AS, (used + MAX_BYTES, used + MAX_BYTES))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             try:
-                code = cli.main(words)
+                code = submit(words[1:]) if words[0] == SUBMIT else cli.main(words)
             except SystemExit as ended:  # argparse
                 code = ended.code if isinstance(ended.code, int) else 1
         except BaseException:
