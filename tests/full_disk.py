@@ -1,17 +1,20 @@
 """A disk on which nothing has space after so many changes: new files, folders and writes fail, the rest goes on."""
 
 import builtins
+import collections
 import errno
 import io
 import os
+import traceback
 
 
 class FullDisk:
-    """Patches this process's ways to write below `folder`. allowed: changes that succeed; None: all, and `changes`
-    counts them."""
+    """Patches this process's ways to write below `folder`. allowed: changes that succeed; None: all. Then `changes`
+    counts them, and `places` has the numbers of those that one chain of calls made."""
 
     def __init__(self, monkeypatch, folder, allowed=None):
         self.folder, self.allowed, self.changes = str(folder), allowed, 0
+        self.places = collections.defaultdict(list)
         self._open, self._os_open, self._mkdir = io.open, os.open, os.mkdir
         monkeypatch.setattr(builtins, "open", self.open)
         monkeypatch.setattr(io, "open", self.open)
@@ -19,6 +22,8 @@ class FullDisk:
         monkeypatch.setattr(os, "mkdir", self.mkdir)
 
     def spend(self, *filename):
+        if self.allowed is None:
+            self.places[tuple((f.f_code, line) for f, line in traceback.walk_stack(None))].append(self.changes)
         self.changes += 1
         if self.allowed is not None and self.changes > self.allowed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *filename)
