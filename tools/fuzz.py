@@ -31,6 +31,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+os.environ["OMP_NUM_THREADS"] = "1"  # a forked process waits for ever for OpenMP threads of its parent
+
 ROOT = Path(__file__).resolve().parent.parent
 MAX_SECONDS, MAX_BYTES, MAX_LINE = 20, 2 * 10**9, 500
 CODES = (0, 1, 2, 75)
@@ -238,14 +240,26 @@ def sign(path: Path) -> None:
     path.with_name(path.name + ".sha256").write_text(f"{digest}  {path.name}\n")
 
 
-def quietly(command: str) -> None:
-    """Run a command that must succeed."""
+def perform(words: list[str]) -> int:
+    """Exit code of ssl-dist, or of slurm/submit.py where the words begin so."""
     from ssl_dist import cli
 
+    if words[0] != SUBMIT:
+        return cli.main(words)
+    spec = importlib.util.spec_from_file_location("submit", ROOT / SUBMIT)
+    assert spec is not None and spec.loader is not None
+    submit = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(submit)
+    sys.argv = words
+    return submit.main()
+
+
+def quietly(command: str) -> None:
+    """Run a command that must succeed, in this process."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
-        code = cli.main(command.split())
+        code = perform(command.split())
     if code:
-        sys.exit(f"ssl-dist {command}: {errors.getvalue()}")
+        sys.exit(f"{command}: {errors.getvalue()}")
 
 
 def pictures(root: Path) -> Path:
@@ -279,7 +293,7 @@ def make_template(here: Path) -> list[Reader]:
     quietly(f"export {run} --out {here}/weights.pth --format seed")
     shutil.copy(run / "config.yaml", here / "config.yaml")
     (here / "ids.txt").write_text("# ids\n0\n1\n\n2\n3\n5\n")
-    (here / "labels.csv").write_text("image_id,label\n" + "".join(f"{i},{i % 2}\n" for i in range(8)))
+    (here / "labels.csv").write_text("image_id,label\n" + "".join(f"{i},{i % 2}\n" for i in range(8 + len(FORMATS))))
     shutil.copy(ROOT / "slurm" / "site.yaml", here)
     voc(here / "voc")
     torch.save(backbones.build("resnet18").state_dict(), here / "resnet18.pth")
@@ -347,20 +361,8 @@ def voc(root: Path) -> Path:
 # ------------------------------------------------------------------------------------------ running
 
 
-def submit(words: list[str]) -> int:
-    """Exit code of slurm/submit.py."""
-    spec = importlib.util.spec_from_file_location("submit", ROOT / SUBMIT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.argv = [SUBMIT, *words]
-    return module.main()
-
-
 def outcome_of(words: list[str], folder: Path) -> tuple[int | None, str]:
     """Run the command in a forked process; its exit code (None: stopped after MAX_SECONDS) and standard error."""
-    from ssl_dist import cli
-
     log, start = folder / "stderr", time.monotonic()
     pid = os.fork()
     if pid == 0:
@@ -375,7 +377,7 @@ def outcome_of(words: list[str], folder: Path) -> tuple[int | None, str]:
             resource.setrlimit(resource.RLIMIT_AS, (used + MAX_BYTES, used + MAX_BYTES))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             try:
-                code = submit(words[1:]) if words[0] == SUBMIT else cli.main(words)
+                code = perform(words)
             except SystemExit as ended:  # argparse
                 code = ended.code if isinstance(ended.code, int) else 1
         except BaseException:
@@ -436,10 +438,10 @@ def fuzz(
         template, folder = Path(name) / "template", Path(name) / "copy"
         all_readers = make_template(template)
         chosen = [reader for reader in all_readers if names is None or reader.name in names]
-        for reader in chosen:
-            code, text = run_input(reader, (template / reader.file).read_bytes(), template, folder)
-            if code != 0:
-                sys.exit(f"{reader.name}: the valid file ends with {code}: {text}")
+        for command in {reader.command: None for reader in chosen}:  # with valid files; imports what forks then have
+            shutil.copytree(template, folder)
+            quietly(command.format(folder))
+            shutil.rmtree(folder)
         streams = {reader.name: reader.inputs(template, seed) for reader in chosen}
         end = time.monotonic() + seconds
         for number in itertools.count() if most is None else range(most):
