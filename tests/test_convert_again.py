@@ -14,6 +14,7 @@ from ssl_dist.data import manifest
 from ssl_dist.data.beton import Beton, Writer
 from ssl_dist.data.readers import Dataset
 from ssl_dist.errors import UserError
+from tests import kills
 from tests.conversions import refusal, run
 from tests.make_images import picture, save, simple_folder, tiny_imagenet
 
@@ -206,6 +207,32 @@ def test_killed_between_the_file_and_the_record(simple, monkeypatch, of_before):
 
 
 NAMES = ("dataset.json", "train.beton", "test.beton")
+
+
+def test_killed_at_any_change_of_a_conversion_anew(tmp_path):
+    """Each split that opens is the old one or the new one, whole, and the same command goes on to the new set."""
+    source, prepared, whole = bmp_folder(tmp_path / "source"), tmp_path / "old" / "out", tmp_path / "whole"
+    shutil.copytree(source / "train", source / "test")
+    run("folder", source, prepared)
+    exchange(source)
+    save(source / "test" / "red" / "0.bmp", picture(8, 8, 77))
+    run("folder", source, whole)
+    split_of = {out: {split: stored(out, split)[1:] for split in ("train", "test")} for out in (prepared, whole)}
+    refused, opened = 0, set()
+    for out in kills.every_kill(prepared, tmp_path, lambda out: run("folder", source, out)):
+        dataset = Dataset(out, reader="arrays")
+        for split in ("train", "test"):
+            try:
+                dataset.open(split)
+            except UserError as error:
+                assert "its labels and tables are not those that were written" in str(error)
+                refused += 1
+            else:
+                opened.add((split, [split_of[o][split] for o in (prepared, whole)].index(stored(out, split)[1:])))
+        run("folder", source, out)
+        assert [(out / name).read_bytes() for name in NAMES] == [(whole / name).read_bytes() for name in NAMES]
+        assert sorted(os.listdir(out)) == sorted(NAMES)
+    assert refused and opened == {("train", 0), ("train", 1), ("test", 0), ("test", 1)}
 
 
 def test_nothing_slow_stands_between_the_file_and_the_record(tmp_path, monkeypatch):
