@@ -105,8 +105,12 @@ class Writer:
         except BlockingIOError:
             self._file.close()
             raise UserError(f"{self.path}: another process is converting into this folder; wait for it") from None
-        self._file.truncate(0)
-        self._file.write(bytes(self._pointer))
+        try:
+            self._file.truncate(0)
+            self._file.write(bytes(self._pointer))
+        except OSError:
+            self.__exit__()
+            raise
 
     def __enter__(self) -> Self:
         return self

@@ -90,13 +90,16 @@ def add(path: str | Path, new: Sequence[dict]) -> list[dict]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the file's lock: a process that reads before this one has written would write back without its records."""
+    """Hold the file's lock: a process that reads before this one has written would write back without its records.
+    A file that was made for the lock is gone where nothing was written."""
     with durable.refuse_unwritable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = durable.lock(path, os.O_RDWR | os.O_CREAT)
     try:
         yield
     finally:
+        if os.fstat(descriptor).st_size == 0 and durable.is_at(path, descriptor):
+            path.unlink()
         os.close(descriptor)
 
 
