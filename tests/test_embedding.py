@@ -1,5 +1,6 @@
 """Maps of features: scikit-learn's numbers, a map that can be made again, and files that TensorBoard can load."""
 
+import itertools
 import json
 import re
 import subprocess
@@ -23,6 +24,7 @@ from ssl_dist.keys import EVALUATION, hash64
 from ssl_dist.results.sampling import evenly
 from ssl_dist.storage.features import Features
 from tests.figure_writer import MemoryFigureWriter, drawn
+from tests.full_disk import FullDisk
 from tests.messages import naming
 
 QUICK = {"iterations": 500, "perplexity": 8.0}
@@ -119,6 +121,26 @@ def test_the_projector_gets_vectors_labels_and_thumbnails(embedded):
     embedding.write_projector(folder, vectors, torch.zeros(100, 3, 8, 8), test, rows)
     assert len(sorted(folder.iterdir())) == len(before), "another one takes its place"
     assert [path.name for path in folder.parent.iterdir()] == ["embedding"]
+
+
+def test_no_space_for_the_projector(tmp_path, capfd):
+    """One error, and the files of before stay. Nothing of TensorBoard's is printed."""
+    test, folder = part(4), tmp_path / "embedding"
+    arguments = folder, test.take(np.arange(4))[:, :3], torch.zeros(4, 3, 8, 8), test, np.arange(4)
+    embedding.write_projector(*arguments)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for allowed in itertools.count():
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            disk = FullDisk(monkeypatch, tmp_path, allowed)
+            try:
+                embedding.write_projector(*arguments)
+            except UserError as error:
+                assert str(folder) in str(error) and "No space left" in str(error)
+        if disk.changes <= allowed:
+            break
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+        assert list(tmp_path.iterdir()) == [folder]
+    assert allowed > 5 and capfd.readouterr() == ("", "")
 
 
 def test_large_images_become_thumbnails(embedded):

@@ -10,6 +10,7 @@ components, classes and thumbnails.
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -168,23 +169,36 @@ def write_projector(
     """
     from torch.utils.tensorboard import SummaryWriter  # takes a second
 
+    from ssl_dist.run.log import EventFile
+
+    class Projector(SummaryWriter):
+        """Without its file of events, whose thread prints a traceback where the disk is full."""
+
+        def _get_file_writer(self) -> SimpleNamespace:
+            return SimpleNamespace(get_logdir=lambda: self.log_dir)
+
     names, temporary = class_names(test), folder.with_name(f".{folder.name}.new")
     metadata = [[" ".join(names[label].split()), str(image)] for label, image in zip(
         test.labels[rows], test.image_ids[rows], strict=True
     )]  # fmt: skip
     with refuse_unwritable(folder, "give a run's folder that can, with space left"):
         shutil.rmtree(temporary, ignore_errors=True)  # of one that was killed
-        with SummaryWriter(str(temporary)) as writer:
-            writer.add_embedding(
-                vectors_ND.astype(np.float32),
-                metadata,
-                thumbnails,
-                int(test.metadata["step"]),
-                f"{test.metadata['dataset']}-{test.metadata['split']}",
-                ["class", "image"],
-            )
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        try:
+            EventFile(temporary, 0)  # TensorBoard looks for runs where events are
+            with Projector(str(temporary)) as writer:
+                writer.add_embedding(
+                    vectors_ND.astype(np.float32),
+                    metadata,
+                    thumbnails,
+                    int(test.metadata["step"]),
+                    f"{test.metadata['dataset']}-{test.metadata['split']}",
+                    ["class", "image"],
+                )
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def _thumbnails(writer: FigureWriter, test: Features, rows: np.ndarray) -> torch.Tensor:
