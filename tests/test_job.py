@@ -141,6 +141,8 @@ def test_options_come_before_the_site(tmp_path):
         ("- a", "must be a mapping"),
         ("time: soon", "time"),
         ("a: [", "YAML"),
+        ("mem_gb: 1.0e+308", "mem_gb"),
+        ("mem_gb: 1.0e-4", "mem_gb"),  # in MB it is 0, which is all of a node for Slurm
     ],
 )
 def test_a_sites_mistakes(tmp_path, text, message):

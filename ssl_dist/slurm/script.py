@@ -11,7 +11,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 from submitit.slurm.slurm import SlurmExecutor
 
-from ssl_dist.config import NonNegativeInt, PositiveFloat, PositiveInt
+from ssl_dist.config import NonNegativeInt, PositiveInt
 from ssl_dist.config.section import Section, read_yaml, validate
 from ssl_dist.errors import UserError
 
@@ -31,7 +31,7 @@ class Site(Section):
     gpus_per_node: PositiveInt | None = Field(None, description="GPUs of a node, and a rank on each")
     tasks_per_node: PositiveInt | None = Field(None, description="ranks of a node, on its CPUs; null: one for each GPU")
     cpus_per_task: PositiveInt | None = Field(None, description="cores of a rank, also the threads it uses")
-    mem_gb: PositiveFloat | None = Field(None, description="memory of a node")
+    mem_gb: Annotated[float, Field(ge=0.001, le=1e6)] | None = Field(None, description="memory of a node")  # 0 is all
     time: Annotated[str, Field(pattern=TIME)] = Field("24:00:00", description="limit of one start, HH:MM:SS")
     signal_seconds: PositiveInt = Field(120, description="lead of the signal before the time limit, for the save")
     crashes: NonNegativeInt = Field(3, description="how often a job that crashed is queued again")
