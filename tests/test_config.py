@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from ssl_dist import config
+from ssl_dist.config.section import parse_yaml
 from ssl_dist.errors import UserError
 
 MINIMAL = "run_dir: runs/a\ndata: {name: cifar10, root: data/cifar10}\n"
@@ -96,6 +97,18 @@ def test_missing_key_is_named(path):
     path.write_text("run_dir: runs/a\ndata: {name: cifar10}\n")
     with pytest.raises(UserError, match=re.escape("missing key data.root")):
         config.load(path)
+
+
+def test_merged_keys():
+    """`<<: *alias`, whose keys stand behind those that are written out."""
+    text = "a: &x {s: 1, t: 2}\nb: {<<: *x, s: 3}\nc: {t: 9, <<: [{u: '='}, *x]}\nd: &d {<<: *x, s: 4}\ne: {<<: *d}"
+    assert parse_yaml(text, "text") == {
+        "a": {"s": 1, "t": 2}, "b": {"s": 3, "t": 2}, "c": {"u": "=", "s": 1, "t": 9}, "d": {"s": 4, "t": 2},
+        "e": {"s": 4, "t": 2},
+    }  # fmt: skip
+    for wrong, message in (("a: {<<: 3}", "merging"), ("x: &x {a: 1, a: 2}\ny: {<<: *x}", "line 1: key 'a' stands tw")):
+        with pytest.raises(UserError, match=message):
+            parse_yaml(wrong, "text")
 
 
 def test_a_key_that_stands_twice_is_refused(path):

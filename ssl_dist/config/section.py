@@ -50,6 +50,7 @@ class _Loader(yaml.SafeLoader):
         self.name = source
         self._depth = 0
         self._extents: dict[int, tuple[int, int]] = {}  # by the node's id: its values, aliases counted, and its depth
+        self._flattened: set[int] = set()
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Raises `UserError` before recursion or memory has an end."""
@@ -106,9 +107,15 @@ class _Loader(yaml.SafeLoader):
             raise self._refused(node.start_mark, f"{quoted(value)} holds a NUL character, which no name can; remove it")
         return value
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put the keys of `<<: *alias` in their place, after a look at those that are written out."""
+        if id(node) in self._flattened:
+            return
+        self._flattened.add(id(node))
         keys = set()
         for key_node, _ in node.value:
+            if key_node.tag == _TAG + "merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
                 raise self._refused(
@@ -117,7 +124,7 @@ class _Loader(yaml.SafeLoader):
             if key in keys:
                 raise self._refused(key_node.start_mark, f"key {quoted(key)} stands twice; remove one")
             keys.add(key)
-        return super().construct_mapping(node, deep)
+        super().flatten_mapping(node)
 
     def _refused(self, mark: yaml.Mark, reason: str) -> UserError:
         return UserError(f"{self.name}: line {mark.line + 1}: {reason}")
@@ -127,7 +134,7 @@ _Loader.add_implicit_resolver(
     _TAG + "float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != _TAG + "timestamp"]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_TAG + "timestamp", _TAG + "value")]
     for first, resolvers in _Loader.yaml_implicit_resolvers.items()
 }
 
@@ -150,7 +157,7 @@ def parse_yaml(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
         raise UserError(
-            f"{source}:{line} not valid YAML: {getattr(error, 'problem', 'a character that is not text')}"
+            f"{source}:{line} not valid YAML: {getattr(error, 'problem', 'a character that is not text; write UTF-8')}"
         ) from None
     finally:
         if loader is not None:
