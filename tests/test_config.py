@@ -5,7 +5,9 @@ import yaml
 
 from ssl_dist import config
 from ssl_dist.config.section import parse_yaml
+from ssl_dist.data.reader import SplitInfo
 from ssl_dist.errors import UserError
+from ssl_dist.run import blueprint
 
 MINIMAL = "run_dir: runs/a\ndata: {name: cifar10, root: data/cifar10}\n"
 
@@ -146,3 +148,20 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason_and_the_remedy(tmp_
         with pytest.raises(UserError) as caught:
             config.load(path)
         assert str(caught.value) == f"config {path}: cannot be read: {reason}; configs/ holds examples"
+
+
+def test_a_normalisation_of_pixels_in_0_to_255_is_refused_and_the_remedy_helps(path):
+    """Such constants would leave images all but constant."""
+    split = SplitInfo("x", "train", 1, (), 1, 1, False, (0.5,) * 3, (0.2,) * 3, "")
+
+    def constants(words):
+        return blueprint.normalization(config.load(path, [f"views.normalize={words}"]), split)
+
+    for words in (
+        "{mean: [123.675, 116.28, 103.53], std: [58.395, 57.12, 57.375]}",
+        "{mean: [0, 0, 0], std: [255, 255, 255]}",
+    ):
+        with pytest.raises(UserError, match=r"views\.normalize = .* pixels in 0\.\.255") as caught:
+            constants(words)
+        assert constants(str(caught.value).rpartition("it is ")[2]).std[0] in (0.229, 1)
+    assert constants("{mean: [0, 0, 0], std: [1, 1, 1]}") == constants("none")

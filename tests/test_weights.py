@@ -155,6 +155,39 @@ def test_files_of_torchvision_and_timm(tmp_path):
     torch.testing.assert_close(ours(images), theirs(images))
 
 
+DEEPER = ("resnet18", "resnet34", {}), ("resnet32", "resnet56", {})
+OTHER_BLOCKS = ("resnet18", "resnet18", {"layer1.0.se.fc1.weight": torch.zeros(4, 64, 1, 1)})
+
+
+@pytest.mark.parametrize(("name", "stored", "more"), [*DEEPER, OTHER_BLOCKS])
+def test_weights_of_another_network_that_has_all_tensors_are_refused_and_the_remedy_helps(tmp_path, name, stored, more):
+    path, tensors = tmp_path / "file.pth", backbones.build(stored).state_dict()
+    torch.save({"model": under("module.backbone.", tensors | more)}, path)
+    with torch.device("meta"), pytest.raises(UserError, match=f"which backbone {name} does not have"):
+        weights.fit(backbones.build(name), name, path)
+    if not more:  # the backbone that the file was trained with
+        with torch.device("meta"):
+            assert not weights.fit(backbones.build(stored), stored, path).unused
+
+
+def test_tables_within_blocks_that_a_backbone_computes_itself_are_passed_over(tmp_path):
+    tensors = backbones.build("resnet18").state_dict()
+    tables = {
+        "layer1.0.relative_position_index": torch.zeros(3, dtype=torch.int64),
+        "layer1.1.attn_mask": torch.ones(2),
+    }
+    torch.save(tensors | tables, tmp_path / "file.pth")
+    with torch.device("meta"):
+        assert weights.fit(backbones.build("resnet18"), "resnet18", tmp_path / "file.pth").unused == sorted(tables)
+
+
+def test_a_network_that_stands_in_a_file_alone_and_wrapped_is_refused(tmp_path):
+    tensors = backbones.build("conv4").state_dict()
+    torch.save(tensors | under("module.", {name: t + 1 for name, t in tensors.items()}), tmp_path / "file.pth")
+    with pytest.raises(UserError, match=r"holds layer1\.conv\.weight twice, alone and wrapped as module\.layer1"):
+        weights.fit(backbones.build("conv4"), "conv4", tmp_path / "file.pth")
+
+
 class Shell:
     """What a pickle can do when it is loaded by pickle itself."""
 

@@ -221,10 +221,17 @@ def derive(config: Config, rank_info: RankInfo) -> RunPlan:
 
 
 def normalization(config: Config, split: SplitInfo) -> Normalize:
-    """What `views.normalize` means for images of `split`."""
+    """What `views.normalize` means for images of `split`. Raises `UserError` for values that pixels of 0 to 1 can not
+    have, as those of 0 to 255 are: the images would be all but constant."""
     normalize = config.views.normalize
     if normalize == "dataset":
         return Normalize(mean=split.mean, std=split.std)
+    if isinstance(normalize, Normalize) and max(*map(abs, normalize.mean), *normalize.std) > 1:
+        mean, std = ([round(value / 255, 6) for value in values] for values in (normalize.mean, normalize.std))
+        raise UserError(
+            f"views.normalize = {{mean: {list(normalize.mean)}, std: {list(normalize.std)}}}: is of pixels in 0..1, "
+            f"where none of these is above 1; of pixels in 0..255 it is {{mean: {mean}, std: {std}}}"
+        )
     return Normalize(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)) if normalize == "none" else normalize
 
 

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,10 +82,10 @@ def fit(backbone: nn.Module, name: str, path: Path) -> Weights:
     own = backbone.state_dict()
     container, stored = _state_dict(path, tree)
     combinations = [
-        (f"{container}, {title}", {tensor: prefix + renamed(tensor, naming) for tensor in own})
+        (f"{container}, {title}", prefix, {tensor: prefix + renamed(tensor, naming) for tensor in own})
         for prefix, (title, naming) in itertools.product(PREFIXES, NAMINGS)
     ]
-    layout, theirs = max(combinations, key=lambda combination: sum(name in stored for name in combination[1].values()))
+    layout, prefix, theirs = max(combinations, key=lambda each: sum(name in stored for name in each[2].values()))
     if not stored.keys() & theirs.values():
         first = ", ".join(list(stored)[:4])
         raise UserError(f"{path}: holds no tensor of backbone {name}; it holds {first}, ...; known are {KNOWN_FORMATS}")
@@ -107,7 +107,31 @@ def fit(backbone: nn.Module, name: str, path: Path) -> Weights:
                 f"{list(expected.shape)}; give the backbone.name that the file was trained with"
             )
         _check(path, theirs[tensor], tensors[tensor], expected)
-    return Weights(path, layout, tensors, sorted(stored.keys() - theirs.values()), sha256)
+    unused = sorted(stored.keys() - theirs.values())
+    _refuse_another_network(path, name, prefix, {key: stored[key] for key in unused}, theirs.values())
+    return Weights(path, layout, tensors, unused, sha256)
+
+
+def _refuse_another_network(
+    path: Path, name: str, prefix: str, unused: Mapping[str, Tensor], used: Collection[str]
+) -> None:
+    """Raises `UserError` where the file has weights within a series of numbered blocks of which the backbone uses some:
+    those of a deeper network (ResNet-101 in ResNet-50), or of one whose blocks are others. Tables that are computed
+    from the sizes alone are no weights. prefix: what stands before the backbone's names."""
+    series = {parent for key in used for parent in _series(key.removeprefix(prefix))}
+    for key, tensor in unused.items():
+        is_weight = tensor.is_floating_point() and not key.endswith(("attn_mask", "relative_coords_table"))
+        if is_weight and key.startswith(prefix) and not series.isdisjoint(_series(key.removeprefix(prefix))):
+            raise UserError(
+                f"{path}: holds {key}, which backbone {name} does not have: the weights are of another network; give "
+                "the backbone.name that the file was trained with"
+            )
+
+
+def _series(key: str) -> list[str]:
+    """The modules that a numbered part of the name lies in: `layer1.0.conv1.weight` lies in `layer1`."""
+    parts = key.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts)) if parts[i].isdecimal()]
 
 
 def _check(path: Path, name: str, tensor: Tensor, own: Tensor) -> None:
@@ -163,7 +187,7 @@ def _state_dict(path: Path, tree: Any) -> tuple[str, dict[str, Tensor]]:
     """The state_dict in what a file holds, and that it is one in words. Wrappers (DataParallel, torch.compile) leave
     their word in names; it is taken out."""
     if _is_state_dict(tree):
-        return "a state_dict", _unwrapped(tree)
+        return "a state_dict", _unwrapped(path, tree)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: holds a {type(tree).__name__}; known are {KNOWN_FORMATS}")
     keys = ", ".join(map(str, list(tree)[:8]))
@@ -174,7 +198,7 @@ def _state_dict(path: Path, tree: Any) -> tuple[str, dict[str, Tensor]]:
         )
     for key, words in CONTAINERS.items():
         if _is_state_dict(tree.get(key)):
-            return f"a dictionary of {keys} ({words})", _unwrapped(tree[key])
+            return f"a dictionary of {keys} ({words})", _unwrapped(path, tree[key])
     raise UserError(f"{path}: an unknown dictionary of {keys}; known are {KNOWN_FORMATS}")
 
 
@@ -186,6 +210,13 @@ def _is_state_dict(tree: Any) -> bool:
     )
 
 
-def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    wrappers = ("module", "_orig_mod")
-    return {".".join(part for part in key.split(".") if part not in wrappers): value for key, value in tensors.items()}
+def _unwrapped(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    wrappers, unwrapped = ("module", "_orig_mod"), dict[str, Tensor]()
+    for key, tensor in tensors.items():
+        name = ".".join(part for part in key.split(".") if part not in wrappers)
+        if name in unwrapped:
+            raise UserError(
+                f"{path}: holds {name} twice, alone and wrapped as {key}; save the state_dict of one of them"
+            )
+        unwrapped[name] = tensor
+    return unwrapped
