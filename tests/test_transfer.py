@@ -1,6 +1,7 @@
 """Probes and fine-tunings of real runs: what they train and measure, on any number of ranks, and after a stop."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 
 from ssl_dist import cli, config
 from ssl_dist.convert.command import convert
+from ssl_dist.data.normalize import normalized
 from ssl_dist.data.readers import Dataset
 from ssl_dist.errors import UserError
 from ssl_dist.evaluate.command import evaluate
@@ -131,6 +133,47 @@ def test_a_supervised_run_classifies_itself(digits, tmp_path):
     _, [record, *_] = evaluate(run, ["knn"], ["knn.k=[5]"], validation=0.1)
     assert "may have been trained on these labels" in record["protocol"]
 
+    # Another data set, where classes are fewer and in another order: the labels are other numbers of the same names.
+    from PIL import Image
+
+    with Dataset(digits, reader="arrays").open("test") as reader:
+        chosen = np.flatnonzero(np.isin(reader.labels(np.arange(reader.info.count)), (3, 7, 8)))
+        for i, (pixels, _, _, _) in zip(chosen, reader.batches([[i] for i in chosen]), strict=True):
+            path = tmp_path / "photos" / "test" / str(reader.labels([i])[0]) / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[0]).save(path)
+    shutil.copytree(tmp_path / "photos" / "test", tmp_path / "photos" / "train")
+    convert("folder", tmp_path / "photos", tmp_path / "three", name="three", progress=False)
+    there = [f"data.root={tmp_path / 'three'}", "data.name=three", "data.reader=arrays"]
+    _, [record, *_] = evaluate(run, ["classify"], there)
+    right = _right(run, digits, chosen)
+    assert record["value"] == pytest.approx(100 * right / len(chosen)) and right > len(chosen) / 3
+    for split in ("train", "test"):
+        (tmp_path / "photos" / split / "7").rename(tmp_path / "photos" / split / "seven")
+    convert("folder", tmp_path / "photos", tmp_path / "three", name="three", progress=False)
+    with pytest.raises(UserError, match=r"class 'seven' of test is none of the 10 that .* \('0, 1, 2,"):
+        evaluate(run, ["classify"], there)
+
+
+def _right(run, digits, ids):
+    """How many of the test images the run's own classifier gets right."""
+    method, encoder = load_method(run)
+    to_input = normalized(encoder.normalize, torch.float32, torch.device("cpu"))
+    with Dataset(digits, reader="arrays").open("test") as reader, torch.no_grad():
+        pixels = np.concatenate([images for images, _, _, _ in reader.batches([[i] for i in ids])])
+        scores = method.eval().logits(to_input(torch.from_numpy(pixels).permute(0, 3, 1, 2)))["output"]
+        return int((scores.argmax(1).numpy() == reader.labels(ids)).sum())
+
+
+def test_classes_of_a_checkpoint_that_does_not_name_them_are_matched_by_number(run, measured, tmp_path, capfd):
+    [folder] = [path for path in (run / "evaluations").iterdir() if path.name.startswith("probe")]
+    state = checkpoint.load_newest(folder)[1]
+    assert state.pop("classes") == [str(digit) for digit in range(10)]
+    checkpoint.save(tmp_path, state)
+    _, records = evaluate(run, ["classify"], [f"classify.head={tmp_path}"])
+    assert records[0]["value"] == measured[0]["probe_top1"]
+    assert "does not name its classes; those of digits are matched by number" in capfd.readouterr().err
+
 
 def test_a_classifier_belongs_to_its_checkpoint(run, measured, digits, tmp_path):
     [folder] = [path for path in (run / "evaluations").iterdir() if path.name.startswith("probe")]
@@ -172,7 +215,7 @@ def test_transfer_to_other_classes(run, tmp_path):
     _, records = evaluate(run, ["probe"], [*other, "probe.epochs=1", "probe.batch_size=8"])
     assert {record["dataset"] for record in records} == {"shapes"}
     [folder] = (path for path in (run / "evaluations").iterdir() if "shapes" in (path / "config.yaml").read_text())
-    with pytest.raises(UserError, match=r"labels up to 9, and the classifier knows 2 classes; train one"):
+    with pytest.raises(UserError, match=r"class '0' of test is none of the 2 that .* \('blue, red'\); name"):
         evaluate(run, ["classify"], [f"classify.head={folder}"])
 
 

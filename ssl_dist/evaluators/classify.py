@@ -1,6 +1,7 @@
 """Inference alone: a trained classifier on the test split of its own data set or of another one."""
 
 import hashlib
+import sys
 from pathlib import Path
 
 from pydantic import Field
@@ -14,7 +15,7 @@ from ssl_dist.transfer.classification import classify, draw
 from ssl_dist.transfer.recipe import encoder_file
 from ssl_dist.transfer.subject import EvalContext
 
-VERSION = 1
+VERSION = 2  # classes are matched by name
 
 
 class Options(Section):
@@ -43,8 +44,14 @@ def measure(context: EvalContext, options: Options) -> dict[str, float]:
     method, encoder = load_together(path, world)
     encoder = encoder.with_transform(context.encoder.changed)
     world.raise_together(lambda: _check(method, encoder, context, options, path))
-    classified = classify(method, encoder, context)
-    draw(classified, context, "classify", "the classifier")
+    if encoder.classes is None and world.is_rank0:
+        print(
+            f"{encoder.file}: does not name its classes; those of {context.dataset.name} are matched by number",
+            file=sys.stderr,
+            flush=True,
+        )
+    classified = classify(method, encoder, context, encoder.classes)
+    draw(classified, context, "classify", "the classifier", encoder.classes)
     return classified.values("classify")
 
 

@@ -102,6 +102,11 @@ class RunPlan:
             identity["weights"] = self.initial_weights.sha256
         return identity
 
+    @property
+    def class_names(self) -> list[str] | None:
+        """What the outputs of a classifier stand for; None: for numbers of a file of labels."""
+        return list(self.split.classes) if self.labels is None else None
+
     @cached_property
     def initial_weights(self) -> weights.Weights | None:
         """The file that the backbone begins from, without its tensors. None: it begins from random ones."""

@@ -42,6 +42,7 @@ class Encoder:
     step: int
     file: Path  # that it was read from
     ids: str = ""  # SHA-256 of the ids that it was trained on; empty for a file of another program
+    classes: tuple[str, ...] | None = None  # that it was trained on, by name; None: they are not known
     changed: tuple[str, ...] = ()  # settings of the test transform that are not the run's, as key=value
 
     @property
@@ -95,7 +96,8 @@ def load_method(path: Path) -> tuple[SSLMethod, Encoder]:
     checkpoint.restore(method, state["method"], path)
     module = method.encoder().float().eval().requires_grad_(False)
     normalize = validate(Normalize, state["normalize"])
-    return method, Encoder(module, settings, normalize, digest, state["step"], path, state["data"]["ids"])
+    classes = None if state.get("classes") is None else tuple(state["classes"])
+    return method, Encoder(module, settings, normalize, digest, state["step"], path, state["data"]["ids"], classes)
 
 
 def load_together(path: Path, world: World) -> tuple[SSLMethod, Encoder]:

@@ -21,6 +21,7 @@ from ssl_dist.storage.durable import write_text
 FORMAT = 1
 CHANGED = "it was changed: give another checkpoint, or train anew"
 KEYS = ("format", "step", "config", "method", "optimizer", "world_size", "versions", "normalize", "info", "data")
+LATER_KEYS = ("classes",)  # see `checkpoint_state.State`; absent in a file of before, and in VOC's
 _NAME = re.compile(r"step-(\d{8,})\.pt")
 
 
@@ -52,7 +53,7 @@ def save(run: Path, state: dict[str, Any]) -> Path:
     the step has a file already, the checksums of both are there until the old file is replaced. Raises OSError (a full
     disk, say) after removing what it had begun.
     """
-    assert tuple(state) == KEYS, f"a checkpoint holds {KEYS}, not {tuple(state)}"
+    assert tuple(state) in (KEYS, (*KEYS, *LATER_KEYS)), f"a checkpoint holds {KEYS}, not {tuple(state)}"
     path = path_of(run, state["step"])
     path.parent.mkdir(parents=True, exist_ok=True)
     with durable.atomic_write(path) as file:

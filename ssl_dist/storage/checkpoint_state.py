@@ -67,6 +67,7 @@ class State(_Strict):
     normalize: dict[str, Any]
     info: dict[str, Any]
     optimizer: dict[str, Any]
+    classes: list[str] | None = None  # that a classifier tells apart; None: numbers, or written before there was this
 
 
 SECTIONS: dict[str, type[BaseModel]] = {"normalize": Normalize, "info": RunInfo, "optimizer": Optimizer}

@@ -199,6 +199,7 @@ class TrainState:
             "normalize": config.to_tree(self.plan.normalize),
             "info": dataclasses.asdict(self.plan.info),
             "data": self.plan.data_identity,
+            "classes": self.plan.class_names,
         }
         try:
             checkpoint.save(self.folder, state)

@@ -1,5 +1,6 @@
 """Classify the images of a split: every image once, whatever the number of ranks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from ssl_dist.data.normalize import normalized
 from ssl_dist.data.readers import Dataset
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, quoted
 from ssl_dist.methods.base import SSLMethod
 from ssl_dist.progress import Progress
 from ssl_dist.results import confusion
@@ -39,14 +40,17 @@ class Classified:
         return values
 
 
-def draw(classified: Classified, context: EvalContext, evaluator: str, how: str) -> None:
-    """Write the last classifier's confusions to RUN/figures; of a held-out part none. how: the classifier in words."""
+def draw(
+    classified: Classified, context: EvalContext, evaluator: str, how: str, classes: Sequence[str] | None = None
+) -> None:
+    """Write the last classifier's confusions to RUN/figures; of a held-out part none. how: the classifier in words;
+    classes: the names of its classes, None: those of the data set."""
     if context.held_out is not None or classified.confusion is None:
         return
     counts_CC = classified.confusion.numpy()
 
     def write() -> None:
-        names = confusion.names_up_to(len(counts_CC), context.dataset.info(context.test).classes)
+        names = confusion.names_up_to(len(counts_CC), classes or context.dataset.info(context.test).classes)
         what = f"{counts_CC.sum():,} images of {context.dataset.name} {context.test}"
         for picture in confusion.pictures(counts_CC, names, evaluator, how, what):
             add_picture(context.run / "figures", context.metadata, evaluator, *picture)
@@ -55,8 +59,11 @@ def draw(classified: Classified, context: EvalContext, evaluator: str, how: str)
         context.world.on_rank0(write)
 
 
-def classify(method: SSLMethod, encoder: Encoder, context: EvalContext) -> Classified:
-    """Classify the measured images under the test transform of `encoder`, which is the method's.
+def classify(
+    method: SSLMethod, encoder: Encoder, context: EvalContext, classes: Sequence[str] | None = None
+) -> Classified:
+    """Classify the measured images under the test transform of `encoder`, which is the method's. classes: the names of
+    the classifier's classes, with which those of the data set are matched; None: classes are matched by number.
 
     The method is left in evaluation mode and float32. Raises `UserError` for images without a label, and for labels
     that the classifier has no score for.
@@ -65,6 +72,8 @@ def classify(method: SSLMethod, encoder: Encoder, context: EvalContext) -> Class
     with dataset.open(split) as reader:
         ids = np.arange(reader.info.count, dtype=np.int64) if context.test_ids is None else context.test_ids
         labels = torch.from_numpy(reader.labels(ids))
+        if classes is not None:
+            labels = world.raise_together(lambda: _by_name(labels, dataset, split, classes))
         method.float().eval()
         names, num_classes = classifiers(method, encoder)
         world.raise_together(lambda: _check_labels(labels, dataset, split, num_classes))
@@ -110,6 +119,21 @@ def classifiers(method: SSLMethod, encoder: Encoder) -> tuple[list[str], int]:
     with torch.no_grad():
         scores = method.logits(next(method.parameters()).new_zeros(1, 3, size, size))
     return list(scores), next(iter(scores.values())).shape[1]
+
+
+def _by_name(labels: Tensor, dataset: Dataset, split: str, classes: Sequence[str]) -> Tensor:
+    """Labels of the data set, int64 [N], as numbers of the classifier's classes of these names."""
+    own = dataset.info(split).classes
+    number_of = {name: number for number, name in enumerate(classes)}
+    unknown = [own[label] for label in labels.unique().tolist() if label >= 0 and own[label] not in number_of]
+    if unknown:
+        raise UserError(
+            f"{dataset.root}: class {quoted(unknown[0])} of {split} is none of the {len(classes)} that the classifier "
+            f"was trained on ({quoted(', '.join(classes))}); name its folder as one of them and convert again, or "
+            "train a classifier on this data set (probe)"
+        )
+    numbers = torch.tensor([number_of.get(name, -1) for name in own] + [-1])  # the last one is that of the label -1
+    return numbers[labels]
 
 
 def _check_labels(labels: Tensor, dataset: Dataset, split: str, num_classes: int) -> None:
