@@ -374,3 +374,16 @@ def test_damage_of_every_kind_has_a_reason(tmp_path):
     save(tmp_path / "source" / "train" / "png" / "good.png", picture(9, 9))
     record = run("folder", tmp_path / "source", tmp_path / "out", skip_damaged=True).splits["train"]
     assert record.count + len(record.skipped) == 73 and len(record.skipped) > 20 and all(record.skipped.values())
+
+
+def test_postscript_under_the_name_of_a_picture_is_not_run(tmp_path, monkeypatch):
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("a program was run"))
+    source = simple_folder(tmp_path / "source", per_class=2)
+    path = source / "train" / "red" / "000.png"
+    Image.new("RGB", (40, 40)).save(tmp_path / "page.eps")
+    (tmp_path / "page.eps").rename(path)
+    message = refusal("folder", source, tmp_path / "out")
+    assert f"{path}: is PostScript" in message
+    assert run("folder", source, tmp_path / "out", skip_damaged=True).splits["train"].count == 3

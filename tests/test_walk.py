@@ -228,3 +228,40 @@ def test_out_in_the_source_is_refused(source, inside):
     message = refusal("folder", source, source / inside)
     assert f"--out {source / inside}: lies in the source" in message and "outside" in message
     assert listed(source) == before and not (source / "converted").exists()
+
+
+# ---------------------------------------------------------------------------------------------- names that look alike
+
+COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
+
+
+def test_a_class_that_another_system_wrote_in_another_form_is_the_same_class(source):
+    before = listed(source)
+    rename(source / "train", red=COMPOSED)
+    rename(source / "test", red=DECOMPOSED)
+    assert image_folder(source).classes == ["blue", COMPOSED]
+    assert {k: [label for _, label in v] for k, v in listed(source).items()} == {
+        k: [label for _, label in v] for k, v in before.items()
+    }
+
+
+def test_one_name_in_two_forms_in_a_split_is_refused_and_the_remedy_helps(source, tmp_path):
+    rename(source / "train", red=COMPOSED, blue=DECOMPOSED)
+    message = refusal("folder", source, tmp_path / "out")
+    assert "'cafe\\u0301' and 'caf\\xe9' are one name in two forms; move the images of both into one folder" in message
+    for path in (source / "train" / DECOMPOSED).iterdir():
+        path.rename(source / "train" / COMPOSED / f"more-{path.name}")
+    (source / "train" / DECOMPOSED).rmdir()
+    rename(source / "test", red=COMPOSED)
+    shutil.rmtree(source / "test" / "blue")
+    assert image_folder(source).classes == [COMPOSED] and len(listed(source)["train"]) == 4
+
+
+def test_classes_that_differ_in_capitals_or_blanks_alone_are_said(source, tmp_path, capfd):
+    for split in ("train", "test"):
+        shutil.copytree(source / split / "red", source / split / "Red")
+        shutil.copytree(source / split / "blue", source / split / "blue ")
+    run("folder", source, tmp_path / "out", progress=True)
+    lines = capfd.readouterr().err.splitlines()
+    for one, other in (("Red", "red"), ("blue", "blue ")):
+        assert any(f"{one!r} and {other!r} are two classes; where they are one" in line for line in lines)

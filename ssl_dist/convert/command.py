@@ -74,6 +74,8 @@ def convert(
     source = _source(dataset, root, out)
     for line in source.left_out:
         options.report(f"--root {root}: left out: {line}")
+    for line in source.notes:
+        options.report(f"--root {root}: {line}")
     roles = split_roles(name, source.splits)
     if roles.pretraining not in source.splits:
         raise UserError(f"--root {root}: has neither train/ nor unlabeled/; looked for images to train on")

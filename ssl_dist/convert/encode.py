@@ -95,6 +95,8 @@ def _open(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data))
         if max(image.size) > MAX_SIDE:
             raise UnfitImage(f"{image.size[0]}x{image.size[1]} pixels, at most {MAX_SIDE} a side can be stored")
+        if image.format == "EPS":  # whatever its name ends in
+            raise UnfitImage("is PostScript, a program that Ghostscript would run; save it as PNG")
         image.load()
     except Image.DecompressionBombError as error:
         number = (re.findall(r"\((\d+) pixels\)", str(error)) or ["more"])[0]

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -36,6 +37,7 @@ def image_folder(root: Path) -> Source:
     walks = {split: Walk(root, folder, folders.values(), left_out) for split, folder in folders.items()}
     listed = {split: _list_classes(folder, walks[split]) for split, folder in folders.items() if split != "unlabeled"}
     classes = list(listed.get("train", next(iter(listed.values()), {})))
+    number_of = {_composed(name): number for number, name in enumerate(classes)}
     splits: dict[str, Images] = {}
     if "unlabeled" in folders:
         names = walks["unlabeled"].image_files(folders["unlabeled"])
@@ -43,15 +45,31 @@ def image_folder(root: Path) -> Source:
             raise _empty(folders["unlabeled"], walks["unlabeled"])
         splits["unlabeled"] = FileImages(root, names, np.full(len(names), -1, np.int64))
     for split, by_class in listed.items():
-        unknown = [name for name in by_class if name not in classes]
+        unknown = [name for name in by_class if _composed(name) not in number_of]
         if unknown:
             raise UserError(
                 f"{folders[split] / unknown[0]}: a class that the other splits do not have; remove it or add it to them"
             )
         names = [name for names in by_class.values() for name in names]
-        labels = [classes.index(name) for name in by_class]
+        labels = [number_of[_composed(name)] for name in by_class]
         splits[split] = FileImages(root, names, np.repeat(labels, [len(names) for names in by_class.values()]))
-    return Source(classes, splits, left_out.lines())
+    return Source(classes, splits, left_out.lines(), _look_alikes(classes))
+
+
+def _composed(name: str) -> str:
+    """A name in the form in which an accent is one character with its letter (NFC): macOS writes it as two."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _look_alikes(classes: list[str]) -> list[str]:
+    """A line for every two classes that may be meant to be one: they differ in capitals or blanks alone."""
+    first: dict[str, str] = {}
+    pairs = [(first.setdefault(_composed(" ".join(name.split())).casefold(), name), name) for name in classes]
+    return [
+        f"{quoted(one)} and {quoted(other)} are two classes; where they are one, move their images into one folder"
+        for one, other in pairs
+        if one != other
+    ]
 
 
 def _split_folders(root: Path, left_out: LeftOut) -> dict[str, Path]:
@@ -116,6 +134,12 @@ def _list_classes(folder: Path, walk: Walk) -> dict[str, list[str]]:
         layout = f"one folder a class, with images ({', '.join(EXTENSIONS)})"
         remedy = "images without classes belong in unlabeled/" if stray else f"or in it {', '.join(FOLDER_SPLITS)}"
         raise UserError(f"{folder}: holds no class folder{walk.passed_over(folder)}; looked for {layout}; {remedy}")
+    written = {_composed(name): name for name in names}
+    for name in names:
+        if (other := written[_composed(name)]) != name:
+            raise UserError(
+                f"{folder}: {name!a} and {other!a} are one name in two forms; move the images of both into one folder"
+            )
     by_class = {name: walk.image_files(folder / name) for name in names}
     for name, files in by_class.items():
         if not files:

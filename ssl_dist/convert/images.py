@@ -99,11 +99,13 @@ class PixelImages(Images):
 
 @dataclass(frozen=True)
 class Source:
-    """left_out: what lies there and is not converted, a line a reason."""
+    """left_out: what lies there and is not converted, a line a reason; notes: what is converted and may be meant
+    otherwise, a line each."""
 
     classes: list[str]
     splits: dict[str, Images]
     left_out: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 def _sha256(lines: Iterable[str]) -> str:
