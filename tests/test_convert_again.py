@@ -385,5 +385,5 @@ def test_postscript_under_the_name_of_a_picture_is_not_run(tmp_path, monkeypatch
     Image.new("RGB", (40, 40)).save(tmp_path / "page.eps")
     (tmp_path / "page.eps").rename(path)
     message = refusal("folder", source, tmp_path / "out")
-    assert f"{path}: is PostScript" in message
+    assert f"{path}: can not be read as an image (PostScript, a program" in message
     assert run("folder", source, tmp_path / "out", skip_damaged=True).splits["train"].count == 3

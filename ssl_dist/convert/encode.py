@@ -12,7 +12,7 @@ from PIL import Image
 
 from ssl_dist.data.beton import JPG, MAX_SIDE, PAGE_SIZE, RAW
 from ssl_dist.data.manifest import Encoding
-from ssl_dist.data.pillow import CONVERTIBLE_MODES, DAMAGED_IMAGE_ERRORS, reason_of
+from ssl_dist.data.pillow import CONVERTIBLE_MODES, DAMAGED_IMAGE_ERRORS, open_picture, reason_of
 from ssl_dist.errors import quoted
 
 MAX_PIXELS = 178_956_970  # of a picture that is read: where Pillow takes it for an attack
@@ -92,11 +92,9 @@ def encode(item: bytes | np.ndarray, encoding: Encoding) -> Sample:
 def _open(data: bytes) -> Image.Image:
     """A picture decoded to its end."""
     try:
-        image = Image.open(io.BytesIO(data))
+        image = open_picture(io.BytesIO(data))
         if max(image.size) > MAX_SIDE:
             raise UnfitImage(f"{image.size[0]}x{image.size[1]} pixels, at most {MAX_SIDE} a side can be stored")
-        if image.format == "EPS":  # whatever its name ends in
-            raise UnfitImage("is PostScript, a program that Ghostscript would run; save it as PNG")
         image.load()
     except Image.DecompressionBombError as error:
         number = (re.findall(r"\((\d+) pixels\)", str(error)) or ["more"])[0]

@@ -39,7 +39,7 @@ def stored_image(beton: Beton, image_id: int) -> np.ndarray:
     if beton.modes[image_id] == RAW:
         return data.reshape(*size, 3)
     try:
-        image = Image.open(io.BytesIO(data.tobytes()))
+        image = Image.open(io.BytesIO(data.tobytes()), formats=["JPEG"])
         shown = image.height, image.width
         if shown == size:  # asked before its pixels take memory
             return np.asarray(image.convert("RGB"))

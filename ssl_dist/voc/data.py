@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_dist.config import Normalize
-from ssl_dist.data.pillow import CONVERTIBLE_MODES, DAMAGED_IMAGE_ERRORS, reason_of
+from ssl_dist.data.pillow import CONVERTIBLE_MODES, DAMAGED_IMAGE_ERRORS, open_picture, reason_of
 from ssl_dist.errors import UserError, did_you_mean, quoted, refuse_unreadable
 
 CLASSES = (
@@ -233,7 +233,7 @@ def file_bytes(path: Path) -> bytes:
 
 def _picture(path: Path) -> Image.Image:
     try:
-        image = Image.open(path)
+        image = open_picture(path)
         image.load()
     except DAMAGED_IMAGE_ERRORS as error:
         reason = getattr(error, "strerror", None) or reason_of(error)
