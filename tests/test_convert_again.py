@@ -387,3 +387,25 @@ def test_postscript_under_the_name_of_a_picture_is_not_run(tmp_path, monkeypatch
     message = refusal("folder", source, tmp_path / "out")
     assert f"{path}: can not be read as an image (PostScript, a program" in message
     assert run("folder", source, tmp_path / "out", skip_damaged=True).splits["train"].count == 3
+
+
+def test_images_of_the_tests_in_training_and_images_in_two_classes_are_said_and_the_remedy_helps(tmp_path, capfd):
+    source, out = simple_folder(tmp_path / "source", per_class=3), tmp_path / "out"
+    for name in ("one.png", "two.png"):  # of the tests, one under another class
+        shutil.copy(source / "test" / "red" / "000.png", source / "train" / "blue" / name)
+    shutil.copy(source / "train" / "red" / "000.png", source / "train" / "blue" / "three.png")
+    for split in ("train", "test"):  # nothing is said of what is left out
+        for name in ("red", "blue"):
+            (source / split / name / "empty.png").touch()
+    run("folder", source, out, progress=True, skip_damaged=True)
+    err = capfd.readouterr().err
+    test, train = source / "test" / "red" / "000.png", source / "train" / "blue" / "three.png"
+    count = Beton(out / "test.beton").count + 2
+    assert f"test: 1 of its {count} images are in train, too, {test} for one; remove those there" in err
+    assert f"train: 2 images stand in several classes, {train} for one; leave each in its own" in err
+    for name in ("one.png", "two.png", "three.png"):
+        (source / "train" / "blue" / name).unlink()
+    shutil.rmtree(out)
+    run("folder", source, out, progress=True, skip_damaged=True)
+    err = capfd.readouterr().err
+    assert "several classes" not in err and "too, " not in err

@@ -7,13 +7,15 @@ resume: it is complete under its name or not there at all.
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from ssl_dist.config import DatasetName
 from ssl_dist.convert.encode import MAX_PIXELS, pillow_limited_to
-from ssl_dist.convert.images import Source
+from ssl_dist.convert.images import Images, Source
 from ssl_dist.convert.sources import open_source
 from ssl_dist.convert.split import Options, kept, written
 from ssl_dist.convert.statistics import Moments, constant_channels, measure
@@ -83,6 +85,7 @@ def convert(
         options.report(f"{out}: was written with other sizes or classes; converting again")
         previous = None
     splits = dict(previous.splits) if previous is not None else {}
+    digests: dict[str, np.ndarray] = {}
     with (
         refuse_unwritable(f"--out {out}", "free space there or choose another folder"),
         pillow_limited_to(max_pixels),
@@ -99,7 +102,7 @@ def convert(
             else:
                 # All that takes time is done before the file takes its place: dataset.json follows at once. Who is
                 # killed between the two leaves a pair of which readers and the next run see that it is none.
-                with written(path, images, len(source.classes), options) as (beton, record):
+                with written(path, images, len(source.classes), options) as (beton, record, digests[split]):
                     if split == roles.pretraining:
                         moments = measure(beton, options.workers)
             if split == roles.pretraining and (constant := constant_channels(moments[1])):
@@ -108,7 +111,30 @@ def convert(
             done = {name: splits[name] for name in source.splits if name in splits}
             result = _manifest(name, entry, source.classes, done, roles, moments, options.encoding)
             manifest.save(out, result)
+    for line in _repeated(source.splits, digests, roles):
+        options.report(f"--root {root}: {line}")
     return result
+
+
+def _repeated(splits: dict[str, Images], digests: dict[str, np.ndarray], roles: SplitRoles) -> Iterator[str]:
+    """A line for every split that has an image in two classes, and for one to train on that has images of the one that
+    is evaluated; digests: of the splits that were read, by image. Equal are those of which every byte is."""
+    for split, own in digests.items():
+        unique, inverse = np.unique(own, return_inverse=True)
+        lowest, highest = np.full(len(unique), np.iinfo(np.int64).max), np.full(len(unique), -1)
+        np.minimum.at(lowest, inverse, splits[split].labels)
+        np.maximum.at(highest, inverse, splits[split].labels)
+        twice = np.flatnonzero((own != 0) & (lowest < highest)[inverse])
+        if len(twice):
+            first = splits[split].describe(int(twice[0]))
+            yield f"{split}: {len(twice)} images stand in several classes, {first} for one; leave each in its own"
+    tested = digests.get(roles.evaluation)
+    for split in dict.fromkeys((roles.pretraining, roles.training)):
+        if tested is not None and split in digests and split != roles.evaluation:
+            both = np.flatnonzero((tested != 0) & np.isin(tested, digests[split]))
+            if len(both):
+                number, first = f"{len(both)} of its {len(tested)}", splits[roles.evaluation].describe(int(both[0]))
+                yield f"{roles.evaluation}: {number} images are in {split}, too, {first} for one; remove those there"
 
 
 def _source(dataset: str, root: str | Path | None, out: Path) -> Source:

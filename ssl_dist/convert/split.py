@@ -114,12 +114,16 @@ def _contents(split: str, images: Images, options: Options) -> str:
 
 
 @contextlib.contextmanager
-def written(path: Path, images: Images, num_classes: int, options: Options) -> Iterator[tuple[Beton, SplitRecord]]:
-    """The split's complete file, under a temporary name, and its record; a block that ends well puts it in its place.
+def written(
+    path: Path, images: Images, num_classes: int, options: Options
+) -> Iterator[tuple[Beton, SplitRecord, np.ndarray]]:
+    """The split's complete file, under a temporary name, its record, and 64 bits of the SHA-256 of every image of the
+    source, uint64 [N], 0 of those that are left out; a block that ends well puts the file in its place.
 
     Raises `UserError` that names all images that can not be converted, unless these are to be left out.
     """
     count, contents, unfit = len(images.names), hashlib.sha256(), dict[int, str]()
+    digests = np.zeros(count, np.uint64)
     stamps = images.stamps()  # asked before the images are read: what changes meanwhile is noticed by the next run
 
     def encoded(i: int) -> tuple[bytes, Sample | UnfitImage]:
@@ -139,6 +143,7 @@ def written(path: Path, images: Images, num_classes: int, options: Options) -> I
                 if isinstance(sample, UnfitImage):
                     unfit[i] = str(sample)
                 elif not unfit or options.skip_damaged:
+                    digests[i] = int.from_bytes(digest[:8])
                     writer.add(int(images.labels[i]), sample.mode, sample.height, sample.width, sample.data)
                 counter.update(1)
         if unfit:
@@ -164,6 +169,7 @@ def written(path: Path, images: Images, num_classes: int, options: Options) -> I
                 contents=contents.hexdigest(),
                 skipped={_printable(images.names[i]): reason for i, reason in unfit.items()},
             ),
+            digests,
         )
         writer.publish()
 
