@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ssl_dist import cli, config, report, results
 from ssl_dist.errors import UserError
-from ssl_dist.report import page
+from ssl_dist.report import comparison, page
 from ssl_dist.report import run as runs
 from ssl_dist.storage import checkpoint
 from ssl_dist.train import online_knn
@@ -332,6 +332,17 @@ def test_the_best_accuracy_of_several_is_bold(tmp_path):
     text = report.write(report.read(folders), None).read_text()
     assert "<b>51.00</b>" in text and "<b>50.00</b>" not in text
     assert ">77.00<" in text and "<b>77.00</b>" not in text  # there is nothing to compare it with
+
+
+@pytest.mark.parametrize("changed", [{"data": "f" * 64}, {"train_data": "f" * 64}, {"version": 7}])
+def test_numbers_of_other_images_or_another_version_are_not_in_one_row(tmp_path, changed):
+    first, second = make_run(tmp_path / "a", value=50.0), make_run(tmp_path / "b", value=90.0, seed=1)
+    records = json.loads((second / "results.json").read_text())
+    (second / "results.json").write_text(json.dumps([each | changed for each in records]))
+    rows = comparison.result_rows([runs.read(folder) for folder in (first, second)])
+    assert [row["best"] for row in rows] == [None] * len(rows) and len({row["remark"] for row in rows}) == 2
+    text = page_of(first, second).text
+    assert all(row["remark"] in text for row in rows)
 
 
 def test_runs_of_one_name_are_distinguished(tmp_path):

@@ -1,5 +1,6 @@
 """The comparisons on the page of several runs: checks, results, means over seeds and published numbers."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from markupsafe import Markup
@@ -10,6 +11,8 @@ from ssl_dist.report.markup import COLOURS
 from ssl_dist.report.published import beside
 from ssl_dist.report.run import Run
 from ssl_dist.report.verdicts import Verdict
+
+ROW_KEYS = ("dataset", "split", "name", "protocol", "data", "train_data", "version")
 
 
 def names(runs: Sequence[Run]) -> list[Markup]:
@@ -26,16 +29,24 @@ def health_checks(runs: Sequence[Run]) -> list[tuple[str, list[Verdict | None]]]
 
 
 def result_rows(runs: Sequence[Run]) -> list[dict]:
-    """A row for each number that was measured alike (dataset, split, name and protocol): the `records` of the runs,
-    None for one that has none, and the `best` value of several, where it is an accuracy."""
-    keys = ("dataset", "split", "name", "protocol")
-    by_run = [{tuple(record[key] for key in keys): record for record in run.records} for run in runs]
+    """A row for each number that was measured alike (dataset, split, name, protocol, the images of both splits and the
+    evaluator's version): the `records` of the runs, None for one that has none; the `best` value of several, where it
+    is an accuracy; and a `remark` that tells rows apart which differ in images or version alone, else empty."""
+    by_run = [{tuple(record[key] for key in ROW_KEYS): record for record in run.records} for run in runs]
+    keys = sorted(dict.fromkeys(key for records in by_run for key in records), key=lambda key: key[:2])
+    number_alike = Counter(key[:4] for key in keys)
     rows = []
-    for key in sorted(dict.fromkeys(key for records in by_run for key in records), key=lambda key: key[:2]):
+    for key in keys:
         records = [records.get(key) for records in by_run]
         values = [record["value"] for record in records if record is not None]
         best = max(values) if len(values) > 1 and key[2].endswith(("_top1", "_top5")) else None
-        rows.append(dict(zip(keys, key, strict=True)) | {"records": records, "best": best})
+        row = dict(zip(ROW_KEYS, key, strict=True)) | {"records": records, "best": best, "remark": ""}
+        if number_alike[key[:4]] > 1:
+            train_data = "unknown ones" if row["train_data"] is None else row["train_data"][:8]
+            row["remark"] = (
+                f"on images {row['data'][:8]}, learned from {train_data}, version {row['version'] or 'unknown'}"
+            )
+        rows.append(row)
     return rows
 
 
