@@ -8,7 +8,7 @@ from ssl_dist import config, report, results
 from ssl_dist.errors import UserError
 
 
-def run_with(folder, seed, value, lr=1e-3, **changes):
+def run_with(folder, seed, value, lr=1e-3, weights=None, **changes):
     record = {
         "name": "knn5_top1", "value": value, "protocol": "kNN", "options": {}, "dataset": "digits", "split": "test",
         "data": "d", "train_data": "t", "transform": "crop", "version": 1,
@@ -17,6 +17,7 @@ def run_with(folder, seed, value, lr=1e-3, **changes):
     } | changes  # fmt: skip
     folder.mkdir(exist_ok=True)
     tree = {"run_dir": str(folder), "seed": seed, "data": {"name": "digits", "root": "x"}, "optim": {"lr": lr}}
+    tree["backbone"] = {"weights": weights}
     (folder / "config.yaml").write_text(config.dump(config.validate(config.Config, tree)))
     results.add(folder / "results.json", [record])
     return folder
@@ -45,6 +46,12 @@ def test_what_differs_is_not_averaged(tmp_path):
 def test_another_config_is_no_other_seed(tmp_path):
     runs = [run_with(tmp_path / "a", 0, 90.0), run_with(tmp_path / "b", 1, 50.0, lr=0.1)]
     assert [(r["run"], r["mean"], r["seeds"]) for r in report.over_seeds(runs)] == [("a", 90.0, [0]), ("b", 50.0, [1])]
+
+
+def test_other_initial_weights_are_no_other_seed(tmp_path):
+    runs = [run_with(tmp_path / "a", 0, 90.0, weights="a.pt"), run_with(tmp_path / "b", 1, 50.0, weights="b.pt")]
+    runs.append(run_with(tmp_path / "c", 0, 40.0))
+    assert [(r["run"], r["seeds"]) for r in report.over_seeds(runs)] == [("a", [0]), ("b", [1]), ("c", [0])]
 
 
 def test_other_samples_are_not_averaged(tmp_path):

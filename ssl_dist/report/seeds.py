@@ -23,6 +23,10 @@ GROUP_KEYS = (
     "version",
 )
 
+# What may differ between the runs of a mean. Two files of weights may be one, but nothing here proves it.
+FREE_KEYS = ("seed", *(key for key in run_folder.FREE_KEYS if key != "backbone.weights"))
+FREE_SECTIONS = tuple(f"{key}." for key in FREE_KEYS)
+
 
 def over_seeds(runs: Sequence[Path]) -> list[dict]:
     """One record for every number that runs of one config, but for the seed, have measured alike: the keys in
@@ -55,7 +59,7 @@ def _read(run: Path) -> tuple[str, list[dict]]:
     if not records:
         raise UserError(f"{run}: holds no results; run `ssl-dist evaluate {run} knn` first")
     tree = run_folder.flat(config.to_tree(config.load(run / "config.yaml")))
-    settings = {key: value for key, value in tree.items() if key != "seed" and not key.startswith(run_folder.FREE_KEYS)}
+    settings = {key: value for key, value in tree.items() if key not in FREE_KEYS and not key.startswith(FREE_SECTIONS)}
     return repr(settings), newest(records)
 
 
