@@ -129,6 +129,33 @@ def test_without_a_split_to_measure_on(run, tmp_path, capsys):
     assert cli.main(["evaluate", str(run), "knn", "knn.k=[1]", *advised]) == 0
 
 
+def test_without_a_split_to_learn_from(run, tmp_path, capsys):
+    """Each remedy of the messages helps."""
+    data = tmp_path / "data" / "colours"
+    whole, path = shutil.copytree(data, tmp_path / "whole"), data / "dataset.json"
+    tree = json.loads(path.read_text())
+    del tree["splits"]["train"]
+    path.write_text(json.dumps(tree))
+
+    def refused(*words):
+        assert cli.main([*map(str, words)]) == 2
+        [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        return line
+
+    assert "no split to learn from (train), only test; convert one, or" in refused("evaluate", run, "knn")
+    assert cli.main(["evaluate", str(run), "knn", "knn.k=[1]", "data.name=colours", f"data.root={whole}"]) == 0
+    capsys.readouterr()
+    advised = re.search(r"--split .*", refused("extract", run))[0].split()
+    assert advised == ["--split", "test"] and cli.main(["extract", str(run), *advised]) == 0
+
+
+def test_a_relative_place_of_the_images_is_named_with_where_it_begins(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["evaluate", "run", "knn", "knn.k=[1]", "data.root=colours"]) == 2
+    assert f"no dataset.json in it, looked for from {tmp_path}; set data.root, or" in capsys.readouterr().err
+    assert cli.main(["evaluate", "run", "knn", "knn.k=[1]", "data.root=data/colours"]) == 0
+
+
 # ---------------------------------------------------------------------------------------------------- sizes
 
 

@@ -90,7 +90,10 @@ def load(root: str | Path) -> Manifest:
     try:
         tree = parse_json(read_text(path))
     except FileNotFoundError:
-        raise UserError(f"data.root = {str(root)!r}: there is no {FILE} in it; {remedy}") from None
+        here = "" if Path(root).is_absolute() else f", looked for from {Path.cwd()}"
+        raise UserError(
+            f"data.root = {str(root)!r}: there is no {FILE} in it{here}; set data.root, or {remedy}"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: can not be read ({error}); {remedy}") from None
     if not isinstance(tree, dict) or "splits" not in tree:

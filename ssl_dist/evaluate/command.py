@@ -17,7 +17,7 @@ from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.distributed.signals import STOPPED
 from ssl_dist.distributed.watchdog import Watchdog
 from ssl_dist.distributed.world import World, join_world
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, quoted
 from ssl_dist.evaluate import search
 from ssl_dist.evaluators import Evaluator, FeatureEvaluator, ImageEvaluator
 from ssl_dist.grid import Grid
@@ -66,6 +66,10 @@ def extract(weights: Path, splits: Sequence[str], overrides: Sequence[str], out:
         encoder = load_encoder(weights).with_transform(transform_of(data))
         dataset = dataset_of(encoder, data)
     chosen = splits or (dataset.uses.training, dataset.uses.evaluation)
+    for split in chosen:
+        if split not in dataset.splits:
+            words = " ".join(f"--split {name}" for name in dataset.splits)
+            raise UserError(f"{dataset.root}: holds no split {quoted(split)}; its splits are extracted by {words}")
     with (
         Watchdog(rank_info, BATCH_TIMEOUT_S) as watchdog,
         join_world(rank_info, Grid(rank_info.world_size, 1), watchdog.state) as world,
@@ -182,6 +186,11 @@ def evaluate(
     encoder = load_encoder(run).with_transform(transform_of(request.data))
     dataset = dataset_of(encoder, request.data)
     train, test = dataset.uses.training, dataset.uses.evaluation
+    if train not in dataset.splits:
+        raise UserError(
+            f"{dataset.root}: holds no split to learn from ({train}), only {', '.join(dataset.splits)}; convert one, "
+            "or evaluate on another data set: data.name and data.root"
+        )
     if test not in dataset.splits and (request.spaces or not request.validation):
         raise UserError(
             f"{dataset.root}: holds no split to measure on (test or val), only {', '.join(dataset.splits)}; convert "
