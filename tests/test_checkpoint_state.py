@@ -195,6 +195,30 @@ def test_a_checksum_that_is_no_checksum(trained, tmp_path):
     assert "its checksum file is damaged" in refusal(lambda: load_method(path), path)
 
 
+# --------------------------------------------------------------------------------------------------- another run's
+
+
+def test_a_checkpoint_of_another_run_is_refused(trained, digits, tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(trained, run)
+    assert train(settings(digits, other, "optim.steps=2", "seed=1")) == 0
+    names = ("step-00000002.pt", "step-00000002.pt.sha256")
+    for name in names:
+        shutil.copy(other / "checkpoints" / name, run / "checkpoints" / name)
+    message = refusal(lambda: train(settings(digits, run, "optim.steps=3")), checkpoint.path_of(run, 2))
+    assert "another config: seed (there 1, now 0)" in message
+    for name in names:
+        (run / "checkpoints" / name).unlink()
+    assert train(settings(digits, run, "optim.steps=2")) == 0, "as the message says"
+
+
+def test_a_longer_training_that_is_shortened_again_goes_on(trained, digits, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    assert train(settings(digits, run, "optim.steps=3")) == 0
+    assert train(settings(digits, run, "optim.steps=2")) == 0, "it is done"
+
+
 # ------------------------------------------------------------------------------------- mean and standard deviation
 
 

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -188,6 +189,39 @@ def test_a_non_finite_loss_ends_the_run_with_step_and_remedy(digits, tmp_path):
         run_training(
             digits, tmp_path / "run", "optim.name=sgd", "optim.lr=1e38", "checkpoint.every_steps=1", "optim.steps=50"
         )
+
+
+def test_weights_that_are_not_finite_take_no_good_checkpoints_place(digits, tmp_path, monkeypatch):
+    from ssl_dist.errors import Fault
+    from ssl_dist.train import optim
+
+    options = ("checkpoint.every_steps=1", "checkpoint.keep=1")
+    rate = optim.lr
+    monkeypatch.setattr(optim, "lr", lambda options, clock: math.inf if clock.step == 2 else rate(options, clock))
+    with pytest.raises(Fault, match=r"step 3: .* is not finite after this step; .*step-00000002\.pt; begin anew"):
+        run_training(digits, tmp_path / "run", *options)
+    assert checkpoint.steps(tmp_path / "run") == [2]
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
+
+
+def test_nothing_is_written_to_a_folder_that_was_made_anew(digits, tmp_path, monkeypatch):
+    from ssl_dist.errors import Fault
+    from ssl_dist.run import folder
+    from ssl_dist.train import optim
+
+    run, rate, locks = tmp_path / "run", optim.lr, []
+
+    def begin_anew(options, clock):
+        if clock.step == 2:
+            shutil.rmtree(run)
+            locks.append(folder.claim(run))  # another process would: the lock went with the folder
+        return rate(options, clock)
+
+    monkeypatch.setattr(optim, "lr", begin_anew)
+    with pytest.raises(Fault, match=f"{run}: was removed while this training ran"):
+        run_training(digits, run)
+    assert checkpoint.steps(run) == [] and not (run / "metrics.jsonl").exists()
+    os.close(locks[0])
 
 
 def test_another_config_is_refused_before_anything_changes(uninterrupted, digits):

@@ -1,10 +1,12 @@
 """A run's folder: its lock, its config and the record of its starts. A run is identified by its folder."""
 
+import errno
 import json
 import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,13 @@ def claim(run: Path) -> int:
     return descriptor
 
 
+def require_lock(run: Path, lock: int) -> None:
+    """Raises OSError when the folder is no longer the one that `claim` has locked: it was removed while a training ran,
+    and another one may have begun there."""
+    if not durable.is_at(run / "logs" / "starts.jsonl", lock):
+        raise OSError(errno.ESTALE, "was removed while this training ran, which writes nothing more there", str(run))
+
+
 def _lock(starts: Path) -> int:
     """A job that Slurm has started again waits for the ranks of its former start, which may still be ending."""
     end = time.monotonic() + (FORMER_RANKS_TIMEOUT_S if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0)
@@ -83,16 +92,36 @@ def check(run: Path, config: Config) -> None:
     if not path.exists():
         raise UserError(f"run_dir = {quoted(str(run))}: holds checkpoints but no config.yaml; choose another folder")
     saved = load(path)
-    different = [
-        f"{key} (there {quoted(old)}, now {quoted(new)})"
-        for key, old, new in differences(spelt_out(saved), spelt_out(config))
-        if not _may_differ(key, saved, old, new)
-    ]
+    different = _forbidden(saved, config, _may_differ)
     if different:
         raise UserError(
-            f"run_dir = {quoted(str(run))}: holds a run with another config: {'; '.join(different)}; "
+            f"run_dir = {quoted(str(run))}: holds a run with another config: {different}; "
             "choose another run_dir or restore these values"
         )
+
+
+def check_checkpoint(path: Path, saved: Config, config: Config) -> None:
+    """Raises `UserError` when the config of a checkpoint in the run's folder differs in a key that changes the numbers:
+    it was copied there from another run, or config.yaml was edited. Its training may have been meant to be longer."""
+
+    def may_differ(key: str, saved: Config, old: object, new: object) -> bool:
+        return _may_differ(key, saved, old, new) or _may_differ(key, saved, new, old)
+
+    different = _forbidden(saved, config, may_differ)
+    if different:
+        raise UserError(
+            f"{path}: is of a run with another config: {different}; move it away with its .sha256, restore these "
+            "values, or choose another run_dir"
+        )
+
+
+def _forbidden(saved: Config, config: Config, may_differ: Callable[[str, Config, object, object], bool]) -> str:
+    """The keys that differ and may not, with both values, in words."""
+    return "; ".join(
+        f"{key} (there {quoted(old)}, now {quoted(new)})"
+        for key, old, new in differences(spelt_out(saved), spelt_out(config))
+        if not may_differ(key, saved, old, new)
+    )
 
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, object, object]]:

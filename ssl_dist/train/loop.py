@@ -54,10 +54,10 @@ def train(config: Config) -> int:
 
 def train_in(world: World, watchdog: Watchdog, stop: StopRequest, plan: RunPlan) -> tuple[int, TrainState]:
     """Run the training of `plan` on ranks that form a world. Returns its exit code and its last state."""
-    with claimed(plan, world):
+    with claimed(plan, world) as lock:
         watchdog.publish(plan.run / "logs", agree(plan, world))
         try:
-            run = TrainState(plan, world)
+            run = TrainState(plan, world, lock)
         except UserError as error:
             # config, images and checkpoint are the same on all ranks, so all raise it
             raise UserError(str(error), RaisedOn.EVERY_RANK) from error
@@ -72,8 +72,9 @@ def train_in(world: World, watchdog: Watchdog, stop: StopRequest, plan: RunPlan)
 
 
 @contextlib.contextmanager
-def claimed(plan: RunPlan, world: World) -> Iterator[None]:
-    """A context in which rank 0 holds the lock of the run's folder, after it has checked the config."""
+def claimed(plan: RunPlan, world: World) -> Iterator[int | None]:
+    """A context in which rank 0 holds the lock of the run's folder, after it has checked the config. Yields the
+    descriptor that holds it, None on the other ranks."""
     locks: list[int] = []
 
     def claim() -> None:
@@ -82,7 +83,7 @@ def claimed(plan: RunPlan, world: World) -> Iterator[None]:
 
     try:
         world.on_rank0(claim)
-        yield
+        yield locks[0] if locks else None
     finally:
         for lock in locks:
             os.close(lock)

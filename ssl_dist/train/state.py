@@ -18,21 +18,25 @@ from ssl_dist.data.normalize import normalized
 from ssl_dist.distributed import watchdog
 from ssl_dist.distributed import world as world_module
 from ssl_dist.distributed.signals import StopRequest
-from ssl_dist.errors import UserError, quoted
+from ssl_dist.errors import Fault, RaisedOn, UserError, quoted
 from ssl_dist.methods.base import Batch, Extract, Output, Rows
+from ssl_dist.run import folder as run_folder
 from ssl_dist.run.blueprint import RunPlan
 from ssl_dist.run.log import RunLog
 from ssl_dist.storage import checkpoint
 from ssl_dist.train import collapse, online_knn, optim, relabel
 from ssl_dist.train.online_knn import OnlineKNN
 
+ANEW = "begin anew in another run_dir with a lower optim.lr or precision=fp32"
+
 
 class TrainState:
     """A method, its optimizer and the steps completed, from the newest checkpoint in the run's folder where there is
     one. Building it writes nothing."""
 
-    def __init__(self, plan: RunPlan, world: world_module.World):
-        self.plan, self.world, self.config = plan, world, plan.config
+    def __init__(self, plan: RunPlan, world: world_module.World, lock: int | None = None):
+        """lock: the descriptor of the folder's lock, on rank 0; None: nobody else can write the folder."""
+        self.plan, self.world, self.config, self._lock = plan, world, plan.config, lock
         self.folder = plan.run
         if self.config.deterministic:
             torch.use_deterministic_algorithms(True)
@@ -58,6 +62,7 @@ class TrainState:
         if path is None:
             return 0
         state = checkpoint.load(path)
+        run_folder.check_checkpoint(path, config.validate(config.Config, state["config"], f"{path}: "), self.config)
         identity = self.plan.data_identity
         if state["data"].get("weights") != identity.get("weights"):
             raise UserError(
@@ -146,6 +151,7 @@ class TrainState:
         metrics = {"loss": loss, "lr": self.optimizer.param_groups[0]["lr"]}
         metrics |= {name: float(value) for name, value in output.metrics.items()}
         if log is not None:
+            self._require_lock()
             if output.representations is not None:
                 metrics["feature_std"] = collapse.feature_std(output.representations)
                 metrics["effective_rank"] = collapse.effective_rank(output.representations)
@@ -181,13 +187,37 @@ class TrainState:
             log.measured(clock, {online_knn.NAME: accuracy}, time.perf_counter() - start)
 
     def save(self, clock: Clock, stop: StopRequest) -> None:
-        """Rank 0 writes a checkpoint; the others wait, and a failure there ends all of them."""
+        """Rank 0 writes a checkpoint; the others wait, and a failure there ends all of them.
+
+        Raises `Fault` on every rank where a weight or a moment of the optimizer is not finite, though the loss was:
+        such a checkpoint would take the place of a good one.
+        """
+        broken = self._not_finite()
+        if self.world.any_rank(bool(broken))[0]:
+            raise Fault(
+                f"{self.world.rank_info} at step {clock.step}: {broken or 'a weight'} is not finite after this step; "
+                f"{self._newest()}; {ANEW}",
+                RaisedOn.EVERY_RANK,
+            )
         stop.saving = True
         with self.world.state.phase_of(f"the save of step {clock.step}", watchdog.SAVE_TIMEOUT_S):
             self.world.on_rank0(lambda: self._save(clock))
         stop.saving = False
 
+    def _not_finite(self) -> str:
+        """The first tensor of the method or the optimizer's state that holds a NaN or an infinity; empty: none does."""
+        tensors = self.method.state_dict()
+        for parameter, kept in self.optimizer.state.items():
+            tensors |= {f"optimizer.{name} of a tensor {list(parameter.shape)}": kept[name] for name in kept}
+        finite = {name: value.isfinite().all() for name, value in tensors.items() if value.is_floating_point()}
+        return next((name for name, is_finite in finite.items() if not is_finite), "")
+
+    def _require_lock(self) -> None:
+        if self._lock is not None:
+            run_folder.require_lock(self.folder, self._lock)
+
     def _save(self, clock: Clock) -> None:
+        self._require_lock()
         state = {
             "format": checkpoint.FORMAT,
             "step": clock.step,
@@ -230,10 +260,7 @@ class TrainState:
         broken = [(rank, terms) for rank, terms in reports if not math.isfinite(terms["loss"])]
         names = ", ".join(rank for rank, _ in broken[:4]) + (f" and {len(broken) - 4} more" if len(broken) > 4 else "")
         values = ", ".join(f"{name} = {value:g}" for name, value in broken[0][1].items())
-        return (
-            f"{names} at step {clock.step + 1}: the loss is not finite ({values}); {self._newest()}; "
-            "begin anew in another run_dir with a lower optim.lr or precision=fp32"
-        )
+        return f"{names} at step {clock.step + 1}: the loss is not finite ({values}); {self._newest()}; {ANEW}"
 
     def _newest(self) -> str:
         steps = checkpoint.steps(self.folder)
