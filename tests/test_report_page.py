@@ -334,7 +334,9 @@ def test_the_best_accuracy_of_several_is_bold(tmp_path):
     assert ">77.00<" in text and "<b>77.00</b>" not in text  # there is nothing to compare it with
 
 
-@pytest.mark.parametrize("changed", [{"data": "f" * 64}, {"train_data": "f" * 64}, {"version": 7}])
+@pytest.mark.parametrize(
+    "changed", [{"data": "f" * 64}, {"train_data": "f" * 64}, {"version": 7}, {"transform": "16 px"}]
+)
 def test_numbers_of_other_images_or_another_version_are_not_in_one_row(tmp_path, changed):
     first, second = make_run(tmp_path / "a", value=50.0), make_run(tmp_path / "b", value=90.0, seed=1)
     records = json.loads((second / "results.json").read_text())
@@ -343,6 +345,19 @@ def test_numbers_of_other_images_or_another_version_are_not_in_one_row(tmp_path,
     assert [row["best"] for row in rows] == [None] * len(rows) and len({row["remark"] for row in rows}) == 2
     text = page_of(first, second).text
     assert all(row["remark"] in text for row in rows)
+
+
+def test_numbers_of_several_sizes_are_all_shown_with_their_size(tmp_path):
+    """A later number at another size does not take the place of the first one."""
+    run = make_run(tmp_path / "run", value=50.0)
+    later = record(run, value=90.0, transform="centre crop 16, mean (0, 0, 0)", time="2031-01-01T00:00:00+00:00")
+    assert "(crop)" not in page_of(run).text
+    results.add(run / "results.json", [later])
+    text = page_of(run).text
+    assert "50.00" in text and "(crop)" in text and "90.00" in text and "(centre crop 16)" in text
+    records = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps([{**records[0], "transform": None}, records[1]]))
+    assert [each["value"] for each in runs.read(run).records] == [90], "it may have been of the same size"
 
 
 def test_runs_of_one_name_are_distinguished(tmp_path):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
+from ssl_dist import results
 from ssl_dist.errors import UserError
 from ssl_dist.report import health, seeds
 from ssl_dist.report.markup import COLOURS
@@ -12,7 +13,7 @@ from ssl_dist.report.published import beside
 from ssl_dist.report.run import Run
 from ssl_dist.report.verdicts import Verdict
 
-ROW_KEYS = ("dataset", "split", "name", "protocol", "data", "train_data", "version")
+ROW_KEYS = ("dataset", "split", "name", "protocol", "data", "train_data", "version", "size")
 
 
 def names(runs: Sequence[Run]) -> list[Markup]:
@@ -29,10 +30,14 @@ def health_checks(runs: Sequence[Run]) -> list[tuple[str, list[Verdict | None]]]
 
 
 def result_rows(runs: Sequence[Run]) -> list[dict]:
-    """A row for each number that was measured alike (dataset, split, name, protocol, the images of both splits and the
-    evaluator's version): the `records` of the runs, None for one that has none; the `best` value of several, where it
-    is an accuracy; and a `remark` that tells rows apart which differ in images or version alone, else empty."""
-    by_run = [{tuple(record[key] for key in ROW_KEYS): record for record in run.records} for run in runs]
+    """A row for each number that was measured alike (dataset, split, name, protocol, the images of both splits, their
+    size and the evaluator's version): the `records` of the runs, None for one that has none; the `best` value of
+    several, where it is an accuracy; and a `remark` that tells rows apart which differ in images, size or version
+    alone, else empty."""
+    by_run = [
+        {tuple((record | {"size": results.size_of(record)})[key] for key in ROW_KEYS): record for record in run.records}
+        for run in runs
+    ]
     keys = sorted(dict.fromkeys(key for records in by_run for key in records), key=lambda key: key[:2])
     number_alike = Counter(key[:4] for key in keys)
     rows = []
@@ -44,7 +49,8 @@ def result_rows(runs: Sequence[Run]) -> list[dict]:
         if number_alike[key[:4]] > 1:
             train_data = "unknown ones" if row["train_data"] is None else row["train_data"][:8]
             row["remark"] = (
-                f"on images {row['data'][:8]}, learned from {train_data}, version {row['version'] or 'unknown'}"
+                f"on images {row['data'][:8]}, learned from {train_data}, {row['size'] or 'size not recorded'}, "
+                f"version {row['version'] or 'unknown'}"
             )
         rows.append(row)
     return rows

@@ -61,6 +61,11 @@ class Run:
         return round(self.lines[-1]["step"] / self.lines[-1]["epoch"]) * optim.epochs
 
     @property
+    def has_several_sizes(self) -> bool:
+        """Whether its numbers are of images of several sizes."""
+        return len({results.size_of(record) for record in self.records}) > 1
+
+    @property
     def results(self) -> list[dict]:
         """The records of whole splits on images that nothing was fitted to."""
         whole = filter(results.is_of_a_whole_split, self.records)

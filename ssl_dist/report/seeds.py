@@ -64,10 +64,13 @@ def _read(run: Path) -> tuple[str, list[dict]]:
 
 
 def newest(records: Sequence[dict]) -> list[dict]:
-    """The last measurement of each number, without records that a fit has converged, which is no result."""
+    """The last measurement of each number and size of images, without records that a fit has converged, which is no
+    result."""
     latest: dict[tuple, dict] = {}
     for record in sorted(records, key=lambda record: record["time"]):
-        latest[record["name"], record["dataset"], record["split"], record["protocol"]] = record
+        number = record["name"], record["dataset"], record["split"], record["protocol"]
+        latest.pop((*number, ""), None)  # of a size that was not recorded: the later one takes its place
+        latest[(*number, results.size_of(record))] = record
     return [record for record in latest.values() if not record["name"].endswith("_converged") or not record["value"]]
 
 

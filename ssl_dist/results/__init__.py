@@ -8,10 +8,11 @@ from ssl_dist.results.records import (
     number,
     read,
     require_writable,
+    size_of,
     table,
 )
 
 __all__ = [
     "IDENTITY", "accuracy", "add", "charts", "confusion", "figures", "is_of_a_whole_split", "make_records", "number",
-    "read", "require_writable", "sampling", "table",
+    "read", "require_writable", "sampling", "size_of", "table",
 ]  # fmt: skip

@@ -108,6 +108,12 @@ def is_of_a_whole_split(record: dict) -> bool:
     return "[" not in record["split"]
 
 
+def size_of(record: dict) -> str:
+    """The size at which the images were measured, in words: the test transform without the constants of the
+    normalisation. Empty where it was not recorded."""
+    return (record["transform"] or "").partition(", mean")[0]
+
+
 def require_writable(path: Path) -> None:
     """Raises `UserError` when no record could be added to the file: better before a measurement than after it."""
     folder = path.parent
