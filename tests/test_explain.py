@@ -78,6 +78,13 @@ def test_every_split_is_a_line_and_the_chosen_one_is_marked(lines_of):
     assert float(rows[1][6]) == float(lines_of(4, per_node=2)["memory a rank"][0].split()[1])
 
 
+def test_views_larger_than_any_stored_image_are_said(lines_of):
+    """As after `convert --max-side 32` and a config of larger views."""
+    assert lines_of(1)["data"][0].endswith("10 classes, stored with at most 32x32 px")
+    larger = lines_of(1, "data.image_size=64")["data"][0]
+    assert larger.endswith("stored with at most 32x32 px, enlarged to views of 64 px")
+
+
 def test_large_worlds_stay_short(lines_of):
     lines_by_name = lines_of(64, "optim.batch_size=64", "views.num=64", per_node=8)
     assert len(lines_by_name["splits"]) == 8 and sum(map(len, lines_by_name.values())) < 40

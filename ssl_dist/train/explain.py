@@ -47,9 +47,13 @@ def _data(plan: RunPlan) -> dict[str, str]:
     split, used = plan.split, len(plan.order.train_ids)
     part = "" if used == split.count else f", {used} of them used"
     classes = f"{len(split.classes)} classes" if split.labelled else "no labels"
+    stored, largest = max(split.max_height, split.max_width), max(spec.size for spec in plan.specs)
+    # An image of the converted set is never larger than --max-side was: larger views show no more than it has.
+    enlarged = f", enlarged to views of {largest} px" if largest > stored else ""
     mean, std = (" ".join(f"{v:.4g}" for v in values) for values in (plan.normalize.mean, plan.normalize.std))
     return {
-        "data": f"{plan.config.data.name}, split {split.split}: {split.count} images{part}, {classes}",
+        "data": f"{plan.config.data.name}, split {split.split}: {split.count} images{part}, {classes}, "
+        f"stored with at most {split.max_height}x{split.max_width} px{enlarged}",
         "normalisation": f"mean {mean}, std {std}",
         "reader": f"{plan.config.data.reader}, {plan.threads} view thread(s) a rank",
     }
