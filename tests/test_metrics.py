@@ -2,9 +2,13 @@
 
 import json
 import os
+import time
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ssl_dist.clock import Clock
+from ssl_dist.run.log import RunLog
 from ssl_dist.run.metrics import cut_after, read_metrics
 
 LINES = [{"step": step, "epoch": step / 10, "loss": 1.0} for step in (1, 2, 3)]
@@ -42,3 +46,20 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "metrics.jsonl")
     with pytest.raises(OSError, match="not a regular file"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("seconds", [5, 0, -3600])
+def test_tensorboard_shows_the_resume_also_where_the_clock_was_set_back(tmp_path, monkeypatch, seconds):
+    def train(first, last, value):
+        with RunLog(tmp_path, Clock(first - 1, 10, 20), "run", 1, 1) as log:
+            for step in range(first, last + 1):
+                log.write(Clock(step, 10, 20), {"loss": value}, {})
+
+    train(1, 8, 1.0)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + seconds)
+    train(6, 10, 2.0)
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    values = [(event.step, event.value) for event in board.Scalars("train/loss")]
+    assert values == [(step, 1.0 if step < 6 else 2.0) for step in range(1, 11)]

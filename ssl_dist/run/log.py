@@ -6,6 +6,7 @@ What cannot be written raises OSError with the file's name.
 import io
 import itertools
 import os
+import re
 import socket
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ from ssl_dist.run.metrics import FILE, append, cut_after
 from ssl_dist.storage import durable
 
 _BUCKETS = 1e-12 * 1.1 ** np.arange(774)  # up to 1e20, as TensorBoard's own
+_SECOND = re.compile(r"events\.out\.tfevents\.(\d{10})\.")
 
 
 class EventFile:
@@ -36,7 +38,10 @@ class EventFile:
 
     def __init__(self, folder: Path, purge_step: int):
         folder.mkdir(parents=True, exist_ok=True)
-        start = f"{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{next(self._numbers)}"
+        # TensorBoard reads files by name, so one that is begun later sorts later, also where the clock was set back
+        former = [int(match[1]) for match in map(_SECOND.match, os.listdir(folder)) if match]
+        second = max([int(time.time()), *(second + 1 for second in former)])
+        start = f"{second}.{socket.gethostname()}.{os.getpid()}.{next(self._numbers)}"
         self._path = folder / f"events.out.tfevents.{start}"
         self._append(
             Event(step=purge_step, file_version="brain.Event:2"),
