@@ -74,6 +74,11 @@ def test_the_text_keeps_to_the_width_and_loses_no_word(width):
     assert set(words) <= set(text.replace("-", " ").split())
 
 
+@pytest.mark.parametrize("width", [0, 1, 7])
+def test_a_terminal_of_hardly_a_column_gets_the_narrowest_text(width):
+    assert describe.as_text(TABLES, width) == describe.as_text(TABLES, describe.MIN_WIDTH)
+
+
 def test_markdown_escapes_what_it_would_take_for_its_own():
     assert r"| `name` | a, b or null | null | one of \<two> \| more |" in describe.as_markdown(TABLES)
 

@@ -17,6 +17,7 @@ from ssl_dist.text_table import aligned
 
 HEAD = ("key", "type", "default", "meaning")
 WIDTH_SHARES = (0.5, 0.2, 0.16)  # at most, of the columns before the last, which gets the rest of the line
+MIN_WIDTH = 40  # of a line
 MIN_MEANING_WIDTH = 20
 MARKDOWN_HEAD = """# Config keys
 
@@ -64,7 +65,8 @@ def unknown(tables: Sequence[Table], name: str) -> UserError:
 
 
 def as_text(tables: Sequence[Table], width: int) -> str:
-    """For a terminal of `width` columns."""
+    """For a terminal of `width` columns; in fewer than `MIN_WIDTH` the lines are of that length."""
+    width = max(width, MIN_WIDTH)
     return "\n\n".join("\n".join(_text_lines(table, width)) for table in tables)
 
 
