@@ -219,6 +219,14 @@ def test_a_loss_that_is_not_finite_ends_it(tmp_path):
     assert checkpoint.steps(tmp_path) == []
 
 
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    rate = loop.lr
+    monkeypatch.setattr(loop, "lr", lambda options, clock: np.inf if clock.step == 3 else rate(options, clock))
+    with pytest.raises(Fault, match=r"is not finite after step 4; try a lower lr"):
+        fit(tmp_path, toy())
+    assert checkpoint.steps(tmp_path) == [2]
+
+
 def test_too_few_images_and_an_image_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="batch_size = 12: larger than the 11 images"):
         fit(tmp_path, toy(), batch_size=12)

@@ -66,6 +66,15 @@ def save(run: Path, state: dict[str, Any]) -> Path:
     return path
 
 
+def not_finite(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """The first tensor of a module or of its optimizer's state that holds a NaN or an infinity; empty: none does."""
+    tensors = module.state_dict()
+    for parameter, kept in optimizer.state.items():
+        tensors |= {f"optimizer.{name} of a tensor {list(parameter.shape)}": value for name, value in kept.items()}
+    floats = {name: value for name, value in tensors.items() if torch.is_tensor(value) and value.is_floating_point()}
+    return next((name for name, value in floats.items() if not value.isfinite().all()), "")
+
+
 def _write(state: dict[str, Any], file: BinaryIO) -> str:
     """Returns the SHA-256 of what was written."""
     sink = _Sink(file)

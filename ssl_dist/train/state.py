@@ -192,7 +192,7 @@ class TrainState:
         Raises `Fault` on every rank where a weight or a moment of the optimizer is not finite, though the loss was:
         such a checkpoint would take the place of a good one.
         """
-        broken = self._not_finite()
+        broken = checkpoint.not_finite(self.method, self.optimizer)
         if self.world.any_rank(bool(broken))[0]:
             raise Fault(
                 f"{self.world.rank_info} at step {clock.step}: {broken or 'a weight'} is not finite after this step; "
@@ -203,14 +203,6 @@ class TrainState:
         with self.world.state.phase_of(f"the save of step {clock.step}", watchdog.SAVE_TIMEOUT_S):
             self.world.on_rank0(lambda: self._save(clock))
         stop.saving = False
-
-    def _not_finite(self) -> str:
-        """The first tensor of the method or the optimizer's state that holds a NaN or an infinity; empty: none does."""
-        tensors = self.method.state_dict()
-        for parameter, kept in self.optimizer.state.items():
-            tensors |= {f"optimizer.{name} of a tensor {list(parameter.shape)}": kept[name] for name in kept}
-        finite = {name: value.isfinite().all() for name, value in tensors.items() if value.is_floating_point()}
-        return next((name for name, is_finite in finite.items() if not is_finite), "")
 
     def _require_lock(self) -> None:
         if self._lock is not None:

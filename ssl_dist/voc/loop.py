@@ -208,6 +208,9 @@ def _optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.SGD:
 
 
 def _save(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, folder: Path, settings: dict) -> None:
+    broken = checkpoint.not_finite(model, optimizer)
+    if broken:
+        raise Fault(f"{folder}: {broken} is not finite after step {step}; try a lower lr")
     state = {
         "format": checkpoint.FORMAT,
         "step": step,
