@@ -6,7 +6,9 @@ import functools
 import hashlib
 import json
 import math
+import re
 import shutil
+import subprocess
 from collections import OrderedDict
 
 import pytest
@@ -210,6 +212,21 @@ def test_a_checkpoint_of_another_run_is_refused(trained, digits, tmp_path):
     for name in names:
         (run / "checkpoints" / name).unlink()
     assert train(settings(digits, run, "optim.steps=2")) == 0, "as the message says"
+
+
+def test_what_was_lost_in_a_copy_is_made_again_as_the_messages_say(trained, digits, tmp_path):
+    run = tmp_path / "my run"
+    shutil.copytree(trained, run)
+    (run / "checkpoints" / "step-00000001.pt.sha256").unlink()
+    (run / "config.yaml").unlink()
+    message = refusal(lambda: train(settings(digits, run, "optim.steps=2")), run)
+    assert "no config.yaml; restore it from logs/starts.jsonl, where the first line has it under config" in message
+    first = json.loads((run / "logs" / "starts.jsonl").read_text().splitlines()[0])
+    (run / "config.yaml").write_text(json.dumps(first["config"]))
+    message = refusal(lambda: train(settings(digits, run, "optim.steps=2")), run)
+    command = re.search(r"if it is whole: (cd .*), or remove", message)[1]
+    subprocess.run(command, shell=True, check=True)
+    assert train(settings(digits, run, "optim.steps=2")) == 0
 
 
 def test_a_longer_training_that_is_shortened_again_goes_on(trained, digits, tmp_path):

@@ -90,7 +90,10 @@ def check(run: Path, config: Config) -> None:
     if not checkpoint.steps(run):
         return
     if not path.exists():
-        raise UserError(f"run_dir = {quoted(str(run))}: holds checkpoints but no config.yaml; choose another folder")
+        raise UserError(
+            f"run_dir = {quoted(str(run))}: holds checkpoints but no config.yaml; restore it from logs/starts.jsonl, "
+            "where the first line has it under config (JSON is YAML), or choose another folder"
+        )
     saved = load(path)
     different = _forbidden(saved, config, _may_differ)
     if different:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import re
+import shlex
 import sys
 from io import BufferedReader
 from pathlib import Path
@@ -20,6 +21,7 @@ from ssl_dist.storage.durable import write_text
 
 FORMAT = 1
 CHANGED = "it was changed: give another checkpoint, or train anew"
+NO_CHECKSUM = "has no checksum beside it"
 KEYS = ("format", "step", "config", "method", "optimizer", "world_size", "versions", "normalize", "info", "data")
 LATER_KEYS = ("classes",)  # see `checkpoint_state.State`; absent in a file of before, and in VOC's
 _NAME = re.compile(r"step-(\d{8,})\.pt")
@@ -211,9 +213,13 @@ def _open_newest(run: Path) -> tuple[Path, BufferedReader, str] | None:
     if not faults:
         return None
     path, fault = next(iter(faults.items()))
+    restore = "restore one"
+    if fault == NO_CHECKSUM:  # lost in a copy, say
+        restore = f"restore one with its .sha256, or, if it is whole: cd {shlex.quote(str(path.parent))}; "
+        restore += f"sha256sum {path.name} > {_checksum_path(path).name}"
     raise UserError(
         f"{path.parent}: all {len(faults)} checkpoints are damaged (the newest, {path.name}: {fault}); "
-        "restore one, or remove the folder to begin anew"
+        f"{restore}, or remove the folder to begin anew"
     )
 
 
@@ -225,7 +231,7 @@ def _examine(path: Path, file: BufferedReader) -> tuple[str, str]:
     except OSError as error:
         return "", f"cannot be read: {error}"
     if recorded is None:
-        return digest, "has no checksum beside it"
+        return digest, NO_CHECKSUM
     if not recorded:
         return digest, "its checksum file is damaged"
     return digest, "" if digest in recorded else "its SHA-256 differs from the one beside it (damaged)"
