@@ -12,11 +12,17 @@ from ssl_dist.distributed.world import one_process
 from ssl_dist.errors import UserError
 from ssl_dist.grid import Grid
 from ssl_dist.nn.batchnorm import SyncBatchNorm, global_moments, refuse_others, synchronize, update_running
+from ssl_dist.nn.batchnorm_cuda import CudaSyncBatchNorm
 from tests import thread_world
+from tests.pretended_cuda import CUDA_ONLY
 
 
 def alone(x):
     return x.clone()
+
+
+def twin_of(reduce):
+    return lambda layer: SyncBatchNorm(layer, reduce)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +186,7 @@ def test_a_copy_is_independent(clone):
             torch.save(module, file)
             return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
 
-    net = synchronize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), one_process().all_reduce_sum)
+    net = synchronize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), twin_of(one_process().all_reduce_sum))
     other = clone(net).double().to(memory_format=torch.channels_last)
     before = copy.deepcopy(net.state_dict())
     other(torch.randn(2, 3, 8, 8, dtype=torch.float64)).sum().backward()
@@ -195,7 +201,7 @@ def test_a_deep_copy_uses_the_same_ranks():
     """Copying a bound method copies its object; a world of threads cannot even be copied."""
 
     def rank(world):
-        net = synchronize(nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2)), world.all_reduce_sum)
+        net = synchronize(nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2)), twin_of(world.all_reduce_sum))
         other = copy.deepcopy(net)
         other(torch.full((1, 2), float(world.rank_info.rank)))
         return other[0].reduce.__self__ is world, other[0].running_mean.tolist()
@@ -218,16 +224,16 @@ def test_layers_without_a_twin_stay_and_are_refused_for_many_ranks():
 
     for layer in (Gated(4), nn.BatchNorm2d(4, track_running_stats=False)):
         net = nn.Sequential(layer)
-        assert synchronize(net, alone)[0] is layer
+        assert synchronize(net, twin_of(alone))[0] is layer
         with pytest.raises(UserError, match="cannot be synchronised"):
             refuse_others(net)
-    assert isinstance(synchronize(nn.BatchNorm2d(4), alone), SyncBatchNorm)
+    assert isinstance(synchronize(nn.BatchNorm2d(4), twin_of(alone)), SyncBatchNorm)
 
 
 def test_synchronize_replaces_every_batchnorm_and_keeps_the_keys():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), nn.BatchNorm2d(4))
     keys, parameters = list(net.state_dict()), list(net.parameters())
-    synchronize(net, alone)
+    synchronize(net, twin_of(alone))
     assert list(net.state_dict()) == keys
     assert all(p is q for p, q in zip(net.parameters(), parameters, strict=True))
     assert [type(m).__name__ for m in net.modules()].count("SyncBatchNorm") == 2
@@ -245,3 +251,44 @@ def test_bf16_input_keeps_float32_statistics():
 def test_an_empty_share_adds_nothing():
     mean, var, count = global_moments(torch.empty(0, 3), lambda x: x + torch.full_like(x, 2.0))
     assert torch.isfinite(mean).all() and torch.isfinite(var).all() and count == 2
+
+
+# ---------------------------------------------------------------------------------------------------- on GPUs
+
+
+@pytest.fixture
+def cuda_kernels(monkeypatch):
+    """torch's kernels of BatchNorm for GPUs, which work on tensors of the CPU."""
+    for name, kernel in CUDA_ONLY.items():
+        monkeypatch.setattr(torch, name, kernel)
+
+
+@pytest.mark.parametrize(("momentum", "affine"), [(0.1, True), (None, True), (0.3, False)])
+@pytest.mark.parametrize("shape", [(12, 4), (12, 4, 5, 5)])
+def test_the_twin_for_gpus_equals_that_of_the_cpu(shape, momentum, affine, cuda_kernels):
+    torch.manual_seed(0)
+    kind = nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d
+    layer = kind(4, momentum=momentum, affine=affine).double()
+    if affine:
+        nn.init.normal_(layer.weight)
+    x, grad = torch.randn(shape, dtype=torch.float64) * 3 + 20, torch.randn(shape, dtype=torch.float64)
+
+    def results(twin, x, grad):
+        x = x.clone().requires_grad_()
+        for _ in range(2):
+            y = twin.train()(x)
+        y.backward(grad)
+        gradients = [p.grad for p in twin.parameters()]
+        return y.detach(), x.grad, gradients, list(twin.buffers())
+
+    def rank(world):
+        mine = slice(4 * world.rank_info.rank, 4 * world.rank_info.rank + 4)
+        gather = lambda x: torch.stack(world._all_gather(x))  # noqa: E731
+        twins = (
+            CudaSyncBatchNorm(copy.deepcopy(layer), world.all_reduce_sum, gather),
+            SyncBatchNorm(copy.deepcopy(layer), world.all_reduce_sum),
+        )
+        return [results(copy.deepcopy(twin), x[mine], grad[mine]) for twin in twins]
+
+    for ours, cpus in thread_world.run(rank, Grid(3, 1)):
+        torch.testing.assert_close(ours, cpus, rtol=1e-10, atol=1e-12)

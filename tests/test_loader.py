@@ -20,7 +20,7 @@ class Reader:
     """Random images of 12x10 in memory, behind the reader contract."""
 
     def __init__(self, fail_at=None):
-        self.images = np.random.default_rng(0).integers(0, 256, (N, 12, 10, 3), np.uint8)
+        self.images = np.random.default_rng(0).integers(0, 256, (2 * N, 12, 10, 3), np.uint8)
         self.fail_at, self.started, self.closed = fail_at, False, False
 
     def labels(self, ids):
@@ -41,7 +41,7 @@ class Reader:
 
 
 def loader(reader=None, grid=None, rank=0, threads=1):
-    plan = DataOrder(np.arange(N), 8, seed=5)
+    plan = DataOrder(np.arange(0, 2 * N, 2), 8, seed=5)
     return TrainLoader(reader or Reader(), plan, view_specs(GROUPS, K, SIZE), grid or Grid(1, 1), rank, threads, False)
 
 
@@ -56,7 +56,9 @@ def test_batches_have_the_promised_shapes():
     for batch in batches:
         assert batch.views[0].shape == (K, 8, 3, SIZE, SIZE) and batch.views[0].dtype == torch.uint8
         assert batch.view_ids[0].tolist() == list(range(K))
-        assert torch.equal(batch.labels, batch.image_ids % 3)
+        labels, positions = batch.labels_positions
+        assert torch.equal(labels, batch.image_ids % 3)
+        assert torch.equal(2 * positions, batch.image_ids)
     assert not torch.equal(batches[0].views[0], batches[3].views[0])
 
 

@@ -99,7 +99,7 @@ def sums(rank, size):
     total = world.all_reduce_sum_with_grad(x)
     (total * (rank + 2)).backward()
     reduced = world.all_reduce_sum(torch.tensor([3.0]))
-    flags = world.any_rank(rank == 1, False)
+    flags = world.any_rank(rank == 1, False)()
     shares = world.share(7)
     failed = None
     try:
@@ -176,4 +176,4 @@ def test_an_environment_that_no_rank_can_have_is_refused_and_the_remedy_helps(va
 def test_one_process_needs_no_group():
     world = one_process()
     z = torch.randn(2, 3, 4)
-    assert world.gather_views(z) is z and world.all_reduce_sum_with_grad(z) is z and world.any_rank(True) == [True]
+    assert world.gather_views(z) is z and world.all_reduce_sum_with_grad(z) is z and world.any_rank(True)() == [True]

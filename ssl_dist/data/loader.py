@@ -28,13 +28,14 @@ AHEAD = 3  # batches, one of them in the making; more only hides stalls longer t
 
 @dataclass(frozen=True)
 class HostBatch:
-    """views: uint8 [V_local, B_local, 3, S, S] a group; view_ids: int64 [V_local] a group; ids, labels: [B_local]."""
+    """views: uint8 [V_local, B_local, 3, S, S] a group; view_ids: int64 [V_local] a group; image_ids: int64 [B_local];
+    labels_positions: int64 [2, B_local], positions among the ids that are trained on."""
 
     step: int
     views: list[Tensor]
     view_ids: list[Tensor]
     image_ids: Tensor
-    labels: Tensor
+    labels_positions: Tensor
 
 
 @dataclass
@@ -47,7 +48,7 @@ class TrainLoader:
     grid: Grid
     rank: int
     threads: int
-    pin: bool
+    pin: bool  # in memory that a GPU reads by itself
 
     def __post_init__(self) -> None:
         self.view_ids = [spec.view_ids[list(self.grid.view_range(self.rank, spec.num))] for spec in self.specs]
@@ -82,15 +83,12 @@ class TrainLoader:
             torch.from_numpy(views.make_views(images, spec, view_ids, self.order.seed, epoch, team))
             for spec, view_ids in zip(self.specs, self.view_ids, strict=True)
         ]
+        positions = np.searchsorted(self.order.train_ids, images.ids)
+        labels_positions = torch.from_numpy(np.stack([self.reader.labels(images.ids), positions]))
         if self.pin:
-            groups = [group.pin_memory() for group in groups]
-        return HostBatch(
-            step,
-            groups,
-            [torch.from_numpy(view_ids) for view_ids in self.view_ids],
-            torch.from_numpy(images.ids),
-            torch.from_numpy(self.reader.labels(images.ids)),
-        )
+            groups, labels_positions = [group.pin_memory() for group in groups], labels_positions.pin_memory()
+        view_ids = [torch.from_numpy(view_ids) for view_ids in self.view_ids]
+        return HostBatch(step, groups, view_ids, torch.from_numpy(images.ids), labels_positions)
 
 
 def view_batches(

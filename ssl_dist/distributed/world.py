@@ -21,7 +21,7 @@ from ssl_dist.distributed.heartbeat import RankState
 from ssl_dist.distributed.rank import BY_SRUN, RankInfo, environment_number
 from ssl_dist.errors import AFTER_MENDING, Fault, RaisedOn, UserError, of_system
 from ssl_dist.grid import Grid
-from ssl_dist.nn import batchnorm
+from ssl_dist.nn import batchnorm, batchnorm_cuda
 
 T = TypeVar("T")
 
@@ -101,13 +101,17 @@ class World:
             )
 
     def synchronize_batchnorm(self, module: nn.Module) -> nn.Module:
-        """BatchNorm over the global batch: on GPUs torch's, on the CPU our twin, also for one process, so that the
-        arithmetic is the same on any number of ranks."""
+        """BatchNorm over the global batch, by a twin for GPUs or one for the CPU. The latter also for one process, so
+        that the arithmetic is the same on any number of ranks; one GPU has torch's."""
         if not self.alone:
             batchnorm.refuse_others(module)
         if self.device.type == "cuda":
-            return module if self.alone else nn.SyncBatchNorm.convert_sync_batchnorm(module)
-        return batchnorm.synchronize(module, self.all_reduce_sum)
+            if self.alone:
+                return module
+            return batchnorm.synchronize(
+                module, lambda layer: batchnorm_cuda.CudaSyncBatchNorm(layer, self.all_reduce_sum, self._gather)
+            )
+        return batchnorm.synchronize(module, lambda layer: batchnorm.SyncBatchNorm(layer, self.all_reduce_sum))
 
     def view_columns(self, module: nn.Module) -> batchnorm.ViewColumns | None:
         """For a method whose views pass alone, after `synchronize_batchnorm`. None: every rank holds all views."""
@@ -121,14 +125,16 @@ class World:
         group = groups[self.grid.view_shard(self.rank_info.rank)]
         assert isinstance(group, dist.ProcessGroup), "a rank belongs to the group of its column"
 
-        def to_column(layer: nn.Module) -> Callable[[], None]:
-            name, own = ("process_group", group) if self.device.type == "cuda" else ("reduce", in_column)
-            before = getattr(layer, name)
-            setattr(layer, name, own)
-            return lambda: setattr(layer, name, before)
+        in_column = {
+            "reduce": lambda x: self._all_reduce_sum(x, group),
+            "gather": lambda x: self._gather(x, group, self.grid.images),
+        }
 
-        def in_column(x: Tensor) -> Tensor:
-            return self._all_reduce_sum(x, group)
+        def to_column(layer: nn.Module) -> Callable[[], None]:
+            assert isinstance(layer, batchnorm.SyncBatchNorm), "the twins are in place"
+            before = {name: getattr(layer, name) for name in layer.collectives}
+            vars(layer).update({name: in_column[name] for name in before})
+            return lambda: vars(layer).update(before)
 
         return batchnorm.ViewColumns(module, to_column)
 
@@ -140,14 +146,29 @@ class World:
         """The mean over the ranks, without gradient."""
         return self.all_reduce_sum(x) / self.rank_info.world_size
 
-    def any_rank(self, *flags: bool | Tensor) -> list[bool]:
-        """For every flag, whether it is set on any rank. One small all-reduce, the only wait for a GPU in a step."""
-        up = torch.stack([torch.as_tensor(flag, dtype=torch.float32, device=self.device) for flag in flags])
-        if self.alone:
-            return [value > 0 for value in up.tolist()]
-        with self.state.collective("all_reduce"):
-            dist.all_reduce(up, dist.ReduceOp.MAX)
-            return [value > 0 for value in up.tolist()]
+    def any_rank(self, *flags: bool | Tensor) -> Callable[[], list[bool]]:
+        """For every flag, whether it is set on any rank: one small all-reduce, whose result the returned call waits
+        for. That is the only wait for a GPU in a step, so the loop gives it more work first."""
+        up = torch.stack(
+            [
+                flag.to(torch.float32) if isinstance(flag, Tensor) else torch.full((), float(flag), device=self.device)
+                for flag in flags
+            ]
+        )
+        if not self.alone:
+            with self.state.collective("all_reduce"):
+                dist.all_reduce(up, dist.ReduceOp.MAX)
+        if self.device.type == "cpu":
+            return lambda: [value > 0 for value in up.tolist()]
+        host, done = up.to("cpu", non_blocking=True), torch.cuda.Event(blocking=True)
+        done.record()
+
+        def wait() -> list[bool]:
+            with self.state.collective("the step's all_reduce"):
+                done.synchronize()
+            return [value > 0 for value in host.tolist()]
+
+        return wait
 
     def on_rank0(self, action: Callable[[], T]) -> T:
         """What `action` returns on rank 0, broadcast to every rank. A `UserError` or `OSError` there is raised on every
@@ -198,12 +219,12 @@ class World:
         if not self.alone and dist.is_initialized():
             dist.destroy_process_group()
 
-    def _gather(self, x: Tensor) -> Tensor:
-        """[W, ...] from every rank's [...]; the shapes are equal by the grid."""
+    def _gather(self, x: Tensor, group: dist.ProcessGroup | None = None, size: int | None = None) -> Tensor:
+        """[W, ...] from every rank's [...]; the shapes are equal by the grid. size: ranks of the group."""
         flat = x.detach().flatten()
-        out = flat.new_empty(self.rank_info.world_size * flat.numel())
+        out = flat.new_empty((size or self.rank_info.world_size) * flat.numel())
         with self.state.collective("all_gather"):
-            dist.all_gather_into_tensor(out, flat)
+            dist.all_gather_into_tensor(out, flat, group=group)
         return out.view(-1, *x.shape)
 
 

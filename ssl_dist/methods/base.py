@@ -20,7 +20,7 @@ from ssl_dist.kernels.ranks import Ranks
 from ssl_dist.keys import DROPOUT, hash64, row_keys
 from ssl_dist.nn.backbone import Backbone
 from ssl_dist.nn.batchnorm import one_view
-from ssl_dist.nn.layers import KeyedDropout, at_least_float32, keyed_rows
+from ssl_dist.nn.layers import KeyedDropout, at_least_float32, keyed_rows, to_device
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,12 @@ class Info:
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's part of the global batch, on the device (only the view_ids are on the host)."""
+    """This rank's part of the global batch, on the device; the ids, of which draws are made, on the host: to ask the
+    device for a number makes the host wait for it."""
 
     views: list[Tensor]  # one tensor a group, [V_local, B_local, 3, S, S], normalised
-    view_ids: list[Tensor]  # one int64 [V_local] a group, counted over all groups
-    image_ids: Tensor  # int64 [B_local], rows of the data set's split
+    view_ids: list[Tensor]  # one int64 [V_local] a group, on the host, counted over all groups
+    image_ids: Tensor  # int64 [B_local], on the host: rows of the data set's split
     labels: Tensor  # int64 [B_local], -1 where unknown
     positions: Tensor  # int64 [B_local], 0 .. info.num_images - 1: rows of what a method keeps of every image
     step: int = 0  # steps completed before this one
@@ -66,7 +67,7 @@ class Output:
 
     loss: Tensor  # scalar whose mean over the ranks is the loss of the global batch
     metrics: Mapping[str, float | Tensor] = field(default_factory=dict)  # to be logged: name -> number or scalar
-    histograms: dict[str, Tensor] = field(default_factory=dict)  # to be logged: name -> 1-d tensor, of this rank
+    histograms: dict[str, Tensor] = field(default_factory=dict)  # to be logged: name -> 1-d of this rank, NaN: no value
     representations: Tensor | None = None  # [..., D] of the global batch; a collapse is detected in them
 
 
@@ -201,8 +202,8 @@ class SSLMethod(nn.Module, Generic[OptionsT]):
             yield
             return
         key = hash64(self.info.seed, DROPOUT, batch.step)
-        keys = row_keys(key, view_ids.cpu().numpy(), batch.image_ids.cpu().numpy())
-        with keyed_rows(torch.from_numpy(keys.view(np.int64).ravel())):
+        keys = row_keys(key, view_ids.numpy(), batch.image_ids.numpy())
+        with keyed_rows(to_device(keys.view(np.int64).ravel(), batch.views[0].device)):
             yield
 
     @cached_property

@@ -18,7 +18,7 @@ from ssl_dist.config import NonNegativeFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
 from ssl_dist.keys import METHOD, hash64, uniform_rows
 from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
-from ssl_dist.nn.layers import at_least_float32
+from ssl_dist.nn.layers import at_least_float32, to_device
 
 
 class Options(Section):
@@ -39,12 +39,13 @@ class Options(Section):
 def jensen_shannon(scores: Tensor) -> Tensor:
     """Minus the Jensen-Shannon estimate of mutual information (equation 4) from scores T [..., 2]: of pairs of one
     image and of pairs of two images. Means run over all entries."""
-    joint, marginal = scores.unbind(-1)
+    joint, marginal = at_least_float32(scores).unbind(-1)
     return F.softplus(-joint).mean() + F.softplus(marginal).mean()
 
 
 def prior_matching(drawn: Tensor, encoded: Tensor) -> Tensor:
     """Minus the objective of equation 7 from the logits of D for draws of the prior and for features."""
+    drawn, encoded = at_least_float32(drawn), at_least_float32(encoded)
     return -(F.logsigmoid(drawn).mean() + F.logsigmoid(-encoded).mean())
 
 
@@ -183,10 +184,10 @@ class Method(SSLMethod[Options]):
         features are gathered over the ranks, and maps, which are much larger, are not.
         """
         y_MD = world.gather_views(y_BD[None])[0]
-        own = (world.gather_images(batch.image_ids) == batch.image_ids[:, None]).int().argmax(1)
+        own = (world.gather_images(batch.positions) == batch.positions[:, None]).int().argmax(1)
         return y_MD.roll(1, 0)[own]
 
     def drawn(self, batch: Batch, like: Tensor) -> Tensor:
         """Draws of the prior, uniform in [0, 1): for every image a function of the seed, the step and the image."""
         key = hash64(self.info.seed, METHOD, batch.step)
-        return torch.from_numpy(uniform_rows(key, batch.image_ids.cpu().numpy(), like.shape[1])).to(like)
+        return to_device(uniform_rows(key, batch.image_ids.numpy(), like.shape[1]), like.device).to(like.dtype)

@@ -7,6 +7,7 @@ Semi-supervised: where the labels of both images of a negative pair are known an
 (`head`): the score of a pair is the dot product of its representations, or of what an encoder makes of each of them.
 """
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -22,7 +23,7 @@ from ssl_dist.kernels.ranks import Ranks
 from ssl_dist.keys import LABELLED, hash64, uniform_rows
 from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
 from ssl_dist.nn.batchnorm import update_running
-from ssl_dist.nn.layers import mlp
+from ssl_dist.nn.layers import mlp, to_device
 
 ENCODING_DIM = 64  # of the encoder's output, as of the SimCLR baseline's head in the same paper
 
@@ -65,7 +66,7 @@ def unit_rows(
     """The units lo..hi-1 as rows k*M + m of the representations: left, right of the positive pair, right of the
     negative pair, each int64 [hi - lo]. Unit q*M + m is image m of couple q; it is one positive and one negative pair.
     """
-    table = torch.tensor(couples(num_views, num_images), device=device)
+    table = to_device(couples(num_views, num_images), torch.device(device))
     unit = torch.arange(lo, len(table) * num_images if hi is None else hi, device=device)
     image = unit % num_images
     a, b, shift = table[unit // num_images].unbind(1)
@@ -94,7 +95,7 @@ def focal_bce(logits: Tensor, target: Tensor, gamma: float = 2.0, alpha: float |
         loss = loss * torch.exp(gamma * F.logsigmoid(-toward))  # log(1 - pt) does not underflow
     if alpha is None:
         return loss
-    return loss * torch.where(target > 0, logits.new_tensor(alpha), logits.new_tensor(1 - alpha))
+    return loss * torch.where(target > 0, logits.new_full((), alpha), logits.new_full((), 1 - alpha))
 
 
 # ---------------------------------------------------------------------------------------------------- head
@@ -246,15 +247,15 @@ class Method(SSLMethod[Options]):
         if self.options.labelled:
             metrics["positive_share"] = 100 * num_positive / (2 * num_units)
         positive, negative = score = logits.sigmoid()
-        if self.options.labelled:  # the sizes of these depend on the labels: a GPU is waited for
-            positive, negative = score[target], score[~target]
+        if self.options.labelled:
+            positive, negative = score.where(target, math.nan).flatten(), score.where(~target, math.nan).flatten()
         histograms = {"relation_score_positive": positive, "relation_score_negative": negative}
         return Output(world.scale_for_ddp_mean(loss_share), metrics, histograms, z_KMD.detach())
 
     def _revealed_labels(self, batch: Batch) -> Tensor:
         """Labels int64 [B_local] of the images whose label the method may see, -1 for the others."""
-        draws = uniform_rows(hash64(self.info.seed, LABELLED), batch.image_ids.cpu().numpy(), 1)[:, 0]
-        revealed = torch.from_numpy(draws < self.options.labelled).to(batch.labels.device)
+        draws = uniform_rows(hash64(self.info.seed, LABELLED), batch.image_ids.numpy(), 1)[:, 0]
+        revealed = to_device(draws < self.options.labelled, batch.labels.device)
         return torch.where(revealed, batch.labels, -1)
 
     def relate(self, z_KMD: Tensor, labels_M: Tensor, lo: int, hi: int, world: World) -> tuple[Tensor, Tensor, Tensor]:

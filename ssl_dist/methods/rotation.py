@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ssl_dist.config import Section
 from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World, accuracy
+from ssl_dist.nn.layers import at_least_float32
 
 TURNS = 4
 
@@ -54,7 +55,8 @@ class Method(SSLMethod[Options]):
     def forward(self, batch: Batch, world: World) -> Output:
         """Metrics: accuracy over all turned images, in percent."""
         h_4BD = self.represent(batch)[0]
-        logits, target = self.classifier(h_4BD.flatten(0, 1)), turn_targets(h_4BD.shape[1], h_4BD.device)
+        logits = at_least_float32(self.classifier(h_4BD.flatten(0, 1)))
+        target = turn_targets(h_4BD.shape[1], h_4BD.device)
         metrics = {"accuracy": accuracy(logits, target, world)}
         upright = world.gather_images(h_4BD[0].detach())
         return Output(F.cross_entropy(logits, target), metrics, representations=upright)

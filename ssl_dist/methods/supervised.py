@@ -44,11 +44,12 @@ class Method(SSLMethod[Options]):
     def forward(self, batch: Batch, world: World) -> Output:
         """Metrics: accuracy of the labels in percent; with rotation the accuracy of the turns and both losses too."""
         h_VBD = self.represent(batch)[0]
-        logits = self.classifier(h_VBD[0])
+        logits = at_least_float32(self.classifier(h_VBD[0]))
         loss = F.cross_entropy(logits, batch.labels)
         metrics = {"accuracy": accuracy(logits, batch.labels, world)}
         if self.options.rotation:
-            turns, target = self.rotation_classifier(h_VBD.flatten(0, 1)), turn_targets(h_VBD.shape[1], h_VBD.device)
+            turns = at_least_float32(self.rotation_classifier(h_VBD.flatten(0, 1)))
+            target = turn_targets(h_VBD.shape[1], h_VBD.device)
             rotation_loss = F.cross_entropy(turns, target)
             metrics["accuracy_rotation"] = accuracy(turns, target, world)
             metrics |= {

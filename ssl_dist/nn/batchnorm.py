@@ -9,7 +9,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,8 @@ def global_moments(x: Tensor, reduce: Callable[[Tensor], Tensor]) -> tuple[Tenso
 class SyncBatchNorm(_BatchNorm):
     """A BatchNorm whose moments are summed over the ranks by `reduce` (an all-reduced sum without gradient)."""
 
+    collectives: ClassVar[tuple[str, ...]] = ("reduce",)  # attributes that another group of ranks may take the place of
+
     def __init__(self, original: _BatchNorm, reduce: Callable[[Tensor], Tensor]):
         assert original.track_running_stats, "only BatchNorm with running statistics"
         super().__init__(original.num_features, original.eps, original.momentum, original.affine, device="meta")
@@ -80,8 +82,8 @@ class SyncBatchNorm(_BatchNorm):
         self.reduce = reduce
 
     def __deepcopy__(self, memo: dict) -> "SyncBatchNorm":
-        """A copy that reduces over the same ranks: copying the bound method `reduce` would copy its world."""
-        memo[id(self.reduce)] = self.reduce
+        """A copy with the same ranks: to copy the bound method `reduce` would copy its world."""
+        memo |= {id(call): call for call in map(self.__dict__.get, self.collectives)}
         clone = memo[id(self)] = type(self).__new__(type(self))
         clone.__setstate__(copy.deepcopy(self.__dict__, memo))
         return clone
@@ -97,6 +99,10 @@ class SyncBatchNorm(_BatchNorm):
         if not self.training:
             return super().forward(x)
         self._check_input_dim(x)
+        return self.normalize(x)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """By the moments of the batch of all ranks, which the running statistics follow."""
         with torch.no_grad():
             mean, var, count = global_moments(x, self.reduce)
             if count < 2:  # as torch; the same on every rank
@@ -111,15 +117,16 @@ def update_running(layer: _BatchNorm, mean: Tensor, var: Tensor, count: Tensor |
 
 
 def _update(layer: _BatchNorm, mean: Tensor, unbiased_var: Tensor) -> None:
-    running_mean, running_var, number = _statistics(layer)
+    running_mean, running_var, number = statistics(layer)
     number.add_(1)
-    # Without a momentum torch keeps the plain mean of all batches.
-    factor = 1 / number.item() if layer.momentum is None else layer.momentum
-    running_mean.lerp_(mean.to(running_mean.dtype), factor)
-    running_var.lerp_(unbiased_var.to(running_var.dtype), factor)
+    for running, new in ((running_mean, mean), (running_var, unbiased_var)):
+        if layer.momentum is None:  # torch keeps the plain mean of all batches
+            running.lerp_(new.to(running.dtype), (1 / number.double()).to(running.dtype))
+        else:
+            running.lerp_(new.to(running.dtype), layer.momentum)
 
 
-def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
+def statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
     """The running mean and variance, and the number of batches behind them."""
     mean, var, number = layer.running_mean, layer.running_var, layer.num_batches_tracked
     assert mean is not None and var is not None and number is not None, "only BatchNorm with running statistics"
@@ -144,12 +151,12 @@ def refuse_others(module: nn.Module) -> None:
             )
 
 
-def synchronize(module: nn.Module, reduce: Callable[[Tensor], Tensor]) -> nn.Module:
+def synchronize(module: nn.Module, twin: Callable[[_BatchNorm], SyncBatchNorm]) -> nn.Module:
     """`module` with every BatchNorm that has a twin replaced by it; parameters and state keys stay."""
     if has_twin(module):
-        return SyncBatchNorm(module, reduce)
+        return twin(module)
     for name, child in module.named_children():
-        setattr(module, name, synchronize(child, reduce))
+        setattr(module, name, synchronize(child, twin))
     return module
 
 
@@ -181,6 +188,7 @@ class ViewColumns:
         self.layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
         self.to_column = to_column
         self.passes: dict[_BatchNorm, list[tuple[int, Tensor, Tensor]]] = {layer: [] for layer in self.layers}
+        self._orders: dict[tuple[int, ...], Tensor] = {}
         self._undo: dict[_BatchNorm, Callable[[], None]] = {}
         for layer in self.layers:
             layer.register_forward_pre_hook(self._before)
@@ -190,7 +198,7 @@ class ViewColumns:
         view_id = _view.get()
         if view_id is None or not layer.training:
             return
-        (mean, var, number), momentum, restore = _statistics(layer), layer.momentum, self.to_column(layer)
+        (mean, var, number), momentum, restore = statistics(layer), layer.momentum, self.to_column(layer)
         # Fresh buffers and a momentum of 1: after the pass they hold the statistics of this view alone.
         own_mean, own_var = torch.zeros_like(mean), torch.zeros_like(var)
         layer.running_mean, layer.running_var, layer.momentum = own_mean, own_var, 1.0
@@ -211,16 +219,40 @@ class ViewColumns:
     def settle(self, gather_columns: Callable[[Tensor], Tensor]) -> None:
         """Update the running statistics by the passes since the last time.
 
-        gather_columns: a tensor of this rank -> those of one rank of every column [columns, ...].
+        gather_columns: a tensor of this rank -> those of one rank of every column [columns, ...]. Layers that saw the
+        same views go through it together.
         """
-        for layer in self.layers:
-            if not self.passes[layer]:
-                continue
-            ids, means, variances = zip(*self.passes[layer], strict=True)
+        together: dict[tuple, list[_BatchNorm]] = {}
+        for number, layer in enumerate(self.layers):
+            if self.passes[layer]:
+                ids = tuple(view_id for view_id, _, _ in self.passes[layer])
+                alone = number if layer.momentum is None else None  # its rate falls with its own number of batches
+                together.setdefault((ids, layer.momentum, alone, statistics(layer)[0].dtype), []).append(layer)
+        for (ids, *_), layers in together.items():
+            self._settle(layers, ids, gather_columns)
+
+    def _settle(
+        self, layers: list[_BatchNorm], ids: tuple[int, ...], gather_columns: Callable[[Tensor], Tensor]
+    ) -> None:
+        buffers = [buffer for layer in layers for buffer in statistics(layer)[:2]]
+        numbers = [statistics(layer)[2] for layer in layers]
+        own = [torch.cat([values for layer in layers for values in self.passes[layer][p][1:]]) for p in range(len(ids))]
+        rows = gather_columns(torch.stack(own).double()).flatten(0, 1)  # [columns * passes, channels of all buffers]
+        running = torch.cat(buffers)
+        for row in rows[self._view_order(ids, rows.device, gather_columns)].to(running.dtype):
+            torch._foreach_add_(numbers, 1)
+            factor = layers[0].momentum
+            running.lerp_(row, (1 / numbers[0].double()).to(running.dtype) if factor is None else factor)
+        torch._foreach_copy_(buffers, running.split([len(buffer) for buffer in buffers]))
+        for layer in layers:
             self.passes[layer].clear()
-            own = torch.stack([torch.stack(means), torch.stack(variances)], 1).double()  # [passes, 2, channels]
-            numbered = torch.cat([own.new_tensor(ids)[:, None], own.flatten(1)], 1)
-            rows = gather_columns(numbered).flatten(0, 1)
-            for row in rows[torch.argsort(rows[:, 0], stable=True)]:
-                mean, unbiased_var = row[1:].chunk(2)
-                _update(layer, mean, unbiased_var)
+
+    def _view_order(
+        self, ids: tuple[int, ...], device: torch.device, gather_columns: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """The gathered rows [columns * passes] in the order of views. A GPU is waited for the first time only: all
+        ranks pass their views in the same order every time."""
+        if ids not in self._orders:
+            ids_of_columns = gather_columns(torch.tensor(ids, dtype=torch.float64, device=device)).flatten()
+            self._orders[ids] = torch.argsort(ids_of_columns, stable=True)
+        return self._orders[ids]

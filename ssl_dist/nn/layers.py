@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
@@ -26,6 +27,12 @@ def mlp(dims: Sequence[int], last_bias: bool = False, activation: type[nn.Module
 def at_least_float32(x: Tensor) -> Tensor:
     """bf16 and fp16 become float32; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array on a device, by a copy that the host does not wait for."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @torch.no_grad()
@@ -52,7 +59,7 @@ _SHIFTS = (30, 27, 31)
 
 @contextlib.contextmanager
 def keyed_rows(keys: Tensor | None) -> Iterator[None]:
-    """A context in which dropout in row n of every batch is drawn from keys[n] (int64 [N])."""
+    """A context in which dropout in row n of every batch is drawn from keys[n] (int64 [N], on the rows' device)."""
     token = _rows.set(keys)
     try:
         yield
@@ -69,12 +76,17 @@ def _mix64(z: Tensor) -> Tensor:
     return z
 
 
+def _as_int64(number: int) -> int:
+    """A whole number modulo 2**64."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
 def _uniform(layer: int, shape: torch.Size, device: torch.device) -> Tensor:
     """Draws float64 [N, ...] in [0, 1): a function of each row's key, the layer and the place in the row alone."""
     keys = _rows.get()
     assert keys is not None, "a network with dropout passes images inside SSLMethod.keyed"
     assert len(keys) == shape[0], (len(keys), shape)
-    of_layer = _mix64(keys.to(device) + torch.tensor(layer + 1, device=device) * _GOLDEN)
+    of_layer = _mix64(keys + _as_int64((layer + 1) * _GOLDEN))
     place = torch.arange(1, shape[1:].numel() + 1, device=device)
     bits = _mix64(of_layer[:, None] + place * _GOLDEN)
     return (((bits >> 11) & ((1 << 53) - 1)).double() / 2**53).view(shape)

@@ -102,7 +102,9 @@ class RunLog:
         self._write_line(clock, {"train": metrics, "speed": speed})
         bins = np.concatenate([-_BUCKETS[::-1], [0.0], _BUCKETS])
         for name, values in histograms.items():
-            self._board.add(clock.step, summary.histogram(name, values.numpy(force=True), bins))
+            shown_values = values.numpy(force=True)
+            if len(shown_values := shown_values[~np.isnan(shown_values)]):
+                self._board.add(clock.step, summary.histogram(name, shown_values, bins))
         shown = {name: metrics[name] for name in ("loss", "accuracy") if name in metrics}
         self._bar.describe(shown | {"images/s": speed["images_per_s"], "views/s": speed["views_per_s"]})
 

@@ -103,11 +103,12 @@ def fit(run: TrainState, stop: StopRequest) -> int:
             optim.set_lr(run.optimizer, optim.lr(settings.optim, clock))
 
             output = run.forward(batch)
-            stopping, broken = world.any_rank(stop.requested, ~torch.isfinite(output.loss.detach()))
-            if broken:
-                raise Fault(run.diagnosis(clock, output), RaisedOn.EVERY_RANK)
+            flags = world.any_rank(stop.requested, ~torch.isfinite(output.loss.detach()))
             run.optimizer.zero_grad(set_to_none=True)
             output.loss.backward()
+            stopping, broken = flags()
+            if broken:
+                raise Fault(run.diagnosis(clock, output), RaisedOn.EVERY_RANK)
             run.optimizer.step()
 
             clock = clock.after_step()

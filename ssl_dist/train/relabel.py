@@ -12,7 +12,7 @@ from ssl_dist.data.loader import MakeView, view_batches
 from ssl_dist.distributed.world import World
 from ssl_dist.keys import DROPOUT, RELABEL, hash64, row_keys
 from ssl_dist.methods.base import Rows
-from ssl_dist.nn.layers import at_least_float32, keyed_rows
+from ssl_dist.nn.layers import at_least_float32, keyed_rows, to_device
 from ssl_dist.progress import Progress
 from ssl_dist.run.blueprint import RunPlan
 from ssl_dist.run.encoder import BATCH_SIZE, BATCH_TIMEOUT_S, share_in_batches
@@ -52,7 +52,7 @@ def outputs(
     ):
         for images, ids in batches:
             keys = row_keys(hash64(order.seed, DROPOUT, RELABEL, step), np.zeros(1, np.int64), ids)
-            with keyed_rows(torch.from_numpy(keys.view(np.int64).ravel())):
+            with keyed_rows(to_device(keys.view(np.int64).ravel(), world.device)):
                 output = at_least_float32(network(to_input(torch.from_numpy(images).to(world.device))))
             if values is None:
                 values = output.new_empty(len(positions), *output.shape[1:])

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -120,14 +119,8 @@ class TrainState:
     def to_device(self, host: HostBatch) -> Batch:
         device = self.world.device
         views_by_group = [self._normalize(group.to(device, non_blocking=True)) for group in host.views]
-        return Batch(
-            views_by_group,
-            host.view_ids,  # read before each pass, which must not wait for the device
-            host.image_ids.to(device),
-            host.labels.to(device),
-            torch.from_numpy(np.searchsorted(self.plan.order.train_ids, host.image_ids.numpy())).to(device),
-            host.step,
-        )
+        labels, positions = host.labels_positions.to(device, non_blocking=True)
+        return Batch(views_by_group, host.view_ids, host.image_ids, labels, positions, host.step)
 
     def forward(self, batch: Batch) -> Output:
         with self.autocast():
