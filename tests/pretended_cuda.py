@@ -96,6 +96,10 @@ class OnDevice(Tensor):
         memo[id(self)] = made
         return made
 
+    def __reduce_ex__(self, protocol):
+        """As torch.load with map_location="cpu" gives a tensor of the device back."""
+        return self._real.detach().__reduce_ex__(protocol)
+
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod

@@ -43,7 +43,7 @@ class _Recorded(TrainState):
         return output
 
     def log(self):
-        return contextlib.nullcontext()
+        return contextlib.nullcontext(_Lines())
 
     def save(self, clock, stop):
         pass
@@ -53,6 +53,21 @@ class _Recorded(TrainState):
 
     def finish(self, clock):
         self.steps.append(NOTES.take())
+
+
+class _Lines:
+    """A log that keeps nothing."""
+
+    def speed(self, clock):
+        return {}
+
+    def write(self, clock, metrics, histograms, speed):
+        pass
+
+    def waited(self, seconds):
+        pass
+
+    after_step = waited
 
 
 class _FakeWorld(World):
@@ -71,10 +86,10 @@ class _FakeWorld(World):
         pass
 
 
-def train(settings, overrides=(), device=CPU, size=1) -> Training:
+def train(settings, overrides=(), device=CPU, size=1, log_every=1000) -> Training:
     """Train by a config with overrides. Losses of one process only mean something: the fake group gathers what happens
     to lie in its buffers."""
-    few = ["optim.steps=3", "optim.epochs=null", "log.every_steps=1000"]
+    few = ["optim.steps=3", "optim.epochs=null", f"log.every_steps={log_every}"]
     settings = config.overridden(config.to_tree(settings), [*overrides, *few])
     rank_info = RankInfo(0, size, 0, size)
     plan = derive(settings, rank_info)
@@ -93,10 +108,10 @@ def fake_group(size):
         dist.destroy_process_group()
 
 
-def train_on_gpu(monkeypatch, settings, overrides=(), size=1) -> Training:
+def train_on_gpu(monkeypatch, settings, overrides=(), size=1, log_every=1000) -> Training:
     """`train` on the pretended GPU, as rank 0 of `size`."""
     with contextlib.ExitStack() as stack:
         if size > 1:
             stack.enter_context(fake_group(size))
         stack.enter_context(pretended_cuda.pretended(monkeypatch, max(size, 1)))
-        return train(settings, overrides, CUDA, size)
+        return train(settings, overrides, CUDA, size, log_every)

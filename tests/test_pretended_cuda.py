@@ -1,20 +1,23 @@
 """The code path of a GPU on a pretended one: no tensor on the wrong device, the CPU's numbers, one wait a step."""
 
+import json
 from collections import defaultdict
 
 import pytest
 import torch
 
-from ssl_dist import methods
+from ssl_dist import cli, methods
 from ssl_dist.methods.base import SSLMethod
+from ssl_dist.storage import checkpoint
 from ssl_dist.verify import command as verify
 from tests.pretended_cuda import CUDA, NOTES, pretended
 from tests.pretended_training import train, train_on_gpu
 
-ONE_WAIT = {("event", "distributed/world.py:wait"): 1}  # for whether any rank stops or has no finite loss
+CONFIG = "configs/digits/relational-conv4.yaml"
+ONE_WAIT = {("event", "device.py:wait"): 1}  # for whether any rank stops or has no finite loss
 MEANT_IN_FLOAT64 = {
     "methods/base.py:accuracy",  # counts
-    "nn/layers.py:to_device",  # draws of a prior, on their way to float32
+    "device.py:to_device",  # draws of a prior, on their way to float32
 }
 
 
@@ -66,6 +69,41 @@ def test_no_loss_in_half_precision(name, cases, monkeypatch):
     for config in cases[name]:
         notes = train_on_gpu(monkeypatch, config, ["precision=bf16"]).notes
         assert not notes.half and dict(notes.waits) == ONE_WAIT, (config.method, notes.half)
+
+
+def test_commands_on_one_gpu(digits, tmp_path, monkeypatch, capsys):
+    """Training, resume, features and evaluations give on a GPU what they give on the CPU."""
+    words = [
+        f"data.root={digits}", "data.reader=arrays", "data.workers=1", "data.limit=40", "optim.batch_size=16",
+        "optim.epochs=null", "views.num=4", "precision=fp64", "log.every_steps=1", "log.knn_every_epochs=1",
+        "checkpoint.every_steps=2", "checkpoint.every_epochs=null",
+    ]  # fmt: skip
+
+    def results_of(run):
+        for steps in (2, 4):
+            assert cli.main(["train", CONFIG, *words, f"run_dir={run}", f"optim.steps={steps}"]) == 0
+        assert cli.main(["evaluate", str(run), "knn", "probe", "finetune", "probe.epochs=1", "finetune.epochs=1"]) == 0
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for line in lines:
+            for name in ("images_per_s", "views_per_s", "data_wait", "seconds_per_step"):
+                line.pop(name, None)
+        numbers = {record["name"]: record["value"] for record in json.loads((run / "results.json").read_text())}
+        return lines, numbers, checkpoint.load_newest(run)[1]["method"]
+
+    cpu_lines, cpu_numbers, cpu_weights = results_of(tmp_path / "cpu")
+    with pretended(monkeypatch, 1) as notes:
+        lines, numbers, weights = results_of(tmp_path / "gpu")
+    assert sum(notes.kernels.values()) > 1000, "did it run on the GPU?"
+    assert numbers == cpu_numbers
+    for line, of_cpu in zip(lines, cpu_lines, strict=True):
+        assert line == pytest.approx(of_cpu, rel=1e-7)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, cpu_weights[name], rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_a_logged_step_waits_once_more(cases, monkeypatch):
+    [config, *_] = cases["relational"]
+    assert dict(train_on_gpu(monkeypatch, config, log_every=1).notes.waits) == {("event", "device.py:wait"): 2}
 
 
 def test_the_notes_see_what_waits(monkeypatch):

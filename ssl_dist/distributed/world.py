@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ssl_dist.device import HostCopy
 from ssl_dist.distributed import rendezvous
 from ssl_dist.distributed.heartbeat import RankState
 from ssl_dist.distributed.rank import BY_SRUN, RankInfo, environment_number
@@ -158,15 +159,11 @@ class World:
         if not self.alone:
             with self.state.collective("all_reduce"):
                 dist.all_reduce(up, dist.ReduceOp.MAX)
-        if self.device.type == "cpu":
-            return lambda: [value > 0 for value in up.tolist()]
-        host, done = up.to("cpu", non_blocking=True), torch.cuda.Event(blocking=True)
-        done.record()
+        copied = HostCopy({"up": up})
 
         def wait() -> list[bool]:
             with self.state.collective("the step's all_reduce"):
-                done.synchronize()
-            return [value > 0 for value in host.tolist()]
+                return [value > 0 for value in copied.wait()["up"].tolist()]
 
         return wait
 

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from ssl_dist.clock import Clock
 from ssl_dist.config import Section
+from ssl_dist.device import to_device
 from ssl_dist.kernels.ranks import Ranks
 from ssl_dist.keys import DROPOUT, hash64, row_keys
 from ssl_dist.nn.backbone import Backbone
 from ssl_dist.nn.batchnorm import one_view
-from ssl_dist.nn.layers import KeyedDropout, at_least_float32, keyed_rows, to_device
+from ssl_dist.nn.layers import KeyedDropout, at_least_float32, keyed_rows
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_dist.config import NonNegativeFloat, PositiveInt, Section
+from ssl_dist.device import to_device
 from ssl_dist.errors import UserError
 from ssl_dist.keys import METHOD, hash64, uniform_rows
 from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
-from ssl_dist.nn.layers import at_least_float32, to_device
+from ssl_dist.nn.layers import at_least_float32
 
 
 class Options(Section):

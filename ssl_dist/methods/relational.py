@@ -17,13 +17,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_dist.config import NonNegativeFloat, PositiveInt, Probability, Section
+from ssl_dist.device import to_device
 from ssl_dist.errors import UserError
 from ssl_dist.kernels import relation
 from ssl_dist.kernels.ranks import Ranks
 from ssl_dist.keys import LABELLED, hash64, uniform_rows
 from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
 from ssl_dist.nn.batchnorm import update_running
-from ssl_dist.nn.layers import mlp, to_device
+from ssl_dist.nn.layers import mlp
 
 ENCODING_DIM = 64  # of the encoder's output, as of the SimCLR baseline's head in the same paper
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
@@ -27,12 +26,6 @@ def mlp(dims: Sequence[int], last_bias: bool = False, activation: type[nn.Module
 def at_least_float32(x: Tensor) -> Tensor:
     """bf16 and fp16 become float32; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """The array on a device, by a copy that the host does not wait for."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @torch.no_grad()

@@ -86,8 +86,9 @@ class RunLog:
         epochs = f"epoch {clock.epochs_done:.1f}/{clock.total_epochs:g}"
         self._bar.update(1, f"step {clock.step}/{clock.total_steps}, {epochs}")
 
-    def write(self, clock: Clock, metrics: dict[str, float], histograms: dict[str, torch.Tensor]) -> None:
-        """One line of metrics.jsonl and the same numbers in TensorBoard, with the speed since the last line."""
+    def speed(self, clock: Clock) -> dict[str, float]:
+        """Images and views a second, the share of the time that the loop waited for data, and seconds a step, since
+        the last call."""
         step, start = self._since
         now = time.perf_counter()
         seconds = max(now - start, 1e-9)
@@ -99,12 +100,18 @@ class RunLog:
             "seconds_per_step": seconds / max(1, clock.step - step),
         }
         self._since, self._waited = (clock.step, now), 0.0
+        return speed
+
+    def write(
+        self, clock: Clock, metrics: dict[str, float], histograms: dict[str, torch.Tensor], speed: dict[str, float]
+    ) -> None:
+        """One line of metrics.jsonl and the same numbers in TensorBoard. histograms: 1-d, NaN for no value."""
         self._write_line(clock, {"train": metrics, "speed": speed})
         bins = np.concatenate([-_BUCKETS[::-1], [0.0], _BUCKETS])
-        for name, values in histograms.items():
-            shown_values = values.numpy(force=True)
-            if len(shown_values := shown_values[~np.isnan(shown_values)]):
-                self._board.add(clock.step, summary.histogram(name, shown_values, bins))
+        for name, tensor in histograms.items():
+            values = tensor.numpy()
+            if len(values := values[~np.isnan(values)]):
+                self._board.add(clock.step, summary.histogram(name, values, bins))
         shown = {name: metrics[name] for name in ("loss", "accuracy") if name in metrics}
         self._bar.describe(shown | {"images/s": speed["images_per_s"], "views/s": speed["views_per_s"]})
 

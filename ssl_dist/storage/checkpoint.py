@@ -74,7 +74,10 @@ def not_finite(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> str
     for parameter, kept in optimizer.state.items():
         tensors |= {f"optimizer.{name} of a tensor {list(parameter.shape)}": value for name, value in kept.items()}
     floats = {name: value for name, value in tensors.items() if torch.is_tensor(value) and value.is_floating_point()}
-    return next((name for name, value in floats.items() if not value.isfinite().all()), "")
+    finite = [value.isfinite().all().to(torch.uint8) for value in floats.values()]
+    devices = {value.device for value in finite}  # one answer from each: a question a tensor would be a wait for a GPU
+    answers = {device: iter(torch.stack([f for f in finite if f.device == device]).tolist()) for device in devices}
+    return next((name for name, f in zip(floats, finite, strict=True) if not next(answers[f.device])), "")
 
 
 def _write(state: dict[str, Any], file: BinaryIO) -> str:

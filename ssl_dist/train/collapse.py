@@ -1,4 +1,7 @@
-"""Two measures of a representation that fall when it collapses, and are NaN when it is not finite."""
+"""Two measures of a representation that fall when it collapses, and are NaN when it is not finite.
+
+Both are of rows that `sample` has chosen.
+"""
 
 import torch
 from torch import Tensor
@@ -6,31 +9,30 @@ from torch import Tensor
 MAX_ROWS = 1024  # a sample is enough, and the spectrum of more would cost time at every logged step
 
 
-def _sample(z: Tensor) -> Tensor:
+def sample(z: Tensor) -> Tensor:
+    """At most MAX_ROWS rows of z [..., D], evenly over all, at least float32 and of length 1."""
     rows = z.detach().reshape(-1, z.shape[-1])
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # a float64 need not fit into a float32
     stride = -(-len(rows) // MAX_ROWS)
     return torch.nn.functional.normalize(rows[::stride], dim=1)
 
 
-def feature_std(z: Tensor) -> float:
+def feature_std(rows: Tensor) -> float:
     """Mean over the D dimensions of the standard deviation of L2-normalised rows, times sqrt(D).
 
     1 for isotropic features, 0 when all rows are the same, NaN of a single row (the measure of Chen & He, SimSiam,
     2021, scaled).
     """
-    rows = _sample(z)
     if len(rows) < 2:
         return float("nan")
     return float(rows.std(0).mean() * rows.shape[1] ** 0.5)
 
 
-def effective_rank(z: Tensor) -> float:
+def effective_rank(rows: Tensor) -> float:
     """exp of the entropy of the normalised singular values of centred L2-normalised rows (Roy & Vetterli, 2007).
 
     Between 1 (one direction is left) and D; 0 when every row is the same.
     """
-    rows = _sample(z)
     if not torch.isfinite(rows).all():
         return float("nan")  # the decomposition would raise; the loop's own check says what is wrong
     centred = rows - rows.mean(0)

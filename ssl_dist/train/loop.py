@@ -106,6 +106,7 @@ def fit(run: TrainState, stop: StopRequest) -> int:
             flags = world.any_rank(stop.requested, ~torch.isfinite(output.loss.detach()))
             run.optimizer.zero_grad(set_to_none=True)
             output.loss.backward()
+            run.flush_log()  # of the step before: a GPU has work meanwhile
             stopping, broken = flags()
             if broken:
                 raise Fault(run.diagnosis(clock, output), RaisedOn.EVERY_RANK)

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from ssl_dist import views
 from ssl_dist.data.loader import MakeView, view_batches
+from ssl_dist.device import to_device
 from ssl_dist.distributed.world import World
 from ssl_dist.keys import DROPOUT, RELABEL, hash64, row_keys
 from ssl_dist.methods.base import Rows
-from ssl_dist.nn.layers import at_least_float32, keyed_rows, to_device
+from ssl_dist.nn.layers import at_least_float32, keyed_rows
 from ssl_dist.progress import Progress
 from ssl_dist.run.blueprint import RunPlan
 from ssl_dist.run.encoder import BATCH_SIZE, BATCH_TIMEOUT_S, share_in_batches

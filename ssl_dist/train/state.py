@@ -5,15 +5,16 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ssl_dist import config, views
 from ssl_dist.clock import Clock
 from ssl_dist.data.loader import HostBatch, TrainLoader
 from ssl_dist.data.normalize import normalized
+from ssl_dist.device import HostCopy
 from ssl_dist.distributed import watchdog
 from ssl_dist.distributed import world as world_module
 from ssl_dist.distributed.signals import StopRequest
@@ -53,6 +54,7 @@ class TrainState:
             method.backbone.compile()
         self.wrapped = world.wrap(self.method)
         self._knn = None if self.config.log.knn_every_epochs is None else OnlineKNN(plan, world)
+        self._unwritten: Callable[[], None] | None = None
         self._normalize = normalized(plan.normalize, plan.dtype, world.device)
 
     def _resume(self) -> int:
@@ -139,19 +141,39 @@ class TrainState:
         return extract
 
     def write(self, log: RunLog | None, clock: Clock, output: Output) -> None:
-        """Log this step. Every rank takes part, because the loss is averaged over them."""
-        loss = float(self.world.all_reduce_mean(output.loss.detach()))
-        metrics = {"loss": loss, "lr": self.optimizer.param_groups[0]["lr"]}
-        metrics |= {name: float(value) for name, value in output.metrics.items()}
+        """Log this step. Every rank takes part, because the loss is averaged over them. The line is written by
+        `flush_log`: what a GPU computes is on its way to the host until then."""
+        loss = self.world.all_reduce_mean(output.loss.detach())
         if log is not None:
-            self._require_lock()
-            if output.representations is not None:
-                metrics["feature_std"] = collapse.feature_std(output.representations)
-                metrics["effective_rank"] = collapse.effective_rank(output.representations)
-            log.write(clock, metrics, output.histograms)
+            self._unwritten = self._line(log, clock, loss, output)
         if clock.step == 1 or clock.due(every_epochs=self.config.log.images_every_epochs):
             with self.world.state.phase_of("the pictures", watchdog.SAVE_TIMEOUT_S):
                 self.world.on_rank0(lambda: self.show_views(log, clock))
+
+    def _line(self, log: RunLog, clock: Clock, loss: Tensor, output: Output) -> Callable[[], None]:
+        """What writes the line of a step."""
+        metrics = {"loss": loss, "lr": self.optimizer.param_groups[0]["lr"], **output.metrics}
+        on_device = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
+        tensors = output.histograms | {"": torch.stack([value.detach().double() for value in on_device.values()])}
+        if output.representations is not None:
+            tensors["representations"] = collapse.sample(output.representations)
+        copied, speed = HostCopy(tensors), log.speed(clock)
+
+        def write() -> None:
+            self._require_lock()
+            host = copied.wait()
+            values = metrics | dict(zip(on_device, host.pop("").tolist(), strict=True))
+            if (rows := host.pop("representations", None)) is not None:
+                values |= {"feature_std": collapse.feature_std(rows), "effective_rank": collapse.effective_rank(rows)}
+            log.write(clock, {name: float(value) for name, value in values.items()}, host, speed)
+
+        return write
+
+    def flush_log(self) -> None:
+        """Write the line that is not yet written, if there is one."""
+        write, self._unwritten = self._unwritten, None
+        if write is not None:
+            write()
 
     def show_views(self, log: RunLog | None, clock: Clock, num_images: int = 8) -> None:
         """All views of the first images of this step, also those that other ranks hold: TensorBoard and views.png."""
@@ -171,6 +193,7 @@ class TrainState:
     def measure_knn(self, log: RunLog | None, clock: Clock) -> None:
         """Log the online kNN (online_knn.py), which the config asks for. Every rank takes part."""
         assert self._knn is not None
+        self.flush_log()
         start = time.perf_counter()
         self.method.eval()
         with self.autocast():
@@ -185,8 +208,9 @@ class TrainState:
         Raises `Fault` on every rank where a weight or a moment of the optimizer is not finite, though the loss was:
         such a checkpoint would take the place of a good one.
         """
+        self.flush_log()
         broken = checkpoint.not_finite(self.method, self.optimizer)
-        if self.world.any_rank(bool(broken))[0]:
+        if self.world.any_rank(bool(broken))()[0]:
             raise Fault(
                 f"{self.world.rank_info} at step {clock.step}: {broken or 'a weight'} is not finite after this step; "
                 f"{self._newest()}; {ANEW}",

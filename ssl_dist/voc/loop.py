@@ -128,7 +128,7 @@ def fit(task: Task, options: TrainingOptions, folder: Path, settings: dict, thre
             clock = clock.after_step()
             if clock.step == 1 or clock.done or clock.due(options.log_every):
                 values = {name: float(value.detach()) for name, value in {"loss": loss, **terms}.items()}
-                log.write(clock, values | {"lr": lr(options, clock)}, {})
+                log.write(clock, values | {"lr": lr(options, clock)}, {}, log.speed(clock))
             stopping = stop.requested
             if stopping or clock.done or clock.due(every_epochs=1):
                 stop.saving = True
