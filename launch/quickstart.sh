@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# From a bare machine to an accuracy: sets this checkout up, trains on scikit-learn's handwritten digits on two ranks,
-# and compares the result with random weights. A few minutes on 2 cores after the installation.
+# From a bare machine to an accuracy: sets this checkout up, trains on scikit-learn's handwritten digits on two ranks
+# (one where there is one GPU), and compares the result with random weights. A few minutes on 2 cores after the
+# installation.
 #
 #   bash launch/quickstart.sh
 #
@@ -33,8 +34,9 @@ fi
 step "1 of 4: the digits as 32x32 images, one .beton file a split"
 ssl-dist convert digits --out data/digits
 
-step "2 of 4: relational reasoning without labels, on two ranks under torchrun"
-launch/torchrun_single.sh 2 configs/digits/relational-conv4.yaml "${reader[@]}"
+ranks=$(python -c 'from ssl_dist.distributed.world import ranks_here; print(ranks_here(2))')
+step "2 of 4: relational reasoning without labels under torchrun, ranks: $ranks"
+launch/torchrun_single.sh "$ranks" configs/digits/relational-conv4.yaml "${reader[@]}"
 
 step "3 of 4: random weights, to compare with"
 ssl-dist train configs/digits/random_weights-conv4.yaml "${reader[@]}"

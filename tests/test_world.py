@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from ssl_dist import cli
-from ssl_dist.distributed.world import RankInfo, World, one_process
+from ssl_dist.distributed.world import RankInfo, World, one_process, ranks_here, self_test
 from ssl_dist.errors import UserError
 from ssl_dist.grid import Grid
-from tests import ranks
+from tests import ranks, thread_world
 
 K, M, D = 4, 6, 5
 
@@ -177,3 +177,26 @@ def test_one_process_needs_no_group():
     world = one_process()
     z = torch.randn(2, 3, 4)
     assert world.gather_views(z) is z and world.all_reduce_sum_with_grad(z) is z and world.any_rank(True)() == [True]
+
+
+class SharedSums(thread_world.ThreadWorld):
+    """Rank 0 adds up for all: else a thousand ranks make a million sums."""
+
+    def _all_gather(self, x):
+        return self.all_gather_object(x.detach())
+
+    def all_reduce_sum(self, x):
+        parts = self._all_gather(x)
+        return self.all_gather_object(torch.stack(parts).sum(0) if self.is_rank0 else None)[0]
+
+
+def test_the_self_test_on_a_thousand_ranks(monkeypatch):
+    """Sums of whole numbers that float32 cannot hold: it found false faults from 192 ranks on."""
+    monkeypatch.setattr(thread_world, "ThreadWorld", SharedSums)
+    thread_world.run(self_test, Grid(64, 16))
+
+
+@pytest.mark.parametrize(("gpus", "ranks"), [(0, 2), (1, 1), (2, 2), (8, 2)])
+def test_ranks_of_a_machine(gpus, ranks, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert ranks_here(2) == ranks

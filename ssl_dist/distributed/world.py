@@ -241,6 +241,11 @@ def choose_device(rank_info: RankInfo) -> torch.device:
     return torch.device("cuda", rank_info.local_rank)
 
 
+def ranks_here(wanted: int) -> int:
+    """`wanted` ranks, or as many as this machine has GPUs where it has some, but fewer."""
+    return min(wanted, torch.cuda.device_count() or wanted)
+
+
 def join_world(
     rank_info: RankInfo, grid: Grid, state: RankState | None = None, is_stopping: Callable[[], bool] = lambda: False
 ) -> World:
@@ -260,12 +265,13 @@ def self_test(world: World) -> None:
     """Check at start-up that gathered values are in canonical order and gradients are summed; some milliseconds.
 
     The cell (k, m) of the global batch holds its own number, and rank r's loss is r + 1 times the sum of squares; so
-    the gradient of a cell must be 2 cell (1 + 2 + ... + W). Raises `Fault`: a library or network that computes wrong
-    sums would train a wrong model silently.
+    the gradient of a cell must be 2 cell (1 + 2 + ... + W). All are whole numbers, which float64 holds exactly on any
+    number of ranks. Raises `Fault`: a library or network that computes wrong sums would train a wrong model silently.
     """
     grid, rank, size = world.grid, world.rank_info.rank, world.rank_info.world_size
     num_views, num_images = 2 * grid.views, 3 * grid.images
-    cells = torch.arange(1.0, num_views * num_images + 1, device=world.device).view(num_views, num_images, 1)
+    cells = torch.arange(1, num_views * num_images + 1, dtype=torch.float64, device=world.device)
+    cells = cells.view(num_views, num_images, 1)
     views, images = grid.view_range(rank, num_views), grid.image_range(rank, num_images)
     own = cells[views.start : views.stop, images.start : images.stop].clone().requires_grad_()
     gathered = world.gather_views(own)
@@ -276,7 +282,7 @@ def self_test(world: World) -> None:
     if not torch.equal(own.grad, own.detach() * size * (size + 1)):
         raise Fault(f"{world.rank_info}: self-test: gradients of gathered views are not summed over the ranks")
     total = world.all_reduce_sum_with_grad(own.sum())
-    if total.item() != cells.sum() * 1.0:
+    if total.item() != cells.sum().item():
         raise Fault(f"{world.rank_info}: self-test: a sum over the ranks is {total.item():g}, not {cells.sum():g}")
 
 
