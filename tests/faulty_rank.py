@@ -3,6 +3,7 @@
 The fault occurs in rank 1 at step 3. FOLDER gets its time (fault) and the process id of every rank (pid-N).
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -33,6 +34,14 @@ def record_and_run(folder, action):
     """Write the time of the fault, then cause it."""
     (folder / "fault").write_text(str(time.time()))
     action()
+
+
+def frozen_unseen(folder):
+    """Neither rank's heartbeat sees any collective."""
+    from ssl_dist.distributed.heartbeat import RankState
+
+    RankState.collective = lambda self, operation: contextlib.nullcontext()
+    fault_in_forward(folder, frozen)
 
 
 def fault_in_forward(folder, action):

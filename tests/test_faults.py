@@ -98,6 +98,7 @@ FAULTS = {  # patterns of the ranks' error lines: rank, step, cause and place
     ],
     "stuck_in_c": [LOST_RANK_1],
     "frozen": [LOST_RANK_1],
+    "frozen_unseen": [LOST_RANK_1],
     "loader_exception": [
         naming("rank 1", "step 3", "ValueError: planned failure in the loader"),
         naming("rank 0", "step 3", "rank 1", "step 3", "ValueError: planned failure in the loader"),

@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from ssl_dist import cli, methods
+from ssl_dist.distributed.rank import RankInfo
+from ssl_dist.distributed.world import World
+from ssl_dist.grid import Grid
 from ssl_dist.methods.base import SSLMethod
 from ssl_dist.storage import checkpoint
 from ssl_dist.verify import command as verify
 from tests.pretended_cuda import CUDA, NOTES, pretended
-from tests.pretended_training import train, train_on_gpu
+from tests.pretended_training import fake_group, train, train_on_gpu
 
 CONFIG = "configs/digits/relational-conv4.yaml"
 ONE_WAIT = {("event", "device.py:wait"): 1}  # for whether any rank stops or has no finite loss
@@ -99,6 +102,17 @@ def test_commands_on_one_gpu(digits, tmp_path, monkeypatch, capsys):
         assert line == pytest.approx(of_cpu, rel=1e-7)
     for name, tensor in weights.items():
         torch.testing.assert_close(tensor, cpu_weights[name], rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_the_watchdog_sees_what_the_gpu_still_has_to_do(monkeypatch):
+    """NCCL's calls return at once: a rank whose GPU waits for the others has not left the collective."""
+    with fake_group(8), pretended(monkeypatch, 8):
+        world = World(RankInfo(0, 8, 0, 8), Grid(8, 1), CUDA)
+        assert not world.state.is_waiting
+        monkeypatch.setattr(torch.cuda.Event, "query", lambda event: False)
+        world.all_reduce_sum(torch.ones(3, device=CUDA))
+        assert not world.state.record["in_collective"] and world.state.is_waiting
+        assert world.state.record["call_sites"][1].decode().startswith("all_reduce at test_pretended_cuda.py")
 
 
 def test_a_logged_step_waits_once_more(cases, monkeypatch):

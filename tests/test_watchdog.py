@@ -197,3 +197,5 @@ def test_who_is_a_straggler(tmp_path, own, in_collective, other_numbers, is_stra
     watchdog = Watchdog(RankInfo(0, 3), 60.0)
     watchdog.state.record["collective"], watchdog.state.record["in_collective"] = own, in_collective
     assert watchdog._is_straggler(Heartbeat(tmp_path, "s1", RankInfo(0, 3))) == is_straggler
+    watchdog.state.has_device_ended = lambda: False  # a call of NCCL returns at once, and its work waits on the GPU
+    assert not watchdog._is_straggler(Heartbeat(tmp_path, "s1", RankInfo(0, 3)))

@@ -40,7 +40,10 @@ def join(
     store = dist.PrefixStore(prefix, _store(rank_info, end, is_stopping))
     store.set(f"here/{rank_info.rank}", f"{rank_info} (pid {os.getpid()})")
     wait_for_all_ranks(store, rank_info, end, is_stopping)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    # Objects and barriers go by gloo, also beside GPUs: NCCL would spin on the GPU while rank 0 saves, and does not
+    # notice that a peer has died. (With a `device_id` torch would send barriers to NCCL.)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # the watchdog has the only clock
     dist.init_process_group(
         backend, store=store, rank=rank_info.rank, world_size=rank_info.world_size, timeout=COLLECTIVE_TIMEOUT
     )

@@ -1,8 +1,10 @@
 """The only timeout of a training: it ends a rank that makes no progress, and every rank names the rank to blame.
 
-A thread observes this rank's state (heartbeat.py). A rank whose step has not moved for the timeout ends itself when the
-others wait for it; when it waits for others, it leaves them time for their reports, then names them and ends.
-Collectives have no timeout of their own, as a save may take minutes: a phase announces its own bound.
+A thread observes this rank's state (heartbeat.py). When the step has not moved for the timeout, a rank first looks for
+others that show no sign of life or have reported a fault, and names them. Without such evidence it ends itself when the
+others wait for it; when it waits for others, it leaves them time for their reports, then names them and ends. This is
+the only clock: torch's collectives have no timeout in practice, as a save may take minutes, and a phase announces its
+own bound; NCCL's handling of errors by its own threads, which may end a process before it has reported, is off.
 """
 
 import contextlib
@@ -121,13 +123,20 @@ class Watchdog:
             bound = max(self.state.bound, self.timeout)
             if stalled_s <= bound:
                 continue
-            if heartbeat is None or self._is_straggler(heartbeat):
-                self._end(f"no progress for {bound:g} s{self._during()}, at {_position()}{self._remedy()}", [])
+            if heartbeat is None or self.rank_info.alone:
+                self._end(self._own_fault(bound), [])
             elif last_beats is None:
                 last_beats = heartbeat.beats()
             elif stalled_s > bound + GRACE_S:
                 silent = _unchanged(last_beats, heartbeat.beats())
-                self._end(self._blame(heartbeat, bound, silent), silent)
+                has_evidence = bool(silent or heartbeat.exit_reports())
+                if not has_evidence and self._is_straggler(heartbeat):
+                    self._end(self._own_fault(bound), [])
+                if has_evidence or stalled_s > bound + 2 * GRACE_S:
+                    self._end(self._blame(heartbeat, bound, silent), silent)
+
+    def _own_fault(self, bound: float) -> str:
+        return f"no progress for {bound:g} s{self._during()}, at {_position()}{self._remedy()}"
 
     def _during(self) -> str:
         return f" in {self.state.phase}" if self.state.phase else ""
@@ -137,9 +146,7 @@ class Watchdog:
 
     def _is_straggler(self, heartbeat: Heartbeat) -> bool:
         """Whether the other ranks wait for this one, as far as can be seen."""
-        if self.rank_info.alone:
-            return True
-        if self.state.record["in_collective"]:
+        if self.state.is_waiting:
             return False
         own = int(self.state.record["collective"])
         records = [heartbeat.record(rank) for rank in heartbeat.other_ranks()]

@@ -6,9 +6,10 @@ of one process: a loss computed in full on every rank is returned as it is, a ra
 `scale_for_ddp_mean`.
 """
 
+import contextlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -72,7 +73,7 @@ class World:
 
     def _all_reduce_sum(self, x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
         total = x.detach().clone(memory_format=torch.contiguous_format)
-        with self.state.collective("all_reduce"):
+        with self._collective("all_reduce"):
             dist.all_reduce(total, group=group)
         return total
 
@@ -120,7 +121,7 @@ class World:
             return None
         groups = []
         for column in range(self.grid.views):  # every rank takes part in the making of every group
-            with self.state.collective("new_group"):
+            with self._collective("new_group"):
                 ranks = list(range(column, self.rank_info.world_size, self.grid.views))
                 groups.append(dist.new_group(ranks, timeout=rendezvous.COLLECTIVE_TIMEOUT))
         group = groups[self.grid.view_shard(self.rank_info.rank)]
@@ -157,15 +158,11 @@ class World:
             ]
         )
         if not self.alone:
-            with self.state.collective("all_reduce"):
+            with self._collective("all_reduce"):
                 dist.all_reduce(up, dist.ReduceOp.MAX)
         copied = HostCopy({"up": up})
 
-        def wait() -> list[bool]:
-            with self.state.collective("the step's all_reduce"):
-                return [value > 0 for value in copied.wait()["up"].tolist()]
-
-        return wait
+        return lambda: [value > 0 for value in copied.wait()["up"].tolist()]
 
     def on_rank0(self, action: Callable[[], T]) -> T:
         """What `action` returns on rank 0, broadcast to every rank. A `UserError` or `OSError` there is raised on every
@@ -180,7 +177,7 @@ class World:
                 where = f"{self.rank_info} at step {self.state.step}"
                 outcome[1] = Fault(f"{where}: {of_system(error)}; {AFTER_MENDING}", RaisedOn.EVERY_RANK)
         if not self.alone:
-            with self.state.collective("broadcast"):
+            with self._collective("broadcast"):
                 dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
             raise outcome[1]
@@ -203,24 +200,34 @@ class World:
         if self.alone:
             return [value]
         values: list[Any] = [None] * self.rank_info.world_size
-        with self.state.collective("all_gather"):
+        with self._collective("all_gather"):
             dist.all_gather_object(values, value)
         return values
 
     def barrier(self) -> None:
         if not self.alone:
-            with self.state.collective("barrier"):
+            with self._collective("barrier"):
                 dist.barrier()
 
     def close(self) -> None:
         if not self.alone and dist.is_initialized():
             dist.destroy_process_group()
 
+    @contextlib.contextmanager
+    def _collective(self, operation: str) -> Iterator[None]:
+        """A context of one collective operation, which the watchdog sees, also where a GPU ends it later."""
+        with self.state.collective(operation):
+            yield
+        if self.device.type == "cuda":
+            ended = torch.cuda.Event()
+            ended.record()
+            self.state.has_device_ended = ended.query
+
     def _gather(self, x: Tensor, group: dist.ProcessGroup | None = None, size: int | None = None) -> Tensor:
         """[W, ...] from every rank's [...]; the shapes are equal by the grid. size: ranks of the group."""
         flat = x.detach().flatten()
         out = flat.new_empty((size or self.rank_info.world_size) * flat.numel())
-        with self.state.collective("all_gather"):
+        with self._collective("all_gather"):
             dist.all_gather_into_tensor(out, flat, group=group)
         return out.view(-1, *x.shape)
 
