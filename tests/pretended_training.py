@@ -43,7 +43,7 @@ class _Recorded(TrainState):
         return output
 
     def log(self):
-        return contextlib.nullcontext(_Lines())
+        return contextlib.nullcontext(_Lines() if self.config.log.every_steps == 1 else None)
 
     def save(self, clock, stop):
         pass

@@ -62,7 +62,7 @@ class RankState:
         self.record = np.zeros((), RECORD)
         self.record["host"], self.record["machine"] = socket.gethostname().encode()[:64], MACHINE
         self.record["pid"], self.record["launcher"] = os.getpid(), os.getppid()
-        self.has_device_ended: Callable[[], bool] = lambda: True  # the work on the last collective, on a GPU
+        self.has_device_ended: Callable[[], bool] = _no_device  # with the last collective
         self._pages: mmap.mmap | None = None
 
     @property
@@ -110,6 +110,10 @@ class RankState:
         if self._pages is not None:
             with contextlib.suppress(OSError):  # a file system that fails for a while must not end the watchdog
                 self._pages.flush()
+
+
+def _no_device() -> bool:
+    return True
 
 
 def _caller() -> str:
