@@ -144,7 +144,9 @@ def test_run_folders(fails, digits, tmp_path, capsys):
     for file in (other / "checkpoints").iterdir():
         shutil.copy(file, run / "checkpoints" / file.name)
     capsys.readouterr()
-    assert "is of a run with" in (line := fails("train", *few_steps(digits, run, "optim.steps=3"))) and "resnet8" in line
+    assert (
+        "is of a run with" in (line := fails("train", *few_steps(digits, run, "optim.steps=3"))) and "resnet8" in line
+    )
 
 
 def test_evaluate_and_extract(digits, tmp_path, capsys, fails):

@@ -59,19 +59,13 @@ def of_labels(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_of_eight_ranks(name, cases, monkeypatch):
+    """It waits once, computes no loss in half precision under autocast, and nothing in float64."""
     no_new_labels(monkeypatch, name)
     for config in cases[name]:
-        notes = train_on_gpu(monkeypatch, config, ["precision=fp32", "optim.batch_size=16"], 8).notes
+        notes = train_on_gpu(monkeypatch, config, ["precision=bf16", "optim.batch_size=16"], 8).notes
         assert dict(notes.waits) == ONE_WAIT, config.method
+        assert not notes.half, config.method
         assert {place for _, place in notes.wide} <= MEANT_IN_FLOAT64, config.method
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_no_loss_in_half_precision(name, cases, monkeypatch):
-    no_new_labels(monkeypatch, name)
-    for config in cases[name]:
-        notes = train_on_gpu(monkeypatch, config, ["precision=bf16"]).notes
-        assert not notes.half and dict(notes.waits) == ONE_WAIT, (config.method, notes.half)
 
 
 def test_commands_on_one_gpu(digits, tmp_path, monkeypatch, capsys):
