@@ -37,14 +37,14 @@ def main() -> int:
     train.add_argument("--cluster", choices=("slurm", "local"), default="slurm")
     _add_site(train)
     evaluate = verbs.add_parser("evaluate", help="submit an evaluation of a run")
-    evaluate.add_argument("run", type=Path)
+    evaluate.add_argument("run", type=_path)
     evaluate.add_argument("overrides", nargs="+", metavar="EVALUATOR|key=value")
     evaluate.add_argument("--validation", type=float, metavar="SHARE", help="as of ssl-dist evaluate")
     evaluate.add_argument("--search", nargs="+", action="extend", default=[], metavar="EVALUATOR.OPTION=[a,b]",
                           help="as of ssl-dist evaluate")  # fmt: skip
     _add_site(evaluate)
     status = verbs.add_parser("status", help="a line a job")
-    status.add_argument("runs", nargs="*", type=Path, help="run folders (default: all in runs/)")
+    status.add_argument("runs", nargs="*", type=_path, help="run folders (default: all in runs/)")
     options, others = parser.parse_known_args()
     if any("=" not in word or word.startswith("-") for word in others) or (others and options.verb == "status"):
         parser.error(f"unknown argument: {' '.join(others)}")
@@ -68,6 +68,11 @@ def _perform(options: argparse.Namespace, others: list[str]) -> int:
         return 2
 
 
+def _path(text: str) -> Path:
+    """Of `--site=~/x` no shell makes a home."""
+    return Path(os.path.expanduser(text))
+
+
 def _add_site(verb: argparse.ArgumentParser) -> None:
     """What a job asks of the cluster."""
     size = verb.add_mutually_exclusive_group()
@@ -79,7 +84,7 @@ def _add_site(verb: argparse.ArgumentParser) -> None:
         verb.add_argument(f"--{name}")
     verb.add_argument("--cpus-per-task", type=int)
     verb.add_argument("--mem-gb", type=float, help="memory of a node")
-    verb.add_argument("--site", type=Path, default=os.environ.get("SSL_DIST_SLURM"), help="YAML of the site")
+    verb.add_argument("--site", type=_path, default=os.environ.get("SSL_DIST_SLURM"), help="YAML of the site")
     verb.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
 
 

@@ -4,6 +4,7 @@ import argparse
 import atexit
 import gc
 import importlib
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +45,11 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 _Argument = tuple[str, dict[str, Any]]  # what `ArgumentParser.add_argument` is given
 _COMMANDS: list[tuple[str, str, tuple[_Argument, ...], Action]] = []  # in the order of --help
+
+
+def _path(text: str) -> Path:
+    """Of `--out=~/x` no shell makes a home."""
+    return Path(os.path.expanduser(text))
 
 
 def _argument(name: str, help: str | None = None, **options: Any) -> _Argument:
@@ -90,7 +96,7 @@ _CONFIG = (
     _overrides("for example optim.lr=1e-3 data.limit=1000"),
 )
 _VOC_TASKS = ["classification", "detection", "segmentation"]
-_RUN_OR_FILE = _argument("run", "a run's folder, or one checkpoint file", type=Path, metavar="RUN")
+_RUN_OR_FILE = _argument("run", "a run's folder, or one checkpoint file", type=_path, metavar="RUN")
 
 # Imports stand inside the commands: torch and numba cost seconds that --help need not wait for.
 
@@ -119,8 +125,8 @@ def _importing() -> Iterator[None]:
         "cifar10, cifar100, supercifar100, stl10, tiny-imagenet, slimagenet64, imagenet, digits, or folder for images "
         "of your own in <split>/<class>/",
     ),
-    _argument("--root", "where the images are (torchvision sets are downloaded there)", type=Path),
-    _argument("--out", "where to write; becomes data.root (default data/<dataset>)", type=Path),
+    _argument("--root", "where the images are (torchvision sets are downloaded there)", type=_path),
+    _argument("--out", "where to write; becomes data.root (default data/<dataset>)", type=_path),
     _argument("--name", "name of a folder's data set (default: of ROOT); a catalog name brings its facts along"),
     _argument("--max-side", "longer images are shrunk to this many pixels (default: catalog)", type=int),
     _argument("--max-pixels", "largest picture that is read (default 178956970)", type=int),
@@ -157,6 +163,7 @@ def _train(args: argparse.Namespace) -> int:
     *_CONFIG,
     _argument("--world", "ranks (default 1)", type=int, default=1),
     _argument("--ranks-per-node", "ranks of a node (default: all on one)", type=int),
+    _argument("--device", "that would train (default: what this machine has)", choices=("cpu", "cuda")),
 )
 def _explain(args: argparse.Namespace) -> None:
     """Print what a config will do, on any number of ranks, without starting anything. Mistakes show here first."""
@@ -168,18 +175,18 @@ def _explain(args: argparse.Namespace) -> None:
         raise UserError(f"--world {args.world}: at least one rank is needed")
     if args.ranks_per_node is not None and (args.ranks_per_node < 1 or args.world % args.ranks_per_node):
         raise UserError(f"--ranks-per-node {args.ranks_per_node}: must divide --world {args.world}")
-    print(explain(config.load(args.config, args.overrides), args.world, args.ranks_per_node))
+    print(explain(config.load(args.config, args.overrides), args.world, args.ranks_per_node, args.device))
 
 
 @_command(
     "extract",
     "write features files",
-    _argument("weights", "a run's folder, or one checkpoint file", type=Path, metavar="RUN|WEIGHTS"),
+    _argument("weights", "a run's folder, or one checkpoint file", type=_path, metavar="RUN|WEIGHTS"),
     _overrides(
         "data.root, data.name, data.reader of another set; data.image_size, data.eval_resize, data.eval_interpolation; "
         "for weights of others also backbone.name, views.normalize"
     ),
-    _argument("--out", "folder to write to (default RUN/features)", type=Path),
+    _argument("--out", "folder to write to (default RUN/features)", type=_path),
     _argument("--split", "split to extract; may be repeated (default: training and test)", action="append"),
 )
 def _extract(args: argparse.Namespace) -> None:
@@ -195,7 +202,7 @@ def _extract(args: argparse.Namespace) -> None:
 @_command(
     "evaluate",
     "measure a run",
-    _argument("run", type=Path, metavar="RUN"),
+    _argument("run", type=_path, metavar="RUN"),
     _argument(
         "overrides",
         "knn, logistic, probe, finetune, classify, ...; knn.k=[20,200] sets an option; data.root=... another data set; "
@@ -248,6 +255,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     ),
     _argument("--method", "method to certify on digits; may be repeated (default: all)", action="append", default=[]),
     _argument("--steps", "optimizer steps in float64 (default 10); one in float32", type=int, default=10),
+    _argument(
+        "--device", "that trains; cuda is compared with the CPU in float64", choices=("cpu", "cuda"), default="cpu"
+    ),
 )
 def _verify(args: argparse.Namespace) -> int:
     """The equality certificate: real steps of 2 and 4 ranks, on every grid, against one process. Exit code 1 when a
@@ -259,18 +269,18 @@ def _verify(args: argparse.Namespace) -> int:
     files = [word for word in args.overrides if "=" not in word]
     if len(files) > 1:
         raise UserError(f"verify {' '.join(files)}: one config at a time")
-    return verify(files[0] if files else None, args.method, overrides, args.steps)
+    return verify(files[0] if files else None, args.method, overrides, args.steps, args.device)
 
 
 @_command(
     "report",
     "make a page of a run, or of several side by side",
-    _argument("runs", "folders of runs", nargs="+", type=Path, metavar="RUN"),
+    _argument("runs", "folders of runs", nargs="+", type=_path, metavar="RUN"),
     _argument(
         "--out",
         "page to write (default: report.html in the run's folder; of several runs, in the folder that they have in "
         "common)",
-        type=Path,
+        type=_path,
         metavar="FILE",
     ),
 )
@@ -287,7 +297,7 @@ def _report(args: argparse.Namespace) -> None:
     "write a run's backbone for other programs",
     _RUN_OR_FILE,
     _argument("--format", required=True, choices=["torchvision", "timm", "seed"]),
-    _argument("--out", "file to write (safetensors; seed: of torch.save)", type=Path, required=True),
+    _argument("--out", "file to write (safetensors; seed: of torch.save)", type=_path, required=True),
 )
 def _export(args: argparse.Namespace) -> None:
     """Write the encoder of a run's newest checkpoint, by the names that torchvision, timm or the official code of
@@ -303,7 +313,7 @@ def _export(args: argparse.Namespace) -> None:
     "write the labels that a run gave its images",
     _RUN_OR_FILE,
     _overrides("data.root, data.reader: where the images are"),
-    _argument("--out", "file to write", type=Path, required=True, metavar="FILE"),
+    _argument("--out", "file to write", type=_path, required=True, metavar="FILE"),
 )
 def _labels(args: argparse.Namespace) -> None:
     """Write the labels that a run's method gave its training images to a CSV file: image_id, label_0, ... They are
@@ -317,16 +327,16 @@ def _labels(args: argparse.Namespace) -> None:
     "voc",
     "transfer to PASCAL VOC: classification, detection, segmentation",
     _argument("task", choices=_VOC_TASKS),
-    _argument("weights", "a run's folder, or a file of weights", type=Path, metavar="RUN|WEIGHTS"),
+    _argument("weights", "a run's folder, or a file of weights", type=_path, metavar="RUN|WEIGHTS"),
     _overrides("options of the task, as batch_size=8; of weights of others also backbone.name"),
     _argument(
         "--root",
         "VOCdevkit/VOC2007; may be repeated: trained on all, tested on the first",
-        type=Path,
+        type=_path,
         action="append",
         required=True,
     ),
-    _argument("--out", "folder of results.json, features and checkpoints", type=Path, required=True),
+    _argument("--out", "folder of results.json, features and checkpoints", type=_path, required=True),
 )
 def _voc(args: argparse.Namespace) -> int:
     """Fit SVMs on frozen features (classification), or fine-tune Faster R-CNN (detection) or FCN (segmentation), in one

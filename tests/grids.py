@@ -38,11 +38,11 @@ def batch_of(*groups, labels=None, images=None):
     return Batch(list(groups), list(ids), images, labels, images)
 
 
-def explained(module, num_views, batch_size, world_size=1, **options):
+def explained(module, num_views, batch_size, world_size=1, device="cpu", **options):
     """What `ssl-dist explain` shows of the method of `module`: name -> text."""
     info = Info(1000, 10, ((num_views, 32),), batch_size, 1.0, Backbone.feature_dim, {"layer1": 8})
     with torch.device("meta"):
-        return module.Method(Backbone(), info, module.Options(**options)).explain(world_size)
+        return module.Method(Backbone(), info, module.Options(**options)).explain(world_size, device)
 
 
 def gradients(method):

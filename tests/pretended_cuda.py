@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -38,6 +39,10 @@ class Notes:
 
     def wait(self, kind: str) -> None:
         self.waits[kind, place()] += 1
+
+    def __add__(self, other: "Notes") -> "Notes":
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Notes(*(ours + theirs for ours, theirs in pairs))
 
     def take(self) -> "Notes":
         """What was noted, which is forgotten here."""
@@ -226,13 +231,13 @@ def _dispatch(function, args, kwargs):
 
 
 def _collective(function, name, args, kwargs):
-    """The fake group moves nothing. Here the other ranks bring to a gather what this one brings, and to a sum zeros."""
+    """A fake group moves nothing: the other ranks bring to a gather what this one brings, and to a sum zeros."""
     NOTES.kernels[("backward " if _in_backward() else "") + f"c10d.{name}"] += 1
     args, kwargs = tree_map(real, (args, kwargs))
     if name == "_allgather_base_":
         args = (args[0].view(-1), args[1].reshape(-1), *args[2:])
     out = function(*args, **kwargs)
-    if name == "_allgather_base_":
+    if name == "_allgather_base_" and dist.get_backend() == "fake":
         args[0].view(-1, args[1].numel()).copy_(args[1])
     return out
 

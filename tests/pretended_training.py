@@ -3,6 +3,7 @@
 import contextlib
 from dataclasses import dataclass
 
+import pytest
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -13,16 +14,19 @@ from ssl_dist.distributed.world import World
 from ssl_dist.run.blueprint import derive
 from ssl_dist.train.loop import fit
 from ssl_dist.train.state import TrainState
+from ssl_dist.verify import ranks as verify_ranks
 from tests import pretended_cuda
 from tests.pretended_cuda import CPU, CUDA, NOTES, Notes, real
 
 
 @dataclass
 class Training:
-    """losses: of every step; notes: what the device was asked for in the second step, which logs nothing."""
+    """losses: of every step; notes: what the device was asked for in the second step, which logs nothing; all_notes:
+    from the beginning to the end."""
 
     losses: list[float]
     notes: Notes
+    all_notes: Notes
     config: config.Config
 
 
@@ -95,7 +99,8 @@ def train(settings, overrides=(), device=CPU, size=1, log_every=1000) -> Trainin
     plan = derive(settings, rank_info)
     run = _Recorded(plan, (World if size == 1 else _FakeWorld)(rank_info, plan.grid, device))
     assert fit(run, StopRequest()) == 0
-    return Training([float(real(loss)) for loss in run.losses], run.steps[-2] if run.losses else Notes(), settings)
+    notes = run.steps[-2] if run.losses else Notes()
+    return Training([float(real(loss)) for loss in run.losses], notes, sum(run.steps, Notes()), settings)
 
 
 @contextlib.contextmanager
@@ -115,3 +120,34 @@ def train_on_gpu(monkeypatch, settings, overrides=(), size=1, log_every=1000) ->
             stack.enter_context(fake_group(size))
         stack.enter_context(pretended_cuda.pretended(monkeypatch, max(size, 1)))
         return train(settings, overrides, CUDA, size, log_every)
+
+
+_entered = contextlib.ExitStack()
+
+
+def pretend_in_a_rank():
+    """In a process of `verify`: a GPU from the first training on one until the process ends. DDP's C++ knows no
+    pretended tensors, so hooks average the gradients."""
+
+    def wrap(world, method):
+        def average(parameter):
+            parameter.grad.copy_(world.all_reduce_mean(parameter.grad))  # in the layout of the weights
+
+        if not world.alone:
+            for parameter in method.parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(average)
+        return method
+
+    def device(name, rank):
+        if name == "cpu":
+            return CPU
+        if not _pretended:
+            _pretended.append(_entered.enter_context(pretended_cuda.pretended(pytest.MonkeyPatch(), 1)))
+            World.wrap = wrap
+        return CUDA
+
+    verify_ranks._device = device
+
+
+_pretended = []

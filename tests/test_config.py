@@ -113,6 +113,24 @@ def test_merged_keys():
             parse_yaml(wrong, "text")
 
 
+def test_a_home_is_meant_by_a_tilde(path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    path.write_text("run_dir: ~/runs/a\ndata: {name: cifar10, root: ~/data, subset: ~/ids.txt}\n")
+    settings = config.load(path, ["backbone.weights=~/w.pth", "data.labels={file: ~/labels.csv}"])
+    found = settings.run_dir, settings.data.root, settings.data.subset, settings.backbone.weights
+    assert (*found, settings.data.labels.file) == tuple(
+        f"/home/me/{name}" for name in ("runs/a", "data", "ids.txt", "w.pth", "labels.csv")
+    )
+
+
+def test_numbers_beyond_float32_are_refused(path):
+    path.write_text(MINIMAL)
+    with pytest.raises(UserError, match=r"optim\.lr = 1e.300: .*less than or equal to"):
+        config.load(path, ["optim.lr=1e300"])
+    with pytest.raises(UserError, match=r"optim\.lr: 1e.39 for a batch of 10 is above 1e.38; lower it"):
+        config.load(path, ["optim.lr=1e38", "optim.lr_batch=1", "optim.batch_size=10"])
+
+
 def test_a_key_that_stands_twice_is_refused(path):
     path.write_text(MINIMAL + "seed: 1\nseed: 2\n")
     with pytest.raises(UserError, match=r"line 4.*'seed' stands twice"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -11,6 +12,7 @@ import torchvision
 from ssl_dist import backbones, cli, config
 from ssl_dist.run.encoder import load_encoder
 from ssl_dist.storage import checkpoint, weights
+from ssl_dist.storage.features import read_features
 from ssl_dist.train.loop import train
 from tests import golden_fill
 from tests.full_disk import FullDisk
@@ -47,6 +49,23 @@ def export(run, form, out, capsys):
 
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def test_extract_normalises_as_the_file_says(run_of, digits, tmp_path, capsys):
+    """The run's own values, not those of the data set, unless others are given."""
+    out = tmp_path / "model.safetensors"
+    run = run_of(
+        "resnet18", "random_weights", views_normalize := "views.normalize={mean: [0.1, 0.2, 0.3], std: [0.4, 0.5, 0.6]}"
+    )
+    export(run, "torchvision", out, capsys)
+    given = [f"data.root={digits}", "data.name=digits", "data.reader=arrays", "backbone.name=resnet18"]
+    for number, more in enumerate(([], [views_normalize.replace("0.1", "0.15")])):
+        folder = str(tmp_path / f"features-{number}")
+        assert cli.main(["extract", str(out), "--out", folder, "--split", "test", *given, *more]) == 0
+        [file] = Path(folder).iterdir()
+        mean = "0.15" if more else "0.1"
+        assert f"mean ({mean}, 0.2, 0.3), std (0.4, 0.5, 0.6)" in read_features(file).metadata["transform"]
+        assert ("as its metadata says" in capsys.readouterr().err) is not bool(more)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "efficientnet_b0"])

@@ -351,7 +351,7 @@ def test_supervised_epochs(case, dtype):
     method.to(TYPES[dtype]).train()
     x, labels = array("rr/x", fixture, TYPES[dtype]), array("rr/y", fixture)
     options = Optim(name="sgd", lr=0.1, momentum=0.9, schedule="step", epochs=epochs)
-    sgd = optim.build(options, [{"params": list(method.parameters())}])
+    sgd = optim.build(options, [{"params": list(method.parameters())}], torch.device("cpu"))
     tolerance = {"f64": 1e-9, "f32": 1e-5}[dtype]
     history, rates = [], []
     for epoch in range(epochs):

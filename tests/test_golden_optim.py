@@ -71,7 +71,7 @@ def test_lars_steps(case, dtype):
     config = json.loads(str(SFRIK["lars/config"]))
     net, tolerance = toy(TYPES[dtype]), TOLERANCES[dtype]
     options = Optim(name="lars", weight_decay=config["weight_decays"][case], momentum=config["momentum"])
-    optimizer = optim.build(options, [{"params": list(net.parameters())}])
+    optimizer = optim.build(options, [{"params": list(net.parameters())}], torch.device("cpu"))
     assert {group["trust"] for group in optimizer.param_groups} == {config["eta"]}
     for number, rate in enumerate(config["lr_per_step"], start=1):
         optim.set_lr(optimizer, rate)

@@ -79,7 +79,7 @@ def batches(dtype):
 def trained(method, recipe, epochs, dtype, total=None):
     """Epochs of mean loss and accuracy, and of both groups' rates."""
     options = Optim(**{**recipe.optim, "epochs": total or epochs})
-    optimizer = optim.build(options, method.parameter_groups())
+    optimizer = optim.build(options, method.parameter_groups(), torch.device("cpu"))
     history, rates = [], []
     for epoch in range(epochs):
         losses_and_accuracies = []

@@ -154,8 +154,8 @@ def test_a_probe_is_searched_over_like_the_others(run):
         (["data.subset=/nowhere.txt"], "data.subset: /nowhere.txt: cannot be read"),
         (["data.subset={per_class: 100000}"], "data.subset: class 0 has"),
         (["data.subset=3"], "data.subset = 3"),
-        (["data.subset="], "data.eval_interpolation, data.subset can be set here"),
-        (["data.limit=5"], "data.eval_interpolation, data.subset can be set here"),
+        (["data.subset="], "tf32, data.subset can be set here"),
+        (["data.limit=5"], "tf32, data.subset can be set here"),
     ],
 )
 def test_mistakes_are_one_line(run, capsys, words, line):

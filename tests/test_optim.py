@@ -8,6 +8,8 @@ from ssl_dist.clock import Clock
 from ssl_dist.config import Optim
 from ssl_dist.train import optim
 
+CPU = torch.device("cpu")
+
 
 def rates(options, total=100, per_epoch=10):
     return [optim.lr(options, Clock(step, per_epoch, total)) for step in range(total)]
@@ -56,7 +58,7 @@ def test_the_rate_is_scaled_by_the_batch():
 @pytest.mark.parametrize(("name", "kind"), [("adam", "Adam"), ("adamw", "AdamW"), ("sgd", "SGD"), ("lars", "LARS")])
 def test_build(name, kind):
     layer = nn.Linear(2, 2)
-    optimizer = optim.build(Optim(name=name, lr=0.25, weight_decay=0.5), [{"params": list(layer.parameters())}])
+    optimizer = optim.build(Optim(name=name, lr=0.25, weight_decay=0.5), [{"params": list(layer.parameters())}], CPU)
     assert type(optimizer).__name__ == kind and optimizer.param_groups[0]["weight_decay"] == 0.5
     optim.set_lr(optimizer, 0.125)
     assert optimizer.param_groups[0]["lr"] == 0.125
@@ -64,7 +66,7 @@ def test_build(name, kind):
 
 def test_reset_state_forgets_only_what_was_redrawn():
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    optimizer = optim.build(Optim(), [{"params": [a, b]}])
+    optimizer = optim.build(Optim(), [{"params": [a, b]}], CPU)
     (a.sum() + b.sum()).backward()
     optimizer.step()
     optim.reset_state(optimizer, [a])
@@ -88,7 +90,9 @@ def reference_lars(p, gradients, lr, decay, momentum, adapt):
 def test_lars_is_what_its_docstring_says(start):
     weight = nn.Parameter(torch.tensor(start, dtype=torch.float64).view(2, 2))
     bias = nn.Parameter(torch.tensor(start, dtype=torch.float64))
-    optimizer = optim.build(Optim(name="lars", lr=0.5, weight_decay=0.1, momentum=0.8), [{"params": [bias, weight]}])
+    optimizer = optim.build(
+        Optim(name="lars", lr=0.5, weight_decay=0.1, momentum=0.8), [{"params": [bias, weight]}], CPU
+    )
     gradients = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     gradients[1] = 0
     for gradient in gradients:
@@ -103,7 +107,7 @@ def test_lars_is_what_its_docstring_says(start):
 def test_lars_leaves_scalars_as_it_leaves_biases():
     """A learnt temperature has no direction whose length could be compared, and must not decay towards 1."""
     scalar, weight = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.ones(2, 2))
-    optimizer = optim.build(Optim(name="lars", lr=0.5, weight_decay=0.1), [{"params": [scalar, weight]}])
+    optimizer = optim.build(Optim(name="lars", lr=0.5, weight_decay=0.1), [{"params": [scalar, weight]}], CPU)
     scalar.grad, weight.grad = torch.tensor(3.0), torch.ones(2, 2)
     optimizer.step()
     assert scalar.item() == 2.0 - 0.5 * 3.0
@@ -113,7 +117,7 @@ def test_lars_resumes_exactly():
     def make():
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-        return net, optim.build(Optim(name="lars", lr=0.5, weight_decay=0.1), [{"params": list(net.parameters())}])
+        return net, optim.build(Optim(name="lars", lr=0.5, weight_decay=0.1), [{"params": list(net.parameters())}], CPU)
 
     def step(net, optimizer, seed):
         x = torch.randn(8, 3, generator=torch.Generator().manual_seed(seed))

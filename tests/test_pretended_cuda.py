@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from ssl_dist import cli, methods
+from ssl_dist.device import allow_tf32
 from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.distributed.world import World
+from ssl_dist.errors import UserError
 from ssl_dist.grid import Grid
 from ssl_dist.methods.base import SSLMethod
 from ssl_dist.storage import checkpoint
@@ -66,6 +68,46 @@ def test_one_of_eight_ranks(name, cases, monkeypatch):
         assert dict(notes.waits) == ONE_WAIT, config.method
         assert not notes.half, config.method
         assert {place for _, place in notes.wide} <= MEANT_IN_FLOAT64, config.method
+
+
+# From the documentation of torch.use_deterministic_algorithms: what raises an error on a GPU.
+NONDETERMINISTIC = {
+    "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward", "avg_pool3d_backward",
+    "adaptive_max_pool2d_backward", "max_pool3d_with_indices_backward", "fractional_max_pool2d_backward",
+    "max_unpool2d", "upsample_bilinear2d_backward", "upsample_bicubic2d_backward", "upsample_linear1d_backward",
+    "upsample_trilinear3d_backward",
+    "_upsample_bilinear2d_aa_backward", "_upsample_bicubic2d_aa_backward", "reflection_pad1d_backward",
+    "reflection_pad2d_backward", "replication_pad2d_backward", "nll_loss2d_forward", "nll_loss2d_backward",
+    "_ctc_loss_backward", "put_", "histc", "kthvalue", "median", "grid_sampler_2d_backward", "cumsum",
+    "scatter_reduce",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_deterministic_kernels_or_a_refusal(name, cases, monkeypatch):
+    few = ["precision=fp32", *(["method.options.clusters=8"] if name == "deepcluster" else [])]
+    [config, *_] = cases[name]
+    notes = train_on_gpu(monkeypatch, config, few).all_notes
+    if {kernel.split()[-1] for kernel in notes.kernels} & NONDETERMINISTIC:
+        with pytest.raises(
+            UserError, match=r"deterministic = true: .*method\.options\.alpha=0, or deterministic=false"
+        ):
+            train_on_gpu(monkeypatch, config, [*few, "deterministic=true"])
+        assert name == "infomax"
+        few = [*few, "method.options.alpha=0"]
+    try:
+        train_on_gpu(monkeypatch, config, [*few, "deterministic=true"])
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_float32_or_tensorfloat32(tf32, cases, monkeypatch):
+    [config, *_] = cases["supervised"]
+    train_on_gpu(monkeypatch, config, ["precision=fp32", f"tf32={str(tf32).lower()}"])
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == (tf32, tf32)
+    allow_tf32(False)
 
 
 def test_commands_on_one_gpu(digits, tmp_path, monkeypatch, capsys):

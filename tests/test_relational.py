@@ -322,7 +322,9 @@ def test_options_have_the_papers_defaults():
     assert (options.aggregation, options.gamma, options.alpha, options.hidden) == ("cat", 2.0, 0.5, 256)
     assert methods.build_options(relational.Method, {"alpha": None}).alpha is None
     text = grids.explained(relational, 32, 64)
-    assert "31744 positive" in " ".join(text.values())
+    assert "31744 positive" in " ".join(text.values()) and "scoring" not in text["pairs a rank"]
+    on_gpu = grids.explained(relational, 32, 64, device="cuda")["pairs a rank"]
+    assert on_gpu.endswith("scoring them takes about 248.0 MiB")
 
 
 def test_random_weights_take_no_step_and_no_option():

@@ -15,6 +15,7 @@ from ssl_dist.config.section import (
     FiniteFloat,
     NonNegativeFloat,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Probability,
@@ -72,7 +73,7 @@ class ClassSubset(Section):
 class LabelsFile(Section):
     """Labels in the place of the split's own: CSV with the columns image_id, label[, label ...]."""
 
-    file: str = Field(description="CSV file")
+    file: PathText = Field(description="CSV file")
     column: NonNegativeInt = Field(0, description="which of the label columns, counted from 0")
 
 
@@ -81,7 +82,7 @@ DatasetName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 
 class Data(Section):
     name: DatasetName = Field(description="data set: an entry of the catalog, or a plain word for one of your own")
-    root: str = Field(description="folder with <split>.beton and dataset.json (what `convert --out` wrote)")
+    root: PathText = Field(description="folder with <split>.beton and dataset.json (what `convert --out` wrote)")
     reader: Literal["ffcv", "arrays"] = Field("ffcv", description="ffcv, or arrays: the same pixels without FFCV")
     image_size: PositiveInt = Field(
         32,
@@ -97,7 +98,9 @@ class Data(Section):
     )
     workers: Literal["auto"] | PositiveInt = Field("auto", description="threads that make views, on every rank")
     split: str | None = Field(None, description="null: the method's natural split of this data set")
-    subset: ClassSubset | str | None = Field(None, description="{per_class: n, start: m}, or a file with one id a line")
+    subset: ClassSubset | PathText | None = Field(
+        None, description="{per_class: n, start: m}, or a file with one id a line"
+    )
     limit: PositiveInt | None = Field(None, description="train on this many ids, evenly spaced over the split")
     labels: LabelsFile | None = Field(
         None, description="{file: labels.csv, column: 0}: labels for the training instead of the split's own"
@@ -115,7 +118,7 @@ class Backbone(Section):
     zero_init_residual: bool = Field(
         False, description="residual blocks of resnet18 to resnet200 begin as the identity (SFRIK and VICReg do it)"
     )
-    weights: str | None = Field(
+    weights: PathText | None = Field(
         None, description="file to begin from: of torchvision, timm or an official code; null: random weights"
     )
 
@@ -125,16 +128,23 @@ class MethodSection(Section):
     options: dict[str, Any] = Field(default_factory=dict, description="the method's own options, checked by the method")
 
 
+MAX_RATE = 1e38  # a float32
+
+
 class Optim(Section):
     name: Literal["adam", "adamw", "sgd", "lars"] = Field("adam", description="the optimizer")
-    lr: PositiveFloat = Field(1e-3, description="learning rate at its highest, for a batch of `lr_batch` images")
+    lr: PositiveFloat = Field(
+        1e-3, le=MAX_RATE, description="learning rate at its highest, for a batch of `lr_batch` images"
+    )
     lr_batch: PositiveInt | None = Field(
         None, description="the rate is lr * batch_size / lr_batch (LARS recipes: 256); null: lr as it stands"
     )
     batch_size: PositiveInt = Field(64, description="M, images of the global batch over all ranks")
     epochs: PositiveInt | None = Field(200, description="length of the training; null when `steps` is given")
     steps: PositiveInt | None = Field(None, description="length in optimizer steps; null when `epochs` is given")
-    weight_decay: NonNegativeFloat = Field(0.0, description="lars: of weights only, not of biases and BatchNorm")
+    weight_decay: NonNegativeFloat = Field(
+        0.0, le=MAX_RATE, description="lars: of weights only, not of biases and BatchNorm"
+    )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of sgd and lars")
     warmup_epochs: NonNegativeFloat = Field(0.0, description="linear rise of the rate from 0, in (fractional) epochs")
     schedule: Literal["constant", "cosine", "epoch_cosine", "step"] = Field(
@@ -158,6 +168,8 @@ class Optim(Section):
 
     @model_validator(mode="after")
     def _length(self) -> Self:
+        if self.peak_lr > MAX_RATE:
+            raise ValueError(f"lr: {self.peak_lr:g} for a batch of {self.batch_size} is above {MAX_RATE:g}; lower it")
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("epochs: exactly one of epochs and steps must be given; set the other to null")
         return self
@@ -182,13 +194,16 @@ class Log(Section):
 
 class Config(Section):
     seed: NonNegativeInt = Field(0, description="of everything random")
-    run_dir: str = Field(min_length=1, description="the run's folder; the same command again resumes it")
+    run_dir: PathText = Field(min_length=1, description="the run's folder; the same command again resumes it")
     data: Data
     views: Views = Field(default_factory=Views)
     backbone: Backbone = Field(default_factory=Backbone)
     method: MethodSection = Field(default_factory=MethodSection)
     optim: Optim = Field(default_factory=Optim)
     precision: Literal["fp64", "fp32", "bf16"] = Field("fp32", description="bf16: autocast, weights stay float32")
+    tf32: bool = Field(
+        False, description="on GPUs, what goes into float32 convolutions and products is rounded to TensorFloat-32"
+    )
     channels_last: bool = Field(True, description="memory layout of images; faster on CPU and GPU")
     compile: bool = Field(False, description="torch.compile the backbone: minutes at the start, faster steps on a GPU")
     deterministic: bool = Field(False, description="deterministic CUDA kernels, for bit-exact resumes on a GPU")

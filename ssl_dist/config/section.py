@@ -4,6 +4,7 @@ Unknown keys, wrong types and values out of range raise `UserError` with one lin
 remedy, with the nearest name for a misspelt one.
 """
 
+import os
 import re
 import types
 import typing
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from ssl_dist.errors import UserError, did_you_mean, quoted, refuse_unreadable
@@ -23,6 +24,8 @@ PositiveInt = Annotated[int, Field(ge=1, le=MAX_INT)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_INT)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# A path in a YAML file or behind "=" is none that a shell expands.
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 

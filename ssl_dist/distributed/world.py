@@ -254,16 +254,22 @@ def ranks_here(wanted: int) -> int:
 
 
 def join_world(
-    rank_info: RankInfo, grid: Grid, state: RankState | None = None, is_stopping: Callable[[], bool] = lambda: False
+    rank_info: RankInfo,
+    grid: Grid,
+    state: RankState | None = None,
+    is_stopping: Callable[[], bool] = lambda: False,
+    device: torch.device | None = None,
 ) -> World:
-    """Wait for the other ranks and form their process group; one rank has nothing to wait for. Raises what
+    """Wait for the other ranks and form their process group; one rank has nothing to wait for. device: one that other
+    ranks may have as well, so that all collectives go by gloo; None: a GPU of the rank's own, or the CPU. Raises what
     `rendezvous.join` and `self_test` raise."""
-    device = choose_device(rank_info)
+    shared, device = device is not None, device or choose_device(rank_info)
     if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic; read when CUDA starts
         torch.cuda.set_device(device)
     world = World(rank_info, grid, device, state)
     if not world.alone:
-        rendezvous.join(rank_info, device, is_stopping)
+        rendezvous.join(rank_info, torch.device("cpu") if shared else device, is_stopping)
         self_test(world)
     return world
 

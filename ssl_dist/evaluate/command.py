@@ -39,7 +39,7 @@ from ssl_dist.transfer.subject import EvalContext, chosen_images, hold_out
 EVALUATOR_TIMEOUT_S = 7 * 24 * 3600.0  # on rank 0; if its process dies, the others end at once
 
 DATA_KEYS = ("data.name", "data.root", "data.reader")
-TRANSFORM_KEYS = ("data.image_size", "data.eval_resize", "data.eval_interpolation")
+TRANSFORM_KEYS = ("data.image_size", "data.eval_resize", "data.eval_interpolation", "tf32")
 EVAL_KEYS = (*DATA_KEYS, *TRANSFORM_KEYS)
 SUBSET_KEY = "data.subset"
 # What can be set for weights of other programs, whose files do not say it.

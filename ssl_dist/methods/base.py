@@ -134,9 +134,14 @@ class SSLMethod(nn.Module, Generic[OptionsT]):
         self.info = info
         self.options = options
 
-    def explain(self, world_size: int) -> dict[str, str]:
-        """Lines of `ssl-dist explain`, name -> text; for example the pairs of a step and those of a rank."""
+    def explain(self, world_size: int, device: str) -> dict[str, str]:
+        """Lines of `ssl-dist explain`, name -> text; for example the pairs of a step and those of a rank. device: cpu
+        or cuda, on which the ranks would train."""
         return {}
+
+    def nondeterministic(self) -> str:
+        """What of the method has no deterministic kernel on a GPU, and what to set; empty where nothing is."""
+        return ""
 
     @classmethod
     def warm_up(cls, options: OptionsT, dtype: torch.dtype) -> None:

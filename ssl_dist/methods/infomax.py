@@ -139,12 +139,20 @@ class Method(SSLMethod[Options]):
         self.local_net = LocalNet(info.feature_dim, channels, options.hidden) if options.beta else None
         self.prior_net = PriorNet(info.feature_dim) if options.gamma else None
 
-    def explain(self, world_size: int) -> dict[str, str]:
+    def explain(self, world_size: int, device: str) -> dict[str, str]:
         options, num_pairs = self.options, self.info.batch_size
         weights = f"global {options.alpha:g}, local {options.beta:g}, prior {options.gamma:g} ({options.prior})"
         return {
             "pairs": f"features and maps, {num_pairs} of one image and {num_pairs} of two a step; weights {weights}"
         }
+
+    def nondeterministic(self) -> str:
+        if self.global_net is None:
+            return ""
+        return (
+            f"the 16x16 pooling behind method.options.alpha = {self.options.alpha:g} has no deterministic gradient on "
+            "a GPU; give method.options.alpha=0"
+        )
 
     @classmethod
     def warm_up(cls, options: Options, dtype: torch.dtype) -> None:

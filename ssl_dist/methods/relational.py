@@ -198,14 +198,14 @@ class Method(SSLMethod[Options]):
             self.encoding = mlp([info.feature_dim, options.hidden, ENCODING_DIM], activation=nn.LeakyReLU)
         self.fused = True  # False: torch operations on the CPU too (slower; the two are held together by tests)
 
-    def explain(self, world_size: int) -> dict[str, str]:
+    def explain(self, world_size: int, device: str) -> dict[str, str]:
         options, num_views = self.options, self.num_views
         num_units = num_views * (num_views - 1) // 2 * self.info.batch_size
         loss = f"focal binary cross-entropy, gamma {options.gamma:g}, alpha {options.alpha}"
         least, most = num_units // world_size, -(-num_units // world_size)
         share = f"{most}" if least == most else f"{least}-{most}"
         text = f"{share} positive and as many negative"
-        if options.aggregation == "max" or torch.cuda.is_available():  # pairs x hidden: kept 3 times, 1 in flight
+        if options.aggregation == "max" or device == "cuda":  # pairs x hidden: kept 3 times, 1 in flight
             text += f"; scoring them takes about {4 * 2 * most * options.hidden * 4 / 2**20:.1f} MiB"
         return {
             "pairs": f"{num_units} positive and {num_units} negative a step ({options.aggregation}), {loss}",

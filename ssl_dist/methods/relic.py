@@ -129,7 +129,7 @@ class Method(SSLMethod[Options]):
         self.log_tau, self.bias = nn.Parameter(torch.tensor(log_tau)), nn.Parameter(torch.tensor(bias))
         self.total = round(info.steps_per_epoch * (info.total_epochs + 2)) - 1  # the steps in which gamma would reach 1
 
-    def explain(self, world_size: int) -> dict[str, str]:
+    def explain(self, world_size: int, device: str) -> dict[str, str]:
         options = self.options
         return {
             "instance task": f"1 of {self.info.batch_size} images, {options.loss} loss, invariance x {options.alpha:g}",

@@ -43,7 +43,7 @@ class Method(SSLMethod[Options]):
         super().__init__(backbone, info, options)
         self.classifier = nn.Linear(info.feature_dim, TURNS)
 
-    def explain(self, world_size: int) -> dict[str, str]:
+    def explain(self, world_size: int, device: str) -> dict[str, str]:
         return {
             "rotations": f"{TURNS} of every view, so that {TURNS * self.info.batch_size} images a step pass the network"
         }

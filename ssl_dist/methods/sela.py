@@ -84,7 +84,7 @@ class Method(SSLMethod[Options]):
         self.labels = PseudoLabels(options.heads, info.num_images, options.clusters, info.seed)
         self.register_buffer("sinkhorn", torch.zeros(2))
 
-    def explain(self, world_size: int) -> dict[str, str]:
+    def explain(self, world_size: int, device: str) -> dict[str, str]:
         options = self.options
         return {
             "labels": f"{options.heads} head(s) x {options.clusters} clusters, {options.relabelings} relabelings",

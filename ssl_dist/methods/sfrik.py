@@ -125,7 +125,7 @@ class Method(SSLMethod[Options]):
         self.views_together = self.num_views > 2
         self.projector = mlp([info.feature_dim, *options.projector])
 
-    def explain(self, world_size: int) -> dict[str, str]:
+    def explain(self, world_size: int, device: str) -> dict[str, str]:
         num_views, batch_size, options = self.num_views, self.info.batch_size, self.options
         regularised = num_views if options.reg_small else len(options.general)
         weights = ", ".join(f"{w:g}" for w in options.weights)

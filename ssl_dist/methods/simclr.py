@@ -70,7 +70,7 @@ class Method(SSLMethod[Options]):
             raise UserError("optim.batch_size = 1: simclr compares a view with those of other images; give 2 or more")
         self.projector = mlp([info.feature_dim, *options.projector], options.last_bias, ACTIVATIONS[options.activation])
 
-    def explain(self, world_size: int) -> dict[str, str]:
+    def explain(self, world_size: int, device: str) -> dict[str, str]:
         rows = self.num_views * self.info.batch_size
         loss = f"{self.options.loss}, temperature {self.options.temperature:g}"
         return {"similarities": f"{rows} x {rows} a step, {-(-rows // world_size)} x {rows} a rank; {loss}"}

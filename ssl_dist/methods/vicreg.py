@@ -53,7 +53,7 @@ class Method(SSLMethod[Options]):
             raise UserError("optim.batch_size = 1: one image has no variance; give 2 or more")
         self.projector = mlp([info.feature_dim, *options.projector])
 
-    def explain(self, world_size: int) -> dict[str, str]:
+    def explain(self, world_size: int, device: str) -> dict[str, str]:
         dim = self.options.projector[-1]
         rows = -(-dim // world_size)
         return {"covariance": f"{rows} of {dim} rows a rank, {rows * dim * 4 / 2**20:.1f} MiB, for each of 2 views"}

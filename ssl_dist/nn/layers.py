@@ -36,9 +36,8 @@ def ema_update(target: nn.Module, online: nn.Module, decay: float) -> None:
     """
     means = [*target.parameters(), *target.buffers()]
     values = [*online.parameters(), *online.buffers()]
-    for mean, value in zip(means, values, strict=True):
-        if mean.is_floating_point():
-            mean.lerp_(value, 1 - decay)
+    pairs = [pair for pair in zip(means, values, strict=True) if pair[0].is_floating_point()]
+    torch._foreach_lerp_([mean for mean, _ in pairs], [value for _, value in pairs], 1 - decay)
 
 
 # ---------------------------------------------------------------------------------------------------- dropout

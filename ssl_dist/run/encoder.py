@@ -16,10 +16,12 @@ from ssl_dist.data.loader import view_batches
 from ssl_dist.data.normalize import normalized
 from ssl_dist.data.reader import Reader, SplitInfo
 from ssl_dist.data.readers import Dataset
+from ssl_dist.device import allow_tf32
 from ssl_dist.distributed.world import World
 from ssl_dist.errors import RaisedOn, UserError
 from ssl_dist.methods.base import Info, SSLMethod
 from ssl_dist.progress import Progress
+from ssl_dist.reading import parse_json
 from ssl_dist.run import blueprint
 from ssl_dist.storage import checkpoint, durable, weights
 from ssl_dist.storage.features import read_features, write_features
@@ -47,19 +49,21 @@ class Encoder:
 
     @property
     def transform(self) -> str:
-        """The test transform in words; features made with another one are stale."""
+        """The test transform in words, and the arithmetic where it is not float32; features made with another one are
+        stale."""
         size = self.config.data.image_size
         mean, std = (", ".join(f"{v:g}" for v in values) for values in (self.normalize.mean, self.normalize.std))
         resize = self.config.data.eval_resize or size
+        tf32 = ", in TensorFloat-32" if self.config.tf32 else ""
         cubic = " bicubic" if self.config.data.eval_interpolation == "bicubic" else ""
-        return f"short side to {resize}{cubic}, centre crop {size}, mean ({mean}), std ({std})"
+        return f"short side to {resize}{cubic}, centre crop {size}, mean ({mean}), std ({std}){tf32}"
 
     @property
     def size_note(self) -> str | None:
         """A line for the user where images are not evaluated at the size of any view; else None."""
         size, groups = self.config.data.image_size, self.config.views.groups
         sizes = sorted({group.size or size for group in groups})
-        if self.changed or size in sizes:
+        if any(change.startswith("data.") for change in self.changed) or size in sizes:
             return None
         return (
             f"images are evaluated at {size} px and the views were of {', '.join(map(str, sizes))}; "
@@ -118,7 +122,8 @@ def load_together(path: Path, world: World) -> tuple[SSLMethod, Encoder]:
 def load_others(path: Path, settings: Config, split: SplitInfo) -> tuple[Encoder, str]:
     """The encoder in a file of another program, and a line on how the file was read. Raises `UserError`.
 
-    settings: the backbone, the size of images and how they are normalised ("dataset": by the values of `split`).
+    settings: the backbone, the size of images and how they are normalised ("dataset": by the values of `split`; where
+    nothing is given and the file is one of `ssl-dist export`, as it says).
     """
     name = settings.backbone.name
     backbone = backbones.build(name)
@@ -127,7 +132,15 @@ def load_others(path: Path, settings: Config, split: SplitInfo) -> tuple[Encoder
         blueprint.try_size(backbones.build(name).eval(), settings.data.image_size, name, "images")
     backbone.load_state_dict(fitted.tensors)
     module = backbone.float().eval().requires_grad_(False)
-    return Encoder(module, settings, blueprint.normalization(settings, split), fitted.sha256, 0, path), fitted.note
+    normalize, note, facts = blueprint.normalization(settings, split), fitted.note, weights.facts(path)
+    if facts and "normalize" not in settings.views.model_fields_set:
+        try:
+            tree = parse_json(facts["normalize"])
+        except ValueError:
+            raise UserError(f"{path}: damaged metadata (normalize); export it again") from None
+        normalize = validate(Normalize, tree, f"{path}: normalize.")
+        note += "; images are normalised as its metadata says"
+    return Encoder(module, settings, normalize, fitted.sha256, 0, path), note
 
 
 def features_path(folder: Path, dataset: Dataset, split: str) -> Path:
@@ -166,6 +179,7 @@ def extract_features(encoder: Encoder, dataset: Dataset, split: str, folder: Pat
             ids = np.arange(low, high, dtype=np.int64)
             module = encoder.module.to(world.device).to(memory_format=torch.channels_last)
             to_input = normalized(encoder.normalize, torch.float32, world.device)
+            allow_tf32(encoder.config.tf32)
             data = encoder.config.data
             rows = outputs(lambda pixels: module(to_input(pixels)), reader, ids, data, threads, world, progress)
             part = np.concatenate(list(rows))

@@ -13,11 +13,7 @@ from ssl_dist.config import to_tree
 from ssl_dist.errors import UserError
 from ssl_dist.run.encoder import load_method
 from ssl_dist.storage.durable import atomic_write_or_refuse
-from ssl_dist.storage.weights import TIMM, renamed
-
-# The metadata of a safetensors file: names, the checkpoint's SHA-256 and step, and the mean and std (JSON)
-# that its images were normalised with.
-FACTS = ("backbone", "method", "checkpoint", "step", "normalize")
+from ssl_dist.storage.weights import FACTS, TIMM, renamed
 
 # Backbones of ours that are those of the library, tensor by tensor and under the same name.
 OF_TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "efficientnet_b0", "efficientnet_v2_s")

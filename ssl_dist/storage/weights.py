@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,10 @@ KNOWN_FORMATS = (
     "a state_dict of torchvision, timm, SFRIK, VICReg, SeLa or ReLIC, or a dictionary with one under "
     "backbone (relational reasoning), state_dict (SeLa) or model (SFRIK, VICReg)"
 )
+# The metadata that `ssl-dist export` gives a safetensors file: names, the checkpoint's SHA-256 and step, and the mean
+# and std (JSON) that its images were normalised with.
+FACTS = ("backbone", "method", "checkpoint", "step", "normalize")
+
 REMEDY = "save the network's state_dict anew, or give another file"
 
 
@@ -181,6 +186,16 @@ def read(path: Path) -> tuple[Any, str]:
     except DAMAGED_FILE_ERRORS as error:
         reason = torch_file.reason_of(error)
         raise UserError(f"{path}: no weights that torch or safetensors can read: {reason}; {REMEDY}") from None
+
+
+def facts(path: Path) -> dict[str, str]:
+    """What `ssl-dist export` wrote about its file; empty for a file of others."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (safetensors.SafetensorError, OSError):
+        return {}  # no safetensors file; whoever reads it next says what is wrong with it
+    return metadata if set(FACTS) <= set(metadata) else {}
 
 
 def _state_dict(path: Path, tree: Any) -> tuple[str, dict[str, Tensor]]:

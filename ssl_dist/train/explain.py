@@ -29,13 +29,15 @@ from ssl_dist.storage import checkpoint
 from ssl_dist.train import online_knn, optim
 
 
-def explain(config: Config, world_size: int, ranks_per_node: int | None = None) -> str:
-    """A text of `name: value` lines. Raises `UserError` for everything that could not run."""
+def explain(config: Config, world_size: int, ranks_per_node: int | None = None, device: str | None = None) -> str:
+    """A text of `name: value` lines. device: cpu or cuda; None: what this machine has. Raises `UserError` for
+    everything that could not run."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     rank_info = RankInfo(0, world_size, 0, ranks_per_node or world_size)
     plan = derive(config, rank_info)
     run_folder.check(plan.run, config)
     memory = Memory.of(plan)
-    of_method = _on_meta(plan).explain(world_size)
+    of_method = _on_meta(plan).explain(world_size, device)
     lines = _data(plan) | _grid(plan, memory) | of_method | _training(plan) | _memory(memory)
     steps = checkpoint.steps(plan.run)
     lines["run folder"] = f"{plan.run} ({f'resumes after step {steps[-1]}' if steps else 'new'})"

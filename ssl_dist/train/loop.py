@@ -28,8 +28,6 @@ def train(config: Config) -> int:
 
     For the main thread, whose signal handlers it replaces until it returns; a hang ends the whole process.
     """
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     rank_info = RankInfo.from_environment()
     plan = derive(config, rank_info)
     for spec in plan.specs:

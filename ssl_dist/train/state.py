@@ -14,7 +14,7 @@ from ssl_dist import config, views
 from ssl_dist.clock import Clock
 from ssl_dist.data.loader import HostBatch, TrainLoader
 from ssl_dist.data.normalize import normalized
-from ssl_dist.device import HostCopy
+from ssl_dist.device import HostCopy, allow_tf32
 from ssl_dist.distributed import watchdog
 from ssl_dist.distributed import world as world_module
 from ssl_dist.distributed.signals import StopRequest
@@ -38,9 +38,11 @@ class TrainState:
         """lock: the descriptor of the folder's lock, on rank 0; None: nobody else can write the folder."""
         self.plan, self.world, self.config, self._lock = plan, world, plan.config, lock
         self.folder = plan.run
-        if self.config.deterministic:
-            torch.use_deterministic_algorithms(True)
+        allow_tf32(self.config.tf32)
+        torch.use_deterministic_algorithms(self.config.deterministic)
         method = plan.build()
+        if self.config.deterministic and world.device.type == "cuda" and (obstacle := method.nondeterministic()):
+            raise UserError(f"deterministic = true: {obstacle}, or deterministic=false")
         if plan.initial_weights is not None and world.is_rank0:
             print(f"backbone.weights: {plan.initial_weights.note}", file=sys.stderr, flush=True)
         if self.config.channels_last:
@@ -48,7 +50,7 @@ class TrainState:
         world.synchronize_batchnorm(method)
         self.method = method.to(world.device).train()
         self.columns = None if method.views_together else world.view_columns(self.method)
-        self.optimizer = optim.build(self.config.optim, method.parameter_groups())
+        self.optimizer = optim.build(self.config.optim, method.parameter_groups(), world.device)
         self.clock = plan.clock(self._resume())
         if self.config.compile:
             method.backbone.compile()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssl_dist.data.normalize import normalized
 from ssl_dist.data.readers import Dataset
+from ssl_dist.device import allow_tf32
 from ssl_dist.errors import UserError, quoted
 from ssl_dist.methods.base import SSLMethod
 from ssl_dist.progress import Progress
@@ -82,6 +83,7 @@ def classify(
         has_matrix = num_classes <= confusion.MAX_CLASSES
         counts_CC = torch.zeros(num_classes if has_matrix else 0, num_classes, dtype=torch.int64)
         to_input = normalized(encoder.normalize, torch.float32, world.device)
+        allow_tf32(encoder.config.tf32)
 
         def score(pixels: Tensor) -> Tensor:
             """All of the method's classifiers, [N, H, C]."""

@@ -136,6 +136,7 @@ def _config_tree(context: EvalContext, folder: Path, method: str, recipe: Recipe
         "method": {"name": method, "options": recipe.options},
         "optim": recipe.optim,
         "precision": run.precision,
+        "tf32": run.tf32,
         "channels_last": run.channels_last,
         "deterministic": run.deterministic,
         "timeout": run.timeout,

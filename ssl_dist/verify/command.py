@@ -1,9 +1,12 @@
 """`ssl-dist verify`: the equality certificate. Real steps on several processes and grids against one process.
 
-The training loop, the loader, the augmentations and BatchNorm are those of a run, on the CPU. Loss, gradients, buffers
-and weights of every rank are compared with one process; `verify_ranks.difference` is the measure. In float64 loss and
-gradients are compared at every step, buffers and weights at the end. In float32 only the first step is: Adam divides a
-gradient by its own size, so rounding noise of a gradient near 0 moves a weight as far as a signal does.
+The training loop, the loader, the augmentations and BatchNorm are those of a run. Loss, gradients, buffers and weights
+of every rank are compared with one process; `verify_ranks.difference` is the measure. In float64 loss and gradients are
+compared at every step, buffers and weights at the end. In float32 only the first step is: Adam divides a gradient by
+its own size, so rounding noise of a gradient near 0 moves a weight as far as a signal does.
+
+On GPUs all of them, one process too, are compared with one process on the CPU in float64. Ranks share GPUs where these
+are fewer: their collectives go by gloo.
 """
 
 import json
@@ -12,10 +15,11 @@ import tempfile
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 
 from ssl_dist import config, methods, text_table
@@ -38,6 +42,11 @@ BOUNDS = {
     "fp64": dict.fromkeys(KINDS, 1e-9),
     "fp32": {"loss": 1e-5, "head": 1e-5, "deep": 1e-2},
 }
+# Of a GPU from the CPU in float64: here fp32 has all of its rounding, not only that of another order of sums.
+CUDA_BOUNDS = {
+    "fp64": dict.fromkeys(KINDS, 1e-9),
+    "fp32": {"loss": 1e-4, "head": 1e-3, "deep": 1e-1},
+}
 OWN_KEYS = ("precision", "run_dir", "optim.epochs", "optim.steps", "log.every_steps", "data.view_shards")
 LEGEND = """\
 Each figure is the largest of all ranks and steps. A tensor differs by max|a-b| / max|b| in fp64. In fp32, where the
@@ -56,6 +65,7 @@ class VerifyCase:
     trains: bool
     note: str
     grids: dict[int, list[Grid]]
+    device: str = "cpu"
 
     @property
     def title(self) -> str:
@@ -63,12 +73,19 @@ class VerifyCase:
 
     @property
     def bounds(self) -> dict[str, float]:
-        bounds = BOUNDS[self.config.precision]
+        bounds = (CUDA_BOUNDS if self.device == "cuda" else BOUNDS)[self.config.precision]
         return bounds if self.trains else {kind: bounds[kind] for kind in ("buffers", "weights")}
+
+    def reference(self, pages: Path) -> GridTraining:
+        """One process on the CPU, which writes the pages."""
+        precision = "fp64" if self.device == "cuda" else self.config.precision
+        settings = self.config.model_copy(update={"precision": precision})
+        return GridTraining(f"{self.title} on one process", settings, pages, "cpu", writes=True)
 
     def on_grid(self, grid: Grid, pages: Path) -> GridTraining:
         data = self.config.data.model_copy(update={"view_shards": grid.views})
-        return GridTraining(f"{self.title} {grid}", self.config.model_copy(update={"data": data}), pages)
+        settings = self.config.model_copy(update={"data": data})
+        return GridTraining(f"{self.title} {grid}", settings, pages, self.device, writes=False)
 
 
 @dataclass(frozen=True)
@@ -85,23 +102,30 @@ class Row:
 
 
 def verify(
-    file: str | None = None, names: Sequence[str] = (), overrides: Sequence[str] = (), steps: int = STEPS
+    file: str | None = None,
+    names: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    steps: int = STEPS,
+    device: str = "cpu",
 ) -> int:
-    """Certify the method of a config file, or the named ones (default: all), and print the table. Returns 0 when every
-    bound holds, else 1."""
+    """Certify the method of a config file, or the named ones (default: all), and print the table. device: cpu or cuda.
+    Returns 0 when every bound holds, else 1."""
     if file is not None and names:
         raise UserError(f"verify: give a config ({file}) or --method {names[0]}, not both")
     if steps < 1:
         raise UserError(f"--steps {steps}: at least one step is needed")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU is visible here; leave it out")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of the ranks; see launch/torchrun_multi.sh
     with tempfile.TemporaryDirectory(prefix="ssl_dist-verify-") as folder:
-        chosen = list(cases(Path(folder), file, names, overrides, steps))
+        chosen = [replace(c, device=device) for c in cases(Path(folder), file, names, overrides, steps)]
         rows = certify(chosen, Path(folder))
     good = sum(row.holds for row in rows)
     print(table(rows))
     print(LEGEND)
     print("\n".join(dict.fromkeys(case.note for case in chosen)))
-    print("bounds: " + "; ".join(f"{precision} {_describe_bounds(bounds)}" for precision, bounds in BOUNDS.items()))
+    bounds = CUDA_BOUNDS if device == "cuda" else BOUNDS
+    print("bounds: " + "; ".join(f"{precision} {_describe_bounds(of_kinds)}" for precision, of_kinds in bounds.items()))
     print(f"{good} of {len(rows)} hold" + ("" if good == len(rows) else f", {len(rows) - good} DIFFERENT"))
     return 0 if good == len(rows) else 1
 
@@ -112,18 +136,25 @@ def certify(
     prepare: Callable[[], None] | None = None,
     sizes: Sequence[int] = WORLD_SIZES,
 ) -> list[Row]:
-    """Run the cases on one process, then on `sizes` ranks; the rows of the first case come first.
+    """Run the cases on one process, then on `sizes` ranks (on GPUs on one, too); the rows of the first case come first.
 
     Every rank calls `prepare` first. The tensors of one process are kept in `folder`.
     """
     rows: list[list[Row]] = [[] for _ in chosen]
+    verify_ranks.run(1, [case.reference(folder / f"pages-{i}") for i, case in enumerate(chosen)], prepare)
     for size in (1, *sizes):
-        places = [(number, grid) for number, case in enumerate(chosen) for grid in case.grids[size]]
+        places = [
+            (number, grid)
+            for number, case in enumerate(chosen)
+            if size > 1 or case.device == "cuda"
+            for grid in case.grids[size]
+        ]
+        if not places:
+            continue
         trainings = [chosen[number].on_grid(grid, folder / f"pages-{number}") for number, grid in places]
         for (number, grid), figures in zip(places, verify_ranks.run(size, trainings, prepare), strict=True):
-            if size > 1:
-                worst = {kind: max(figures[kind]) for kind in chosen[number].bounds}
-                rows[number].append(Row(chosen[number], grid, worst))
+            worst = {kind: max(figures[kind]) for kind in chosen[number].bounds}
+            rows[number].append(Row(chosen[number], grid, worst))
     return [row for group in rows for row in group]
 
 

@@ -47,11 +47,14 @@ Messages: TypeAlias = "Queue[tuple[int, int, Figures | str | None]]"
 
 @dataclass(frozen=True)
 class GridTraining:
-    """A training on a grid of ranks. pages: the folder of the tensors of one process."""
+    """A training on a grid of ranks. pages: the folder of the tensors of one process, which `writes` them; device: cpu
+    or cuda."""
 
     title: str
     config: Config
     pages: Path
+    device: str
+    writes: bool
 
 
 def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor], norm: float) -> float:
@@ -79,12 +82,12 @@ def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor], norm: float) 
 
 
 class ComparedTraining(TrainState):
-    """The training of a run that, in the place of a log and checkpoints, writes its tensors (one process) or compares
-    them with those (several). on_page: called after each."""
+    """The training of a run that, in the place of a log and checkpoints, writes its tensors or compares them with those
+    that were written. on_page: called after each."""
 
-    def __init__(self, plan: RunPlan, world: World, pages: Path, on_page: Callable[[], None]):
+    def __init__(self, plan: RunPlan, world: World, pages: Path, writes: bool, on_page: Callable[[], None]):
         super().__init__(plan, world)
-        self.pages, self.on_page = pages, on_page
+        self.pages, self.writes, self.on_page = pages, writes, on_page
         self.figures: Figures = {}
 
     def log(self) -> contextlib.AbstractContextManager[RunLog | None]:
@@ -108,13 +111,14 @@ class ComparedTraining(TrainState):
 
     def show(self, page: int | str, **kinds: dict[str, Tensor]) -> None:
         path = self.pages / f"{page}.pt"
-        if self.world.alone:
+        if self.writes:
             path.parent.mkdir(exist_ok=True)
             torch.save(kinds, path)
         else:
             one_process = torch.load(path)
             for kind, tensors in kinds.items():
-                figure = difference(tensors, one_process[kind], NORM[self.config.precision])
+                on_host = {name: tensor.cpu() for name, tensor in tensors.items()}
+                figure = difference(on_host, one_process[kind], NORM[self.config.precision])
                 self.figures.setdefault(kind, []).append(figure)
         self.on_page()
 
@@ -199,21 +203,27 @@ def _rank(
     torch.set_num_threads(1)
     rank_info = RankInfo(rank, size, rank, size)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     number = 0
     try:
         if prepare is not None:
             prepare()
-        group = join_world(rank_info, Grid(size, 1))  # the collectives of every grid go through it
+        group = join_world(rank_info, Grid(size, 1), device=_device(trainings[0].device, rank))  # all grids use it
         for number, training in enumerate(trainings):
             plan = derive(training.config, rank_info)
-            world = World(rank_info, plan.grid, torch.device("cpu"))
-            compared = ComparedTraining(plan, world, training.pages, partial(messages.put, (rank, number, None)))
+            world = World(rank_info, plan.grid, _device(training.device, rank))
+            on_page = partial(messages.put, (rank, number, None))
+            compared = ComparedTraining(plan, world, training.pages, training.writes, on_page)
             assert fit(compared, StopRequest()) == 0, "no signal is taken here"
             messages.put((rank, number, compared.figures))
         group.close()
     except BaseException:  # whatever it is, the parent shows it and ends the others
         messages.put((rank, number, traceback.format_exc()))
+
+
+def _device(name: str, rank: int) -> torch.device:
+    """A GPU that ranks may share, or the CPU."""
+    return torch.device("cuda", rank % torch.cuda.device_count()) if name == "cuda" else torch.device("cpu")
 
 
 def _free_port() -> int:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from ssl_dist import results
 from ssl_dist.config import parse_yaml, to_tree, validate
+from ssl_dist.device import allow_tf32
 from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.distributed.signals import STOPPED
 from ssl_dist.distributed.world import choose_device
@@ -63,6 +64,7 @@ def run(name: str, weights: Path, roots: Sequence[Path], out: Path, overrides: S
     data.check_disjoint(train, test)
     source = pretrained.load(weights, of_weights)
     threads = options.workers or RankInfo().cores
+    allow_tf32(False)
     transfer = Transfer(source, train, test, out, choose_device(RankInfo()), threads)
     outcome: Outcome | None
     if isinstance(options, classification.Options):

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
 import torch
 
 from ssl_dist import backbones
@@ -15,7 +14,6 @@ from ssl_dist.data.catalog import CATALOG
 from ssl_dist.errors import UserError, quoted
 from ssl_dist.nn.backbone import Backbone
 from ssl_dist.run import encoder as run_encoder
-from ssl_dist.run import export
 from ssl_dist.storage import weights
 
 KEYS = ("backbone.name", "views.normalize")
@@ -41,7 +39,7 @@ def load(path: Path, overrides: Sequence[str]) -> Pretrained:
     `views.normalize` (unless given: that of the export, else ImageNet's).
     """
     values = dict(override.partition("=")[::2] for override in overrides)
-    metadata = {} if path.is_dir() else _export_metadata(path)
+    metadata = {} if path.is_dir() else weights.facts(path)
     name = values.get("backbone.name", metadata.get("backbone"))
     if name is None:
         if values:
@@ -68,16 +66,6 @@ def _filled(name: str, tensors: dict[str, torch.Tensor]) -> Backbone:
     backbone = backbones.build(name)
     backbone.load_state_dict(tensors)
     return backbone.float().eval()
-
-
-def _export_metadata(path: Path) -> dict[str, str]:
-    """What `ssl-dist export` wrote about its file; empty for a file of others."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-    except (safetensors.SafetensorError, OSError):
-        return {}  # no safetensors file; whoever reads it next says what is wrong with it
-    return metadata if set(export.FACTS) <= set(metadata) else {}
 
 
 def _normalize_and_step(path: Path, values: dict[str, str], metadata: dict[str, str]) -> tuple[Normalize, int]:
