@@ -332,6 +332,14 @@ class _Functions(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+def _empty_pinned(empty):
+    def made(*sizes, pin_memory=False, **options):
+        x = empty(*sizes, **options)
+        return _pinned(x) if pin_memory else x
+
+    return made
+
+
 def _pinned(x):
     out = x.clone(memory_format=torch.preserve_format)
     out._is_pinned = True
@@ -441,6 +449,7 @@ def pretended(monkeypatch, count: int = 8):
             patch.setattr(torch.cuda, name, value)
         patch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda self: None)
         patch.setattr(torch.nn.Module, "_apply", _apply_with({}))
+        patch.setattr(torch, "empty", _empty_pinned(torch.empty))
         patch.setattr(Tensor, "pin_memory", lambda self, *_: _pinned(self))  # the loader's threads have no modes
         patch.setattr(Tensor, "is_pinned", lambda self, *_: getattr(self, "_is_pinned", False))
         with _Factories(), _Functions():

@@ -67,8 +67,8 @@ def test_no_space_is_one_line_and_nothing_is_lost(share, whole, digits, tmp_path
 
 @pytest.mark.slow
 def test_no_space_at_any_write(whole, digits, tmp_path, capsys):
-    """At every place that writes, the first time and the last; a checkpoint is one place with dozens of writes."""
-    tried = sorted({change for changes in whole[1] for change in (changes[0], changes[-1])})
+    """At every place that writes, the first time; a checkpoint is one place with dozens of writes."""
+    tried = sorted(changes[0] for changes in whole[1])
     codes = [check(allowed, whole, digits, tmp_path / f"run-{allowed}", capsys) for allowed in tried]
     assert codes.count(0) < len(codes) / 4
 

@@ -50,6 +50,7 @@ def test_losses_are_those_of_the_cpu(name, cases, monkeypatch):
     for config in cases[name]:
         expected = train(config, few)
         training = train_on_gpu(monkeypatch, config, few)
+        check_kernels(monkeypatch, config, training.all_notes.kernels)
         assert training.losses == pytest.approx(expected.losses, rel=1e-10), config.method
         if not of_labels(name):
             assert dict(training.notes.waits) == ONE_WAIT, config.method
@@ -83,23 +84,15 @@ NONDETERMINISTIC = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_deterministic_kernels_or_a_refusal(name, cases, monkeypatch):
-    few = ["precision=fp32", *(["method.options.clusters=8"] if name == "deepcluster" else [])]
-    [config, *_] = cases[name]
-    notes = train_on_gpu(monkeypatch, config, few).all_notes
-    if {kernel.split()[-1] for kernel in notes.kernels} & NONDETERMINISTIC:
-        with pytest.raises(
-            UserError, match=r"deterministic = true: .*method\.options\.alpha=0, or deterministic=false"
-        ):
-            train_on_gpu(monkeypatch, config, [*few, "deterministic=true"])
-        assert name == "infomax"
-        few = [*few, "method.options.alpha=0"]
-    try:
-        train_on_gpu(monkeypatch, config, [*few, "deterministic=true"])
-        assert torch.are_deterministic_algorithms_enabled()
-    finally:
+def check_kernels(monkeypatch, config, kernels):
+    """All have a deterministic version, or `deterministic` is refused with a remedy."""
+    if {kernel.split()[-1] for kernel in kernels} & NONDETERMINISTIC:
+        assert config.method.name == "infomax"
+        with pytest.raises(UserError, match=r"deterministic = true: .*options\.alpha=0, or deterministic=false"):
+            train_on_gpu(monkeypatch, config, ["deterministic=true"])
         torch.use_deterministic_algorithms(False)
+        remedied = train_on_gpu(monkeypatch, config, ["method.options.alpha=0"])
+        check_kernels(monkeypatch, remedied.config, remedied.all_notes.kernels)
 
 
 @pytest.mark.parametrize("tf32", [False, True])

@@ -49,8 +49,7 @@ def test_two_ranks_equal_one(relational, tmp_path):
 @pytest.mark.slow
 def test_a_gpu_equals_the_cpu(tmp_path):
     """One process and two ranks that share a pretended GPU, in float64 and float32, against the CPU in float64."""
-    chosen = [replace(c, device="cuda") for c in verify.cases(tmp_path, names=["relational", "vicreg"], steps=3)]
-    chosen = [case for case in chosen if "aggregation=m" not in case.variant and "aggregation=s" not in case.variant]
+    chosen = [replace(case, device="cuda") for case in verify.cases(tmp_path, names=["relational"], steps=3)][:2]
     rows = verify.certify(chosen, tmp_path, pretend_in_a_rank, sizes=(2,))
     assert failing_grids(rows) == set(), verify.table(rows)
     assert {str(row.grid) for row in rows} == {"1x1", "2x1", "1x2"}
@@ -70,6 +69,9 @@ def certified(tmp_path_factory):
     cases = list(verify.cases(folder, names=others, steps=3))
     # k-means++ takes three collectives a cluster; 30 of them take longer than all other methods' steps.
     cases += verify.cases(folder, names=["deepcluster"], overrides=["method.options.clusters=8"], steps=3)
+    # An option changes the arithmetic, which float64 shows; float32 has its own kernels, of which one option is enough.
+    defaults = {case.method: case.variant for case in reversed(cases)}
+    cases = [case for case in cases if case.config.precision == "fp64" or case.variant == defaults[case.method]]
     return cases, verify.certify(cases, folder)
 
 

@@ -79,14 +79,16 @@ class TrainLoader:
     def _batch(self, step: int, decoded: Iterator[views.Images], team: ThreadTeam) -> HostBatch:
         images = next(decoded)
         epoch = step // self.order.steps_per_epoch
-        groups = [
-            torch.from_numpy(views.make_views(images, spec, view_ids, self.order.seed, epoch, team))
-            for spec, view_ids in zip(self.specs, self.view_ids, strict=True)
-        ]
+        groups = []
+        for spec, view_ids in zip(self.specs, self.view_ids, strict=True):
+            shape = (len(view_ids), len(images.ids), 3, spec.size, spec.size)
+            group = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin)  # written once, by all threads
+            views.make_views(images, spec, view_ids, self.order.seed, epoch, team, group.numpy())
+            groups.append(group)
         positions = np.searchsorted(self.order.train_ids, images.ids)
         labels_positions = torch.from_numpy(np.stack([self.reader.labels(images.ids), positions]))
         if self.pin:
-            groups, labels_positions = [group.pin_memory() for group in groups], labels_positions.pin_memory()
+            labels_positions = labels_positions.pin_memory()
         view_ids = [torch.from_numpy(view_ids) for view_ids in self.view_ids]
         return HostBatch(step, groups, view_ids, torch.from_numpy(images.ids), labels_positions)
 

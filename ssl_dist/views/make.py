@@ -100,15 +100,24 @@ def _read_only(array: ArrayLike, dtype: type) -> np.ndarray:
 
 
 def make_views(
-    images: Images, spec: ViewSpec, view_ids: np.ndarray, seed: int, epoch: int, team: ThreadTeam = ALONE
+    images: Images,
+    spec: ViewSpec,
+    view_ids: np.ndarray,
+    seed: int,
+    epoch: int,
+    team: ThreadTeam = ALONE,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Views uint8 [V, B, 3, S, S] of the images. view_ids: int64 [V], any of the spec's; they and the images' ids name
-    the draws. The team's threads share the images."""
+    the draws. The team's threads share the images. out: where the views are written; None: into an array of their own.
+    """
     pixels, heights, widths, ids = images
     num_images = len(pixels)
     assert pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[3] == 3, (pixels.dtype, pixels.shape)
     assert len(heights) == len(widths) == len(ids) == num_images
-    out = np.empty((len(view_ids), num_images, 3, spec.size, spec.size), np.uint8)
+    shape = (len(view_ids), num_images, 3, spec.size, spec.size)
+    out = np.empty(shape, np.uint8) if out is None else out
+    assert out.shape == shape and out.dtype == np.uint8 and out.flags.c_contiguous, (out.shape, out.dtype)
     if out.size == 0:
         return out
     # the kernel does not check its indices
