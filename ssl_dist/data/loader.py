@@ -80,16 +80,16 @@ class TrainLoader:
         images = next(decoded)
         epoch = step // self.order.steps_per_epoch
         groups = []
-        for spec, view_ids in zip(self.specs, self.view_ids, strict=True):
-            shape = (len(view_ids), len(images.ids), 3, spec.size, spec.size)
+        for spec, own_ids in zip(self.specs, self.view_ids, strict=True):
+            shape = (len(own_ids), len(images.ids), 3, spec.size, spec.size)
             group = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin)  # written once, by all threads
-            views.make_views(images, spec, view_ids, self.order.seed, epoch, team, group.numpy())
+            views.make_views(images, spec, own_ids, self.order.seed, epoch, team, group.numpy())
             groups.append(group)
         positions = np.searchsorted(self.order.train_ids, images.ids)
         labels_positions = torch.from_numpy(np.stack([self.reader.labels(images.ids), positions]))
         if self.pin:
             labels_positions = labels_positions.pin_memory()
-        view_ids = [torch.from_numpy(view_ids) for view_ids in self.view_ids]
+        view_ids = [torch.from_numpy(own_ids) for own_ids in self.view_ids]
         return HostBatch(step, groups, view_ids, torch.from_numpy(images.ids), labels_positions)
 
 
