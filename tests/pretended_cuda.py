@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -443,6 +444,7 @@ def pretended(monkeypatch, count: int = 8):
     }
     NOTES.take()
     autocast = torch.autocast  # C++ sees tensors of the CPU, so that is what is cast
+    _device_constructors()  # torch keeps the functions that it finds at its first call
     with monkeypatch.context() as patch:
         patch.setattr(torch, "autocast", lambda device, *arguments, **options: autocast("cpu", *arguments, **options))
         for name, value in cuda.items():

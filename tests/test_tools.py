@@ -29,6 +29,7 @@ SMALLEST_INPUTS = {  # arguments, and how a line of the table begins that must h
     ),
     "bench_views": (["--rounds", "1"], "ReLIC, 32 px"),
     "fuzz": (["--inputs", "1", "--minutes", "2"], "all "),
+    "gpu_check": (["--device", "pretended"], "failed: none"),
     "kill_series": (["--seed", "0", "--kills", "1", "--series", "1"], "series-1: passed"),
 }  # fmt: skip
 

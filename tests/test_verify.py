@@ -19,7 +19,6 @@ from ssl_dist.run.blueprint import derive
 from ssl_dist.verify import command as verify
 from ssl_dist.verify import ranks as verify_ranks
 from tests import mutations
-from tests.pretended_training import pretend_in_a_rank
 
 CONFIG = "configs/digits/relational-conv4.yaml"
 ALL = {"2x1", "1x2", "4x1", "2x2", "1x4"}
@@ -44,16 +43,6 @@ def test_two_ranks_equal_one(relational, tmp_path):
     assert failing_grids(rows) == set(), verify.table(rows)
     assert all(set(row.figures) == set(verify.KINDS) for row in rows)
     assert any(row.figures["weights"] > 0 for row in rows), "sums in another order leave some rounding"
-
-
-@pytest.mark.slow
-def test_a_gpu_equals_the_cpu(tmp_path):
-    """One process and two ranks that share a pretended GPU, in float64 and float32, against the CPU in float64."""
-    chosen = [replace(case, device="cuda") for case in verify.cases(tmp_path, names=["relational"], steps=3)][:2]
-    rows = verify.certify(chosen, tmp_path, pretend_in_a_rank, sizes=(2,))
-    assert failing_grids(rows) == set(), verify.table(rows)
-    assert {str(row.grid) for row in rows} == {"1x1", "2x1", "1x2"}
-    assert any(row.figures["deep"] > 1e-8 for row in rows if row.case.config.precision == "fp32")
 
 
 def test_without_a_gpu_a_gpu_is_refused(capsys):

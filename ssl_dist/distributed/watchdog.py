@@ -124,16 +124,16 @@ class Watchdog:
             if stalled_s <= bound:
                 continue
             if heartbeat is None or self.rank_info.alone:
-                self._end(self._own_fault(bound), [])
+                self._end(self._own_fault(bound), None, [])
             elif last_beats is None:
                 last_beats = heartbeat.beats()
             elif stalled_s > bound + GRACE_S:
                 silent = _unchanged(last_beats, heartbeat.beats())
                 has_evidence = bool(silent or heartbeat.exit_reports())
                 if not has_evidence and self._is_straggler(heartbeat):
-                    self._end(self._own_fault(bound), [])
+                    self._end(self._own_fault(bound), None, [])
                 if has_evidence or stalled_s > bound + 2 * GRACE_S:
-                    self._end(self._blame(heartbeat, bound, silent), silent)
+                    self._end(*self._blame(heartbeat, bound, silent), silent)
 
     def _own_fault(self, bound: float) -> str:
         return f"no progress for {bound:g} s{self._during()}, at {_position()}{self._remedy()}"
@@ -155,28 +155,28 @@ class Watchdog:
             return False
         return bool(others and own < max(others)) or not _is_in_backward()
 
-    def _blame(self, heartbeat: Heartbeat, bound: float, silent: list[int]) -> str:
-        """The error message that names the rank which this one has waited for."""
+    def _blame(self, heartbeat: Heartbeat, bound: float, silent: list[int]) -> tuple[str, int | None]:
+        """The error message that names the rank which this one has waited for, and that rank, where it is known."""
         waited = f"{bound:g} s without progress{self._during()}"
         for report in heartbeat.exit_reports():
-            return self._cause_in(report)
+            return self._cause_in(report), _blamed_in(report)
         if silent:
-            return f"lost {heartbeat.name(silent[0])}: no sign of life; {waited}"
+            return f"lost {heartbeat.name(silent[0])}: no sign of life; {waited}", silent[0]
         disagreement = heartbeat.disagreement(self.state)
         if disagreement:
-            return disagreement
+            return disagreement, None
         own = int(self.state.record["collective"])
         for rank in heartbeat.other_ranks():
             record = heartbeat.record(rank)
             if record is not None and record["collective"] < own:
-                return f"{heartbeat.name(rank)} lags behind; {waited}"
-        return f"{waited}, at {_position()}"
+                return f"{heartbeat.name(rank)} lags behind; {waited}", rank
+        return f"{waited}, at {_position()}", None
 
-    def _end(self, cause: str, silent: list[int]) -> None:
+    def _end(self, cause: str, blamed_rank: int | None, silent: list[int]) -> None:
         """End this process now, and the silent ranks of its launcher: its main thread may never return."""
         # Nor may the calls below, where a file system or a pipe does not answer.
         faulthandler.dump_traceback_later(5, exit=True, file=2)
-        self._write_exit_report(cause, silent[0] if silent else None, 1, everywhere=False)
+        self._write_exit_report(cause, blamed_rank, 1, everywhere=False)
         print(f"error: {self.where()}: {cause}", file=sys.stderr, flush=True)
         self.log.stacks()
         if self.heartbeat is not None:
@@ -206,8 +206,7 @@ class Watchdog:
         end = time.monotonic() + EVIDENCE_TIMEOUT_S
         while time.monotonic() < end:
             for report in heartbeat.exit_reports():
-                blamed_rank = report.rank if report.blamed_rank is None else report.blamed_rank
-                return self._cause_in(report), blamed_rank, report.code
+                return self._cause_in(report), _blamed_in(report), report.code
             if gone:
                 break  # it has had the time to write a report
             gone = [rank for rank in beats if heartbeat.is_gone(rank)]
@@ -227,6 +226,11 @@ class Watchdog:
         if report.blamed_rank is not None and report.blamed_rank != self.rank_info.rank:
             return report.cause
         return f"rank {report.rank} on {report.host} ended at step {report.step}: {report.cause}"
+
+
+def _blamed_in(report: ExitReport) -> int:
+    """The rank that a report blames, or that has written it."""
+    return report.rank if report.blamed_rank is None else report.blamed_rank
 
 
 def _trace(error: Exception) -> str:

@@ -118,7 +118,7 @@ def split_overrides(overrides: Sequence[str], keys: Sequence[str] = EVAL_KEYS) -
     data, rest = {}, []
     for override in overrides:
         key, _, value = override.partition("=")
-        if key.startswith("data."):
+        if key.startswith("data.") or key in keys:
             if key not in keys or not value:
                 raise UserError(f"override {override!r}: of the data, {', '.join(keys)} can be set here")
             data[key] = value
