@@ -60,6 +60,24 @@ def of_labels(name):
     return methods.find(name).before_step is not SSLMethod.before_step
 
 
+MULTICROP = [
+    "views.num=null", "method.options.general=[0,1]",
+    "views.groups=[{num: 2, size: 32, random_resized_crop: {}},{num: 2, size: 16, random_resized_crop: {}}]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("supervised", ["backbone.name=efficientnet_b0", "optim.batch_size=8"]), ("sfrik", MULTICROP)],
+    ids=["keyed dropout", "multicrop"],
+)
+def test_draws_of_layers_and_views_of_two_sizes(name, more, cases, monkeypatch):
+    [config, *_] = cases[name]
+    expected, training = train(config, more), train_on_gpu(monkeypatch, config, more)
+    assert training.losses == pytest.approx(expected.losses, rel=1e-9)
+    assert dict(training.notes.waits) == ONE_WAIT
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_one_of_eight_ranks(name, cases, monkeypatch):
     """It waits once, computes no loss in half precision under autocast, and nothing in float64."""

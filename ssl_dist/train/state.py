@@ -30,6 +30,9 @@ from ssl_dist.train.online_knn import OnlineKNN
 ANEW = "begin anew in another run_dir with a lower optim.lr or precision=fp32"
 
 
+SCALARS, ROWS = "the metrics", "rows of the representations"  # beside the histograms' names, in one copy to the host
+
+
 class TrainState:
     """A method, its optimizer and the steps completed, from the newest checkpoint in the run's folder where there is
     one. Building it writes nothing."""
@@ -156,16 +159,16 @@ class TrainState:
         """What writes the line of a step."""
         metrics = {"loss": loss, "lr": self.optimizer.param_groups[0]["lr"], **output.metrics}
         on_device = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
-        tensors = output.histograms | {"": torch.stack([value.detach().double() for value in on_device.values()])}
+        tensors = output.histograms | {SCALARS: torch.stack([v.detach().double() for v in on_device.values()])}
         if output.representations is not None:
-            tensors["representations"] = collapse.sample(output.representations)
+            tensors[ROWS] = collapse.sample(output.representations)
         copied, speed = HostCopy(tensors), log.speed(clock)
 
         def write() -> None:
             self._require_lock()
             host = copied.wait()
-            values = metrics | dict(zip(on_device, host.pop("").tolist(), strict=True))
-            if (rows := host.pop("representations", None)) is not None:
+            values = metrics | dict(zip(on_device, host.pop(SCALARS).tolist(), strict=True))
+            if (rows := host.pop(ROWS, None)) is not None:
                 values |= {"feature_std": collapse.feature_std(rows), "effective_rank": collapse.effective_rank(rows)}
             log.write(clock, {name: float(value) for name, value in values.items()}, host, speed)
 
