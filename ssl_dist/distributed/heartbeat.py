@@ -62,7 +62,7 @@ class RankState:
         self.record = np.zeros((), RECORD)
         self.record["host"], self.record["machine"] = socket.gethostname().encode()[:64], MACHINE
         self.record["pid"], self.record["launcher"] = os.getpid(), os.getppid()
-        self.has_device_ended: Callable[[], bool] = _no_device  # with the last collective
+        self.has_device_ended: Callable[[], bool] = _ended  # whether the device has done the last collective
         self._pages: mmap.mmap | None = None
 
     @property
@@ -112,7 +112,8 @@ class RankState:
                 self._pages.flush()
 
 
-def _no_device() -> bool:
+def _ended() -> bool:
+    """On a CPU a collective has ended when its call returns. A lambda could not be copied with its layer."""
     return True
 
 

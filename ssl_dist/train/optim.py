@@ -109,7 +109,7 @@ class LARS(torch.optim.Optimizer):
             if not tensors:
                 continue
             moments = [self._moment(p) for p in tensors]
-            # One launch for many tensors: a GPU would spend a step of some hundred on being asked.
+            # All tensors at once: on a GPU the launches of small operations take longer than the operations.
             gradients = torch._foreach_add([p.grad for p in tensors], tensors, alpha=group["weight_decay"])
             if group["adapt"]:
                 norms = zip(torch._foreach_norm(tensors), torch._foreach_norm(gradients), strict=True)
