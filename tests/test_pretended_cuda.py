@@ -15,6 +15,7 @@ from ssl_dist.grid import Grid
 from ssl_dist.methods.base import SSLMethod
 from ssl_dist.storage import checkpoint
 from ssl_dist.verify import command as verify
+from tests import pretended_cuda
 from tests.pretended_cuda import CUDA, NOTES, pretended
 from tests.pretended_training import fake_group, train, train_on_gpu
 
@@ -160,6 +161,20 @@ def test_the_watchdog_sees_what_the_gpu_still_has_to_do(monkeypatch):
         world.all_reduce_sum(torch.ones(3, device=CUDA))
         assert not world.state.record["in_collective"] and world.state.is_waiting
         assert world.state.record["call_sites"][1].decode().startswith("all_reduce at test_pretended_cuda.py")
+
+
+def test_the_wait_comes_when_the_backward_pass_is_queued(cases, monkeypatch):
+    has_backward = []
+    wait = pretended_cuda._Event.synchronize
+
+    def noted(event):
+        has_backward.append(any(kernel.startswith("backward ") for kernel in NOTES.kernels))
+        wait(event)
+
+    monkeypatch.setattr(pretended_cuda._Event, "synchronize", noted)
+    [config, *_] = cases["supervised"]
+    train_on_gpu(monkeypatch, config)
+    assert has_backward == [True] * 3
 
 
 def test_a_logged_step_waits_once_more(cases, monkeypatch):
