@@ -259,3 +259,17 @@ def test_ordered_dictionaries_of_before(state, tmp_path):
     """`state_dict` gives one, and checkpoints hold it as it is."""
     assert isinstance(OrderedDict(state["method"]), dict)
     assert checkpoint_state.fault_of(state | {"method": OrderedDict(state["method"])}) == ""
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_value_that_is_not_finite_is_found(value):
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.randn(5, 3)).sum().backward()
+    optimizer.step()
+    assert checkpoint.not_finite(net, optimizer) == ""
+    moment = optimizer.state[net[0].weight]["exp_avg"]
+    moment[1, 2] = value
+    assert checkpoint.not_finite(net, optimizer) == "optimizer.exp_avg of a tensor [4, 3]"
+    net[1].running_var[3] = value
+    assert checkpoint.not_finite(net, optimizer) == "1.running_var"
