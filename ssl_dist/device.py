@@ -1,6 +1,6 @@
 """The device that computes: its float32 arithmetic, and copies between it and the host that nobody waits for."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,26 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """The array on a device."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+class Uploads:
+    """Copies of pinned tensors to a device. Those to a GPU run beside what it computes, on a stream of their own; what
+    the caller queues from then on waits for them."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        if self._stream is None:
+            return [tensor.to(self._device) for tensor in tensors]
+        with torch.cuda.stream(self._stream):
+            copies = [tensor.to(self._device, non_blocking=True) for tensor in tensors]
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_stream(self._stream)
+        for copy in copies:
+            copy.record_stream(computing)  # its memory is given away when `computing` has used it, not before
+        return copies
 
 
 class HostCopy:

@@ -92,6 +92,10 @@ class OnDevice(Tensor):
     def is_cpu(self):
         return False
 
+    def record_stream(self, stream):
+        """Its memory is not given away before `stream` has come so far."""
+        stream.users.append(self)
+
     def __repr__(self):
         return f"OnDevice({self._real})"
 
@@ -390,13 +394,20 @@ class _Event:
 
 
 class _Stream(contextlib.nullcontext):
+    """torch.cuda.Stream: computes at once. users: the tensors whose memory it keeps; waited_for: other streams, and how
+    many kernels had been launched by then."""
+
     def __init__(self, *_, **__):
         super().__init__()
+        self.users, self.waited_for = [], []
 
-    def wait_stream(self, _):
+    def wait_stream(self, other):
+        self.waited_for.append((other, NOTES.kernels.total()))
+
+    def wait_event(self, _):
         pass
 
-    wait_event = record_event = wait_stream
+    record_event = wait_event
 
     def synchronize(self):
         NOTES.wait("stream")
@@ -429,6 +440,7 @@ def _apply_with(memo):
 @contextlib.contextmanager
 def pretended(monkeypatch, count: int = 8):
     """A context with `count` pretended GPUs, and its notes."""
+    computing = _Stream()
     cuda = {
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
@@ -440,7 +452,7 @@ def pretended(monkeypatch, count: int = 8):
         "Event": _Event,
         "Stream": _Stream,
         "stream": lambda stream: contextlib.nullcontext(),
-        "current_stream": _Stream,
+        "current_stream": lambda *_: computing,
     }
     NOTES.take()
     autocast = torch.autocast  # C++ sees tensors of the CPU, so that is what is cast

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ssl_dist import cli, methods
-from ssl_dist.device import allow_tf32
+from ssl_dist.device import Uploads, allow_tf32
 from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.distributed.world import World
 from ssl_dist.errors import UserError
@@ -161,6 +161,16 @@ def test_the_watchdog_sees_what_the_gpu_still_has_to_do(monkeypatch):
         world.all_reduce_sum(torch.ones(3, device=CUDA))
         assert not world.state.record["in_collective"] and world.state.is_waiting
         assert world.state.record["call_sites"][1].decode().startswith("all_reduce at test_pretended_cuda.py")
+
+
+def test_batches_are_copied_on_a_stream_of_their_own(monkeypatch):
+    with pretended(monkeypatch):
+        computing, upload = torch.cuda.current_stream(), Uploads(CUDA)
+        copies = upload([torch.arange(6).pin_memory(), torch.ones(2).pin_memory()])
+        assert [copy.is_cuda for copy in copies] == [True, True] and not NOTES.waits
+        [(copying, number)] = computing.waited_for
+        assert copying is not computing and number == NOTES.kernels.total() == 2  # both copies are waited for
+        assert all(any(copy is user for user in computing.users) for copy in copies)
 
 
 def test_the_wait_comes_when_the_backward_pass_is_queued(cases, monkeypatch):

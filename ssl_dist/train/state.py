@@ -14,7 +14,7 @@ from ssl_dist import config, views
 from ssl_dist.clock import Clock
 from ssl_dist.data.loader import HostBatch, TrainLoader
 from ssl_dist.data.normalize import normalized
-from ssl_dist.device import HostCopy, allow_tf32
+from ssl_dist.device import HostCopy, Uploads, allow_tf32
 from ssl_dist.distributed import watchdog
 from ssl_dist.distributed import world as world_module
 from ssl_dist.distributed.signals import StopRequest
@@ -60,6 +60,7 @@ class TrainState:
         self.wrapped = world.wrap(self.method)
         self._knn = None if self.config.log.knn_every_epochs is None else OnlineKNN(plan, world)
         self._unwritten: Callable[[], None] | None = None
+        self._upload = Uploads(world.device)
         self._normalize = normalized(plan.normalize, plan.dtype, world.device)
 
     def _resume(self) -> int:
@@ -124,9 +125,9 @@ class TrainState:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def to_device(self, host: HostBatch) -> Batch:
-        device = self.world.device
-        views_by_group = [self._normalize(group.to(device, non_blocking=True)) for group in host.views]
-        labels, positions = host.labels_positions.to(device, non_blocking=True)
+        """The batch on the device. A GPU copies it while it still works on the backward pass of the step before."""
+        *views_by_group, (labels, positions) = self._upload([*host.views, host.labels_positions])
+        views_by_group = [self._normalize(group) for group in views_by_group]
         return Batch(views_by_group, host.view_ids, host.image_ids, labels, positions, host.step)
 
     def forward(self, batch: Batch) -> Output:
