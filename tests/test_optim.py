@@ -113,6 +113,25 @@ def test_lars_leaves_scalars_as_it_leaves_biases():
     assert scalar.item() == 2.0 - 0.5 * 3.0
 
 
+@pytest.mark.parametrize("name", ["adam", "sgd", "lars"])
+def test_a_gradient_that_overflows_changes_nothing_but_the_scale(name):
+    """In fp16; the steps around it are those of an optimizer that never saw it."""
+
+    def steps(gradients):
+        p = nn.Parameter(torch.tensor([[1.0, -2.0], [0.5, 3.0]]))
+        optimizer, scaler = optim.build(Optim(name=name, lr=0.5), [{"params": [p]}], CPU), optim.LossScaler("cpu")
+        for gradient in gradients:
+            optimizer.zero_grad()
+            scaler.scale((p * gradient).sum()).backward()
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        return p.detach(), scaler.state()
+
+    (p, state), (expected, _) = steps([1.0, math.inf, 0.25]), steps([1.0, 0.25])
+    assert torch.equal(p, expected) and state == {"scale": 2.0**15, "growth_tracker": 1}
+
+
 def test_lars_resumes_exactly():
     def make():
         torch.manual_seed(0)

@@ -90,6 +90,14 @@ def test_one_of_eight_ranks(name, cases, monkeypatch):
         assert {place for _, place in notes.wide} <= MEANT_IN_FLOAT64, config.method
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "lars"])
+def test_the_scale_of_the_loss_waits_for_nothing(optimizer, cases, monkeypatch):
+    [config, *_] = cases["supervised"]
+    training = train_on_gpu(monkeypatch, config, ["precision=fp16", f"optim.name={optimizer}"])
+    assert dict(training.notes.waits) == ONE_WAIT
+    assert training.notes.kernels["_amp_update_scale_"] == 1
+
+
 # From the documentation of torch.use_deterministic_algorithms: what raises an error on a GPU.
 NONDETERMINISTIC = {
     "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward", "avg_pool3d_backward",

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ssl_dist import config
-from ssl_dist.errors import UserError
+from ssl_dist.errors import Fault, UserError
 from ssl_dist.storage import checkpoint
+from ssl_dist.train import optim
 from tests import ranks
 
 CONFIG = "configs/digits/relational-conv4.yaml"
@@ -161,6 +163,27 @@ def test_bf16_stays_close_and_keeps_float32_weights(uninterrupted, digits, tmp_p
     assert all(v.dtype in (torch.float32, torch.int64) for v in state.values())
     expected = {line["step"]: line for line in metrics(uninterrupted)}
     assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(expected[1]["loss"], rel=2e-2)
+
+
+def test_fp16_resumes_bit_for_bit_with_the_scale_of_its_loss(digits, tmp_path, monkeypatch):
+    """So high a scale overflows twice, rises after two good steps, and overflows again."""
+    monkeypatch.setattr(optim, "LossScaler", partial(optim.LossScaler, init_scale=2.0**24, growth_interval=2))
+    for run, stops in (("whole", [6]), ("parts", [3, 6])):
+        for steps in stops:
+            run_training(digits, tmp_path / run, "precision=fp16", "log.every_steps=1", f"optim.steps={steps}")
+    scales = [math.log2(line["loss_scale"]) for line in metrics(tmp_path / "whole")]
+    assert scales == [23, 22, 22, 23, 23, 22]
+    assert fingerprint(tmp_path / "parts") == fingerprint(tmp_path / "whole")
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    state = checkpoint.load(checkpoint.newest(tmp_path / "parts"))
+    assert state["loss_scale"] == {"scale": 2.0 ** scales[-1], "growth_tracker": 0}
+    assert all(v.dtype in (torch.float32, torch.int64) for v in state["method"].values())
+
+
+def test_fp16_without_any_finite_gradient_takes_no_good_checkpoints_place(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(optim, "LEAST_LOSS_SCALE", 2.0**20)
+    with pytest.raises(Fault, match=r"at step 6: no gradient is finite, .* down to 65536; nothing is saved"):
+        run_training(digits, tmp_path / "run", "precision=fp16", "checkpoint.every_epochs=null")
 
 
 def test_random_weights_are_saved_and_done(digits, tmp_path):

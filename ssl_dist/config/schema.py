@@ -200,7 +200,11 @@ class Config(Section):
     backbone: Backbone = Field(default_factory=Backbone)
     method: MethodSection = Field(default_factory=MethodSection)
     optim: Optim = Field(default_factory=Optim)
-    precision: Literal["fp64", "fp32", "bf16"] = Field("fp32", description="bf16: autocast, weights stay float32")
+    precision: Literal["fp64", "fp32", "bf16", "fp16"] = Field(
+        "fp32",
+        description="bf16, fp16: autocast, weights stay float32; fp16 scales the loss, and passes over a step whose "
+        "gradient overflows",
+    )
     tf32: bool = Field(
         False, description="on GPUs, what goes into float32 convolutions and products is rounded to TensorFloat-32"
     )

@@ -53,6 +53,13 @@ class Optimizer(_Strict):
     param_groups: list[dict[str, Any]]
 
 
+class LossScale(_Strict):
+    """As `train.optim.LossScaler` gives it."""
+
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    growth_tracker: CountOrNone
+
+
 class State(_Strict):
     """The keys that every checkpoint has, VOC's too, which has no `info`; more are passed over."""
 
@@ -67,10 +74,16 @@ class State(_Strict):
     normalize: dict[str, Any]
     info: dict[str, Any]
     optimizer: dict[str, Any]
+    loss_scale: dict[str, float] = {}  # of a run in fp16
     classes: list[str] | None = None  # that a classifier tells apart; None: numbers, or written before there was this
 
 
-SECTIONS: dict[str, type[BaseModel]] = {"normalize": Normalize, "info": RunInfo, "optimizer": Optimizer}
+SECTIONS: dict[str, type[BaseModel]] = {
+    "normalize": Normalize,
+    "info": RunInfo,
+    "optimizer": Optimizer,
+    "loss_scale": LossScale,
+}
 
 
 def fault_of(state: dict[str, Any]) -> str:
@@ -79,7 +92,7 @@ def fault_of(state: dict[str, Any]) -> str:
     try:
         State.model_validate(state)
         for section, model in SECTIONS.items():
-            if state[section]:
+            if state.get(section):
                 model.model_validate(state[section])
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]

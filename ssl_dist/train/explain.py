@@ -199,8 +199,8 @@ def _on_meta(plan: RunPlan) -> SSLMethod[Any]:
 def _peak(plan: RunPlan, method: SSLMethod[Any]) -> int:
     """The most that forward and backward of the backbone hold at once on this rank, beside weights and input."""
     method.train()
-    half = plan.config.precision == "bf16"
-    if half:  # under autocast the layers put out bf16; their float32 weights are counted elsewhere
+    half = plan.config.precision in ("bf16", "fp16")
+    if half:  # under autocast the layers put out 16 bits; their float32 weights are counted elsewhere
         method.backbone.bfloat16()
     for parameter in method.parameters():  # and so are their gradients
         if parameter.requires_grad:

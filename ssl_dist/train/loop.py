@@ -102,13 +102,12 @@ def fit(run: TrainState, stop: StopRequest) -> int:
 
             output = run.forward(batch)
             flags = world.any_rank(stop.requested, ~torch.isfinite(output.loss.detach()))
-            run.optimizer.zero_grad(set_to_none=True)
-            output.loss.backward()
+            run.backward(output.loss)
             run.flush_log()  # of the step before: a GPU has work meanwhile
             stopping, broken = flags()
             if broken:
                 raise Fault(run.diagnosis(clock, output), RaisedOn.EVERY_RANK)
-            run.optimizer.step()
+            run.update()
 
             clock = clock.after_step()
             method.after_step(clock)

@@ -1,7 +1,7 @@
 """Optimizers and the learning rate, a pure function of the clock."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from ssl_dist.clock import Clock
 from ssl_dist.config import Optim
 
 Group = dict[str, Any]  # "params" and what is set for them alone
+LEAST_LOSS_SCALE = 2.0**-16  # it begins at 2^16: so far down it is not the scale that makes gradients infinite
 
 
 def build(options: Optim, groups: list[Group], device: torch.device) -> torch.optim.Optimizer:
@@ -77,6 +78,30 @@ def reset_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parame
         optimizer.state.pop(parameter, None)
 
 
+class LossScaler(torch.amp.GradScaler):
+    """The factor by which the loss is multiplied in fp16, so that small gradients do not become 0 (Micikevicius et al.,
+    2018, arXiv:1710.03740, section 3.2). A step whose gradient is not finite is passed over and halves the factor; it
+    is doubled after 2,000 others in a row. The host waits for none of this where the optimizer looks at `found_inf`, as
+    torch's fused ones and LARS do. Not enabled, it does nothing.
+    """
+
+    def state(self) -> dict[str, float]:
+        """For a checkpoint; empty where it is not enabled."""
+        state = self.state_dict()
+        return {"scale": state["scale"], "growth_tracker": state["_growth_tracker"]} if state else {}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """What `state` gave; an empty one, of a run in another precision, begins anew."""
+        if state:
+            own = {"scale": state["scale"], "_growth_tracker": state["growth_tracker"]}
+            self.load_state_dict(self.state_dict() | own)
+
+    def on_device(self) -> Tensor:
+        """The factor, for which `get_scale` would wait. After the first step."""
+        assert self._scale is not None
+        return self._scale.clone()  # it is changed in place
+
+
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rates (You, Gitman & Ginsburg 2017, arXiv:1708.03888) as VICReg and SFRIK use them,
     arXiv:2105.04906 appendix C: SGD with momentum whose gradient is first scaled, tensor by tensor, to `trust` times
@@ -88,6 +113,9 @@ class LARS(torch.optim.Optimizer):
     weight_decay * |p| where this one divides by |g + weight_decay * p|, so that a weight whose decay and gradient point
     apart moves differently.
     """
+
+    _step_supports_amp_scaling = True  # GradScaler sets `found_inf` before a step
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -109,6 +137,7 @@ class LARS(torch.optim.Optimizer):
             if not tensors:
                 continue
             moments = [self._moment(p) for p in tensors]
+            before = [x.clone() for x in tensors + moments] if self.found_inf is not None else []
             # All tensors at once: on a GPU the launches of small operations take longer than the operations.
             gradients = torch._foreach_add([p.grad for p in tensors], tensors, alpha=group["weight_decay"])
             if group["adapt"]:
@@ -122,6 +151,9 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_mul_(moments, group["momentum"])
             torch._foreach_add_(moments, gradients)
             torch._foreach_add_(tensors, moments, alpha=-group["lr"])
+            if self.found_inf is not None:
+                for x, old in zip(tensors + moments, before, strict=True):
+                    torch.where(self.found_inf > 0, old, x, out=x)
 
     def _moment(self, p: Tensor) -> Tensor:
         state = self.state[p]

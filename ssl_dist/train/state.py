@@ -30,6 +30,7 @@ from ssl_dist.train.online_knn import OnlineKNN
 ANEW = "begin anew in another run_dir with a lower optim.lr or precision=fp32"
 
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SCALARS, ROWS = "the metrics", "rows of the representations"  # beside the histograms' names, in one copy to the host
 
 
@@ -54,6 +55,7 @@ class TrainState:
         self.method = method.to(world.device).train()
         self.columns = None if method.views_together else world.view_columns(self.method)
         self.optimizer = optim.build(self.config.optim, method.parameter_groups(), world.device)
+        self.scaler = optim.LossScaler(world.device.type, enabled=self.config.precision == "fp16")
         self.clock = plan.clock(self._resume())
         if self.config.compile:
             method.backbone.compile()
@@ -91,6 +93,7 @@ class TrainState:
         checkpoint.restore(self.method, state["method"], path)
         if self.method.trainable:
             checkpoint.restore_optimizer(self.optimizer, state["optimizer"], path)
+        self.scaler.restore(state.get("loss_scale", {}))
         return int(state["step"])
 
     def loader(self) -> TrainLoader:
@@ -122,7 +125,8 @@ class TrainState:
             state.phase, state.bound = "", 0.0
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+        dtype = AUTOCAST.get(self.config.precision)
+        return torch.autocast(self.world.device.type, dtype, enabled=dtype is not None)
 
     def to_device(self, host: HostBatch) -> Batch:
         """The batch on the device. A GPU copies it while it still works on the backward pass of the step before."""
@@ -136,6 +140,16 @@ class TrainState:
         if self.columns is not None:
             self.columns.settle(self.world.gather_columns)
         return output
+
+    def backward(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+
+    def update(self) -> None:
+        """One step of the optimizer; in fp16 see `optim.LossScaler`."""
+        self.scaler.unscale_(self.optimizer)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
     def extract_at(self, clock: Clock) -> Extract:
         """The `extract` that a method's `before_step` gets; `relabel.outputs` says what it takes and returns."""
@@ -159,6 +173,8 @@ class TrainState:
     def _line(self, log: RunLog, clock: Clock, loss: Tensor, output: Output) -> Callable[[], None]:
         """What writes the line of a step."""
         metrics = {"loss": loss, "lr": self.optimizer.param_groups[0]["lr"], **output.metrics}
+        if self.scaler.is_enabled():
+            metrics["loss_scale"] = self.scaler.on_device()
         on_device = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
         tensors = output.histograms | {SCALARS: torch.stack([v.detach().double() for v in on_device.values()])}
         if output.representations is not None:
@@ -222,6 +238,12 @@ class TrainState:
                 f"{self._newest()}; {ANEW}",
                 RaisedOn.EVERY_RANK,
             )
+        if self.scaler.is_enabled() and (scale := self.scaler.get_scale()) < optim.LEAST_LOSS_SCALE:
+            raise Fault(
+                f"{self.world.rank_info} at step {clock.step}: no gradient is finite, though the scale of the loss is "
+                f"down to {scale:g}; {self._newest()}; {ANEW}",
+                RaisedOn.EVERY_RANK,
+            )
         stop.saving = True
         with self.world.state.phase_of(f"the save of step {clock.step}", watchdog.SAVE_TIMEOUT_S):
             self.world.on_rank0(lambda: self._save(clock))
@@ -245,6 +267,7 @@ class TrainState:
             "info": dataclasses.asdict(self.plan.info),
             "data": self.plan.data_identity,
             "classes": self.plan.class_names,
+            "loss_scale": self.scaler.state(),
         }
         try:
             checkpoint.save(self.folder, state)
