@@ -59,7 +59,7 @@ def test_exponents_are_numbers(path, text):
         ("optim.batch_size=2.5", ["optim.batch_size", "2.5", "integer"]),
         ("optim.batch_size=99999999999999999999", ["optim.batch_size = 99999999999999999999", "1000000000"]),
         ("optim.batch_size=true", ["optim.batch_size = true", "integer"]),
-        ("precision=fp16", ["precision", "fp16", "fp64", "bf16"]),
+        ("precision=fp8", ["precision", "fp8", "fp64", "fp16"]),
         ("data.view_shards=0", ["data.view_shards", "0", "auto"]),
         ("data.subset={per_class: 3, strt: 4}", ["data.subset.strt", "'start'"]),
         ("views.groups.0.color_jitter.hue=0.7", ["views.groups.0.color_jitter.hue", "0.7", "0.5"]),

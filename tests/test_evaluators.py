@@ -47,7 +47,7 @@ def test_options():
         ("knn.k=[0]", "knn.k"),
         ("knn.k=[]", "knn.k"),
         ("knn.temperature=[0.001]", "knn.temperature"),
-        ("knn.precision=fp16", "knn.precision"),
+        ("knn.precision=bf16", "knn.precision"),
         ("logistic.c=1", "logistic is not among the evaluators to run: knn"),
         ("kmn.k=[1]", "did you mean 'knn'"),
         ("k=[1]", "write evaluator.option=value"),
