@@ -84,7 +84,8 @@ def test_one_of_eight_ranks(name, cases, monkeypatch):
     """It waits once, computes no loss in half precision under autocast, and nothing in float64."""
     no_new_labels(monkeypatch, name)
     for config in cases[name]:
-        notes = train_on_gpu(monkeypatch, config, ["precision=bf16", "optim.batch_size=16"], 8).notes
+        words = ["precision=bf16", "optim.batch_size=16", f"backbone.recompute={str(name == 'relic').lower()}"]
+        notes = train_on_gpu(monkeypatch, config, words, 8).notes
         assert dict(notes.waits) == ONE_WAIT, config.method
         assert not notes.half, config.method
         assert {place for _, place in notes.wide} <= MEANT_IN_FLOAT64, config.method

@@ -142,11 +142,11 @@ def test_threads_and_readers_do_not_matter(uninterrupted, digits, tmp_path, more
     assert metrics(tmp_path / "run")[-1]["loss"] == pytest.approx(metrics(uninterrupted)[-1]["loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("shards", ["1", "2"])
-def test_two_ranks_equal_one_in_float64(digits, tmp_path, shards):
+@pytest.mark.parametrize("more", ["data.view_shards=1", "data.view_shards=2 backbone.recompute=true"])
+def test_two_ranks_equal_one_in_float64(digits, tmp_path, more):
     run_training(digits, tmp_path / "one", "precision=fp64", "optim.steps=3")
     codes = ranks.launch(
-        in_ranks, 2, tmp_path, digits, tmp_path / "two", "precision=fp64", "optim.steps=3", f"data.view_shards={shards}"
+        in_ranks, 2, tmp_path, digits, tmp_path / "two", "precision=fp64", "optim.steps=3", *more.split()
     )
     assert codes == [0, 0]
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")

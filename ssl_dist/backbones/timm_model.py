@@ -3,10 +3,10 @@
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_dist.errors import UserError
-from ssl_dist.nn.backbone import Backbone
+from ssl_dist.nn.backbone import Backbone, outermost_blocks
 
 
 class TimmModel(Backbone):
@@ -24,6 +24,9 @@ class TimmModel(Backbone):
         self.stages = {}
         if hasattr(self.model, "forward_intermediates"):
             self.stages = {info["module"]: info["num_chs"] for info in _feature_info(self.model)}
+
+    def blocks(self) -> list[nn.Module]:
+        return outermost_blocks(self.model)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)

@@ -118,6 +118,9 @@ class Backbone(Section):
     zero_init_residual: bool = Field(
         False, description="residual blocks of resnet18 to resnet200 begin as the identity (SFRIK and VICReg do it)"
     )
+    recompute: bool = Field(
+        False, description="keep only the maps between blocks and compute what is in them again for the gradient"
+    )
     weights: PathText | None = Field(
         None, description="file to begin from: of torchvision, timm or an official code; null: random weights"
     )
@@ -140,6 +143,11 @@ class Optim(Section):
         None, description="the rate is lr * batch_size / lr_batch (LARS recipes: 256); null: lr as it stands"
     )
     batch_size: PositiveInt = Field(64, description="M, images of the global batch over all ranks")
+    accumulate: PositiveInt = Field(
+        1,
+        description="parts in which a rank's images pass the backbone, one at a time held for the gradient, which is "
+        "that of the whole batch; for backbones without BatchNorm",
+    )
     epochs: PositiveInt | None = Field(200, description="length of the training; null when `steps` is given")
     steps: PositiveInt | None = Field(None, description="length in optimizer steps; null when `epochs` is given")
     weight_decay: NonNegativeFloat = Field(
@@ -216,6 +224,14 @@ class Config(Section):
     )
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     log: Log = Field(default_factory=Log)
+
+    @model_validator(mode="after")
+    def _compile(self) -> Self:
+        chosen = {"backbone.recompute": self.backbone.recompute, "optim.accumulate": self.optim.accumulate > 1}
+        for key in filter(chosen.get, chosen):
+            if self.compile:
+                raise ValueError(f"compile: true cannot trace {key}; leave one of the two out")
+        return self
 
     @property
     def num_views(self) -> int | None:

@@ -26,6 +26,10 @@ class Backbone(nn.Module):
         """The map of the last stage [N, C, h, w] -> features [N, D]."""
         return torch.flatten(nn.functional.adaptive_avg_pool2d(last_map, 1), 1)
 
+    def blocks(self) -> list[nn.Module]:
+        """What `backbone.recompute` computes again, in order: modules that keep nothing for one another."""
+        return outermost_blocks(self)
+
     def forward(self, x: Tensor) -> Tensor:
         for _, step in self.steps():
             x = step(x)
@@ -37,3 +41,14 @@ class Backbone(nn.Module):
         for name, step in self.steps():
             maps[name] = x = step(x)
         return self.pooled(x), maps
+
+
+def outermost_blocks(module: nn.Module) -> list[nn.Module]:
+    """The modules below `module` that are made of others, without mere sequences of modules and without their parts."""
+    found: list[nn.Module] = []
+    for child in module.children():
+        if isinstance(child, nn.Sequential | nn.ModuleList):
+            found += outermost_blocks(child)
+        elif next(child.children(), None) is not None:
+            found.append(child)
+    return found

@@ -175,6 +175,26 @@ def one_view(view_id: int) -> Iterator[None]:
         _view.reset(token)
 
 
+_kept: ContextVar[bool] = ContextVar("kept", default=False)
+
+
+@contextlib.contextmanager
+def kept_statistics(module: nn.Module) -> Iterator[None]:
+    """A context in which a training `module` normalises as ever, and its running statistics stay what they are: a pass
+    that is made a second time counts once."""
+    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+    before = [statistics(layer) for layer in layers]
+    for layer, (mean, var, number) in zip(layers, before, strict=True):
+        layer.running_mean, layer.running_var, layer.num_batches_tracked = mean.clone(), var.clone(), number.clone()
+    token = _kept.set(True)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+        for layer, (mean, var, number) in zip(layers, before, strict=True):
+            layer.running_mean, layer.running_var, layer.num_batches_tracked = mean, var, number
+
+
 class ViewColumns:
     """BatchNorm where views pass one at a time and are spread over ranks: each column of the grid has views of its own.
 
@@ -204,7 +224,8 @@ class ViewColumns:
         layer.running_mean, layer.running_var, layer.momentum = own_mean, own_var, 1.0
 
         def undo() -> None:
-            self.passes[layer].append((view_id, own_mean, own_var))
+            if not _kept.get():
+                self.passes[layer].append((view_id, own_mean, own_var))
             layer.running_mean, layer.running_var, layer.momentum = mean, var, momentum
             number.sub_(1)
             restore()

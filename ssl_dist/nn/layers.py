@@ -59,6 +59,11 @@ def keyed_rows(keys: Tensor | None) -> Iterator[None]:
         _rows.reset(token)
 
 
+def keys_of_rows() -> Tensor | None:
+    """The keys of the innermost `keyed_rows`."""
+    return _rows.get()
+
+
 def _mix64(z: Tensor) -> Tensor:
     """SplitMix64's finaliser on int64, which torch computes modulo 2**64; its right shift keeps the sign, so mask."""
     for shift, factor in zip(_SHIFTS, (*_MULTIPLY, None), strict=True):

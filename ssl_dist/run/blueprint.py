@@ -23,7 +23,7 @@ from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.errors import UserError, quoted
 from ssl_dist.keys import INIT, hash64
 from ssl_dist.methods.base import Info, SSLMethod
-from ssl_dist.nn import batchnorm
+from ssl_dist.nn import batchnorm, recompute
 from ssl_dist.nn.layers import key_dropout
 from ssl_dist.storage import weights
 
@@ -166,7 +166,13 @@ class RunPlan:
         """The method on its backbone with initial weights, equal on every rank: a function of the seed, and the
         backbone's of `backbone.weights` where given."""
         path = self.config.backbone.weights
-        return build_method(self.config, self.method_class, self.options, self.info, path).to(self.dtype)
+        method = build_method(self.config, self.method_class, self.options, self.info, path).to(self.dtype)
+        name = self.config.backbone.name
+        if self.config.backbone.recompute:
+            recompute.by_blocks(method.backbone, name)
+        if self.config.optim.accumulate > 1:
+            recompute.in_parts(method.backbone, name, self.config.optim.accumulate)
+        return method
 
 
 def build_method(

@@ -19,8 +19,8 @@ from ssl_dist.storage import checkpoint, durable
 # What may differ between two starts of one run: none of these changes the numbers.
 # The file backbone.weights may lie elsewhere: its SHA-256 is compared with the checkpoint's.
 FREE_KEYS = (
-    "run_dir", "data.root", "data.reader", "data.workers", "data.view_shards", "backbone.weights", "checkpoint", "log",
-    "timeout",
+    "run_dir", "data.root", "data.reader", "data.workers", "data.view_shards", "backbone.weights", "backbone.recompute",
+    "optim.accumulate", "checkpoint", "log", "timeout",
 )  # fmt: skip
 
 FORMER_RANKS_TIMEOUT_S = 120.0  # in which the ranks of a former start have ended: the default timeout, 10 s, a margin

@@ -91,7 +91,7 @@ class LossScaler(torch.amp.GradScaler):
         return {"scale": state["scale"], "growth_tracker": state["_growth_tracker"]} if state else {}
 
     def restore(self, state: Mapping[str, float]) -> None:
-        """What `state` gave; an empty one, of a run in another precision, begins anew."""
+        """What `state` gave. An empty one, of a run in another precision, changes nothing."""
         if state:
             own = {"scale": state["scale"], "_growth_tracker": state["growth_tracker"]}
             self.load_state_dict(self.state_dict() | own)
