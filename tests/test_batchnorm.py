@@ -292,3 +292,34 @@ def test_the_twin_for_gpus_equals_that_of_the_cpu(shape, momentum, affine, cuda_
 
     for ours, cpus in thread_world.run(rank, Grid(3, 1)):
         torch.testing.assert_close(ours, cpus, rtol=1e-10, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------- torch.compile
+
+
+def twins(layer):
+    return [SyncBatchNorm(layer, alone), CudaSyncBatchNorm(layer, alone, lambda x: x[None].clone())]
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["cpu", "cuda"])
+@pytest.mark.parametrize(("affine", "momentum"), [(True, 0.1), (False, None)])
+def test_a_graph_does_not_end_at_a_twin(number, affine, momentum, cuda_kernels):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), twins(nn.BatchNorm2d(4, affine=affine, momentum=momentum))[number], nn.ReLU(inplace=True),
+        nn.Conv2d(4, 4, 3), twins(nn.BatchNorm2d(4))[number], nn.ReLU(inplace=True),
+    ).to(memory_format=torch.channels_last)  # fmt: skip
+    traced, x = copy.deepcopy(net), torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last)
+    compiled = torch.compile(traced, backend="aot_eager", fullgraph=True)
+    for call in (net, compiled, net, compiled):  # twice each: the running statistics go on
+        call(x).square().sum().backward()
+    for expected, found in zip(net.parameters(), traced.parameters(), strict=True):
+        assert torch.equal(found.grad, expected.grad)
+    for expected, found in zip(net.buffers(), traced.buffers(), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_all_ranks_that_a_twin_asks_can_be_others():
+    """`ViewColumns` and copies know them by the names in `collectives`."""
+    for twin in twins(nn.BatchNorm2d(4)):
+        assert {name for name, value in vars(twin).items() if callable(value)} == set(twin.collectives)

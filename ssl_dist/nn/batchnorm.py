@@ -17,40 +17,30 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssl_dist.errors import UserError
-from ssl_dist.kernels import moments
+from ssl_dist.kernels.moments import Elements
+from ssl_dist.nn import batchnorm_ops
+from ssl_dist.nn.batchnorm_ops import Moments
 
 
 class _Normalize(torch.autograd.Function):
-    """y = weight xhat + bias with xhat = (x - mean) rstd (Ioffe & Szegedy, 2015); the moments are float64 [C]."""
+    """A twin's `scaled` with its `gradients`."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, count: Tensor,
-        eps: float, reduce: Callable[[Tensor], Tensor],
-    ) -> Tensor:  # fmt: skip
-        rstd = torch.rsqrt(var + eps)
-        ctx.save_for_backward(x, weight, mean, rstd, count)
-        ctx.reduce = reduce
-        scale = rstd if weight is None else rstd * weight
-        offset = torch.zeros_like(rstd) if bias is None else bias.double()
-        return moments.Elements(x).affine(mean, scale, offset)
+        ctx: Any, layer: "SyncBatchNorm", x: Tensor, weight: Tensor | None, bias: Tensor | None, *moments: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, *moments)
+        # The ranks of the forward pass, of which the layer may have others by then.
+        ctx.gradients, ctx.reduce = layer.gradients, layer.reduce
+        return layer.scaled(x, weight, bias, moments)  # type: ignore[arg-type]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, rstd, count = ctx.saved_tensors
-        elements = moments.Elements(x)
-        grad_bias, products = elements.products(grad, mean)
-        grad_weight = products * rstd
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            # The moments depend on every x: grad_x = weight rstd (grad - mean(grad) - xhat mean(grad xhat)).
-            mean_grad, mean_product = ctx.reduce(torch.stack([grad_bias, grad_weight])) / count
-            scale = rstd if weight is None else rstd * weight
-            grad_x = elements.affine2(grad, mean, -scale * rstd * mean_product, -scale * mean_grad, scale)
-        if weight is None:
-            return grad_x, *[None] * 7
-        return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), *[None] * 5
+        x, weight, *moments = ctx.saved_tensors
+        grad_x, grad_weight, grad_bias = ctx.gradients(grad, x, weight, moments, ctx.reduce)
+        of_parameters = (None, None) if weight is None else (grad_weight, grad_bias)
+        return None, grad_x, *of_parameters, *[None] * 3
 
 
 def global_moments(x: Tensor, reduce: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,7 +49,7 @@ def global_moments(x: Tensor, reduce: Callable[[Tensor], Tensor]) -> tuple[Tenso
     All float64, as is what `reduce` gets. Sums of squares are taken about the rank's own mean and shifted to the global
     one (Chan, Golub & LeVeque, 1983): nothing cancels, at the price of a second small all-reduce.
     """
-    elements = moments.Elements(x)
+    elements = Elements(x)
     mean, squares = elements.moments()
     packed = reduce(nn.functional.pad(mean * elements.count, (0, 1), value=elements.count))
     total = packed[-1]
@@ -69,9 +59,13 @@ def global_moments(x: Tensor, reduce: Callable[[Tensor], Tensor]) -> tuple[Tenso
 
 
 class SyncBatchNorm(_BatchNorm):
-    """A BatchNorm whose moments are summed over the ranks by `reduce` (an all-reduced sum without gradient)."""
+    """A BatchNorm whose moments are summed over the ranks by `reduce` (an all-reduced sum without gradient).
+
+    y = weight xhat + bias with xhat = (x - mean) rstd (Ioffe & Szegedy, 2015); the moments are float64 [C].
+    """
 
     collectives: ClassVar[tuple[str, ...]] = ("reduce",)  # attributes that another group of ranks may take the place of
+    traceable = True  # False where `collectives` change from pass to pass
 
     def __init__(self, original: _BatchNorm, reduce: Callable[[Tensor], Tensor]):
         assert original.track_running_stats, "only BatchNorm with running statistics"
@@ -80,12 +74,14 @@ class SyncBatchNorm(_BatchNorm):
         self._buffers = original._buffers
         self.training = original.training
         self.reduce = reduce
+        self.number = batchnorm_ops.register(self)
 
     def __deepcopy__(self, memo: dict) -> "SyncBatchNorm":
         """A copy with the same ranks: to copy the bound method `reduce` would copy its world."""
         memo |= {id(call): call for call in map(self.__dict__.get, self.collectives)}
         clone = memo[id(self)] = type(self).__new__(type(self))
         clone.__setstate__(copy.deepcopy(self.__dict__, memo))
+        clone.number = batchnorm_ops.register(clone)
         return clone
 
     def _check_input_dim(self, x: Tensor) -> None:
@@ -94,36 +90,74 @@ class SyncBatchNorm(_BatchNorm):
         if x.shape[1] != self.num_features:
             raise ValueError(f"expected {self.num_features} channels, got {x.shape[1]}")
 
-    @torch.compiler.disable  # its kernels are numba's and its sums a collective: neither can be traced
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
         self._check_input_dim(x)
-        return self.normalize(x)
+        if torch.compiler.is_compiling() and self.traceable:
+            return batchnorm_ops.normalize(self.number, x, self.weight, self.bias, statistics(self))
+        return self._normalize(x)
 
-    def normalize(self, x: Tensor) -> Tensor:
-        """By the moments of the batch of all ranks, which the running statistics follow."""
+    @torch.compiler.disable  # what `batchnorm_ops` is for
+    def _normalize(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            mean, var, count = global_moments(x, self.reduce)
-            if count < 2:  # as torch; the same on every rank
-                raise ValueError(f"expected more than 1 value per channel when training, got {int(count)} on all ranks")
-            update_running(self, mean, var, count)
-        return _Normalize.apply(x, self.weight, self.bias, mean, var, count, self.eps, self.reduce)
+            moments = self.moments(x, *statistics(self))
+        return _Normalize.apply(self, x, self.weight, self.bias, *moments)
+
+    def moments(self, x: Tensor, running_mean: Tensor, running_var: Tensor, number: Tensor) -> Moments:
+        """Mean, 1 / standard deviation and number of elements of the batch of all ranks, which the running statistics
+        follow."""
+        mean, var, count = global_moments(x, self.reduce)
+        if count < 2:  # as torch; the same on every rank
+            raise ValueError(f"expected more than 1 value per channel when training, got {int(count)} on all ranks")
+        update_statistics((running_mean, running_var, number), self.momentum, mean, var, count)
+        return mean, torch.rsqrt(var + self.eps), count
+
+    def moments_like(self, x: Tensor) -> Moments:
+        """Empty tensors in the form of `moments`."""
+        mean = x.new_empty(x.shape[1], dtype=torch.float64)
+        return mean, torch.empty_like(mean), x.new_empty((), dtype=torch.float64)
+
+    def scaled(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Moments) -> Tensor:
+        mean, rstd, _ = moments
+        scale = rstd if weight is None else rstd * weight
+        offset = torch.zeros_like(rstd) if bias is None else bias.double()
+        return Elements(x).affine(mean, scale, offset)
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, weight: Tensor | None, moments: Moments,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Of x, weight and bias (where there are none: of 1 and 0). reduce: in the place of the layer's own."""
+        mean, rstd, count = moments
+        elements = Elements(x)
+        grad_bias, products = elements.products(grad, mean)
+        grad_weight = products * rstd
+        # The moments depend on every x: grad_x = weight rstd (grad - mean(grad) - xhat mean(grad xhat)).
+        mean_grad, mean_product = (reduce or self.reduce)(torch.stack([grad_bias, grad_weight])) / count
+        scale = rstd if weight is None else rstd * weight
+        grad_x = elements.affine2(grad, mean, -scale * rstd * mean_product, -scale * mean_grad, scale)
+        if weight is None:
+            return grad_x, grad_weight, grad_bias
+        return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
 
 
 def update_running(layer: _BatchNorm, mean: Tensor, var: Tensor, count: Tensor | int) -> None:
     """Torch's update of the running statistics, from moments over `count` elements; the stored variance is unbiased."""
-    _update(layer, mean, var * (count / (count - 1)))
+    update_statistics(statistics(layer), layer.momentum, mean, var, count)
 
 
-def _update(layer: _BatchNorm, mean: Tensor, unbiased_var: Tensor) -> None:
-    running_mean, running_var, number = statistics(layer)
+def update_statistics(
+    running: tuple[Tensor, Tensor, Tensor], momentum: float | None, mean: Tensor, var: Tensor, count: Tensor | int
+) -> None:
+    """`update_running` of what `statistics` gives."""
+    *means, number = running
     number.add_(1)
-    for running, new in ((running_mean, mean), (running_var, unbiased_var)):
-        if layer.momentum is None:  # torch keeps the plain mean of all batches
-            running.lerp_(new.to(running.dtype), (1 / number.double()).to(running.dtype))
+    for running_one, new in zip(means, (mean, var * (count / (count - 1))), strict=True):
+        if momentum is None:  # torch keeps the plain mean of all batches
+            running_one.lerp_(new.to(running_one.dtype), (1 / number.double()).to(running_one.dtype))
         else:
-            running.lerp_(new.to(running.dtype), layer.momentum)
+            running_one.lerp_(new.to(running_one.dtype), momentum)
 
 
 def statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,6 +245,8 @@ class ViewColumns:
         self._orders: dict[tuple[int, ...], Tensor] = {}
         self._undo: dict[_BatchNorm, Callable[[], None]] = {}
         for layer in self.layers:
+            if isinstance(layer, SyncBatchNorm):
+                layer.traceable = False
             layer.register_forward_pre_hook(self._before)
             layer.register_forward_hook(self._after)
 
