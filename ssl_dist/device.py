@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
+
 
 def allow_tf32(allowed: bool) -> None:
     """Whether GPUs may round what goes into float32 convolutions and products to TensorFloat-32 (10 bits behind the

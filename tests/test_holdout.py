@@ -76,7 +76,7 @@ def test_a_search_chooses_on_the_held_out_part_and_tests_once(run, monkeypatch):
     monkeypatch.setattr(
         logistic,
         "run",
-        lambda a, b, options, writer=None: (tests.append(b.metadata["split"]), original(a, b, options, writer))[1],
+        lambda a, b, *more: (tests.append(b.metadata["split"]), original(a, b, *more))[1],
     )
     code, records = evaluate(run, ["logistic", "knn"], ["knn.k=[3]"], searched=[f"logistic.c={json.dumps(grid)}"])
     assert code == 0 and tests == [*["train[held out 10%]"] * len(grid), "test"]

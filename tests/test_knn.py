@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ssl_dist.device import CPU
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators import knn
 from ssl_dist.kernels import neighbours
@@ -55,6 +57,18 @@ def reference(train, test, k, temperature, num_classes):
     return top1 * 100.0 / len(test), top5 * 100.0 / len(test)
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def arithmetic(request, monkeypatch):
+    """The cosines of the CPU, or those of a GPU, on the CPU."""
+    if request.param == "gpu":
+        as_on_a_gpu(monkeypatch)
+
+
+def as_on_a_gpu(patch):
+    patch.setattr(neighbours, "_rounded_neighbours", partial(neighbours._exact_neighbours, device=CPU))
+
+
+@pytest.mark.usefixtures("arithmetic")
 def test_equals_the_slow_reference_for_every_k_and_temperature():
     train, test = random_part(60), random_part(33, seed=1)
     values = knn.run(train, test, knn.Options(k=[7, 1, 60], temperature=[0.07, 0.5], precision="fp64"))
@@ -71,16 +85,26 @@ def unit(rows):
 
 
 @settings(max_examples=40)
-@given(st.data(), st.integers(1, 12), st.integers(1, 4), st.integers(1, 5), st.sampled_from(["fp32", "fp64"]))
+@given(
+    st.data(),
+    st.integers(1, 12),
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.sampled_from(["fp32", "fp64"]),
+    st.booleans(),
+)
 def test_ties_take_the_lower_image_id_and_the_lower_class_whatever_the_blocks(
-    data, k, num_queries, num_rows, precision
+    data, k, num_queries, num_rows, precision, on_gpu
 ):
     def draw(count):
         return data.draw(st.lists(st.integers(0, 6), min_size=count, max_size=count))
 
     train, test = part(EXACT[draw(12)], [*draw(10), 0, 1]), part(EXACT[draw(4)], draw(4))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neighbours, "_block_sizes", lambda *_: (num_queries, num_rows))
+        for name in ("_block_sizes", "_exact_block_sizes"):
+            patch.setattr(neighbours, name, lambda *_: (num_queries, num_rows))
+        if on_gpu:
+            as_on_a_gpu(patch)
         values = knn.run(train, test, knn.Options(k=[k], temperature=[1.0], precision=precision))
         blocks = list(neighbours.neighbours(train, test, k, torch.float64, 1))
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1
@@ -95,6 +119,7 @@ def test_ties_take_the_lower_image_id_and_the_lower_class_whatever_the_blocks(
         np.testing.assert_allclose(cosines[query], exact[query, expected], atol=1e-6)
 
 
+@pytest.mark.usefixtures("arithmetic")
 def test_of_many_equal_neighbours_the_lowest_ids_are_kept():
     """Collapsed features: all cosines are 1, but for some that are -1."""
     sign = np.where(np.arange(300) % 3 == 0, -1, 1)
@@ -104,6 +129,7 @@ def test_of_many_equal_neighbours_the_lowest_ids_are_kept():
     assert cosine[0].tolist() == [1.0] * 200 + [-1.0] * 50
 
 
+@pytest.mark.usefixtures("arithmetic")
 def test_blocks_change_nothing():
     train, test = random_part(300, 16), random_part(57, 16, seed=1)
     whole = next(iter(neighbours.neighbours(train, test, 40, torch.float64, 1 << 30)))
@@ -128,6 +154,7 @@ def test_a_class_that_the_training_split_lacks_is_wrong():
     assert knn.run(train, part(EXACT[:2], [0, 7]), knn.Options(k=[4]))["knn4_top1"] == 50.0
 
 
+@pytest.mark.usefixtures("arithmetic")
 def test_small_temperatures_stay_finite():
     train, test = random_part(40), random_part(20, seed=1)
     values = knn.run(train, test, knn.Options(k=[5], temperature=[0.005]))
@@ -163,6 +190,7 @@ def test_labels_and_files_must_fit():
 
 MEMORY = """
 import sys, torch
+from functools import partial
 from ssl_dist.evaluators import knn
 from ssl_dist.kernels import neighbours
 from ssl_dist.storage.features import read_features
@@ -171,6 +199,8 @@ def mib(name):
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) / 1024 for line in status if line.startswith(name))
 
+if sys.argv[3] == "gpu":  # what it would hold there is held here, beside what the host holds
+    neighbours._rounded_neighbours = partial(neighbours._exact_neighbours, device=torch.device("cpu"))
 train, test = read_features(sys.argv[1]), read_features(sys.argv[2])
 knn.run(test, test, knn.Options(k=[20]))  # compiles, and lets the libraries take what they take once
 with open("/proc/self/clear_refs", "w") as peak:
@@ -182,7 +212,8 @@ print(mib("VmHWM") - before)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's account of memory")
-def test_memory_is_bounded_by_the_budget_on_a_mapped_file(tmp_path):
+@pytest.mark.parametrize("arithmetic", ["cpu", pytest.param("gpu", marks=pytest.mark.slow)])
+def test_memory_is_bounded_by_the_budget_on_a_mapped_file(tmp_path, arithmetic):
     from ssl_dist.storage.features import METADATA, write_features
 
     metadata = dict.fromkeys(METADATA, "x") | {"classes": "[]"}
@@ -191,5 +222,7 @@ def test_memory_is_bounded_by_the_budget_on_a_mapped_file(tmp_path):
     for path, count in zip(paths, (64_000, 200), strict=True):  # 62 MiB, and cosines of 49 MiB
         ids = np.arange(count)
         write_features(path, np.resize(tile, (count, 256)), ids % 10, ids, metadata)
-    done = subprocess.run([sys.executable, "-c", MEMORY, *paths], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, *paths, arithmetic], capture_output=True, text=True, check=True
+    )
     assert float(done.stdout) < 24

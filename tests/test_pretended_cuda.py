@@ -142,7 +142,8 @@ def test_commands_on_one_gpu(digits, tmp_path, monkeypatch, capsys):
     def results_of(run):
         for steps in (2, 4):
             assert cli.main(["train", CONFIG, *words, f"run_dir={run}", f"optim.steps={steps}"]) == 0
-        assert cli.main(["evaluate", str(run), "knn", "probe", "finetune", "probe.epochs=1", "finetune.epochs=1"]) == 0
+        trained = ["logistic_sgd", "probe", "finetune"]
+        assert cli.main(["evaluate", str(run), "knn", *trained, *(f"{name}.epochs=1" for name in trained)]) == 0
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         for line in lines:
             for name in ("images_per_s", "views_per_s", "data_wait", "seconds_per_step"):
@@ -154,6 +155,8 @@ def test_commands_on_one_gpu(digits, tmp_path, monkeypatch, capsys):
     with pretended(monkeypatch, 1) as notes:
         lines, numbers, weights = results_of(tmp_path / "gpu")
     assert sum(notes.kernels.values()) > 1000, "did it run on the GPU?"
+    files = {place.split(":")[0] for _, place in notes.waits}
+    assert {"kernels/neighbours.py", "evaluators/logistic_sgd.py"} <= files, "did the evaluators?"
     assert numbers == cpu_numbers
     for line, of_cpu in zip(lines, cpu_lines, strict=True):
         assert line == pytest.approx(of_cpu, rel=1e-7)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
+from ssl_dist.device import CPU
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators import retrieval
 from ssl_dist.storage.features import Features
@@ -69,6 +71,18 @@ def close(values, expected):
     np.testing.assert_allclose(list(values.values()), list(expected.values()), rtol=1e-12)
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def arithmetic(request, monkeypatch):
+    """The ranking of the CPU, or that of a GPU, on the CPU."""
+    if request.param == "gpu":
+        as_on_a_gpu(monkeypatch)
+
+
+def as_on_a_gpu(patch):
+    patch.setattr(retrieval, "_rankings_on_cpu", partial(retrieval._rankings_on_gpu, device=CPU))
+
+
+@pytest.mark.usefixtures("arithmetic")
 @pytest.mark.parametrize("gallery", ["train", "test"])
 def test_equals_the_slow_reference(gallery):
     train, test = random_part(61), random_part(37, seed=1)
@@ -87,18 +101,22 @@ def test_average_precision_is_scikit_learns():
 
 
 @settings(max_examples=40)
-@given(st.data(), st.sampled_from(["train", "test"]), st.integers(1, 4), st.integers(1, 5))
-def test_ties_take_the_lower_image_id_whatever_the_blocks(data, gallery, num_queries, num_rows):
+@given(st.data(), st.sampled_from(["train", "test"]), st.integers(1, 4), st.integers(1, 5), st.booleans())
+def test_ties_take_the_lower_image_id_whatever_the_blocks(data, gallery, num_queries, num_rows, on_gpu):
     def draw(count):
         return data.draw(st.lists(st.integers(0, 6), min_size=count, max_size=count))
 
     train, test = part(EXACT[draw(12)], [*draw(10), 0, 1]), part(EXACT[draw(5)], draw(5))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retrieval, "_block_sizes", lambda *_: (num_queries, num_rows))
+        patch.setattr(retrieval, "_block_sizes_on_gpu", lambda *_: (num_queries, num_rows, max(1, num_queries - 1)))
+        if on_gpu:
+            as_on_a_gpu(patch)
         values = retrieval.run(train, test, retrieval.Options(k=[1, 3], gallery=gallery))
     close(values, reference(test if gallery == "test" else train, test, [1, 3], gallery == "test"))
 
 
+@pytest.mark.usefixtures("arithmetic")
 def test_of_collapsed_features_the_order_is_that_of_ids():
     train, test = part(np.ones((50, 3)), np.arange(50) % 5), part(np.ones((7, 3)) * 2, [0, 1, 2, 3, 4, 0, 1])
     ((start, keys),) = retrieval.rankings(test, train, False, 1 << 20)
@@ -107,12 +125,14 @@ def test_of_collapsed_features_the_order_is_that_of_ids():
     assert (keys & retrieval._ROW_MASK).tolist() == [[i for i in range(7) if i != query] for query in range(7)]
 
 
+@pytest.mark.usefixtures("arithmetic")
 def test_the_nearest_are_distinguished_down_to_a_billionth():
     """Cosines 1 - 2e-9 and 1: float32 rounds both to 1."""
     train = part([[1, 6e-5, 0], [1, 0, 0], [0, 1, 0]], [0, 1, 0])
     assert retrieval.run(train, part([[1, 0, 0]], [1]), retrieval.Options(k=[1]))["retrieval_top1"] == 100
 
 
+@pytest.mark.usefixtures("arithmetic")
 def test_opposite_features_are_the_farthest():
     train = part([[-1, 0, 0], [0, 1, 0], [1, 0, 0]], [1, 0, 0])
     ((_, keys),) = retrieval.rankings(part([[2, 0, 0]], [0]), train, False, 1 << 20)
@@ -120,6 +140,7 @@ def test_opposite_features_are_the_farthest():
     assert (keys >> np.uint64(32)).tolist() == [[0, 2**30, 2**31]]
 
 
+@pytest.mark.usefixtures("arithmetic")
 def test_threads_and_blocks_change_nothing():
     import torch
 
@@ -127,6 +148,7 @@ def test_threads_and_blocks_change_nothing():
     whole = retrieval.run(train, test, retrieval.Options())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retrieval, "_block_sizes", lambda *_: (5, 33))
+        patch.setattr(retrieval, "_block_sizes_on_gpu", lambda *_: (5, 33, 2))
         torch.set_num_threads(2)
         assert retrieval.run(train, test, retrieval.Options()) == whole
 
@@ -202,8 +224,20 @@ def test_the_pictures(gallery):
     assert sum(text in ("disc", "ring", "star") for text in texts) == 6 + wrong, "queries and failures are named"
 
 
+def test_the_keys_are_the_cpus():
+    """Bit for bit, where no cosine lies on the border of two multiples of 2^-30."""
+    train, test = random_part(500, 24), random_part(60, 24, seed=1)
+    keys = np.concatenate([keys.copy() for _, keys in retrieval.rankings(test, train, False, 1 << 20)])
+    with pytest.MonkeyPatch.context() as patch:
+        as_on_a_gpu(patch)
+        blocks = list(retrieval.rankings(test, train, False, 1 << 17))
+    assert len(blocks) > 2
+    np.testing.assert_array_equal(np.concatenate([keys for _, keys in blocks]), keys)
+
+
 MEMORY = """
-import sys
+import sys, torch
+from functools import partial
 from ssl_dist.evaluators import retrieval
 from ssl_dist.storage.features import read_features
 
@@ -211,6 +245,8 @@ def mib(name):
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) / 1024 for line in status if line.startswith(name))
 
+if sys.argv[3] == "gpu":  # what it would hold there is held here, beside what the host holds
+    retrieval._rankings_on_cpu = partial(retrieval._rankings_on_gpu, device=torch.device("cpu"))
 train, test = read_features(sys.argv[1]), read_features(sys.argv[2])
 retrieval.run(test, test, retrieval.Options())  # lets the libraries take what they take once
 with open("/proc/self/clear_refs", "w") as peak:
@@ -223,7 +259,8 @@ print(mib("VmHWM") - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's account of memory")
-def test_memory_is_bounded_by_the_budget_on_a_mapped_file(tmp_path):
+@pytest.mark.parametrize("arithmetic", ["cpu", "gpu"])
+def test_memory_is_bounded_by_the_budget_on_a_mapped_file(tmp_path, arithmetic):
     from ssl_dist.storage.features import METADATA, write_features
 
     metadata = dict.fromkeys(METADATA, "x") | {"classes": "[]"}
@@ -234,7 +271,7 @@ def test_memory_is_bounded_by_the_budget_on_a_mapped_file(tmp_path):
         write_features(path, np.resize(tile, (count, 256)), ids % 10, ids, metadata)
 
     def peak():
-        command = [sys.executable, "-c", MEMORY, *paths]
+        command = [sys.executable, "-c", MEMORY, *paths, arithmetic]
         return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     peaks = []  # 17 to 22 MiB; once in some dozens of processes the allocator takes more

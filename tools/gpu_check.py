@@ -11,6 +11,8 @@ the JSON file at any time:
   speed     milliseconds of a step with the loader and with views that lie on the device, and peak memory; beside them a
             plain loop of torchvision's transforms in a DataLoader
   head      the relation head: milliseconds and memory by images and views
+  evaluate  whether the bits of exact cosines are the CPU's; kNN of 10,000 rows among 50,000, retrieval, k-means and
+            logistic regression: seconds on the CPU and on the GPU, and whether they agree
   feeding   views a second by threads, and how fast they get into pinned memory and to the GPU
   hang      seconds until a process ends whose GPU never does
   tf32      features and kNN with and without TensorFloat-32
@@ -47,8 +49,11 @@ from ssl_dist.distributed.rank import RankInfo, available_cores
 from ssl_dist.distributed.signals import StopRequest
 from ssl_dist.distributed.world import World
 from ssl_dist.errors import UserError
+from ssl_dist.kernels.exact_cosines import cosines, slices
+from ssl_dist.kernels.neighbours import neighbours
 from ssl_dist.run.blueprint import derive
 from ssl_dist.storage import checkpoint
+from ssl_dist.storage.features import Features
 from ssl_dist.thread_team import ThreadTeam
 from ssl_dist.train.loop import fit
 from ssl_dist.train.loop import train as train_run
@@ -459,6 +464,62 @@ def check_tf32(check: Check) -> Iterator[Row]:
     }  # fmt: skip
 
 
+# ------------------------------------------------------------------------------------------------- evaluate
+
+
+EVALUATED: dict[str, tuple[dict[str, Any], int]] = {  # options, and rows of the test split
+    "retrieval": ({}, 2000),
+    "clusters": ({"starts": 1, "iterations": 20, "limit": 20_000}, 10_000),
+    "logistic": ({}, 10_000),
+}
+
+
+def check_evaluate(check: Check) -> Iterator[Row]:
+    from ssl_dist import evaluators
+    from ssl_dist.evaluators import knn
+
+    shrink = 100 if check.pretended else 1
+    train, test = made_features(50_000 // shrink, 0), made_features(10_000 // shrink, 1)
+    few = torch.from_numpy(train.rows(0, min(3000, len(train)))).clone()
+    few[-3:] = 1.0  # these have the largest sums
+    one, two = (cosines(*[slices(few, 2, device)] * 2).cpu() for device in (CPU, check.device))
+    yield {"what": "bits of exact cosines", "holds": torch.equal(one, two)}
+    for dtype, rounding in ((torch.float32, 1e-6), (torch.float64, 1e-12)):
+        k, memory, found, seconds = 21, knn.Options().memory_mb << 20, [], []
+        for device in (CPU, check.device):
+            start = time.perf_counter()
+            found.append([each[1:] for each in neighbours(train, test, k, dtype, memory, device=device)])
+            seconds.append(time.perf_counter() - start)
+        cosine, row, other = (torch.cat(parts) for parts in (*zip(*found[0], strict=True), [r for _, r in found[1]]))
+        gap = -cosine.diff(dim=1)
+        is_close = (gap <= rounding) | F.pad(gap[:, :-1] <= rounding, (1, 0))  # of the first k - 1, to one beside it
+        differs = (row != other)[:, :-1]
+        yield {
+            "what": f"the 20 nearest, {str(dtype)[6:]}", "CPU s": seconds[0], "GPU s": seconds[1],
+            "other rows, %": 100 * number(differs.double().mean()), "holds": not bool((differs & ~is_close).any()),
+        }  # fmt: skip
+    for name, (options, count) in EVALUATED.items():
+        evaluator, part = evaluators.find(name), test.subset(np.arange(count // shrink))
+        values, seconds = [], []
+        for device in (CPU, check.device):
+            start = time.perf_counter()
+            values.append(evaluator.run(train, part, evaluator.Options(**options), None, device))
+            seconds.append(time.perf_counter() - start)
+        apart = max(abs(value - values[1][key]) for key, value in values[0].items())
+        yield {
+            "what": name, "CPU s": seconds[0], "GPU s": seconds[1], "largest difference": apart, "holds": apart <= 0.05,
+        }  # fmt: skip
+
+
+def made_features(count: int, seed: int, dim: int = 512, classes: int = 20) -> Features:
+    """Classes that overlap, and every fiftieth row of the first class the same one."""
+    labels = np.arange(count) % classes
+    centres = np.random.default_rng(99).standard_normal((classes, dim), np.float32)
+    rows = 0.1 * centres[labels] + np.random.default_rng(seed).standard_normal((count, dim), np.float32)
+    rows[:: 50 * classes] = rows[0]
+    return Features(rows, labels, np.arange(count), {"classes": "[]"})
+
+
 # ------------------------------------------------------------------------------------------------- running
 
 
@@ -477,6 +538,7 @@ SECTIONS: dict[str, tuple[Callable[[Check], Iterator[Row]], float]] = {  # and t
     "ranks": (check_ranks, 60),
     "speed": (on_gpu(check_speed), 60),
     "head": (on_gpu(check_head), 10),
+    "evaluate": (on_gpu(check_evaluate), 40),
     "feeding": (on_gpu(check_feeding), 15),
     "hang": (check_hang, 40),
     "tf32": (on_gpu(check_tf32), 20),

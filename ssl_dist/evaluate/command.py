@@ -297,10 +297,11 @@ def _from_features(context: EvalContext, name: str, evaluator: FeatureEvaluator,
         train = train.subset(context.train_ids)
     if context.test_ids is not None:
         test = test.subset(context.test_ids, context.held_out)
+    device = context.world.device
     if context.held_out is not None:
-        return evaluator.run(train, test, options)  # pictures are of the test split only
+        return evaluator.run(train, test, options, None, device)  # pictures are of the test split only
     with FigureWriter(context.run / "figures", test, context.dataset.open, context.encoder.config.data, name) as writer:
-        return evaluator.run(train, test, options, writer)
+        return evaluator.run(train, test, options, writer, device)
 
 
 def _fresh_features(context: EvalContext, split: str) -> Path:

@@ -13,6 +13,8 @@ from ssl_dist.config import Section, parse_yaml, validate
 from ssl_dist.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    import torch
+
     from ssl_dist.results.figures import FigureWriter
     from ssl_dist.storage.features import Features
     from ssl_dist.transfer.subject import EvalContext
@@ -35,13 +37,19 @@ class FeatureEvaluator(Protocol[OptionsT]):
     Options: type[OptionsT]
 
     def run(
-        self, train: "Features", test: "Features", options: OptionsT, writer: "FigureWriter | None" = None
+        self,
+        train: "Features",
+        test: "Features",
+        options: OptionsT,
+        writer: "FigureWriter | None" = None,
+        device: "torch.device | None" = None,
     ) -> dict[str, float]:
         """Values by name, <evaluator>_..., accuracies in percent. A search chooses by those that end in _top1.
 
         Features stay on disk: read their rows in blocks, by `Features.rows` or `Features.take`. writer: writes pictures
-        and reads the images that they show; None: no pictures, as for a part held out of the training split. Raises
-        `UserError` with the remedy for what the user can mend.
+        and reads the images that they show; None: no pictures, as for a part held out of the training split. device:
+        the run's, for what a GPU does sooner; None: the CPU. It changes no value. Raises `UserError` with the remedy
+        for what the user can mend.
         """
 
 

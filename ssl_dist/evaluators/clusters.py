@@ -1,8 +1,9 @@
 """Agreement of clusters with the classes: clusters of k-means on the features, or labels that a method gave its images.
 
 k-means is fitted on training images (at most `limit`, drawn by key) and every image of both splits goes to the nearest
-centre, of equal ones to the first. Labels of a file (`ssl-dist labels` writes one) are of training images, so what is
-measured of them is named `clusters_train_...`; images that the file does not list are left out.
+centre, of equal ones to the first; a GPU finds the same clusters, in the numerics of `kernels.kmeans`. Labels of a file
+(`ssl-dist labels` writes one) are of training images, so what is measured of them is named `clusters_train_...`; images
+that the file does not list are left out.
 
 Measured: normalised and adjusted mutual information and the adjusted Rand index, scikit-learn's, 1 at the most; and two
 accuracies in percent, both with the labels of the split that is measured, as papers have it. By majority vote a cluster
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from ssl_dist.config import NonNegativeInt, PositiveInt, Section
 from ssl_dist.data import labels as labels_file
+from ssl_dist.device import CPU
 from ssl_dist.distributed.world import one_process
 from ssl_dist.errors import UserError, refuse_unreadable
 from ssl_dist.kernels.kmeans import kmeans
@@ -63,7 +65,13 @@ def protocol(options: Options) -> str:
     )
 
 
-def run(train: Features, test: Features, options: Options, writer: FigureWriter | None = None) -> dict[str, float]:
+def run(
+    train: Features,
+    test: Features,
+    options: Options,
+    writer: FigureWriter | None = None,
+    device: torch.device | None = None,
+) -> dict[str, float]:
     """`clusters_nmi`, `_ami`, `_ari` and, in percent, `_majority_top1` and `_hungarian_top1` of the test split, and
     `clusters_train_...` of the training split; of labels of a file only those.
 
@@ -88,7 +96,7 @@ def run(train: Features, test: Features, options: Options, writer: FigureWriter 
         if writer is not None:
             _draw(writer, train, rows, clusters_N[rows], f"column {options.column} of {options.labels}", options)
         return _named("clusters_train_", scores(train.labels[rows], clusters_N[rows]))
-    centres_KD = _fitted(train, options)
+    centres_KD = _fitted(train, options, device or CPU)
     train_N, test_N = (_assigned(part, centres_KD, options) for part in (train, test))
     if writer is not None:
         what = f"k-means with {len(centres_KD)} clusters on training images"
@@ -124,8 +132,8 @@ def _named(prefix: str, values: dict[str, float]) -> dict[str, float]:
 # -------------------------------------------------------------------------------------------------- k-means
 
 
-def _fitted(train: Features, options: Options) -> Tensor:
-    """Centres float64 [K, D]; a cluster that stayed empty has none."""
+def _fitted(train: Features, options: Options, device: torch.device = CPU) -> Tensor:
+    """Centres float64 [K, D] on the device; a cluster that stayed empty has none."""
     number = len(np.unique(train.labels)) if options.number is None else options.number
     count = min(len(train), options.limit)
     if count < number:
@@ -139,14 +147,14 @@ def _fitted(train: Features, options: Options) -> Tensor:
             f" raise it, or lower clusters.limit = {options.limit}"
         )
     rows = np.sort(permutation(hash64(options.seed, EVALUATION, ORDER), len(train))[:count])
-    x_ND = torch.empty(count, train.dim, dtype=torch.float64)
+    x_ND = torch.empty(count, train.dim, dtype=torch.float64, device=device)
     step = _rows_in(train, number, options)
     for start in range(0, count, step):
-        x_ND[start : start + step] = _prepared(train.take(rows[start : start + step]), options)
+        x_ND[start : start + step] = _prepared(train.take(rows[start : start + step]), options, device)
     key = hash64(options.seed, EVALUATION)
-    world = one_process()
-    cluster_N, _ = kmeans(x_ND, torch.arange(count), count, number, key, world, options.starts, options.iterations)
-    sums_KD = torch.zeros(number, train.dim, dtype=torch.float64).index_add_(0, cluster_N, x_ND)
+    world, positions = one_process(device), torch.arange(count, device=device)
+    cluster_N, _ = kmeans(x_ND, positions, count, number, key, world, options.starts, options.iterations)
+    sums_KD = x_ND.new_zeros(number, train.dim).index_add_(0, cluster_N, x_ND)
     sizes_K = torch.bincount(cluster_N, minlength=number)
     return sums_KD[sizes_K > 0] / sizes_K[sizes_K > 0, None]
 
@@ -155,14 +163,14 @@ def _assigned(part: Features, centres_KD: Tensor, options: Options) -> np.ndarra
     """The nearest centre of every row, int64 [N]."""
     cluster_N, step = np.empty(len(part), np.int64), _rows_in(part, len(centres_KD), options)
     for start in range(0, len(part), step):
-        x_RD = _prepared(part.rows(start, min(start + step, len(part))), options)
+        x_RD = _prepared(part.rows(start, min(start + step, len(part))), options, centres_KD.device)
         distance_RK = torch.addmm(centres_KD.square().sum(1), x_RD, centres_KD.T, alpha=-2)
-        cluster_N[start : start + step] = distance_RK.numpy().argmin(1)
+        cluster_N[start : start + step] = distance_RK.argmin(1).cpu().numpy()
     return cluster_N
 
 
-def _prepared(rows: np.ndarray, options: Options) -> Tensor:
-    x_RD = torch.from_numpy(rows).double()
+def _prepared(rows: np.ndarray, options: Options, device: torch.device) -> Tensor:
+    x_RD = torch.from_numpy(rows).to(device).double()
     return F.normalize(x_RD) if options.normalize else x_RD
 
 

@@ -61,7 +61,13 @@ class _Map(NamedTuple):
     trustworthiness: float
 
 
-def run(train: Features, test: Features, options: Options, writer: FigureWriter | None = None) -> dict[str, float]:
+def run(
+    train: Features,
+    test: Features,
+    options: Options,
+    writer: FigureWriter | None = None,
+    device: torch.device | None = None,
+) -> dict[str, float]:
     """`embedding_pca2_variance` and `embedding_pca10_variance`, percent of the first components; how many explain 90 %,
     `embedding_pca90_dims`; `embedding_pca_trustworthiness` and `embedding_tsne_trustworthiness`.
 

@@ -5,7 +5,8 @@ the class with the largest sum is predicted. Every test image counts once, whate
 
 Ties have a fixed order: of equal cosines the lower image id is the nearer; of equal votes the lower class index comes
 first, and so do, in the top-5, classes without any vote (where the official codes leave the order to an unstable sort).
-Cosines are rounded, so in fp32 images closer together than about 1e-7 may change places with the memory budget.
+Cosines are rounded, so in fp32 images closer together than about 1e-7 may change places with the memory budget; on a
+GPU they have one order, that of the exact cosines (`kernels.neighbours`).
 """
 
 from typing import Annotated, Literal
@@ -15,6 +16,7 @@ import torch
 from pydantic import Field
 
 from ssl_dist.config import PositiveInt, Section
+from ssl_dist.device import CPU
 from ssl_dist.kernels.neighbours import neighbours, votes
 from ssl_dist.results.accuracy import neighbour_counts, target_rank
 from ssl_dist.results.confusion import add_pictures, class_names
@@ -46,7 +48,13 @@ class Options(Section):
     memory_mb: PositiveInt = Field(512, description="MiB for blocks of rows and cosines; less is slower")
 
 
-def run(train: Features, test: Features, options: Options, writer: FigureWriter | None = None) -> dict[str, float]:
+def run(
+    train: Features,
+    test: Features,
+    options: Options,
+    writer: FigureWriter | None = None,
+    device: torch.device | None = None,
+) -> dict[str, float]:
     """Percent correct: `knn<k>_top1` and `knn<k>_top5` for every k, `knn<k>_T<t>_top1` for a T other than 0.07.
 
     Top-5 counts the first min(5, k) classes, as the official codes do. Pictures are of the largest k and the first T.
@@ -61,7 +69,9 @@ def run(train: Features, test: Features, options: Options, writer: FigureWriter 
     dtype = torch.float64 if options.precision == "fp64" else torch.float32
     num_correct: dict[str, int] = {}
     predicted_N = np.zeros(len(test), np.int64)
-    for start, cosine_QK, row_QK in neighbours(train, test, max(counts), dtype, options.memory_mb << 20, num_classes):
+    memory = options.memory_mb << 20
+    blocks = neighbours(train, test, max(counts), dtype, memory, num_classes, device or CPU)
+    for start, cosine_QK, row_QK in blocks:
         labels_QK = train_labels_N[row_QK]
         targets_Q = test_labels_N[start : start + len(row_QK)]
         for k in counts:

@@ -9,7 +9,9 @@ Features of a network are strongly correlated, which makes plain L-BFGS crawl. S
 the Hessian at W = 0 is about the identity (a Cholesky factor of the features' second moments): 20 times fewer passes.
 
 F is convex with curvature at least 1 in W, hence F - min F <= 1/2 |dF/dW|^2 (intercepts at their best). That bound,
-relative to F, is what `tolerance` is compared with: the result does not depend on when an optimizer gave up.
+relative to F, is what `tolerance` is compared with: the result does not depend on when an optimizer gave up. On a
+GPU F and its gradient are computed in float64, too, and held to the same bound: both objectives are within `tolerance`
+of the minimum and so of one another, and the weights W within sqrt(8 tolerance F), as the curvature is at least 1.
 """
 
 import logging
@@ -23,6 +25,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from ssl_dist.config import PositiveFloat, PositiveInt, Section
+from ssl_dist.device import CPU
 from ssl_dist.results.accuracy import top1_and_top5
 from ssl_dist.results.confusion import add_pictures, class_names
 from ssl_dist.results.figures import FigureWriter
@@ -45,8 +48,9 @@ class Options(Section):
 
 @dataclass(frozen=True)
 class Fit:
-    """weights float64 [C, D + 1] of standardised features, the intercept last; mean and scale float64 [D]; labels
-    int64 [C], the label of each row. objective: F; gap: the bound on its relative distance from the minimum."""
+    """weights float64 [C, D + 1] of standardised features, the intercept last; mean and scale float64 [D]; these on the
+    device. labels int64 [C], the label of each row. objective: F; gap: the bound on its relative distance from the
+    minimum."""
 
     weights: Tensor
     mean: Tensor
@@ -58,7 +62,13 @@ class Fit:
     converged: bool
 
 
-def run(train: Features, test: Features, options: Options, writer: FigureWriter | None = None) -> dict[str, float]:
+def run(
+    train: Features,
+    test: Features,
+    options: Options,
+    writer: FigureWriter | None = None,
+    device: torch.device | None = None,
+) -> dict[str, float]:
     """`logistic_top1`, `logistic_top5`, `logistic_train_top1` in percent, and `logistic_converged`, 1 or 0.
 
     A class that the training split lacks is never predicted. Raises `UserError` for files that do not belong together,
@@ -66,7 +76,7 @@ def run(train: Features, test: Features, options: Options, writer: FigureWriter 
     """
     check_pair(train, test)
     require_labels(train, test)
-    fitted = fit(train, options)
+    fitted = fit(train, options, device or CPU)
     if not fitted.converged:
         logging.getLogger(__name__).warning(
             "logistic: NOT CONVERGED after %d iterations: the objective may be %.1g (relative) above its minimum, asked"
@@ -86,20 +96,20 @@ def run(train: Features, test: Features, options: Options, writer: FigureWriter 
     }
 
 
-def fit(train: Features, options: Options) -> Fit:
-    """The minimum of F over the training split."""
+def fit(train: Features, options: Options, device: torch.device = CPU) -> Fit:
+    """The minimum of F over the training split. L-BFGS itself runs on the host, F and its gradient on the device."""
     labels, target_N = np.unique(train.labels, return_inverse=True)
     num_free = len(labels) if len(labels) > 2 else 1  # two classes: the first one's row stays zero
-    problem = _Problem(train, torch.from_numpy(target_N), len(labels), options)
+    problem = _Problem(train, torch.from_numpy(target_N).to(device), len(labels), options)
     weights_FE, value, gap = torch.empty(0), np.inf, np.inf  # of the last point that was tried
 
     def value_and_gradient(theta: np.ndarray) -> tuple[float, np.ndarray]:
         nonlocal weights_FE, value, gap
-        weights_FE = problem.from_preconditioned(torch.from_numpy(theta.reshape(num_free, -1)))
+        weights_FE = problem.from_preconditioned(torch.from_numpy(theta.reshape(num_free, -1)).to(device))
         value, gradient_FE = problem.mean_objective(weights_FE)
         # In F's own scale the bound is |dF/dW|^2 / 2; F is this mean times CN.
         gap = float((gradient_FE**2).sum()) * problem.scale / 2 / value
-        return value, problem.to_preconditioned(gradient_FE).numpy().ravel()
+        return value, problem.to_preconditioned(gradient_FE).cpu().numpy().ravel()
 
     def stop_at_tolerance(_: np.ndarray) -> None:
         if gap <= options.tolerance:
@@ -122,17 +132,18 @@ def fit(train: Features, options: Options) -> Fit:
 
 
 class _Problem:
-    """F / (C N) and its gradient over the rows of a file; E = D + 1, the last column being the constant 1."""
+    """F / (C N) and its gradient over the rows of a file, on the device of `target_N`; E = D + 1, the last column being
+    the constant 1."""
 
     def __init__(self, train: Features, target_N: Tensor, num_classes: int, options: Options):
         self.train, self.target_N, self.num_classes = train, target_N, num_classes
         self.scale = options.c * len(train)
         self.memory = options.memory_mb << 20
         self.cached: list[tuple[Tensor, Tensor]] | None = None
-        self.mean_D = torch.zeros(train.dim, dtype=torch.float64)
-        self.scale_D = torch.ones(train.dim, dtype=torch.float64)
+        self.device = target_N.device
+        zeros_D = torch.zeros(train.dim, dtype=torch.float64, device=self.device)
+        self.mean_D, self.scale_D = zeros_D, torch.ones_like(zeros_D)
         if options.standardize:
-            zeros_D = torch.zeros(train.dim, dtype=torch.float64)
             self.mean_D = sum((rows_RD.sum(0) for rows_RD in self._raw()), start=zeros_D) / len(train)
             squares = (((rows_RD - self.mean_D) ** 2).sum(0) for rows_RD in self._raw())
             variance_D = sum(squares, start=zeros_D) / len(train)
@@ -144,7 +155,7 @@ class _Problem:
 
     def _raw(self) -> Iterator[Tensor]:
         for start, stop in _ranges(self.train, self.num_classes, self.memory):
-            yield torch.from_numpy(self.train.rows(start, stop)).double()
+            yield torch.from_numpy(self.train.rows(start, stop)).to(self.device).double()
 
     def _blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self.cached is not None:
@@ -155,7 +166,7 @@ class _Problem:
 
     def _preconditioner(self) -> Tensor:
         """Lower Cholesky factor of about the Hessian of F / (C N) at W = 0 for one class."""
-        moments_EE = torch.zeros(self.train.dim + 1, self.train.dim + 1, dtype=torch.float64)
+        moments_EE = self.mean_D.new_zeros(self.train.dim + 1, self.train.dim + 1)
         for rows_RE, _ in self._blocks():
             moments_EE += rows_RE.T @ rows_RE
         moments_EE /= len(self.train)
@@ -180,7 +191,7 @@ class _Problem:
             logits_RC = _logits(rows_RE, weights_FE)
             log_p_RC = logits_RC.log_softmax(1)
             loss -= float(log_p_RC.gather(1, target_R[:, None]).sum())
-            error_RC = log_p_RC.exp_().scatter_add_(1, target_R[:, None], -torch.ones(len(target_R), 1).double())
+            error_RC = log_p_RC.exp_().scatter_add_(1, target_R[:, None], log_p_RC.new_full((len(target_R), 1), -1.0))
             gradient_FE += error_RC[:, -len(weights_FE) :].T @ rows_RE
         value = loss / len(self.train) + float((penalised_FE**2).sum()) / 2 / self.scale
         return value, gradient_FE / len(self.train) + penalised_FE / self.scale
@@ -193,8 +204,8 @@ def _logits(rows_RE: Tensor, weights_FE: Tensor) -> Tensor:
 
 def _standardised(part: Features, start: int, stop: int, mean_D: Tensor, scale_D: Tensor) -> Tensor:
     """Rows float64 [R, D + 1], the last column 1."""
-    rows_RE = torch.ones(stop - start, part.dim + 1, dtype=torch.float64)
-    torch.sub(torch.from_numpy(part.rows(start, stop)), mean_D, out=rows_RE[:, :-1])
+    rows_RE = mean_D.new_ones(stop - start, part.dim + 1)
+    torch.sub(torch.from_numpy(part.rows(start, stop)).to(mean_D.device), mean_D, out=rows_RE[:, :-1])
     rows_RE[:, :-1] /= scale_D
     return rows_RE
 
@@ -220,11 +231,11 @@ def _logit_blocks(fitted: Fit, part: Features, memory: int) -> Iterator[tuple[sl
 def _accuracies(fitted: Fit, part: Features, memory: int) -> tuple[float, float]:
     """Top-1 and top-5 in percent."""
     index_of = {int(label): i for i, label in enumerate(fitted.labels)}
-    target_N = torch.tensor([index_of.get(label, -1) for label in part.labels.tolist()])
+    target_N = torch.tensor([index_of.get(label, -1) for label in part.labels.tolist()], device=fitted.weights.device)
     return top1_and_top5((logits_RC, target_N[rows]) for rows, logits_RC in _logit_blocks(fitted, part, memory))
 
 
 def _predicted(fitted: Fit, part: Features, memory: int) -> np.ndarray:
     """The label of every row, int64 [N]; of equal logits the lower."""
-    best = [logits_RC.numpy().argmax(1) for _, logits_RC in _logit_blocks(fitted, part, memory)]
+    best = [logits_RC.argmax(1).cpu().numpy() for _, logits_RC in _logit_blocks(fitted, part, memory)]
     return fitted.labels.numpy()[np.concatenate(best)]

@@ -4,7 +4,8 @@
 logistic regression on four fifths (L-BFGS, L2, C = 1, at most 100 iterations, converged or not) and, on the other
 fifth, a sigmoid for every class (Platt, 1999) that turns its scores into probabilities; the prediction is the mean over
 the folds. A protocol of its own: the folds, the calibration and the early end all move the accuracy, so compare it with
-ReLIC's numbers, and take `logistic` for how well a linear classifier can do on features.
+ReLIC's numbers, and take `logistic` for how well a linear classifier can do on features. It stays on the CPU beside a
+GPU, as scikit-learn does.
 """
 
 import warnings
@@ -35,7 +36,13 @@ class Options(Section):
     memory_mb: PositiveInt = Field(4096, description="MiB; scikit-learn needs all rows at once, so more is refused")
 
 
-def run(train: Features, test: Features, options: Options, writer: FigureWriter | None = None) -> dict[str, float]:
+def run(
+    train: Features,
+    test: Features,
+    options: Options,
+    writer: FigureWriter | None = None,
+    device: torch.device | None = None,
+) -> dict[str, float]:
     """`logistic_calibrated_top1` and `logistic_calibrated_top5` in percent.
 
     Raises `UserError` for files that do not belong together, missing labels, fewer than two classes, a class with

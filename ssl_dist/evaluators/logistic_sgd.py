@@ -3,7 +3,8 @@
 Mean cross entropy of mini-batches; SGD with momentum, weight decay on weights and biases; the rate of epoch e (from 0)
 of E is lr (1 + cos(pi e / E)) / 2. The weights begin as draws of N(0, 0.01^2), the biases as 0. Every epoch sees every
 training image once: the last batch may be smaller, and a batch as large as the training split makes it gradient
-descent. Weights and order are functions of the seed, and all is computed in float64.
+descent. Weights and order are functions of the seed, and all is computed in float64. On a GPU steps
+round otherwise by 1e-16, which a convex loss does not let grow; with few classes their launches are most of their time.
 
 The last epoch is the result. The official script logs the best accuracy over the epochs, chosen on the images that it
 is measured on.
@@ -21,6 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_dist.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from ssl_dist.device import CPU, to_device
 from ssl_dist.errors import UserError
 from ssl_dist.keys import INIT, ORDER, hash64, normals, permutation
 from ssl_dist.results.accuracy import top1_and_top5
@@ -57,7 +59,13 @@ class Epoch:
     loss: float
 
 
-def run(train: Features, test: Features, options: Options, writer: FigureWriter | None = None) -> dict[str, float]:
+def run(
+    train: Features,
+    test: Features,
+    options: Options,
+    writer: FigureWriter | None = None,
+    device: torch.device | None = None,
+) -> dict[str, float]:
     """`logistic_sgd_top1`, `logistic_sgd_top5` and `logistic_sgd_train_top1` in percent, after the last epoch.
 
     Raises `UserError` for files that do not belong together, missing labels, fewer than two classes and a training
@@ -65,7 +73,7 @@ def run(train: Features, test: Features, options: Options, writer: FigureWriter 
     """
     check_pair(train, test)
     require_labels(train, test)
-    last = deque(epochs(train, options, *initial(train, options.seed)), maxlen=1).pop()
+    last = deque(epochs(train, options, *initial(train, options.seed), device or CPU), maxlen=1).pop()
     memory = options.memory_mb << 20
     top1, top5 = accuracies(last, test, memory)
     train_top1, _ = accuracies(last, train, memory)
@@ -85,55 +93,61 @@ def initial(train: Features, seed: int) -> tuple[Tensor, Tensor]:
     return weights_CD, torch.zeros(num_classes, dtype=torch.float64)
 
 
-def epochs(train: Features, options: Options, weights_CD: Tensor, biases_C: Tensor) -> Iterator[Epoch]:
-    """The classifier after every epoch, from these first weights. Raises `UserError` when the loss is not finite."""
-    weights_CD, biases_C = (t.double().clone().requires_grad_() for t in (weights_CD, biases_C))
+def epochs(
+    train: Features, options: Options, weights_CD: Tensor, biases_C: Tensor, device: torch.device = CPU
+) -> Iterator[Epoch]:
+    """The classifier after every epoch from these first weights, on the device. Raises `UserError` when the loss is
+    not finite."""
+    weights_CD, biases_C = (t.to(device).double().clone().requires_grad_() for t in (weights_CD, biases_C))
     optimizer = torch.optim.SGD(
         [weights_CD, biases_C], lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
     )
     memory = options.memory_mb << 20
-    read = _reader(train, memory)
-    target_N = torch.from_numpy(train.labels)
+    read = _reader(train, memory, device)
     num_rows = _rows_in(memory, train.dim, len(biases_C))
     for epoch in range(options.epochs):
         optimizer.param_groups[0]["lr"] = rate(options.lr, epoch, options.epochs)
         order_N = permutation(hash64(options.seed, ORDER, epoch), len(train))
-        loss = 0.0
+        loss = torch.zeros((), dtype=torch.float64, device=device)
         for start in range(0, len(train), options.batch_size):
             rows_B = np.sort(order_N[start : start + options.batch_size])  # a file is read in its own order
             optimizer.zero_grad()
             for rows_R in np.split(rows_B, range(num_rows, len(rows_B), num_rows)):
-                logits_RC = torch.from_numpy(read(rows_R)).double() @ weights_CD.T + biases_C
-                total = torch.nn.functional.cross_entropy(logits_RC, target_N[rows_R], reduction="sum")
+                logits_RC = read(rows_R).double() @ weights_CD.T + biases_C
+                target_R = to_device(train.labels[rows_R], device)
+                total = torch.nn.functional.cross_entropy(logits_RC, target_R, reduction="sum")
                 (total / len(rows_B)).backward()
-                loss += total.item() / len(train)
+                loss += total.detach() / len(train)
             optimizer.step()
-        if not math.isfinite(loss):
+        if not math.isfinite(mean_loss := loss.item()):
             raise UserError(
                 f"logistic_sgd.lr = {options.lr}: the loss of epoch {epoch + 1} is not finite; give a smaller rate"
             )
-        yield Epoch(weights_CD.detach().clone(), biases_C.detach().clone(), loss)
+        yield Epoch(weights_CD.detach().clone(), biases_C.detach().clone(), mean_loss)
 
 
 def accuracies(epoch: Epoch, part: Features, memory: int) -> tuple[float, float]:
     """Top-1 and top-5 in percent. A label that the classifier has no output for is wrong."""
     num_classes = len(epoch.biases)
-    labels_N = torch.from_numpy(part.labels)
+    device = epoch.weights.device
+    labels_N = torch.from_numpy(part.labels).to(device)
     target_N = labels_N.where(labels_N < num_classes, -1)
     step = _rows_in(memory, part.dim, num_classes)
 
     def scores_RC(start: int) -> Tensor:
-        return torch.from_numpy(part.rows(start, start + step)).double() @ epoch.weights.T + epoch.biases
+        rows_RD = torch.from_numpy(part.rows(start, start + step)).to(device)
+        return rows_RD.double() @ epoch.weights.T + epoch.biases
 
     return top1_and_top5((scores_RC(start), target_N[start : start + step]) for start in range(0, len(part), step))
 
 
-def _reader(train: Features, memory: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Rows by their numbers, from memory where the file fits in half of the budget, else from the file."""
+def _reader(train: Features, memory: int, device: torch.device) -> Callable[[np.ndarray], Tensor]:
+    """Rows on the device by their numbers, from its memory where the file fits in half of the budget, else from the
+    file."""
     if len(train) * train.dim * 4 > memory // 2:
-        return train.take
-    rows_ND = train.rows(0, len(train))
-    return rows_ND.__getitem__
+        return lambda rows: torch.from_numpy(train.take(rows)).to(device)
+    rows_ND = torch.from_numpy(train.rows(0, len(train))).to(device)
+    return lambda rows: rows_ND[to_device(rows, device)]
 
 
 def _rows_in(memory: int, dim: int, num_classes: int) -> int:

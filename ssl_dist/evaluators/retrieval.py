@@ -6,21 +6,27 @@ k nearest that are (precision at k), and the mean over queries of the average pr
 which is scikit-learn's `average_precision_score` where no two cosines are equal.
 
 Cosines are computed in float64 and rounded to multiples of 2^-30 (1e-9); of equal ones the lower row is the nearer. So
-images that are alike have one order, which depends neither on blocks nor on threads. The values of a query whose class
-the gallery lacks are 0.
+images that are alike have one order, which depends neither on blocks nor on threads, and is the same on a GPU: there
+the cosines are those of `kernels.exact_cosines`, which differ from the CPU's by about 1e-15 (D 2^-50 at the most), so
+that one may be rounded to the next multiple, and images that are 2e-9 apart change places. The values of a query whose
+class the gallery lacks are 0.
 """
 
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from numba import njit
 from pydantic import Field
+from torch import Tensor
 
 from ssl_dist.config import PositiveInt, Section
+from ssl_dist.device import CPU
+from ssl_dist.kernels.exact_cosines import cosines, slices
 from ssl_dist.kernels.neighbours import unit_rows
 from ssl_dist.keys import EVALUATION, hash64
 from ssl_dist.results.accuracy import neighbour_counts
@@ -37,6 +43,7 @@ VERSION = 1
 DRAWS = True
 _ROW_MASK = np.uint64(0xFFFFFFFF)  # the part of a key that is the gallery's row
 _OWN_KEY = np.uint64(0xFFFFFFFFFFFFFFFF)  # the key of a query itself, behind all others
+_LAST_KEY = 2**63 - 1  # on a GPU, where keys are int64
 _PUBLISHED_K = (1, 5, 20)
 _NUM_SHOWN = 8  # nearest images of a query in the picture
 
@@ -57,7 +64,13 @@ class Options(Section):
     )
 
 
-def run(train: Features, test: Features, options: Options, writer: FigureWriter | None = None) -> dict[str, float]:
+def run(
+    train: Features,
+    test: Features,
+    options: Options,
+    writer: FigureWriter | None = None,
+    device: torch.device | None = None,
+) -> dict[str, float]:
     """`retrieval_top<k>` and, for k above 1, `retrieval_precision<k>`, and `retrieval_map`, in percent.
 
     Raises `UserError` for files that do not belong together, missing labels, fewer than two classes and a k above the
@@ -73,7 +86,7 @@ def run(train: Features, test: Features, options: Options, writer: FigureWriter 
     num_relevant = {k: 0 for k in counts}  # such images, over all queries
     precision_N = np.zeros(len(test))
     nearest_NK = np.zeros((len(test), min(_NUM_SHOWN, len(gallery) - leave_out)), np.int64)
-    for start, keys_QN in rankings(test, gallery, leave_out, options.memory_mb << 20):
+    for start, keys_QN in rankings(test, gallery, leave_out, options.memory_mb << 20, device or CPU):
         for query, keys_N in enumerate(keys_QN, start):
             rows_N = (keys_N & _ROW_MASK).astype(np.int64)
             rank_R = np.flatnonzero(gallery.labels[rows_N] == test.labels[query])
@@ -98,13 +111,23 @@ def average_precision(rank_R: np.ndarray) -> float:
     return float((np.arange(1, len(rank_R) + 1) / (rank_R + 1)).mean()) if len(rank_R) else 0.0
 
 
-def rankings(queries: Features, gallery: Features, leave_out: bool, memory: int) -> Iterator[tuple[int, np.ndarray]]:
+def rankings(
+    queries: Features, gallery: Features, leave_out: bool, memory: int, device: torch.device = CPU
+) -> Iterator[tuple[int, np.ndarray]]:
     """Block by block the first query, and keys uint64 [Q, N] of the gallery's rows, which are their lower 32 bits, the
     nearest first.
 
     leave_out: queries and gallery are one split, and a query is left out of its own list ([Q, N - 1]). About `memory`
-    bytes are used; one query at a time needs about 50 a row of the gallery. The next block overwrites the keys.
+    bytes are used, of the host's memory and of the device's; one query at a time needs about 50 a row of the gallery.
+    The next block overwrites the keys.
     """
+    rank = _rankings_on_cpu if device.type == "cpu" else partial(_rankings_on_gpu, device=device)
+    return rank(queries, gallery, leave_out, memory)
+
+
+def _rankings_on_cpu(
+    queries: Features, gallery: Features, leave_out: bool, memory: int
+) -> Iterator[tuple[int, np.ndarray]]:
     threads = torch.get_num_threads()
     num_queries, num_rows = _block_sizes(len(gallery), gallery.dim, memory)
     with ThreadPoolExecutor(threads, "rank") as pool:
@@ -140,6 +163,43 @@ def _block_sizes(num_gallery: int, dim: int, memory: int) -> tuple[int, int]:
     num_queries = max(1, (memory * 5 // 8 - lists) // (8 * num_gallery + per_row))
     num_rows = max(1, memory // 8 // (per_row + 8 * num_queries))
     return num_queries, num_rows
+
+
+def _rankings_on_gpu(
+    queries: Features, gallery: Features, leave_out: bool, memory: int, device: torch.device
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Keys are int64 there, 2^62 below those of the host, and sorted some queries at a time: a sort takes four times
+    its keys."""
+    num_queries, num_rows, num_sorted = _block_sizes_on_gpu(len(gallery), gallery.dim, memory)
+    keys_QN = torch.empty(min(num_queries, len(queries)), len(gallery), dtype=torch.int64, device=device)
+    for start in range(0, len(queries), num_queries):
+        stop = min(start + num_queries, len(queries))
+        ours, block_QN = _two_slices(queries, start, stop, device), keys_QN[: stop - start]
+        for first in range(0, len(gallery), num_rows):
+            last = min(first + num_rows, len(gallery))
+            distance_QR = cosines(ours, _two_slices(gallery, first, last, device)).neg_().add_(1).mul_(2.0**30)
+            block_QR = block_QN[:, first:last]
+            block_QR.copy_(distance_QR.round_().clamp_min_(0))
+            block_QR.sub_(2**30).mul_(2**32).add_(torch.arange(first, last, device=device))
+        if leave_out:
+            block_QN.scatter_(1, torch.arange(start, stop, device=device)[:, None], _LAST_KEY)
+        for begin in range(0, stop - start, num_sorted):
+            sorted_SN = block_QN[begin : begin + num_sorted].sort(dim=1).values.cpu().numpy().view(np.uint64)
+            sorted_SN += np.uint64(2**62)
+            yield start + begin, sorted_SN[:, : len(gallery) - leave_out]
+
+
+def _two_slices(part: Features, start: int, stop: int, device: torch.device) -> tuple[Tensor, ...]:
+    return slices(torch.from_numpy(part.rows(start, stop)), 2, device)
+
+
+def _block_sizes_on_gpu(num_gallery: int, dim: int, memory: int) -> tuple[int, int, int]:
+    """Queries of a block, rows of the gallery that they are compared with at once, and queries sorted at once."""
+    per_row = dim * 24  # as read and in two slices, one of which is made of what the other leaves
+    num_queries = max(1, memory * 3 // 8 // (8 * num_gallery + per_row))
+    num_rows = max(1, memory // 4 // (per_row + 16 * num_queries))
+    num_sorted = max(1, memory * 3 // 8 // (48 * num_gallery))  # keys and indices, each twice while they are sorted
+    return num_queries, num_rows, min(num_queries, num_sorted)
 
 
 def _warn_of_missing(test: Features, gallery: Features, leave_out: bool) -> None:

@@ -1,7 +1,11 @@
 """K-means over the ranks, and the whitening before it (Caron, Bojanowski, Joulin & Douze, 2018, section 3).
 
 Each rank holds the rows of its images. Every draw is a function of a key, and whatever decides is a sum over all rows,
-in float64: the clusters do not depend on how many ranks there are.
+in float64: the clusters do not depend on how many ranks there are, nor on whether they have GPUs.
+
+Rounding alone differs, since sums are taken in another order: centres, which are means of the same rows, and squared
+distances to them agree to 1e-13 of the rows' squared lengths. A row whose distances to two centres are as close as
+that, and a draw as close to the border of two rows, can go either way. Of equal distances the first counts.
 """
 
 import math
@@ -97,7 +101,9 @@ class _Rows:
 
     def nearest(self, centres: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest centre of every row, and the squared distance to it."""
-        size = max(1, BLOCK_BYTES[centres.device.type] // (8 * len(centres)))
+        smallest, largest = BLOCK_BYTES["cpu"], BLOCK_BYTES[centres.device.type]
+        num_bytes = min(largest, max(smallest, self.x_ND.numel()))  # at most an eighth of the rows, where they are few
+        size = max(1, num_bytes // (8 * len(centres)))
         squares, blocks = centres.square().sum(1), []
         for start in range(0, max(1, len(self.x_ND)), size):
             block = self.x_ND[start : start + size]

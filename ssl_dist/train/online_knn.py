@@ -87,7 +87,9 @@ class OnlineKNN:
         num_classes, k = int(self.labels.max()) + 1, min(K, len(bank))
         bank_labels_N, labels_N = torch.from_numpy(bank.labels), torch.from_numpy(queries.labels)
         correct = 0
-        for start, cosine_QK, row_QK in neighbours(bank, queries, k, torch.float32, MEMORY_BYTES, num_classes):
+        device = self.world.device
+        blocks = neighbours(bank, queries, k, torch.float32, MEMORY_BYTES, num_classes, device)
+        for start, cosine_QK, row_QK in blocks:
             votes_QC = votes(cosine_QK, bank_labels_N[row_QK], TEMPERATURE, num_classes)
             correct += int((target_rank(votes_QC, labels_N[start : start + len(row_QK)]) < 1).sum())
         return correct * 100.0 / len(queries)
