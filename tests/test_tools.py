@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 TOOLS = Path(__file__).parents[1] / "tools"
-TESTED_ELSEWHERE = {"compare": "test_compare.py", "draw_packages": "test_imports.py", "list_ids": "test_list_ids.py"}
+TESTED_ELSEWHERE = {
+    "compare": "test_compare.py",
+    "draw_packages": "test_imports.py",
+    "list_ids": "test_list_ids.py",
+    "paper_row": "test_paper_row.py",
+}
 SMALLEST_INPUTS = {  # arguments, and how a line of the table begins that must hold figures above 0
     "bench_knn": (
         ["--images", "500", "--queries", "20", "--features", "8", "--classes", "5", "--threads", "1"], "MiB at the peak"

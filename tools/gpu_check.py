@@ -4,8 +4,8 @@
 
 Sections, in the order of their worth; one that no longer fits into the minutes is left out, and what is measured is in
 the JSON file at any time:
-  methods   every method in fp32, bf16 and fp64: the first loss against the CPU in float64, how often a step waits for
-            the GPU; in fp32 two deterministic trainings, and a resumed one, must be equal bit for bit
+  methods   every method in fp32, bf16, fp16 and fp64: the first loss against the CPU in float64, how often a step waits
+            for the GPU; in fp32 two deterministic trainings, and a resumed one, must be equal bit for bit
   ranks     one process and two ranks that share the GPU over gloo against the CPU in float64 (`verify --device cuda`),
             and NCCL's collectives in a group of one
   speed     milliseconds of a step with the loader and with views that lie on the device, and peak memory; beside them a
@@ -147,7 +147,7 @@ def check_methods(check: Check) -> Iterator[Row]:
         few = ["method.options.clusters=8"] if case.method == "deepcluster" else []
         settings = overridden(case.config, *few, "log.every_steps=1000")
         expected = number(Steps(overridden(settings, "optim.steps=1"), CPU).run().losses[0])
-        for precision in ("fp32", "bf16", "fp64"):
+        for precision in ("fp32", "bf16", "fp16", "fp64"):
             with check.gpu(), counted_waits(check) as waits:
                 steps = Steps(overridden(settings, f"precision={precision}", "optim.steps=3"), check.device).run()
                 first = number(steps.losses[0])
