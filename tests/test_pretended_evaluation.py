@@ -1,6 +1,8 @@
 """Evaluators on a pretended GPU: the CPU's values, and the host waits for the GPU by the block, never by the row."""
 
 import json
+import weakref
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from ssl_dist import evaluators
 from ssl_dist.evaluators import logistic
 from ssl_dist.kernels import kmeans
 from ssl_dist.storage.features import Features
-from tests.pretended_cuda import CUDA, pretended
+from tests.pretended_cuda import CUDA, OnDevice, pretended
 
 
 def part(count, seed, dim=24, classes=7):
@@ -52,6 +54,64 @@ def test_values_are_those_of_the_cpu(name, options, most, monkeypatch):
     assert values == expected
     assert sum(notes.kernels.values()) > 20, "did it run on the GPU?"
     assert 0 < sum(notes.waits.values()) <= most, dict(notes.waits)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("knn", {}),
+        ("knn", {"precision": "fp64"}),
+        ("retrieval", {}),
+        ("clusters", {"limit": 1300, "starts": 1, "iterations": 1, "number": 20}),
+        ("logistic", {"max_iter": 1}),
+        ("logistic_sgd", {"epochs": 1, "batch_size": 2000}),
+    ],
+)
+def test_the_budget_bounds_the_memory_of_the_gpu(name, options, monkeypatch):
+    train, test = part(6000, 0, dim=64), part(40, 1, dim=64)
+    monkeypatch.setitem(kmeans.BLOCK_BYTES, "cpu", 2**16)  # a block of so few rows is no smaller
+    held = watched(monkeypatch)
+    evaluator = evaluators.find(name)
+    with pretended(monkeypatch, 1):
+        evaluator.run(train, test, evaluator.Options(memory_mb=1, **options), None, CUDA)
+    assert 0.3 < held.peak / 2**20 < 1, "a budget that is used, and kept"
+    assert held.now == 0
+
+
+class Held:
+    """Bytes of the pretended GPU's tensors; views share theirs."""
+
+    def __init__(self):
+        self.bytes_of, self.tensors, self.peak = {}, Counter(), 0
+
+    @property
+    def now(self):
+        return sum(self.bytes_of.values())
+
+    def add(self, tensor):
+        storage = tensor._real.untyped_storage()
+        address = storage.data_ptr()
+        self.bytes_of[address] = storage.nbytes()
+        self.tensors[address] += 1
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(tensor, self.remove, address)
+
+    def remove(self, address):
+        self.tensors[address] -= 1
+        if not self.tensors[address]:
+            del self.bytes_of[address]
+
+
+def watched(monkeypatch):
+    held, new = Held(), OnDevice.__new__
+
+    def made(cls, real):
+        tensor = new(cls, real)
+        held.add(tensor)
+        return tensor
+
+    monkeypatch.setattr(OnDevice, "__new__", staticmethod(made))
+    return held
 
 
 def test_k_means_by_sums_in_another_order():

@@ -236,8 +236,7 @@ def test_the_keys_are_the_cpus():
 
 
 MEMORY = """
-import sys, torch
-from functools import partial
+import sys
 from ssl_dist.evaluators import retrieval
 from ssl_dist.storage.features import read_features
 
@@ -245,8 +244,6 @@ def mib(name):
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) / 1024 for line in status if line.startswith(name))
 
-if sys.argv[3] == "gpu":  # what it would hold there is held here, beside what the host holds
-    retrieval._rankings_on_cpu = partial(retrieval._rankings_on_gpu, device=torch.device("cpu"))
 train, test = read_features(sys.argv[1]), read_features(sys.argv[2])
 retrieval.run(test, test, retrieval.Options())  # lets the libraries take what they take once
 with open("/proc/self/clear_refs", "w") as peak:
@@ -259,8 +256,7 @@ print(mib("VmHWM") - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's account of memory")
-@pytest.mark.parametrize("arithmetic", ["cpu", "gpu"])
-def test_memory_is_bounded_by_the_budget_on_a_mapped_file(tmp_path, arithmetic):
+def test_memory_is_bounded_by_the_budget_on_a_mapped_file(tmp_path):
     from ssl_dist.storage.features import METADATA, write_features
 
     metadata = dict.fromkeys(METADATA, "x") | {"classes": "[]"}
@@ -271,7 +267,7 @@ def test_memory_is_bounded_by_the_budget_on_a_mapped_file(tmp_path, arithmetic):
         write_features(path, np.resize(tile, (count, 256)), ids % 10, ids, metadata)
 
     def peak():
-        command = [sys.executable, "-c", MEMORY, *paths, arithmetic]
+        command = [sys.executable, "-c", MEMORY, *paths]
         return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     peaks = []  # 17 to 22 MiB; once in some dozens of processes the allocator takes more

@@ -20,7 +20,7 @@ from ssl_dist.kernels.ranks import Ranks
 from ssl_dist.keys import hash64, uniforms
 
 MIN_EIGENVALUE = 1e-6  # as a share of the largest: a dead channel's is 0, and whitening would make noise of it
-BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**26}  # of distances that are held at once; a core's cache, or to fill a GPU
+BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**26}  # of distances or squares at once; a core's cache, or to fill a GPU
 PASS_TIMEOUT_S = 600.0  # for one pass over the rows
 MAX_RATIO = 1 - 1e-9  # of a later start to the best: rounding differs with the number of ranks and must not decide
 ZERO_DISTANCE = 1e-12  # squared distances below this share of the squared lengths are 0
@@ -77,7 +77,13 @@ class _Rows:
 
     def __init__(self, x_ND: Tensor, positions: Tensor, count: int, ranks: Ranks, title: str):
         self.x_ND, self.positions, self.count, self.ranks, self.title = x_ND, positions, count, ranks, title
-        self.squares = x_ND.square().sum(1)
+        largest = BLOCK_BYTES[x_ND.device.type]
+        self.block_bytes = min(largest, max(BLOCK_BYTES["cpu"], x_ND.numel()))  # of few rows an eighth
+        self.squares = torch.cat([block.square().sum(1) for block in x_ND.split(self.block(x_ND.shape[1]))])
+
+    def block(self, width: int) -> int:
+        """How many rows of so many float64 numbers make a block."""
+        return max(1, self.block_bytes // (8 * width))
 
     def at(self, positions: list[int]) -> Tensor:
         """The rows at these positions, [len(positions), D], on every rank."""
@@ -101,9 +107,7 @@ class _Rows:
 
     def nearest(self, centres: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest centre of every row, and the squared distance to it."""
-        smallest, largest = BLOCK_BYTES["cpu"], BLOCK_BYTES[centres.device.type]
-        num_bytes = min(largest, max(smallest, self.x_ND.numel()))  # at most an eighth of the rows, where they are few
-        size = max(1, num_bytes // (8 * len(centres)))
+        size = self.block(len(centres))
         squares, blocks = centres.square().sum(1), []
         for start in range(0, max(1, len(self.x_ND)), size):
             block = self.x_ND[start : start + size]
