@@ -36,3 +36,13 @@ def test_config_says_how_it_is_run(path):
     method, backbone = path.stem.split("-")[:2]
     assert (settings.method.name, settings.backbone.name) == (method, backbone)
     assert settings.run_dir == "runs/" + "-".join([path.parent.name, path.stem])
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if re.match(r"relational-(conv|resnet\d+)", p.stem)], ids=str)
+def test_views_of_relational_reasoning_are_the_papers(path):
+    """Section 4: K = 32; 16 for the deep networks of tiny-ImageNet and SlimageNet64, 25 for STL-10."""
+    settings = config.load(path)
+    deep = settings.backbone.name != "conv4"
+    views = {"tiny-imagenet": 16, "slimagenet64": 16, "stl10": 25}.get(settings.data.name, 32) if deep else 32
+    if path.parent.name not in ("digits", "cifar10-short"):
+        assert settings.num_views == views and f"K = {views}, M = 64" in path.read_text(encoding="utf-8")
