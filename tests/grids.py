@@ -31,11 +31,12 @@ class StepResult:
     outputs: list[Output]
 
 
-def batch_of(*groups, labels=None, images=None):
-    """One rank's batch of views [V, B, inputs], a tensor a group; images: their ids, 0, 1, ... by default."""
-    ids = torch.arange(sum(map(len, groups))).split([len(group) for group in groups])
+def batch_of(*groups, labels=None, images=None, view_ids=None):
+    """One rank's batch of views [V, B, inputs], a tensor a group; images, view_ids: the ids, 0, 1, ... by default."""
+    if view_ids is None:
+        view_ids = torch.arange(sum(map(len, groups))).split([len(group) for group in groups])
     images = torch.arange(groups[0].shape[1]) if images is None else images
-    return Batch(list(groups), list(ids), images, labels, images)
+    return Batch(list(groups), list(view_ids), images, labels, images)
 
 
 def explained(module, num_views, batch_size, world_size=1, device="cpu", **options):
@@ -56,9 +57,13 @@ def run(method, grid, *groups, labels=None):
     def rank(world):
         own = world.synchronize_batchnorm(copy.deepcopy(method)).train()
         images = slice(*_ends(grid.image_range(world.rank_info.rank, num_images)))
-        local = [group[slice(*_ends(grid.view_range(world.rank_info.rank, len(group)))), images] for group in groups]
+        views = [slice(*_ends(grid.view_range(world.rank_info.rank, len(group)))) for group in groups]
+        local = [group[of_rank, images] for group, of_rank in zip(groups, views, strict=True)]
+        all_ids = torch.arange(sum(map(len, groups))).split([len(group) for group in groups])
+        view_ids = [ids[of_rank] for ids, of_rank in zip(all_ids, views, strict=True)]
         own_labels = None if labels is None else labels[images]
-        output = own(batch_of(*local, labels=own_labels, images=torch.arange(num_images)[images]), world)
+        own_images = torch.arange(num_images)[images]
+        output = own(batch_of(*local, labels=own_labels, images=own_images, view_ids=view_ids), world)
         output.loss.backward()
         return output, gradients(own), dict(own.named_buffers())
 

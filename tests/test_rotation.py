@@ -17,7 +17,7 @@ from ssl_dist.nn.layers import KeyedDropout
 from tests import grids
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
-GRIDS = [Grid(1, 1), Grid(2, 1), Grid(3, 1)]
+CASES = [(Grid(1, 1), 1), (Grid(2, 1), 1), (Grid(3, 1), 1), (Grid(1, 1), 4), (Grid(1, 2), 4), (Grid(3, 4), 4)]
 
 
 class Backbone(nn.Module):
@@ -34,14 +34,14 @@ class Backbone(nn.Module):
         return self.dropout(F.relu(self.bn(self.conv(x))).flatten(2).max(2).values)
 
 
-def make(module, dtype=torch.float64, num_classes=4, dropout=0.0, **options):
+def make(module, dtype=torch.float64, num_classes=4, dropout=0.0, num_views=1, **options):
     torch.manual_seed(0)
-    info = Info(100, num_classes, ((1, 5),), 6, 1.0, Backbone.feature_dim)
+    info = Info(100, num_classes, ((num_views, 5),), 6, 1.0, Backbone.feature_dim)
     return module.Method(Backbone(dropout), info, module.Options(**options)).to(dtype).train()
 
 
-def images(dtype=torch.float64):
-    return torch.randn(1, 6, 3, 5, 5, dtype=dtype, generator=torch.Generator().manual_seed(1))
+def images(dtype=torch.float64, num_views=1):
+    return torch.randn(num_views, 6, 3, 5, 5, dtype=dtype, generator=torch.Generator().manual_seed(1))
 
 
 LABELS = torch.tensor([0, 3, 1, 1, 2, 0])
@@ -60,19 +60,22 @@ def slow_turns(image):
 def reference(method, batch, labels=None):
     """Loss and gradients of one process with the passes and means written out."""
     method = copy.deepcopy(method)
-    turns = [list(batch[0])]
+    turns = [list(batch.flatten(0, 1))]
     for _ in range(3):
         turns.append([slow_turns(image) for image in turns[-1]])
     h = method.backbone(torch.stack([image for turn in turns for image in turn]))
-    n = batch.shape[1]
+    n = len(turns[0])
     if isinstance(method, rotation.Method):
         parts = {"rotation": -method.classifier(h).log_softmax(1)[torch.arange(4 * n), torch.arange(4 * n) // n].mean()}
     else:
         turn = -method.rotation_classifier(h).log_softmax(1)[torch.arange(4 * n), torch.arange(4 * n) // n].mean()
-        parts = {"labels": -method.classifier(h[:n]).log_softmax(1)[torch.arange(n), labels].mean(), "rotation": turn}
+        parts = {
+            "labels": -method.classifier(h[:n]).log_softmax(1)[torch.arange(n), labels.repeat(len(batch))].mean(),
+            "rotation": turn,
+        }
     loss = sum(parts.values())
     loss.backward()
-    return loss.detach(), parts, h[:n].detach(), grids.gradients(method), dict(method.named_buffers())
+    return loss.detach(), parts, h[: batch.shape[1]].detach(), grids.gradients(method), dict(method.named_buffers())
 
 
 def test_turns_are_counter_clockwise():
@@ -85,19 +88,19 @@ def test_turns_are_counter_clockwise():
             assert torch.equal(slow_turns(image), after)
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_any_number_of_ranks_equals_one(grid):
-    method = make(rotation)
-    loss, _, upright, gradients, buffers = reference(method, images())
-    result = grids.run(method, grid, images())
+@pytest.mark.parametrize(("grid", "num_views"), CASES, ids=str)
+def test_any_number_of_ranks_equals_one(grid, num_views):
+    method, batch = make(rotation, num_views=num_views), images(num_views=num_views)
+    loss, _, upright, gradients, buffers = reference(method, batch)
+    result = grids.run(method, grid, batch)
     _compare(result, loss, upright, gradients, buffers)
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_retraining_on_labels_and_turns(grid):
-    method = make(supervised, rotation=True)
-    loss, parts, upright, gradients, buffers = reference(method, images(), LABELS)
-    result = grids.run(method, grid, images(), labels=LABELS)
+@pytest.mark.parametrize(("grid", "num_views"), CASES, ids=str)
+def test_retraining_on_labels_and_turns(grid, num_views):
+    method, batch = make(supervised, rotation=True, num_views=num_views), images(num_views=num_views)
+    loss, parts, upright, gradients, buffers = reference(method, batch, LABELS)
+    result = grids.run(method, grid, batch, labels=LABELS)
     _compare(result, loss, upright, gradients, buffers)
     for output in result.outputs:
         for name, part in parts.items():
@@ -114,12 +117,13 @@ def _compare(result, loss, upright, gradients, buffers):
 @pytest.mark.parametrize("module", [rotation, supervised])
 def test_every_turn_has_a_dropout_mask_of_its_own(module):
     """Each turn of an image has a mask of its own, and any number of ranks has the same ones."""
-    method = make(module, dropout=0.5, **({"rotation": True} if module is supervised else {}))
-    one, three = (grids.run(method, grid, images(), labels=LABELS) for grid in (Grid(1, 1), Grid(3, 1)))
+    method = make(module, dropout=0.5, num_views=2, **({"rotation": True} if module is supervised else {}))
+    batch = images(num_views=2)
+    one, three = (grids.run(method, grid, batch, labels=LABELS) for grid in (Grid(1, 1), Grid(3, 2)))
     torch.testing.assert_close(one.loss, three.loss, **EXACT)
-    plain = torch.rand(1, 2, 3, 1, 1, dtype=torch.float64).expand(-1, -1, -1, 5, 5)  # looks the same from all sides
+    plain = torch.rand(1, 12, 3, 1, 1, dtype=torch.float64).expand(2, -1, -1, 5, 5)  # looks the same from all sides
     h = method.represent(grids.batch_of(plain))[0]
-    assert not torch.equal(h[0], h[1])
+    assert len({tuple(of_turn.flatten().tolist()) for of_turn in h}) == len(h) == 8
     assert torch.equal(
         *make(module, **({"rotation": True} if module is supervised else {})).represent(grids.batch_of(plain))[0][:2]
     )

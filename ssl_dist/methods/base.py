@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ssl_dist.clock import Clock
 from ssl_dist.config import Section
 from ssl_dist.device import to_device
+from ssl_dist.errors import UserError
 from ssl_dist.kernels.ranks import Ranks
 from ssl_dist.keys import DROPOUT, hash64, row_keys
 from ssl_dist.nn.backbone import Backbone
@@ -37,6 +38,14 @@ class Info:
     stages: dict[str, int] = field(default_factory=dict)  # the backbone's feature maps: name -> channels; filled in too
     steps_per_epoch: int = 1
     seed: int = 0  # of the run, for a method's own draws: see keys.py
+
+    def views_of_one_group(self, method: str) -> int:
+        """K of a method that takes views of one recipe. Raises `UserError` when there are several groups."""
+        if len(self.view_groups) != 1:
+            raise UserError(
+                f"views.groups: {method} takes views of one recipe, {len(self.view_groups)} are given; keep one group"
+            )
+        return self.view_groups[0][0]
 
 
 @dataclass(frozen=True)
@@ -115,7 +124,7 @@ class SSLMethod(nn.Module, Generic[OptionsT]):
     """
 
     Options: ClassVar[type[Section]] = Section  # that of SSLMethod[Options]
-    num_views: int  # K, of the class or set by __init__
+    num_views: int  # K, of the class (by default, where `free_views`) or set by __init__
     views_together: bool = True  # views of one size pass the backbone as one batch (BatchNorm over all)
     trainable: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False

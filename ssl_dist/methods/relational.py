@@ -175,11 +175,7 @@ class Method(SSLMethod[Options]):
 
     def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone, info, options)
-        if len(info.view_groups) != 1:
-            raise UserError(
-                f"views.groups: relational takes views of one recipe, {len(info.view_groups)} are given; keep one group"
-            )
-        self.num_views = info.view_groups[0][0]
+        self.num_views = info.views_of_one_group("relational")
         if self.num_views < 2:
             raise UserError(f"views.num = {self.num_views}: relational compares views of an image; give 2 or more")
         if info.batch_size < 2:

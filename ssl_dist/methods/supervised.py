@@ -2,7 +2,8 @@
 
 With pseudo-labels in place of the labels (`data.labels`) and `rotation` it is the retraining of self-labelling (Asano,
 Rupprecht & Vedaldi, ICLR 2020, arXiv:1911.05371): the label is told from the upright image and, as a second task, the
-turn from the image turned by quarters (methods/rotation.py).
+turn from the image turned by quarters (methods/rotation.py). One view of an image by default; with K of them it is the
+supervised baseline of figure 2b of relational reasoning (arXiv:2006.05849).
 """
 
 from collections.abc import Callable
@@ -25,17 +26,20 @@ class Options(Section):
 class Method(SSLMethod[Options]):
     needs_labels = True
     num_views = 1
+    free_views = True
 
     def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone, info, options)
         if info.num_classes < 1:
             raise UserError("data.split: supervised needs labels and there are none; choose a labelled split")
+        self.num_views = info.views_of_one_group("supervised")
         self.classifier = nn.Linear(info.feature_dim, info.num_classes)
         if options.rotation:
             self.rotation_classifier = nn.Linear(info.feature_dim, TURNS)
 
     def represent(self, batch: Batch, network: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
-        """Of every image [1, B_local, D]; with rotation of its four turns, [4, B_local, D], the upright ones first."""
+        """Of every view [V_local, B_local, D]; with rotation of its four turns, [4 * V_local, B_local, D], the upright
+        ones first."""
         return super().represent(turned(batch) if self.options.rotation else batch, network)
 
     def logits(self, images: Tensor) -> dict[str, Tensor]:
@@ -43,13 +47,15 @@ class Method(SSLMethod[Options]):
 
     def forward(self, batch: Batch, world: World) -> Output:
         """Metrics: accuracy of the labels in percent; with rotation the accuracy of the turns and both losses too."""
-        h_VBD = self.represent(batch)[0]
-        logits = at_least_float32(self.classifier(h_VBD[0]))
-        loss = F.cross_entropy(logits, batch.labels)
-        metrics = {"accuracy": accuracy(logits, batch.labels, world)}
+        h_RBD = self.represent(batch)[0]
+        upright_VBD = h_RBD[: len(batch.view_ids[0])]
+        logits, labels = self.classifier(upright_VBD.flatten(0, 1)), batch.labels.repeat(len(upright_VBD))
+        logits = at_least_float32(logits)
+        loss = F.cross_entropy(logits, labels)
+        metrics = {"accuracy": accuracy(logits, labels, world)}
         if self.options.rotation:
-            turns = at_least_float32(self.rotation_classifier(h_VBD.flatten(0, 1)))
-            target = turn_targets(h_VBD.shape[1], h_VBD.device)
+            turns = at_least_float32(self.rotation_classifier(h_RBD.flatten(0, 1)))
+            target = turn_targets(len(logits), h_RBD.device)
             rotation_loss = F.cross_entropy(turns, target)
             metrics["accuracy_rotation"] = accuracy(turns, target, world)
             metrics |= {
@@ -57,4 +63,4 @@ class Method(SSLMethod[Options]):
                 "loss_rotation": world.all_reduce_mean(rotation_loss.detach()),
             }
             loss = loss + rotation_loss
-        return Output(loss, metrics, representations=world.gather_images(h_VBD[0].detach()))
+        return Output(loss, metrics, representations=world.gather_images(h_RBD[0].detach()))

@@ -55,6 +55,8 @@ class RunPlan:
                     "views.num = None: this method leaves the number of views to you; set views.num=32, say"
                 )
             return configured
+        if self.method_class.free_views and configured is not None:
+            return configured
         if configured not in (None, fixed):
             raise UserError(
                 f"views.num = {configured}: method {self.config.method.name} uses {fixed} views; set views.num=null"
