@@ -19,6 +19,7 @@ from ssl_dist.methods.base import Batch, Info
 
 FOLDER = Path(os.environ.get("SSL_DIST_GOLDEN", Path(__file__).parent / "golden"))
 GOLDEN = dict(np.load(FOLDER / "relic.npz"))
+COPY_STEPS = 2  # by default
 TYPES = {"f32": torch.float32, "f64": torch.float64}
 TOLERANCES = {"f32": 1e-5, "f64": 1e-9}  # relative to the largest magnitude of the array
 INVARIANCE = {"f32": 1e-5, "f64": 1e-7}  # the authors' small value comes from cancelling terms as large as the loss
@@ -180,7 +181,7 @@ def test_training_loop(case, monkeypatch):
         close(torch.stack(invariance), f"{at}/pair_invariance", 1e-5, least=GOLDEN[f"{at}/pair_loss"].max())
         close(torch.stack(instance) + args["alpha"] * torch.stack(invariance), f"{at}/pair_loss", 1e-5)
         close(output.loss, f"{at}/loss", 1e-5)
-        coming = relic.gamma_of(max(step + 1, relic.COPY_STEPS), method.total, args["gamma"])
+        coming = relic.gamma_of(max(step + 1, COPY_STEPS), method.total, args["gamma"])
         assert coming == pytest.approx(float(GOLDEN[f"{at}/printed_gamma_after_update"]), abs=1e-6)
         after = {key.removeprefix(f"{at}/state_after/") for key in GOLDEN if key.startswith(f"{at}/state_after/")}
         ours = method.state_dict()
@@ -200,7 +201,7 @@ def steps_per_epoch(prefix, num_steps, args):
 
     def explains(per_epoch):
         total = per_epoch * (args["num_epochs"] + 2) - 1
-        ours = [relic.gamma_of(max(step + 1, relic.COPY_STEPS), total, args["gamma"]) for step in range(num_steps)]
+        ours = [relic.gamma_of(max(step + 1, COPY_STEPS), total, args["gamma"]) for step in range(num_steps)]
         return np.allclose(ours, gammas, rtol=0, atol=1e-6)
 
     least = -(-num_steps // args["num_epochs"])
@@ -223,5 +224,5 @@ def recorded(monkeypatch, name):
 def test_options_are_those_of_the_authors():
     args = json.loads(str(GOLDEN["loop/default/args"]))
     options = methods.build_options(relic.Method, {})
-    assert options.alpha == args["alpha"] and args["update_gamma_after_step"] + 1 == relic.COPY_STEPS
-    assert args["update_gamma_every_n_steps"] == 1 and options.loss == "softmax"
+    assert options.alpha == args["alpha"] and args["update_gamma_after_step"] + 1 == options.copy_steps == COPY_STEPS
+    assert args["update_gamma_every_n_steps"] == options.average_every == 1 and options.loss == "softmax"

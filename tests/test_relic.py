@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from ssl_dist.methods.base import Batch, Info
 from tests import grids, thread_world
 
 LOSSES = ("softmax", "sigmoid")
+COPY_STEPS = 2  # by default
 CLOSE = {"rtol": 1e-10, "atol": 1e-13}
 
 
@@ -134,6 +136,21 @@ def test_above_its_limit_the_factor_is_constant():
         assert z.abs().max() <= 5
 
 
+@pytest.mark.parametrize(("kind", "expected"), [("softmax", 1.8996149213437485), ("sigmoid", 8.452546348367692)])
+def test_the_older_version_of_the_authors(kind, expected):
+    """Numbers of filipbasara0/relic at 125dde7: dot products, factor 1, bias 0, pairs that weigh 10 and 0.1, alpha
+    1.5."""
+    places = torch.arange(12.0, dtype=torch.float64)
+    online, target = (places * 0.7).sin(), (places * 1.3 + 0.5).cos()
+    zero = torch.zeros((), dtype=torch.float64)
+    z = relic.logits(online.view(4, 3), target.view(4, 3), zero, zero, 5.0, "dot_product")
+    invariance = relic.invariance_loss(z)
+    loss = relic.instance_loss(z, kind, 10.0, 0.1) + 1.5 * invariance
+    assert [float(loss), float(invariance)] == pytest.approx(
+        [expected, 0.05456589606730099], rel=1e-8
+    )  # its 0.1 is a float32
+
+
 # ---------------------------------------------------------------------------------------------------- schedule
 
 
@@ -141,13 +158,29 @@ def test_above_its_limit_the_factor_is_constant():
 @given(st.integers(3, 2000), st.floats(0, 1))
 def test_gamma_rises_from_its_base_to_one(total, base):
     values = [relic.gamma_of(step, total, base) for step in range(total + 2)]
-    assert values[: relic.COPY_STEPS] == [0.0] * relic.COPY_STEPS
-    averages = values[relic.COPY_STEPS :]
+    assert values[:COPY_STEPS] == [0.0] * COPY_STEPS
+    averages = values[COPY_STEPS:]
     assert averages[0] == pytest.approx(base, abs=1e-6) and averages[-1] == pytest.approx(1, abs=1e-6)
     assert all(0 <= a <= b + 1e-6 and b <= 1 for a, b in pairwise(averages))
     for k in (0, total // 3, total):
         expected = 1 - (1 - base) * (math.cos(math.pi * k / total) + 1) / 2
         assert relic.cosine_gamma(k, total, base) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("copies", "every"), [(2, 1), (4, 3), (1, 2)])
+def test_averages_after_some_steps_and_every_so_many(copies, every):
+    """The authors' loop: from its flag update_gamma_after_step on, every update_gamma_every_n_steps steps."""
+    total, base, after = 40, 0.9, copies - 1
+    gamma, expected = base, []
+    for step in range(total):
+        expected.append(1.0)
+        if step > after and step % every == 0:
+            expected[-1] = gamma
+            gamma = relic.cosine_gamma(step, total, base)
+        if step <= after:
+            expected[-1] = 0.0
+    ours = [relic.gamma_of(step, total, base, copies, every) for step in range(total)]
+    assert ours == pytest.approx(expected, abs=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +224,20 @@ def test_the_target_is_a_copy_and_then_an_average():
             else:
                 expected = gamma * target + (1 - gamma) * online if target.is_floating_point() else target
             torch.testing.assert_close(now, expected, rtol=1e-12, atol=0 if step < 2 else 1e-15, msg=f"{step} {name}")
+
+
+def test_a_temperature_that_is_not_learnt():
+    method = apart(make(learn_temperature=False))
+    method(batch_of(draw(method)), one_process()).loss.backward()
+    assert {name for name, p in method.named_parameters() if not p.requires_grad} >= {"log_tau", "bias"}
+
+
+def test_averages_every_so_many_steps_leave_the_target_alone_between():
+    method = make(gamma=0.75, copy_steps=1, average_every=2)
+    for step in range(5):
+        before, _ = after_a_step(method, step)
+        stays = all(torch.equal(now, was) for (_, was, _), (_, now, _) in zip(before, networks(method), strict=True))
+        assert stays == (step % 2 == 1)
 
 
 def test_the_target_takes_part_in_training_mode_and_without_gradient():
@@ -357,7 +404,8 @@ def test_it_learns_what_views_share(loss):
 
 # ---------------------------------------------------------------------------------------------------- configs
 
-ROWS = [path for path in sorted(Path("configs").rglob("relic-*.yaml")) if "resnet" in path.name]
+ROWS = [path for path in sorted(Path("configs").rglob("relic-*.yaml")) if re.search(r"resnet(?!.*2views)", path.name)]
+OLDER = sorted(Path("configs").rglob("relic-*-2views.yaml"))
 
 
 @pytest.mark.parametrize("path", ROWS, ids=str)
@@ -401,3 +449,16 @@ def test_options_have_the_papers_defaults():
     method = make(loss="sigmoid", bias=0.0, log_tau=0.0, max_tau=2.0)
     assert (method.log_tau.item(), method.max_tau, method.bias.item()) == (0, 2, 0)
     assert "invariance" in " ".join(grids.explained(relic, 6, 256).values())
+
+
+@pytest.mark.parametrize("path", OLDER, ids=str)
+def test_configs_of_the_older_version(path):
+    """Views of aug.py and values of run_training.py at 125dde7; the README there gives gamma and alpha for CIFAR-10."""
+    settings = config.load(path)
+    [group] = settings.views.groups
+    assert group.num == 2 and group.random_resized_crop.scale == (0.08, 1.0)
+    assert (group.solarize.p, group.solarize.threshold) == (0.5, 127)
+    assert group.gaussian_blur.kernel == int(settings.data.image_size * 0.1) // 2 * 2 + 1
+    options = methods.build_options(relic.Method, settings.method.options)
+    assert (options.similarity, options.learn_temperature) == ("dot_product", False)
+    assert (options.gamma, options.alpha) == ((0.99, 1.0) if settings.data.name == "cifar10" else (0.996, 1.5))

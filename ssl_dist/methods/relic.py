@@ -22,7 +22,6 @@ from ssl_dist.errors import UserError
 from ssl_dist.methods.base import Backbone, Batch, Clock, Info, Output, SSLMethod, World
 from ssl_dist.nn.layers import ema_update
 
-COPY_STEPS = 2  # the target is a copy of the online network after so many first steps, then an average
 DEFAULTS = {"softmax": (0.0, 5.0, 0.0), "sigmoid": (math.log(10), 15.0, -10.0)}  # log_tau, max_tau, bias
 
 
@@ -37,6 +36,16 @@ class Options(Section):
     )
     max_tau: PositiveFloat | None = Field(None, description="largest factor; null: 5, 15 with sigmoid")
     bias: FiniteFloat | None = Field(None, description="initial summand of the logits; null: 0, -10 with sigmoid")
+    learn_temperature: bool = Field(True, description="false: factor and bias stay what they are at first")
+    similarity: Literal["cosine", "dot_product"] = Field(
+        "cosine", description="of two embeddings; dot_product: they are not normalised"
+    )
+    positive_weight: NonNegativeFloat = Field(1.0, description="sigmoid: weight of the pairs of one image")
+    negative_weight: NonNegativeFloat = Field(1.0, description="sigmoid: weight of the pairs of two images")
+    copy_steps: PositiveInt = Field(
+        2, description="first steps after each of which the target is a copy of the online network; then an average"
+    )
+    average_every: PositiveInt = Field(1, description="steps from one average to the next")
     hidden: PositiveInt = Field(512, description="hidden units of the head")
     dim: PositiveInt = Field(64, description="width of the embeddings")
     pairing: Literal["distinct", "official"] = Field(
@@ -49,24 +58,29 @@ class Options(Section):
 # ---------------------------------------------------------------------------------------------------- losses
 
 
-def logits(online_ND: Tensor, target_ND: Tensor, log_tau: Tensor, bias: Tensor, max_tau: float) -> Tensor:
-    """[N, N]: cosine of online row i and target row j, times a learnt factor, plus a learnt bias.
+def logits(
+    online_ND: Tensor, target_ND: Tensor, log_tau: Tensor, bias: Tensor, max_tau: float, similarity: str = "cosine"
+) -> Tensor:
+    """[N, N]: similarity (cosine or dot_product) of online row i and target row j, times a factor, plus a bias.
 
     The factor exp(log_tau) stops at max_tau, and above it log_tau has no gradient.
     """
-    cosines = F.normalize(online_ND, dim=1) @ F.normalize(target_ND, dim=1).T
-    return cosines * log_tau.exp().clamp(0, max_tau) + bias
+    if similarity == "cosine":
+        online_ND, target_ND = F.normalize(online_ND, dim=1), F.normalize(target_ND, dim=1)
+    return online_ND @ target_ND.T * log_tau.exp().clamp(0, max_tau) + bias
 
 
-def instance_loss(logits_NN: Tensor, kind: str) -> Tensor:
+def instance_loss(logits_NN: Tensor, kind: str, positive: float = 1.0, negative: float = 1.0) -> Tensor:
     """The instance task, row i's answer being column i.
 
-    softmax: mean cross-entropy of the rows. sigmoid: -1/N sum_ij log sigmoid(+-Z_ij), + on the diagonal.
+    softmax: mean cross-entropy of the rows. sigmoid: -1/N sum_ij w_ij log sigmoid(+-Z_ij), + and the weight `positive`
+    on the diagonal, - and `negative` beside it.
     """
     if kind == "softmax":
         return F.cross_entropy(logits_NN, torch.arange(len(logits_NN), device=logits_NN.device))
-    sign = 2 * torch.eye(len(logits_NN), dtype=logits_NN.dtype, device=logits_NN.device) - 1
-    return -F.logsigmoid(sign * logits_NN).sum() / len(logits_NN)
+    diagonal = torch.eye(len(logits_NN), dtype=logits_NN.dtype, device=logits_NN.device)
+    weights = negative + (positive - negative) * diagonal
+    return -(weights * F.logsigmoid((2 * diagonal - 1) * logits_NN)).sum() / len(logits_NN)
 
 
 def invariance_loss(logits_NN: Tensor) -> Tensor:
@@ -83,14 +97,18 @@ def cosine_gamma(k: int, total: int, base: float) -> float:
     return float(1 - (1 - torch.tensor(base)) * (torch.cos(torch.tensor(math.pi * k / total)) + 1) / 2)
 
 
-def gamma_of(step: int, total: int, base: float) -> float:
-    """Share of the target that the average after step number `step` (the first is 0) keeps; 0: it becomes a copy.
+def gamma_of(step: int, total: int, base: float, copy_steps: int = 2, every: int = 1) -> float:
+    """Share of the target that the average after step number `step` (the first is 0) keeps; 0: it becomes a copy; 1:
+    there is none after this step, which is no multiple of `every`.
 
     The authors schedule gamma after each average for the next one, so the first average keeps `base`.
     """
-    if step < COPY_STEPS:
+    if step < copy_steps:
         return 0.0
-    return cosine_gamma(step - 1 if step > COPY_STEPS else 0, total, base)
+    if step % every:
+        return 1.0
+    last = step - every
+    return cosine_gamma(last if last >= copy_steps else 0, total, base)
 
 
 # ---------------------------------------------------------------------------------------------------- method
@@ -126,14 +144,18 @@ class Method(SSLMethod[Options]):
         log_tau, self.max_tau, bias = (
             default if value is None else value for value, default in zip(initial, DEFAULTS[options.loss], strict=True)
         )
-        self.log_tau, self.bias = nn.Parameter(torch.tensor(log_tau)), nn.Parameter(torch.tensor(bias))
-        self.total = round(info.steps_per_epoch * (info.total_epochs + 2)) - 1  # the steps in which gamma would reach 1
+        learnt = options.learn_temperature
+        self.log_tau = nn.Parameter(torch.tensor(log_tau), requires_grad=learnt)
+        self.bias = nn.Parameter(torch.tensor(bias), requires_grad=learnt)
+        # The steps in which gamma would reach 1.
+        self.total = round(info.steps_per_epoch * (info.total_epochs + 2)) - options.copy_steps + 1
 
     def explain(self, world_size: int, device: str) -> dict[str, str]:
         options = self.options
         return {
             "instance task": f"1 of {self.info.batch_size} images, {options.loss} loss, invariance x {options.alpha:g}",
-            "target": f"a copy for {COPY_STEPS} steps, then a moving average from gamma {options.gamma:g} on",
+            "target": f"a copy for {options.copy_steps} steps, then a moving average from gamma {options.gamma:g} on"
+            + (f", every {options.average_every} steps" if options.average_every > 1 else ""),
         }
 
     def encoder(self) -> nn.Module:
@@ -151,7 +173,7 @@ class Method(SSLMethod[Options]):
         metrics |= {
             "temperature": self.log_tau.detach().exp().clamp(0, self.max_tau),
             "bias": self.bias.detach(),
-            "gamma": gamma_of(batch.step, self.total, self.options.gamma),
+            "gamma": self._gamma(batch.step),
         }
         return Output(loss, metrics, representations=online_VMD.detach())
 
@@ -170,25 +192,33 @@ class Method(SSLMethod[Options]):
         """
         # A bias shifts all logits alike, which no softmax sees: its gradient is 0, computed rounding noise, which Adam
         # makes as large as the learning rate and different for every number of ranks.
-        bias = self.bias if self.options.loss == "sigmoid" else self.bias.detach() + 0 * self.bias
+        options = self.options
+        bias = self.bias if options.loss == "sigmoid" else self.bias.detach() + 0 * self.bias
         instance, invariance, accuracy = [], [], []
         for g, target_MD in enumerate(target_GMD):
             for v, online_MD in enumerate(online_VMD):
                 if v == g:
                     continue
-                z_MM = logits(online_MD, target_MD, self.log_tau, bias, self.max_tau)
-                instance.append(instance_loss(z_MM, self.options.loss))
+                z_MM = logits(online_MD, target_MD, self.log_tau, bias, self.max_tau, options.similarity)
+                weights = options.positive_weight, options.negative_weight
+                instance.append(instance_loss(z_MM, options.loss, *weights))
                 invariance.append(invariance_loss(z_MM))
                 correct = z_MM.detach().argmax(1) == torch.arange(len(z_MM), device=z_MM.device)
                 accuracy.append(100 * correct.to(z_MM.dtype).mean())
         names = ("instance", "invariance", "accuracy")
         means = dict(zip(names, (torch.stack(v).mean() for v in (instance, invariance, accuracy)), strict=True))
-        loss = means["instance"] + self.options.alpha * means["invariance"]
+        loss = means["instance"] + options.alpha * means["invariance"]
         return loss, {name: value.detach() for name, value in means.items()}
+
+    def _gamma(self, step: int) -> float:
+        options = self.options
+        return gamma_of(step, self.total, options.gamma, options.copy_steps, options.average_every)
 
     def after_step(self, clock: Clock) -> None:
         """The target follows the online network, running statistics included (step: clock.step - 1)."""
-        gamma = gamma_of(clock.step - 1, self.total, self.options.gamma)
+        gamma = self._gamma(clock.step - 1)
+        if gamma == 1:
+            return
         for target, online in ((self.target_backbone, self.backbone), (self.target_head, self.head)):
             if gamma == 0:
                 target.load_state_dict(online.state_dict())  # integers too
