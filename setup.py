@@ -35,6 +35,7 @@ EXTRAS = {
     # setuptools: FFCV imports distutils, which left Python's library in 3.12.
     "ffcv": ["ffcv==1.0.2", "setuptools>=77"],
     "timm": ["timm>=1.0.9,<2"],  # backbones by the name timm/<name>
+    "triton": ["triton>=3.2,<4"],  # the relation head on GPUs; torch's CUDA builds bring it, in the version that fits
     "test": [
         "pytest>=8,<9.2",  # with 9.2, pytest-xdist 3.8 spreads the tests of a group over all workers
         "pytest-timeout>=2.3,<3",  # a rank that hangs fails its test instead of stopping the whole run

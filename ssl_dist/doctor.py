@@ -37,6 +37,7 @@ REQUIRED = {
 }
 OPTIONAL = {
     "timm": "only backbones named timm/<name> need it",
+    "triton": "relational on a GPU is slower and takes more memory without it",
     "ffcv": "data.reader=arrays works without it",
 }
 

@@ -17,6 +17,7 @@ from tests.network_cluster import NetworkCluster, network_unavailable_reason
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on the CPU, in Python; read when Triton is imported
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two ranks would miss a GPU where there is one, and find other numbers on two
 
 # A background job of a script ignores INT, QUIT and HUP, and so do its children; the tests send these signals.

@@ -9,6 +9,8 @@ Python sees `.device == cuda:0`; C++ sees the CPU, so autograd and every kernel 
 
 import contextlib
 import copy
+import importlib.util
+import os
 import traceback
 from collections import Counter
 from dataclasses import dataclass, field
@@ -19,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
-from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
+
+from ssl_dist.kernels import relation_cuda
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 PACKAGE = "/ssl_dist/"
@@ -437,6 +441,25 @@ def _apply_with(memo):
     return apply
 
 
+def _interpret_triton(patch):
+    """Kernels of Triton get the real tensors, if they are run by its interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        patch.setattr(relation_cuda, "obstacle", lambda: "Triton is not interpreted, see TRITON_INTERPRET")
+        return
+    from triton.runtime.interpreter import GridExecutor
+
+    launch = GridExecutor.__call__
+
+    def launch_on_real(self, *args, **kwargs):
+        NOTES.kernels[f"triton {self.fn.__name__}"] += 1
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
+            return launch(self, *map(real, args), **kwargs)
+
+    patch.setattr(GridExecutor, "__call__", launch_on_real)
+
+
 @contextlib.contextmanager
 def pretended(monkeypatch, count: int = 8):
     """A context with `count` pretended GPUs, and its notes."""
@@ -446,6 +469,7 @@ def pretended(monkeypatch, count: int = 8):
         "is_available": lambda: True,
         "device_count": lambda: count,
         "current_device": lambda: 0,
+        "get_device_capability": lambda *_: (9, 0),
         "set_device": lambda device: None,
         "is_current_stream_capturing": lambda: False,
         "synchronize": lambda *_: NOTES.wait("synchronize"),
@@ -466,5 +490,6 @@ def pretended(monkeypatch, count: int = 8):
         patch.setattr(torch, "empty", _empty_pinned(torch.empty))
         patch.setattr(Tensor, "pin_memory", lambda self, *_: _pinned(self))  # the loader's threads have no modes
         patch.setattr(Tensor, "is_pinned", lambda self, *_: getattr(self, "_is_pinned", False))
+        _interpret_triton(patch)
         with _Factories(), _Functions():
             yield NOTES

@@ -37,7 +37,7 @@ class Problem:
 
     def share(self, lo=0, hi=None):
         hi = self.num_units if hi is None else hi
-        return Share(couples(*self.sizes), self.sizes[1], lo, hi, self.labels.numpy())
+        return Share(couples(*self.sizes), self.sizes[1], lo, hi)
 
     def leaves(self):
         return [x.detach().clone().requires_grad_() for x in (
@@ -57,12 +57,12 @@ class Problem:
         gradients = torch.autograd.grad(loss, leaves)
         return loss.detach(), logits.detach(), gradients, h.detach().mean(0), h.detach().var(0, correction=0)
 
-    def by_sweep(self, lo=0, hi=None, reduce=lambda x: x):
+    def by_sweep(self, lo=0, hi=None, reduce=lambda x: x, loss_of=relation_loss):
         leaves = A, B, weight, bias, w, c = self.leaves()
         bn, last = nn.BatchNorm1d(A.shape[1]), nn.Linear(A.shape[1], 1)
         bn.weight, bn.bias, last.weight, last.bias = map(nn.Parameter, (weight, bias, w, c))
         share = self.share(lo, hi)
-        loss, logits, mean, var = relation_loss(A, B, bn, 0.01, last, self.gamma, self.alpha, share, reduce)
+        loss, logits, mean, var = loss_of(A, B, bn, 0.01, last, self.gamma, self.alpha, share, self.labels, reduce)
         loss.backward()
         gradients = [A.grad, B.grad, *(p.grad for p in (bn.weight, bn.bias, last.weight, last.bias))]
         assert len(leaves) == len(gradients)
@@ -183,7 +183,7 @@ def test_backward_scales_and_can_run_twice():
     problem = Problem(3, 4, 8)
     share = problem.share()
     A, B = problem.A.requires_grad_(), problem.B
-    loss, *_ = relation_loss(A, B, problem.bn, 0.01, problem.last, 2.0, 0.5, share, lambda x: x)
+    loss, *_ = relation_loss(A, B, problem.bn, 0.01, problem.last, 2.0, 0.5, share, problem.labels, lambda x: x)
     (one,) = torch.autograd.grad(loss, A, retain_graph=True)
     (three,) = torch.autograd.grad(3 * loss, A)
     torch.testing.assert_close(three, 3 * one)

@@ -12,6 +12,7 @@ from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.distributed.world import World
 from ssl_dist.errors import UserError
 from ssl_dist.grid import Grid
+from ssl_dist.kernels import relation_cuda
 from ssl_dist.methods.base import SSLMethod
 from ssl_dist.storage import checkpoint
 from ssl_dist.verify import command as verify
@@ -25,6 +26,10 @@ MEANT_IN_FLOAT64 = {
     "methods/base.py:accuracy",  # counts
     "device.py:to_device",  # draws of a prior, on their way to float32
 }
+SUMS_OF_THE_RELATION_HEAD = {  # over its rows, and what comes of them: a few numbers a hidden unit
+    "kernels/relation_cuda.py:relation", "kernels/relation_cuda.py:_sums_over_rows", "methods/relational.py:sweep",
+    "distributed/world.py:_all_reduce_sum", "nn/batchnorm.py:update_statistics",
+}  # fmt: skip
 
 
 NAMES = [name for name in methods.names() if name != "random_weights"]
@@ -45,9 +50,13 @@ def no_new_labels(monkeypatch, name):
     monkeypatch.setattr(methods.find(name), "before_step", SSLMethod.before_step)
 
 
+# Smaller than the cases of `verify`: Triton's interpreter takes 20 ms for a pair.
+FEW = {"deepcluster": ["method.options.clusters=8"], "relational": ["views.num=3", "optim.batch_size=6"]}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_losses_are_those_of_the_cpu(name, cases, monkeypatch):
-    few = ["method.options.clusters=8"] if name == "deepcluster" else []
+    few = FEW.get(name, [])
     for config in cases[name]:
         expected = train(config, few)
         training = train_on_gpu(monkeypatch, config, few)
@@ -69,10 +78,14 @@ MULTICROP = [
 
 @pytest.mark.parametrize(
     ("name", "more"),
-    [("supervised", ["backbone.name=efficientnet_b0", "optim.batch_size=8"]), ("sfrik", MULTICROP)],
-    ids=["keyed dropout", "multicrop"],
+    [
+        ("supervised", ["backbone.name=efficientnet_b0", "optim.batch_size=8"]),
+        ("sfrik", MULTICROP),
+        ("relational", [*FEW["relational"], "method.options.labelled=0.5"]),
+    ],
+    ids=["keyed dropout", "multicrop", "labels of pairs"],
 )
-def test_draws_of_layers_and_views_of_two_sizes(name, more, cases, monkeypatch):
+def test_what_verify_leaves_out(name, more, cases, monkeypatch):
     [config, *_] = cases[name]
     expected, training = train(config, more), train_on_gpu(monkeypatch, config, more)
     assert training.losses == pytest.approx(expected.losses, rel=1e-9)
@@ -83,12 +96,30 @@ def test_draws_of_layers_and_views_of_two_sizes(name, more, cases, monkeypatch):
 def test_one_of_eight_ranks(name, cases, monkeypatch):
     """It waits once, computes no loss in half precision under autocast, and nothing in float64."""
     no_new_labels(monkeypatch, name)
+    meant = MEANT_IN_FLOAT64 | (SUMS_OF_THE_RELATION_HEAD if name == "relational" else set())
+    few = ["views.num=2"] if name == "relational" else []
     for config in cases[name]:
         words = ["precision=bf16", "optim.batch_size=16", f"backbone.recompute={str(name == 'relic').lower()}"]
-        notes = train_on_gpu(monkeypatch, config, words, 8).notes
+        notes = train_on_gpu(monkeypatch, config, [*words, *few], 8).notes
         assert dict(notes.waits) == ONE_WAIT, config.method
         assert not notes.half, config.method
-        assert {place for _, place in notes.wide} <= MEANT_IN_FLOAT64, config.method
+        assert {place for _, place in notes.wide} <= meant, config.method
+
+
+def test_triton_scores_pairs_where_it_can(cases, monkeypatch):
+    if relation_cuda.obstacle():
+        pytest.skip(relation_cuda.obstacle())
+    [config, *_] = cases["relational"]
+    training = train_on_gpu(monkeypatch, config, FEW["relational"])
+    launched = {kernel: count for kernel, count in training.notes.kernels.items() if kernel.startswith("triton ")}
+    names = "moments", "normalization", "sweep_left", "weight_gradients", "gradient_scales", "sweep_right"
+    assert launched == {f"triton {name}": 1 for name in names}
+
+    monkeypatch.setattr(relation_cuda, "obstacle", lambda: "Triton is not installed")
+    by_torch = train_on_gpu(monkeypatch, config, FEW["relational"])
+    assert not any(kernel.startswith("triton ") for kernel in by_torch.notes.kernels)
+    assert by_torch.losses == pytest.approx(training.losses, rel=1e-10)
+    assert sum(by_torch.notes.kernels.values()) > sum(training.notes.kernels.values())
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "lars"])
@@ -135,7 +166,7 @@ def test_commands_on_one_gpu(digits, tmp_path, monkeypatch, capsys):
     """Training, resume, features and evaluations give on a GPU what they give on the CPU."""
     words = [
         f"data.root={digits}", "data.reader=arrays", "data.workers=1", "data.limit=40", "optim.batch_size=16",
-        "optim.epochs=null", "views.num=4", "precision=fp64", "log.every_steps=1", "log.knn_every_epochs=1",
+        "optim.epochs=null", "views.num=2", "precision=fp64", "log.every_steps=1", "log.knn_every_epochs=1",
         "checkpoint.every_steps=2", "checkpoint.every_epochs=null",
     ]  # fmt: skip
 
@@ -201,7 +232,8 @@ def test_the_wait_comes_when_the_backward_pass_is_queued(cases, monkeypatch):
 
 def test_a_logged_step_waits_once_more(cases, monkeypatch):
     [config, *_] = cases["relational"]
-    assert dict(train_on_gpu(monkeypatch, config, log_every=1).notes.waits) == {("event", "device.py:wait"): 2}
+    notes = train_on_gpu(monkeypatch, config, FEW["relational"], log_every=1).notes
+    assert dict(notes.waits) == {("event", "device.py:wait"): 2}
 
 
 def test_the_notes_see_what_waits(monkeypatch):

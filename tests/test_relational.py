@@ -12,6 +12,7 @@ from ssl_dist import methods
 from ssl_dist.distributed.world import one_process
 from ssl_dist.errors import UserError
 from ssl_dist.grid import Grid
+from ssl_dist.kernels import relation_cuda
 from ssl_dist.methods import relational
 from ssl_dist.methods.base import Batch, Info
 from tests import grids, slow_relation, thread_world
@@ -323,8 +324,20 @@ def test_options_have_the_papers_defaults():
     assert methods.build_options(relational.Method, {"alpha": None}).alpha is None
     text = grids.explained(relational, 32, 64)
     assert "31744 positive" in " ".join(text.values()) and "scoring" not in text["pairs a rank"]
-    on_gpu = grids.explained(relational, 32, 64, device="cuda")["pairs a rank"]
-    assert on_gpu.endswith("scoring them takes about 248.0 MiB")
+    on_max = grids.explained(relational, 32, 64, aggregation="max")["pairs a rank"]
+    assert on_max.endswith("by torch operations (max does not split over the members of a pair) takes about 248.0 MiB")
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "words"),
+    [
+        ("", "scoring them by Triton takes about 10.5 MiB"),
+        ("Triton is not installed", "by torch operations (Triton is not installed) takes about 248.0 MiB"),
+    ],
+)
+def test_explain_names_what_scores_pairs_on_a_gpu(obstacle, words, monkeypatch):
+    monkeypatch.setattr(relation_cuda, "obstacle", lambda: obstacle)
+    assert grids.explained(relational, 32, 64, device="cuda")["pairs a rank"].endswith(words)
 
 
 def test_random_weights_take_no_step_and_no_option():

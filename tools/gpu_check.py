@@ -10,13 +10,14 @@ the JSON file at any time:
             and NCCL's collectives in a group of one
   speed     milliseconds of a step with the loader and with views that lie on the device, and peak memory; beside them a
             plain loop of torchvision's transforms in a DataLoader
-  head      the relation head: milliseconds and memory by images and views
+  head      the relation head by Triton and by torch operations: milliseconds, memory, and how far they differ
   evaluate  whether the bits of exact cosines are the CPU's; kNN of 10,000 rows among 50,000, retrieval, k-means and
             logistic regression: seconds on the CPU and on the GPU, and whether they agree
   feeding   views a second by threads, and how fast they get into pinned memory and to the GPU
   hang      seconds until a process ends whose GPU never does
   tf32      features and kNN with and without TensorFloat-32
-Images are random; nothing is read from the network. --device pretended runs the same code without a GPU, small.
+Images are random; nothing is read from the network. --device pretended runs the same code without a GPU, small; with
+TRITON_INTERPRET=1 in the environment Triton's kernels, too.
 """
 
 import argparse
@@ -217,10 +218,11 @@ def check_ranks(check: Check) -> Iterator[Row]:
     folder = check.folder / "certificate"
     folder.mkdir()
     cases, seen = [], set()
+    few = ["views.num=2", "optim.batch_size=4"] if check.pretended else []
     for case in verify.cases(folder, names=names, steps=3):
         if (case.method, case.config.precision) not in seen:  # the options as they are come first
             seen.add((case.method, case.config.precision))
-            cases.append(replace(case, device="cuda"))
+            cases.append(replace(case, config=overridden(case.config, *few), device="cuda"))
     for row in verify.certify(cases, folder, prepare, sizes=(2,)):
         yield {"case": row.case.title, "grid": str(row.grid), "holds": row.holds, **row.figures}
     if not check.pretended:
@@ -273,7 +275,7 @@ SPEED = [  # method, backbone, M, K, px, stored px
 
 def check_speed(check: Check) -> Iterator[Row]:
     roots = {side: pictures(check, side, 600 if not check.pretended else 16) for side in {row[-1] for row in SPEED}}
-    rows = SPEED if not check.pretended else [("relational", "conv4", 8, 4, 32, 32)]
+    rows = SPEED if not check.pretended else [("relational", "conv4", 8, 2, 32, 32)]
     for method, backbone, M, K, side, stored in rows:
         variants = [("fp32", False), ("bf16", False), ("bf16", True)] if not check.pretended else [("fp32", False)]
         for precision, compiled in variants:
@@ -339,22 +341,30 @@ def plain_loop(check: Check, source: Path, M: int, steps: int = 30) -> Row:
 
 
 def check_head(check: Check) -> Iterator[Row]:
-    from ssl_dist.methods.relational import RelationModule, focal_bce, unit_rows
+    from ssl_dist.distributed.world import one_process
+    from ssl_dist.methods.base import Info
+    from ssl_dist.methods.relational import Method, Options
 
-    sizes = [(64, 32), (256, 32), (1024, 8), (1024, 32)] if not check.pretended else [(4, 4)]
+    sizes = [(64, 32), (256, 32), (1024, 8), (1024, 32)] if not check.pretended else [(3, 3)]
     for M, K in sizes:
-        head = RelationModule(64, 256, "cat").to(check.device).train()
-        z = torch.randn(K * M, 64).to(check.device).requires_grad_()
-        rows = unit_rows(K, M, device=check.device)
-        target = torch.tensor([[True], [False]], device=check.device).expand(2, len(rows[0]))
+        method = Method(torch.nn.Identity(), Info(M, 0, ((K, 32),), M, 1.0, 64), Options()).to(check.device).train()
+        z = torch.randn(K, M, 64).to(check.device).requires_grad_()
+        unknown, found = torch.full((M,), -1, device=check.device), []
+        for title, fused in (("torch operations", False), (method.relation_module.obstacle("cuda") or "Triton", True)):
+            method.fused = fused
 
-        def step(z: torch.Tensor = z, rows: Any = rows, target: torch.Tensor = target, head: Any = head) -> None:
-            left, positive, negative = rows
-            logits = head(z, left.repeat(2), torch.cat([positive, negative])).view(2, -1)
-            focal_bce(logits, target).mean().backward()
+            def step(method: Any = method, z: Any = z, unknown: torch.Tensor = unknown) -> list[torch.Tensor]:
+                method.zero_grad()
+                z.grad = None
+                loss, logits, _ = method.relate(z, unknown, 0, z[:, :, 0].numel() * (len(z) - 1) // 2, one_process())
+                loss.backward()
+                return [loss.detach(), logits, z.grad, *(p.grad for p in method.parameters())]
 
-        ms, mib = timed(check, step)
-        yield {"head": "torch operations", "M": M, "K": K, "ms": ms, "peak MiB": mib}
+            ms, mib = timed(check, step)
+            found.append(step())
+            yield {"head": title, "M": M, "K": K, "ms": ms, "peak MiB": mib}
+        largest = max(number((a - b).abs().max() / b.abs().max().clamp_min(1e-6)) for b, a in zip(*found, strict=True))
+        yield {"head": "difference, relative to the largest", "M": M, "K": K, "holds": largest < 1e-4, "is": largest}
 
 
 def timed(check: Check, step: Callable[[], object], rounds: int = 20) -> tuple[float, float]:

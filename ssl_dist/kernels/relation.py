@@ -1,5 +1,7 @@
 """The relation head on a CPU: forward and gradient in a few sweeps over the pairs, nothing of size pairs x hidden.
 
+relation_cuda.py does the same on a GPU, by the equations that stand here.
+
 Row k*M + m is view k of image m. A *couple* q is two views a < b with a shift s; its *unit* q*M + m is one positive
 pair, (a, m) with (b, m), and one negative pair, (a, m) with (b, m - s mod M), whose target is 1 where the labels of its
 two images are known and equal. The first layer of the head splits over
@@ -40,25 +42,22 @@ from ssl_dist.kernels.compiled import run_parallel
 
 
 class Share(NamedTuple):
-    """Units lo..hi-1 of the couples int64 [Q, 3] (view a, view b, shift), of `num_images` units each. A unit's second
-    pair is positive, too, where the labels int64 [M] of its images are equal and known (not -1)."""
+    """Units lo..hi-1 of the couples int64 [Q, 3] (view a, view b, shift), of `num_images` units each."""
 
     couples: np.ndarray
     num_images: int
     lo: int
     hi: int
-    labels: np.ndarray
 
     @property
     def num_pairs(self) -> int:
         """P, the pairs of all ranks."""
         return 2 * len(self.couples) * self.num_images
 
-    @property
-    def by_right(self) -> np.ndarray:
-        """The couples that the share touches, those with the same right view together."""
+    def by_view(self, side: int) -> np.ndarray:
+        """The couples that the share touches, those with the same left (side 0) or right (1) view together."""
         touched = np.arange(self.lo // self.num_images, -(-self.hi // self.num_images))
-        return touched[np.argsort(self.couples[touched, 1], kind="stable")]
+        return touched[np.argsort(self.couples[touched, side], kind="stable")]
 
 
 class Head(NamedTuple):
@@ -82,7 +81,7 @@ class Result(NamedTuple):
     gradients: tuple[np.ndarray, ...]  # of A, B, bn_weight, bn_bias, w, c
 
 
-def relation(A: np.ndarray, B: np.ndarray, head: Head, share: Share, reduce: Callable) -> Result:
+def relation(A: np.ndarray, B: np.ndarray, head: Head, share: Share, labels: np.ndarray, reduce: Callable) -> Result:
     """All sweeps. `reduce` sums an array over the ranks. Vectors over hidden units are float64 in between."""
     M, P, dtype = share.num_images, share.num_pairs, A.dtype
     plan = (share.couples, M, share.lo, share.hi)
@@ -100,10 +99,10 @@ def relation(A: np.ndarray, B: np.ndarray, head: Head, share: Share, reduce: Cal
     run_parallel(loops.normalize, M, M, A, B, (r * g).astype(dtype), (e - mean * r * g).astype(dtype), ya, yb)
     logits, d = np.empty((2, 2, share.hi - share.lo), dtype)
     fa, totals, slope = np.zeros_like(A), np.zeros((M, 2)), dtype.type(head.slope)
-    last_layer = (head.w, dtype.type(head.c), slope, head.gamma, head.weights, share.labels)
+    last_layer = (head.w, dtype.type(head.c), slope, head.gamma, head.weights, labels)
     run_parallel(loops.sweep_left, M, *plan, ya, yb, *last_layer, logits, d, fa, totals)
     fb, pair_ya, sums = np.zeros_like(A), np.zeros_like(A), np.zeros_like(sums)
-    run_parallel(loops.sweep_right, M, *plan, share.by_right, A, B, ya, yb, slope, d, fa, fb, pair_ya, sums)
+    run_parallel(loops.sweep_right, M, *plan, share.by_view(1), A, B, ya, yb, slope, d, fa, fb, pair_ya, sums)
 
     loss, dc = totals.sum(0)
     sum_f, sum_fh = sums.sum(0)
@@ -126,10 +125,12 @@ class _Relation(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, A: Tensor, B: Tensor, bn_weight: Tensor, bn_bias: Tensor, w: Tensor, c: Tensor,
-        constants: tuple[float, float, float, tuple[float, float]], share: Share, reduce: Callable[[Tensor], Tensor],
+        constants: tuple[float, float, float, tuple[float, float]], share: Share, labels: Tensor,
+        reduce: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, ...]:  # fmt: skip
         head = Head(bn_weight.numpy(), bn_bias.numpy(), w.numpy(), c.item(), *constants)
-        result = relation(A.numpy(), B.numpy(), head, share, lambda x: reduce(torch.from_numpy(x)).numpy())
+        arrays = A.numpy(), B.numpy(), head, share, labels.numpy()
+        result = relation(*arrays, lambda x: reduce(torch.from_numpy(x)).numpy())
         ctx.save_for_backward(*map(torch.from_numpy, result.gradients))
         others = tuple(map(torch.from_numpy, (result.logits, result.mean, result.var)))
         ctx.mark_non_differentiable(*others)
@@ -138,7 +139,7 @@ class _Relation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return *(grad_loss * grad for grad in ctx.saved_tensors), None, None, None
+        return *(grad_loss * grad for grad in ctx.saved_tensors), None, None, None, None
 
 
 def relation_loss(
@@ -150,19 +151,21 @@ def relation_loss(
     gamma: float,
     alpha: float | None,
     share: Share,
+    labels: Tensor,
     reduce: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The share's part of the mean focal loss over all pairs; its logits [2, units] (positives, negatives); mean and
     biased variance of h over all pairs, float64 [hidden].
 
     A, B [K*M, hidden], float32 or float64 on the CPU, centred over the rows and equal on all ranks: the first layer's
-    values of a row as left and as right member. `reduce` sums a tensor over the ranks, without gradient. Summed over
-    the ranks, the parts and their gradients are those of one process. Only the first result has a gradient.
+    values of a row as left and as right member. labels: int64 [M], -1 where unknown; equal and known ones make the
+    negative pair of two images positive. `reduce` sums a tensor over the ranks, without gradient. Summed over the
+    ranks, the parts and their gradients are those of one process. Only the first result has a gradient.
     """
     weights = (1.0, 1.0) if alpha is None else (alpha, 1.0 - alpha)
     constants = (bn1.eps, slope, gamma, weights)
     tensors = (A.contiguous(), B.contiguous(), bn1.weight, bn1.bias, linear2.weight[0], linear2.bias[0])
-    return _Relation.apply(*tensors, constants, share, reduce)
+    return _Relation.apply(*tensors, constants, share, labels, reduce)
 
 
 def warm_up(dtype: torch.dtype) -> None:
@@ -170,4 +173,4 @@ def warm_up(dtype: torch.dtype) -> None:
     rows = np.zeros((4, 1), torch.empty((), dtype=dtype).numpy().dtype)
     one = np.ones(1, rows.dtype)
     head = Head(one, one, one, 0.0, 1e-5, 0.01, 2.0, (1.0, 1.0))
-    relation(rows, rows, head, Share(np.array([[0, 1, 1]]), 2, 0, 2, np.array([-1, -1])), lambda x: x)
+    relation(rows, rows, head, Share(np.array([[0, 1, 1]]), 2, 0, 2), np.array([-1, -1]), lambda x: x)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ssl_dist.config import NonNegativeFloat, PositiveInt, Probability, Section
 from ssl_dist.device import to_device
 from ssl_dist.errors import UserError
-from ssl_dist.kernels import relation
+from ssl_dist.kernels import relation, relation_cuda
 from ssl_dist.kernels.ranks import Ranks
 from ssl_dist.keys import LABELLED, hash64, uniform_rows
 from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
@@ -108,7 +108,6 @@ class RelationModule(nn.Module):
     def __init__(self, feature_dim: int, hidden: int, aggregation: str):
         super().__init__()
         self.aggregation = aggregation
-        self.can_sweep = aggregation != "max"
         self.linear1 = nn.Linear(feature_dim * 2 if aggregation == "cat" else feature_dim, hidden)
         self.bn1 = nn.BatchNorm1d(hidden)
         self.act = nn.LeakyReLU(0.01)
@@ -123,19 +122,26 @@ class RelationModule(nn.Module):
             hidden = F.linear(z_ND, weight_left, self._bias())[left] + F.linear(z_ND, weight_right)[right]
         return self.linear2(self.act(self.bn1(hidden))).squeeze(1)
 
-    def sweep(
-        self, z_ND: Tensor, share: relation.Share, gamma: float, alpha: float | None, ranks: Ranks
-    ) -> tuple[Tensor, Tensor]:
-        """The share's part of the mean focal loss over all pairs and its logits [2, units], by the fused CPU kernel.
+    def obstacle(self, device: str) -> str:
+        """What stands in the way of `sweep` on a device (cpu or cuda), in words; empty where nothing does."""
+        if self.aggregation == "max":
+            return "max does not split over the members of a pair"
+        return relation_cuda.obstacle() if device == "cuda" else ""
 
-        For training and every aggregation but max. As the BatchNorm takes any shift away, z is centred first.
+    def sweep(
+        self, z_ND: Tensor, share: relation.Share, labels_M: Tensor, gamma: float, alpha: float | None, ranks: Ranks
+    ) -> tuple[Tensor, Tensor]:
+        """The share's part of the mean focal loss over all pairs and its logits [2, units], by the fused kernels.
+
+        For training. As the BatchNorm takes any shift away, z is centred first.
         """
+        kernels = relation_cuda if z_ND.is_cuda else relation
         weight_left, weight_right = self._halves()
         centre = z_ND.detach().mean(0)
         centred = z_ND - centre
         A, B = F.linear(centred, weight_left, self._bias()), F.linear(centred, weight_right)
-        loss, logits, mean, var = relation.relation_loss(
-            A, B, self.bn1, self.act.negative_slope, self.linear2, gamma, alpha, share, ranks.all_reduce_sum
+        loss, logits, mean, var = kernels.relation_loss(
+            A, B, self.bn1, self.act.negative_slope, self.linear2, gamma, alpha, share, labels_M, ranks.all_reduce_sum
         )
         with torch.no_grad():
             update_running(self.bn1, mean + F.linear(centre, weight_left + weight_right), var, share.num_pairs)
@@ -192,7 +198,7 @@ class Method(SSLMethod[Options]):
             self.relation_module = DotProduct()
         if options.head == "encoder":
             self.encoding = mlp([info.feature_dim, options.hidden, ENCODING_DIM], activation=nn.LeakyReLU)
-        self.fused = True  # False: torch operations on the CPU too (slower; the two are held together by tests)
+        self.fused = True  # False: torch operations everywhere (slower; the two are held together by tests)
 
     def explain(self, world_size: int, device: str) -> dict[str, str]:
         options, num_views = self.options, self.num_views
@@ -201,8 +207,14 @@ class Method(SSLMethod[Options]):
         least, most = num_units // world_size, -(-num_units // world_size)
         share = f"{most}" if least == most else f"{least}-{most}"
         text = f"{share} positive and as many negative"
-        if options.aggregation == "max" or device == "cuda":  # pairs x hidden: kept 3 times, 1 in flight
-            text += f"; scoring them takes about {4 * 2 * most * options.hidden * 4 / 2**20:.1f} MiB"
+        if isinstance(self.relation_module, RelationModule):
+            obstacle = self.relation_module.obstacle(device)
+            if obstacle:  # pairs x hidden: kept 3 times, 1 in flight
+                num_bytes = 4 * 2 * most * options.hidden * 4
+                text += f"; scoring them by torch operations ({obstacle}) takes about {num_bytes / 2**20:.1f} MiB"
+            elif device == "cuda":
+                num_bytes = relation_cuda.memory(num_views * self.info.batch_size, most, options.hidden)
+                text += f"; scoring them by Triton takes about {num_bytes / 2**20:.1f} MiB"
         return {
             "pairs": f"{num_units} positive and {num_units} negative a step ({options.aggregation}), {loss}",
             "pairs a rank": text,
@@ -260,18 +272,19 @@ class Method(SSLMethod[Options]):
         hi - lo]: row 0 views of one image, row 1 views of two."""
         num_views, num_images, _ = z_KMD.shape
         head, z_ND, gamma, alpha = self.relation_module, z_KMD.flatten(0, 1), self.options.gamma, self.options.alpha
+        target = self._targets(num_views, labels_M, lo, hi)
+        if self.fused and isinstance(head, RelationModule) and head.training and not head.obstacle(z_ND.device.type):
+            share = relation.Share(couples(num_views, num_images), num_images, lo, hi)
+            return *head.sweep(z_ND, share, labels_M, gamma, alpha, world), target
         left, positive, negative = unit_rows(num_views, num_images, lo, hi, z_ND.device)
-        one, other = labels_M[left % num_images], labels_M[negative % num_images]
-        target = torch.stack([torch.ones_like(left, dtype=torch.bool), (one == other) & (one >= 0)])
-        if (
-            self.fused
-            and isinstance(head, RelationModule)
-            and head.can_sweep
-            and head.training
-            and z_ND.device.type == "cpu"
-        ):
-            share = relation.Share(couples(num_views, num_images), num_images, lo, hi, labels_M.numpy())
-            return *head.sweep(z_ND, share, gamma, alpha, world), target
         logits = head(z_ND, left.repeat(2), torch.cat([positive, negative])).view(2, -1)
         num_pairs = num_views * (num_views - 1) * num_images
         return focal_bce(logits, target, gamma, alpha).sum() / num_pairs, logits.detach(), target
+
+    def _targets(self, num_views: int, labels_M: Tensor, lo: int, hi: int) -> Tensor:
+        """bool [2, hi - lo] of the units lo..hi-1: true of pairs of one image, and of two whose labels are equal."""
+        if not self.options.labelled:
+            return (torch.arange(2, device=labels_M.device) == 0)[:, None].expand(2, hi - lo)
+        left, _, negative = unit_rows(num_views, len(labels_M), lo, hi, labels_M.device)
+        one, other = labels_M[left % len(labels_M)], labels_M[negative % len(labels_M)]
+        return torch.stack([torch.ones_like(left, dtype=torch.bool), (one == other) & (one >= 0)])
