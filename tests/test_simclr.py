@@ -52,7 +52,8 @@ def slow_loss(z_ND, kind, temperature):
 
 def reference(method, both):
     method = copy.deepcopy(method)
-    z_ND = method.projector(method.backbone(both.flatten(0, 1)))
+    passes = [both.flatten(0, 1)] if method.views_together else list(both)
+    z_ND = torch.cat([method.projector(method.backbone(images)) for images in passes])
     loss = slow_loss(z_ND, method.options.loss, method.options.temperature)
     loss.backward()
     right = slow_probabilities(z_ND.detach(), method.options.temperature)[1]
@@ -61,7 +62,11 @@ def reference(method, both):
 
 @pytest.mark.parametrize("grid", [Grid(1, 1), Grid(2, 1), Grid(3, 1)], ids=str)
 @pytest.mark.parametrize("loss", simclr.LOSSES)
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.1, "activation": "leaky_relu", "last_bias": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.1, "activation": "leaky_relu", "last_bias": True}, {"batchnorm": "one_view"}],
+    ids=str,
+)
 def test_any_number_of_ranks_equals_the_loops(grid, loss, options):
     method, both = make(loss=loss, **options), views()
     expected, accuracy, gradients, buffers = reference(method, both)

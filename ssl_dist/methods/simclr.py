@@ -30,6 +30,9 @@ class Options(Section):
     )
     activation: Literal["relu", "leaky_relu"] = Field("relu", description="between the projector's layers")
     last_bias: bool = Field(False, description="whether the projector's last layer has a bias")
+    batchnorm: Literal["both_views", "one_view"] = Field(
+        "both_views", description="what its statistics run over; one_view: as in SFRIK's baseline"
+    )
 
 
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU}
@@ -68,6 +71,7 @@ class Method(SSLMethod[Options]):
         super().__init__(backbone, info, options)
         if info.batch_size < 2:
             raise UserError("optim.batch_size = 1: simclr compares a view with those of other images; give 2 or more")
+        self.views_together = options.batchnorm == "both_views"
         self.projector = mlp([info.feature_dim, *options.projector], options.last_bias, ACTIVATIONS[options.activation])
 
     def explain(self, world_size: int, device: str) -> dict[str, str]:
