@@ -213,9 +213,9 @@ def _extract(args: argparse.Namespace) -> None:
     ),
     _argument(
         "--validation",
-        "measure on this share of the training split, held out of it, and leave the test split alone",
-        type=float,
-        metavar="SHARE",
+        "measure on this share of the training split, held out of it, and leave the test split alone; "
+        "{per_class: 260, start: 260} or a list of ids: on these images",
+        metavar="SHARE|IMAGES",
     ),
     _argument(
         "--search",
@@ -231,6 +231,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     """Evaluate a run's newest checkpoint and print a table; every number goes to RUN/results.json. Features that are
     missing or stale are extracted first."""
     with _importing():
+        from ssl_dist.evaluate import search
         from ssl_dist.evaluate.command import evaluate
         from ssl_dist.results.records import table
 
@@ -238,7 +239,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     evaluators = [word for word in args.overrides if "=" not in word]
     if not evaluators:
         raise UserError(f"evaluate {args.run}: name at least one evaluator, for example knn")
-    code, records = evaluate(args.run, evaluators, overrides, args.validation, args.search)
+    validation = None if args.validation is None else search.validation(args.validation)
+    code, records = evaluate(args.run, evaluators, overrides, validation, args.search)
     if outcome.rank_info().is_rank0:
         print(table(records))
     return code

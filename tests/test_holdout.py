@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ssl_dist import cli, results
+from ssl_dist.config import ClassSubset
 from ssl_dist.data import plan
 from ssl_dist.data.readers import Dataset
 from ssl_dist.evaluate.command import evaluate
@@ -123,6 +124,23 @@ def test_subsets(run, tmp_path):
     )
 
 
+def test_validation_on_chosen_images(run, tmp_path):
+    """SFRIK measures on a second part of the training images: those after the ones that are learned from."""
+    train = read_features(run / "features" / "digits-train.safetensors")
+    learnt, measured = (plan.per_class(train.image_ids, train.labels, 30, start) for start in (0, 30))
+    words = ["evaluate", str(run), "knn", "knn.k=[5]", "data.subset={per_class: 30}", "--validation"]
+    name = "train[held out 30 images a class from number 30]"
+    expected = knn.run(train.subset(learnt), train.subset(measured, "held"), knn.Options(k=[5]))
+    assert cli.main([*words, "{per_class: 30, start: 30}"]) == 0
+    assert values(results.read(run / "results.json"), name) == expected
+    assert cli.main([*words, str(_list(tmp_path / "ids.txt", measured))]) == 0
+    of_list = [r for r in results.read(run / "results.json") if "held out the 300 images of ids.txt" in r["split"]]
+    assert {record["name"]: record["value"] for record in of_list} == expected
+    rest = np.setdiff1d(train.image_ids, measured)
+    _, records = evaluate(run, ["knn"], ["knn.k=[5]"], validation=ClassSubset(per_class=30, start=30))
+    assert values(records, name) == knn.run(train.subset(rest), train.subset(measured, "held"), knn.Options(k=[5]))
+
+
 def _list(path, ids):
     path.write_text("".join(f"{i}\n" for i in ids))
     return path
@@ -150,6 +168,12 @@ def test_a_probe_is_searched_over_like_the_others(run):
     [
         (["--validation", "1.5"], "--validation 1.5: give the share"),
         (["--validation", "0.1", "data.subset={per_class: 1}"], "--validation 0.1: class 0 has one image"),
+        (["--validation", "yes"], "--validation yes: give the share"),
+        (["--validation", "null"], "--validation null: give the share"),
+        (["--validation", "[1]"], "--validation [1]: give the share"),
+        (["--validation", "{per_class: 0}"], "--validation {per_class: 0}: images.per_class = 0: input"),
+        (["--validation", "{per_class: 9999}"], "--validation: class 0 has"),
+        (["--validation", "{per_class: 2}", "data.subset={per_class: 1}"], "--validation: 10 of its images are"),
         (["--search", "knn.kk=[1]"], "unknown key knn.kk = 1"),
         (["data.subset=/nowhere.txt"], "data.subset: /nowhere.txt: cannot be read"),
         (["data.subset={per_class: 100000}"], "data.subset: class 0 has"),

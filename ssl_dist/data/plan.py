@@ -53,6 +53,9 @@ class DataOrder:
         return self.global_ids(step)[shard.start : shard.stop]
 
 
+SUBSET = "data.subset"  # the setting that most choices are of
+
+
 def limited(num_images: int, limit: int | None) -> np.ndarray:
     """Ids floor(i * N / limit): evenly spaced over a split of N images; all of them without a limit."""
     if limit is None or limit >= num_images:
@@ -60,16 +63,17 @@ def limited(num_images: int, limit: int | None) -> np.ndarray:
     return np.arange(limit, dtype=np.int64) * num_images // limit
 
 
-def per_class(ids: np.ndarray, labels: np.ndarray, count: int, start: int) -> np.ndarray:
-    """The images number start .. start + count - 1 of every class, in id order. Raises if a class has too few."""
+def per_class(ids: np.ndarray, labels: np.ndarray, count: int, start: int, setting: str = SUBSET) -> np.ndarray:
+    """The images number start .. start + count - 1 of every class, in id order. Raises if a class has too
+    few, naming the `setting`."""
     selected = []
     for label in np.unique(labels):
         if label < 0:
-            raise UserError("data.subset: per_class needs labels, and some images of this split have none")
+            raise UserError(f"{setting}: per_class needs labels, and some images of this split have none")
         members = ids[labels == label][start : start + count]
         if len(members) < count:
             raise UserError(
-                f"data.subset: class {label} has {int((labels == label).sum())} images, "
+                f"{setting}: class {label} has {int((labels == label).sum())} images, "
                 f"not the {start + count} that start = {start} and per_class = {count} need"
             )
         selected.append(members)
@@ -95,19 +99,17 @@ def held_out(ids: np.ndarray, labels: np.ndarray, share: float, seed: int, setti
     return np.sort(np.concatenate(selected))
 
 
-def from_list(path: str, num_images: int) -> np.ndarray:
+def from_list(path: str, num_images: int, setting: str = SUBSET) -> np.ndarray:
     """Ids in a text file, one a line (blank lines and lines that begin with # are passed over), sorted."""
-    with refuse_unreadable(f"data.subset: {path}"):
+    with refuse_unreadable(f"{setting}: {path}"):
         lines = read_text(path).splitlines()
     ids = []
     for number, line in enumerate(map(str.strip, lines), 1):
         if not line or line.startswith("#"):
             continue
         if not is_whole_number(line) or int(line) >= num_images:
-            raise UserError(
-                f"data.subset: {path} line {number}: {quoted(line)} is not an id from 0 to {num_images - 1}"
-            )
+            raise UserError(f"{setting}: {path} line {number}: {quoted(line)} is not an id from 0 to {num_images - 1}")
         ids.append(int(line))
     if len(set(ids)) != len(ids) or not ids:
-        raise UserError(f"data.subset: {path}: " + ("holds an id twice" if ids else "holds no id"))
+        raise UserError(f"{setting}: {path}: " + ("holds an id twice" if ids else "holds no id"))
     return np.sort(np.array(ids, np.int64))

@@ -137,46 +137,49 @@ class _Images(Section):
 @dataclass(frozen=True)
 class EvalRequest:
     """An evaluation as the command line asks for it. data: overrides of the data set; subset: of its training images,
-    None: all; share: of them to hold out, None: nothing is; validation: whether what is not searched is measured on
+    None: all; held_out: of them, None: nothing is; validation: whether what is not searched is measured on
     them; options: of every evaluator; spaces: of the evaluators to search for."""
 
     data: dict[str, str]
     subset: ClassSubset | str | None
-    share: float | None
+    held_out: search.HeldOut | None
     validation: bool
     options: dict[str, Section]
     spaces: dict[str, search.SearchSpace]
 
 
 def parse(
-    chosen: Sequence[str], overrides: Sequence[str], validation: float | None = None, searched: Sequence[str] = ()
+    chosen: Sequence[str],
+    overrides: Sequence[str],
+    validation: search.HeldOut | None = None,
+    searched: Sequence[str] = (),
 ) -> EvalRequest:
     """The words of `ssl-dist evaluate`, checked as far as they can be without the run. Raises `UserError`."""
     data, rest = split_overrides(overrides, (*EVAL_KEYS, SUBSET_KEY))
     options = evaluators.parse_options(chosen, rest)
     spaces = search.search_spaces(chosen, rest, searched)
-    if validation is not None:
+    if isinstance(validation, float):
         search.check_share(validation)
-    share = search.DEFAULT_SHARE if validation is None and spaces else validation
+    held_out = search.DEFAULT_SHARE if validation is None and spaces else validation
     subset = None
     if SUBSET_KEY in data:
         text = data.pop(SUBSET_KEY)
         tree = {"subset": parse_yaml(text, f"override {SUBSET_KEY}={text}")}
         subset = validate(_Images, tree, "data.").subset
-    return EvalRequest(data, subset, share, validation is not None, options, spaces)
+    return EvalRequest(data, subset, held_out, validation is not None, options, spaces)
 
 
 def evaluate(
     run: Path,
     chosen: Sequence[str],
     overrides: Sequence[str],
-    validation: float | None = None,
+    validation: search.HeldOut | None = None,
     searched: Sequence[str] = (),
 ) -> tuple[int, list[dict]]:
     """`ssl-dist evaluate`: run evaluators on a run's newest checkpoint, alone or under torchrun.
 
-    validation: measure on this share of the training split, held out of it, instead of the test split. searched: lists
-    of option values; the best combination on the held-out share is measured on the test split.
+    validation: measure on these images of the training split, held out of it, instead of the test split. searched:
+    lists of option values; the best combination on the held-out images is measured on the test split.
 
     Returns the exit code, 0 or that of a stop on request, and the records that results.json holds of it.
     """
@@ -207,7 +210,7 @@ def evaluate(
         _note_size(world, encoder)
         world.on_rank0(lambda: results.require_writable(run / "results.json"))
         whole = EvalContext(run, encoder, dataset, train, test, world, watchdog, train_ids, subset=subset)
-        part = whole if request.share is None else world.raise_together(partial(hold_out, whole, request.share))
+        part = whole if request.held_out is None else world.raise_together(partial(hold_out, whole, request.held_out))
         records = []
         try:
             for name in chosen:

@@ -7,13 +7,17 @@ test split, once.
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from pydantic import Field
+
 from ssl_dist import evaluators
-from ssl_dist.config import Section
+from ssl_dist.config import ClassSubset, Section, parse_yaml, validate
 from ssl_dist.errors import UserError
 
+HeldOut = float | ClassSubset | str  # of the training images: a share, or those chosen as by data.subset
 DEFAULT_SHARE = 0.1  # of the training images that are held out, unless --validation says otherwise
 
 
@@ -40,10 +44,26 @@ def _as_yaml(value: object) -> str:
     return json.dumps(value, default=str)
 
 
-def check_share(share: float) -> None:
-    """Raises `UserError` unless the share is between 0 and 1."""
+def check_share(share: float, text: str | None = None) -> None:
+    """Raises `UserError` unless the share, written as `text`, is between 0 and 1."""
     if not 0 < share < 1:
-        raise UserError(f"--validation {share:g}: give the share of training images to hold out, between 0 and 1")
+        raise UserError(
+            f"--validation {text or f'{share:g}'}: give the share of training images to hold out, between 0 "
+            "and 1, or choose them: '{per_class: 260, start: 260}', or a file with one id a line"
+        )
+
+
+class _Chosen(Section):
+    images: ClassSubset | str = Field(description="{per_class: n, start: m}, or a file with one id a line")
+
+
+def validation(text: str) -> HeldOut:
+    """What `--validation TEXT` says. Raises `UserError`."""
+    value = parse_yaml(text, f"--validation {text}")
+    if isinstance(value, str | dict):
+        return validate(_Chosen, {"images": value}, f"--validation {text}: ").images
+    check_share(float(value) if isinstance(value, int | float) else math.nan, text)
+    return float(value)
 
 
 def search_spaces(chosen: Sequence[str], fixed: Sequence[str], searched: Sequence[str]) -> dict[str, SearchSpace]:

@@ -21,6 +21,7 @@ from ssl_dist.config import Config
 from ssl_dist.config.section import parse_yaml
 from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.errors import UserError, quoted
+from ssl_dist.evaluate import search
 from ssl_dist.evaluate.command import parse
 from ssl_dist.job import Job
 from ssl_dist.run import folder as run_folder
@@ -70,7 +71,7 @@ def evaluate(options: argparse.Namespace) -> int:
     _check_evaluation(f"evaluate {run}", options.overrides, options.validation, options.search)
     words = [*options.overrides, *(["--search", *options.search] if options.search else [])]
     if options.validation is not None:
-        words += ["--validation", repr(options.validation)]
+        words += ["--validation", options.validation]
     evaluator = _evaluator(site, run.absolute() / "slurm", run, options.overrides)
     if options.dry_run:
         print(evaluator.script())
@@ -91,13 +92,12 @@ def _clean_environment() -> Iterator[None]:
         yield
 
 
-def _check_evaluation(
-    key: str, words: list[str], validation: float | None = None, searched: Sequence[str] = ()
-) -> None:
+def _check_evaluation(key: str, words: list[str], validation: str | None = None, searched: Sequence[str] = ()) -> None:
     chosen = [word for word in words if "=" not in word]
     if not chosen:
         raise UserError(f"{key} {' '.join(words)}: name at least one evaluator, for example knn")
-    parse(chosen, [word for word in words if "=" in word], validation, searched)
+    held_out = None if validation is None else search.validation(validation)
+    parse(chosen, [word for word in words if "=" in word], held_out, searched)
 
 
 def _folder(configs: list[Config], name: str) -> Path:

@@ -12,6 +12,7 @@ from ssl_dist.data import plan
 from ssl_dist.data.readers import Dataset
 from ssl_dist.distributed.watchdog import Watchdog
 from ssl_dist.distributed.world import World
+from ssl_dist.errors import UserError
 from ssl_dist.run.encoder import Encoder
 
 
@@ -63,26 +64,43 @@ class EvalContext:
         return digest.hexdigest()[:8]
 
 
-def chosen_images(dataset: Dataset, split: str, subset: ClassSubset | str) -> tuple[np.ndarray, str]:
-    """The ids of `data.subset` in a split, int64 [n], and the choice in words. Raises `UserError`."""
+def chosen_images(
+    dataset: Dataset, split: str, subset: ClassSubset | str, setting: str = "data.subset"
+) -> tuple[np.ndarray, str]:
+    """The ids of `data.subset` in a split, int64 [n], and the choice in words. Raises `UserError`, which names the
+    setting."""
     count = dataset.info(split).count
     if isinstance(subset, str):
-        ids = plan.from_list(subset, count)
+        ids = plan.from_list(subset, count, setting)
         return ids, f"the {len(ids)} images of {Path(subset).name} ({hashlib.sha256(ids.tobytes()).hexdigest()[:8]})"
-    ids = plan.per_class(np.arange(count, dtype=np.int64), dataset.labels(split), subset.per_class, subset.start)
+    ids, labels = np.arange(count, dtype=np.int64), dataset.labels(split)
+    ids = plan.per_class(ids, labels, subset.per_class, subset.start, setting)
     from_where = f" from number {subset.start}" if subset.start else ""
     return ids, f"{subset.per_class} images a class{from_where}"
 
 
-def hold_out(context: EvalContext, share: float) -> EvalContext:
-    """The same context with `share` of its training images held out, and measured instead of the test split.
+def hold_out(context: EvalContext, held_out: float | ClassSubset | str) -> EvalContext:
+    """The same context with a part of the training images held out, and measured instead of the test split.
 
-    The part is drawn by the run's seed, class by class. Raises `UserError` for a class of one image or without labels.
+    held_out: a share of those that are learned from, drawn by the run's seed, class by class; or images of the split as
+    `data.subset` chooses them, which are not learned from then. Raises `UserError` for a class of one image or without
+    labels, and where images of the choice are learned from by another choice.
     """
     dataset, split, ids = context.dataset, context.train, context.train_ids
-    if ids is None:
-        ids = np.arange(dataset.info(split).count, dtype=np.int64)
-    held_out_ids = plan.held_out(ids, dataset.labels(split)[ids], share, context.encoder.config.seed)
+    if isinstance(held_out, float):
+        if ids is None:
+            ids = np.arange(dataset.info(split).count, dtype=np.int64)
+        held_out_ids = plan.held_out(ids, dataset.labels(split)[ids], held_out, context.encoder.config.seed)
+        what = f"{100 * held_out:g}%"
+    else:
+        held_out_ids, what = chosen_images(dataset, split, held_out, "--validation")
+        if ids is None:
+            ids = np.arange(dataset.info(split).count, dtype=np.int64)
+        elif len(both := np.intersect1d(ids, held_out_ids)):
+            raise UserError(f"--validation: {len(both)} of its images are in data.subset; give others")
     train_ids = np.setdiff1d(ids, held_out_ids, assume_unique=True)
-    name = f"{split}[held out {100 * share:g}%]"
-    return replace(context, test=split, train_ids=train_ids, test_ids=held_out_ids, held_out=name)
+    if not len(train_ids):
+        raise UserError(f"--validation: holds out all images of {split}; leave some to learn from")
+    return replace(
+        context, test=split, train_ids=train_ids, test_ids=held_out_ids, held_out=f"{split}[held out {what}]"
+    )
