@@ -176,8 +176,8 @@ def test_a_class_that_cannot_be_found_counts_as_nothing(caplog):
 
 def test_the_default_goes_without_more_than_there_are(caplog):
     values = retrieval.run(random_part(12), random_part(10, seed=1), retrieval.Options())
-    assert {"retrieval_top1", "retrieval_top5"} <= values.keys() and "retrieval_top20" not in values
-    assert "retrieval.k = 20 left out" in caplog.text
+    assert {"retrieval_top1", "retrieval_top5", "retrieval_top10"} <= values.keys()  # 10: relational reasoning's
+    assert "retrieval_top20" not in values and "retrieval.k = 20 left out" in caplog.text
     assert "retrieval_top20" in retrieval.run(random_part(20), random_part(10, seed=1), retrieval.Options())
 
 
@@ -209,10 +209,10 @@ def test_the_pictures(gallery):
     searched = train if gallery == "train" else test
     order = np.concatenate([keys for _, keys in retrieval.rankings(test, searched, gallery == "test", 1 << 20)])
     order = (order & retrieval._ROW_MASK).astype(int)
-    queries = [shown[i : i + 9] for i in range(0, len(shown), 9)]
+    queries = [shown[i : i + 11] for i in range(0, len(shown), 11)]  # one and its ten nearest, as in the paper
     assert len(queries) == 6
     for (split, query), *nearest in queries:
-        assert split == "test" and [i for _, i in nearest] == order[query, :8].tolist()
+        assert split == "test" and [i for _, i in nearest] == order[query, :10].tolist()
         assert {where for where, _ in nearest} == {gallery}
     right = [int(searched.labels[order[query, 0]] == test.labels[query]) for (_, query), *_ in queries]
     assert right == [1, 1, 1, 0, 0, 0], "half of them are failures"

@@ -249,6 +249,8 @@ def test_every_recipe_makes_a_training(run):
             sentence = module.protocol(options)
             assert recipe.paper in sentence and "7 epochs" in sentence and f"rate {recipe.optim['lr']:g}" in sentence
             config.validate(config.Optim, recipe.optim)
+    last_column = finetune.protocol(finetune.Options(recipe="relational_stl10"))  # of relational reasoning's Table 1
+    assert "20 epochs" in last_column and "affine and erasing" in last_column
 
 
 # ---------------------------------------------------------------------------------------------------- many ranks

@@ -39,13 +39,13 @@ PROTOCOL = (
     "retrieval: every test image ranks all other images of the {gallery} split by cosine; top-k: any of the k nearest"
     " has its class; precision@k: share of them that has; map: mean average precision of the whole list"
 )
-VERSION = 1
+VERSION = 2
 DRAWS = True
 _ROW_MASK = np.uint64(0xFFFFFFFF)  # the part of a key that is the gallery's row
 _OWN_KEY = np.uint64(0xFFFFFFFFFFFFFFFF)  # the key of a query itself, behind all others
 _LAST_KEY = 2**63 - 1  # on a GPU, where keys are int64
-_PUBLISHED_K = (1, 5, 20)
-_NUM_SHOWN = 8  # nearest images of a query in the picture
+_PUBLISHED_K = (1, 5, 10, 20)
+_NUM_SHOWN = 10  # nearest images of a query in the picture
 
 
 class Options(Section):
@@ -54,8 +54,8 @@ class Options(Section):
     )
     k: Annotated[list[PositiveInt], Field(min_length=1)] | None = Field(
         None,
-        description="list of k for top-k and precision at k; null: 1, 5 and 20, without those above the number of "
-        "images that are searched",
+        description="list of k for top-k and precision at k; null: 1, 5, 10 and 20, without those above the number "
+        "of images that are searched",
     )
     queries: PositiveInt = Field(20, description="queries in the picture, half of them failures")
     seed: int = Field(0, description="which queries the picture shows")
