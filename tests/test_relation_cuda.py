@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ssl_dist.kernels import relation_cuda
+from ssl_dist.train.explain import Alive
 from tests.test_kernels_relation import Problem, compare
 
 pytest.importorskip("triton", reason="Triton is not installed: it comes with torch's CUDA builds alone")
@@ -89,6 +90,39 @@ def test_backward_can_run_twice():
     (one,) = torch.autograd.grad(loss, A, retain_graph=True)
     (three,) = torch.autograd.grad(3 * loss, A)
     torch.testing.assert_close(three, 3 * one)
+
+
+def test_memory_grows_as_explain_says():
+    """With the rows; what there is of vectors over the hidden units is left out."""
+    held, expected = [], []
+    for num_images in (2, 6):
+        problem = Problem(2, num_images, 512, dtype=torch.float32)
+        with Alive([problem.A, problem.B]) as alive:
+            rest = problem.bn, 0.01, problem.last, 2.0, 0.5, problem.share(), problem.labels, lambda x: x
+            relation_cuda.relation_loss(problem.A, problem.B, *rest)
+        held.append(alive.peak + problem.A.nbytes + problem.B.nbytes)
+        expected.append(relation_cuda.memory(len(problem.A), problem.num_units, 512))
+    assert held[1] - held[0] == pytest.approx(expected[1] - expected[0], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "words"),
+    [
+        (("importlib.util.find_spec", lambda name: None), "Triton is not installed"),
+        (("shutil.which", lambda name: None), "Triton finds no C compiler"),
+        (("sysconfig.get_path", lambda *names: "/nowhere"), "Triton finds no Python.h"),
+        (("torch.cuda.get_device_capability", lambda: (6, 1)), "this GPU is too old for Triton"),
+    ],
+)
+def test_what_is_lacking_is_named(lacking, words, monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 0))
+    for name in ("shutil.which", "sysconfig.get_path"):  # as on a machine that lacks nothing
+        monkeypatch.setattr(name, lambda *names: str(Path(__file__).parent))
+    monkeypatch.setattr("pathlib.Path.exists", lambda path: "nowhere" not in str(path))
+    monkeypatch.setattr(*lacking)
+    assert relation_cuda.obstacle.__wrapped__() == words
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ def obstacle() -> str:
         return "Triton is not installed"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "Triton finds no C compiler"
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+    if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():
         return "Triton finds no Python.h"
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < OLDEST_GPU:
         return "this GPU is too old for Triton"
