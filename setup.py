@@ -57,6 +57,7 @@ setup(
     packages=find_packages(include=["ssl_dist", "ssl_dist.*"]),
     package_data={
         "ssl_dist": ["py.typed"],
+        "ssl_dist.study": ["templates/*.html"],
         "ssl_dist.report": ["page.css", "page.js", "published.yaml", "templates/*.html"],
     },
     python_requires=">=3.11",

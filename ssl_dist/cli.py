@@ -275,6 +275,29 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 @_command(
+    "study",
+    "make a table or figure of a paper: its runs, their evaluation, the page",
+    _argument("file", "YAML file of a study; configs/studies/ holds examples", type=_path, metavar="FILE"),
+    _argument("overrides", "of every run", nargs="*", metavar="key=value"),
+    _argument("--ranks", "processes of every training (default 1)", type=int, default=1),
+    _argument(
+        "--collect", "train nothing: measure the runs that are complete, and write the table", action="store_true"
+    ),
+    _argument("--dry-run", "print the runs, their steps and what is left of them", action="store_true"),
+)
+def _study(args: argparse.Namespace) -> int:
+    """Make the runs of a study that are not complete, one after the other, measure them, and write table, numbers and
+    figure. Stopped or killed, the same command does what is left. On a cluster: python slurm/submit.py study FILE."""
+    with _importing():
+        from ssl_dist.study import command
+
+    if args.dry_run:
+        print(command.describe(args.file, args.overrides))
+        return 0
+    return command.run(args.file, args.overrides, args.ranks, args.collect)
+
+
+@_command(
     "report",
     "make a page of a run, or of several side by side",
     _argument("runs", "folders of runs", nargs="+", type=_path, metavar="RUN"),

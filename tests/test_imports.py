@@ -46,6 +46,7 @@ FLOORS = [
     {"transfer", "verify", "voc"},
     {"evaluators"},
     {"evaluate", "report", "doctor", "outcome"},
+    {"study"},
     {"cli"},
     {"__main__", "job"},
     {"slurm"},

@@ -1,0 +1,98 @@
+"""`ssl-dist study`: make the runs of a study that are not complete, measure what is not measured, lay it all out.
+
+What is complete is seen from the runs themselves, so a study that was stopped or killed goes on where it was, and a run
+that was made by other means counts.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ssl_dist import config
+from ssl_dist.distributed.rank import RankInfo
+from ssl_dist.errors import UserError
+from ssl_dist.evaluate.command import evaluate
+from ssl_dist.run.blueprint import RunPlan, derive
+from ssl_dist.storage import checkpoint
+from ssl_dist.storage.durable import atomic_write_or_refuse
+from ssl_dist.study import page, spec
+from ssl_dist.study.numbers import Number
+from ssl_dist.study.spec import Measure, Training
+from ssl_dist.train.loop import train
+
+
+def run(path: Path, overrides: Sequence[str], ranks: int = 1, collect: bool = False) -> int:
+    """Perform the study in the file. Returns the exit code: 0, that of a training which failed, or 75 when it was
+    stopped. collect: only measure and lay out the runs that are complete."""
+    study, trainings = spec.read(path, overrides)
+    folder = Path(study.folder)
+    found: list[Number] = []
+    for place, training in enumerate(trainings, 1):
+        complete = is_complete(training)
+        print(f"== {place} of {len(trainings)}: {training.name} -> {training.run}", file=sys.stderr, flush=True)
+        if not complete and not collect:
+            code = _train(training, ranks)
+            if code:
+                print(f"{training.run}: exit code {code}; the same command goes on", file=sys.stderr, flush=True)
+                return code
+        if complete or not collect:
+            for measure in training.measures:
+                code, number = measured(training, measure)
+                if code:
+                    return code
+                found.append(number)
+        page.write(folder, study, trainings, found)
+    if len(found) == 0:
+        print("no run is complete yet", file=sys.stderr, flush=True)
+    print((folder / "table.md").read_text(encoding="utf-8"))
+    print(f"{folder}: table.md, table.html, numbers.csv" + ("" if study.figure is None else ", figure.png, figure.svg"))
+    return 0
+
+
+def plan_of(training: Training) -> RunPlan:
+    return derive(training.config, RankInfo())
+
+
+def is_complete(training: Training) -> bool:
+    """Whether the run's newest checkpoint is of its last step."""
+    steps = checkpoint.steps(training.run)
+    return bool(steps) and steps[-1] >= plan_of(training).clock().total_steps
+
+
+def _train(training: Training, ranks: int) -> int:
+    if ranks == 1:
+        return train(training.config)
+    path = training.run.with_name(training.run.name + ".yaml")
+    with atomic_write_or_refuse(path) as file:
+        file.write(config.dump(training.config).encode())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
+    return subprocess.run([*command, "ssl_dist", "train", str(path)], env=os.environ, check=False).returncode
+
+
+def measured(training: Training, measure: Measure) -> tuple[int, Number]:
+    """The number of a run, which is measured unless results.json has it. Raises `UserError` where the evaluator gives
+    no such result."""
+    code, records = evaluate(training.run, [measure.evaluator], spec.words(measure.overrides))
+    by_name = {record["name"]: record for record in records}
+    if code == 0 and measure.result not in by_name:
+        raise UserError(
+            f"measures: {measure.evaluator} gives no {measure.result}, but {', '.join(by_name)}; name one of these"
+        )
+    return code, Number(training, measure, by_name.get(measure.result, {}))
+
+
+def describe(path: Path, overrides: Sequence[str]) -> str:
+    """`ssl-dist study --dry-run`: a line for every run with its steps and what is left of them."""
+    _, trainings = spec.read(path, overrides)
+    lines, total, left = [], 0, 0
+    for training in trainings:
+        clock = plan_of(training).clock()
+        done = max(checkpoint.steps(training.run), default=0)
+        total += clock.total_steps
+        left += max(0, clock.total_steps - done)
+        state = "complete" if is_complete(training) else f"{done:,} done" if done else "new"
+        lines.append(f"{training.name}: {clock.total_steps:,} steps, {state}; {len(training.measures)} measure(s)")
+    lines.append(f"{len(trainings)} runs, {total:,} steps, {left:,} of them left")
+    return "\n".join(lines)

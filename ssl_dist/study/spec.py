@@ -1,0 +1,201 @@
+"""What a study is: a YAML file that says which runs to make, what to measure on them, and where each number goes.
+
+Every combination of the axes' values is a training of its own, by the config that `config` names and its overrides.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from ssl_dist import config
+from ssl_dist.config import Config, Section, validate
+from ssl_dist.config.section import PathText, read_yaml
+from ssl_dist.errors import UserError, quoted
+
+Value = str | int | float
+Values = Annotated[list[Value], Field(min_length=1)]
+Overrides = dict[str, Any]  # config key -> value
+Labels = dict[str, Value]  # axis -> value
+
+
+class KeyAxis(Section):
+    """Values of one config key."""
+
+    key: str
+    values: Values
+
+
+class Measure(Section):
+    """A number of every run that `of` admits: a result of an evaluator."""
+
+    column: str = Field(description="of the table")
+    of: dict[str, Value | Values] = Field(
+        default_factory=dict, description="axis -> the value or values it is taken at"
+    )
+    evaluator: str
+    result: str = Field(description="name of the number in results.json")
+    overrides: Overrides = Field(default_factory=dict, description="of the evaluator, and of data.* for a transfer")
+
+    def admits(self, labels: Mapping[str, Value]) -> bool:
+        return _agree(self.of, labels)
+
+
+class Table(Section):
+    rows: Annotated[list[str], Field(min_length=1)] = Field(description="axes that make the rows")
+    columns: list[str] = Field(default_factory=list, description="axes that make columns, beside those of the measures")
+    over: str = Field("seed", description="the axis that mean and standard deviation are taken over")
+
+
+class Gain(Section):
+    """A difference of means: at the value `to` of an axis less that at its value `from_`."""
+
+    axis: str
+    from_: Value = Field(alias="from")
+    to: Value
+
+
+class FigureSpec(Section):
+    """column: of the table. Lines against `x`, one for each value of `by`; with `gain` bars, grouped by `x`."""
+
+    column: str
+    x: str
+    by: str
+    logarithmic: bool = False
+    gain: Gain | None = None
+
+
+class Study(Section):
+    title: str
+    source: str = Field(description="paper and table or figure")
+    folder: PathText = Field(description="of the runs, and of what is written about them")
+    config: str = Field(description="config beside this file; {axis} stands for the value of an axis")
+    axes: Annotated[dict[str, Values | KeyAxis | dict[str, Overrides]], Field(min_length=1)] = Field(
+        description="values; {key: k, values: [...]} of a config key; or value: {key: value, ...}"
+    )
+    exclude: list[dict[str, Value | Values]] = Field(default_factory=list, description="combinations left out")
+    overrides: Overrides = Field(default_factory=dict, description="of every run")
+    measures: Annotated[list[Measure], Field(min_length=1)]
+    table: Table
+    figure: FigureSpec | None = None
+
+    @model_validator(mode="after")
+    def _axes(self) -> Self:
+        for number, measure in enumerate(self.measures):
+            for axis, wanted in measure.of.items():
+                self._require(f"measures.{number}.of.{axis}", axis)
+                for value in wanted if isinstance(wanted, list) else [wanted]:
+                    if value not in self.values(axis):
+                        raise ValueError(f"measures.{number}.of.{axis}: {value!r} is none of {self.values(axis)}")
+        for number, excluded in enumerate(self.exclude):
+            for axis in excluded:
+                self._require(f"exclude.{number}.{axis}", axis)
+        named = [*self.table.rows, *self.table.columns, self.table.over]
+        for axis in named:
+            self._require("table", axis)
+        for measure in self.measures:
+            single = {axis for axis, wanted in measure.of.items() if not isinstance(wanted, list)}
+            for axis in self.axes.keys() - {*named, *single}:
+                raise ValueError(f"table: axis {axis} is in no row, column or mean; add it to rows")
+        if self.figure is not None:
+            gain = [] if self.figure.gain is None else [self.figure.gain.axis]
+            for axis in (self.figure.x, self.figure.by, *gain):
+                self._require("figure", axis)
+            if self.figure.column not in {measure.column for measure in self.measures}:
+                raise ValueError(f"figure.column: {self.figure.column} is the column of no measure")
+        return self
+
+    def _require(self, where: str, axis: str) -> None:
+        if axis not in self.axes:
+            raise ValueError(f"{where}: {axis} is no axis; there are {', '.join(self.axes)}")
+
+    def values(self, axis: str) -> list[Value]:
+        """The values of an axis, in the order of the file."""
+        spec = self.axes[axis]
+        return spec.values if isinstance(spec, KeyAxis) else list(spec)
+
+    def overrides_of(self, labels: Labels) -> Overrides:
+        """The config keys that a combination sets."""
+        chosen: Overrides = {}
+        for axis, value in labels.items():
+            spec = self.axes[axis]
+            if isinstance(spec, KeyAxis):
+                chosen[spec.key] = value
+            elif isinstance(spec, dict):
+                chosen |= spec[str(value)]
+        return chosen | self.overrides
+
+    def combinations(self) -> list[Labels]:
+        """All that are measured, the first axis varying slowest."""
+        products = itertools.product(*(self.values(axis) for axis in self.axes))
+        combinations = [dict(zip(self.axes, values, strict=True)) for values in products]
+        return [
+            labels
+            for labels in combinations
+            if any(measure.admits(labels) for measure in self.measures)
+            and not any(_agree(excluded, labels) for excluded in self.exclude)
+        ]
+
+
+def _agree(wanted: Mapping[str, Value | Values], labels: Mapping[str, Value]) -> bool:
+    """Whether every axis of `wanted` has the value, or one of the values, named there."""
+    return all(labels[axis] in (values if isinstance(values, list) else [values]) for axis, values in wanted.items())
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run of a study."""
+
+    labels: Labels
+    config: Config
+    measures: tuple[Measure, ...]
+
+    @cached_property
+    def run(self) -> Path:
+        return Path(self.config.run_dir)
+
+    @property
+    def name(self) -> str:
+        return " ".join(f"{axis}={value}" for axis, value in self.labels.items())
+
+
+def words(overrides: Overrides) -> list[str]:
+    """As they stand on a command line, key=value."""
+    return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+
+
+def read(path: Path, further: Sequence[str] = ()) -> tuple[Study, list[Training]]:
+    """The study in a file and its trainings; `further` overrides key=value go to all of them. Raises `UserError`."""
+    tree = read_yaml(path, f"study {path}", "configs/studies/ holds examples")
+    if not isinstance(tree, dict):
+        raise UserError(f"study {path}: must be a mapping with title, axes, measures; see configs/studies/")
+    study = validate(Study, tree, f"study {path}: ")
+    trainings = [_training(study, path, labels, further) for labels in study.combinations()]
+    if not trainings:
+        raise UserError(f"study {path}: every combination is excluded; leave some")
+    return study, trainings
+
+
+def _training(study: Study, path: Path, labels: Labels, further: Sequence[str]) -> Training:
+    try:
+        name = study.config.format(**labels)
+    except (KeyError, IndexError, ValueError):
+        raise UserError(
+            f"study {path}: config = {quoted(study.config)}: names what is no axis; there are {', '.join(study.axes)}"
+        ) from None
+    file = path.parent / name
+    if not file.is_file():
+        raise UserError(f"study {path}: {file} is missing, which {labels} needs; write it, or exclude the combination")
+    run = Path(study.folder, "-".join(re.sub(r"[^\w.]+", "_", str(value)) for value in labels.values()))
+    own = [*words(study.overrides_of(labels)), *further, f"run_dir={json.dumps(str(run))}"]
+    try:
+        settings = config.load(file, own)
+    except UserError as error:
+        raise UserError(f"study {path}: {labels}: {error}") from None
+    return Training(labels, settings, tuple(measure for measure in study.measures if measure.admits(labels)))
