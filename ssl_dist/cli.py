@@ -1,140 +1,59 @@
 """The commands. Thin: they read arguments, call one function and turn what it raises into an exit code."""
 
 import argparse
-import atexit
-import gc
 import importlib
-import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
-from ssl_dist import __version__, outcome, terminal
-from ssl_dist.errors import UserError, one_line
+from ssl_dist import outcome, terminal
+from ssl_dist.command_line import Argument, argument, command, home_path, importing, parse
+from ssl_dist.errors import UserError
 
 if TYPE_CHECKING:
     from ssl_dist.config.describe import Table
-
-EXIT_CODES = (
-    "exit codes: 0 done; 2 your mistake, one line says which; 75 stopped on request after a checkpoint, run the same "
-    "command again; 1 a fault."
-)
-Action = Callable[[argparse.Namespace], int | None]  # returns the exit code; None: 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns its exit code; argparse exits by itself for a wrong command line (2) and --help (0)."""
     with terminal.lasting() as output:
-        parsed = _parsed(arguments)
+        parsed = parse(arguments)
         return outcome.of(lambda: parsed.action(parsed), output)
 
 
-def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _parser()
-    parsed, unparsed = parser.parse_known_args(arguments)
-    # argparse takes no positional arguments after an option; overrides may stand anywhere.
-    if unparsed:
-        if any("=" not in word or word.startswith("-") for word in unparsed) or not hasattr(parsed, "overrides"):
-            parser.error(f"unknown argument: {' '.join(unparsed)}")
-        parsed.overrides += unparsed
-    return parsed
-
-
-_Argument = tuple[str, dict[str, Any]]  # what `ArgumentParser.add_argument` is given
-_COMMANDS: list[tuple[str, str, tuple[_Argument, ...], Action]] = []  # in the order of --help
-
-
-def _path(text: str) -> Path:
-    """Of `--out=~/x` no shell makes a home."""
-    return Path(os.path.expanduser(text))
-
-
-def _argument(name: str, help: str | None = None, **options: Any) -> _Argument:
-    return name, {"help": help, **options}
-
-
-def _command(name: str, help: str, *arguments: _Argument) -> Callable[[Action], Action]:
-    """Make the function below it a command of the program; its docstring is the description."""
-
-    def add(action: Action) -> Action:
-        _COMMANDS.append((name, help, arguments, action))
-        return action
-
-    return add
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        super().error(one_line(message))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        "ssl-dist",
-        description="Pre-train an image backbone without labels, on one process or many, and evaluate it.",
-        epilog="A first run: bash launch/quickstart.sh. " + EXIT_CODES,
-    )
-    parser.add_argument("--version", action="version", version=f"ssl-dist {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, help, arguments, action in _COMMANDS:
-        command = commands.add_parser(name, help=help, description=action.__doc__, epilog=EXIT_CODES)
-        command.set_defaults(action=action)
-        for argument, options in arguments:
-            command.add_argument(argument, **options)
-    return parser
-
-
-def _overrides(help: str) -> _Argument:
-    return _argument("overrides", help, nargs="*", metavar="key=value")
+def _overrides(help: str) -> Argument:
+    return argument("overrides", help, nargs="*", metavar="key=value")
 
 
 _CONFIG = (
-    _argument("config", "a YAML file; configs/ holds one for every row of the papers' tables"),
+    argument("config", "a YAML file; configs/ holds one for every row of the papers' tables"),
     _overrides("for example optim.lr=1e-3 data.limit=1000"),
 )
 _VOC_TASKS = ["classification", "detection", "segmentation"]
-_RUN_OR_FILE = _argument("run", "a run's folder, or one checkpoint file", type=_path, metavar="RUN")
+_RUN_OR_FILE = argument("run", "a run's folder, or one checkpoint file", type=home_path, metavar="RUN")
 
 # Imports stand inside the commands: torch and numba cost seconds that --help need not wait for.
 
 
-@contextmanager
-def _importing() -> Iterator[None]:
-    """Import without the garbage collector, which would take a fifth of the time and find nothing. It leaves alone what
-    was imported until the process ends, when some libraries want to be collected."""
-    if "torch" in sys.modules:
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-        atexit.register(gc.unfreeze)
-
-
-@_command(
+@command(
     "convert",
     "write a data set as .beton files",
-    _argument(
+    argument(
         "dataset",
         "cifar10, cifar100, supercifar100, stl10, tiny-imagenet, slimagenet64, imagenet, digits, or folder for images "
         "of your own in <split>/<class>/",
     ),
-    _argument("--root", "where the images are (torchvision sets are downloaded there)", type=_path),
-    _argument("--out", "where to write; becomes data.root (default data/<dataset>)", type=_path),
-    _argument("--name", "name of a folder's data set (default: of ROOT); a catalog name brings its facts along"),
-    _argument("--max-side", "longer images are shrunk to this many pixels (default: catalog)", type=int),
-    _argument("--max-pixels", "largest picture that is read (default 178956970)", type=int),
-    _argument("--workers", "threads that encode (default: all cores)", type=int),
-    _argument(
+    argument("--root", "where the images are (torchvision sets are downloaded there)", type=home_path),
+    argument("--out", "where to write; becomes data.root (default data/<dataset>)", type=home_path),
+    argument("--name", "name of a folder's data set (default: of ROOT); a catalog name brings its facts along"),
+    argument("--max-side", "longer images are shrunk to this many pixels (default: catalog)", type=int),
+    argument("--max-pixels", "largest picture that is read (default 178956970)", type=int),
+    argument("--workers", "threads that encode (default: all cores)", type=int),
+    argument(
         "--skip-damaged", "leave out images that can not be read, and name them in dataset.json", action="store_true"
     ),
-    _argument("--recheck", "compare the bytes of the source's images with those of before", action="store_true"),
+    argument("--recheck", "compare the bytes of the source's images with those of before", action="store_true"),
 )
 def _convert(args: argparse.Namespace) -> None:
     """Write <split>.beton for every split of a data set, and dataset.json. A killed conversion goes on after the last
@@ -147,27 +66,27 @@ def _convert(args: argparse.Namespace) -> None:
     print(f"{out}: done; use it with data.root={out}")
 
 
-@_command("train", "pre-train, or go on with a run", *_CONFIG)
+@command("train", "pre-train, or go on with a run", *_CONFIG)
 def _train(args: argparse.Namespace) -> int:
     """Pre-train by a config, alone or under torchrun (launch/torchrun_single.sh). The same command again resumes."""
-    with _importing():
+    with importing():
         from ssl_dist import config
         from ssl_dist.train.loop import train
 
     return train(config.load(args.config, args.overrides))
 
 
-@_command(
+@command(
     "explain",
     "what a config will do",
     *_CONFIG,
-    _argument("--world", "ranks (default 1)", type=int, default=1),
-    _argument("--ranks-per-node", "ranks of a node (default: all on one)", type=int),
-    _argument("--device", "that would train (default: what this machine has)", choices=("cpu", "cuda")),
+    argument("--world", "ranks (default 1)", type=int, default=1),
+    argument("--ranks-per-node", "ranks of a node (default: all on one)", type=int),
+    argument("--device", "that would train (default: what this machine has)", choices=("cpu", "cuda")),
 )
 def _explain(args: argparse.Namespace) -> None:
     """Print what a config will do, on any number of ranks, without starting anything. Mistakes show here first."""
-    with _importing():
+    with importing():
         from ssl_dist import config
         from ssl_dist.train.explain import explain
 
@@ -178,32 +97,32 @@ def _explain(args: argparse.Namespace) -> None:
     print(explain(config.load(args.config, args.overrides), args.world, args.ranks_per_node, args.device))
 
 
-@_command(
+@command(
     "extract",
     "write features files",
-    _argument("weights", "a run's folder, or one checkpoint file", type=_path, metavar="RUN|WEIGHTS"),
+    argument("weights", "a run's folder, or one checkpoint file", type=home_path, metavar="RUN|WEIGHTS"),
     _overrides(
         "data.root, data.name, data.reader of another set; data.image_size, data.eval_resize, data.eval_interpolation; "
         "for weights of others also backbone.name, views.normalize"
     ),
-    _argument("--out", "folder to write to (default RUN/features)", type=_path),
-    _argument("--split", "split to extract; may be repeated (default: training and test)", action="append"),
+    argument("--out", "folder to write to (default RUN/features)", type=home_path),
+    argument("--split", "split to extract; may be repeated (default: training and test)", action="append"),
 )
 def _extract(args: argparse.Namespace) -> None:
     """Pass every image of a split through a run's frozen backbone: features/<dataset>-<split>.safetensors. Works under
     torchrun too; the file is the same. Weights of others need backbone.name, data.name and data.root."""
-    with _importing():
+    with importing():
         from ssl_dist.evaluate.command import extract
 
     for path in extract(args.weights, args.split or [], args.overrides, args.out):
         print(path)
 
 
-@_command(
+@command(
     "evaluate",
     "measure a run",
-    _argument("run", type=_path, metavar="RUN"),
-    _argument(
+    argument("run", type=home_path, metavar="RUN"),
+    argument(
         "overrides",
         "knn, logistic, probe, finetune, classify, ...; knn.k=[20,200] sets an option; data.root=... another data set; "
         "data.image_size=... another size of images; "
@@ -211,13 +130,13 @@ def _extract(args: argparse.Namespace) -> None:
         nargs="+",
         metavar="EVALUATOR|key=value",
     ),
-    _argument(
+    argument(
         "--validation",
         "measure on this share of the training split, held out of it, and leave the test split alone; "
         "{per_class: 260, start: 260} or a list of ids: on these images",
         metavar="SHARE|IMAGES",
     ),
-    _argument(
+    argument(
         "--search",
         "try every combination on a held-out share (0.1, or that of --validation), then measure the one with the "
         "highest top-1 on the test split",
@@ -230,7 +149,7 @@ def _extract(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> int:
     """Evaluate a run's newest checkpoint and print a table; every number goes to RUN/results.json. Features that are
     missing or stale are extracted first."""
-    with _importing():
+    with importing():
         from ssl_dist.evaluate import search
         from ssl_dist.evaluate.command import evaluate
         from ssl_dist.results.records import table
@@ -246,25 +165,25 @@ def _evaluate(args: argparse.Namespace) -> int:
     return code
 
 
-@_command(
+@command(
     "verify",
     "prove that the number of ranks does not matter",
-    _argument(
+    argument(
         "overrides",
         "a YAML file whose method and images are taken; optim.batch_size=32",
         nargs="*",
         metavar="CONFIG|key=value",
     ),
-    _argument("--method", "method to certify on digits; may be repeated (default: all)", action="append", default=[]),
-    _argument("--steps", "optimizer steps in float64 (default 10); one in float32", type=int, default=10),
-    _argument(
+    argument("--method", "method to certify on digits; may be repeated (default: all)", action="append", default=[]),
+    argument("--steps", "optimizer steps in float64 (default 10); one in float32", type=int, default=10),
+    argument(
         "--device", "that trains; cuda is compared with the CPU in float64", choices=("cpu", "cuda"), default="cpu"
     ),
 )
 def _verify(args: argparse.Namespace) -> int:
     """The equality certificate: real steps of 2 and 4 ranks, on every grid, against one process. Exit code 1 when a
     bound does not hold."""
-    with _importing():
+    with importing():
         from ssl_dist.verify.command import verify
 
     overrides = [word for word in args.overrides if "=" in word]
@@ -274,38 +193,38 @@ def _verify(args: argparse.Namespace) -> int:
     return verify(files[0] if files else None, args.method, overrides, args.steps, args.device)
 
 
-@_command(
+@command(
     "study",
     "make a table or figure of a paper: its runs, their evaluation, the page",
-    _argument("file", "YAML file of a study; configs/studies/ holds examples", type=_path, metavar="FILE"),
-    _argument("overrides", "of every run", nargs="*", metavar="key=value"),
-    _argument("--ranks", "processes of every training (default 1)", type=int, default=1),
-    _argument(
+    argument("file", "YAML file of a study; configs/studies/ holds examples", type=home_path, metavar="FILE"),
+    argument("overrides", "of every run", nargs="*", metavar="key=value"),
+    argument("--ranks", "processes of every training (default 1)", type=int, default=1),
+    argument(
         "--collect", "train nothing: measure the runs that are complete, and write the table", action="store_true"
     ),
-    _argument("--dry-run", "print the runs, their steps and what is left of them", action="store_true"),
+    argument("--dry-run", "print the runs, their steps and what is left of them", action="store_true"),
 )
 def _study(args: argparse.Namespace) -> int:
     """Make the runs of a study that are not complete, one after the other, measure them, and write table, numbers and
     figure. Stopped or killed, the same command does what is left. On a cluster: python slurm/submit.py study FILE."""
-    with _importing():
-        from ssl_dist.study import command
+    with importing():
+        from ssl_dist.study.command import describe, run
 
     if args.dry_run:
-        print(command.describe(args.file, args.overrides))
+        print(describe(args.file, args.overrides))
         return 0
-    return command.run(args.file, args.overrides, args.ranks, args.collect)
+    return run(args.file, args.overrides, args.ranks, args.collect)
 
 
-@_command(
+@command(
     "report",
     "make a page of a run, or of several side by side",
-    _argument("runs", "folders of runs", nargs="+", type=_path, metavar="RUN"),
-    _argument(
+    argument("runs", "folders of runs", nargs="+", type=home_path, metavar="RUN"),
+    argument(
         "--out",
         "page to write (default: report.html in the run's folder; of several runs, in the folder that they have in "
         "common)",
-        type=_path,
+        type=home_path,
         metavar="FILE",
     ),
 )
@@ -317,12 +236,12 @@ def _report(args: argparse.Namespace) -> None:
     print(report(args.runs, args.out))
 
 
-@_command(
+@command(
     "export",
     "write a run's backbone for other programs",
     _RUN_OR_FILE,
-    _argument("--format", required=True, choices=["torchvision", "timm", "seed"]),
-    _argument("--out", "file to write (safetensors; seed: of torch.save)", type=_path, required=True),
+    argument("--format", required=True, choices=["torchvision", "timm", "seed"]),
+    argument("--out", "file to write (safetensors; seed: of torch.save)", type=home_path, required=True),
 )
 def _export(args: argparse.Namespace) -> None:
     """Write the encoder of a run's newest checkpoint, by the names that torchvision, timm or the official code of
@@ -333,12 +252,12 @@ def _export(args: argparse.Namespace) -> None:
     print(f"{args.out}: written; load it with\n{line}")
 
 
-@_command(
+@command(
     "labels",
     "write the labels that a run gave its images",
     _RUN_OR_FILE,
     _overrides("data.root, data.reader: where the images are"),
-    _argument("--out", "file to write", type=_path, required=True, metavar="FILE"),
+    argument("--out", "file to write", type=home_path, required=True, metavar="FILE"),
 )
 def _labels(args: argparse.Namespace) -> None:
     """Write the labels that a run's method gave its training images to a CSV file: image_id, label_0, ... They are
@@ -348,38 +267,38 @@ def _labels(args: argparse.Namespace) -> None:
     print(export_labels(args.run, args.out, args.overrides))
 
 
-@_command(
+@command(
     "voc",
     "transfer to PASCAL VOC: classification, detection, segmentation",
-    _argument("task", choices=_VOC_TASKS),
-    _argument("weights", "a run's folder, or a file of weights", type=_path, metavar="RUN|WEIGHTS"),
+    argument("task", choices=_VOC_TASKS),
+    argument("weights", "a run's folder, or a file of weights", type=home_path, metavar="RUN|WEIGHTS"),
     _overrides("options of the task, as batch_size=8; of weights of others also backbone.name"),
-    _argument(
+    argument(
         "--root",
         "VOCdevkit/VOC2007; may be repeated: trained on all, tested on the first",
-        type=_path,
+        type=home_path,
         action="append",
         required=True,
     ),
-    _argument("--out", "folder of results.json, features and checkpoints", type=_path, required=True),
+    argument("--out", "folder of results.json, features and checkpoints", type=home_path, required=True),
 )
 def _voc(args: argparse.Namespace) -> int:
     """Fit SVMs on frozen features (classification), or fine-tune Faster R-CNN (detection) or FCN (segmentation), in one
     process; the numbers go to OUT/results.json. The same command again goes on with a training."""
     from ssl_dist.results.records import table
-    from ssl_dist.voc import command
+    from ssl_dist.voc.command import headline, run
 
-    code, records = command.run(args.task, args.weights, args.root, args.out, args.overrides)
+    code, records = run(args.task, args.weights, args.root, args.out, args.overrides)
     if records:
-        print(table(command.headline(records)))
+        print(table(headline(records)))
     return code
 
 
-@_command(
+@command(
     "keys",
     "what a config may say",
-    _argument("section", "optim, method.relational, knn, voc.detection, optim.lr, ... (default: all)", nargs="?"),
-    _argument("--markdown", "write Markdown, as in docs/config.md", action="store_true"),
+    argument("section", "optim, method.relational, knn, voc.detection, optim.lr, ... (default: all)", nargs="?"),
+    argument("--markdown", "write Markdown, as in docs/config.md", action="store_true"),
 )
 def _keys(args: argparse.Namespace) -> None:
     """Print every key of a config, and every option of methods, evaluators and VOC tasks, with its type, range, default
@@ -412,7 +331,7 @@ def _option_tables() -> "list[Table]":
     return tables
 
 
-@_command("doctor", "what is missing on this machine")
+@command("doctor", "what is missing on this machine")
 def _doctor(_args: argparse.Namespace) -> int:
     """Check this machine and say what mends it."""
     from ssl_dist.doctor import run

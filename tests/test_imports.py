@@ -45,7 +45,7 @@ FLOORS = [
     {"train"},
     {"transfer", "verify", "voc"},
     {"evaluators"},
-    {"evaluate", "report", "doctor", "outcome"},
+    {"evaluate", "report", "doctor", "outcome", "command_line"},
     {"study"},
     {"cli"},
     {"__main__", "job"},

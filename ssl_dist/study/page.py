@@ -42,6 +42,7 @@ def html(study: Study, table: layout.Grid, numbers: Sequence[Number], picture: b
     """One file that needs no other and no network."""
     protocols = dict.fromkeys((number.measure.column, number.record["protocol"]) for number in numbers)
     return _ENVIRONMENT.get_template("table.html").render(
-        study=study, table=table, heads=[layout.heading(study, column) for column in table.columns], protocols=list(protocols),
+        study=study, table=table, protocols=list(protocols),
+        heads=[layout.heading(study, column) for column in table.columns],
         picture=None if picture is None else base64.b64encode(picture).decode(),
     )  # fmt: skip

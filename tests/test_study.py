@@ -1,0 +1,181 @@
+"""`ssl-dist study`: the runs it makes, the table and figure of their numbers, and what a second start leaves alone."""
+
+import csv
+import statistics
+
+import pytest
+import yaml
+
+from ssl_dist import cli, results
+from ssl_dist.errors import UserError
+from ssl_dist.study import command, figure, numbers, spec
+from ssl_dist.study.numbers import Cell, Number
+
+DIGITS = "configs/digits/{method}-conv4.yaml"
+
+
+def tree(folder, data="nowhere", **changes):
+    """A study of four runs of two steps."""
+    small = {
+        "data.root": str(data), "data.reader": "arrays", "data.limit": 32, "optim.batch_size": 16,
+        "optim.epochs": None, "optim.steps": 2,
+    }  # fmt: skip
+    return {
+        "title": "A | <b>", "source": "Nobody", "folder": str(folder), "config": DIGITS,
+        "axes": {
+            "method": ["supervised", "rotation"], "K": {"key": "views.num", "values": [1, 2]},
+            "seed": {"key": "seed", "values": [1, 2]},
+        },
+        "exclude": [{"method": "rotation", "K": 2}],
+        "overrides": small,
+        "measures": [{"column": "kNN", "evaluator": "knn", "result": "knn5_top1", "overrides": {"knn.k": [5]}}],
+        "table": {"rows": ["method"], "columns": ["K"]},
+        "figure": {"column": "kNN", "x": "K", "by": "method"},
+    } | changes  # fmt: skip
+
+
+def write(path, content):
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+@pytest.mark.slow
+def test_runs_are_made_measured_and_laid_out_once(digits, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    path = write(tmp_path / "study.yaml", tree(out, digits, config=str(_root() / DIGITS)))
+    assert cli.main(["study", str(path), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "method=supervised K=2 seed=1: 2 steps, new; 1 measure(s)" in said and said.endswith("12 of them left\n")
+    trains, left = command.train, [3]
+
+    def stopped_in_the_third(settings):
+        left[0] -= 1
+        return trains(settings) if left[0] else 75
+
+    monkeypatch.setattr(command, "train", stopped_in_the_third)
+    assert cli.main(["study", str(path)]) == 75
+    assert "(1 of 2)" not in (out / "table.md").read_text() and "| rotation |  |" in (out / "table.md").read_text()
+    monkeypatch.setattr(command, "train", trains)
+    assert cli.main(["study", str(path)]) == 0
+    table = (out / "table.md").read_text()
+    of_runs = {
+        run.parent.name: record["value"]
+        for run in sorted(out.glob("*/results.json"))
+        for record in results.read(run)
+        if record["name"] == "knn5_top1"
+    }
+    assert of_runs.keys() == {
+        f"{name}-{seed}" for name in ("supervised-1", "supervised-2", "rotation-1") for seed in "12"
+    }
+    pair = [of_runs["supervised-2-1"], of_runs["supervised-2-2"]]
+    assert f" {statistics.fmean(pair):.2f} ± {statistics.stdev(pair):.2f} |" in table
+    assert table.splitlines()[4] == "| method | K = 1 | K = 2 |" and table.splitlines()[7].endswith("| – |")
+    rows = list(csv.DictReader((out / "numbers.csv").open()))
+    assert [(row["method"], row["K"], row["seed"]) for row in rows][:3] == [
+        ("supervised", "1", "1"), ("supervised", "1", "2"), ("supervised", "2", "1"),
+    ]  # fmt: skip
+    assert float(rows[2]["value"]) == of_runs["supervised-2-1"] and rows[2]["step"] == "2"
+    page = (out / "table.html").read_text()
+    assert "<h1>A | &lt;b&gt;</h1>" in page and "K = 2" in page and "data:image/png;base64," in page
+    assert (out / "figure.svg").read_text().startswith("<?xml")
+    monkeypatch.setattr(command, "train", None)  # all is there
+    assert cli.main(["study", str(path)]) == 0 and (out / "table.md").read_text() == table
+    (out / "rotation-1-2" / "checkpoints" / "step-00000002.pt").unlink()
+    assert cli.main(["study", str(path), "--collect"]) == 0
+    assert "(1 of 2)" in (out / "table.md").read_text()
+
+
+def _root():
+    return spec.Path(__file__).parents[1]
+
+
+def study_of(tmp_path, **changes):
+    return spec.read(write(tmp_path / "study.yaml", tree(tmp_path / "out", config=str(_root() / DIGITS), **changes)))
+
+
+def numbers_of(trainings, value):
+    return [Number(t, m, {"value": value(t.labels), "protocol": "p"}) for t in trainings for m in t.measures]
+
+
+def test_columns_are_of_axes_and_measures(tmp_path):
+    """As a table whose columns are data sets that runs are transferred to, and a row that is measured otherwise."""
+    axes = {"method": ["rotation", "supervised"], "to": ["a", "b"], "seed": {"key": "seed", "values": [1, 2, 3]}}
+    measures = [
+        {"column": "B", "of": {"to": "b"}, "evaluator": "knn", "result": "knn20_top1"},
+        {"column": "A", "of": {"to": "a", "method": ["rotation"]}, "evaluator": "probe", "result": "probe_top1"},
+        {"column": "A", "of": {"to": "a", "method": "supervised"}, "evaluator": "classify", "result": "classify_top1"},
+    ]  # fmt: skip
+    study, trainings = study_of(
+        tmp_path, axes=axes, exclude=[], measures=measures, table={"rows": ["method"]}, figure=None
+    )
+    assert len(trainings) == 12
+    assert {t.measures[0].evaluator for t in trainings if t.labels["method"] == "supervised"} == {"knn", "classify"}
+    found = numbers_of(trainings, lambda labels: float(labels["seed"]))
+    table = numbers.grid(study, trainings, found[:-1])
+    assert table.rows == [("rotation",), ("supervised",)] and table.columns == [("B",), ("A",)]
+    assert str(table.cells[("rotation",), ("A",)]) == "2.00 ± 1.00"
+    assert str(table.cells[("supervised",), ("B",)]) == "1.50 ± 0.71 (2 of 3)"
+    assert "| method | B | A |" in numbers.as_markdown(study, table)
+
+
+def test_cells():
+    assert [str(Cell(values, 2)) for values in ((), (1.0,), (1.0, 2.0))] == ["", "1.00 (1 of 2)", "1.50 ± 0.71"]
+    assert str(Cell((3.14159,), 1)) == "3.14"
+
+
+def test_a_figure_of_gains(tmp_path):
+    gain = {"column": "kNN", "x": "method", "by": "K", "gain": {"axis": "seed", "from": 1, "to": 2}}
+    study, trainings = study_of(tmp_path, figure=gain)
+    found = numbers_of(trainings, lambda labels: 10.0 * labels["seed"] * labels["K"])
+    axes = figure.draw(study, study.figure, found).axes[0]
+    assert [bar.get_height() for bar in axes.patches] == [10, 10, 20]  # K = 1 of both methods, K = 2 of one
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["supervised", "rotation"]
+
+
+def test_a_line_of_a_figure_is_the_mean_over_seeds(tmp_path):
+    study, trainings = study_of(tmp_path)
+    found = numbers_of(trainings, lambda labels: 10.0 * labels["seed"] + labels["K"])
+    axes = figure.draw(study, study.figure, found).axes[0]
+    assert list(axes.containers[0][0].get_ydata()) == [16, 17] and list(axes.containers[1][0].get_ydata()) == [16]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"axes": {}}, "axes"),
+        ({"rows": 1}, "rows = 1: known here: title"),
+        ({"table": {"rows": ["methods"]}}, "table: methods is no axis; there are method, K, seed"),
+        ({"table": {"rows": ["method"]}}, "table: axis K is in no row, column or mean; add it to rows"),
+        ({"config": "no-{method}.yaml"}, "no-supervised.yaml is missing"),
+        ({"config": "{backbone}.yaml"}, "names what is no axis; there are method, K, seed"),
+        ({"overrides": {"optim.lr": -1}}, "{'method': 'supervised', 'K': 1, 'seed': 1}: optim.lr = -1"),
+        ({"figure": {"column": "probe", "x": "K", "by": "method"}}, "figure.column: probe is the column of no measure"),
+        ({"figure": {"column": "kNN", "x": "k", "by": "method"}}, "figure: k is no axis"),
+        ({"exclude": [{"methods": 1}]}, "exclude.0.methods: methods is no axis"),
+        ({"exclude": [{"K": [1, 2]}]}, "every combination is excluded"),
+        ({"measures": [{"column": "a", "of": {"K": 3}, "evaluator": "knn", "result": "x"}]}, "3 is none of [1, 2]"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, changes, line):
+    content = tree(tmp_path / "out", config=str(_root() / DIGITS)) | changes
+    with pytest.raises(UserError) as caught:
+        spec.read(write(tmp_path / "study.yaml", content))
+    assert line in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_evaluator_without_the_result(digits, tmp_path):
+    measures = [{"column": "a", "evaluator": "knn", "result": "knn7_top1", "overrides": {"knn.k": [5]}}]
+    content = tree(tmp_path / "out", digits, config=str(_root() / DIGITS), measures=measures)
+    content["axes"]["method"] = ["random_weights"]
+    content["axes"]["K"] = {"key": "optim.lr", "values": [0.1]}
+    content |= {"exclude": [], "figure": None}
+    with pytest.raises(UserError, match="knn gives no knn7_top1, but knn5_top1, knn5_top5; name one of these"):
+        command.run(write(tmp_path / "study.yaml", content), ())
+
+
+@pytest.mark.parametrize("path", sorted(spec.Path("configs/studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_studies_that_come_with_the_package(path):
+    study, trainings = spec.read(path)
+    assert study.folder == f"runs/studies/{path.stem}" and trainings
+    assert len({training.run for training in trainings}) == len(trainings)
+    assert path.read_text().startswith(f"# ssl-dist study {path}\n")
