@@ -13,7 +13,7 @@ from ssl_dist.nn.layers import KeyedDropPath, key_dropout, keyed_rows
 
 LARGE = ["resnet18", "resnet34", "resnet50", "resnet101"]
 EFFICIENT = ["efficientnet_b0", "efficientnet_v2_s"]
-SIZES = {"alexnet": (223, 254)}  # others: 32 and 64 px
+SIZES = dict.fromkeys(["alexnet", "alexnet_small"], (223, 254))  # others: 32 and 64 px
 
 
 # Of the deepest and the widest one each will do.
@@ -78,6 +78,26 @@ def test_all_widths_of_a_wide_resnet_are_multiplied():
         if tensor.ndim == 4:
             factors = [a / b for a, b in zip(wide.state_dict()[name].shape, tensor.shape, strict=True)]
             assert factors == [2, 1 if name == "conv1.weight" else 2, 1, 1], name
+
+
+def test_the_small_alexnet_is_selas():
+    """Names, shapes and number of weights that the official class has with size="small", without its top layers."""
+    convolutions = {0: (64, 3, 11), 4: (192, 64, 5), 8: (384, 192, 3), 11: (256, 384, 3), 14: (256, 256, 3)}
+    expected = {}
+    for number, (out_channels, in_channels, kernel) in convolutions.items():
+        expected[f"features.{number}.weight"] = [out_channels, in_channels, kernel, kernel]
+        expected[f"features.{number}.bias"] = [out_channels]
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            expected[f"features.{number + 1}.{name}"] = [out_channels]
+        expected[f"features.{number + 1}.num_batches_tracked"] = []
+    for number, in_features in ((1, 9216), (4, 4096)):
+        expected[f"classifier.{number}.weight"] = [4096, in_features]
+        expected[f"classifier.{number}.bias"] = [4096]
+    with torch.device("meta"):
+        backbone = backbones.build("alexnet_small")
+    shapes = {name: list(tensor.shape) for name, tensor in backbone.state_dict().items()}
+    assert shapes == expected and list(shapes) == list(expected)
+    assert sum(p.numel() for p in backbone.parameters()) == 57_006_144
 
 
 @pytest.mark.parametrize("size", [32, 222, 255])

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 
 from ssl_dist.backbones import efficientnet, resnet, resnet_small
-from ssl_dist.backbones.alexnet import AlexNet
+from ssl_dist.backbones.alexnet import SMALL, AlexNet
 from ssl_dist.backbones.conv4 import Conv4
 from ssl_dist.backbones.resnetv2 import ResNetV2
 from ssl_dist.backbones.timm_model import TimmModel, timm_package
@@ -30,6 +30,7 @@ _BUILDERS: dict[str, Callable[..., Backbone]] = {
     **_RESNETS,
     "resnetv2_50": ResNetV2,
     "alexnet": AlexNet,
+    "alexnet_small": partial(AlexNet, SMALL),
     **{name: partial(efficientnet.EfficientNet, name) for name in efficientnet.BUILDERS},
 }
 

@@ -1,4 +1,4 @@
-"""SeLa's AlexNet (Asano et al. 2020): that of DeepCluster with BatchNorm, its full widths and RGB input (no Sobel).
+"""SeLa's AlexNet (Asano et al. 2020): that of DeepCluster with BatchNorm and RGB input (no Sobel), big or small.
 
 Tensor names are those of the official code. It takes images of 224 px: its linear layers need a map of 6 x 6.
 """
@@ -9,14 +9,10 @@ from torch import Tensor, nn
 from ssl_dist.backbones.conv4 import initialize
 from ssl_dist.nn.backbone import Backbone, Step
 
-# out channels, kernel, stride, padding; whether a max-pooling follows
-CONVOLUTIONS = (
-    (96, 11, 4, 2, True),
-    (256, 5, 1, 2, True),
-    (384, 3, 1, 1, False),
-    (384, 3, 1, 1, False),
-    (256, 3, 1, 1, True),
-)
+# kernel, stride, padding; whether a max-pooling follows
+CONVOLUTIONS = ((11, 4, 2, True), (5, 1, 2, True), (3, 1, 1, False), (3, 1, 1, False), (3, 1, 1, True))
+BIG = (96, 256, 384, 384, 256)  # their output channels; "big" and "small" are the official code's words
+SMALL = (64, 192, 384, 256, 256)
 IMAGE_SIZES = range(223, 255)  # px that end in a map of 6 x 6
 
 
@@ -41,12 +37,12 @@ class AlexNet(Backbone):
 
     feature_dim = 4096
 
-    def __init__(self) -> None:
+    def __init__(self, widths: tuple[int, ...] = BIG) -> None:
         super().__init__()
-        self.stages = {f"conv{number}": channels for number, (channels, *_) in enumerate(CONVOLUTIONS, 1)}
+        self.stages = {f"conv{number}": channels for number, channels in enumerate(widths, 1)}
         layers: list[nn.Module] = []
         in_channels = 3
-        for out_channels, kernel, stride, padding, pooled in CONVOLUTIONS:
+        for out_channels, (kernel, stride, padding, pooled) in zip(widths, CONVOLUTIONS, strict=True):
             layers.append(Conv2d(in_channels, out_channels, kernel, stride, padding))
             layers += [nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
             if pooled:
