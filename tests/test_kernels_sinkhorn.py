@@ -48,8 +48,8 @@ def logits(num_rows, num_columns, seed=0, spread=3.0):
     return spread * np.random.default_rng(seed).standard_normal((num_rows, num_columns))
 
 
-def run(scores, lamb=10.0, tolerance=0.1, world=None, num_rows=None):
-    scores = torch.tensor(scores)
+def run(scores, lamb=10.0, tolerance=0.1, world=None, num_rows=None, dtype=torch.float64):
+    scores = torch.tensor(scores, dtype=dtype)
     return scores, sinkhorn.sinkhorn_knopp(scores, num_rows or len(scores), lamb, tolerance, world or one_process(), "")
 
 
@@ -73,11 +73,13 @@ def test_the_transport_gives_every_row_and_every_cluster_its_share():
     assert result.labels.bincount().min() >= 200 // 7 - 2
 
 
-@pytest.mark.parametrize(
-    ("name", "lamb", "spread", "offset"),
-    [("peaked", 25.0, 12.0, 0.0), ("dead clusters", 25.0, 2.0, -60.0), ("a living cluster", 25.0, 2.0, 60.0),
-     ("large lambda", 300.0, 1.0, 0.0), ("flat", 25.0, 0.001, 0.0)],
-)  # fmt: skip
+SPREADS = [
+    ("peaked", 25.0, 12.0, 0.0), ("dead clusters", 25.0, 2.0, -60.0), ("a living cluster", 25.0, 2.0, 60.0),
+    ("large lambda", 300.0, 1.0, 0.0), ("flat", 25.0, 0.001, 0.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "lamb", "spread", "offset"), SPREADS)
 def test_nothing_underflows(name, lamb, spread, offset):
     """Where p^lambda is 0 in float64: the labels are those of the iteration in logarithms."""
     x = logits(40, 5, spread=spread)
@@ -91,23 +93,55 @@ def test_nothing_underflows(name, lamb, spread, offset):
             assert np.isnan(slow(np.exp(x - logsumexp(x, 1, keepdims=True)), lamb, 0.1)[1]), "the official loop's end"
 
 
+@pytest.mark.parametrize(("name", "lamb", "spread", "offset"), SPREADS)
+def test_float32_makes_the_same_labels_where_its_own_exponentials_would_end(name, lamb, spread, offset):
+    x = logits(40, 5, spread=spread)
+    x[:, :2] += [offset, 1.5 * offset]
+    x -= x.max(1, keepdims=True)
+    _, double = run(x, lamb)
+    A, single = run(x, lamb, dtype=torch.float32)
+    assert A.dtype == torch.float32 and single.columns.dtype == single.rows.dtype == torch.float64
+    assert (single.labels.tolist(), single.iterations) == (double.labels.tolist(), double.iterations)
+    assert single.error == pytest.approx(double.error, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("lamb", [10.0, 25.0, 100.0])
+def test_float32_within_bounds_of_float64(lamb):
+    """3,000 images: one in a thousand may get another label; scales agree to lambda times float32's rounding of scores
+    and eight times that of the roots; rows and clusters have their shares of the transport."""
+    x = logits(3000, 40)
+    x -= x.max(1, keepdims=True)
+    _, double = run(x, lamb, tolerance=1e-6)
+    A, single = run(x, lamb, tolerance=1e-6, dtype=torch.float32)
+    assert (single.labels != double.labels).sum() <= 3
+    scale = (single.columns / double.columns).log()
+    assert (scale - scale.mean()).abs().max() < lamb * 20 * 2**-24 + 8 * 2**-24
+    Q = single.rows[:, None] * A.double() ** sinkhorn.ROOT * single.columns
+    torch.testing.assert_close(Q.sum(0), torch.full((40,), 1 / 40, dtype=Q.dtype), rtol=1e-6, atol=0)
+    torch.testing.assert_close(Q.sum(1), torch.full((3000,), 1 / 3000, dtype=Q.dtype), rtol=1e-12, atol=0)
+
+
 def test_scores_beyond_float64_still_give_every_cluster_images():
     _, result = run(logits(300, 10, spread=300.0), 25.0)
     assert math.isfinite(result.error) and result.error <= 0.1
     assert result.labels.bincount(minlength=10).min() > 10
 
 
-def _of_rank(world, x, lamb, bounds):
+def _of_rank(world, x, lamb, bounds, dtype=torch.float64):
     own = slice(*bounds[world.rank_info.rank : world.rank_info.rank + 2])
-    return run(x[own], lamb, world=world, num_rows=len(x))[1]
+    return run(x[own], lamb, world=world, num_rows=len(x), dtype=dtype)[1]
 
 
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+
+
+@DTYPES
 @pytest.mark.parametrize("bounds", [(0, 30, 60), (0, 1, 60), (0, 0, 60), (0, 20, 40, 60), (0, 15, 30, 45, 60)])
-def test_any_number_of_ranks_makes_the_same_labels(bounds):
+def test_any_number_of_ranks_makes_the_same_labels(bounds, dtype):
     """Rows split evenly and unevenly; one rank has none."""
     x = logits(60, 9)
-    _, alone = run(x, 25.0)
-    parts = thread_world.run(lambda world: _of_rank(world, x, 25.0, bounds), Grid(len(bounds) - 1, 1))
+    _, alone = run(x, 25.0, dtype=dtype)
+    parts = thread_world.run(lambda world: _of_rank(world, x, 25.0, bounds, dtype), Grid(len(bounds) - 1, 1))
     assert torch.equal(torch.cat([part.labels for part in parts]), alone.labels)
     for part in parts:
         assert part.iterations == alone.iterations and part.error == pytest.approx(alone.error, rel=1e-9)
@@ -123,17 +157,19 @@ def test_blocks_do_not_matter(monkeypatch):
     torch.testing.assert_close(A, B, rtol=1e-12, atol=0)
 
 
+@DTYPES
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 3, 4, 5, 30, 31])
-def test_the_compiled_half_step_is_that_of_torch(monkeypatch, num_rows):
+def test_the_compiled_half_step_is_that_of_torch(monkeypatch, num_rows, dtype):
     """Rows that fill no group of four, pieces that are not full, and threads that change nothing."""
     monkeypatch.setattr(sinkhorn, "PIECE_ROWS", 6)
     torch.manual_seed(0)
-    A, before = torch.rand(num_rows, 7, dtype=torch.float64), torch.rand(num_rows, dtype=torch.float64)
+    stored, before = torch.rand(num_rows, 7, dtype=dtype), torch.rand(num_rows, dtype=torch.float64)
+    A = stored if dtype == torch.float64 else stored.double() ** sinkhorn.ROOT
     r, half_steps = torch.rand(7, dtype=torch.float64), []
     for half_step, num_threads in ((sinkhorn._by_blocks, 1), (sinkhorn._by_loops, 1), (sinkhorn._by_loops, 3)):
         torch.set_num_threads(num_threads)
         c = before.clone()
-        half_steps.append((half_step(A, c, r, 40), c))
+        half_steps.append((half_step(stored, c, r, 40), c))
     new = 1 / (40 * (A @ r))
     for sums, c in half_steps:
         torch.testing.assert_close(c, new, rtol=1e-13, atol=0)
@@ -142,11 +178,12 @@ def test_the_compiled_half_step_is_that_of_torch(monkeypatch, num_rows):
     assert torch.equal(half_steps[1][0], half_steps[2][0]) and torch.equal(half_steps[1][1], half_steps[2][1])
 
 
-def test_the_code_path_of_gpus_makes_the_same_labels(monkeypatch):
+@DTYPES
+def test_the_code_path_of_gpus_makes_the_same_labels(monkeypatch, dtype):
     x = logits(60, 9)
-    _, result = run(x)
+    _, result = run(x, dtype=dtype)
     monkeypatch.setattr(sinkhorn, "_by_loops", sinkhorn._by_blocks)
-    _, again = run(x)
+    _, again = run(x, dtype=dtype)
     assert torch.equal(result.labels, again.labels) and result.iterations == again.iterations
 
 

@@ -151,6 +151,27 @@ def test_blocks_do_not_matter(monkeypatch):
     assert torch.equal(whole.labels.of_images, parts.labels.of_images)
 
 
+def test_float32_scores_take_half_the_memory_and_give_the_same_labels(monkeypatch):
+    """Intercepts of a million: float32 would round these logits to 0.06 without the shift of rows."""
+    taken, plain = [], sela.sinkhorn.sinkhorn_knopp
+    monkeypatch.setattr(sela.sinkhorn, "sinkhorn_knopp", lambda x, *rest: taken.append(x.nbytes) or plain(x, *rest))
+    labels = {}
+    for dtype in ("fp64", "fp32"):
+        method = make(sinkhorn_dtype=dtype)
+        nn.init.constant_(method.heads[0].bias, 1e6)
+        method.before_step(Clock(0, 3, 12), extract_of(one_process()), one_process())
+        labels[dtype] = method.labels.of_images
+    assert torch.equal(labels["fp64"], labels["fp32"])
+    assert taken == [IMAGES * 4 * 8] * 2 + [IMAGES * 4 * 4] * 2
+    for dtype, size in (("fp64", 8), ("fp32", 4)):
+        line = make(sinkhorn_dtype=dtype).explain(2, "cpu")["a relabeling"]
+        assert f"{size * 4 / 1024:.1f} KiB of scores ({dtype})" in line
+    options = sela.Options(sinkhorn_dtype="fp32")
+    method = sela.Method(Backbone(), Info(1_281_167, 0, ((1, 5),), 12, 4.0, 6), options)
+    assert "11.7 KiB of scores (fp32)" in method.explain(8, "cpu")["a relabeling"]
+    assert "14,662 MiB, 1,833 a rank" in method.explain(8, "cpu")["a relabeling"]
+
+
 # ---------------------------------------------------------------------------------------------------- loss
 
 

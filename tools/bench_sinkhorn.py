@@ -1,12 +1,12 @@
 """New labels of SeLa by Sinkhorn-Knopp: time of an iteration and peak memory, on one process and on several.
 
-    python tools/bench_sinkhorn.py [--images 100000] [--clusters 3000] [--processes 1 2] [--rounds 5]
+    python tools/bench_sinkhorn.py [--images 100000] [--clusters 3000] [--processes 1 2] [--rounds 5] [--dtype fp64]
 
 The features of all images are random; a head makes scores of them and Sinkhorn-Knopp works on these in place, as in a
 training. "plain" is the iteration as the official code writes it, with numpy, on one process: two passes over the
 array in place of one. Each takes a turn in every round, in processes of its own with one thread each. Time: wall and
 CPU, of an iteration, medians over the rounds (CPU: of a process). Memory: the largest resident size, less that before
-there were features; "counted": features and scores, 4 D + 8 K bytes an image, over the processes.
+there were features; "counted": features and ours' scores, 4 D + 8 K bytes an image (4 K in fp32), over the processes.
 """
 
 import argparse
@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=256, help="D")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", choices=["fp64", "fp32"], default="fp64", help="of our scores")
     arguments = parser.parse_args()
     os.environ |= dict.fromkeys(THREADS, "1")
     sides = {"plain": (plain, 1)} | {f"ours, {size} process(es)": (ours, size) for size in arguments.processes}
@@ -38,7 +39,8 @@ def main() -> None:
             turns[name].append(in_processes(side, size, arguments))
     print(f"N = {arguments.images}, K = {arguments.clusters}, D = {arguments.features}, {arguments.rounds} rounds")
     print(f"{'':<22} {'wall ms':>8} {'CPU ms':>8} {'peak MiB':>9} {'counted':>8}")
-    counted = arguments.images * (4 * arguments.features + 8 * arguments.clusters) / 2**20
+    score_bytes = {"fp64": 8, "fp32": 4}[arguments.dtype]
+    counted = arguments.images * (4 * arguments.features + score_bytes * arguments.clusters) / 2**20
     for name, (_, size) in sides.items():
         wall, cpu, peak = (statistics.median(max(rank[i] for rank in turn) for turn in turns[name]) for i in range(3))
         print(f"{name:<22} {1000 * wall:>8.0f} {1000 * cpu:>8.0f} {peak:>9.0f} {counted / size:>8.0f}", flush=True)
@@ -99,12 +101,13 @@ def ours(rank: int, size: int, arguments) -> tuple[float, float, float]:
             return total
 
     torch.set_num_threads(1)
-    sela.Method.warm_up(sela.Options(), torch.float32)
+    options = sela.Options(clusters=arguments.clusters, tolerance=1e-12, sinkhorn_dtype=arguments.dtype)
+    sela.Method.warm_up(options, torch.float32)
     rank_info = RankInfo(rank, size, rank, size)
     join_world(rank_info, Grid(size, 1))
     world = Clocked(rank_info, Grid(size, 1), torch.device("cpu"))
     info = Info(arguments.images, 0, ((1, 32),), size, 1.0, arguments.features)
-    method = sela.Method(torch.nn.Identity(), info, sela.Options(clusters=arguments.clusters, tolerance=1e-12))
+    method = sela.Method(torch.nn.Identity(), info, options)
     before = peak()
     lo, hi = world.share(arguments.images)
     features = torch.randn(hi - lo, arguments.features).relu_()

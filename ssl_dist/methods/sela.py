@@ -27,6 +27,7 @@ from ssl_dist.nn.layers import at_least_float32
 from ssl_dist.nn.pseudolabels import PseudoLabels
 
 BLOCK_BYTES = 2**26  # of activations and of scores in float64 that are computed at once
+SCORES = {"fp64": torch.float64, "fp32": torch.float32}
 
 
 class Options(Section):
@@ -34,6 +35,9 @@ class Options(Section):
     heads: PositiveInt = Field(1, description="linear heads on the backbone, each with labels of its own")
     lamb: PositiveFloat = Field(25.0, description="lambda of the transport: labels follow the network more closely")
     tolerance: PositiveFloat = Field(0.1, description="Sinkhorn-Knopp ends at this error, a sum over all images")
+    sinkhorn_dtype: Literal["fp64", "fp32"] = Field(
+        "fp64", description="of the scores of all images, what a relabeling holds; fp32 halves it; sums are fp64"
+    )
     relabelings: PositiveInt = Field(
         100, description="times for new labels over the training; the first at its start, the last after its end"
     )
@@ -86,15 +90,20 @@ class Method(SSLMethod[Options]):
 
     def explain(self, world_size: int, device: str) -> dict[str, str]:
         options = self.options
+        image_bytes = SCORES[options.sinkhorn_dtype].itemsize * options.clusters
+        total = image_bytes * self.info.num_images / 2**20
         return {
             "labels": f"{options.heads} head(s) x {options.clusters} clusters, {options.relabelings} relabelings",
-            "a relabeling": f"holds {8 * options.clusters / 1024:.1f} KiB of scores and a feature vector an image",
+            "a relabeling": (
+                f"holds {image_bytes / 1024:.1f} KiB of scores ({options.sinkhorn_dtype}) and a feature vector an "
+                f"image; scores of all: {total:,.0f} MiB, {total / world_size:,.0f} a rank"
+            ),
         }
 
     @classmethod
     def warm_up(cls, options: Options, dtype: torch.dtype) -> None:
         if not torch.cuda.is_available():
-            sinkhorn.warm_up()
+            sinkhorn.warm_up(SCORES[options.sinkhorn_dtype])
 
     def before_step(self, clock: Clock, extract: Extract, world: World) -> list[nn.Parameter]:
         """New labels when they are due: a function of the step, so nothing is kept of the schedule."""
@@ -110,7 +119,7 @@ class Method(SSLMethod[Options]):
     def relabel(self, heads: Sequence[int], rows: Rows, world: World) -> None:
         """Give these heads new labels, one after the other: the scores of one head are what memory is needed for."""
         options, features = self.options, rows.values.flatten(1)
-        scores = features.new_empty(len(features), options.clusters, dtype=torch.float64)
+        scores = features.new_empty(len(features), options.clusters, dtype=SCORES[options.sinkhorn_dtype])
         size = max(1, BLOCK_BYTES // (8 * max(features.shape[1], options.clusters)))
         labels, iterations, error = [], 0, 0.0
         for head in heads:
@@ -118,7 +127,8 @@ class Method(SSLMethod[Options]):
             for start in range(0, len(features), size):
                 part = slice(start, start + size)
                 with world.state.phase_of(f"the scores of head {head} from image {start} on", sinkhorn.CHECK_TIMEOUT_S):
-                    torch.addmm(bias, features[part].double(), weight.T, out=scores[part])
+                    block = torch.addmm(bias, features[part].double(), weight.T)
+                    scores[part] = block - block.amax(1, keepdim=True)  # the largest are exact in fp32
             assignment = sinkhorn.sinkhorn_knopp(
                 scores, self.info.num_images, options.lamb, options.tolerance, world, f"of head {head}"
             )
