@@ -6,6 +6,7 @@
     python slurm/submit.py train CONFIG ... --dry-run           prints the batch script and submits nothing
     python slurm/submit.py train CONFIG ... --cluster local     the same job object here, without Slurm
     python slurm/submit.py evaluate RUN probe [key=value ...] --gpus-per-node 8     on any number of ranks too
+    python slurm/submit.py study FILE [key=value ...] --gpus-per-node 8     what is left of a study, as an array
     python slurm/submit.py status [RUN ...]                     a line a job
 
 What a site always wants stands in a small YAML that the user keeps (slurm/site.yaml shows every key): --site FILE, or
@@ -43,6 +44,10 @@ def main() -> int:
     evaluate.add_argument("--search", nargs="+", action="extend", default=[], metavar="EVALUATOR.OPTION=[a,b]",
                           help="as of ssl-dist evaluate")  # fmt: skip
     _add_site(evaluate)
+    study = verbs.add_parser("study", help="submit the runs of a study, and what lays them out")
+    study.add_argument("file", type=_path)
+    study.add_argument("overrides", nargs="*", metavar="key=value")
+    _add_site(study)
     status = verbs.add_parser("status", help="a line a job")
     status.add_argument("runs", nargs="*", type=_path, help="run folders (default: all in runs/)")
     options, others = parser.parse_known_args()
@@ -59,9 +64,13 @@ def _perform(options: argparse.Namespace, others: list[str]) -> int:
 
             print(status.table(options.runs))
             return 0
+        options.overrides += others
+        if options.verb == "study":
+            from ssl_dist.slurm import study
+
+            return study.submit(options)
         from ssl_dist.slurm import submit
 
-        options.overrides += others
         return submit.train(options) if options.verb == "train" else submit.evaluate(options)
     except (UserError, OSError) as error:
         print(f"error: {error}" if isinstance(error, UserError) else f"error: {of_system(error)}", file=sys.stderr)

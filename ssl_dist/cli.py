@@ -199,6 +199,7 @@ def _verify(args: argparse.Namespace) -> int:
     argument("file", "YAML file of a study; configs/studies/ holds examples", type=home_path, metavar="FILE"),
     argument("overrides", "of every run", nargs="*", metavar="key=value"),
     argument("--ranks", "processes of every training (default 1)", type=int, default=1),
+    argument("--only", "make and measure this run alone, also under torchrun or srun", metavar="NAME"),
     argument(
         "--collect", "train nothing: measure the runs that are complete, and write the table", action="store_true"
     ),
@@ -213,7 +214,7 @@ def _study(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(describe(args.file, args.overrides))
         return 0
-    return run(args.file, args.overrides, args.ranks, args.collect)
+    return run(args.file, args.overrides, args.ranks, args.collect, args.only)
 
 
 @command(

@@ -34,8 +34,8 @@ class Job:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the command in this task; returns its exit code."""
-    is_training = list(arguments[:1]) == ["train"]
+    """Run the command, whose name comes first, in this task; returns its exit code."""
+    is_training = arguments[0] in ("train", "study")
     for number in (signal.SIGTERM, signal.SIGUSR2):
         # Before the training has its handlers nothing is to be saved. Those of submitit would requeue from a task.
         signal.signal(number, (lambda *_: os._exit(STOPPED)) if is_training else signal.SIG_DFL)

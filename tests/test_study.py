@@ -10,6 +10,7 @@ from ssl_dist import cli, results
 from ssl_dist.errors import UserError
 from ssl_dist.study import command, figure, numbers, spec
 from ssl_dist.study.numbers import Cell, Number
+from tests.test_slurm import starts, submit
 
 DIGITS = "configs/digits/{method}-conv4.yaml"
 
@@ -45,7 +46,8 @@ def test_runs_are_made_measured_and_laid_out_once(digits, tmp_path, capsys, monk
     path = write(tmp_path / "study.yaml", tree(out, digits, config=str(_root() / DIGITS)))
     assert cli.main(["study", str(path), "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "method=supervised K=2 seed=1: 2 steps, new; 1 measure(s)" in said and said.endswith("12 of them left\n")
+    assert "supervised-2-1: method=supervised K=2 seed=1, 2 steps, new; then knn\n" in said
+    assert said.endswith("6 runs, 12 steps, 12 of them left\n")
     trains, left = command.train, [3]
 
     def stopped_in_the_third(settings):
@@ -124,7 +126,7 @@ def test_cells():
 
 
 def test_a_figure_of_gains(tmp_path):
-    gain = {"column": "kNN", "x": "method", "by": "K", "gain": {"axis": "seed", "from": 1, "to": 2}}
+    gain = {"column": "kNN", "x": "method", "by": "K", "gain": {"axis": "seed", "of": 2, "over": 1}}
     study, trainings = study_of(tmp_path, figure=gain)
     found = numbers_of(trainings, lambda labels: 10.0 * labels["seed"] * labels["K"])
     axes = figure.draw(study, study.figure, found).axes[0]
@@ -161,6 +163,24 @@ def test_mistakes_are_one_line(tmp_path, changes, line):
     with pytest.raises(UserError) as caught:
         spec.read(write(tmp_path / "study.yaml", content))
     assert line in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_on_two_nodes_only_what_is_left_is_done(cluster, digits, tmp_path, monkeypatch):
+    """One of two runs is complete; the other is trained and measured by two ranks, and then comes the table."""
+    content = tree(tmp_path / "out", digits, config=str(_root() / DIGITS), exclude=[])
+    content["axes"] |= {"method": ["relational"], "K": {"key": "views.num", "values": [4]}}
+    path = write(tmp_path / "study.yaml", content)
+    assert cli.main(["study", str(path), "--only", "relational-4-1"]) == 0
+    submitted = submit(cluster, tmp_path, "study", str(path), "--nodes", "2", "--tasks-per-node", "1")
+    assert len(submitted) == 2
+    path.write_text("nonsense")  # a later edit must not change these jobs
+    for job in submitted:
+        cluster.wait(job, "COMPLETED", deadline=150)
+    assert [json_line["world_size"] for json_line in starts(tmp_path / "out" / "relational-4-2")] == [2]
+    assert [json_line["world_size"] for json_line in starts(tmp_path / "out" / "relational-4-1")] == [1]
+    [row] = [line for line in (tmp_path / "out" / "table.md").read_text().splitlines() if "relational" in line]
+    assert "±" in row and "of 2" not in row
 
 
 def test_an_evaluator_without_the_result(digits, tmp_path):

@@ -3,6 +3,7 @@
 Every wait is a loop in Python, so that signals are handled during it: torch waits in C++, which delays them by minutes.
 """
 
+import itertools
 import os
 import socket
 import time
@@ -18,6 +19,9 @@ from ssl_dist.errors import Fault, UserError
 RENDEZVOUS_TIMEOUT_S = 300.0  # for all ranks to start; a cold file system takes minutes to import torch
 # Of torch's own collectives: longer than any phase of a run, as it is the watchdog that ends ranks which hang.
 COLLECTIVE_TIMEOUT = timedelta(days=7)
+# Of this process, which may join one world after another: the store stays, for the others may be there first.
+_joins = itertools.count()
+_stores: dict[tuple[int, str, int], dist.Store] = {}
 _STOPPING = "stopping"  # key: a rank was asked to stop before all had started
 _TIMED_OUT = "giving-up"  # key: the error message of the rank whose timeout has passed first
 
@@ -35,8 +39,8 @@ def join(
     is taken, `StoppedWhileWaiting` as soon as `is_stopping()`.
     """
     end = time.monotonic() + timeout
-    # A store that survives a restart by torchrun still has the keys of dead ranks.
-    prefix = f"ssl_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    # A store that survives a restart by torchrun still has the keys of dead ranks; and every rank joins as often.
+    prefix = f"ssl_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_joins)}"
     store = dist.PrefixStore(prefix, _store(rank_info, end, is_stopping))
     store.set(f"here/{rank_info.rank}", f"{rank_info} (pid {os.getpid()})")
     wait_for_all_ranks(store, rank_info, end, is_stopping)
@@ -60,15 +64,19 @@ def _store(rank_info: RankInfo, end: float, is_stopping: Callable[[], bool]) -> 
             "environment: RANK is set but MASTER_ADDR and MASTER_PORT (a number below 65536) are not; start with "
             "torchrun"
         ) from None
+    if (os.getpid(), host, port) in _stores:
+        return _stores[os.getpid(), host, port]
     is_server = rank_info.is_rank0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if not is_server:
         _wait_for_port(host, port, end, is_stopping)
     try:
-        return dist.TCPStore(host, port, None, is_server, timedelta(seconds=30), wait_for_workers=False)
+        store = dist.TCPStore(host, port, None, is_server, timedelta(seconds=30), wait_for_workers=False)
     except dist.DistNetworkError as error:
         if not is_server or "EADDRINUSE" not in str(error):
             raise
         raise UserError(f"environment: MASTER_PORT = {port} is in use on {host}; choose another port") from None
+    _stores[os.getpid(), host, port] = store
+    return store
 
 
 def _wait_for_port(host: str, port: int, end: float, is_stopping: Callable[[], bool]) -> None:

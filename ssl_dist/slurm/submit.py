@@ -49,16 +49,16 @@ def train(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(trainer.script())
         return 0
-    _test(trainer.script())
+    test_script(trainer.script())
     if options.then:
-        _test(_evaluator(site, folder, Path(configs[0].run_dir), options.then).script())
+        test_script(_evaluator(site, folder, Path(configs[0].run_dir), options.then).script())
     trainer.parameters.pop("map_count")
-    job_ids = _submit(trainer, "train", {training.run_dir: _training(folder, training) for training in configs})
+    job_ids = submit_jobs(trainer, "train", {training.run_dir: _training(folder, training) for training in configs})
     for run_dir, job_id in job_ids.items():
         print(f"job {job_id}: {run_dir}", flush=True)
     for run_dir, job_id in job_ids.items() if options.then else ():
         evaluator = _evaluator(site, folder, Path(run_dir), options.then, f"afterok:{job_id}")
-        next_ids = _submit(evaluator, "evaluate", {run_dir: Job(("evaluate", run_dir, *options.then))})
+        next_ids = submit_jobs(evaluator, "evaluate", {run_dir: Job(("evaluate", run_dir, *options.then))})
         print(f"job {next_ids[run_dir]}: {' '.join(options.then)} of {run_dir}, after job {job_id}", flush=True)
     return 0
 
@@ -76,8 +76,8 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(evaluator.script())
         return 0
-    _test(evaluator.script())
-    job_ids = _submit(evaluator, "evaluate", {str(run): Job(("evaluate", str(run), *words))})
+    test_script(evaluator.script())
+    job_ids = submit_jobs(evaluator, "evaluate", {str(run): Job(("evaluate", str(run), *words))})
     print(f"job {job_ids[str(run)]}: {' '.join(words)} of {run}", flush=True)
     return 0
 
@@ -124,7 +124,7 @@ def _evaluator(site: Site, folder: Path, run: Path, words: list[str], dependency
     return executor(site, folder / "%A", f"{run.name}-evaluate", **further)
 
 
-def _submit(slurm: Executor, kind: str, jobs: dict[str, Job]) -> dict[str, str]:
+def submit_jobs(slurm: Executor, kind: str, jobs: dict[str, Job]) -> dict[str, str]:
     """Submit the jobs of runs, several as an array; returns their ids by run_dir. Raises `UserError` with Slurm's
     reason. RUN/slurm/jobs.jsonl keeps them for `submit.py status`."""
     try:
@@ -170,7 +170,7 @@ def _axis(word: str) -> tuple[str, list]:
     return key, values
 
 
-def _test(script: str) -> None:
+def test_script(script: str) -> None:
     """Have sbatch check the script without submitting it. Raises `UserError` with its reason."""
     if shutil.which("sbatch") is None:
         raise UserError("sbatch: not found; run this on a machine of the cluster, or with --cluster local or --dry-run")

@@ -23,32 +23,43 @@ from ssl_dist.study.spec import Measure, Training
 from ssl_dist.train.loop import train
 
 
-def run(path: Path, overrides: Sequence[str], ranks: int = 1, collect: bool = False) -> int:
+def run(path: Path, overrides: Sequence[str], ranks: int = 1, collect: bool = False, only: str | None = None) -> int:
     """Perform the study in the file. Returns the exit code: 0, that of a training which failed, or 75 when it was
-    stopped. collect: only measure and lay out the runs that are complete."""
+    stopped. collect: only measure and lay out the runs that are complete. only: the name of one run, which is made and
+    measured by the ranks that call this; nothing is laid out."""
     study, trainings = spec.read(path, overrides)
+    if only is not None:
+        return _complete_and_measure(spec.named(trainings, only), 1)[0]
     folder = Path(study.folder)
     found: list[Number] = []
     for place, training in enumerate(trainings, 1):
-        complete = is_complete(training)
-        print(f"== {place} of {len(trainings)}: {training.name} -> {training.run}", file=sys.stderr, flush=True)
-        if not complete and not collect:
-            code = _train(training, ranks)
+        print(f"== {place} of {len(trainings)}: {training.title} -> {training.run}", file=sys.stderr, flush=True)
+        if not collect or is_complete(training):
+            code, numbers = _complete_and_measure(training, ranks)
             if code:
                 print(f"{training.run}: exit code {code}; the same command goes on", file=sys.stderr, flush=True)
                 return code
-        if complete or not collect:
-            for measure in training.measures:
-                code, number = measured(training, measure)
-                if code:
-                    return code
-                found.append(number)
+            found += numbers
         page.write(folder, study, trainings, found)
-    if len(found) == 0:
+    if not found:
         print("no run is complete yet", file=sys.stderr, flush=True)
     print((folder / "table.md").read_text(encoding="utf-8"))
     print(f"{folder}: table.md, table.html, numbers.csv" + ("" if study.figure is None else ", figure.png, figure.svg"))
     return 0
+
+
+def _complete_and_measure(training: Training, ranks: int) -> tuple[int, list[Number]]:
+    """Train what is left and measure what is not measured; the exit code of what failed or was stopped, and the
+    numbers."""
+    numbers: list[Number] = []
+    if not is_complete(training) and (code := _train(training, ranks)):
+        return code, numbers
+    for measure in training.measures:
+        code, number = measured(training, measure)
+        if code:
+            return code, numbers
+        numbers.append(number)
+    return 0, numbers
 
 
 def plan_of(training: Training) -> RunPlan:
@@ -64,7 +75,7 @@ def is_complete(training: Training) -> bool:
 def _train(training: Training, ranks: int) -> int:
     if ranks == 1:
         return train(training.config)
-    path = training.run.with_name(training.run.name + ".yaml")
+    path = training.run.with_name(training.name + ".yaml")
     with atomic_write_or_refuse(path) as file:
         file.write(config.dump(training.config).encode())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
@@ -93,6 +104,7 @@ def describe(path: Path, overrides: Sequence[str]) -> str:
         total += clock.total_steps
         left += max(0, clock.total_steps - done)
         state = "complete" if is_complete(training) else f"{done:,} done" if done else "new"
-        lines.append(f"{training.name}: {clock.total_steps:,} steps, {state}; {len(training.measures)} measure(s)")
+        evaluators = ", ".join(dict.fromkeys(measure.evaluator for measure in training.measures))
+        lines.append(f"{training.name}: {training.title}, {clock.total_steps:,} steps, {state}; then {evaluators}")
     lines.append(f"{len(trainings)} runs, {total:,} steps, {left:,} of them left")
     return "\n".join(lines)

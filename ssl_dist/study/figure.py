@@ -54,7 +54,7 @@ def draw(study: Study, spec: FigureSpec, numbers: Sequence[Number]) -> Figure:
     if spec.gain is None:
         axes.set_ylabel(f"{spec.column} (%)")
     else:
-        axes.set_ylabel(f"{spec.column}: {spec.gain.to} less {spec.gain.from_} (points)")
+        axes.set_ylabel(f"{spec.column}: {spec.gain.of} less {spec.gain.over} (points)")
         axes.axhline(0, color="#444444", linewidth=0.8)
     axes.set_title(study.title, fontsize=10)
     if axes.get_legend_handles_labels()[0]:
@@ -69,7 +69,7 @@ def _mean_std(
     if spec.gain is None:
         found = values.get((name, place), [])
         return (statistics.fmean(found), _std(found)) if found else (None, 0.0)
-    low, high = (values.get((name, place, value), []) for value in (spec.gain.from_, spec.gain.to))
+    low, high = (values.get((name, place, value), []) for value in (spec.gain.over, spec.gain.of))
     if not low or not high:
         return None, 0.0
     return statistics.fmean(high) - statistics.fmean(low), (_std(low) ** 2 + _std(high) ** 2) ** 0.5

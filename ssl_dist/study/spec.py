@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from ssl_dist import config
 from ssl_dist.config import Config, Section, validate
 from ssl_dist.config.section import PathText, read_yaml
-from ssl_dist.errors import UserError, quoted
+from ssl_dist.errors import UserError, did_you_mean, quoted
 
 Value = str | int | float
 Values = Annotated[list[Value], Field(min_length=1)]
@@ -54,11 +54,11 @@ class Table(Section):
 
 
 class Gain(Section):
-    """A difference of means: at the value `to` of an axis less that at its value `from_`."""
+    """A difference of means: at the value `of` of an axis, less that at its value `over`."""
 
     axis: str
-    from_: Value = Field(alias="from")
-    to: Value
+    of: Value
+    over: Value
 
 
 class FigureSpec(Section):
@@ -162,7 +162,20 @@ class Training:
 
     @property
     def name(self) -> str:
+        """That of its folder."""
+        return self.run.name
+
+    @property
+    def title(self) -> str:
         return " ".join(f"{axis}={value}" for axis, value in self.labels.items())
+
+
+def named(trainings: Sequence[Training], name: str) -> Training:
+    """The one of this name. Raises `UserError` when there is none."""
+    names = [training.name for training in trainings]
+    if name not in names:
+        raise UserError(f"--only {name}: no run of this study; {did_you_mean(name, names)}--dry-run lists them")
+    return trainings[names.index(name)]
 
 
 def words(overrides: Overrides) -> list[str]:
@@ -184,7 +197,7 @@ def read(path: Path, further: Sequence[str] = ()) -> tuple[Study, list[Training]
 
 def _training(study: Study, path: Path, labels: Labels, further: Sequence[str]) -> Training:
     try:
-        name = study.config.format(**labels)
+        name = study.config.format(**{axis: _in_names(value) for axis, value in labels.items()})
     except (KeyError, IndexError, ValueError):
         raise UserError(
             f"study {path}: config = {quoted(study.config)}: names what is no axis; there are {', '.join(study.axes)}"
@@ -192,10 +205,15 @@ def _training(study: Study, path: Path, labels: Labels, further: Sequence[str]) 
     file = path.parent / name
     if not file.is_file():
         raise UserError(f"study {path}: {file} is missing, which {labels} needs; write it, or exclude the combination")
-    run = Path(study.folder, "-".join(re.sub(r"[^\w.]+", "_", str(value)) for value in labels.values()))
+    run = Path(study.folder, "-".join(map(_in_names, labels.values())))
     own = [*words(study.overrides_of(labels)), *further, f"run_dir={json.dumps(str(run))}"]
     try:
         settings = config.load(file, own)
     except UserError as error:
         raise UserError(f"study {path}: {labels}: {error}") from None
     return Training(labels, settings, tuple(measure for measure in study.measures if measure.admits(labels)))
+
+
+def _in_names(value: Value) -> str:
+    """As it stands in the name of a file."""
+    return re.sub(r"[^\w.]+", "_", str(value))
