@@ -255,17 +255,29 @@ def _export(args: argparse.Namespace) -> None:
 
 @command(
     "labels",
-    "write the labels that a run gave its images",
-    _RUN_OR_FILE,
-    _overrides("data.root, data.reader: where the images are"),
+    "write the labels that a run gave its images, or those of SeLa's authors",
+    argument(
+        "run",
+        "a run's folder, or one checkpoint file; with --images a checkpoint of SeLa's official code, or a list of "
+        "file names and labels (CSV)",
+        type=home_path,
+        metavar="RUN|FILE",
+    ),
+    _overrides("data.root, data.reader: where the images are; with --images data.root and data.split"),
     argument("--out", "file to write", type=home_path, required=True, metavar="FILE"),
+    argument("--images", "labels of others: the image folder that data.root was converted from", type=home_path),
 )
 def _labels(args: argparse.Namespace) -> None:
     """Write the labels that a run's method gave its training images to a CSV file: image_id, label_0, ... They are
-    labels for another run by data.labels={file: FILE, column: 0}."""
+    labels for another run by data.labels={file: FILE, column: 0}. With --images the labels are those of a file of
+    SeLa's authors."""
+    from ssl_dist.run.imported_labels import import_labels
     from ssl_dist.run.labels import export_labels
 
-    print(export_labels(args.run, args.out, args.overrides))
+    if args.images is None:
+        print(export_labels(args.run, args.out, args.overrides))
+    else:
+        print(import_labels(args.run, args.images, args.out, args.overrides))
 
 
 @command(

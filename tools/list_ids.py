@@ -9,10 +9,9 @@ that `ssl-dist convert` was given; an id is the place of an image in the order i
 
 import argparse
 import sys
-from collections import defaultdict
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from ssl_dist.convert.sources import open_source
+from ssl_dist.convert.listed import Places, images_of
 from ssl_dist.errors import UserError, refuse_unreadable
 
 
@@ -35,26 +34,11 @@ def main() -> int:
 
 def ids_of(listed: Path, root: Path, split: str) -> list[int]:
     """Ids, ascending, of the images that a file names. Raises `UserError` for a name that no image has, or two have."""
-    splits = open_source("folder", root).splits
-    if split not in splits:
-        raise UserError(f"--split {split}: {root} has {', '.join(splits)}")
-    by_stem = defaultdict(list)
-    for number, path in enumerate(splits[split].names):
-        by_stem[PurePosixPath(path).stem].append((number, PurePosixPath(path)))
-    ids = set()
+    places = Places(images_of(root, split, "--split").names)
     with refuse_unreadable(listed):
         lines = listed.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        name = PurePosixPath(line.strip())
-        folders = name.parent.parts
-        hits = [i for i, path in by_stem[name.stem] if not folders or path.parent.parts[-len(folders) :] == folders]
-        if len(hits) != 1:
-            what = "no image has this name" if not hits else f"{len(hits)} images have this name, give its folder too"
-            raise UserError(f"{listed} line {number}: {line.strip()!r}: {what}")
-        ids.add(hits[0])
-    return sorted(ids)
+    named = ((number, line.strip()) for number, line in enumerate(lines, 1) if line.strip())
+    return sorted({places.of(name, f"{listed} line {number}") for number, name in named})
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def _difference(path: Path, recorded: SplitRecord, images: Images, options: Opti
     difference = manifest.difference(beton, recorded)
     if difference:
         return f"{path}: {difference}"
-    is_stored = np.array([_printable(name) not in recorded.skipped for name in images.names])
+    is_stored = np.array([printable(name) not in recorded.skipped for name in images.names])
     if not np.array_equal(beton.labels, images.labels[is_stored]):
         return f"{path}: the source gives its images other classes"
     digest = Digest()
@@ -167,7 +167,7 @@ def written(
                 listing=images.listing(),
                 stamps=stamps,
                 contents=contents.hexdigest(),
-                skipped={_printable(images.names[i]): reason for i, reason in unfit.items()},
+                skipped={printable(images.names[i]): reason for i, reason in unfit.items()},
             ),
             digests,
         )
@@ -214,6 +214,6 @@ def _in_threads(work: Callable[[int], T], images: Images, options: Options) -> G
         yield from itertools.chain.from_iterable(results)
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """A name of a file as JSON can hold it, also where it is no UTF-8."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")

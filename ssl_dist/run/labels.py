@@ -41,7 +41,10 @@ def export_labels(run: Path, out: Path, overrides: Sequence[str]) -> str:
     with atomic_write_or_refuse(out) as file:
         file.write(labels.text(ids, of_images).encode())
     summary = f"{out}: labels of {len(ids)} images by {len(of_images)} head(s), after step {state['step']}"
-    return summary + _information(plan, ids, of_images)
+    if not plan.split.labelled:
+        return summary
+    with plan.open_reader() as reader:
+        return summary + information(reader.labels(ids), of_images, len(plan.split.classes))
 
 
 def _plan(tree: dict[str, Any], overrides: Sequence[str]) -> RunPlan:
@@ -53,13 +56,10 @@ def _plan(tree: dict[str, Any], overrides: Sequence[str]) -> RunPlan:
     return derive(config.validate(Config, tree), RankInfo())
 
 
-def _information(plan: RunPlan, ids: np.ndarray, of_images: np.ndarray) -> str:
-    """Normalised mutual information of every head's labels with the true ones: 1 when either gives the other."""
-    if not plan.split.labelled:
-        return ""
-    with plan.open_reader() as reader:
-        true_labels = reader.labels(ids)
+def information(true_labels: np.ndarray, of_images: np.ndarray, num_classes: int) -> str:
+    """Normalised mutual information of the labels [heads, n] with the true ones [n], -1 unknown: 1 when either gives
+    the other. In words, a line, with a line break before."""
     has_label = true_labels >= 0
     scores = [normalized_mutual_info_score(true_labels[has_label], row[has_label]) for row in of_images]
     text = ", ".join(f"{score:.3f}" for score in scores)
-    return f"\nnormalised mutual information with the {len(plan.split.classes)} classes: {text}"
+    return f"\nnormalised mutual information with the {num_classes} classes: {text}"
