@@ -117,7 +117,7 @@ def test_the_form_and_the_unused_tensors_are_named(tmp_path):
     sela = {weights.renamed(name, weights.SELA): tensor for name, tensor in tensors.items()}
     line = note({"epoch": 3, "state_dict": sela | head, "L": torch.zeros(1)})
     assert line == (
-        f"{path}: a dictionary of epoch, state_dict, L (as SeLa saves it), SeLa's names; "
+        f"{path}: a dictionary of epoch, state_dict, L (as SeLa and MoCo save it), SeLa's names; "
         "not used: top_layer0.bias, top_layer0.weight"
     )
     assert note(tensors) == f"{path}: a state_dict, the backbone's own names; not used: nothing"
@@ -127,6 +127,19 @@ def test_the_form_and_the_unused_tensors_are_named(tmp_path):
     assert "ReLIC's names" in line
     line = note(tensors | {f"more.{i}": torch.zeros(1) for i in range(10)})
     assert line.endswith("more.6, more.7 and 2 more")
+
+
+def test_moco_v2s_file_gives_the_encoder_of_queries(tmp_path):
+    """As moco_v2_800ep_pretrain.pth.tar: two encoders, each with its MLP, and the queue."""
+    queries, keys = (torchvision.models.resnet18(num_classes=8).state_dict() for _ in range(2))
+    mlp = {"fc.0.weight": torch.zeros(4, 4), "fc.0.bias": torch.zeros(4), "fc.2.weight": torch.zeros(4, 4)}
+    saved = under("module.encoder_q.", queries | mlp) | under("module.encoder_k.", keys | mlp)
+    saved |= {"module.queue": torch.zeros(4, 6), "module.queue_ptr": torch.zeros(1).long()}
+    torch.save({"epoch": 800, "arch": "resnet18", "state_dict": saved, "optimizer": {}}, tmp_path / "moco.pth.tar")
+    fitted = weights.fit(backbones.build("resnet18"), "resnet18", tmp_path / "moco.pth.tar")
+    assert all(torch.equal(tensor, queries[name]) for name, tensor in fitted.tensors.items())
+    assert {"queue", "encoder_q.fc.0.weight", "encoder_k.conv1.weight"} <= set(fitted.unused)
+    assert "as SeLa and MoCo save it" in fitted.note
 
 
 def test_files_of_torchvision_and_timm(tmp_path):

@@ -40,17 +40,17 @@ NAMINGS = (
 # The key of a dictionary that holds the state_dict, and who saves it so.
 CONTAINERS = {
     "backbone": "as relational reasoning saves it",
-    "state_dict": "as SeLa saves it",
+    "state_dict": "as SeLa and MoCo save it",
     "model": "as SFRIK and VICReg save it",
 }
 
 # What stands before the backbone's names: in SFRIK and VICReg; in ReLIC, whose evaluation reads the target; in ReLIC's
-# encoder with its head.
-PREFIXES = ("", "backbone.", "target_encoder.0.", "0.")
+# encoder with its head; in MoCo, whose evaluation reads the query's encoder.
+PREFIXES = ("", "backbone.", "target_encoder.0.", "0.", "encoder_q.")
 
 KNOWN_FORMATS = (
-    "a state_dict of torchvision, timm, SFRIK, VICReg, SeLa or ReLIC, or a dictionary with one under "
-    "backbone (relational reasoning), state_dict (SeLa) or model (SFRIK, VICReg)"
+    "a state_dict of torchvision, timm, SFRIK, VICReg, SeLa, ReLIC or MoCo, or a dictionary with one under "
+    "backbone (relational reasoning), state_dict (SeLa, MoCo) or model (SFRIK, VICReg)"
 )
 # The metadata that `ssl-dist export` gives a safetensors file: names, the checkpoint's SHA-256 and step, and the mean
 # and std (JSON) that its images were normalised with.
