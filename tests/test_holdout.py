@@ -110,6 +110,7 @@ def test_subsets(run, tmp_path):
     _, records = evaluate(run, ["knn"], ["knn.k=[5]", "data.subset={per_class: 20, start: 5}"])
     assert values(records, "test") == knn.run(train.subset(ids), test, knn.Options(k=[5]))
     assert records[0]["protocol"].endswith("; fitted on 20 images a class from number 5 of train")
+    assert not any(results.learned_from_all_images(record) for record in records)
     _, of_a_list = evaluate(run, ["knn"], ["knn.k=[5]", f"data.subset={_list(tmp_path / 'a.txt', ids)}"])
     assert values(of_a_list, "test") == values(records, "test")
     assert "; fitted on the 200 images of a.txt (" in of_a_list[0]["protocol"]

@@ -23,7 +23,9 @@ def paper_row():
 
 def test_stays_go_on_until_the_row_is_there(paper_row, digits, tmp_path, monkeypatch, capsys):
     row = next(row for row in published.read() if (row.method, row.dataset) == ("relational", "cifar10"))
-    monkeypatch.setattr(published, "beside", lambda settings: [row.model_copy(update={"like": ["knn20"]})])
+    protocol = row.protocol.model_copy(update={"results": ["knn20_top1"], "options": {}})
+    row = row.model_copy(update={"dataset": "digits", "protocol": protocol})
+    monkeypatch.setattr(published, "beside", lambda settings: [row])
     run = tmp_path / "run"
 
     def stay(minutes, evaluation_minutes=0.0):

@@ -104,7 +104,7 @@ def test_the_page_of_a_run(tmp_path):
     assert (run / "report.html").exists()
     for words in ("relational · conv4 · cifar10", "step 780 of 780", "step-00000780.pt", digest(run)[:16], "no illness",
                   "The training is complete.", "The representations are alive.", "knn20_top1", "50.00", "weighted kNN",
-                  "linear evaluation, top-1", "61.03", "backbone not named", "issue 2 of github.com/mpatacchiola",
+                  "linear evaluation, top-1", "61.03", "first post", "issue 2 of github.com/mpatacchiola",
                   "200 epochs of batches of 64", "Nearest images", "Queries, left.", "throughput (images/s)",
                   "effective rank", "views.num", "optim.epochs"):  # fmt: skip
         assert words in shown.text, words
@@ -283,7 +283,8 @@ def test_what_belongs_to_another_checkpoint(tmp_path):
 
 def test_a_part_held_out_is_not_put_beside_a_paper(tmp_path):
     run = make_run(tmp_path / "run")
-    of_validation = record(run, name="logistic_top1", value=77.77, split="train[held out 10%]")
+    linear = {"name": "probe_top1", "options": {"recipe": "relational"}}
+    of_validation = record(run, **linear, value=77.77, split="train[held out 10%]")
     results.add(run / "results.json", [of_validation])
     assert page_of(run).text.count("77.77") == 1, "in the table of results and nowhere else"
     results.add(run / "results.json", [of_validation | {"split": "test", "value": 66.66}])
@@ -293,15 +294,24 @@ def test_a_part_held_out_is_not_put_beside_a_paper(tmp_path):
 
 def test_the_result_beside_a_published_one(tmp_path):
     run = make_run(tmp_path / "run")
-    assert re.search(r"61\.03\s*–", page_of(run).text)
-    held_out = "train[held out 10%]"
-    results.add(run / "results.json", [record(run, name="logistic_train_top1", value=1.0)])
-    results.add(run / "results.json", [record(run, name="logistic_top5", value=2.0)])
-    results.add(run / "results.json", [record(run, name="logistic_top1", value=3.0, split=held_out)])
-    results.add(run / "results.json", [record(run, name="logistic_top1", value=44.0)])
-    assert re.search(r"61\.03\s*44\.00\s*logistic_top1", page_of(run).text)
-    results.add(run / "results.json", [record(run, name="probe_top1", value=55.0)])
-    assert re.search(r"61\.03\s*55\.00\s*probe_top1", page_of(run).text)
+    linear = {"name": "probe_top1", "options": {"recipe": "relational", "epochs": None}}
+    others = [{"name": "probe_top5"}, {"split": "train[held out 10%]"}, {"options": {"recipe": "sfrik"}},
+              {"name": "logistic_top1"}, {"protocol": "linear probe; fitted on 20 images a class of train"},
+              {"dataset": "cifar100"}]  # fmt: skip
+    results.add(run / "results.json", [record(run, **(linear | other)) for other in others])
+    shown = page_of(run).text
+    assert re.search(r"61\.03\s*–\s*not measured yet:\s*ssl-dist evaluate \S+ probe probe.recipe=relational", shown)
+    results.add(run / "results.json", [record(run, **linear, value=55.0)])
+    differ = r"200 epochs, here 2\s*K = 32, here 8\s*mean of 3 seeds, here of one"
+    assert re.search(r"61\.03\s*55\.00\s*probe_top1\s*" + differ, page_of(run).text)
+
+
+def test_numbers_stand_beside_the_first_run_that_they_may_stand_beside(tmp_path):
+    of_a_part = make_run(tmp_path / "part", data={"name": "cifar10", "root": "x", "limit": 100})
+    whole = [make_run(tmp_path / f"seed{seed}", seed=seed) for seed in range(2)]
+    shown = comparison.with_published(report.read([of_a_part, *whole]))
+    assert [run.name for run in shown] == ["seed0"]
+    assert "trained on a part of the images" in page_of(of_a_part).text
 
 
 def test_not_converged_is_reported(tmp_path):

@@ -78,15 +78,14 @@ def train_until(end: float, command: list[str]) -> int:
 
 def show(settings: config.Config, run: Path) -> None:
     """Print the results and what the paper publishes, and write both to row.json."""
-    ours = {record["name"]: record["value"] for record in results.read(run / "results.json")}
-    papers = [
-        {"result": row.result, "value": row.value, "protocol": row.protocol, "source": row.source, "like": row.like}
-        for row in published.beside(settings)
-    ]
-    for row in papers:
-        near = {name: value for name, value in ours.items() if name.startswith(tuple(row["like"]))}
-        values = ", ".join(f"{name} {value:.2f}" for name, value in near.items())
-        print(f"paper: {row['result']} {row['value']:g}; here: {values}\n       {row['protocol']}. {row['source']}")
+    records = results.read(run / "results.json")
+    ours = {record["name"]: record["value"] for record in records}
+    papers = []
+    for row in published.beside(settings):
+        alike = {record["name"]: record["value"] for record in published.measured_alike(row, settings, records)}
+        values = ", ".join(f"{name} {value:.2f}" for name, value in alike.items()) or "none that is measured alike"
+        print(f"paper: {row.result} {row.value:g}; here: {values}\n       {row.footnote}")
+        papers.append({"result": row.result, "value": row.value, "footnote": row.footnote, "here": alike})
     (run / "row.json").write_text(json.dumps({"here": ours, "paper": papers}, indent=1) + "\n", encoding="utf-8")
     print(f"{len(ours)} results, {len(papers)} published numbers: {run / 'row.json'}")
 

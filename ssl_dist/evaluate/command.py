@@ -266,7 +266,7 @@ def _protocol(context: EvalContext, evaluator: Evaluator, options: Section, rema
     """The evaluator's protocol with what this evaluation adds to it."""
     parts = [evaluators.protocol(evaluator, options)]
     if context.subset is not None:
-        parts.append(f"fitted on {context.subset} of {context.train}")
+        parts.append(f"{results.FITTED_ON} {context.subset} of {context.train}")
     if context.held_out is not None and methods.find(context.encoder.config.method.name).needs_labels:
         parts.append("the encoder may have been trained on these labels")
     return "; ".join([*parts, *([remark] if remark else [])])

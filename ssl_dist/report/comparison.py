@@ -66,6 +66,9 @@ def means_over_seeds(runs: Sequence[Run]) -> tuple[list[dict], str]:
 
 
 def with_published(runs: Sequence[Run]) -> list[Run]:
-    """The first run of each method, backbone and data set, where papers published numbers of those."""
-    first = {run.title: run for run in reversed(runs)}
-    return [run for run in runs if first[run.title] is run and beside(run.config)]
+    """The first run of each method, backbone and data set that numbers of papers stand beside."""
+    first: dict[str, Run] = {}
+    for run in runs:
+        if beside(run.config):
+            first.setdefault(run.title, run)
+    return list(first.values())

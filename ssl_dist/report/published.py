@@ -1,52 +1,129 @@
-"""What authors published for a run's method, data set and backbone: published.yaml, beside this file."""
+"""What authors published (published.yaml, beside this file), and which results of a run were measured the same way.
 
+A number stands beside a run of its method, data set and backbone that trains on all images, and a result of the run
+beside the number where also the variant of the method, the protocol, the data set and the split that are measured, and
+the images that a classifier learned from agree. What else differs the page names: `scores.differences`.
+"""
+
+import functools
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from importlib import resources
+from typing import Literal
 
 from pydantic import Field
 
-from ssl_dist.config import Config, FiniteFloat, PositiveInt, Section, validate
+from ssl_dist import methods, results
+from ssl_dist.config import Config, FiniteFloat, NonNegativeFloat, PositiveInt, Section, validate
 from ssl_dist.config.section import parse_yaml
+from ssl_dist.data.catalog import CATALOG
+
+Scalar = str | int | float | bool | None
+
+
+class Protocol(Section):
+    """How a number was measured: in words, and in fields that a result's record can be compared with."""
+
+    text: str = Field(description="in words")
+    trained: Literal["linear classifier", "whole network", "nothing"] = Field(description="by the evaluation")
+    evaluator: str | None = Field(None, description="that measures the same way; null: none does, or it is not told")
+    results: list[str] = Field(default_factory=list, description="names of its results; * stands for any letters")
+    options: dict[str, Scalar] = Field(default_factory=dict, description="of the evaluator, which must agree")
+    crops: PositiveInt | None = Field(None, description="of a test image; null: not told")
 
 
 class Published(Section):
     """One number of a paper or of the authors' own repository."""
 
     method: str
-    dataset: str
-    backbone: str | None = Field(description="null: the source does not name it")
-    variant: str | None = Field(None, description="what sets it apart from other rows of the same method")
+    dataset: str = Field(description="that was trained on, all its images")
+    backbone: str
+    variant: str | None = Field(None, description="what sets it apart from other rows, in words")
+    options: dict[str, Scalar] = Field(default_factory=dict, description="of the method, which must agree")
     result: str = Field(description="what was measured")
     value: FiniteFloat = Field(description="an accuracy in percent, or a score that ends at 1")
-    std: FiniteFloat | None = Field(None, description="over seeds")
-    epochs: PositiveInt | None = Field(None, description="of the pre-training, where the source tells")
+    std: NonNegativeFloat | None = Field(None, description="over the seeds, where the source tells")
+    seeds: PositiveInt | None = Field(None, description="of which it is the mean")
+    epochs: PositiveInt | None = Field(None, description="of the training, where the source tells")
     batch_size: PositiveInt | None = None
-    like: list[str] = Field(default_factory=list, description="beginnings of the names of results that come near")
-    protocol: str
-    source: str = Field(description="where the number was read")
+    views: PositiveInt | None = Field(None, description="K, where the method leaves it free")
+    measured_on: str | None = Field(None, description="data set of a transfer; null: the one that was trained on")
+    split: str | None = Field(description="that is measured; null: the source does not tell")
+    protocol: Protocol
+    source: str
+    line: str = Field(description="where in the source the number stands")
 
     @property
     def footnote(self) -> str:
-        return f"{self.protocol}. {self.source}."
+        return f"{self.protocol.text}. {self.source}."
 
 
-def read() -> list[Published]:
+class _File(Section):
+    """published.yaml: texts and protocols that several rows share, by name, and the rows."""
+
+    sources: dict[str, str]
+    protocols: dict[str, Protocol]
+    rows: list[dict]
+
+
+@functools.cache
+def read() -> tuple[Published, ...]:
     """All rows of the file."""
     text = resources.files("ssl_dist.report").joinpath("published.yaml").read_text(encoding="utf-8")
-    return [
-        validate(Published, row, f"published.yaml: row {number}: ")
-        for number, row in enumerate(parse_yaml(text, "published.yaml"), 1)
-    ]
+    file = validate(_File, parse_yaml(text, "published.yaml"), "published.yaml: ")
+    return tuple(
+        validate(
+            Published,
+            row | {"protocol": file.protocols[row["protocol"]], "source": file.sources[row["source"]]},
+            f"published.yaml: row {number}: ",
+        )
+        for number, row in enumerate(file.rows, 1)
+    )
 
 
-def beside(settings: Config) -> list[Published]:
-    """The rows to show beside a run of this config: of its method, data set and backbone, or of one that the source
-    does not name. None where the run uses a part of the images, which no row does."""
-    data = settings.data
-    if data.subset is not None or data.limit is not None:
+def uses_all_images(config: Config) -> bool:
+    """Whether a training takes every image of the data set's own split for it, with the labels that they have."""
+    data = config.data
+    splits: list[str | None] = [None]
+    if entry := CATALOG.get(data.name):
+        splits.append(entry.training if methods.find(config.method.name).needs_labels else entry.pretraining)
+    return data.split in splits and (data.subset, data.limit, data.labels) == (None, None, None)
+
+
+def beside(config: Config) -> list[Published]:
+    """The rows to show beside a run of this config: of its method, data set and backbone. None where the run uses a
+    part of the images, which no row does."""
+    if not uses_all_images(config):
         return []
-    return [
-        row
-        for row in read()
-        if (row.method, row.dataset) == (settings.method.name, data.name)
-        and row.backbone in (None, settings.backbone.name)
-    ]
+    run = (config.method.name, config.data.name, config.backbone.name)
+    return [row for row in read() if (row.method, row.dataset, row.backbone) == run]
+
+
+def is_of_variant(row: Published, config: Config) -> bool:
+    """Whether a run of this config is of the row's variant of the method."""
+    fields = methods.find(config.method.name).Options.model_fields
+    defaults = {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
+    return _agree(row.options, defaults | config.method.options)
+
+
+def agrees(row: Published, record: dict) -> bool:
+    """Whether a result was measured as the row's number: a record of results.json, of a run that `beside` and
+    `is_of_variant` let stand beside the row."""
+    return (
+        (record["method"], record["backbone"]) == (row.method, row.backbone)
+        and (record["dataset"], record["split"]) == (row.measured_on or row.dataset, row.split)
+        and any(fnmatchcase(record["name"], name) for name in row.protocol.results)
+        and _agree(row.protocol.options, record["options"])
+        and results.learned_from_all_images(record)
+    )
+
+
+def measured_alike(row: Published, config: Config, records: Sequence[dict]) -> list[dict]:
+    """Those of the results of a run of this config that may stand beside the number."""
+    if row not in beside(config) or not is_of_variant(row, config):
+        return []
+    return [record for record in records if agrees(row, record)]
+
+
+def _agree(required: dict[str, Scalar], options: dict) -> bool:
+    return all(key in options and options[key] == value for key, value in required.items())

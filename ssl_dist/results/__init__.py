@@ -1,9 +1,11 @@
 """The results of evaluations: numbers in results.json, and pictures."""
 
 from ssl_dist.results.records import (
+    FITTED_ON,
     IDENTITY,
     add,
     is_of_a_whole_split,
+    learned_from_all_images,
     make_records,
     number,
     read,
@@ -13,6 +15,6 @@ from ssl_dist.results.records import (
 )
 
 __all__ = [
-    "IDENTITY", "accuracy", "add", "charts", "confusion", "figures", "is_of_a_whole_split", "make_records", "number",
-    "read", "require_writable", "sampling", "size_of", "table",
+    "FITTED_ON", "IDENTITY", "accuracy", "add", "charts", "confusion", "figures", "is_of_a_whole_split",
+    "learned_from_all_images", "make_records", "number", "read", "require_writable", "sampling", "size_of", "table",
 ]  # fmt: skip

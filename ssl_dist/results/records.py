@@ -25,6 +25,7 @@ LATER_FIELDS = ("version", "train_data", "transform")  # None in a record of bef
 IDENTITY = (
     "name", "dataset", "split", "data", "train_data", "transform", "protocol", "options", "version", "checkpoint",
 )  # fmt: skip
+FITTED_ON = "fitted on"  # begins what a protocol says of a part of the training split
 _TYPES = {
     "options": dict, "value": int | float, "seed": int | None, "step": int, "version": int | None,
     "train_data": str | None, "transform": str | None,
@@ -106,6 +107,11 @@ def _locked(path: Path) -> Iterator[None]:
 def is_of_a_whole_split(record: dict) -> bool:
     """Whether it measures a whole split; a part held out of one serves to choose by, not to compare."""
     return "[" not in record["split"]
+
+
+def learned_from_all_images(record: dict) -> bool:
+    """Whether what was fitted for it saw the whole training split, and no part of it."""
+    return f"; {FITTED_ON} " not in record["protocol"]
 
 
 def size_of(record: dict) -> str:
