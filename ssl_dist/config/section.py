@@ -193,7 +193,7 @@ def _describe(section: type[BaseModel], error: ValidationError, prefix: str) -> 
         return f"missing key {key}: it must be given"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error" and isinstance(fault["input"], dict | BaseModel):
-        return f"{key}.{message}" if key else message
+        return f"{key}.{message}" if path else prefix + message
     remedy = fields[-1].description if fields else None
     if len(path) == len(paths[0]):
         message = " or ".join(dict.fromkeys(faults[i]["msg"].removeprefix("Value error, ") for i in related))

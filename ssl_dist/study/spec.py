@@ -18,6 +18,7 @@ from ssl_dist import config
 from ssl_dist.config import Config, Section, validate
 from ssl_dist.config.section import PathText, read_yaml
 from ssl_dist.errors import UserError, did_you_mean, quoted
+from ssl_dist.evaluate import command as evaluate
 
 Value = str | int | float
 Values = Annotated[list[Value], Field(min_length=1)]
@@ -189,6 +190,11 @@ def read(path: Path, further: Sequence[str] = ()) -> tuple[Study, list[Training]
     if not isinstance(tree, dict):
         raise UserError(f"study {path}: must be a mapping with title, axes, measures; see configs/studies/")
     study = validate(Study, tree, f"study {path}: ")
+    for number, measure in enumerate(study.measures):
+        try:
+            evaluate.parse([measure.evaluator], words(measure.overrides))
+        except UserError as error:
+            raise UserError(f"study {path}: measures.{number}: {error}") from None
     trainings = [_training(study, path, labels, further) for labels in study.combinations()]
     if not trainings:
         raise UserError(f"study {path}: every combination is excluded; leave some")
@@ -216,4 +222,4 @@ def _training(study: Study, path: Path, labels: Labels, further: Sequence[str]) 
 
 def _in_names(value: Value) -> str:
     """As it stands in the name of a file."""
-    return re.sub(r"[^\w.]+", "_", str(value))
+    return re.sub(r"[^\w.-]+", "_", str(value))
