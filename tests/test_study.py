@@ -153,7 +153,7 @@ def test_a_line_of_a_figure_is_the_mean_over_seeds(tmp_path):
         ({"overrides": {"optim.lr": -1}}, "{'method': 'supervised', 'K': 1, 'seed': 1}: optim.lr = -1"),
         ({"figure": {"column": "probe", "x": "K", "by": "method"}}, "figure.column: probe is the column of no measure"),
         ({"figure": {"column": "kNN", "x": "k", "by": "method"}}, "figure: k is no axis"),
-        ({"measures": [{"column": "kNN", "evaluator": "knnn", "result": "x"}]}, "measures.0: evaluator 'knnn'"),
+        ({"measures": [{"column": "kNN", "evaluator": "knnn", "result": "x"}]}, "measures.0: unknown evaluator 'knnn'"),
         (
             {"measures": [{"column": "kNN", "evaluator": "knn", "result": "x", "overrides": {"knn.kk": 1}}]},
             "measures.0: unknown key knn.kk",
