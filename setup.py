@@ -58,6 +58,7 @@ setup(
     package_data={
         "ssl_dist": ["py.typed"],
         "ssl_dist.study": ["templates/*.html"],
+        "ssl_dist.train": ["devices.yaml"],
         "ssl_dist.report": ["page.css", "page.js", "published.yaml", "templates/*.html"],
     },
     python_requires=">=3.11",

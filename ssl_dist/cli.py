@@ -82,7 +82,8 @@ def _train(args: argparse.Namespace) -> int:
     *_CONFIG,
     argument("--world", "ranks (default 1)", type=int, default=1),
     argument("--ranks-per-node", "ranks of a node (default: all on one)", type=int),
-    argument("--device", "that would train (default: what this machine has)", choices=("cpu", "cuda")),
+    argument("--device", "that would train: cpu, cuda; v100, a100, h100, h200 for its time (default: what is here)"),
+    argument("--rates", "for the time on a CPU: what tools/bench_rates.py wrote", type=home_path, metavar="FILE"),
 )
 def _explain(args: argparse.Namespace) -> None:
     """Print what a config will do, on any number of ranks, without starting anything. Mistakes show here first."""
@@ -94,7 +95,7 @@ def _explain(args: argparse.Namespace) -> None:
         raise UserError(f"--world {args.world}: at least one rank is needed")
     if args.ranks_per_node is not None and (args.ranks_per_node < 1 or args.world % args.ranks_per_node):
         raise UserError(f"--ranks-per-node {args.ranks_per_node}: must divide --world {args.world}")
-    print(explain(config.load(args.config, args.overrides), args.world, args.ranks_per_node, args.device))
+    print(explain(config.load(args.config, args.overrides), args.world, args.ranks_per_node, args.device, args.rates))
 
 
 @command(

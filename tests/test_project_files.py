@@ -1,6 +1,6 @@
 """Files beside the code that must keep up with it."""
 
-import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -9,7 +9,8 @@ from pathlib import Path
 import yaml
 
 import ssl_dist
-from ssl_dist import cli, methods
+from ssl_dist import cli, config, methods
+from ssl_dist.train import roofline
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,6 +37,18 @@ def test_the_page_of_config_keys_is_current(capsys):
     assert cli.main(["keys", "--markdown"]) == 0
     page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
     assert page == capsys.readouterr().out, "run: ssl-dist keys --markdown > docs/config.md"
+
+
+def test_the_page_on_scaling_is_current(capsys):
+    """Its first section; the others come from the same command."""
+    spec = importlib.util.spec_from_file_location("scaling", ROOT / "tools" / "scaling.py")
+    scaling = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(scaling)
+    title, file, overrides = scaling.ROWS[0]
+    settings = config.load(ROOT / "configs" / file, overrides)
+    lines = scaling.table(title, settings, roofline.named("h100"), scaling.GPUS)
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert "\n".join(lines) in page, "run: python tools/scaling.py, and put its tables into docs/scaling.md"
 
 
 def test_the_changelog_has_this_version():

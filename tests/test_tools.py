@@ -10,10 +10,12 @@ import pytest
 
 TOOLS = Path(__file__).parents[1] / "tools"
 TESTED_ELSEWHERE = {
+    "bench_rates": "test_tools.py",  # by bench_prediction
     "compare": "test_compare.py",
     "draw_packages": "test_imports.py",
     "list_ids": "test_list_ids.py",
     "paper_row": "test_paper_row.py",
+    "scaling": "test_project_files.py",
 }
 SMALLEST_INPUTS = {  # arguments, and how a line of the table begins that must hold figures above 0
     "bench_knn": (
@@ -22,6 +24,9 @@ SMALLEST_INPUTS = {  # arguments, and how a line of the table begins that must h
     "bench_memory": (
         ["--data", "DIGITS", "--config", "CONFIG", "--grids", "1x1", "--steps", "2", "backbone.name=conv4",
          "views.num=2", "data.reader=arrays"], "tuned"
+    ),
+    "bench_prediction": (
+        ["--data", "DIGITS", "--ranks", "1", "--rounds", "1", "--steps", "1", "--cases", "vicreg"], "vicreg, conv4"
     ),
     "bench_relation": (["--views", "2", "4", "--features", "16", "--rounds", "1"], "  16   4      768"),
     "bench_sinkhorn": (

@@ -282,6 +282,7 @@ def make_template(here: Path) -> list[Reader]:
     import torch
 
     from ssl_dist import backbones
+    from ssl_dist.train import roofline
 
     source, data, run = pictures(here / "source"), here / "data", here / "run"
     quietly(f"convert folder --root {source} --out {data} --name pets --workers 1")
@@ -295,6 +296,7 @@ def make_template(here: Path) -> list[Reader]:
     (here / "ids.txt").write_text("# ids\n0\n1\n\n2\n3\n5\n")
     (here / "labels.csv").write_text("image_id,label\n" + "".join(f"{i},{i % 2}\n" for i in range(8 + len(FORMATS))))
     shutil.copy(ROOT / "slurm" / "site.yaml", here)
+    (here / "rates.json").write_text(roofline.named("a100").model_dump_json())
     voc(here / "voc")
     torch.save(backbones.build("resnet18").state_dict(), here / "resnet18.pth")
 
@@ -312,6 +314,7 @@ def make_template(here: Path) -> list[Reader]:
     )
     return [
         Reader("config", "config.yaml", explain, [changed_yaml]),
+        Reader("rates", "rates.json", f"{explain} --rates {{0}}/rates.json", [changed_json]),
         Reader("dataset", "data/dataset.json", explain, [changed_json]),
         Reader("beton", "data/train.beton", extract),
         Reader("ids", "ids.txt", f"{explain} data.subset={{0}}/ids.txt"),

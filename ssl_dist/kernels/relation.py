@@ -37,8 +37,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ssl_dist.kernels import counting
 from ssl_dist.kernels import relation_loops as loops
 from ssl_dist.kernels.compiled import run_parallel
+
+FLOPS_A_PAIR = 14  # additions, multiplications and comparisons of a pair and hidden unit in all sweeps
 
 
 class Share(NamedTuple):
@@ -162,10 +165,24 @@ def relation_loss(
     negative pair of two images positive. `reduce` sums a tensor over the ranks, without gradient. Summed over the
     ranks, the parts and their gradients are those of one process. Only the first result has a gradient.
     """
+    if A.is_meta:
+        return _counted(A, B, (bn1.weight, bn1.bias, linear2.weight, linear2.bias), share, reduce)
     weights = (1.0, 1.0) if alpha is None else (alpha, 1.0 - alpha)
     constants = (bn1.eps, slope, gamma, weights)
     tensors = (A.contiguous(), B.contiguous(), bn1.weight, bn1.bias, linear2.weight[0], linear2.bias[0])
     return _Relation.apply(*tensors, constants, share, labels, reduce)
+
+
+def _counted(
+    A: Tensor, B: Tensor, parameters: tuple[Tensor, ...], share: Share, reduce: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `relation_loss` returns, of tensors without numbers; its work is noted."""
+    mean, var = moments = A.new_empty((2, A.shape[1]), dtype=torch.float64)
+    reduce(moments)
+    reduce(moments)
+    counting.note("relation", FLOPS_A_PAIR * 2 * (share.hi - share.lo) * A.shape[1])
+    loss = sum((tensor.sum() for tensor in (A, B, *parameters)), A.new_empty(()))
+    return loss, A.new_empty((2, share.hi - share.lo)), mean, var
 
 
 def warm_up(dtype: torch.dtype) -> None:

@@ -7,7 +7,6 @@ defaults are those of the SFRIK paper (arXiv:2208.00789), where the method is ca
 
 import math
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from ssl_dist.config import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
 from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
-from ssl_dist.nn.layers import mlp
+from ssl_dist.nn.layers import full_precision, mlp
 
 
 class Options(Section):
@@ -52,7 +51,7 @@ class Method(SSLMethod[Options]):
     def forward(self, batch: Batch, world: World) -> Output:
         """The loss is small work on [M, M] and computed in full on every rank. Metrics: the unweighted terms."""
         z_KMD = self.gathered(batch, world, lambda images: self.projector(self.backbone(images)))
-        with torch.autocast(z_KMD.device.type, enabled=False):
+        with full_precision(z_KMD.device):
             x_MD, y_MD = F.normalize(z_KMD, dim=-1)
             alignment = F.mse_loss(x_MD, y_MD)
             spread = (uniformity(x_MD, self.options.scale) + uniformity(y_MD, self.options.scale)) / 2

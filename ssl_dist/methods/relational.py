@@ -24,7 +24,7 @@ from ssl_dist.kernels.ranks import Ranks
 from ssl_dist.keys import LABELLED, hash64, uniform_rows
 from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
 from ssl_dist.nn.batchnorm import update_running
-from ssl_dist.nn.layers import mlp
+from ssl_dist.nn.layers import full_precision, mlp
 
 ENCODING_DIM = 64  # of the encoder's output, as of the SimCLR baseline's head in the same paper
 
@@ -243,7 +243,7 @@ class Method(SSLMethod[Options]):
         num_units = num_views * (num_views - 1) // 2 * num_images
         lo, hi = world.share(num_units)
         # The head is a small part of the work and its sums run over all pairs: never in half precision.
-        with torch.autocast(z_KMD.device.type, enabled=False):
+        with full_precision(z_KMD.device):
             loss_share, logits, target = self.relate(z_KMD, labels_M, lo, hi, world)
         correct = (logits > 0) == target
         counts = torch.stack([(correct & target).sum(), target.sum(), (correct & ~target).sum(), (~target).sum()])

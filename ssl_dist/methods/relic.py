@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ssl_dist.config import FiniteFloat, NonNegativeFloat, PositiveFloat, PositiveInt, Probability, Section
 from ssl_dist.errors import UserError
 from ssl_dist.methods.base import Backbone, Batch, Clock, Info, Output, SSLMethod, World
-from ssl_dist.nn.layers import ema_update
+from ssl_dist.nn.layers import ema_update, full_precision
 
 DEFAULTS = {"softmax": (0.0, 5.0, 0.0), "sigmoid": (math.log(10), 15.0, -10.0)}  # log_tau, max_tau, bias
 
@@ -168,7 +168,7 @@ class Method(SSLMethod[Options]):
             globals_alone = replace(batch, views=batch.views[:1], view_ids=batch.view_ids[:1])
             target_GMD = self.gathered(globals_alone, world, lambda x: self.target_head(self.target_backbone(x)))
         online_VMD = self.gathered(self._online(batch), world, lambda x: self.head(self.backbone(x)))
-        with torch.autocast(online_VMD.device.type, enabled=False):
+        with full_precision(online_VMD.device):
             loss, metrics = self.compare(online_VMD, target_GMD)
         metrics |= {
             "temperature": self.log_tau.detach().exp().clamp(0, self.max_tau),

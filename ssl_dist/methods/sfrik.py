@@ -24,7 +24,7 @@ from torch import Tensor
 from ssl_dist.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Section
 from ssl_dist.errors import UserError
 from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
-from ssl_dist.nn.layers import mlp
+from ssl_dist.nn.layers import full_precision, mlp
 
 
 class Options(Section):
@@ -139,7 +139,7 @@ class Method(SSLMethod[Options]):
     def forward(self, batch: Batch, world: World) -> Output:
         """Every rank takes its even share of the rows of the Gram matrices. Metrics: the unweighted terms."""
         embeddings = self.gathered(batch, world, lambda images: self.projector(self.backbone(images)))
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with full_precision(embeddings.device):
             similar, share = self.terms(embeddings, *world.share(embeddings.shape[1]))
         loss = self.options.sim_coeff * similar + self.options.mmd_coeff * world.scale_for_ddp_mean(share)
         metrics = {"invariance": similar.detach(), "discrepancy": world.all_reduce_sum(share.detach())}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ssl_dist.config import PositiveFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
 from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
-from ssl_dist.nn.layers import mlp
+from ssl_dist.nn.layers import full_precision, mlp
 
 
 class Options(Section):
@@ -86,7 +86,7 @@ class Method(SSLMethod[Options]):
         """
         z_ND = self.gathered(batch, world, lambda images: self.projector(self.backbone(images))).flatten(0, 1)
         lo, hi = world.share(len(z_ND))
-        with torch.autocast(z_ND.device.type, enabled=False):  # exponentials of similarities: never in half precision
+        with full_precision(z_ND.device):  # exponentials of similarities: never in half precision
             logits, partner = candidates(z_ND, self.options.temperature, lo, hi)
             share = -F.cross_entropy(logits, partner, reduction="none")
             log_probability = world.all_reduce_sum_with_grad(F.pad(share, (lo, len(z_ND) - hi)))  # one number an anchor

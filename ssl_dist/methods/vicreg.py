@@ -15,7 +15,7 @@ from torch import Tensor
 from ssl_dist.config import NonNegativeFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
 from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
-from ssl_dist.nn.layers import mlp
+from ssl_dist.nn.layers import full_precision, mlp
 
 
 class Options(Section):
@@ -64,7 +64,7 @@ class Method(SSLMethod[Options]):
         options = self.options
         x_MD, y_MD = z_KMD
         lo, hi = world.share(z_KMD.shape[-1])
-        with torch.autocast(z_KMD.device.type, enabled=False):
+        with full_precision(z_KMD.device):
             invariance = F.mse_loss(x_MD, y_MD)
             std = (variance(x_MD) + variance(y_MD)) / 2
             cov_share = covariance(x_MD, lo, hi) + covariance(y_MD, lo, hi)

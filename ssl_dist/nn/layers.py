@@ -28,6 +28,11 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def full_precision(device: torch.device) -> torch.autocast:
+    """A context without autocast on the device. Autocast knows no meta device, whose tensors stand for a CPU's here."""
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
+
+
 @torch.no_grad()
 def ema_update(target: nn.Module, online: nn.Module, decay: float) -> None:
     """target = decay * target + (1 - decay) * online, for every parameter and floating-point buffer; integers are left.

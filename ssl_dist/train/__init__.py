@@ -2,4 +2,15 @@
 
 from ssl_dist.train.loop import train
 
-__all__ = ["collapse", "explain", "online_knn", "optim", "preflight", "relabel", "state", "train"]
+__all__ = [
+    "collapse",
+    "explain",
+    "online_knn",
+    "operations",
+    "optim",
+    "preflight",
+    "relabel",
+    "roofline",
+    "state",
+    "train",
+]

@@ -11,6 +11,7 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,17 +22,35 @@ from torch.utils._pytree import tree_leaves
 from ssl_dist.config import Config
 from ssl_dist.data.loader import AHEAD
 from ssl_dist.distributed.rank import RankInfo
+from ssl_dist.errors import UserError
 from ssl_dist.grid import Grid, splits
 from ssl_dist.methods.base import Batch, SSLMethod
 from ssl_dist.run import folder as run_folder
 from ssl_dist.run.blueprint import RunPlan, derive
 from ssl_dist.storage import checkpoint
-from ssl_dist.train import online_knn, optim
+from ssl_dist.train import online_knn, operations, optim, roofline
+from ssl_dist.train.operations import Step
+from ssl_dist.train.roofline import Device
 
 
-def explain(config: Config, world_size: int, ranks_per_node: int | None = None, device: str | None = None) -> str:
-    """A text of `name: value` lines. device: cpu or cuda; None: what this machine has. Raises `UserError` for
-    everything that could not run."""
+def explain(
+    config: Config,
+    world_size: int,
+    ranks_per_node: int | None = None,
+    device: str | None = None,
+    rates: Path | None = None,
+) -> str:
+    """A text of `name: value` lines. device: cpu, cuda, or a GPU that roofline.py has rates of; None: what this machine
+    has. rates: of a CPU, a file of tools/bench_rates.py. Raises `UserError` for everything that could not run."""
+    timed: Device | None = None
+    if rates is not None:
+        timed = roofline.read_rates(rates)
+        if device not in (None, timed.kind):
+            raise UserError(f"--rates {rates}: has rates of a {timed.kind}; leave out --device {device}")
+    elif device not in (None, "cpu", "cuda"):
+        timed = roofline.named(device)
+    if timed is not None:
+        device = timed.kind
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     rank_info = RankInfo(0, world_size, 0, ranks_per_node or world_size)
     plan = derive(config, rank_info)
@@ -39,6 +58,8 @@ def explain(config: Config, world_size: int, ranks_per_node: int | None = None, 
     memory = Memory.of(plan)
     of_method = _on_meta(plan).explain(world_size, device)
     lines = _data(plan) | _grid(plan, memory) | of_method | _training(plan) | _memory(memory)
+    if plan.method_class.trainable:
+        lines |= _time(plan, operations.count(plan, device), timed)
     steps = checkpoint.steps(plan.run)
     lines["run folder"] = f"{plan.run} ({f'resumes after step {steps[-1]}' if steps else 'new'})"
     width = max(map(len, lines))
@@ -262,6 +283,40 @@ def _memory(memory: Memory) -> dict[str, str]:
         "backbone": f"{memory.parameters:,} parameters, {memory.feature_dim} features",
         "memory a rank": f"about {_mib(memory.total(grid)):.1f} MiB, the allocator's slack not counted:\n{text}",
     }
+
+
+def _time(plan: RunPlan, step: Step, device: Device | None) -> dict[str, str]:
+    """Work and communication of a step on one rank, and how long they take on a device whose rates are known."""
+    moved = f"{step.num_bytes / 1e6:.4g} MB read and written"
+    work = f"a rank: {step.flops / 1e9:.4g} GFLOP, {moved}, {len(step.operations)} operations"
+    lines = {"work of a step": work, "communication": _communication(step)}
+    if device is None:
+        names = ", ".join(roofline.read_table())
+        return lines | {
+            "time": f"for an estimate: --device {names}; or --rates FILE, of a CPU, by tools/bench_rates.py"
+        }
+    times, steps = roofline.estimate(step, plan, device), plan.clock().steps_per_epoch
+    text = f"about {1e3 * times.step:.3g} ms a step, {_duration(steps * times.step)} an epoch, on {device.name}"
+    parts = ", ".join(f"{name} {1e3 * seconds:.3g}" for name, seconds in times.parts(device).items())
+    lines["time"] = f"{text}; bound by {times.bound}\nms: {parts}\n{device.basis}"
+    return lines
+
+
+def _communication(step: Step) -> str:
+    if not step.collectives:
+        return "none: one rank"
+    sent: dict[str, float] = {}
+    for collective in step.collectives:
+        sent[collective.purpose] = sent.get(collective.purpose, 0.0) + collective.sent
+    parts = ", ".join(f"{purpose} {num_bytes / 1e6:.3g}" for purpose, num_bytes in sent.items())
+    return f"{sum(sent.values()) / 1e6:.3g} MB a step sent by a rank in {len(step.collectives)} collectives: {parts}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds:.3g} s"
 
 
 def _mib(num_bytes: int) -> float:
