@@ -41,10 +41,10 @@ _RUN_OR_FILE = argument("run", "a run's folder, or one checkpoint file", type=ho
     "write a data set as .beton files",
     argument(
         "dataset",
-        "cifar10, cifar100, supercifar100, stl10, tiny-imagenet, slimagenet64, imagenet, digits, or folder for images "
-        "of your own in <split>/<class>/",
+        "cifar10, cifar100, supercifar100, stl10, svhn, tiny-imagenet, slimagenet64, imagenet, food101, flowers102, "
+        "pets, aircraft, cars, dtd, eurosat, digits, or folder for images of your own in <split>/<class>/",
     ),
-    argument("--root", "where the images are (torchvision sets are downloaded there)", type=home_path),
+    argument("--root", "where the images are (CIFAR, STL-10 and SVHN are downloaded there)", type=home_path),
     argument("--out", "where to write; becomes data.root (default data/<dataset>)", type=home_path),
     argument("--name", "name of a folder's data set (default: of ROOT); a catalog name brings its facts along"),
     argument("--max-side", "longer images are shrunk to this many pixels (default: catalog)", type=int),

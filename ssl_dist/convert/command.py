@@ -46,8 +46,9 @@ def convert(
     """Write OUT/<split>.beton for every split of a data set and OUT/dataset.json; returns the latter.
 
     dataset: an entry of the catalog, or "folder" for images of one's own. root: where its images are (cifar10,
-    cifar100, supercifar100 and stl10 are downloaded to it where missing; None: OUT/download). out: None: data/<name>.
-    name: of a folder's data set, None: the folder's own; a name of the catalog brings that entry's facts along.
+    cifar100, supercifar100, stl10 and svhn are downloaded to it where missing; None: OUT/download). out: None:
+    data/<name>. name: of a folder's data set, None: the folder's own; a name of the catalog brings that entry's facts
+    along.
     max_side: pixels; larger images are shrunk to it; None: the catalog's, 512 for a folder. max_pixels: of the largest
     picture that is read; None: 178,956,970. workers: threads that encode; None: one a core. skip_damaged: images that
     can not be read are left out, and named in dataset.json. recheck: see below. progress: shown on standard error.
@@ -58,7 +59,7 @@ def convert(
     """
     name, entry = _name_and_entry(dataset, root, name)
     out = Path(out) if out is not None else Path("data") / name
-    if root is None and entry.source in ("cifar", "stl10"):
+    if root is None and entry.source in ("cifar", "stl10", "svhn"):
         root = out / "download"
     options = Options(
         encoding=_encoding(entry, max_side),

@@ -9,6 +9,7 @@ import numpy as np
 
 from ssl_dist.convert.folders import image_folder, tiny_imagenet
 from ssl_dist.convert.images import Images, PixelImages, Source
+from ssl_dist.convert.transfer_sets import transfer_set
 from ssl_dist.data.catalog import CATALOG, OWN_FOLDER
 from ssl_dist.errors import UserError
 
@@ -27,6 +28,10 @@ def open_source(dataset: str, root: Path | None, out: Path | None = None) -> Sou
         return cifar(dataset, root)
     if kind == "stl10":
         return stl10(root)
+    if kind == "svhn":
+        return svhn(root)
+    if kind == "transfer":
+        return transfer_set(dataset, root)
     if kind == "tiny-imagenet":
         return tiny_imagenet(root)
     if out is not None and out.resolve().is_relative_to(root.resolve()):
@@ -37,16 +42,18 @@ def open_source(dataset: str, root: Path | None, out: Path | None = None) -> Sou
 def _fetch(
     dataset: str, root: Path, folder: str, archive: str, open_split: Callable[[Path], Opened]
 ) -> tuple[Path, Opened]:
-    """`open_split(root)` with torchvision's own check and download; one line where neither helps."""
-    if root.name == folder:
+    """`open_split(root)` with torchvision's own check and download; one line where neither helps. folder: that the
+    archive unpacks to; empty: the archive itself is read."""
+    if folder and root.name == folder:
         root = root.parent
     try:
         return root, open_split(root)
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
+        looked_for = f"{folder}/ and {archive}" if folder else archive
         raise UserError(
-            f"{dataset}: --root {root}: looked for {folder}/ and {archive}, and the download failed ({reason}); put "
-            f"the archive there, or convert images with `ssl-dist convert folder --name {dataset} --root DIR`"
+            f"{dataset}: --root {root}: looked for {looked_for}, and the download failed ({reason}); put "
+            f"{archive} there, or convert images with `ssl-dist convert folder --name {dataset} --root DIR`"
         ) from None
 
 
@@ -84,6 +91,20 @@ def stl10(root: Path) -> Source:
         labels = np.fromfile(folder / f"{split}_y.bin", np.uint8) - 1 if labelled else np.full(len(pixels), -1)
         splits[split] = PixelImages(pixels, labels)
     return Source(list(data.classes), splits)
+
+
+def svhn(root: Path) -> Source:
+    """The house numbers of Netzer et al. (2011): 73,257 digits to train on, 26,032 test images, and, where
+    extra_32x32.mat is there (it is not downloaded), 531,131 more, easier ones."""
+    from torchvision.datasets import SVHN
+
+    splits: dict[str, Images] = {}
+    for split in ("train", "test", "extra"):
+        archive = SVHN.split_list[split][1]
+        if split != "extra" or (root / archive).exists():
+            _, data = _fetch("svhn", root, "", archive, partial(SVHN, split=split, download=True))
+            splits[split] = PixelImages(data.data.transpose(0, 2, 3, 1), data.labels)
+    return Source([str(digit) for digit in range(10)], splits)
 
 
 def digits() -> Source:

@@ -15,7 +15,7 @@ class Entry:
     """
 
     about: str
-    source: Literal["folder", "tiny-imagenet", "cifar", "stl10", "digits"]
+    source: Literal["folder", "tiny-imagenet", "cifar", "stl10", "svhn", "digits", "transfer"]
     pretraining: str
     training: str
     evaluation: str
@@ -65,6 +65,42 @@ CATALOG: dict[str, Entry] = {
     "imagenet": Entry(
         "ILSVRC 2012: 1,281,167 and 50,000 photos in 1,000 classes; an image folder with train/ and val/",
         "folder", "train", "train", "val", 224, *_IMAGENET,
+    ),
+    "svhn": Entry(
+        "99,289 house numbers of 32x32 in 10 classes, and 531,131 more as split extra where extra_32x32.mat is there "
+        "(Netzer et al. 2011); torchvision, downloaded where missing",
+        "svhn", "train", "train", "test", 32,
+    ),
+    "food101": Entry(
+        "101,000 photos of 101 dishes (Bossard et al. 2014); torchvision's food-101/",
+        "transfer", "train", "train", "test", 224, *_IMAGENET,
+    ),
+    "flowers102": Entry(
+        "8,189 photos of 102 flowers (Nilsback & Zisserman 2008); torchvision's flowers-102/; trained on train and val",
+        "transfer", "trainval", "trainval", "test", 224, *_IMAGENET,
+    ),
+    "pets": Entry(
+        "7,349 photos of 37 breeds of cats and dogs (Parkhi et al. 2012); torchvision's oxford-iiit-pet/",
+        "transfer", "trainval", "trainval", "test", 224, *_IMAGENET,
+    ),
+    "aircraft": Entry(
+        "10,000 photos of 100 variants of aircraft (Maji et al. 2013); torchvision's fgvc-aircraft-2013b/; trained on "
+        "train and val",
+        "transfer", "trainval", "trainval", "test", 224, *_IMAGENET,
+    ),
+    "cars": Entry(
+        "16,185 photos of 196 models of cars (Krause et al. 2013); torchvision's stanford_cars/",
+        "transfer", "train", "train", "test", 224, *_IMAGENET,
+    ),
+    "dtd": Entry(
+        "5,640 photos of 47 textures (Cimpoi et al. 2014), the first of its ten divisions; torchvision's dtd/; trained "
+        "on train and val",
+        "transfer", "trainval", "trainval", "test", 224, *_IMAGENET,
+    ),
+    "eurosat": Entry(
+        "27,000 satellite images of 64x64 in 10 classes (Helber et al. 2019); torchvision's eurosat/; every fifth of a "
+        "class is a test image, for it has no splits of its own",
+        "transfer", "train", "train", "test", 224, *_IMAGENET,
     ),
     "digits": Entry(
         "scikit-learn's 1,797 handwritten digits of 8x8, enlarged to 32x32 RGB; needs no download",
