@@ -180,7 +180,8 @@ def test_crops_that_differ_are_named(tmp_path):
     row = next(row for row in ROWS if row.protocol.crops == 10)
     run = run_of(row, tmp_path)
     assert "10 crops of a test image, here 1" in scores.differences(run, row, result(row, protocol="centre crop"))
-    assert not any("crops" in words for words in scores.differences(run, row, result(row, protocol="of ten crops")))
+    for ten in ({"protocol": "the mean over ten crops"}, {"options": {"recipe": "sela_alexnet", "crops": 10}}):
+        assert not any("crops" in words for words in scores.differences(run, row, result(row, **ten)))
 
 
 def test_why_no_result_stands_there(tmp_path):

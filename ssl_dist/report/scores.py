@@ -1,6 +1,7 @@
 """The results of a run on its page, each with its protocol, beside the numbers that papers publish."""
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 
 from ssl_dist import methods, results
@@ -58,12 +59,13 @@ def differences(run: Run, row: Published, record: dict) -> list[str]:
         found.append(f"mean of {row.seeds} seeds, here of one")
     if config.backbone.weights is not None:
         found.append("here it began from weights of a file")
-    crops = 10 if "ten crops" in record["protocol"] else 1
+    crops = record["options"].get("crops") or (10 if re.search(r"\b(10|ten) crops", record["protocol"]) else 1)
     if row.protocol.crops not in (None, crops):
         found.append(f"{row.protocol.crops} crops of a test image, here {crops}")
     if "recipe" in row.protocol.options:  # what else is set replaces a value of the recipe
-        changed = {key: value for key, value in record["options"].items() if key != "recipe" and value is not None}
-        found += [f"here {row.protocol.evaluator}.{key}={value}" for key, value in changed.items()]
+        for key, value in record["options"].items():
+            if key not in ("recipe", "crops") and value is not None:
+                found.append(f"here {row.protocol.evaluator}.{key}={value}")
     return found
 
 
