@@ -11,7 +11,6 @@ import pytest
 TOOLS = Path(__file__).parents[1] / "tools"
 TESTED_ELSEWHERE = {
     "bench_rates": "test_tools.py",  # by bench_prediction
-    "compare": "test_compare.py",
     "draw_packages": "test_imports.py",
     "list_ids": "test_list_ids.py",
     "paper_row": "test_paper_row.py",
