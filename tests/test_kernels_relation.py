@@ -14,6 +14,7 @@ from torch import nn
 
 from ssl_dist.grid import Grid
 from ssl_dist.kernels.relation import Share, relation_loss
+from ssl_dist.keys import hash64
 from ssl_dist.methods.relational import couples, focal_bce, unit_rows
 from tests import thread_world
 
@@ -31,13 +32,14 @@ class Problem:
         nn.init.normal_(self.bn.weight)
         nn.init.normal_(self.bn.bias)
         self.A, self.B = (torch.randn(num_views * num_images, hidden, dtype=dtype) for _ in range(2))
+        self.couples = couples(num_views, num_images, hash64(seed) if seed % 2 else None)
         self.num_units = num_views * (num_views - 1) // 2 * num_images
         # three classes, and images whose label is not known; without the seed's draw: no labels at all
         self.labels = torch.randint(-1, 3, (num_images,)) if seed % 3 else torch.full((num_images,), -1)
 
     def share(self, lo=0, hi=None):
         hi = self.num_units if hi is None else hi
-        return Share(couples(*self.sizes), self.sizes[1], lo, hi)
+        return Share(self.couples, self.sizes[1], lo, hi)
 
     def leaves(self):
         return [x.detach().clone().requires_grad_() for x in (
@@ -47,7 +49,7 @@ class Problem:
     def by_torch(self):
         """Loss, logits [2, units], gradients, mean and biased variance; of ours only the index arithmetic."""
         leaves = A, B, weight, bias, w, c = self.leaves()
-        left, positive, negative = unit_rows(*self.sizes)
+        left, positive, negative = unit_rows(self.couples, self.sizes[1])
         h = torch.cat([A[left] + B[positive], A[left] + B[negative]])
         y = nn.functional.batch_norm(h, None, None, weight, bias, True, 0.0, self.bn.eps)
         logits = (nn.functional.leaky_relu(y, 0.01) @ w[0] + c).view(2, -1)

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from ssl_dist.distributed.world import one_process
 from ssl_dist.errors import UserError
 from ssl_dist.grid import Grid
 from ssl_dist.kernels import relation_cuda
+from ssl_dist.keys import METHOD, hash64
 from ssl_dist.methods import relational
 from ssl_dist.methods.base import Batch, Info
 from tests import grids, slow_relation, thread_world
@@ -71,7 +73,8 @@ def test_pairs_are_those_of_the_loop(num_views, num_images):
 def test_shares_of_units_join_to_all_pairs(num_views, num_images, data):
     num_units = num_views * (num_views - 1) // 2 * num_images
     cut = data.draw(st.integers(0, num_units))
-    parts = [relational.unit_rows(num_views, num_images, *ends) for ends in ((0, cut), (cut, num_units))]
+    couples = relational.couples(num_views, num_images)
+    parts = [relational.unit_rows(couples, num_images, *ends) for ends in ((0, cut), (cut, num_units))]
     left, positive, negative = (torch.cat(rows) for rows in zip(*parts, strict=True))
     expected = slow_relation.pairs(num_views, num_images)
     joined = [*((*pair, 1) for pair in zip(left.tolist(), positive.tolist(), strict=True)),
@@ -80,6 +83,15 @@ def test_shares_of_units_join_to_all_pairs(num_views, num_images, data):
     assert torch.all(positive % num_images == left % num_images) and torch.all(
         negative % num_images != left % num_images
     )
+
+
+def test_negatives_may_be_drawn():
+    """A shift for every pair of views, from all but 0, and another one at another step."""
+    drawn = np.stack([relational.couples(6, 5, hash64(0, METHOD, step)) for step in range(400)])
+    assert np.array_equal(drawn[:, :, :2], np.broadcast_to(relational.couples(6, 5)[:, :2], (400, 15, 2)))
+    counts = np.bincount(drawn[:, :, 2].ravel(), minlength=5)
+    assert counts[0] == 0 and len(counts) == 5 and counts[1:].min() > 1350 and counts[1:].max() < 1650
+    assert relational.couples(3, 2, hash64(1))[:, 2].tolist() == [1, 1, 1]
 
 
 def test_one_view_has_no_pairs():

@@ -21,7 +21,7 @@ from ssl_dist.device import to_device
 from ssl_dist.errors import UserError
 from ssl_dist.kernels import relation, relation_cuda
 from ssl_dist.kernels.ranks import Ranks
-from ssl_dist.keys import LABELLED, hash64, uniform_rows
+from ssl_dist.keys import LABELLED, METHOD, hash64, uniform_rows
 from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
 from ssl_dist.nn.batchnorm import update_running
 from ssl_dist.nn.layers import full_precision, mlp
@@ -41,6 +41,11 @@ class Options(Section):
         description="what scores a pair: the relation head on both representations; or a dot product, of what an MLP "
         "to 64 dimensions makes of each (encoder) or of the representations themselves",
     )
+    negatives: Literal["in_turn", "random"] = Field(
+        "in_turn",
+        description="the other image of a negative pair: by a shift that rises from one pair of views to the next, as "
+        "in the official code, or that is drawn for each",
+    )
     labelled: Probability = Field(
         0.0, description="semi-supervised: share of the images (drawn by key) whose label makes further positive pairs"
     )
@@ -49,25 +54,29 @@ class Options(Section):
 # ---------------------------------------------------------------------------------------------------- pairs
 
 
-def couples(num_views: int, num_images: int) -> np.ndarray:
+def couples(num_views: int, num_images: int, key: np.uint64 | None = None) -> np.ndarray:
     """Pairs of views a < b and the shift of their negatives: int64 [K(K-1)/2, 3], rows (a, b, shift).
 
-    The shift rises by one from couple to couple and begins again at 1 when it reaches M. Raises ValueError when there
-    are no two views.
+    Image m of view a is paired with image m - shift of view b. The shift rises by one from couple to couple and begins
+    again at 1 when it reaches M, as in the official code; with a key each is drawn from 1 .. M - 1, so that the other
+    image is a random one (section 3). Raises ValueError when there are no two views.
     """
     if num_views < 2:
         raise ValueError(f"{num_views} views have no pairs")
     a, b = np.triu_indices(num_views, 1)
-    return np.stack([a, b, 1 + np.arange(len(a)) % max(num_images - 1, 1)], axis=1).astype(np.int64)
+    shifts = np.arange(len(a)) % max(num_images - 1, 1)
+    if key is not None:
+        shifts = (uniform_rows(key, np.arange(len(a)), 1)[:, 0] * max(num_images - 1, 1)).astype(np.int64)
+    return np.stack([a, b, 1 + shifts], axis=1).astype(np.int64)
 
 
 def unit_rows(
-    num_views: int, num_images: int, lo: int = 0, hi: int | None = None, device: torch.device | str = "cpu"
+    couples_Q3: np.ndarray, num_images: int, lo: int = 0, hi: int | None = None, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The units lo..hi-1 as rows k*M + m of the representations: left, right of the positive pair, right of the
     negative pair, each int64 [hi - lo]. Unit q*M + m is image m of couple q; it is one positive and one negative pair.
     """
-    table = to_device(couples(num_views, num_images), torch.device(device))
+    table = to_device(couples_Q3, torch.device(device))
     unit = torch.arange(lo, len(table) * num_images if hi is None else hi, device=device)
     image = unit % num_images
     a, b, shift = table[unit // num_images].unbind(1)
@@ -79,7 +88,9 @@ def relation_pairs(num_views: int, num_images: int) -> tuple[Tensor, Tensor, Ten
 
     For every couple of views first its M positive pairs, then its M negative ones.
     """
-    left, positive, negative = (rows.view(-1, num_images) for rows in unit_rows(num_views, num_images))
+    left, positive, negative = (
+        rows.view(-1, num_images) for rows in unit_rows(couples(num_views, num_images), num_images)
+    )
     right = torch.stack([positive, negative], 1)
     target = torch.tensor([1, 0])[:, None].expand_as(right[0]).expand_as(right)
     return left[:, None].expand_as(right).flatten(), right.flatten(), target.flatten()
@@ -244,7 +255,7 @@ class Method(SSLMethod[Options]):
         lo, hi = world.share(num_units)
         # The head is a small part of the work and its sums run over all pairs: never in half precision.
         with full_precision(z_KMD.device):
-            loss_share, logits, target = self.relate(z_KMD, labels_M, lo, hi, world)
+            loss_share, logits, target = self.relate(z_KMD, labels_M, lo, hi, world, batch.step)
         correct = (logits > 0) == target
         counts = torch.stack([(correct & target).sum(), target.sum(), (correct & ~target).sum(), (~target).sum()])
         correct_positive, num_positive, correct_negative, num_negative = world.all_reduce_sum(counts)
@@ -267,24 +278,28 @@ class Method(SSLMethod[Options]):
         revealed = to_device(draws < self.options.labelled, batch.labels.device)
         return torch.where(revealed, batch.labels, -1)
 
-    def relate(self, z_KMD: Tensor, labels_M: Tensor, lo: int, hi: int, world: World) -> tuple[Tensor, Tensor, Tensor]:
+    def relate(
+        self, z_KMD: Tensor, labels_M: Tensor, lo: int, hi: int, world: World, step: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """What the units lo..hi-1 add to the mean loss over all pairs; logits and targets (bool) of their pairs, [2,
         hi - lo]: row 0 views of one image, row 1 views of two."""
         num_views, num_images, _ = z_KMD.shape
         head, z_ND, gamma, alpha = self.relation_module, z_KMD.flatten(0, 1), self.options.gamma, self.options.alpha
-        target = self._targets(num_views, labels_M, lo, hi)
+        key = hash64(self.info.seed, METHOD, step) if self.options.negatives == "random" else None
+        couples_Q3 = couples(num_views, num_images, key)
+        target = self._targets(couples_Q3, labels_M, lo, hi)
         if self.fused and isinstance(head, RelationModule) and head.training and not head.obstacle(z_ND.device.type):
-            share = relation.Share(couples(num_views, num_images), num_images, lo, hi)
+            share = relation.Share(couples_Q3, num_images, lo, hi)
             return *head.sweep(z_ND, share, labels_M, gamma, alpha, world), target
-        left, positive, negative = unit_rows(num_views, num_images, lo, hi, z_ND.device)
+        left, positive, negative = unit_rows(couples_Q3, num_images, lo, hi, z_ND.device)
         logits = head(z_ND, left.repeat(2), torch.cat([positive, negative])).view(2, -1)
         num_pairs = num_views * (num_views - 1) * num_images
         return focal_bce(logits, target, gamma, alpha).sum() / num_pairs, logits.detach(), target
 
-    def _targets(self, num_views: int, labels_M: Tensor, lo: int, hi: int) -> Tensor:
+    def _targets(self, couples_Q3: np.ndarray, labels_M: Tensor, lo: int, hi: int) -> Tensor:
         """bool [2, hi - lo] of the units lo..hi-1: true of pairs of one image, and of two whose labels are equal."""
         if not self.options.labelled:
             return (torch.arange(2, device=labels_M.device) == 0)[:, None].expand(2, hi - lo)
-        left, _, negative = unit_rows(num_views, len(labels_M), lo, hi, labels_M.device)
+        left, _, negative = unit_rows(couples_Q3, len(labels_M), lo, hi, labels_M.device)
         one, other = labels_M[left % len(labels_M)], labels_M[negative % len(labels_M)]
         return torch.stack([torch.ones_like(left, dtype=torch.bool), (one == other) & (one >= 0)])
