@@ -96,7 +96,8 @@ def study_of(tmp_path, **changes):
 
 
 def numbers_of(trainings, value):
-    return [Number(t, m, {"value": value(t.labels), "protocol": "p"}) for t in trainings for m in t.measures]
+    record = {"method": "", "backbone": "", "protocol": "p"}
+    return [Number(t, m, record | {"value": value(t.labels)}, 1.0) for t in trainings for m in t.measures]
 
 
 def test_columns_are_of_axes_and_measures(tmp_path):
@@ -118,6 +119,32 @@ def test_columns_are_of_axes_and_measures(tmp_path):
     assert str(table.cells[("rotation",), ("A",)]) == "2.00 ± 1.00"
     assert str(table.cells[("supervised",), ("B",)]) == "1.50 ± 0.71 (2 of 3)"
     assert "| method | B | A |" in numbers.as_markdown(study, table)
+
+
+def test_published_numbers_stand_beside_cells(tmp_path):
+    """With the difference, and in a note what else differs; the same probe of another backbone stands alone."""
+    axes = {
+        "method": ["relational"], "backbone": {"key": "backbone.name", "values": ["conv4", "resnet8"]},
+        "seed": {"key": "seed", "values": [1, 2]},
+    }  # fmt: skip
+    config = str(_root() / "configs/cifar10/{method}-conv4.yaml")
+    measures = [{"column": "probe", "evaluator": "probe", "result": "probe_top1"}]
+    table = {"rows": ["method"], "columns": ["backbone"]}
+    content = {"axes": axes, "exclude": [], "overrides": {}, "measures": measures, "table": table, "figure": None}
+    study, trainings = spec.read(write(tmp_path / "study.yaml", tree(tmp_path) | content | {"config": config}))
+    found = []
+    for training in trainings:
+        record = {
+            "name": "probe_top1", "value": 60.0, "method": "relational", "dataset": "cifar10", "split": "test",
+            "backbone": training.config.backbone.name, "protocol": "linear probe", "options": {"recipe": "relational"},
+        }  # fmt: skip
+        found.append(Number(training, training.measures[0], record, 200.0))
+    grid = numbers.grid(study, trainings, found)
+    assert grid.text(("relational",), ("conv4", "probe")) == "60.00 ± 0.00; published 61.03, -1.03 [1]"
+    assert grid.text(("relational",), ("resnet8", "probe")) == "60.00 ± 0.00"
+    assert grid.notes == ["mean of 3 seeds, here of 2"]
+    text = numbers.as_markdown(study, grid)
+    assert "[1] mean of 3 seeds, here of 2." in text and "Published: " in text and "Patacchiola" in text
 
 
 def test_cells():

@@ -6,6 +6,8 @@ the images that a classifier learned from agree. What else differs the page name
 """
 
 import functools
+import math
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from importlib import resources
@@ -123,6 +125,31 @@ def measured_alike(row: Published, config: Config, records: Sequence[dict]) -> l
     if row not in beside(config) or not is_of_variant(row, config):
         return []
     return [record for record in records if agrees(row, record)]
+
+
+def differences(row: Published, config: Config, record: dict, epochs: float | None, seeds: int = 1) -> list[str]:
+    """What differs, in words, between the number and a result that agrees with it. epochs: of the run at the result's
+    checkpoint, None: unknown; seeds: that the result is a mean of."""
+    found = []
+    if row.epochs is not None and (epochs is None or not math.isclose(epochs, row.epochs, rel_tol=0.005)):
+        found.append(f"{row.epochs:,} epochs, here {'unknown' if epochs is None else f'{epochs:.4g}'}")
+    if row.batch_size not in (None, config.optim.batch_size):
+        found.append(f"batches of {row.batch_size:,}, here of {config.optim.batch_size:,}")
+    views = config.num_views or getattr(methods.find(config.method.name), "num_views", None)
+    if row.views not in (None, views):
+        found.append(f"K = {row.views}, here {views}")
+    if row.seeds is not None and row.seeds != seeds:
+        found.append(f"mean of {row.seeds} seeds, here of {'one' if seeds == 1 else seeds}")
+    if config.backbone.weights is not None:
+        found.append("here it began from weights of a file")
+    crops = record["options"].get("crops") or (10 if re.search(r"\b(10|ten) crops", record["protocol"]) else 1)
+    if row.protocol.crops not in (None, crops):
+        found.append(f"{row.protocol.crops} crops of a test image, here {crops}")
+    if "recipe" in row.protocol.options:  # what else is set replaces a value of the recipe
+        for key, value in record["options"].items():
+            if key not in ("recipe", "crops") and value is not None:
+                found.append(f"here {row.protocol.evaluator}.{key}={value}")
+    return found
 
 
 def _agree(required: dict[str, Scalar], options: dict) -> bool:

@@ -1,10 +1,8 @@
 """The results of a run on its page, each with its protocol, beside the numbers that papers publish."""
 
-import math
-import re
 from collections.abc import Iterable, Sequence
 
-from ssl_dist import methods, results
+from ssl_dist import results
 from ssl_dist.report import published
 from ssl_dist.report.published import Published
 from ssl_dist.report.run import Run, command
@@ -46,27 +44,7 @@ def measured_alike(run: Run, row: Published) -> list[dict]:
 
 def differences(run: Run, row: Published, record: dict) -> list[str]:
     """What differs, in words, between the number and a result that agrees with it."""
-    config, found = run.config, []
-    epochs = epochs_at(run, record["step"])
-    if row.epochs is not None and (epochs is None or not math.isclose(epochs, row.epochs, rel_tol=0.005)):
-        found.append(f"{row.epochs:,} epochs, here {'unknown' if epochs is None else f'{epochs:.4g}'}")
-    if row.batch_size not in (None, config.optim.batch_size):
-        found.append(f"batches of {row.batch_size:,}, here of {config.optim.batch_size:,}")
-    views = config.num_views or getattr(methods.find(config.method.name), "num_views", None)
-    if row.views not in (None, views):
-        found.append(f"K = {row.views}, here {views}")
-    if (row.seeds or 1) > 1:
-        found.append(f"mean of {row.seeds} seeds, here of one")
-    if config.backbone.weights is not None:
-        found.append("here it began from weights of a file")
-    crops = record["options"].get("crops") or (10 if re.search(r"\b(10|ten) crops", record["protocol"]) else 1)
-    if row.protocol.crops not in (None, crops):
-        found.append(f"{row.protocol.crops} crops of a test image, here {crops}")
-    if "recipe" in row.protocol.options:  # what else is set replaces a value of the recipe
-        for key, value in record["options"].items():
-            if key not in ("recipe", "crops") and value is not None:
-                found.append(f"here {row.protocol.evaluator}.{key}={value}")
-    return found
+    return published.differences(row, run.config, record, epochs_at(run, record["step"]))
 
 
 def epochs_at(run: Run, step: int) -> float | None:

@@ -91,7 +91,9 @@ def measured(training: Training, measure: Measure) -> tuple[int, Number]:
         raise UserError(
             f"measures: {measure.evaluator} gives no {measure.result}, but {', '.join(by_name)}; name one of these"
         )
-    return code, Number(training, measure, by_name.get(measure.result, {}))
+    record = by_name.get(measure.result, {})
+    epochs = record.get("step", 0) / plan_of(training).order.steps_per_epoch
+    return code, Number(training, measure, record, epochs)
 
 
 def describe(path: Path, overrides: Sequence[str]) -> str:

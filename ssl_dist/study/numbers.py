@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ssl_dist.report import published
+from ssl_dist.report.published import Published
 from ssl_dist.study.spec import Labels, Measure, Study, Training, Value
 
 
@@ -16,6 +18,7 @@ class Number:
     training: Training
     measure: Measure
     record: dict
+    epochs: float  # of the training, at the checkpoint that was measured
 
     @property
     def value(self) -> float:
@@ -47,37 +50,75 @@ class Cell:
         )
 
 
+@dataclass(frozen=True)
+class Beside:
+    """A published number that a cell may stand beside, and what else differs between the two."""
+
+    row: Published
+    differences: list[str]
+
+
 Key = tuple[Value, ...]
+Place = tuple[Key, Key]
 
 
 @dataclass(frozen=True)
 class Grid:
     """rows: values of the row axes; columns: values of the column axes and the measure's column; a cell for each pair
-    that some run belongs to."""
+    that some run belongs to, and published numbers beside some of them."""
 
     rows: list[Key]
     columns: list[Key]
-    cells: dict[tuple[Key, Key], Cell]
+    cells: dict[Place, Cell]
+    beside: dict[Place, Beside]
+
+    @property
+    def notes(self) -> list[str]:
+        """What differs, each once."""
+        return list(dict.fromkeys("; ".join(other.differences) for other in self.beside.values() if other.differences))
+
+    def text(self, row: Key, column: Key) -> str:
+        """A cell as it is printed: the mean, the published number and the difference, and the number of its note."""
+        if (row, column) not in self.cells:
+            return "–"
+        cell, other = self.cells[row, column], self.beside.get((row, column))
+        if other is None:
+            return str(cell)
+        std = "" if other.row.std is None else f" ± {other.row.std:g}"
+        note = f" [{self.notes.index('; '.join(other.differences)) + 1}]" if other.differences else ""
+        return f"{cell}; published {other.row.value:g}{std}, {cell.mean - other.row.value:+.2f}{note}"
 
 
 def grid(study: Study, trainings: Sequence[Training], numbers: Sequence[Number]) -> Grid:
     """The table of a study. numbers: those that are there so far."""
-    wanted: dict[tuple[Key, Key], int] = {}
-    values: dict[tuple[Key, Key], list[float]] = {}
+    wanted: dict[Place, int] = {}
+    there: dict[Place, list[Number]] = {}
     for training in trainings:
         for measure in training.measures:
             place = _place(study, training.labels, measure)
             wanted[place] = wanted.get(place, 0) + 1
     for number in numbers:
-        values.setdefault(_place(study, number.training.labels, number.measure), []).append(number.value)
+        there.setdefault(_place(study, number.training.labels, number.measure), []).append(number)
     columns = list(dict.fromkeys(column for _, column in wanted))
     order = {measure.column: place for place, measure in reversed(list(enumerate(study.measures)))}
     columns.sort(key=lambda column: order[str(column[-1])])  # stable: column axes stay in their order
-    cells = {place: Cell(tuple(values.get(place, ())), count) for place, count in wanted.items()}
-    return Grid(list(dict.fromkeys(row for row, _ in wanted)), columns, cells)
+    cells = {
+        place: Cell(tuple(number.value for number in there.get(place, ())), count) for place, count in wanted.items()
+    }
+    beside = {place: other for place, found in there.items() if (other := _beside(found))}
+    return Grid(list(dict.fromkeys(row for row, _ in wanted)), columns, cells, beside)
 
 
-def _place(study: Study, labels: Labels, measure: Measure) -> tuple[Key, Key]:
+def _beside(numbers: Sequence[Number]) -> Beside | None:
+    """The first published number that was measured as these, which differ in the seed alone."""
+    training, record = numbers[0].training, numbers[0].record
+    for row in published.beside(training.config):
+        if published.measured_alike(row, training.config, [record]):
+            return Beside(row, published.differences(row, training.config, record, numbers[0].epochs, len(numbers)))
+    return None
+
+
+def _place(study: Study, labels: Labels, measure: Measure) -> Place:
     row = tuple(labels[axis] for axis in study.table.rows)
     return row, (*(labels[axis] for axis in study.table.columns), measure.column)
 
@@ -107,8 +148,11 @@ def as_markdown(study: Study, table: Grid) -> str:
     lines = [f"# {study.title}", "", f"{study.source}. Mean ± standard deviation over {study.table.over}.", ""]
     lines += [_line(head), "|" + "---|" * len(study.table.rows) + "---:|" * len(table.columns)]
     for row in table.rows:
-        cells = [str(table.cells[row, column]) if (row, column) in table.cells else "–" for column in table.columns]
-        lines.append(_line([*map(str, row), *cells]))
+        lines.append(_line([*map(str, row), *(table.text(row, column) for column in table.columns)]))
+    notes = [f"[{number}] {note}." for number, note in enumerate(table.notes, 1)]
+    sources = dict.fromkeys(f"Published: {other.row.footnote}" for other in table.beside.values())
+    for line in (*notes, *sources):
+        lines += ["", line]
     return "\n".join(lines) + "\n"
 
 

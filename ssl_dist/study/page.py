@@ -43,6 +43,7 @@ def html(study: Study, table: layout.Grid, numbers: Sequence[Number], picture: b
     protocols = dict.fromkeys((number.measure.column, number.record["protocol"]) for number in numbers)
     return _ENVIRONMENT.get_template("table.html").render(
         study=study, table=table, protocols=list(protocols),
+        footnotes=list(dict.fromkeys(other.row.footnote for other in table.beside.values())),
         heads=[layout.heading(study, column) for column in table.columns],
         picture=None if picture is None else base64.b64encode(picture).decode(),
     )  # fmt: skip
