@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms import functional
 
 from ssl_dist import cli, config
 from ssl_dist.convert.command import convert
@@ -63,8 +65,6 @@ def test_probe_and_fine_tuning_are_measured_once(run, measured, capsys):
 
 
 def test_probe_and_fine_tuning_have_confusion_matrices(run, measured):
-    from PIL import Image
-
     for name in ("probe", "finetune"):
         for kind in ("confusion", "classes"):
             with Image.open(run / "figures" / f"digits-test-{name}-{kind}.png") as picture:
@@ -108,6 +108,34 @@ def test_the_accuracies_are_those_of_single_images(run, measured, digits):
     assert measured[0]["probe_top5"] == pytest.approx(100 * among_five / count)
 
 
+def test_scores_of_ten_crops_are_the_mean_of_those_of_each(run, measured, digits):
+    """Recomputed with the saved classifier and torchvision's crops, one test image at a time."""
+    [folder] = [path for path in (run / "evaluations").iterdir() if path.name.startswith("probe")]
+    transform = ["data.eval_resize=40"]
+    _, records = evaluate(run, ["classify"], [f"classify.head={folder}", "classify.crops=10", *transform])
+    method, encoder = load_method(folder)
+    correct = 0
+    with Dataset(digits, reader="arrays").open("test") as reader, torch.no_grad():
+        count = reader.info.count
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoder.normalize.mean, encoder.normalize.std))
+        for pixels, _, _, [image_id] in reader.batches([[i] for i in range(count)]):
+            crops = functional.ten_crop(functional.resize(Image.fromarray(pixels[0]), 40), [32, 32])
+            batch = torch.stack([(functional.to_tensor(crop) - mean) / std for crop in crops])
+            scores = method.eval().logits(batch)["output"].mean(0)
+            correct += int(scores.argmax()) == int(reader.labels([image_id])[0])
+    values = {record["name"]: record["value"] for record in records}
+    assert values["classify_top1"] == pytest.approx(100 * correct / count) and len(values) == 2
+    assert "ten crops" in records[0]["protocol"] and "centre crop" not in records[0]["protocol"]
+
+
+def test_selas_probe_is_tested_on_ten_crops():
+    assert "ten crops" in probe.protocol(probe.Options(recipe="sela_alexnet"))
+    assert "centre crop" in probe.protocol(probe.Options(recipe="sela_alexnet", crops=1))
+    assert "ten crops" in probe.protocol(probe.Options(crops=10))
+    for recipe in ("relational", "sela_resnet", "sfrik"):
+        assert probe.protocol(probe.Options(recipe=recipe)).endswith("centre crop")
+
+
 def test_a_saved_classifier_is_used_without_training(run, measured):
     [folder] = [path for path in (run / "evaluations").iterdir() if path.name.startswith("probe")]
     before = sorted(path.name for path in (run / "evaluations").iterdir())
@@ -134,8 +162,6 @@ def test_a_supervised_run_classifies_itself(digits, tmp_path):
     assert "may have been trained on these labels" in record["protocol"]
 
     # Another data set, where classes are fewer and in another order: the labels are other numbers of the same names.
-    from PIL import Image
-
     with Dataset(digits, reader="arrays").open("test") as reader:
         chosen = np.flatnonzero(np.isin(reader.labels(np.arange(reader.info.count)), (3, 7, 8)))
         for i, (pixels, _, _, _) in zip(chosen, reader.batches([[i] for i in chosen]), strict=True):

@@ -18,6 +18,7 @@ from ssl_dist import views
 from ssl_dist.config.recipe import ViewGroup
 from ssl_dist.config.section import validate
 from ssl_dist.errors import UserError
+from ssl_dist.thread_team import ThreadTeam
 from tests.view_reference import columns_first, noise, planes, reference, rows_first
 
 ALPHA = 1e-4
@@ -155,6 +156,27 @@ def test_the_test_transform_with_either_interpolation(resize, interpolation):
     actual = views.test_views((image[None], *sides, np.array([0])), 32, resize=resize, interpolation=interpolation)[0]
     plain = functional.resize(Image.fromarray(image), resize, functional.InterpolationMode(interpolation))
     np.testing.assert_array_equal(actual, planes(functional.center_crop(plain, [32, 32])))
+
+
+@pytest.mark.parametrize(("resize", "interpolation"), [(None, "bilinear"), (45, "bicubic"), (38, "bilinear")])
+def test_ten_crops_are_torchvisions(resize, interpolation):
+    """Images whose centre lies between two pixels, upright and lying, on two threads."""
+    sides = [(50, 61), (61, 50), (33, 40)]
+    padded = np.zeros((3, 61, 61, 3), np.uint8)
+    for n, (height, width) in enumerate(sides):
+        padded[n, :height, :width] = noise(n, height, width)
+    heights, widths = np.array(sides).T
+    batch = views.Images(padded, heights, widths, np.arange(3))
+    with ThreadTeam(2) as team:
+        actual = views.ten_crops(batch, 32, resize, interpolation, team)
+    for n, side in enumerate(sides):
+        plain = functional.resize(
+            Image.fromarray(noise(n, *side)), resize or 32, functional.InterpolationMode(interpolation)
+        )
+        for crop, expected in zip(actual[n], functional.ten_crop(plain, [32, 32]), strict=True):
+            np.testing.assert_array_equal(crop, planes(expected))
+    with pytest.raises(UserError, match="resize = 8"):
+        views.ten_crops(batch, 32, 8)
 
 
 @pytest.mark.parametrize("threshold", [0, 127, 128, 255])

@@ -11,7 +11,7 @@ from ssl_dist.errors import UserError
 from ssl_dist.methods.base import SSLMethod
 from ssl_dist.run.encoder import Encoder, load_together
 from ssl_dist.storage import checkpoint
-from ssl_dist.transfer.classification import classify, draw
+from ssl_dist.transfer.classification import CROPS, Crops, classify, draw
 from ssl_dist.transfer.recipe import encoder_file
 from ssl_dist.transfer.subject import EvalContext
 
@@ -22,16 +22,20 @@ class Options(Section):
     head: str | None = Field(
         None, description="folder of a probe or a fine-tuning in RUN/evaluations; null: the run's own classifier"
     )
+    crops: Crops = Field(1, description="of a test image: 1, its centre; 10, corners and centre, and mirrored")
 
 
 def protocol(options: Options) -> str:
     """The sentence that says how was measured; a head is named with the start of its checkpoint's SHA-256."""
     if options.head is None:
-        return "inference by the run's own classifier, all test images, centre crop"
+        return f"inference by the run's own classifier, all test images, {CROPS[options.crops]}"
     newest = checkpoint.newest_digest(Path(options.head))
     if newest is None:
         raise UserError(f"classify.head = {options.head!r}: holds no checkpoint; name a folder of RUN/evaluations")
-    return f"inference by the classifier of {Path(options.head).name} ({newest[1][:12]}), all test images, centre crop"
+    return (
+        f"inference by the classifier of {Path(options.head).name} ({newest[1][:12]}), all test images, "
+        f"{CROPS[options.crops]}"
+    )
 
 
 def measure(context: EvalContext, options: Options) -> dict[str, float]:
@@ -50,7 +54,7 @@ def measure(context: EvalContext, options: Options) -> dict[str, float]:
             file=sys.stderr,
             flush=True,
         )
-    classified = classify(method, encoder, context, encoder.classes)
+    classified = classify(method, encoder, context, encoder.classes, options.crops)
     draw(classified, context, "classify", "the classifier", encoder.classes)
     return classified.values("classify")
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from ssl_dist.transfer.classification import CROPS, Crops
 from ssl_dist.transfer.recipe import CROP_AND_FLIP, Overrides, Recipe, train_and_classify
 from ssl_dist.transfer.subject import EvalContext
 
@@ -26,6 +27,7 @@ RECIPES = {
         },
         CROP_AND_FLIP,
         {"stages": "all", "init": "xavier"},
+        crops=10,
     ),
     "sela_resnet": Recipe(
         "SeLa, ResNet",
@@ -50,6 +52,9 @@ class Options(Overrides):
     batchnorm: Literal["frozen", "batch"] | None = Field(
         None, description="of the backbone: frozen, or batch statistics as in SeLa's ResNet probe; null: the recipe's"
     )
+    crops: Crops | None = Field(
+        None, description="of a test image: 1, its centre; 10, corners and centre, and mirrored; null: the recipe's"
+    )
 
 
 def protocol(options: Options) -> str:
@@ -59,7 +64,7 @@ def protocol(options: Options) -> str:
     where = "output" if stages is None else f"stages ({stages})"
     return (
         f"linear probe on the frozen backbone's {where} as in {recipe.paper}: {recipe.description}{statistics}; last "
-        "epoch, all test images, centre crop"
+        f"epoch, all test images, {CROPS[recipe.crops]}"
     )
 
 
@@ -70,4 +75,4 @@ def measure(context: EvalContext, options: Options) -> dict[str, float]:
 
 def _recipe(options: Options) -> Recipe:
     """The recipe with the user's changes."""
-    return RECIPES[options.recipe].replaced(options, stages=options.stages, batchnorm=options.batchnorm)
+    return RECIPES[options.recipe].replaced(options, options.crops, stages=options.stages, batchnorm=options.batchnorm)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from ssl_dist.storage.features import read_features, write_features
 from ssl_dist.thread_team import ThreadTeam
 
 BATCH_SIZE = 256  # images in a forward pass in evaluation mode; another size rounds differently
+TEN_CROPS_BATCH_SIZE = 16  # images of ten crops each; it divides the other, at whose multiples ranks part
 LAYER = "output"
 BATCH_TIMEOUT_S = 600.0  # without a batch, after which a rank of an extraction ends
 PARTS_TIMEOUT_S = 4 * 3600.0  # that a rank which is done waits for the others; one that dies is noticed at once
@@ -241,17 +243,25 @@ def outputs(
     threads: int,
     world: World,
     progress: Progress,
+    crops: Literal[1, 10] = 1,
 ) -> Iterator[np.ndarray]:
     """The network's outputs, float32 [n, D], for the images `ids` under the test transform of `data`, uint8
-    [n, 3, S, S] on the world's device, batch by batch and without gradient; of no ids one batch of none."""
+    [n, 3, S, S] on the world's device, batch by batch and without gradient; of no ids one batch of none. crops: 10:
+    the mean of the outputs for ten crops of an image, see `views.ten_crops`, in place of the output for its centre."""
+    make = views.test_views if crops == 1 else views.ten_crops
+    size = BATCH_SIZE if crops == 1 else TEN_CROPS_BATCH_SIZE
 
     def make_view(images: views.Images, team: ThreadTeam) -> np.ndarray:
-        return views.test_views(images, data.image_size, data.eval_resize, data.eval_interpolation, team)
+        return make(images, data.image_size, data.eval_resize, data.eval_interpolation, team)
 
-    batches = (ids[start : start + BATCH_SIZE] for start in range(0, max(1, len(ids)), BATCH_SIZE))
+    batches = (ids[start : start + size] for start in range(0, max(1, len(ids)), size))
     with torch.no_grad(), closing(view_batches(reader, batches, make_view, threads)) as views_and_ids:
         for images, _ in views_and_ids:
-            output = network(torch.from_numpy(images).to(world.device))
+            pixels = torch.from_numpy(images).to(world.device)
+            if crops == 1:
+                output = network(pixels)
+            else:
+                output = network(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]).float().mean(1)
             yield output.flatten(1).float().cpu().numpy()
             progress.update(len(images))
             world.state.step += 1

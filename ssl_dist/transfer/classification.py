@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from ssl_dist.results.accuracy import target_rank
 from ssl_dist.results.figures import add_picture
 from ssl_dist.run.encoder import BATCH_TIMEOUT_S, Encoder, outputs, share_in_batches
 from ssl_dist.transfer.subject import EvalContext
+
+Crops = Literal[1, 10]
+CROPS = {1: "centre crop", 10: "mean of the scores of ten crops (corners and centre, and mirrored)"}  # for protocols
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,15 @@ def draw(
 
 
 def classify(
-    method: SSLMethod, encoder: Encoder, context: EvalContext, classes: Sequence[str] | None = None
+    method: SSLMethod,
+    encoder: Encoder,
+    context: EvalContext,
+    classes: Sequence[str] | None = None,
+    crops: Crops = 1,
 ) -> Classified:
     """Classify the measured images under the test transform of `encoder`, which is the method's. classes: the names of
-    the classifier's classes, with which those of the data set are matched; None: classes are matched by number.
+    the classifier's classes, with which those of the data set are matched; None: classes are matched by number. crops:
+    10: scores are the mean over ten crops of an image.
 
     The method is left in evaluation mode and float32. Raises `UserError` for images without a label, and for labels
     that the classifier has no score for.
@@ -96,7 +105,7 @@ def classify(
         ):
             method.to(world.device).to(memory_format=torch.channels_last)
             images = reader, ids[low:high], encoder.config.data, world.rank_info.cores
-            for scores in outputs(score, *images, world, progress):
+            for scores in outputs(score, *images, world, progress, crops):
                 scores_BHC = torch.from_numpy(scores).view(len(scores), len(names), num_classes)
                 target_B = labels[start : start + len(scores_BHC)]
                 start += len(scores_BHC)

@@ -19,7 +19,7 @@ from ssl_dist.run.blueprint import derive
 from ssl_dist.run.encoder import Encoder
 from ssl_dist.storage.durable import atomic_write_or_refuse
 from ssl_dist.train.loop import train_in
-from ssl_dist.transfer.classification import Classified, classify, draw
+from ssl_dist.transfer.classification import Classified, Crops, classify, draw
 from ssl_dist.transfer.subject import EvalContext
 
 CROP_AND_FLIP = {"random_resized_crop": {"scale": [0.08, 1.0], "ratio": [0.75, 4 / 3]}, "horizontal_flip": 0.5}
@@ -41,18 +41,19 @@ class Overrides(Section):
 @dataclass(frozen=True)
 class Recipe:
     """One paper's protocol. optim: section of a config; view: recipe of the training views, None: the test transform;
-    options: of the method that is trained, methods/linear_probe.py or fine_tuning.py."""
+    options: of the method that is trained, methods/linear_probe.py or fine_tuning.py; crops: of a test image."""
 
     paper: str
     optim: dict
     view: dict | None = None
     options: dict = field(default_factory=dict)
+    crops: Crops = 1
 
-    def replaced(self, overrides: Overrides, **options: object) -> "Recipe":
+    def replaced(self, overrides: Overrides, crops: Crops | None = None, **options: object) -> "Recipe":
         """The recipe with those values of the overrides, and of the method's options, that are not null."""
         values = {name: value for name in Overrides.model_fields if (value := getattr(overrides, name)) is not None}
         changed = {name: value for name, value in options.items() if value is not None}
-        return Recipe(self.paper, self.optim | values, self.view, self.options | changed)
+        return Recipe(self.paper, self.optim | values, self.view, self.options | changed, crops or self.crops)
 
     @property
     def description(self) -> str:
@@ -90,7 +91,7 @@ def train_and_classify(context: EvalContext, name: str, method: str, recipe: Rec
         code, training = train_in(world, context.watchdog, stop, plan)
     if code == STOPPED:
         raise Stopped(str(folder))
-    classified = classify(training.method, context.encoder, context)
+    classified = classify(training.method, context.encoder, context, crops=recipe.crops)
     draw(classified, context, name, f"the {method.replace('_', ' ')} of {recipe.paper}")
     return classified
 

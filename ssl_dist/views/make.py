@@ -182,12 +182,47 @@ def test_views(
     Equals torchvision's Resize(resize, interpolation) and CenterCrop(size) on a PIL image; an image of size x size
     stays as it is. Raises `UserError` when resize < size.
     """
-    resize = size if resize is None else resize
-    if resize < size:
-        raise UserError(f"resize = {resize}: must be at least the size of the centre crop, {size}")
+    resize = _checked_resize(size, resize)
     group = ViewGroup(resize=Resize(short_side=resize, interpolation=interpolation))  # nothing random in it
     spec = ViewSpec(size, 1, 0, numeric_recipe(group, size))
     return make_views(images, spec, spec.view_ids, 0, 0, team)[0]
+
+
+def ten_crops(
+    images: Images,
+    size: int,
+    resize: int | None = None,
+    interpolation: Interpolation = "bilinear",
+    team: ThreadTeam = ALONE,
+) -> np.ndarray:
+    """Ten views for evaluation, uint8 [B, 10, 3, S, S]: short side to `resize` (null: size), then its corners (top
+    left, top right, bottom left, bottom right) and its centre, and those of the mirrored image.
+
+    Equals torchvision's Resize(resize, interpolation) and TenCrop(size) on a PIL image. Raises `UserError` when
+    resize < size.
+    """
+    how = Resize(short_side=_checked_resize(size, resize), interpolation=interpolation)
+    pixels = _read_only(images.pixels, np.uint8)
+    out = np.empty((len(pixels), 10, 3, size, size), np.uint8)
+
+    def make(low: int, high: int) -> None:
+        for b in range(low, high):
+            whole = _resized(pixels[b], images.heights[b], images.widths[b], how).transpose(2, 0, 1)
+            down, right = whole.shape[1] - size, whole.shape[2] - size
+            corners = [(0, 0), (0, right), (down, 0), (down, right), (round(down / 2), round(right / 2))]
+            for n, (top, left) in enumerate(corners):
+                out[b, n] = whole[:, top : top + size, left : left + size]
+                out[b, 5 + n] = whole[:, :, ::-1][:, top : top + size, left : left + size]
+
+    team.run(make, len(pixels))
+    return out
+
+
+def _checked_resize(size: int, resize: int | None) -> int:
+    resize = size if resize is None else resize
+    if resize < size:
+        raise UserError(f"resize = {resize}: must be at least the size of the centre crop, {size}")
+    return resize
 
 
 def draw_view(
