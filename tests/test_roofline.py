@@ -113,6 +113,9 @@ def test_views_of_a_step_by_hand(digits, tmp_path):
     assert roofline.estimate(step, plan, device()).loader == pytest.approx(seconds / 4)
     on_cpu = roofline.estimate(step, plan, device(kind="cpu", cores=1))
     assert on_cpu.loader == pytest.approx(seconds + on_cpu.computing)
+    slow = device(kind="cpu", cores=1, node=ROW["node"] | {"host_s": 0.5})
+    sending = Step(step.operations, [Collective("all_reduce", "x", 8, 2)] * 3)
+    assert roofline.estimate(sending, plan, slow).computing == pytest.approx(on_cpu.computing + 3 * (0.5 + 1e-5))
     rate = validate(roofline.LoaderRate, ROW["loader"])
     assert rate.seconds_a_pixel(200, 0.5) == pytest.approx(0.5 / 2e8 + 0.5 / 1e8)
 

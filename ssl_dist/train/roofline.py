@@ -75,6 +75,7 @@ class Link(Section):
 
     byte_per_s: PositiveFloat
     latency_s: NonNegativeFloat = Field(description="of a collective, however small")
+    host_s: NonNegativeFloat = Field(0.0, description="of the processor, for a collective; not in the latency")
 
 
 class Device(Section):
@@ -177,7 +178,7 @@ def estimate(step: Step, plan: RunPlan, device: Device) -> Times:
     sending = [(c.overlapped, device.sending(c, per_node)) for c in step.collectives]
     hidden = sum(seconds for overlapped, seconds in sending if overlapped)
     network = sum(seconds for overlapped, seconds in sending if not overlapped) + max(0.0, hidden - backward)
-    host = device.launch_s * (len(step.operations) + len(step.collectives))
+    host = device.launch_s * (len(step.operations) + len(step.collectives)) + device.node.host_s * len(sending)
     loader, upload = _loader(plan, device.loader), 0.0
     if device.kind == "cpu":  # the host is the device; ranks and their loaders share the cores
         computing = arithmetic + memory + host
