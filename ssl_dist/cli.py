@@ -255,6 +255,22 @@ def _export(args: argparse.Namespace) -> None:
 
 
 @command(
+    "import",
+    "go on with a run of relational reasoning's official code",
+    argument("file", "its archive: backbone, head and optimizer", type=home_path, metavar="FILE"),
+    *_CONFIG,
+    argument("--epoch", "that it was saved after (default: as its name says)", type=int),
+)
+def _import(args: argparse.Namespace) -> None:
+    """Make the archive a checkpoint of a new run; `ssl-dist train` with the same config goes on from there."""
+    with importing():
+        from ssl_dist import config
+        from ssl_dist.train.official import take_over
+
+    print(take_over(args.file, config.load(args.config, args.overrides), args.epoch))
+
+
+@command(
     "labels",
     "write the labels that a run gave its images, or those of SeLa's authors",
     argument(

@@ -10,6 +10,7 @@ import torch
 import torchvision
 
 from ssl_dist import backbones, cli, config
+from ssl_dist.methods.relational import RelationModule
 from ssl_dist.run.encoder import load_encoder
 from ssl_dist.storage import checkpoint, weights
 from ssl_dist.storage.features import read_features
@@ -121,7 +122,7 @@ def test_the_seeds_form_has_the_backbone_and_the_relation_head(run_of, tmp_path,
     )
     line = export(run, "seed", out, capsys)
     content = torch.load(out, weights_only=True)
-    assert content.keys() == {"backbone", "relation"}
+    assert content.keys() == {"backbone", "relation", "optimizer"}
     scope = {"torch": torch, "backbone": backbones.build("conv4").eval()}
     exec(line, scope)
     with torch.no_grad():
@@ -131,8 +132,42 @@ def test_the_seeds_form_has_the_backbone_and_the_relation_head(run_of, tmp_path,
     names = ("linear1.weight", "bn1.running_var", "linear2.bias")
     assert all(name in head for name in names) and all(torch.equal(t, head[k]) for k, t in content["relation"].items())
     assert weights.fit(scope["backbone"], "conv4", out).format == (
-        "a dictionary of backbone, relation (as relational reasoning saves it), the backbone's own names"
+        "a dictionary of backbone, relation, optimizer (as relational reasoning saves it), the backbone's own names"
     )
+
+
+def test_the_seeds_form_goes_on_in_the_official_classes_and_back(run_of, digits, tmp_path, capsys):
+    """The optimizer of the official code, with its two groups, takes the moments; and a run that is made of the archive
+    ends where the first one would have."""
+    few = ["data.limit=32", "optim.batch_size=16", "backbone.weights=null", "checkpoint.every_epochs=1"]
+    run = run_of("conv4", "relational", *few, "optim.epochs=2")
+    half, out, again = tmp_path / "half", tmp_path / "relationnet_epoch_1.tar", tmp_path / "again"
+    words = [f"data.root={digits}", "data.reader=arrays", *few, "optim.epochs=2"]
+    path = run / "checkpoints" / "step-00000002.pt"
+    export(path, "seed", out, capsys)
+    content, state = torch.load(out, weights_only=True), checkpoint.load(path)
+    backbone, head = backbones.build("conv4"), RelationModule(64, 256, "cat")
+    adam = torch.optim.Adam([{"params": backbone.parameters(), "lr": 1e-3}, {"params": head.parameters(), "lr": 1e-3}])
+    head.load_state_dict(content["relation"])
+    adam.load_state_dict(content["optimizer"])
+    numbers = {p: n for n, p in enumerate([*backbone.parameters(), *head.parameters()])}
+    for parameter, kept in adam.state.items():
+        assert torch.equal(kept["exp_avg_sq"], state["optimizer"]["state"][numbers[parameter]]["exp_avg_sq"])
+    config_file = "configs/digits/relational-conv4.yaml"
+    assert cli.main(["import", str(out), config_file, *words, f"run_dir={again}"]) == 0
+    assert capsys.readouterr().out == f"{again}/checkpoints/step-00000002.pt\n"
+    assert cli.main(["train", config_file, *words, f"run_dir={again}"]) == 0
+    one, other = (checkpoint.load_newest(folder)[1] for folder in (run, again))
+    assert one["step"] == other["step"] == 4
+    assert all(torch.equal(value, other["method"][name]) for name, value in one["method"].items())
+    for message, changes in {
+        "holds a run; choose another folder": [f"run_dir={again}"],
+        "--epoch 3: the training has 2 epochs": [f"run_dir={half}", "--epoch", "3"],
+        "lacks classifier": [f"run_dir={half}", "method={name: rotation}", "views.num=null"],
+    }.items():
+        capsys.readouterr()
+        assert cli.main(["import", str(out), config_file, *words, *changes]) == 2
+        assert message in capsys.readouterr().err and not half.exists()
 
 
 def test_no_space_is_one_line(run_of, tmp_path, capsys, monkeypatch):

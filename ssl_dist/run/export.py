@@ -4,6 +4,7 @@ official code (the "seed" of this program) saves its networks."""
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ssl_dist.config import to_tree
 from ssl_dist.errors import UserError
 from ssl_dist.run.encoder import load_method
+from ssl_dist.storage import checkpoint
 from ssl_dist.storage.durable import atomic_write_or_refuse
 from ssl_dist.storage.weights import FACTS, TIMM, renamed
 
@@ -27,7 +29,7 @@ def export(run: Path, form: str, out: Path) -> str:
     """Write the encoder of a run (or of a checkpoint file) to `out`; returns Python that loads it.
 
     form: torchvision or timm, a safetensors file without a classifier; seed, torch.save of {"backbone": state_dict}
-    and the method's heads, without an optimizer. Raises `UserError` where the library has no such backbone.
+    and the method's heads, and their optimizer. Raises `UserError` where the library has no such backbone.
     """
     method, encoder = load_method(run)
     name, tensors = encoder.config.backbone.name, _plain(encoder.module)
@@ -35,8 +37,12 @@ def export(run: Path, form: str, out: Path) -> str:
     with atomic_write_or_refuse(out) as file:
         if form == "seed":
             parts = {key: getattr(method, part) for part, key in SEED_PARTS.items() if hasattr(method, part)}
+            archive = {"backbone": tensors} | {key: _plain(part) for key, part in parts.items()}
+            if parts:
+                optimizer = checkpoint.load(encoder.file)["optimizer"]
+                archive["optimizer"] = _in_two_groups(optimizer, len(list(method.backbone.parameters())))
             whole = io.BytesIO()  # torch replaces the error of a write by one of its own
-            torch.save({"backbone": tensors} | {key: _plain(part) for key, part in parts.items()}, whole)
+            torch.save(archive, whole)
             file.write(whole.getbuffer())
             return line
         normalize = json.dumps(to_tree(encoder.normalize))
@@ -61,6 +67,15 @@ def _loader(form: str, name: str) -> str:
     raise UserError(
         f"--format {form}: {form} has no network with the tensors of backbone {name}, but of {there}; use --format seed"
     )
+
+
+def _in_two_groups(optimizer: dict[str, Any], num_of_backbone: int) -> dict[str, Any]:
+    """The state of an optimizer with one group as that of one with a group for the backbone and another for the head,
+    which the official code makes."""
+    [group] = optimizer["param_groups"]
+    numbers = group["params"]
+    parts = (numbers[:num_of_backbone], numbers[num_of_backbone:])
+    return {"state": optimizer["state"], "param_groups": [group | {"fused": None, "params": part} for part in parts]}
 
 
 def _plain(module: nn.Module) -> dict[str, Tensor]:
