@@ -133,7 +133,11 @@ class RunLog:
     def pictures(self, name: str, clock: Clock, views_VBCHW: np.ndarray) -> None:
         """A grid in TensorBoard: a row for each image, a column for each of its views (uint8)."""
         rows = np.concatenate(views_VBCHW, axis=3)
-        self._board.add(clock.step, summary.image(name, np.concatenate(rows, axis=1), dataformats="CHW"))
+        self.picture(name, clock, np.concatenate(rows, axis=1))
+
+    def picture(self, name: str, clock: Clock, pixels_CHW: np.ndarray) -> None:
+        """A picture in TensorBoard, uint8 [3, height, width]."""
+        self._board.add(clock.step, summary.image(name, pixels_CHW, dataformats="CHW"))
 
 
 def _short(value: float) -> float | int:

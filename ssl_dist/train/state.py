@@ -20,6 +20,7 @@ from ssl_dist.distributed import world as world_module
 from ssl_dist.distributed.signals import StopRequest
 from ssl_dist.errors import Fault, RaisedOn, UserError, quoted
 from ssl_dist.methods.base import Batch, Extract, Output, Rows
+from ssl_dist.run import filters
 from ssl_dist.run import folder as run_folder
 from ssl_dist.run.blueprint import RunPlan
 from ssl_dist.run.log import RunLog
@@ -211,6 +212,20 @@ class TrainState:
             log.pictures(f"views/{number}", clock, views_VBCHW)
             name = "views.png" if number == 0 else f"views-{number}.png"
             plots.views_grid(self.folder / name, views_VBCHW)
+
+    def show_filters(self, log: RunLog | None, clock: Clock) -> None:
+        """The filters of the backbone's first convolution in TensorBoard. Every rank takes part."""
+        weights = filters.first_convolution(self.method.backbone)
+        if weights is None:
+            return
+
+        def show() -> None:
+            assert log is not None, "rank 0 has the log"
+            self._require_lock()
+            log.picture("filters", clock, filters.grid(weights).numpy())
+
+        with self.world.state.phase_of("the picture of the filters", watchdog.SAVE_TIMEOUT_S):
+            self.world.on_rank0(show)
 
     def measure_knn(self, log: RunLog | None, clock: Clock) -> None:
         """Log the online kNN (online_knn.py), which the config asks for. Every rank takes part."""
