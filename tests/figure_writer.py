@@ -10,6 +10,7 @@ class MemoryFigureWriter:
     def __init__(self, folder=None):
         self.folder = folder
         self.pictures = {}
+        self.pages = {}
         self.part_of = {}
 
     def images(self, part, rows):
@@ -21,6 +22,10 @@ class MemoryFigureWriter:
 
     def add(self, name, figure, title, caption, part=None):
         self.pictures[name] = (figure, title, caption)
+        self.part_of[name] = part
+
+    def add_page(self, name, parts, part):
+        self.pages[name] = "".join(parts)
         self.part_of[name] = part
 
     def texts(self, name):

@@ -1,12 +1,16 @@
 """Clusters: scikit-learn's scores, accuracies by slow loops, k-means that finds what is there, and the pictures."""
 
+import base64
+import io
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from sklearn import metrics
 from sklearn.cluster import KMeans
 
@@ -15,6 +19,7 @@ from ssl_dist.data import labels as labels_file
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators import clusters
 from ssl_dist.keys import EVALUATION, ORDER, hash64, permutation
+from ssl_dist.results.cluster_page import Cluster, colour, html
 from ssl_dist.storage.features import Features
 from tests.figure_writer import MemoryFigureWriter, drawn
 from tests.messages import naming
@@ -216,3 +221,50 @@ def test_pictures_of_the_labels_of_a_file_are_of_the_training_split(tmp_path):
     assert sum(text.startswith("cluster ") for text in writer.texts("clusters-images")) == 20
     assert "the 10 purest and the 10 least pure" in writer.pictures["clusters-images"][2]
     assert "... 5 clusters between ..." in writer.texts("clusters-purity")
+
+
+def test_the_page_shows_all_clusters_in_two_orders(tmp_path):
+    """45 clusters of 90 images in 5 classes: places, sizes, purities and frames by slow loops over the labels."""
+    train, test = blobs(90, "train", num_classes=5), blobs(12, "test")
+    assigned = np.random.default_rng(0).integers(0, 45, 90)
+    assigned[assigned == 7] = 8  # one is empty
+    path = labels_of(tmp_path, np.arange(90), [assigned])
+    writer = MemoryFigureWriter()
+    clusters.run(train, test, clusters.Options(labels=path, page=3, seed=5), writer)
+    page = writer.pages["clusters"]
+    assert writer.part_of["clusters"] is train
+    present = sorted(set(assigned.tolist()))
+    articles = re.findall(r"<article style=\"--p:(\d+);--r:(\d+)\"><p>cluster (\d+)<small>(.*?)</article>", page, re.S)
+    assert sorted(int(number) for _, _, number, _ in articles) == present
+    assert [int(place) for place, *_ in articles] == list(range(len(present)))
+    assert sorted(int(place) for _, place, *_ in articles) == list(range(len(present)))
+    assert [place for place, *_ in articles] != [place for _, place, *_ in articles]
+    purities = []
+    for _, _, number, text in articles:
+        own = train.labels[assigned == int(number)].tolist()
+        most = max(range(5), key=own.count)
+        purities.append(own.count(most) / len(own))
+        assert text.startswith(f"{len(own)} images, {100 * own.count(most) / len(own):.0f} %</small>")
+        assert f'style="{colour(most)}"></i> {"abcde"[most]}<' in text
+        shown = re.findall(r'<img src="data:image/jpeg;base64,(\S+)" alt="(.)" title="(.)" style="(.*?)">', text)
+        assert len(shown) == min(3, len(own))
+        counts = [own.count("abcde".index(name)) for _, name, _, _ in shown]
+        assert counts == sorted(counts, reverse=True)
+        for data, name, title, style in shown:
+            assert name == title and style == colour("abcde".index(name)) and own.count("abcde".index(name))
+            with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
+                assert picture.size == (8, 8)
+    assert purities == sorted(purities, reverse=True)
+    assert len({colour(label) for label in range(1000)}) > 500
+    nothing = MemoryFigureWriter()
+    clusters.run(train, test, clusters.Options(labels=path, page=0), nothing)
+    assert not nothing.pages and nothing.pictures
+
+
+def test_a_class_cannot_write_markup():
+    cluster = Cluster(0, 1, 100.0, 0, np.zeros((1, 100, 100, 3), np.uint8), np.array([0]))
+    page = "".join(html("<t>", "<c>", [cluster], np.array([0]), ['"<b>']))
+    assert "<b>" not in page and "<t>" not in page and "&quot;&lt;b&gt;" in page
+    [data] = re.findall(r"base64,([^\"]+)", page)
+    with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
+        assert picture.size == (64, 64)

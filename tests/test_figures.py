@@ -147,7 +147,9 @@ def test_evaluate_leaves_the_pictures_and_their_metadata(digits, tmp_path, capsy
     quick = ["embedding.limit=120", "embedding.iterations=500", "clusters.starts=1"]
     assert cli.main(["evaluate", str(run), *names, *quick]) == 0
     checkpoint = {record["checkpoint"] for record in json.loads((run / "results.json").read_text())}
-    pictures = sorted((run / "figures").iterdir())
+    pictures = sorted((run / "figures").glob("*.png"))
+    [page] = set((run / "figures").iterdir()) - {*pictures}
+    assert page.name == "digits-test-clusters.html" and page.read_text().count("<article") == 10
     for path in pictures:
         with Image.open(path) as picture:
             picture.load()
@@ -170,4 +172,4 @@ def test_evaluate_leaves_the_pictures_and_their_metadata(digits, tmp_path, capsy
     assert cli.main(["evaluate", str(run), *names, *quick]) == 0
     stderr = capsys.readouterr().err
     assert stderr.count("already") == len(names) - 1 and "knn: has no pictures of this checkpoint" in stderr
-    assert sorted((run / "figures").iterdir()) == pictures
+    assert sorted((run / "figures").iterdir()) == sorted([*pictures, page])

@@ -12,6 +12,7 @@ matching (Kuhn, 1955) each cluster stands for one class at the most and each cla
 """
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from ssl_dist.distributed.world import one_process
 from ssl_dist.errors import UserError, refuse_unreadable
 from ssl_dist.kernels.kmeans import kmeans
 from ssl_dist.keys import EVALUATION, ORDER, hash64, permutation
+from ssl_dist.results.cluster_page import Cluster, html
 from ssl_dist.results.confusion import class_names
 from ssl_dist.results.figures import FigureWriter
 from ssl_dist.storage.features import Features, check_pair, require_labels
@@ -46,6 +48,9 @@ class Options(Section):
     limit: PositiveInt = Field(50_000, description="training images that k-means is fitted on, drawn by key")
     labels: str | None = Field(None, description="CSV file of labels of training images, in the place of k-means")
     column: NonNegativeInt = Field(0, description="which of the file's label columns")
+    page: NonNegativeInt = Field(
+        12, description="images of every cluster on the page of all clusters, figures/...-clusters.html; 0: no page"
+    )
     seed: NonNegativeInt = Field(0, description="of the drawn images, the starts and the pictures")
     memory_mb: PositiveInt = Field(1024, description="MiB for features; those that k-means is fitted on must fit")
 
@@ -209,6 +214,8 @@ def _draw(
         " that class, and how many images the cluster has. The dashed line is the accuracy by majority vote.",
         part,
     )  # fmt: skip
+    if options.page:
+        writer.add_page("clusters", _page(writer, part, rows, clusters_n, order, counts_KC, what, options), part)
     shown = order if len(order) <= _NUM_ROWS else order[: _NUM_ROWS // 2] + order[-(_NUM_ROWS // 2) :]
     pages = []
     for k in shown:
@@ -229,3 +236,34 @@ def _draw(
         " their distance. Green frames, first in a row: images of the cluster's most frequent class.",
         part,
     )
+
+
+def _page(
+    writer: FigureWriter,
+    part: Features,
+    rows: np.ndarray,
+    clusters_n: np.ndarray,
+    order: list[int],
+    counts_KC: np.ndarray,
+    what: str,
+    options: Options,
+) -> Iterator[str]:
+    """The page of all clusters; order: their numbers, the purest first."""
+    by_cluster = np.split(rows[np.argsort(clusters_n, kind="stable")], np.cumsum(counts_KC.sum(1))[:-1])
+    random_places = permutation(hash64(options.seed, EVALUATION, ORDER), len(order))
+
+    def clusters() -> Iterator[Cluster]:
+        for k, random_place in zip(order, random_places.tolist(), strict=True):
+            own, size = by_cluster[k], len(by_cluster[k])
+            own = own[permutation(hash64(options.seed, EVALUATION, k), size)[: options.page]]
+            # Classes that are frequent in the cluster stand first.
+            own = own[np.lexsort((part.labels[own], -counts_KC[k, part.labels[own]]))]
+            purity = counts_KC[k].max() * 100 / size
+            yield Cluster(k, size, purity, random_place, writer.images(part, own), part.labels[own])
+
+    caption = (
+        f"{what}. Up to {options.page} images of each, drawn by key (seed {options.seed}). A frame's colour is the "
+        "image's true class, which the pointer names; beside a cluster stand its size, the share of its most frequent "
+        "class, and that class."
+    )
+    return html("All clusters", caption, clusters(), counts_KC.argmax(1), class_names(part))

@@ -5,7 +5,7 @@ Evaluator and Checkpoint (SHA-256), so that showing it takes nothing but the fil
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +29,17 @@ def add_picture(
 ) -> Path:
     """Write a figure, whole or not at all, in place of an older one of its name. metadata: the dataset, split and
     checkpoint that it shows. Raises `UserError` when the folder cannot be written."""
-    file_name = "-".join([metadata["dataset"], metadata["split"], name])
-    path = folder / (re.sub(r"[^\w.]+", "-", file_name).strip("-") + ".png")
+    path = _path(folder, metadata, name, "png")
     texts = {"Title": title, "Description": caption, "Evaluator": evaluator, "Checkpoint": metadata["checkpoint"]}
     with atomic_write_or_refuse(path) as file:
         durable.remove_dead(path.parent)
         FigureCanvasAgg(figure).print_png(file, metadata=texts)
     return path
+
+
+def _path(folder: Path, metadata: Mapping[str, str], name: str, suffix: str) -> Path:
+    file_name = "-".join([metadata["dataset"], metadata["split"], name])
+    return folder / (re.sub(r"[^\w.]+", "-", file_name).strip("-") + f".{suffix}")
 
 
 def has_pictures(folder: Path, evaluator: str, checkpoint: str) -> bool:
@@ -100,6 +104,15 @@ class FigureWriter:
         """Write the figure, see `add_picture`. part: the split that it shows, where that is not the measured one."""
         metadata = self._metadata if part is None else part.metadata
         return add_picture(self.folder, metadata, self._evaluator, name, figure, title, caption)
+
+    def add_page(self, name: str, parts: Iterable[str], part: Features) -> Path:
+        """Write an HTML page about a split, whole or not at all, beside the figures. parts: its text in pieces, which
+        are not held together. Raises `UserError` when the folder cannot be written."""
+        path = _path(self.folder, part.metadata, name, "html")
+        with atomic_write_or_refuse(path) as file:
+            for text in parts:
+                file.write(text.encode())
+        return path
 
     def close(self) -> None:
         """Close the readers that were opened."""
