@@ -13,8 +13,9 @@ def first_convolution(network: nn.Module) -> Tensor | None:
     filters have more than one pixel; else None."""
     for layer in network.modules():
         if any(True for _ in layer.parameters(recurse=False)):
-            is_convolution = isinstance(layer, nn.Conv2d) and layer.in_channels == 3 and layer.weight[0, 0].numel() > 1
-            return layer.weight.detach() if is_convolution else None
+            if isinstance(layer, nn.Conv2d) and layer.in_channels == 3 and layer.weight[0, 0].numel() > 1:
+                return layer.weight.detach()
+            return None
     return None
 
 
