@@ -42,6 +42,8 @@ EXTRAS = {
         "pytest-xdist>=3.6,<4",  # tests on all cores, and more at once than there are: half of them wait
         "pytest-cov>=6,<8",  # the share of lines that tests run, a figure in the output of CI
         "hypothesis>=6.100,<7",  # property tests of the index arithmetic, keys and data plan
+        "nbclient>=0.10,<1",  # executes the notebook
+        "ipykernel>=6.29,<8",  # what executes it
         "ruff>=0.9,<1",  # linter and formatter; part of the test command
         "mypy>=1.15,<3",  # type checker; part of the test command
         "types-PyYAML",  # the types of yaml, for mypy

@@ -1,9 +1,13 @@
-"""The script that a reader begins with: it runs, and learns."""
+"""The script and the notebook that a reader begins with: they run, and learn."""
 
 import re
 import runpy
 import sys
 from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
 
 
 def test_relational_reasoning_in_one_file(digits, monkeypatch, capsys):
@@ -16,3 +20,19 @@ def test_relational_reasoning_in_one_file(digits, monkeypatch, capsys):
     accuracy = [float(re.search(r"([\d.]+) %$", line)[1]) for line in (before, first, last, after)]
     assert first.startswith("step 1: ") and last.startswith("step 20: ")
     assert accuracy[3] > accuracy[0] and accuracy[2] > accuracy[1]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_images_to_a_linear_evaluation(tmp_path):
+    """With fewer steps, in a folder that holds nothing; its own outputs are of the steps that it says."""
+    notebook = nbformat.read("docs/relational_reasoning.ipynb", 4)
+    assert all(cell.get("outputs") is not None for cell in notebook.cells if cell.cell_type == "code")
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("STEPS, VIEWS = 200, 8", "STEPS, VIEWS = 10, 2")
+    folder = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=folder).execute()
+    results = {path.parent.name: path.read_text() for path in tmp_path.glob("runs/*/results.json")}
+    assert results.keys() == {"notebook-relational", "notebook-random_weights"}
+    assert "logistic_top1" in results["notebook-relational"]
+    pictures = [output for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
+    assert sum("image/png" in picture.data for picture in pictures) == 3
