@@ -3,6 +3,8 @@
     python tools/list_ids.py 1percent.txt --root imagenet --split train --out one-percent.txt
     ssl-dist evaluate RUN finetune finetune.recipe=sfrik_1 data.subset=one-percent.txt
 
+These two are imagenet_subsets/1percent.txt and 10percent.txt in github.com/google-research/simclr.
+
 A line names one image: its file name, with or without folders before it and an extension behind. ROOT is the folder
 that `ssl-dist convert` was given; an id is the place of an image in the order in which convert reads them.
 """
