@@ -125,6 +125,16 @@ RECIPES = {
     "self-label/cifar test": [{"size": 224, "resize": {"short_side": 256}}],
     "self-label/retrain_with_rotnet": [SELA],  # the four rotations are the method's: of one and the same view
     "self-label/linear_probe_alexnet": PROBE,
+    "moco v2/aug_plus": [  # SeLa's Aug++
+        {
+            "size": 224,
+            "random_resized_crop": {"scale": [0.2, 1.0]},
+            "color_jitter": {"p": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1},
+            "grayscale": 0.2,
+            "gaussian_blur": BLUR,
+            "horizontal_flip": 0.5,
+        }
+    ],
     **{f"relic/{side}": relic(side) for side in (32, 64, 96, 192)},
     "vicreg/pretrain": TWO_OF_VICREG,
     "vicreg/linear_probe": PROBE,

@@ -25,7 +25,8 @@ from ssl_dist.kernels.ranks import Ranks
 BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**26}  # of a block of rows: what the caches hold; on a GPU to fill it
 PIECE_ROWS = 1024  # rows whose sums are taken by one thread; they are added in order, so threads change no result
 MIN_LOG_ENTRY = -600.0  # of the smallest entry, where the largest of its row and column is 1; float64 ends at -708
-ROOT = 8  # of entries in float32: exp(-600 / 8) is in its range
+SQUARINGS = 3  # of an entry in float32 to what is meant
+ROOT = 2**SQUARINGS  # of entries in float32: exp(-600 / 8) is in its range
 CHECK_ITERATIONS = 10  # from one look at the error to the next, as in the official code
 MAX_ITERATIONS = 100_000
 CHECK_TIMEOUT_S = 600.0  # for CHECK_ITERATIONS iterations
@@ -102,7 +103,12 @@ def _blocks(scores_NK: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 def _entries(block: Tensor) -> Tensor:
     """Entries as they are meant, float64, of a block as it is stored."""
-    return block if block.dtype == torch.float64 else block.double().pow_(ROOT)
+    if block.dtype == torch.float64:
+        return block
+    entries = block.double()
+    for _ in range(SQUARINGS):  # a power of 8 would be computed by logarithms
+        entries.square_()
+    return entries
 
 
 def _exponentials(scores_NK: Tensor, lamb: float, ranks: Ranks) -> Tensor:
