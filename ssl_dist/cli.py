@@ -205,6 +205,7 @@ def _verify(args: argparse.Namespace) -> int:
         "--collect", "train nothing: measure the runs that are complete, and write the table", action="store_true"
     ),
     argument("--dry-run", "print the runs, their steps and what is left of them", action="store_true"),
+    argument("--device", "with --dry-run: the hours on --ranks of this GPU, one that `explain --device` knows"),
 )
 def _study(args: argparse.Namespace) -> int:
     """Make the runs of a study that are not complete, one after the other, measure them, and write table, numbers and
@@ -213,7 +214,7 @@ def _study(args: argparse.Namespace) -> int:
         from ssl_dist.study.command import describe, run
 
     if args.dry_run:
-        print(describe(args.file, args.overrides))
+        print(describe(args.file, args.overrides, args.ranks, args.device))
         return 0
     return run(args.file, args.overrides, args.ranks, args.collect, args.only)
 

@@ -48,6 +48,9 @@ def test_runs_are_made_measured_and_laid_out_once(digits, tmp_path, capsys, monk
     said = capsys.readouterr().out
     assert "supervised-2-1: method=supervised K=2 seed=1, 2 steps, new; then knn\n" in said
     assert said.endswith("6 runs, 12 steps, 12 of them left\n")
+    assert cli.main(["study", str(path), "--dry-run", "--device", "h100", "--ranks", "2"]) == 0
+    said = capsys.readouterr().out
+    assert " h of trainings, one after the other, on 2 x " in said and said.count("; about ") == 6
     trains, left = command.train, [3]
 
     def stopped_in_the_third(settings):

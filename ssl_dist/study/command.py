@@ -20,6 +20,7 @@ from ssl_dist.storage.durable import atomic_write_or_refuse
 from ssl_dist.study import page, spec
 from ssl_dist.study.numbers import Number
 from ssl_dist.study.spec import Measure, Training
+from ssl_dist.train import operations, roofline
 from ssl_dist.train.loop import train
 
 
@@ -96,17 +97,32 @@ def measured(training: Training, measure: Measure) -> tuple[int, Number]:
     return code, Number(training, measure, record, epochs)
 
 
-def describe(path: Path, overrides: Sequence[str]) -> str:
-    """`ssl-dist study --dry-run`: a line for every run with its steps and what is left of them."""
+def describe(path: Path, overrides: Sequence[str], ranks: int = 1, device: str | None = None) -> str:
+    """`ssl-dist study --dry-run`: a line for every run with its steps and what is left of them. device: a GPU that
+    `explain --device` knows: how long the steps that are left take on `ranks` of it, evaluations not counted."""
     _, trainings = spec.read(path, overrides)
-    lines, total, left = [], 0, 0
+    gpu = None if device is None else roofline.named(device)
+    seconds_of: dict[str, float] = {}  # a step, by the config without its seed
+    lines, total, left, seconds = [], 0, 0, 0.0
     for training in trainings:
         clock = plan_of(training).clock()
         done = max(checkpoint.steps(training.run), default=0)
-        total += clock.total_steps
-        left += max(0, clock.total_steps - done)
+        remaining = max(0, clock.total_steps - done)
+        total, left = total + clock.total_steps, left + remaining
         state = "complete" if is_complete(training) else f"{done:,} done" if done else "new"
         evaluators = ", ".join(dict.fromkeys(measure.evaluator for measure in training.measures))
-        lines.append(f"{training.name}: {training.title}, {clock.total_steps:,} steps, {state}; then {evaluators}")
+        text = f"{training.name}: {training.title}, {clock.total_steps:,} steps, {state}; then {evaluators}"
+        if gpu is not None and remaining:
+            alike = config.dump(training.config.model_copy(update={"seed": 0, "run_dir": "x"}))
+            if alike not in seconds_of:
+                plan = derive(training.config, RankInfo(0, ranks, 0, ranks))
+                seconds_of[alike] = roofline.estimate(operations.count(plan, gpu.kind), plan, gpu).step
+            seconds += remaining * seconds_of[alike]
+            text += f"; about {remaining * seconds_of[alike] / 3600:.2g} h"
+        lines.append(text)
     lines.append(f"{len(trainings)} runs, {total:,} steps, {left:,} of them left")
+    if gpu is not None:
+        lines.append(
+            f"about {seconds / 3600:.3g} h of trainings, one after the other, on {ranks} x {gpu.name}; {gpu.basis}"
+        )
     return "\n".join(lines)
