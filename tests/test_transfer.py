@@ -370,3 +370,23 @@ def test_a_classifier_of_many_classes_needs_no_matrix_of_them(run, digits, monke
     _, records = evaluate(run, ["probe"], ["probe.epochs=1", "probe.batch_size=64"])
     assert [record["value"] for record in records] == [record["value"] for record in expected]
     assert [each.confusion for each in classified] == [None]
+
+
+@pytest.mark.slow
+def test_the_best_epoch_by_held_out_images(digits, tmp_path):
+    """That of the trainings which end after each epoch; its head is kept, and the record names the choice."""
+    run = pretrained(digits, tmp_path / "run")
+    words = ["probe.lr=0.05", "probe.batch_size=64"]
+    ends = [evaluate(run, ["probe"], [*words, f"probe.epochs={n}"], validation=0.2)[1][0]["value"] for n in (1, 2, 3)]
+    before = set((run / "evaluations").iterdir())
+    _, records = evaluate(run, ["probe"], [*words, "probe.epochs=3", "probe.epoch=best"], validation=0.2)
+    assert records[0]["value"] == max(ends)
+    assert "the epoch with the highest top-1 on the images measured" in records[0]["protocol"]
+    [folder] = set((run / "evaluations").iterdir()) - before
+    [step] = checkpoint.steps(folder)
+    per_epoch = checkpoint.load_newest(folder)[1]["info"]["steps_per_epoch"]
+    assert step == (ends.index(max(ends)) + 1) * per_epoch
+    _, [record, *_] = evaluate(run, ["classify"], [f"classify.head={folder}"], validation=0.2)
+    assert record["value"] == max(ends)
+    with pytest.raises(UserError, match=r"probe\.epoch = best: .*; give --validation, and measure the head"):
+        evaluate(run, ["probe"], [*words, "probe.epochs=3", "probe.epoch=best"])

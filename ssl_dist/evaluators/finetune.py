@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from ssl_dist.config import PositiveFloat
-from ssl_dist.transfer.recipe import CROP_AND_FLIP, Overrides, Recipe, train_and_classify
+from ssl_dist.transfer.recipe import CROP_AND_FLIP, Overrides, Recipe, tested, train_and_classify
 from ssl_dist.transfer.subject import EvalContext
 
 _SEMI_SUPERVISED = {"name": "sgd", "batch_size": 256, "epochs": 20, "schedule": "epoch_cosine"}
@@ -57,13 +57,14 @@ def protocol(options: Options) -> str:
     recipe = _recipe(options)
     return (
         f"fine-tuning of the whole network as in {recipe.paper}: {recipe.description}, rate of the classifier "
-        f"{recipe.options['head_lr']:g} times that; last epoch, all test images, centre crop"
+        f"{recipe.options['head_lr']:g} times that; {tested(options.epoch)}, all test images, centre crop"
     )
 
 
 def measure(context: EvalContext, options: Options) -> dict[str, float]:
     """`finetune_top1` and `finetune_top5` in percent."""
-    return train_and_classify(context, "finetune", "fine_tuning", _recipe(options)).values("finetune")
+    classified = train_and_classify(context, "finetune", "fine_tuning", _recipe(options), options.epoch)
+    return classified.values("finetune")
 
 
 def _recipe(options: Options) -> Recipe:

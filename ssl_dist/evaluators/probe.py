@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from ssl_dist.transfer.classification import CROPS, Crops
-from ssl_dist.transfer.recipe import CROP_AND_FLIP, Overrides, Recipe, train_and_classify
+from ssl_dist.transfer.recipe import CROP_AND_FLIP, Overrides, Recipe, tested, train_and_classify
 from ssl_dist.transfer.subject import EvalContext
 
 _SGD = {"name": "sgd", "weight_decay": 1e-6, "batch_size": 256, "epochs": 100, "schedule": "epoch_cosine"}
@@ -63,14 +63,14 @@ def protocol(options: Options) -> str:
     stages = recipe.options.get("stages")
     where = "output" if stages is None else f"stages ({stages})"
     return (
-        f"linear probe on the frozen backbone's {where} as in {recipe.paper}: {recipe.description}{statistics}; last "
-        f"epoch, all test images, {CROPS[recipe.crops]}"
+        f"linear probe on the frozen backbone's {where} as in {recipe.paper}: {recipe.description}{statistics}; "
+        f"{tested(options.epoch)}, all test images, {CROPS[recipe.crops]}"
     )
 
 
 def measure(context: EvalContext, options: Options) -> dict[str, float]:
     """`probe_top1` and `probe_top5` in percent; `probe_<stage>_top1` and `_top5` for every stage."""
-    return train_and_classify(context, "probe", "linear_probe", _recipe(options)).values("probe")
+    return train_and_classify(context, "probe", "linear_probe", _recipe(options), options.epoch).values("probe")
 
 
 def _recipe(options: Options) -> Recipe:

@@ -147,7 +147,7 @@ def differences(row: Published, config: Config, record: dict, epochs: float | No
         found.append(f"{row.protocol.crops} crops of a test image, here {crops}")
     if "recipe" in row.protocol.options:  # what else is set replaces a value of the recipe
         for key, value in record["options"].items():
-            if key not in ("recipe", "crops") and value is not None:
+            if key not in ("recipe", "crops") and value is not None and (key, value) != ("epoch", "last"):
                 found.append(f"here {row.protocol.evaluator}.{key}={value}")
     return found
 

@@ -154,6 +154,15 @@ def prune(run: Path, keep: int, keep_every: int | None, step: int) -> None:
             _checksum_path(path).unlink(missing_ok=True)
 
 
+def keep_only(run: Path, step: int) -> None:
+    """Remove all checkpoints but that of `step`, each before its checksum."""
+    for other in steps(run):
+        if other != step:
+            path_of(run, other).unlink()
+            _checksum_path(path_of(run, other)).unlink(missing_ok=True)
+    write_text(run / "checkpoints" / "LAST", path_of(run, step).name + "\n")
+
+
 def remove_leftovers(run: Path) -> None:
     """Remove what a killed save or prune left. Only for the one writer of the run's folder."""
     folder = run / "checkpoints"
