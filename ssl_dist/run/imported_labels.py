@@ -6,6 +6,7 @@ is that of `convert`; and as a list, a file name and its labels a line (alexnet-
 
 import csv
 import io
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -105,7 +106,8 @@ def _read_list(path: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray
     that it gives no name, or calls index, counts the lines and is left out. The authors nowhere say how their files are
     laid out; these are the forms that pandas and a hand-written loop give.
     """
-    places, found, rows = Places(names), dict[int, int](), list[list[int]]()
+    places, found, num_labels = Places(names), dict[int, int](), 0
+    flat = array("i")  # the labels of all lines, one after the other
     named_columns: list[str] | None = None
     try:
         with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline="") as file:
@@ -114,7 +116,7 @@ def _read_list(path: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray
                 if not any(words):
                     continue
                 is_number = [labels.is_whole_number(word) for word in words]
-                if not rows and named_columns is None and not any(word and places.named(word) for word in words):
+                if not found and named_columns is None and not any(word and places.named(word) for word in words):
                     named_columns = words
                     continue
                 where = f"{path} line {number}"
@@ -130,16 +132,16 @@ def _read_list(path: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray
                 ]
                 if not values or any(value >= 10**labels.MAX_DIGITS for value in values):
                     raise UserError(f"{where}: needs labels, whole numbers 0..999999")
-                if rows and len(values) != len(rows[0]):
-                    raise UserError(f"{where}: has {len(values)} label(s), the lines before have {len(rows[0])}")
-                found[image] = number
-                rows.append(values)
+                if found and len(values) != num_labels:
+                    raise UserError(f"{where}: has {len(values)} label(s), the lines before have {num_labels}")
+                found[image], num_labels = number, len(values)
+                flat.extend(values)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read: {reason}") from None
-    if not rows:
+    if not found:
         raise UserError(f"{path}: lists no image")
-    return np.array(list(found), np.int64), np.array(rows, np.int64).T
+    return np.array(list(found), np.int64), np.array(flat, np.int32).reshape(-1, num_labels).T
 
 
 def _is_index(named_columns: list[str] | None, column: int, num_columns: int, where: str) -> bool:
