@@ -296,8 +296,11 @@ def test_every_value_of_every_literal_is_tried_once():
 def test_the_cases_of_a_config(digits, tmp_path):
     words = [f"data.root={digits}", "data.reader=arrays"]
     cases = list(verify.cases(tmp_path, CONFIG, [], [*words, "method.options.aggregation=max", "seed=5"], steps=4))
-    variants = ["aggregation=max,head=relation", *(f"aggregation={name}" for name in ("cat", "sum", "mean"))]
-    variants += ["head=encoder", "head=dot_product"]
+    variants = [
+        "aggregation=max,head=relation,negatives=in_turn",
+        *(f"aggregation={name}" for name in ("cat", "sum", "mean")),
+    ]
+    variants += ["head=encoder", "head=dot_product", "negatives=random"]
     assert [(case.variant, case.config.precision) for case in cases] == [
         (variant, precision) for variant in variants for precision in ("fp64", "fp32")
     ]
