@@ -36,3 +36,13 @@ def test_the_notebook_runs_from_images_to_a_linear_evaluation(tmp_path):
     assert "logistic_top1" in results["notebook-relational"]
     pictures = [output for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
     assert sum("image/png" in picture.data for picture in pictures) == 3
+
+
+def test_what_the_acceptance_page_names_is_there():
+    text = Path("docs/acceptance.md").read_text()
+    files = set(re.findall(r"\b(?:configs|docs|tests|tools|launch)/[\w/.-]+\.(?:yaml|md|svg|ipynb|py|sh)\b", text))
+    assert len(files) > 40 and not [file for file in files if not Path(file).is_file()]
+    states = re.findall(r"^\| [A-E]\d+ \|.*? \| ([YPN-]) \|", text, re.MULTILINE)
+    assert len(states) == 218
+    counts = " | ".join(str(states.count(state)) for state in "YPN-")
+    assert f"| all | {counts} |" in text

@@ -308,7 +308,7 @@ def test_the_cases_of_a_config(digits, tmp_path):
         chosen = case.config.method.options
         for choice in case.variant.split(","):
             name, _, value = choice.partition("=")
-            assert chosen.get(name, "relation") == value
+            assert chosen.get(name, {"head": "relation", "negatives": "in_turn"}.get(name)) == value
         assert case.config.seed == 5 and case.config.views.num == 4
         assert case.config.optim.steps == (4 if case.config.precision == "fp64" else 1)
         assert case.config.data.limit // case.config.optim.batch_size == 2, "four steps must reach a second epoch"
