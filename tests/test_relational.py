@@ -96,12 +96,12 @@ def test_negatives_may_be_drawn():
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_drawn_negatives_are_those_of_every_rank(fused):
-    views = torch.randn(4, 6, 5, dtype=torch.float64)
+    views = torch.randn(4, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     method = make(4, negatives="random")
     method.fused = fused
     one, four = (grids.run(method, grid, views) for grid in (Grid(1, 1), Grid(2, 2)))
     torch.testing.assert_close(four.loss, one.loss, rtol=1e-9, atol=0)
-    assert not torch.allclose(one.loss, grids.run(make(4), Grid(1, 1), views).loss, rtol=1e-3, atol=0)
+    assert not torch.allclose(one.loss, grids.run(make(4), Grid(1, 1), views).loss, rtol=1e-5, atol=0)
 
 
 def test_one_view_has_no_pairs():

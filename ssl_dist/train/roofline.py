@@ -177,6 +177,8 @@ def estimate(step: Step, plan: RunPlan, device: Device) -> Times:
     backward = sum(map(max, times[step.backward : step.update]))
     sending = [(c.overlapped, device.sending(c, per_node)) for c in step.collectives]
     hidden = sum(seconds for overlapped, seconds in sending if overlapped)
+    if device.kind == "cpu":  # the threads that exchange take the ranks' cores: nothing hides
+        backward = 0.0
     network = sum(seconds for overlapped, seconds in sending if not overlapped) + max(0.0, hidden - backward)
     host = device.launch_s * (len(step.operations) + len(step.collectives)) + device.node.host_s * len(sending)
     loader, upload = _loader(plan, device.loader), 0.0
