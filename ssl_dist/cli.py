@@ -73,7 +73,7 @@ def _train(args: argparse.Namespace) -> int:
         from ssl_dist import config
         from ssl_dist.train.loop import train
 
-    return train(config.load(args.config, args.overrides))
+    return train(config.load(args.config, args.overrides, outcome.note))
 
 
 @command(
@@ -95,7 +95,8 @@ def _explain(args: argparse.Namespace) -> None:
         raise UserError(f"--world {args.world}: at least one rank is needed")
     if args.ranks_per_node is not None and (args.ranks_per_node < 1 or args.world % args.ranks_per_node):
         raise UserError(f"--ranks-per-node {args.ranks_per_node}: must divide --world {args.world}")
-    print(explain(config.load(args.config, args.overrides), args.world, args.ranks_per_node, args.device, args.rates))
+    settings = config.load(args.config, args.overrides, outcome.note)
+    print(explain(settings, args.world, args.ranks_per_node, args.device, args.rates))
 
 
 @command(
@@ -268,7 +269,7 @@ def _import(args: argparse.Namespace) -> None:
         from ssl_dist import config
         from ssl_dist.train.official import take_over
 
-    print(take_over(args.file, config.load(args.config, args.overrides), args.epoch))
+    print(take_over(args.file, config.load(args.config, args.overrides, outcome.note), args.epoch))
 
 
 @command(

@@ -75,6 +75,12 @@ def rank_info() -> RankInfo:
         return RankInfo()
 
 
+def note(line: str) -> None:
+    """Print a line for the user, on rank 0."""
+    if rank_info().is_rank0:
+        print(line, file=sys.stderr, flush=True)
+
+
 def _prints(error: UserError | Fault, rank: RankInfo) -> bool:
     """Whether this rank is the one to print an error that other ranks may raise too."""
     if error.raised_on is RaisedOn.THIS_RANK:

@@ -267,7 +267,23 @@ def test_timm(name):
         backbones.check("timm/resent18")
 
 
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [("vit_tiny_patch16_224", "timm/vit_tiny_patch16_224"), ("vit_tinny_patch16_224", "timm/vit_tiny_patch16_224"),
+     ("resnet-18", "resnet18")],
+)  # fmt: skip
+def test_a_name_of_timms_is_found_without_its_prefix(word, name):
+    pytest.importorskip("timm")
+    with pytest.raises(UserError) as caught:
+        backbones.check(word)
+    hint = re.search(r"did you mean '(.*)'\?", str(caught.value))[1]
+    assert hint == name
+    backbones.check(hint)
+
+
 def test_without_timm_the_message_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match="no such backbone; backbones"):
+        backbones.check("vit_tiny_patch16_224")
     with pytest.raises(UserError, match="pip install timm"):
         backbones.build("timm/resnet18")

@@ -1,3 +1,5 @@
+import operator
+import os
 import re
 
 import pytest
@@ -67,7 +69,7 @@ def test_exponents_are_numbers(path, text):
         ("views.groups.7.num=4", ["views.groups.7", "0..0"]),
         ("views.groups=[]", ["views.groups", "at least 1"]),
         ("views.groups=[{num: 2}, {size: 8}]", ["views.groups[1].num"]),
-        ("optim.steps=10", ["optim.epochs", "exactly one"]),
+        ("optim={steps: 10, epochs: 5}", ["optim.epochs", "exactly one"]),
         ("optim.lr", ["optim.lr", "key=value"]),
         ("optim.lr=[", ["optim.lr", "YAML"]),
         ("seed=-1", ["seed", "-1"]),
@@ -93,6 +95,74 @@ def test_mistakes_get_one_line_with_key_value_and_remedy(path, override, words):
     assert "\n" not in message
     for word in words:
         assert word in message, message
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("data.crop=96", "data.image_size", 96),
+        ("lr=0.1", "optim.lr", 0.1),
+        ("batch_size=32", "optim.batch_size", 32),
+        ("data.batch-size=32", "optim.batch_size", 32),
+        ("epochs=3", "optim.epochs", 3),
+        ("views.k=4", "views.num", 4),
+        ("arch=resnet18", "backbone.name", "resnet18"),
+        ("backbone=resnet18", "backbone.name", "resnet18"),
+        ("method=simclr", "method.name", "simclr"),
+        ("optim.scheduler=cosine", "optim.schedule", "cosine"),
+        ("amp=true", "precision", "bf16"),
+        ("output_dir=~/x", "run_dir", "~/x"),
+    ],
+)
+def test_words_of_the_field_get_the_key_that_they_mean(path, override, key, value):
+    """The remedy, taken as it stands, sets what was meant."""
+    with pytest.raises(UserError) as raised:
+        config.load(path, [override])
+    remedy = re.search(r"write (\S+)$", str(raised.value))[1]
+    value = value.replace("~", os.path.expanduser("~")) if isinstance(value, str) else value
+    assert operator.attrgetter(key)(config.load(path, [remedy])) == value
+
+
+def test_what_is_no_key_says_how_it_is_done(path):
+    for override, words in (("device=cpu", "CUDA_VISIBLE_DEVICES= before"), ("gpus=2", "torchrun_single.sh 2 CONFIG`")):
+        with pytest.raises(UserError, match=f"unknown key .* there is no such key: .*{re.escape(words)}"):
+            config.load(path, [override])
+
+
+def test_a_length_in_steps_replaces_one_in_epochs_and_the_other_way_round(path):
+    def lengths(*overrides):
+        notes = []
+        optim = config.load(path, overrides, notes.append).optim
+        return optim.epochs, optim.steps, notes
+
+    assert lengths("optim.steps=10") == (None, 10, [])  # in place of a default
+    assert lengths("optim={steps: 10}") == (None, 10, [])
+    path.write_text(MINIMAL + "optim: {epochs: 30}\n")
+    assert lengths("optim.steps=10") == (None, 10, ["optim.steps=10 takes the place of optim.epochs: 30"])
+    assert lengths("optim.steps=10", "optim.epochs=null") == (None, 10, [])
+    path.write_text(MINIMAL + "optim: {steps: 30}\n")
+    assert lengths() == (None, 30, [])
+    assert lengths("optim.epochs=4") == (4, None, ["optim.epochs=4 takes the place of optim.steps: 30"])
+    with pytest.raises(UserError, match="exactly one"):
+        lengths("optim.steps=4", "optim.epochs=4")
+
+
+def test_another_image_size_keeps_the_share_that_evaluation_sees(path):
+    def sizes(*overrides):
+        notes = []
+        data = config.load(path, overrides, notes.append).data
+        return data.image_size, data.eval_resize, len(notes)
+
+    assert sizes("data.image_size=96") == (96, None, 0)
+    for text in ("data: {image_size: 224}", "views: {groups: [{num: 1, size: 224}, {num: 1, size: 96}]}"):
+        data = "image_size: 224, eval_resize: 256}" if "image" in text else "eval_resize: 256}"
+        path.write_text(MINIMAL.replace("}", f", {data}") + (text if "views" in text else ""))
+        assert sizes() == (224, 256, 0)
+        assert sizes("data.image_size=96") == (96, 110, 1) and sizes("data.image_size=288") == (288, 329, 1)
+        assert sizes("data.image_size=96", "data.eval_resize=256") == (96, 256, 0)
+        assert sizes("data.image_size=224") == (224, 256, 0)
+        assert sizes("data={name: x, root: y, image_size: 8, eval_resize: 9}") == (8, 9, 0)
+    assert sizes("views.groups.0.size=112") == (112, 128, 1)
 
 
 def test_missing_key_is_named(path):

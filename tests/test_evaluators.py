@@ -34,6 +34,15 @@ def test_a_misspelt_name_gets_the_nearest():
         evaluators.find("results")
 
 
+def test_the_names_of_others_get_ours():
+    """Every alias leads to an evaluator that is there."""
+    words = [(alias, own) for own, aliases in evaluators._ALIASES.items() for alias in aliases]
+    for word, own in [("linear_eval", "probe"), ("k-means", "clusters"), ("t-SNE", "embedding"), *words]:
+        with pytest.raises(UserError, match=f"unknown evaluator '{word}': did you mean '{own}'"):
+            evaluators.find(word)
+    assert evaluators._ALIASES.keys() <= set(evaluators.names())
+
+
 def test_options():
     options = evaluators.parse_options(["knn", "logistic"], ["knn.k=[20,200]", "logistic.c=1e-1"])
     assert options["knn"].k == [20, 200] and options["logistic"].c == 0.1
@@ -50,7 +59,8 @@ def test_options():
         ("knn.precision=bf16", "knn.precision"),
         ("logistic.c=1", "logistic is not among the evaluators to run: knn"),
         ("kmn.k=[1]", "did you mean 'knn'"),
-        ("k=[1]", "write evaluator.option=value"),
+        ("k=[1]", "write knn.k=[1]"),
+        ("lr=1", "write evaluator.option=value"),
         ("knn.k", "write evaluator.option=value"),
         ("knn.k=[1", "not valid YAML"),
     ],

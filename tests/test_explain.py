@@ -8,6 +8,7 @@ from torch import nn
 
 from ssl_dist import backbones, config
 from ssl_dist.distributed.world import RankInfo
+from ssl_dist.errors import UserError
 from ssl_dist.methods import relational
 from ssl_dist.run.blueprint import derive
 from ssl_dist.train import explain
@@ -98,6 +99,22 @@ def test_pairs_of_a_rank_are_those_that_it_scores(lines_of):
         shares = [(r + 1) * units // world - r * units // world for r in range(world)]
         text = grids.explained(relational, num_views, batch_size, world)["pairs a rank"]
         assert text.startswith(f"{min(shares)}-{max(shares)} positive")
+
+
+@pytest.mark.parametrize("former", ["relational", "simclr"])
+def test_another_method_on_a_config_of_one_is_told_how_to_be_reset(digits, former):
+    """The remedy, taken as it stands, gives a config that can be explained."""
+    name = "simclr" if former == "relational" else "relational"
+
+    def plan(*overrides):
+        fixed = [f"data.root={digits}", "data.reader=arrays"]
+        return derive(config.load(f"configs/digits/{former}-conv4.yaml", [*fixed, *overrides]), RankInfo())
+
+    with pytest.raises(UserError, match=rf"^method\.options: .*: of .*{former}.*, not of {name}; ") as caught:
+        plan(f"method.name={name}")
+    overrides = str(caught.value).rpartition("another method: ")[2].split()
+    assert overrides[0] == f"method.name={name}" and len(overrides) == 3  # name, options and number of views
+    assert plan(*overrides).num_views == (2 if name == "simclr" else 32)
 
 
 def test_rates_are_shown_where_they_turn(lines_of):

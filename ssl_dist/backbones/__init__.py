@@ -3,8 +3,10 @@
 Initial weights are drawn from torch's global generator, which the caller seeds.
 """
 
+import importlib.util
 import re
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import partial
 
 from ssl_dist.backbones import efficientnet, resnet, resnet_small
@@ -54,12 +56,22 @@ def check(name: str, zero_init_residual: bool = False) -> None:
             f"as resnet18x2, x4 or x5 (wide) and with {_SMALL_STEM} (for images of 32 px)"
         )
     if name not in available:
-        raise UserError(f"backbone.name = {quoted(name)}: no such backbone; {did_you_mean(name, available)}{remedy}")
+        hint = _hint_of_timm(name, available) or did_you_mean(name, available)
+        raise UserError(f"backbone.name = {quoted(name)}: no such backbone; {hint}{remedy}")
     if zero_init_residual and name not in _RESNETS:
         raise UserError(
             f"backbone.zero_init_residual = true: backbone {name} has no such option (resnet18 to resnet200 have); "
             "set it to false"
         )
+
+
+def _hint_of_timm(name: str, own: list[str]) -> str:
+    """The name of timm that `name` is without its `timm/`, or nearly so and near none of `own`; as `did_you_mean`."""
+    if name.startswith(_TIMM) or importlib.util.find_spec("timm") is None:
+        return ""
+    models = timm_package().list_models()
+    near = [name] if name in models else [] if did_you_mean(name, own) else get_close_matches(name, models, n=1)
+    return f"did you mean '{_TIMM}{near[0]}'? " if near else ""
 
 
 def build(name: str, zero_init_residual: bool = False) -> Backbone:

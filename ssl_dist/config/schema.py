@@ -3,13 +3,15 @@
 A config is flat data. Derived values are properties and are never written back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, model_validator
 
+from ssl_dist.config import hints
+from ssl_dist.config.implied import Neighbours
 from ssl_dist.config.recipe import MAX_VIEWS, ColorJitter, Interpolation, NumViews, RandomResizedCrop, ViewGroup
 from ssl_dist.config.section import (
     FiniteFloat,
@@ -90,7 +92,9 @@ class Data(Section):
         "is not given and all groups give a size: the largest of these",
     )
     eval_resize: PositiveInt | None = Field(
-        None, description="evaluation resizes the short side to this before the centre crop; null: to image_size"
+        None,
+        description="evaluation resizes the short side to this before the centre crop; null: to image_size; an "
+        "override of image_size alone changes it in proportion",
     )
     eval_interpolation: Interpolation = Field("bilinear", description="of that resize")
     view_shards: Literal["auto"] | PositiveInt = Field(
@@ -174,6 +178,14 @@ class Optim(Section):
         """The learning rate at its highest, for this batch size."""
         return self.lr if self.lr_batch is None else self.lr * self.batch_size / self.lr_batch
 
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_alone(cls, given: Any) -> Any:
+        """Where only `steps` is given, it is no length besides the default of `epochs`."""
+        if isinstance(given, dict) and given.get("steps") is not None and "epochs" not in given:
+            return given | {"epochs": None}
+        return given
+
     @model_validator(mode="after")
     def _length(self) -> Self:
         if self.peak_lr > MAX_RATE:
@@ -238,27 +250,36 @@ class Config(Section):
                 raise ValueError(f"compile: true cannot trace {key}; leave one of the two out")
         return self
 
+    @classmethod
+    def hint(cls, path: Sequence[int | str], value: object) -> str:
+        return hints.for_unknown(cls, path, value)
+
     @property
     def num_views(self) -> int | None:
         """K as the config gives it; None when it leaves the number to the method."""
         return self.views.num or sum(group.num or 0 for group in self.views.groups) or None
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config in a YAML file with `key.sub=value` overrides (values are YAML). Raises `UserError`."""
+def load(path: str | Path, overrides: Sequence[str] = (), note: Callable[[str], object] = lambda line: None) -> Config:
+    """The config in a YAML file with `key.sub=value` overrides (values are YAML). note: gets a line for each key of the
+    file that an override of another one has changed. Raises `UserError`."""
     tree = read_yaml(path, f"config {path}", "configs/ holds examples")
     if not isinstance(tree, dict):
         raise UserError(f"config {path}: must be a mapping of sections (data, views, method, ...); see configs/")
-    return overridden(tree, overrides)
+    return overridden(tree, overrides, note)
 
 
-def overridden(tree: dict, overrides: Sequence[str]) -> Config:
-    """The config in `tree` with `key.sub=value` overrides, which change `tree` too. Raises `UserError`."""
+def overridden(tree: dict, overrides: Sequence[str], note: Callable[[str], object] = lambda line: None) -> Config:
+    """The config in `tree` with `key.sub=value` overrides, which change `tree` too. note: see `load`. Raises
+    `UserError`."""
+    neighbours = Neighbours.of(tree)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise UserError(f"override {quoted(override)}: write key=value, for example optim.lr=1e-3")
         _assign(tree, key.split("."), parse_yaml(value, f"override {quoted(override)}"), override)
+    for line in neighbours.follow(tree, [override.partition("=")[0] for override in overrides]):
+        note(line)
     config = validate(Config, tree)
     sizes = [group.size for group in config.views.groups if group.size is not None]
     if "image_size" in config.data.model_fields_set or len(sizes) < len(config.views.groups):

@@ -37,6 +37,11 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
+    @classmethod
+    def hint(cls, path: Sequence[int | str], value: object) -> str:
+        """What to write in the place of the unknown key at `path`, where it is known; else nothing."""
+        return ""
+
 
 # Of a YAML text. PyYAML takes a second for some 50,000 characters, and every alias stands for all that it names.
 MAX_CHARACTERS, MAX_DEPTH, MAX_VALUES = 100_000, 40, 20_000
@@ -187,7 +192,8 @@ def _describe(section: type[BaseModel], error: ValidationError, prefix: str) -> 
     if fault["type"] == "extra_forbidden":
         around = section_in(fields[-1].annotation) if fields else section
         names = list(around.model_fields) if around else []
-        hint = did_you_mean(str(path[-1]), names, cutoff=0.5).rstrip() or f"known here: {', '.join(names)}"
+        hint = section.hint(path, fault["input"]) if issubclass(section, Section) else ""
+        hint = hint or did_you_mean(str(path[-1]), names, cutoff=0.5).rstrip() or f"known here: {', '.join(names)}"
         return f"unknown key {key} = {_show(fault['input'])}: {hint}"
     if fault["type"] == "missing":
         return f"missing key {key}: it must be given"
@@ -195,6 +201,9 @@ def _describe(section: type[BaseModel], error: ValidationError, prefix: str) -> 
     if fault["type"] == "value_error" and isinstance(fault["input"], dict | BaseModel):
         return f"{key}.{message}" if path else prefix + message
     remedy = fields[-1].description if fields else None
+    around = section_in(fields[-1].annotation) if fields and fault["type"] == "model_type" else None
+    if around is not None and isinstance(fault["input"], str) and "name" in around.model_fields:
+        return f"{key} = {_show(fault['input'])}: is a section; write {key}.name={fault['input']}"
     if len(path) == len(paths[0]):
         message = " or ".join(dict.fromkeys(faults[i]["msg"].removeprefix("Value error, ") for i in related))
     text = f"{key} = {_show(fault['input'])}: {message[0].lower()}{message[1:]}"

@@ -21,6 +21,18 @@ if TYPE_CHECKING:
 
 OptionsT = TypeVar("OptionsT", bound=Section)
 
+# What others call them, without hyphens and underscores.
+_ALIASES = {
+    "probe": ("linear", "lineareval", "linearevaluation", "linearprobe", "linearprobing", "lincls", "lp", "stages"),
+    "logistic": ("logreg", "logisticregression", "lbfgs"),
+    "finetune": ("finetuning", "ft", "semisupervised"),
+    "clusters": ("kmeans", "cluster", "clustering", "nmi"),
+    "knn": ("nearest", "nearestneighbours", "nearestneighbors", "neighbours", "neighbors"),
+    "retrieval": ("retrieve", "recall", "map"),
+    "embedding": ("tsne", "umap", "pca", "projector"),
+    "classify": ("accuracy", "supervised"),
+}
+
 
 class FeatureEvaluator(Protocol[OptionsT]):
     """A module that works on the features of two splits, on rank 0.
@@ -81,7 +93,9 @@ def names() -> list[str]:
 def find(name: str) -> Evaluator:
     """The evaluator's module. Raises `UserError` with the nearest name for one that does not exist."""
     if name not in names():
-        hint = did_you_mean(name, names(), cutoff=0.5)
+        plain = name.lower().replace("-", "").replace("_", "")
+        own = [own for own, others in _ALIASES.items() if plain in (own, *others)]
+        hint = f"did you mean {own[0]!r}? " if own else did_you_mean(name, names(), cutoff=0.5)
         raise UserError(f"unknown evaluator {name!r}: {hint}known: {', '.join(names())}")
     return importlib.import_module(f"{__name__}.{name}")
 
@@ -101,7 +115,9 @@ def option_trees(chosen: Sequence[str], overrides: Sequence[str]) -> dict[str, d
         key, equals, value = override.partition("=")
         name, dot, option = key.partition(".")
         if not (equals and dot and option):
-            raise UserError(f"override {override!r}: write evaluator.option=value, for example knn.k=[20,200]")
+            owners = [own for own in chosen if equals and not dot and key in find(own).Options.model_fields]
+            example = f"{owners[0]}.{override}" if owners else "evaluator.option=value, for example knn.k=[20,200]"
+            raise UserError(f"override {override!r}: write {example}")
         if name not in trees:
             find(name)
             raise UserError(f"override {override!r}: {name} is not among the evaluators to run: {', '.join(chosen)}")

@@ -28,6 +28,16 @@ def find(name: str) -> type[SSLMethod]:
     return importlib.import_module(f"{__name__}.{name}").Method
 
 
-def build_options(method: type[SSLMethod], options: dict) -> Section:
-    """The method's typed options from the config's mapping. Raises `UserError` naming method.options.<key>."""
+def build_options(method: type[SSLMethod], options: dict, reset: str = "method.options={}") -> Section:
+    """The method's typed options from the config's mapping. Raises `UserError` naming method.options.<key>. reset: the
+    overrides that would make a config of another method one of this one."""
+    foreign = [key for key in options if key not in method.Options.model_fields]
+    owners = [name for name in names() if foreign and set(foreign) <= set(find(name).Options.model_fields)]
+    if owners:
+        own = method.__module__.rpartition(".")[2]
+        values = ", ".join(f"{key} = {quoted(options[key])}" for key in foreign)
+        raise UserError(
+            f"method.options: {values}: of {' and '.join(owners)}, not of {own}; leave it out, or, on a config of "
+            f"another method: method.name={own} {reset}"
+        )
     return config.validate(method.Options, options, "method.options.")

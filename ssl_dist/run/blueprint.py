@@ -193,7 +193,7 @@ def build_method(
 def derive(config: Config, rank_info: RankInfo) -> RunPlan:
     """The plan of `config` on this rank. Raises `UserError` for everything that can not run."""
     method_class = methods.find(config.method.name)
-    options = methods.build_options(method_class, config.method.options)
+    options = methods.build_options(method_class, config.method.options, _reset(config, method_class))
     backbones.check(config.backbone.name, config.backbone.zero_init_residual)
     dataset = Dataset(config.data.root, config.data.name, config.data.reader)
     # Without labels a method trains on everything there is.
@@ -231,6 +231,16 @@ def derive(config: Config, rank_info: RankInfo) -> RunPlan:
         if config.optim.batch_size == 1 and method_class.trainable and plan.num_views == 1:
             _refuse_one_row(method, config.data.image_size)
     return plan
+
+
+def _reset(config: Config, method_class: type[SSLMethod]) -> str:
+    """The overrides that rid a config of what it has for another method."""
+    fixed: int | None = getattr(method_class, "num_views", None)
+    if fixed is None and config.num_views is None:
+        return "method.options={} views.num=32"
+    if fixed is not None and not method_class.free_views and config.views.num not in (None, fixed):
+        return "method.options={} views.num=null"
+    return "method.options={}"
 
 
 def normalization(config: Config, split: SplitInfo) -> Normalize:
