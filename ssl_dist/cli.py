@@ -30,7 +30,7 @@ _CONFIG = (
     argument("config", "a YAML file; configs/ holds one for every row of the papers' tables"),
     _overrides("for example optim.lr=1e-3 data.limit=1000"),
 )
-_VOC_TASKS = ["classification", "detection", "segmentation"]
+_VOC_TASKS = ["classification", "finetune", "detection", "segmentation"]
 _RUN_OR_FILE = argument("run", "a run's folder, or one checkpoint file", type=home_path, metavar="RUN")
 
 # Imports stand inside the commands: torch and numba cost seconds that --help need not wait for.
@@ -301,7 +301,7 @@ def _labels(args: argparse.Namespace) -> None:
 
 @command(
     "voc",
-    "transfer to PASCAL VOC: classification, detection, segmentation",
+    "transfer to PASCAL VOC: classification, finetune, detection, segmentation",
     argument("task", choices=_VOC_TASKS),
     argument("weights", "a run's folder, or a file of weights", type=home_path, metavar="RUN|WEIGHTS"),
     _overrides("options of the task, as batch_size=8; of weights of others also backbone.name"),
@@ -315,8 +315,9 @@ def _labels(args: argparse.Namespace) -> None:
     argument("--out", "folder of results.json, features and checkpoints", type=home_path, required=True),
 )
 def _voc(args: argparse.Namespace) -> int:
-    """Fit SVMs on frozen features (classification), or fine-tune Faster R-CNN (detection) or FCN (segmentation), in one
-    process; the numbers go to OUT/results.json. The same command again goes on with a training."""
+    """Fit SVMs on frozen features (classification), or fine-tune: a linear classifier (finetune), Faster R-CNN
+    (detection) or FCN (segmentation), in one process; the numbers go to OUT/results.json. The same command again goes
+    on with a training."""
     from ssl_dist.results.records import table
     from ssl_dist.voc.command import headline, run
 

@@ -79,6 +79,22 @@ def test_the_rate():
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
+class Clipped(loop.TrainingOptions):
+    RATE_DECAY = 0.5
+    MAX_GRADIENT_NORM = 0.01
+
+
+def test_a_rate_that_is_halved_and_gradients_that_are_clipped(tmp_path):
+    clipped = Clipped(steps=4, batch_size=4, lr=0.1, momentum=0.0, weight_decay=0, milestones=[0.25, 0.5])
+    assert [loop.lr(clipped, Clock(step, 2, 4)) for step in range(4)] == pytest.approx([0.1, 0.05, 0.025, 0.025])
+    task = toy()
+    before = torch.cat([p.detach().flatten().clone() for p in task.model.parameters()])
+    with loop.claimed(tmp_path):
+        loop.fit(task, clipped.model_copy(update={"steps": 2, "milestones": []}), tmp_path, SETTINGS, threads=1)
+    moved = torch.cat([p.detach().flatten() for p in task.model.parameters()]) - before
+    assert 0.1 * 0.01 < moved.norm() <= 2 * 0.1 * 0.01 * 1.001, "two steps, each of norm 0.01"
+
+
 def test_the_loss_falls_and_what_is_written(tmp_path):
     assert fit(tmp_path, toy(), steps=60, lr=0.2) == 0
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

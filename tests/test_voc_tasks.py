@@ -12,13 +12,14 @@ from PIL import Image
 
 from ssl_dist import backbones, cli
 from ssl_dist.backbones import resnet
+from ssl_dist.backbones.alexnet import AlexNet, Conv2d
 from ssl_dist.backbones.resnet import ResNet
 from ssl_dist.config import Normalize
 from ssl_dist.data.plan import limited
 from ssl_dist.errors import UserError
 from ssl_dist.keys import hash64
 from ssl_dist.storage import checkpoint
-from ssl_dist.voc import detection, loop, pictures, segmentation
+from ssl_dist.voc import detection, loop, pictures, segmentation, trunk
 from ssl_dist.voc.data import CLASSES, VOID, read_split, to_tensor
 from ssl_dist.voc.metrics import Detections, confusion
 from ssl_dist.voc.pretrained import Pretrained
@@ -55,6 +56,17 @@ def pretrained(name="slim", filled=True):
     if filled:
         golden_fill.fill(backbone, 4)
     return Pretrained(backbone.eval(), name, "toy", HALF, "ab" * 32, 0, None)
+
+
+def slim_alexnet():
+    """AlexNet with few channels and neurons."""
+    torch.manual_seed(0)
+    backbone = AlexNet((8, 12, 8, 8, 16))
+    fully = torch.nn.Linear(36 * 16, 24), torch.nn.ReLU(inplace=True), torch.nn.Dropout(), torch.nn.Linear(24, 24)
+    backbone.classifier = torch.nn.Sequential(torch.nn.Dropout(), *fully, torch.nn.ReLU(inplace=True))
+    backbone.feature_dim = 24
+    golden_fill.fill(backbone, 4)
+    return Pretrained(backbone.eval(), "alexnet", "toy", HALF, "ab" * 32, 0, None)
 
 
 def split(voc, name="train", kind="Main"):
@@ -127,10 +139,77 @@ def test_segmentation_takes_other_backbones(name, stride, channels):
 def test_backbones_that_are_refused():
     with pytest.raises(UserError, match="'conv4': voc detection needs a residual network"):
         detection.build(pretrained("conv4"), detection.Options())
-    with pytest.raises(UserError, match="'alexnet': voc segmentation needs maps of images of any size: alexnet takes"):
-        segmentation.build(pretrained("alexnet", filled=False), segmentation.Options())
+    with pytest.raises(UserError, match="voc segmentation needs maps of images of any size: "):
+        segmentation.build(pretrained("timm/vit_tiny_patch16_224", filled=False), segmentation.Options())
     with pytest.raises(UserError, match="frozen_stages = 1: backbone conv4 is not one of resnet18"):
         segmentation.build(pretrained("conv4"), segmentation.Options(frozen_stages=1))
+
+
+def seen(network, position, side):
+    """The cells of a map's column that see the pixel (position, position) of an image."""
+    images = torch.zeros(1, 3, side, side)
+    images[..., position, position] = torch.nan
+    with torch.no_grad():
+        column = network(images)[0].isnan().any(0).any(0)
+    return np.flatnonzero(column)
+
+
+def test_alexnets_cells_look_where_boxes_and_upsampling_take_them():
+    """RoI pooling and anchors take cell i of conv5 at pixel 16 i, the upsampling cell i of fc7 at 32 i + 15.5."""
+    backbone = slim_alexnet().backbone
+    conv5 = trunk.AlexNetConv5(backbone).eval()
+    assert conv5(torch.zeros(1, 3, 64, 96)).shape == (1, 16, 4, 6)
+    cells = seen(conv5, 16 * 12, 480)
+    assert cells.mean() == 12 and len(cells) == 11, "its receptive field has 163 pixels"
+    fc7 = trunk.AlexNetFC7(backbone).eval()
+    wide = seen(lambda images: fc7(images)["out"], 32 * 10 + 15, 640)
+    assert wide.mean() == 10 and len(wide) == 11, "355 pixels"
+
+
+def test_fc6_and_fc7_as_convolutions_are_the_pretrained_layers():
+    source = slim_alexnet()
+    network = trunk.AlexNetFC7(source.backbone).eval()
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cells = network(images)["out"]  # 7 x 7; the cell in the middle has all 6 x 6 of the map below it
+        torch.testing.assert_close(cells[:, :, 3, 3], source.backbone(images))
+    model, frozen, stride = segmentation.build(source, segmentation.Options(norm="frozen", frozen_stages=1))
+    assert stride == 32 and model.eval()(torch.zeros(1, 3, 70, 45))["out"].shape == (1, 21, 70, 45)
+    assert not model.backbone.features[0].weight.requires_grad and model.backbone.features[4].weight.requires_grad
+    assert {type(m) for m in frozen} == {torch.nn.BatchNorm2d, Conv2d}
+
+
+@pytest.mark.parametrize("kind", ["detection", "segmentation"])
+def test_a_step_trains_all_of_alexnet(voc, tmp_path, kind):
+    source = slim_alexnet()
+    if kind == "detection":
+        options = detection.Options(**SMALL | {"steps": 2}, lr=1e-2, weight_decay=0)
+        task = detection.task(source, split(voc), options, CPU)
+        network = detection.network(source)
+    else:
+        options = segmentation.Options(batch_size=2, steps=4, crop=64, lr=0.05, weight_decay=0)
+        task, stride = segmentation.task(source, split(voc, kind="Segmentation"), options, CPU)
+        network = segmentation.network(source, stride)
+    assert "AlexNet" in network or "conv5" in network
+    before = {name: tensor.clone() for name, tensor in task.model.named_parameters()}
+    assert torch.equal(before["backbone.features.4.weight"], source.backbone.features[4].weight)
+    assert fit(task, options, tmp_path) == 0
+    biases = {f"backbone.features.{n}.bias" for n in (0, 4, 8, 11, 14)}  # BatchNorm removes them
+    assert {name for name, p in task.model.named_parameters() if torch.equal(p, before[name])} == biases
+    if kind == "detection":
+        values, _ = detection.evaluate(task.model, split(voc, "val"), CPU, threads=2)
+        assert 0 <= values["voc_detection_ap50_area"] <= 100
+    else:
+        values, _ = segmentation.evaluate(task.model, split(voc, "val", "Segmentation"), HALF, CPU, threads=2)
+        assert 0 <= values["voc_segmentation_miou"] <= 100
+
+
+def test_boxes_are_max_pooled_to_6_by_6():
+    cells = torch.randn(1, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    box = torch.tensor([[32.0, 16.0, 32.0 + 16 * 12 - 16, 16.0 + 16 * 6 - 16]])  # 12 columns, 6 rows of cells
+    pooled = detection.RoIMaxPool()({"0": cells}, [box], [(320, 320)])
+    expected = [[cells[0, :, 1 + y, 2 + 2 * x : 4 + 2 * x].max(1).values for x in range(6)] for y in range(6)]
+    torch.testing.assert_close(pooled[0], torch.stack([torch.stack(row, 1) for row in expected], 1))
 
 
 def test_options_that_are_refused():

@@ -17,13 +17,17 @@ from ssl_dist.distributed.signals import STOPPED
 from ssl_dist.distributed.world import choose_device
 from ssl_dist.errors import UserError, quoted
 from ssl_dist.results.figures import add_picture
-from ssl_dist.voc import classification, data, detection, loop, pictures, pretrained, segmentation
+from ssl_dist.voc import classification, data, detection, finetune, loop, pictures, pretrained, segmentation
 from ssl_dist.voc.data import Sample, Split
 from ssl_dist.voc.pretrained import Pretrained
-from ssl_dist.voc.trunk import TransferOptions
 
-TASKS = {"classification": classification, "detection": detection, "segmentation": segmentation}
-Options = classification.Options | detection.Options | segmentation.Options
+TASKS = {
+    "classification": classification,
+    "finetune": finetune,
+    "detection": detection,
+    "segmentation": segmentation,
+}
+Options = classification.Options | finetune.Options | detection.Options | segmentation.Options
 # Values, protocol, and the SHA-256 of training and of test images with what is true of them.
 Outcome = tuple[dict[str, float], str, str, str]
 
@@ -69,6 +73,8 @@ def run(name: str, weights: Path, roots: Sequence[Path], out: Path, overrides: S
     outcome: Outcome | None
     if isinstance(options, classification.Options):
         outcome = classify(transfer, options)
+    elif isinstance(options, finetune.Options):
+        outcome = fine_tune(transfer, options)
     elif isinstance(options, detection.Options):
         outcome = detect(transfer, options)
     else:
@@ -104,11 +110,24 @@ def classify(transfer: Transfer, options: classification.Options) -> Outcome:
     )
     parts = train_features, train_labels, test_features, test_labels
     values = classification.evaluate(*parts, options, threads)
-    digests = []
-    for split in (train, test):
-        row = {sample: labels.tobytes() for sample, labels in zip(split.samples, split.labels, strict=True)}
-        digests.append(split.digest(row.__getitem__))
-    return values, _protocol(classification.PROTOCOL, options, train), digests[0], digests[1]
+    return values, _protocol(classification.PROTOCOL, options, train), _labelled_digest(train), _labelled_digest(test)
+
+
+def fine_tune(transfer: Transfer, options: finetune.Options) -> Outcome | None:
+    """A linear classifier on the network, trained with it. None: stopped on request."""
+    source, train, test = transfer.source, transfer.train, transfer.test
+    finetune.check_classes(test)
+    task = finetune.task(source, train, options, transfer.device)
+    digest = _labelled_digest(train)
+    if not _fit("finetune", task, options, transfer, digest):
+        return None
+    values = finetune.evaluate(task.model, test, source.normalize, options, transfer.device, transfer.threads)
+    return values, _protocol(finetune.PROTOCOL, options, train), digest, _labelled_digest(test)
+
+
+def _labelled_digest(split: Split) -> str:
+    row = {sample: labels.tobytes() for sample, labels in zip(split.samples, split.labels, strict=True)}
+    return split.digest(row.__getitem__)
 
 
 def detect(transfer: Transfer, options: detection.Options) -> Outcome | None:
@@ -124,7 +143,8 @@ def detect(transfer: Transfer, options: detection.Options) -> Outcome | None:
         loop.renew_statistics(task, options, options.statistics_steps, transfer.threads)
     values, figure = detection.evaluate(task.model, test, transfer.device, transfer.threads)
     _add_picture(transfer, "detection", figure, "Boxes that were found", pictures.BOXES_CAPTION)
-    return values, _protocol(detection.PROTOCOL, options, train), digest, test.digest(_annotation)
+    protocol = _protocol(detection.PROTOCOL, options, train, network=detection.network(transfer.source))
+    return values, protocol, digest, test.digest(_annotation)
 
 
 def segment(transfer: Transfer, options: segmentation.Options) -> Outcome | None:
@@ -135,8 +155,9 @@ def segment(transfer: Transfer, options: segmentation.Options) -> Outcome | None
     if not _fit("segmentation", task, options, transfer, digest):
         return None
     values, figure = segmentation.evaluate(task.model, test, source.normalize, transfer.device, transfer.threads)
+    network = segmentation.network(source, stride)
     _add_picture(transfer, "segmentation", figure, "Masks that were found", pictures.MASKS_CAPTION)
-    return values, _protocol(segmentation.PROTOCOL, options, train, stride=stride), digest, test.digest(_mask)
+    return values, _protocol(segmentation.PROTOCOL, options, train, network=network), digest, test.digest(_mask)
 
 
 def _annotation(sample: Sample) -> bytes:
@@ -153,7 +174,7 @@ def _add_picture(transfer: Transfer, name: str, figure: Figure, title: str, capt
     print(path, file=sys.stderr, flush=True)
 
 
-def _fit(name: str, task: loop.Task, options: TransferOptions, transfer: Transfer, digest: str) -> bool:
+def _fit(name: str, task: loop.Task, options: loop.TrainingOptions, transfer: Transfer, digest: str) -> bool:
     """Whether the training is complete; it was stopped on request otherwise. digest: of the training split."""
     source, train, folder = transfer.source, transfer.train, transfer.out / name
     settings = {
@@ -170,7 +191,7 @@ def _fit(name: str, task: loop.Task, options: TransferOptions, transfer: Transfe
         return loop.fit(task, options, folder, settings, transfer.threads) != STOPPED
 
 
-def _protocol(template: str, options: Options, train: Split, **more: int) -> str:
+def _protocol(template: str, options: Options, train: Split, **more: str) -> str:
     return template.format(**options.model_dump(), train=train.title, **more)
 
 

@@ -1,11 +1,16 @@
-"""Detection: torchvision's Faster R-CNN (Ren et al. 2015) on a pre-trained ResNet, fine-tuned, counted as VOC counts.
+"""Detection: torchvision's Faster R-CNN (Ren et al. 2015) on a pre-trained backbone, fine-tuned, counted as VOC counts.
 
-The network is the C4 one of He et al. (2016), which MoCo, VICReg and others publish: proposals and boxes are read from
-the map of layer3 (stride 16), and layer4 is the head of each box: every pre-trained layer is used, and no feature
-pyramid has to be learned on VOC. Anchors, thresholds and the schedule are those of MoCo (2020, appendix A; detectron2's
-Base-RCNN-C4): 24,000 steps of 16 images of VOC2007+2012 trainval, the short side drawn from 480, 512, ..., 800,
-BatchNorm trained, one more behind layer4, its statistics taken anew over 200 batches after the last step. Losses, box
-coder, RoIAlign and the assignment of anchors are torchvision's.
+The network of a ResNet is the C4 one of He et al. (2016), which MoCo, VICReg and others publish: proposals and boxes
+are read from the map of layer3 (stride 16), and layer4 is the head of each box: every pre-trained layer is used, and no
+feature pyramid has to be learned on VOC. Anchors, thresholds and the schedule are those of MoCo (2020, appendix A;
+detectron2's Base-RCNN-C4): 24,000 steps of 16 images of VOC2007+2012 trainval, the short side drawn from 480, 512, ...,
+800, BatchNorm trained, one more behind layer4, its statistics taken anew over 200 batches after the last step. Losses,
+box coder, RoIAlign and the assignment of anchors are torchvision's.
+
+AlexNet has its map of conv5 (stride 16), of which each box is max-pooled to 6 x 6, and the pre-trained fc6 and fc7 as
+its head. That is Fast R-CNN's AlexNet (Girshick 2015), by which Krähenbühl et al. (2016) and SeLa measure. They take
+the boxes of selective search; here proposals are learned, as in Faster R-CNN. They fold BatchNorm into the
+convolutions; here it stays, and norm=frozen keeps what was pre-trained.
 """
 
 from typing import Annotated, ClassVar
@@ -19,8 +24,9 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, roi_pool
 
+from ssl_dist.backbones.alexnet import AlexNet
 from ssl_dist.config import NonNegativeInt, PositiveFloat, PositiveInt, Probability
 from ssl_dist.data.plan import limited
 from ssl_dist.errors import UserError, quoted
@@ -31,10 +37,10 @@ from ssl_dist.voc.data import CLASSES, Sample, Split, to_tensor
 from ssl_dist.voc.loop import Task, read_ahead, seed_torch
 from ssl_dist.voc.metrics import IOU_THRESHOLDS, Detections
 from ssl_dist.voc.pretrained import Pretrained
-from ssl_dist.voc.trunk import Layers, TransferOptions, freeze, require_resnet
+from ssl_dist.voc.trunk import AlexNetConv5, Layers, TransferOptions, freeze, require_resnet_or_alexnet
 
 PROTOCOL = (
-    "Faster R-CNN C4, {steps} steps of {batch_size}, lr {lr}, short side {min_sizes} (test {test_size}), BatchNorm "
+    "{network}, {steps} steps of {batch_size}, lr {lr}, short side {min_sizes} (test {test_size}), BatchNorm "
     "{norm} (statistics of {statistics_steps} batches), {frozen_stages} stages frozen, trained on {train}; VOC's "
     "average precision by 11 points and by area, difficult objects ignored, ap: mean over IoU 0.5 to 0.95, last step, "
     "seed {seed}"
@@ -62,16 +68,40 @@ class Options(TransferOptions):
     boxes_per_image: PositiveInt = Field(512, description="proposals of an image that the head learns from; memory")
 
 
+class RoIMaxPool(MultiScaleRoIAlign):
+    """Boxes [n, 4] of every image, in its pixels, to [total, C, 6, 6] of a map {"0": [N, C, h, w]} of stride 16
+    (Girshick 2015). A subclass, as FasterRCNN takes no other."""
+
+    def __init__(self) -> None:
+        super().__init__(["0"], output_size=6, sampling_ratio=0)
+
+    def forward(self, maps: dict[str, Tensor], boxes: list[Tensor], _image_sizes: list[tuple[int, int]]) -> Tensor:
+        return roi_pool(maps["0"], boxes, output_size=6, spatial_scale=1 / 16)
+
+
+def network(pretrained: Pretrained) -> str:
+    """What is trained, for a protocol."""
+    if isinstance(pretrained.backbone, AlexNet):
+        return "Faster R-CNN on conv5, boxes max-pooled to fc6 and fc7"
+    return "Faster R-CNN C4"
+
+
 def build(pretrained: Pretrained, options: Options) -> tuple[FasterRCNN, list[nn.Module]]:
     """The detector on the backbone's own modules, and those of them that stay in evaluation mode."""
-    backbone = require_resnet(pretrained, "detection")
+    backbone = require_resnet_or_alexnet(pretrained, "detection")
     frozen = freeze(pretrained, options)
     seed_torch(options.seed)
     width = backbone.feature_dim
-    norm = nn.BatchNorm2d(width) if options.norm == "batch" else nn.Identity()
-    head = nn.Sequential(backbone.get_submodule("layer4"), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
+    if isinstance(backbone, AlexNet):
+        trunk: nn.Module = AlexNetConv5(backbone)
+        pooling: nn.Module = RoIMaxPool()
+        head = nn.Sequential(nn.Flatten(1), backbone.classifier)
+    else:
+        trunk, pooling = Layers(backbone, 3), MultiScaleRoIAlign(["0"], output_size=14, sampling_ratio=0)
+        norm = nn.BatchNorm2d(width) if options.norm == "batch" else nn.Identity()
+        head = nn.Sequential(backbone.get_submodule("layer4"), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
     model = FasterRCNN(
-        Layers(backbone, 3),
+        trunk,
         min_size=options.test_size,
         max_size=options.max_size,
         image_mean=list(pretrained.normalize.mean),
@@ -79,7 +109,7 @@ def build(pretrained: Pretrained, options: Options) -> tuple[FasterRCNN, list[nn
         rpn_anchor_generator=AnchorGenerator((ANCHOR_SIDES,), ((0.5, 1.0, 2.0),)),
         rpn_pre_nms_top_n_train=12000,
         rpn_pre_nms_top_n_test=6000,
-        box_roi_pool=MultiScaleRoIAlign(["0"], output_size=14, sampling_ratio=0),
+        box_roi_pool=pooling,
         box_head=head,
         box_predictor=FastRCNNPredictor(width, len(CLASSES) + 1),
         box_batch_size_per_image=options.boxes_per_image,

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Annotated, Generic, TypeVar
+from typing import Annotated, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -41,8 +41,10 @@ Item = TypeVar("Item")
 
 
 class TrainingOptions(Section):
-    """The options that detection and segmentation share; defaults are each task's own."""
+    """The options that the trained tasks share; defaults are each task's own."""
 
+    RATE_DECAY: ClassVar = 0.1  # factor of the rate at a milestone
+    MAX_GRADIENT_NORM: ClassVar[float | None] = None
     seed: NonNegativeInt = Field(0, description="of new layers, the order of images, augmentation and sampling")
     steps: PositiveInt = Field(description="length of the training in optimizer steps")
     batch_size: PositiveInt = Field(16, description="images in a step")
@@ -124,6 +126,8 @@ def fit(task: Task, options: TrainingOptions, folder: Path, settings: dict, thre
                 raise Fault(f"{folder}: step {clock.step + 1}: the loss is not finite ({shown}); try a lower lr")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            if options.MAX_GRADIENT_NORM is not None:
+                nn.utils.clip_grad_norm_(task.model.parameters(), options.MAX_GRADIENT_NORM)
             optimizer.step()
             clock = clock.after_step()
             if clock.step == 1 or clock.done or clock.due(options.log_every):
@@ -170,7 +174,8 @@ def lr(options: TrainingOptions, clock: Clock) -> float:
     """
     if clock.step < options.warmup_steps:
         return options.lr * (clock.step + 1) / (options.warmup_steps + 1)
-    return options.lr * 0.1 ** sum(clock.step >= round(share * clock.total_steps) for share in options.milestones)
+    passed = sum(clock.step >= round(share * clock.total_steps) for share in options.milestones)
+    return options.lr * options.RATE_DECAY**passed
 
 
 def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:

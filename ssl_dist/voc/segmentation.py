@@ -1,10 +1,11 @@
 """Segmentation: torchvision's fully convolutional network (Long et al. 2015) on a pre-trained backbone, fine-tuned.
 
 The head is torchvision's FCNHead on the last map. Bottleneck ResNets keep layer4 at stride 16 by dilation, as MoCo
-does; torchvision dilates no basic blocks, so resnet18 and 34 stay at stride 32. The schedule and the augmentation are
-MoCo's (He et al. 2020, appendix A): 30,000 steps of 16 crops of 513 px, scaled by 0.5 to 2, flipped, learning rate
-0.003 with falls at 70 and 90 percent. Whole test images at their own size, mean intersection over union, void pixels
-left out.
+does; torchvision dilates no basic blocks, so resnet18 and 34 stay at stride 32. AlexNet becomes FCN-32s instead, with
+fc6 and fc7 as convolutions, as the Colorization paper (Zhang et al. 2016) and SeLa measure it. The schedule and the
+augmentation are MoCo's (He et al. 2020, appendix A): 30,000 steps of 16 crops of 513 px, scaled by 0.5 to 2, flipped,
+learning rate 0.003 with falls at 70 and 90 percent. Whole test images at their own size, mean intersection over union,
+void pixels left out.
 """
 
 from typing import Annotated, ClassVar
@@ -15,9 +16,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, interpolate
 from torchvision.models.segmentation.fcn import FCN, FCNHead
 
+from ssl_dist.backbones.alexnet import AlexNet
 from ssl_dist.config import Normalize, PositiveFloat, PositiveInt, Probability
 from ssl_dist.data.plan import limited
 from ssl_dist.errors import UserError, quoted
@@ -29,10 +31,10 @@ from ssl_dist.voc.data import CLASSES, VOID, Sample, Split, normalized
 from ssl_dist.voc.loop import Task, read_ahead, seed_torch
 from ssl_dist.voc.metrics import class_iou, confusion
 from ssl_dist.voc.pretrained import Pretrained
-from ssl_dist.voc.trunk import TransferOptions, dilate_last, freeze
+from ssl_dist.voc.trunk import AlexNetFC7, TransferOptions, dilate_last, freeze
 
 PROTOCOL = (
-    "FCN head at stride {stride}, {steps} steps of {batch_size}, lr {lr}, crops of {crop}, BatchNorm {norm}, "
+    "{network}, {steps} steps of {batch_size}, lr {lr}, crops of {crop}, BatchNorm {norm}, "
     "{frozen_stages} stages frozen, trained on {train}; mean IoU over the classes, whole images, void ignored, "
     "last step, seed {seed}"
 )
@@ -64,12 +66,33 @@ class Trunk(nn.Module):
         return {"out": x}
 
 
-def build(pretrained: Pretrained, options: Options) -> tuple[FCN, list[nn.Module], int]:
+class FCN32s(nn.Module):
+    """AlexNet's fc7 at every 32nd pixel, 21 scores of it (beginning at 0), and those upsampled by 32: images
+    [N, 3, H, W] -> {"out": [N, 21, H, W]}."""
+
+    def __init__(self, backbone: AlexNet):
+        super().__init__()
+        self.backbone = AlexNetFC7(backbone)
+        self.classifier = nn.Conv2d(backbone.feature_dim, len(NAMES), 1)
+        for parameter in self.classifier.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        height, width = images.shape[-2:]
+        scores = self.classifier(self.backbone(images)["out"])
+        scores = interpolate(scores, scale_factor=self.backbone.stride, mode="bilinear", align_corners=False)
+        return {"out": scores[..., :height, :width]}
+
+
+def build(pretrained: Pretrained, options: Options) -> tuple[nn.Module, list[nn.Module], int]:
     """The network on the backbone's own modules, those of them that stay in evaluation mode, and the map's stride.
 
     Raises `UserError` for a backbone without a map of images of any size.
     """
     backbone = pretrained.backbone
+    if isinstance(backbone, AlexNet):
+        frozen = freeze(pretrained, options)
+        return FCN32s(backbone), frozen, AlexNetFC7.stride
     dilate_last(backbone)
     frozen = freeze(pretrained, options)
     trunk, (height, width) = Trunk(backbone), (192, 256)
@@ -83,6 +106,11 @@ def build(pretrained: Pretrained, options: Options) -> tuple[FCN, list[nn.Module
         ) from None
     seed_torch(options.seed)
     return FCN(trunk, FCNHead(last_map.shape[1], len(NAMES))), frozen, width // last_map.shape[3]
+
+
+def network(pretrained: Pretrained, stride: int) -> str:
+    """What is trained, for a protocol."""
+    return "AlexNet as FCN-32s" if isinstance(pretrained.backbone, AlexNet) else f"FCN head at stride {stride}"
 
 
 def task(pretrained: Pretrained, train: Split, options: Options, device: torch.device) -> tuple[Task, int]:
