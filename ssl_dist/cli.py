@@ -53,17 +53,24 @@ _RUN_OR_FILE = argument("run", "a run's folder, or one checkpoint file", type=ho
     argument(
         "--skip-damaged", "leave out images that can not be read, and name them in dataset.json", action="store_true"
     ),
+    argument(
+        "--unlabeled", "all images below ROOT, in whatever folders, are one split without labels", action="store_true"
+    ),
+    argument(
+        "--ignore-orientation",
+        "leave images on their side where EXIF says so (default: images of a folder are set upright)",
+        action="store_true",
+    ),
     argument("--recheck", "compare the bytes of the source's images with those of before", action="store_true"),
 )
 def _convert(args: argparse.Namespace) -> None:
     """Write <split>.beton for every split of a data set, and dataset.json. A killed conversion goes on after the last
     complete split."""
-    from ssl_dist.convert.command import convert
+    from ssl_dist.convert.command import convert, usage
 
-    names = ("name", "max_side", "max_pixels", "workers", "skip_damaged", "recheck")
+    names = ("name", "max_side", "max_pixels", "workers", "skip_damaged", "unlabeled", "ignore_orientation", "recheck")
     manifest = convert(args.dataset, args.root, args.out, **{name: getattr(args, name) for name in names})
-    out = args.out or Path("data", manifest.name)
-    print(f"{out}: done; use it with data.root={out}")
+    print(usage(args.out or Path("data", manifest.name), manifest))
 
 
 @command("train", "pre-train, or go on with a run", *_CONFIG)

@@ -43,6 +43,8 @@ def test_views_of_relational_reasoning_are_the_papers(path):
     """Section 4: K = 32; 16 for the deep networks of tiny-ImageNet and SlimageNet64, 25 for STL-10."""
     settings = config.load(path)
     deep = settings.backbone.name != "conv4"
-    views = {"tiny-imagenet": 16, "slimagenet64": 16, "stl10": 25}.get(settings.data.name, 32) if deep else 32
+    views = (
+        {"tiny-imagenet": 16, "slimagenet64": 16, "stl10": 25, "photos": 16}.get(path.parent.name, 32) if deep else 32
+    )
     if path.parent.name not in ("digits", "cifar10-short"):
         assert settings.num_views == views and f"K = {views}, M = 64" in path.read_text(encoding="utf-8")

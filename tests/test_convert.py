@@ -69,7 +69,13 @@ def test_the_manifest(tmp_path):
     assert (train.count, train.labelled, train.class_counts) == (11, True, [5, 6])
     assert (train.max_height, train.max_width, train.raw + train.jpeg) == (150, 300, 11)
     assert train.raw == 2 and train.bytes == (tmp_path / "out" / "train.beton").stat().st_size
-    assert sorted(os.listdir(tmp_path / "out")) == ["dataset.json", "train.beton", "val.beton"]
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "dataset.json",
+        "train-files.txt",
+        "train.beton",
+        "val-files.txt",
+        "val.beton",
+    ]
 
 
 def test_mean_and_std(tmp_path):
@@ -251,7 +257,8 @@ def test_killed_and_repeated(tmp_path, during):
     for name in ("train.beton", "test.beton", "dataset.json"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert before in (None, identity(out / "train.beton"))
-    assert sorted(os.listdir(out)) == ["dataset.json", "test.beton", "train.beton"]
+    files = ["test-files.txt", "test.beton", "train-files.txt", "train.beton"]
+    assert sorted(os.listdir(out)) == ["dataset.json", *files]
 
 
 # --------------------------------------------------------------------------------------------------------- mistakes

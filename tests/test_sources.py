@@ -106,10 +106,10 @@ def test_wrong_folders(tmp_path):
     assert f"use --root {tmp_path / 'above' / 'inside'}" in refusal("folder", tmp_path / "above", out)
     save(tmp_path / "flat" / "train" / "1.png", picture(5, 5))
     message = refusal("folder", tmp_path / "flat", out)
-    assert "no class folder" in message and "unlabeled/" in message
+    assert "1 image lies in no class folder (1.png)" in message and "ROOT/unlabeled/" in message
     root = simple_folder(tmp_path / "stray")
     save(root / "train" / "1.png", picture(5, 5))
-    assert f"{root / 'train' / '1.png'}" in refusal("folder", root, out)
+    assert f"{root / 'train'}: 1 image lies in no class folder (1.png)" in refusal("folder", root, out)
     root = simple_folder(tmp_path / "bare")
     (root / "test" / "green").mkdir()
     assert f"{root / 'test' / 'green'}: holds no image" in refusal("folder", root, out)

@@ -150,17 +150,17 @@ def test_hidden_folders_and_files(source):
 def test_other_suffixes_are_counted(source, tmp_path, capsys):
     for name in ("a.gif", "b.GIF", "c.jfif", "notes", "red.csv"):
         (source / "train" / "red" / name).write_bytes(b"x")
-    assert said(source, "files of other suffixes than .jpg, ", "(5)", "2 .gif", "1 .jfif", "train/red/a.gif")
+    assert said(source, "2 .gif, 1 .jfif, 1 no suffix, 1 .csv: files of other suffixes than .jpg, ", "train/red/a.gif")
     assert len(listed(source)["train"]) == 4
     run("folder", source, tmp_path / "out", progress=True)
-    assert f"--root {source}: left out: files of other suffixes than .jpg" in capsys.readouterr().err
+    assert f"--root {source}: ignored: 2 .gif, 1 .jfif, 1 no suffix, 1 .csv: files of other" in capsys.readouterr().err
 
 
 def test_an_empty_class_says_what_lies_there(source, tmp_path):
     for name in ("a.gif", "b.gif"):
         save(source / "train" / "green" / name, picture(5, 5))
     message = refusal("folder", source, tmp_path / "out")
-    assert f"{source / 'train' / 'green'}: holds no image" in message and "(2); fill or remove" in message
+    assert f"{source / 'train' / 'green'}: holds no image" in message and "but 2 .gif; fill or remove" in message
 
 
 def test_a_pipe_is_no_image(source):

@@ -368,7 +368,7 @@ def test_extract_refuses(official, digits, tmp_path, capsys, more, words):
 
 def test_extract_without_the_place_of_the_images(official, capsys, tmp_path):
     assert cli.main(["extract", str(official[0]), "--out", str(tmp_path), "backbone.name=conv4"]) == 2
-    assert "missing key data.name" in capsys.readouterr().err
+    assert "missing key data.root" in capsys.readouterr().err
 
 
 def settings(digits, run, *more):

@@ -83,7 +83,10 @@ DatasetName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 
 
 class Data(Section):
-    name: DatasetName = Field(description="data set: an entry of the catalog, or a plain word for one of your own")
+    name: DatasetName | None = Field(
+        None,
+        description="data set: an entry of the catalog, or a word for one of your own; null: what data.root holds",
+    )
     root: PathText = Field(description="folder with <split>.beton and dataset.json (what `convert --out` wrote)")
     reader: Literal["ffcv", "arrays"] = Field("ffcv", description="ffcv, or arrays: the same pixels without FFCV")
     image_size: PositiveInt = Field(

@@ -5,8 +5,10 @@ one writer takes the samples in id order, so the bytes do not depend on the numb
 resume: it is complete under its name or not there at all.
 """
 
+import hashlib
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,17 +17,18 @@ from pydantic import TypeAdapter, ValidationError
 
 from ssl_dist.config import DatasetName
 from ssl_dist.convert.encode import MAX_PIXELS, pillow_limited_to
+from ssl_dist.convert.folders import WithoutClass
 from ssl_dist.convert.images import Images, Source
 from ssl_dist.convert.sources import open_source
-from ssl_dist.convert.split import Options, kept, written
+from ssl_dist.convert.split import Options, kept, printable, written
 from ssl_dist.convert.statistics import Moments, constant_channels, measure
-from ssl_dist.data import manifest
+from ssl_dist.data import file_names, manifest
 from ssl_dist.data.beton import MAX_SIDE, Beton
 from ssl_dist.data.catalog import CATALOG, OWN_FOLDER, Entry, SplitRoles, split_roles
 from ssl_dist.data.manifest import Encoding, Manifest, SplitRecord
 from ssl_dist.distributed.rank import available_cores
 from ssl_dist.errors import UserError, did_you_mean, quoted, refuse_unreadable
-from ssl_dist.storage.durable import refuse_unwritable, remove_dead
+from ssl_dist.storage.durable import refuse_unwritable, remove_dead, write_text
 
 JPEG_QUALITY = 95
 
@@ -40,6 +43,8 @@ def convert(
     max_pixels: int | None = None,
     workers: int | None = None,
     skip_damaged: bool = False,
+    unlabeled: bool = False,
+    ignore_orientation: bool = False,
     recheck: bool = False,
     progress: bool = True,
 ) -> Manifest:
@@ -51,7 +56,10 @@ def convert(
     along.
     max_side: pixels; larger images are shrunk to it; None: the catalog's, 512 for a folder. max_pixels: of the largest
     picture that is read; None: 178,956,970. workers: threads that encode; None: one a core. skip_damaged: images that
-    can not be read are left out, and named in dataset.json. recheck: see below. progress: shown on standard error.
+    can not be read are left out, and named in dataset.json. unlabeled: all images below a folder are one split without
+    labels. ignore_orientation: store images of a folder as their files hold them, where EXIF says that they lie on
+    their side; those of the catalog always are, as their papers read them. recheck: see below. progress: shown on
+    standard error.
 
     Run again, it verifies the splits that are complete (SHA-256 over every sample) and makes those that are missing,
     damaged, of another encoding or of other images: of another name, or, where size, times or inode of a file differ
@@ -62,7 +70,7 @@ def convert(
     if root is None and entry.source in ("cifar", "stl10", "svhn"):
         root = out / "download"
     options = Options(
-        encoding=_encoding(entry, max_side),
+        encoding=_encoding(entry, max_side, ignore_orientation),
         workers=available_cores() if workers is None else workers,
         quiet=not progress,
         skip_damaged=skip_damaged,
@@ -74,16 +82,18 @@ def convert(
     if not 1 <= max_pixels <= MAX_SIDE**2:
         raise UserError(f"--max-pixels {max_pixels}: must be 1..{MAX_SIDE**2}")
     previous = _previous_manifest(out, name, options)
-    source = _source(dataset, root, out)
+    if unlabeled and entry.source != "folder":
+        raise UserError(f"--unlabeled: only a folder of images is taken without its classes, not {dataset}")
+    source = _source(dataset, root, out, name, unlabeled)
     for line in source.left_out:
-        options.report(f"--root {root}: left out: {line}")
+        options.report(f"--root {root}: ignored: {line}")
     for line in source.notes:
         options.report(f"--root {root}: {line}")
     roles = split_roles(name, source.splits)
     if roles.pretraining not in source.splits:
         raise UserError(f"--root {root}: has neither train/ nor unlabeled/; looked for images to train on")
     if previous is not None and (previous.encoding != options.encoding or previous.classes != source.classes):
-        options.report(f"{out}: was written with other sizes or classes; converting again")
+        options.report(f"{out}: was written with other sizes, classes or orientations; converting again")
         previous = None
     splits = dict(previous.splits) if previous is not None else {}
     digests: dict[str, np.ndarray] = {}
@@ -108,13 +118,36 @@ def convert(
                         moments = measure(beton, options.workers)
             if split == roles.pretraining and (constant := constant_channels(moments[1])):
                 options.report(f"{path}: constant in all images: {constant}; std is 1 for it in {manifest.FILE}")
-            splits[split] = record
+            splits[split] = _with_files(out, split, images, record)
             done = {name: splits[name] for name in source.splits if name in splits}
             result = _manifest(name, entry, source.classes, done, roles, moments, options.encoding)
             manifest.save(out, result)
     for line in _repeated(source.splits, digests, roles):
         options.report(f"--root {root}: {line}")
     return result
+
+
+def _with_files(out: Path, split: str, images: Images, record: SplitRecord) -> SplitRecord:
+    """The record with the SHA-256 of the list of the split's files, which is written where it is not there."""
+    names = images.files()
+    if names is None:
+        return record
+    content = file_names.text(name for name in names if printable(name) not in record.skipped)
+    path = file_names.path_of(out, split)
+    if not path.is_file() or path.read_bytes() != content.encode():
+        write_text(path, content)
+    return record.model_copy(update={"files": hashlib.sha256(content.encode()).hexdigest()})
+
+
+def usage(out: Path, converted: Manifest) -> str:
+    """What `convert` says at its end: the keys by which a config takes the data set, and a command where one fits."""
+    splits = ", ".join(f"{split} ({record.count} images)" for split, record in converted.splits.items())
+    keys = shlex.join([f"data.root={out}", f"data.name={converted.name}"])
+    lines = [f"{out}: done: {splits}; use it with {keys}"]
+    if converted.name not in CATALOG:
+        run = shlex.quote(f"run_dir=runs/{converted.name}")
+        lines.append(f"ssl-dist train configs/photos/simclr-resnet18-96px.yaml {keys} {run}")
+    return "\n".join(lines)
 
 
 def _repeated(splits: dict[str, Images], digests: dict[str, np.ndarray], roles: SplitRoles) -> Iterator[str]:
@@ -138,10 +171,15 @@ def _repeated(splits: dict[str, Images], digests: dict[str, np.ndarray], roles: 
                 yield f"{roles.evaluation}: {number} images are in {split}, too, {first} for one; remove those there"
 
 
-def _source(dataset: str, root: str | Path | None, out: Path) -> Source:
+def _source(dataset: str, root: str | Path | None, out: Path, name: str, unlabeled: bool) -> Source:
     """The images. Raises `UserError` also for classes that no dataset.json can name, before anything is written."""
-    with refuse_unreadable(f"--root {root}", "make it readable"):
-        source = open_source(dataset, Path(root) if root is not None else None, out)
+    try:
+        with refuse_unreadable(f"--root {root}", "make it readable"):
+            source = open_source(dataset, Path(root) if root is not None else None, out, unlabeled)
+    except WithoutClass as error:
+        words = ["ssl-dist", "convert", dataset, "--root", str(root), "--unlabeled", "--out", str(out), "--name", name]
+        command = shlex.join(words if dataset == "folder" else words[:-2])
+        raise UserError(f"{error}; take all as one unlabeled split: `{command}`") from None
     for name in source.classes:
         try:
             name.encode()
@@ -205,11 +243,16 @@ def _is_dataset_name(name: str) -> bool:
     return True
 
 
-def _encoding(entry: Entry, max_side: int | None) -> Encoding:
+def _encoding(entry: Entry, max_side: int | None, ignore_orientation: bool) -> Encoding:
     if max_side is not None and not 1 <= max_side <= MAX_SIDE:
         raise UserError(f"--max-side {max_side}: must be 1..{MAX_SIDE} pixels")
     max_side = max_side or entry.max_side
-    return Encoding(raw_side=min(entry.raw_side, max_side), max_side=max_side, jpeg_quality=JPEG_QUALITY)
+    return Encoding(
+        raw_side=min(entry.raw_side, max_side),
+        max_side=max_side,
+        jpeg_quality=JPEG_QUALITY,
+        orientation="ignored" if ignore_orientation else entry.orientation,
+    )
 
 
 def _previous_manifest(out: Path, name: str, options: Options) -> Manifest | None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ssl_dist.data.beton import JPG, MAX_SIDE, PAGE_SIZE, RAW
 from ssl_dist.data.manifest import Encoding
@@ -18,15 +18,28 @@ from ssl_dist.errors import quoted
 MAX_PIXELS = 178_956_970  # of a picture that is read: where Pillow takes it for an attack
 MAX_STORED_PIXELS = 89_478_485  # where Pillow, in the readers, would warn
 
+# EXIF orientation -> what makes the picture upright (TIFF 6.0, tag 274; 1 is upright).
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 
 @dataclass(frozen=True)
 class Sample:
-    """A stored image. data: height * width * 3 bytes (mode RAW) or a JPEG file (mode JPG)."""
+    """A stored image. data: height * width * 3 bytes (mode RAW) or a JPEG file (mode JPG); turned: whether its EXIF
+    orientation was applied."""
 
     mode: int
     height: int
     width: int
     data: bytes
+    turned: bool = False
 
 
 def page_size(encoding: Encoding) -> int:
@@ -60,18 +73,24 @@ def encode(item: bytes | np.ndarray, encoding: Encoding) -> Sample:
 
     Images whose sides are both at most `raw_side` are stored as pixels. JPEG files (grey or colour) whose sides are
     at most `max_side` keep their bytes. Everything else becomes RGB, is shrunk (Lanczos, antialiased) until its longer
-    side equals `max_side` if it was larger, and is compressed anew. An EXIF orientation is ignored, as torchvision's
-    ImageFolder does. Raises `UnfitImage` when it can not be read or stored.
+    side equals `max_side` if it was larger, and is compressed anew. So is a JPEG file whose EXIF orientation turns it,
+    where `encoding.orientation` applies that; what is stored has no EXIF. Raises `UnfitImage` when it can not be read
+    or stored.
     """
+    turn = None
     if isinstance(item, np.ndarray):
         image, keep = Image.fromarray(item), False
     else:
         image = _open(item)
         keep = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and len(item) <= page_size(encoding)
+        if encoding.orientation == "applied":
+            turn = _turn(image)
+    if turn is not None:
+        image, keep = image.transpose(turn), False
     width, height = image.size
-    longer = max(width, height)
+    longer, turned = max(width, height), turn is not None
     if longer <= encoding.raw_side:
-        return Sample(RAW, height, width, _rgb(image).tobytes())
+        return Sample(RAW, height, width, _rgb(image).tobytes(), turned)
     if longer > encoding.max_side:
         width, height = (max(1, round(side * encoding.max_side / longer)) for side in (width, height))
         keep = False
@@ -83,10 +102,20 @@ def encode(item: bytes | np.ndarray, encoding: Encoding) -> Sample:
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     if max(width, height) <= encoding.raw_side:
-        return Sample(RAW, height, width, image.tobytes())
+        return Sample(RAW, height, width, image.tobytes(), turned)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=encoding.jpeg_quality)
-    return Sample(JPG, height, width, file.getvalue())
+    return Sample(JPG, height, width, file.getvalue(), turned)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What sets a decoded picture upright by its EXIF (or, as Pillow reads it, XMP) orientation; None: nothing. Damaged
+    EXIF of a sound picture counts as none, as in viewers."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except DAMAGED_IMAGE_ERRORS:
+        return None
+    return TURNS.get(orientation) if isinstance(orientation, int) else None
 
 
 def _open(data: bytes) -> Image.Image:

@@ -16,6 +16,7 @@ from ssl_dist.convert.walk import EXTENSIONS, NO_SPLIT, STRAY, LeftOut, Walk, en
 from ssl_dist.errors import UserError, quoted, refuse_unreadable
 
 FOLDER_SPLITS = ("unlabeled", "train", "val", "test")
+LAYOUTS = "layouts: ROOT/<class>/, ROOT/{train,test}/<class>/, ROOT/unlabeled/ without classes"
 # Other names that people give to splits; in the end they may be classes, so they are asked about.
 SPLIT_SYNONYMS = {
     "training": "train", "trainset": "train", "testing": "test", "testset": "test", "valid": "val",
@@ -23,17 +24,22 @@ SPLIT_SYNONYMS = {
 }  # fmt: skip
 
 
-def image_folder(root: Path) -> Source:
+class WithoutClass(UserError):
+    """Images lie where only class folders belong."""
+
+
+def image_folder(root: Path, unlabeled: bool = False) -> Source:
     """ROOT/{train,val,test}/<class>/**/<image> and ROOT/unlabeled/**/<image>; without any of them, ROOT/<class>/ is
     the split train. The names of splits may be in any case. Classes are the sorted folder names of the split train (the
-    first present without it); ids follow the order of torchvision's ImageFolder: class, folder, file name.
+    first present without it); ids follow the order of torchvision's ImageFolder: class, folder, file name. unlabeled:
+    ROOT/**/<image> is the split unlabeled, whatever its folders are called.
 
     Raises `UserError` for another layout, a folder that can not be read or that looks like a split and has another
     name, and a class without images."""
     if not root.is_dir():
         raise UserError(f"--root {root}: there is no such folder")
     left_out = LeftOut()
-    folders = _split_folders(root, left_out)
+    folders = {"unlabeled": root} if unlabeled else _split_folders(root, left_out)
     walks = {split: Walk(root, folder, folders.values(), left_out) for split, folder in folders.items()}
     listed = {split: _list_classes(folder, walks[split]) for split, folder in folders.items() if split != "unlabeled"}
     classes = list(listed.get("train", next(iter(listed.values()), {})))
@@ -128,11 +134,12 @@ def _empty(folder: Path, walk: Walk) -> UserError:
 def _list_classes(folder: Path, walk: Walk) -> dict[str, list[str]]:
     """Class name -> its image files, relative to the root."""
     names, stray = walk.folders(folder)
-    if stray and names:
-        raise UserError(f"{folder / stray[0]}: lies outside of every class folder; move or remove it")
+    if stray:
+        verb = "image lies" if len(stray) == 1 else "images lie"
+        raise WithoutClass(f"{folder}: {len(stray)} {verb} in no class folder ({stray[0]}); {LAYOUTS}")
     if not names:
         layout = f"one folder a class, with images ({', '.join(EXTENSIONS)})"
-        remedy = "images without classes belong in unlabeled/" if stray else f"or in it {', '.join(FOLDER_SPLITS)}"
+        remedy = f"or in it {', '.join(FOLDER_SPLITS)}"
         raise UserError(f"{folder}: holds no class folder{walk.passed_over(folder)}; looked for {layout}; {remedy}")
     written = {_composed(name): name for name in names}
     for name in names:

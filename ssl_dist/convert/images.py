@@ -24,6 +24,10 @@ class Images:
         """Image i: an encoded file's bytes, or pixels uint8 [H, W, 3]."""
         raise NotImplementedError
 
+    def files(self) -> Sequence[str] | None:
+        """The paths of the images' files below the source, [N]; None: they have none of their own."""
+        return None
+
     def describe(self, i: int) -> str:
         """Image i in a message."""
         return f"image {self.names[i]} of the source"
@@ -44,6 +48,9 @@ class FileImages(Images):
     def __init__(self, folder: Path, names: Sequence[str], labels: Labels):
         super().__init__(names, labels)
         self.folder = folder
+
+    def files(self) -> Sequence[str]:
+        return self.names
 
     def describe(self, i: int) -> str:
         return str(self.folder / self.names[i])
@@ -72,6 +79,9 @@ class ZipImages(Images):
     def __init__(self, archive: zipfile.ZipFile, inside: str, names: Sequence[str], labels: Labels):
         super().__init__(names, labels)
         self.archive, self.inside = archive, inside
+
+    def files(self) -> Sequence[str]:
+        return self.names
 
     def describe(self, i: int) -> str:
         return f"{self.archive.filename}: {self.inside}{self.names[i]}"

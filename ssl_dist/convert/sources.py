@@ -16,9 +16,10 @@ from ssl_dist.errors import UserError
 Opened = TypeVar("Opened")
 
 
-def open_source(dataset: str, root: Path | None, out: Path | None = None) -> Source:
-    """The source of a catalog entry or of a folder of one's own. Raises `UserError` when `root` does not hold it, and
-    when `out`, where the conversion goes, lies in an image folder, whose class it would be for the next one."""
+def open_source(dataset: str, root: Path | None, out: Path | None = None, unlabeled: bool = False) -> Source:
+    """The source of a catalog entry or of a folder of one's own. unlabeled: of a folder, see `image_folder`. Raises
+    `UserError` when `root` does not hold it, and when `out`, where the conversion goes, lies in an image folder, whose
+    class it would be for the next one."""
     kind = CATALOG.get(dataset, OWN_FOLDER).source
     if kind == "digits":
         return digits()
@@ -36,7 +37,7 @@ def open_source(dataset: str, root: Path | None, out: Path | None = None) -> Sou
         return tiny_imagenet(root)
     if out is not None and out.resolve().is_relative_to(root.resolve()):
         raise UserError(f"--out {out}: lies in the source, --root {root}; choose a folder outside of it")
-    return image_folder(root)
+    return image_folder(root, unlabeled)
 
 
 def _fetch(

@@ -25,6 +25,7 @@ from ssl_dist.progress import Progress
 from ssl_dist.thread_team import run_ahead
 
 IMAGES_PER_TASK = 32  # of a thread
+MAX_NAMED = 20  # images that can not be converted, on the terminal
 # What reading a file or a member of an archive raises where it is damaged, gone or locked.
 UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, KeyError, RuntimeError, EOFError, ValueError)
 
@@ -122,7 +123,7 @@ def written(
 
     Raises `UserError` that names all images that can not be converted, unless these are to be left out.
     """
-    count, contents, unfit = len(images.names), hashlib.sha256(), dict[int, str]()
+    count, contents, unfit, turned = len(images.names), hashlib.sha256(), dict[int, str](), 0
     digests = np.zeros(count, np.uint64)
     stamps = images.stamps()  # asked before the images are read: what changes meanwhile is noticed by the next run
 
@@ -145,9 +146,12 @@ def written(
                 elif not unfit or options.skip_damaged:
                     digests[i] = int.from_bytes(digest[:8])
                     writer.add(int(images.labels[i]), sample.mode, sample.height, sample.width, sample.data)
+                    turned += sample.turned
                 counter.update(1)
         if unfit:
             _refuse_or_report(path.stem, images, unfit, options)
+        if turned:
+            options.report(f"{path.stem}: {turned} images are turned upright, as their EXIF orientation says")
         sha256 = writer.complete()
         beton = Beton(writer.temporary)
         labels = beton.labels[beton.labels >= 0]
@@ -167,6 +171,7 @@ def written(
                 listing=images.listing(),
                 stamps=stamps,
                 contents=contents.hexdigest(),
+                turned=turned,
                 skipped={printable(images.names[i]): reason for i, reason in unfit.items()},
             ),
             digests,
@@ -175,18 +180,22 @@ def written(
 
 
 def _refuse_or_report(split: str, images: Images, unfit: dict[int, str], options: Options) -> None:
-    """Name the images that can not be converted: all in one error, or, where that would be too long, all before it."""
-    named = [f"{images.describe(i)}: {reason}" for i, reason in unfit.items()]
+    """Name the images that can not be converted, the first `MAX_NAMED` of them: in one error, or, where that would be
+    too long, before it."""
+    first = list(unfit.items())[:MAX_NAMED]
+    named = [f"{images.describe(i)}: {reason}" for i, reason in first]
+    if len(unfit) > MAX_NAMED:
+        named.append(f"... and {len(unfit) - MAX_NAMED} more")
     number = f"{split}: {len(unfit)} of {len(images.names)} images can not be converted"
     if options.skip_damaged and len(unfit) < len(images.names):
-        options.report("\n".join([f"{number} and are left out; {manifest.FILE} names them, too:", *named]))
+        options.report("\n".join([f"{number} and are left out; {manifest.FILE} names all of them:", *named]))
         return
     remedy = "replace or remove it, or leave it out with --skip-damaged"
     if len(unfit) == len(images.names):
         remedy = "give --root a folder with images that can be read"
-    listed = ", ".join(f"{images.names[i]} ({reason})" for i, reason in unfit.items())
+    listed = ", ".join(f"{images.names[i]} ({reason})" for i, reason in first)
     message = f"{named[0]}; {remedy}" if len(unfit) == 1 else f"{number}: {listed}; {remedy}"
-    if len(message) > MAX_MESSAGE:
+    if len(unfit) > MAX_NAMED or len(message) > MAX_MESSAGE:
         print("\n".join(named), file=sys.stderr, flush=True)
         message = f"{number}, named above, the first is {named[0]}; {remedy}"
     raise UserError(message)

@@ -16,6 +16,7 @@ SYSTEM_FOLDERS = {
 
 HIDDEN = "hidden files and folders, and those that systems make"
 OTHER_SUFFIX = f"files of other suffixes than {', '.join(EXTENSIONS)}"
+PHONE_SUFFIXES = {".heic", ".heif"}  # of images that Pillow does not read
 NO_TARGET = "links to nothing"
 NO_FILE = "neither files nor folders"
 INTO_SOURCE = "links to a folder that holds a split, or lies in one"
@@ -38,27 +39,37 @@ class LeftOut:
     def add(self, reason: str, path: str) -> None:
         self._paths.setdefault(reason, {})[path] = None
 
-    def counts_below(self, folder: str) -> dict[str, int]:
-        """Reason -> how many were left out of a folder, itself included."""
+    def below(self, folder: str) -> dict[str, list[str]]:
+        """Reason -> what was left out of a folder, itself included."""
         prefix = "" if folder == os.curdir else f"{folder}{os.sep}"
-        return {
-            reason: number
+        found = {
+            reason: [path for path in paths if path == folder or path.startswith(prefix)]
             for reason, paths in self._paths.items()
-            if (number := sum(path == folder or path.startswith(prefix) for path in paths))
         }
+        return {reason: paths for reason, paths in found.items() if paths}
 
     def lines(self) -> list[str]:
         """A line a reason: how many, and the first names."""
-        return [f"{reason} ({len(paths)}): {_examples(reason, list(paths))}" for reason, paths in self._paths.items()]
+        return [
+            f"{_kinds(paths)}: {OTHER_SUFFIX}: {_examples(reason, paths)}"
+            if reason == OTHER_SUFFIX
+            else f"{reason} ({len(paths)}): {_examples(reason, paths)}"
+            for reason, paths in self._paths.items()
+        ]
 
 
-def _examples(reason: str, paths: list[str]) -> str:
+def _examples(reason: str, paths: Collection[str]) -> str:
     number = len(paths) if reason == NO_SPLIT else EXAMPLES
-    shown = ", ".join(paths[:number]) + (", ..." if len(paths) > number else "")
-    if reason != OTHER_SUFFIX:
-        return shown
-    suffixes = Counter(os.path.splitext(path)[1].lower() or "no suffix" for path in paths).most_common(EXAMPLES)
-    return f"{', '.join(f'{count} {suffix}' for suffix, count in suffixes)} ({shown})"
+    return ", ".join(list(paths)[:number]) + (", ..." if len(paths) > number else "")
+
+
+def _kinds(paths: Collection[str]) -> str:
+    """How many files of every suffix, the most frequent first, and for a phone's what makes images of them."""
+    suffixes = Counter(os.path.splitext(path)[1].lower() or "no suffix" for path in paths)
+    remedy = " (make JPEG of them first: `heif-convert A.heic A.jpg`)"
+    return ", ".join(
+        f"{count} {suffix}{remedy * (suffix in PHONE_SUFFIXES)}" for suffix, count in suffixes.most_common()
+    )
 
 
 class Walk:
@@ -93,8 +104,11 @@ class Walk:
 
     def passed_over(self, folder: Path) -> str:
         """What was left out of a folder, for a message about it; empty: nothing."""
-        counts = self.left_out.counts_below(os.path.relpath(folder, self.root))
-        return f", but {', '.join(f'{reason} ({number})' for reason, number in counts.items())}" if counts else ""
+        found = self.left_out.below(os.path.relpath(folder, self.root))
+        words = [
+            _kinds(paths) if reason == OTHER_SUFFIX else f"{reason} ({len(paths)})" for reason, paths in found.items()
+        ]
+        return f", but {', '.join(words)}" if words else ""
 
     def _enters(self, folder: Path) -> bool:
         """Whether a folder is to be read, now and no other time."""

@@ -11,7 +11,8 @@ class Entry:
 
     source: how `convert` finds the images (see `sources`). image_size: side of the papers' views in pixels.
     paper_mean, paper_std: what the papers normalise with; dataset.json holds what was measured. raw_side: images whose
-    sides are both at most this are stored as pixels. max_side: larger images are shrunk to it.
+    sides are both at most this are stored as pixels. max_side: larger images are shrunk to it. orientation: what is
+    done about that in their EXIF; published numbers are of readers that ignore it.
     """
 
     about: str
@@ -24,6 +25,7 @@ class Entry:
     paper_std: tuple[float, float, float] | None = None
     raw_side: int = 64
     max_side: int = 512
+    orientation: Literal["applied", "ignored"] = "ignored"
 
 
 # Mean and standard deviation: the official code of self-supervised relational reasoning (Patacchiola & Storkey,
@@ -108,7 +110,7 @@ CATALOG: dict[str, Entry] = {
     ),
 }
 # fmt: on
-OWN_FOLDER = Entry("images of a folder", "folder", "train", "train", "test", None)
+OWN_FOLDER = Entry("images of a folder", "folder", "train", "train", "test", None, orientation="applied")
 
 
 class SplitRoles(NamedTuple):

@@ -22,11 +22,13 @@ FileName = Annotated[str, Field(pattern=r"^[^/\x00]+$")]
 
 
 class Encoding(Section):
-    """How images were stored: as pixels if both sides are at most raw_side, else as JPEG no larger than max_side."""
+    """How images were stored: as pixels if both sides are at most raw_side, else as JPEG no larger than max_side;
+    orientation: what was done about that in their EXIF."""
 
     raw_side: int
     max_side: int
     jpeg_quality: int
+    orientation: Literal["applied", "ignored"] = "ignored"  # before there was a choice
 
 
 class SplitRecord(Section):
@@ -34,7 +36,8 @@ class SplitRecord(Section):
     `beton.Digest`; tables: SHA-256 of the rest of the file, labels among it (null: written before there was one);
     listing: SHA-256 of the names of its images at the source; stamps, contents: of what tells cheaply that they were
     replaced, and of their bytes (see `convert.images`; null: written before there were these, or nothing tells);
-    skipped: name -> reason of the images that `--skip-damaged` left out."""
+    turned: images whose EXIF orientation was applied; files: SHA-256 of <split>-files.txt (`data.file_names`; null:
+    there is none); skipped: name -> reason of the images that `--skip-damaged` left out."""
 
     count: PositiveInt
     labelled: bool
@@ -49,6 +52,8 @@ class SplitRecord(Section):
     listing: str
     stamps: str | None = None
     contents: str | None = None
+    turned: NonNegativeInt = 0
+    files: str | None = None
     skipped: dict[str, str] = Field(default_factory=dict)
 
 

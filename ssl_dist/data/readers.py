@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ssl_dist.data import catalog, manifest
+from ssl_dist.data import catalog, file_names, manifest
 from ssl_dist.data.beton import Beton
 from ssl_dist.data.reader import Reader, SplitInfo
 from ssl_dist.errors import UserError
@@ -45,6 +45,16 @@ class Dataset:
     def labels(self, split: str) -> np.ndarray:
         """int64 [N], -1 unknown."""
         return self._open(split)[1].labels
+
+    def skipped(self, split: str) -> int:
+        """How many images of the source `--skip-damaged` left out of a split."""
+        return len(self._manifest.splits[split].skipped)
+
+    def files(self, split: str) -> list[str] | None:
+        """The path of every image's file below the source, [N], a line each (`file_names`); None: there is no list.
+        Raises `UserError` for a damaged one."""
+        record = self._manifest.splits[split]
+        return file_names.read(file_names.path_of(self.root, split), record.count, record.files)
 
     def open(self, split: str) -> Reader:
         """The reader of a split; a context manager.

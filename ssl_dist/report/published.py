@@ -87,7 +87,7 @@ def uses_all_images(config: Config) -> bool:
     """Whether a training takes every image of the data set's own split for it, with the labels that they have."""
     data = config.data
     splits: list[str | None] = [None]
-    if entry := CATALOG.get(data.name):
+    if entry := CATALOG.get(data.name or ""):
         splits.append(entry.training if methods.find(config.method.name).needs_labels else entry.pretraining)
     return data.split in splits and (data.subset, data.limit, data.labels) == (None, None, None)
 

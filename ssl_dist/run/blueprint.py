@@ -191,11 +191,13 @@ def build_method(
 
 
 def derive(config: Config, rank_info: RankInfo) -> RunPlan:
-    """The plan of `config` on this rank. Raises `UserError` for everything that can not run."""
+    """The plan of `config`, its data set named, on this rank. Raises `UserError` for everything that can not run."""
     method_class = methods.find(config.method.name)
     options = methods.build_options(method_class, config.method.options, _reset(config, method_class))
     backbones.check(config.backbone.name, config.backbone.zero_init_residual)
     dataset = Dataset(config.data.root, config.data.name, config.data.reader)
+    if config.data.name is None:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"name": dataset.name})})
     # Without labels a method trains on everything there is.
     split_name = config.data.split or (dataset.uses.training if method_class.needs_labels else dataset.uses.pretraining)
     split, labels_file, own_labels = dataset.info(split_name), config.data.labels, None

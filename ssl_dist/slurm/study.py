@@ -36,7 +36,8 @@ def submit(options: argparse.Namespace) -> int:
     described, trainings = spec.read(options.file, options.overrides)
     for training in trainings:
         rank_info = RankInfo(0, site.nodes * site.ranks_per_node, 0, site.ranks_per_node)
-        run_folder.check(derive(training.config, rank_info).run, training.config)
+        plan = derive(training.config, rank_info)
+        run_folder.check(plan.run, plan.config)
     waiting = {training.name: job for training in trainings if (job := _job_not_over(training.run))}
     left = [training for training in trainings if training.name not in waiting and not command.is_complete(training)]
     folder = Path(described.folder).absolute() / "slurm"

@@ -37,7 +37,8 @@ def train(options: argparse.Namespace) -> int:
     configs = variants(options.config, options.overrides, options.seeds or [], options.sweep or [])
     for training in configs:
         rank_info = RankInfo(0, site.nodes * site.ranks_per_node, 0, site.ranks_per_node)
-        run_folder.check(derive(training, rank_info).run, training)
+        plan = derive(training, rank_info)
+        run_folder.check(plan.run, plan.config)
     if options.then is not None:
         _check_evaluation("--then", options.then)
     if options.cluster == "local":

@@ -54,7 +54,7 @@ def explain(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     rank_info = RankInfo(0, world_size, 0, ranks_per_node or world_size)
     plan = derive(config, rank_info)
-    run_folder.check(plan.run, config)
+    run_folder.check(plan.run, plan.config)
     memory = Memory.of(plan)
     of_method = _on_meta(plan).explain(world_size, device)
     lines = _data(plan) | _grid(plan, memory) | of_method | _training(plan) | _memory(memory)
@@ -73,6 +73,8 @@ def _data(plan: RunPlan) -> dict[str, str]:
     stored, largest = max(split.max_height, split.max_width), max(spec.size for spec in plan.specs)
     # An image of the converted set is never larger than --max-side was: larger views show no more than it has.
     enlarged = f", enlarged to views of {largest} px" if largest > stored else ""
+    if skipped := plan.dataset.skipped(split.split):
+        part += f" ({skipped} damaged ones left out by convert --skip-damaged, see {plan.dataset.root}/dataset.json)"
     mean, std = (" ".join(f"{v:.4g}" for v in values) for values in (plan.normalize.mean, plan.normalize.std))
     return {
         "data": f"{plan.config.data.name}, split {split.split}: {split.count} images{part}, {classes}, "
