@@ -6,6 +6,8 @@ import io
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -107,10 +109,53 @@ def test_a_run_leaves_what_it_should(uninterrupted):
     assert any(name.startswith("backbone.") for name in state["method"])
 
 
-def test_the_same_command_again_is_done_at_once(uninterrupted, digits):
+def test_the_same_command_again_is_done_at_once_and_says_how_to_go_on(uninterrupted, digits, tmp_path, capfd):
     before = fingerprint(uninterrupted)
     assert run_training(digits, uninterrupted) == 0
     assert fingerprint(uninterrupted) == before
+    first = capfd.readouterr().err.splitlines()[0]
+    assert first.startswith(f"{uninterrupted}: is complete, 6 steps; nothing is left to train. To go on: ")
+    run = shutil.copytree(uninterrupted, tmp_path / "run")
+    assert run_training(digits, run, re.search(r"To go on: (\S+);", first)[1]) == 0
+    assert checkpoint.steps(run)[-1] == 12
+    assert f"folder  {run}: resumes after step 6\n" in capfd.readouterr().err
+
+
+def test_a_schedule_that_spans_the_training_is_said_of_a_finished_run(digits, tmp_path, capfd):
+    for _ in range(2):
+        assert run_training(digits, tmp_path / "run", "optim.steps=1", "optim.schedule=cosine") == 0
+    assert (
+        "Its length is that of optim.schedule=cosine: a longer training needs another run_dir" in capfd.readouterr().err
+    )
+
+
+def test_the_commands_that_train_ends_with_work(digits, tmp_path, capfd):
+    """Also of a folder whose name has a space, and of a data set without a test split."""
+    from ssl_dist import cli
+
+    no_test = tmp_path / "no_test"
+    shutil.copytree(digits, no_test)
+    (no_test / "test.beton").unlink()
+    tree = json.loads((no_test / "dataset.json").read_text())
+    del tree["splits"]["test"]
+    (no_test / "dataset.json").write_text(json.dumps(tree))
+    for data, run in ((digits, tmp_path / "a run"), (no_test, tmp_path / "b")):
+        assert run_training(data, run, "optim.steps=1") == 0
+        lines = capfd.readouterr().err.splitlines()
+        assert lines[:5] == [
+            "train   relational on conv4, views of an image: 4 of 32 px",
+            f"images  digits, split train: 48 of 1,442, 10 classes; {data}",
+            "ranks   1 on the CPU, fp32",
+            "length  1 step = 0.3333 epochs of 16 images a step; adam, rate 0.001",
+            f"folder  {run}: new",
+        ]
+        start = lines.index(f"{run}: complete; next")
+        evaluate, report, board = map(shlex.split, lines[start + 1 :])
+        for program, *arguments in (evaluate, report):
+            assert program == "ssl-dist" and cli.main(arguments) == 0
+        assert json.loads((run / "results.json").read_text()) and (run / "report.html").exists()
+        assert board[:2] == ["tensorboard", "--logdir"] and list(Path(board[2]).glob("tensorboard/events*"))
+        capfd.readouterr()
 
 
 def test_resume_is_bit_exact_in_weights_optimizer_and_metrics(uninterrupted, digits, tmp_path):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeGuard, get_args
 
-from ssl_dist.config import Optim
+from ssl_dist.config import Optim, usual
 
 # By seriousness. info: worth knowing, no fault; warning: perhaps a fault; unknown: not logged, or too little of it.
 Level = Literal["error", "warning", "info", "unknown", "ok"]
@@ -28,7 +28,7 @@ SLOW_WAIT, STARVING_WAIT = 0.1, 0.3  # share of the time in which the loop waite
 LOST_SHARE = 0.5  # share of the loss's fall that it has lost again
 FALLING_SHARE = 0.05  # share of its whole fall by which it fell from the third quarter of the training to the last
 WARM_UP_SHARE = 0.5  # of the training
-MAX_LR = {"adam": 0.01, "adamw": 0.01, "sgd": 1.0}  # of usual rates, by optimizer
+MAX_LR = {name: high for name, (_, high) in usual.LEARNING_RATES.items()}
 MAX_MAGNITUDE = 1e100  # of a number that sums can be made of
 SPANS = 8  # equal parts of the training that are compared
 MIN_LINES = 2 * SPANS  # below which nothing is said of the course of a loss

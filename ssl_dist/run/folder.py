@@ -147,7 +147,12 @@ def _may_differ(key: str, saved: Config, old: object, new: object) -> bool:
         return True
     if key not in ("optim.epochs", "optim.steps") or not isinstance(old, int) or not isinstance(new, int):
         return False
-    return new >= old and saved.optim.schedule == "constant" and not methods.find(saved.method.name).fixed_length
+    return new >= old and can_be_prolonged(saved)
+
+
+def can_be_prolonged(config: Config) -> bool:
+    """Whether a longer training begins with the same steps: nothing in it depends on its length."""
+    return config.optim.schedule == "constant" and not methods.find(config.method.name).fixed_length
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, object]:

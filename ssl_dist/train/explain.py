@@ -28,7 +28,7 @@ from ssl_dist.methods.base import Batch, SSLMethod
 from ssl_dist.run import folder as run_folder
 from ssl_dist.run.blueprint import RunPlan, derive
 from ssl_dist.storage import checkpoint
-from ssl_dist.train import online_knn, operations, optim, roofline
+from ssl_dist.train import advice, online_knn, operations, optim, roofline
 from ssl_dist.train.operations import Step
 from ssl_dist.train.roofline import Device
 
@@ -62,6 +62,8 @@ def explain(
         lines |= _time(plan, operations.count(plan, device), timed)
     steps = checkpoint.steps(plan.run)
     lines["run folder"] = f"{plan.run} ({f'resumes after step {steps[-1]}' if steps else 'new'})"
+    if doubts := advice.warnings(plan, on_this_cpu=device == "cpu" and timed is None):
+        lines["warnings" if len(doubts) > 1 else "warning"] = "\n".join(doubts)
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}".replace("\n", "\n" + " " * (width + 2)) for name, text in lines.items())
 
@@ -92,12 +94,21 @@ def _grid(plan: RunPlan, memory: "Memory") -> dict[str, str]:
         "method": f"{plan.config.method.name} on {plan.config.backbone.name}",
         **({} if plan.initial_weights is None else {"weights": plan.initial_weights.note}),
         "views": f"{groups} of each image",
+        "evaluated on": _evaluated(plan),
         "global batch": f"{images} images, {images * plan.num_views} views",
         "ranks": f"{grid.size} = {grid.images} image shard(s) x {grid.views} view shard(s)",
         "each rank": f"{images // grid.images} images, {views_per_rank} views of each",
         "who holds what": _who(grid) + _where(grid, plan.rank_info.local_world_size),
         "splits": _splits(plan, memory),
     }
+
+
+def _evaluated(plan: RunPlan) -> str:
+    data, share = plan.config.data, advice.seen(plan)
+    cubic = ", bicubic" if data.eval_interpolation == "bicubic" else ""
+    part = "all of a square image" if share == 1 else f"{100 * share:.0f} % of the area of a square image"
+    size = data.image_size
+    return f"shorter side to {data.eval_resize or size} px{cubic}, middle {size}x{size} px: {part}"
 
 
 def _who(grid: Grid) -> str:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -18,7 +18,7 @@ from ssl_dist.errors import Fault, RaisedOn, UserError
 from ssl_dist.kernels import moments
 from ssl_dist.run import folder as run_folder
 from ssl_dist.run.blueprint import RunPlan, derive
-from ssl_dist.train import optim
+from ssl_dist.train import announce, optim
 from ssl_dist.train.preflight import agree
 from ssl_dist.train.state import TrainState
 
@@ -47,11 +47,26 @@ def train(config: Config) -> int:
                 print("stopped before all ranks had come; nothing has begun", file=sys.stderr, flush=True)
             return STOPPED
         with world, watchdog.reporting():
-            return train_in(world, watchdog, stop, plan)[0]
+            code, _ = train_in(world, watchdog, stop, plan, _announce)
+            if code == 0 and world.is_rank0:
+                print(announce.ending(plan), file=sys.stderr, flush=True)
+            return code
 
 
-def train_in(world: World, watchdog: Watchdog, stop: StopRequest, plan: RunPlan) -> tuple[int, TrainState]:
-    """Run the training of `plan` on ranks that form a world. Returns its exit code and its last state."""
+def _announce(run: TrainState) -> None:
+    if run.world.is_rank0:
+        print(announce.beginning(run), file=sys.stderr, flush=True)
+
+
+def train_in(
+    world: World,
+    watchdog: Watchdog,
+    stop: StopRequest,
+    plan: RunPlan,
+    begins: Callable[[TrainState], None] = lambda run: None,
+) -> tuple[int, TrainState]:
+    """Run the training of `plan` on ranks that form a world. begins: gets the state before the first step. Returns its
+    exit code and its last state."""
     with claimed(plan, world) as lock:
         watchdog.publish(plan.run / "logs", agree(plan, world))
         try:
@@ -64,6 +79,7 @@ def train_in(world: World, watchdog: Watchdog, stop: StopRequest, plan: RunPlan)
         watchdog.log.note(
             f"{rank_info} of {rank_info.world_size} (pid {os.getpid()}) begins after step {run.clock.step}"
         )
+        begins(run)
         code = fit(run, stop)
         watchdog.log.note("stopped on request" if code == STOPPED else "done")
         return code, run
@@ -123,7 +139,11 @@ def fit(run: TrainState, stop: StopRequest) -> int:
                 log.after_step(clock)
             if stopping and not clock.done:
                 if world.is_rank0:
-                    print(f"stopping after step {clock.step}, which is saved", file=sys.stderr, flush=True)
+                    print(
+                        f"stopping after step {clock.step}, which is saved; the same command goes on",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 return STOPPED
     run.finish(clock)
     return 0

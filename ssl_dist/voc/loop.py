@@ -140,7 +140,11 @@ def fit(task: Task, options: TrainingOptions, folder: Path, settings: dict, thre
                 stop.saving = False
             log.after_step(clock)
             if stopping and not clock.done:
-                print(f"stopping after step {clock.step}, which is saved", file=sys.stderr, flush=True)
+                print(
+                    f"stopping after step {clock.step}, which is saved; the same command goes on",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 return STOPPED
     return 0
 
