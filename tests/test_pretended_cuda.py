@@ -9,14 +9,15 @@ import torch
 from ssl_dist import cli, methods
 from ssl_dist.device import Uploads, allow_tf32
 from ssl_dist.distributed.rank import RankInfo
-from ssl_dist.distributed.world import World
+from ssl_dist.distributed.world import World, one_process
 from ssl_dist.errors import UserError
 from ssl_dist.grid import Grid
 from ssl_dist.kernels import relation_cuda
-from ssl_dist.methods.base import SSLMethod
+from ssl_dist.methods import sela
+from ssl_dist.methods.base import Rows, SSLMethod
 from ssl_dist.storage import checkpoint
 from ssl_dist.verify import command as verify
-from tests import pretended_cuda
+from tests import pretended_cuda, test_sela
 from tests.pretended_cuda import CUDA, NOTES, pretended
 from tests.pretended_training import fake_group, train, train_on_gpu
 
@@ -74,6 +75,27 @@ MULTICROP = [
     "views.num=null", "method.options.general=[0,1]",
     "views.groups=[{num: 2, size: 32, random_resized_crop: {}},{num: 2, size: 16, random_resized_crop: {}}]",
 ]  # fmt: skip
+
+
+def test_selas_scores_in_the_hosts_memory(monkeypatch):
+    """The transport runs on the CPU, collectives get tensors of the GPU, and the labels are the CPU's."""
+    expected, plain, devices = test_sela.make(), sela.sinkhorn.sinkhorn_knopp, []
+    values = test_sela.PIXELS[:, [0, 1, 2, 3, 4, 0]]
+    expected.relabel([0, 1], Rows(torch.arange(len(values)), values), one_process())
+    with pretended(monkeypatch):
+        world = one_process(CUDA)
+        reduce = world.all_reduce_sum
+        monkeypatch.setattr(world, "all_reduce_sum", lambda x: devices.append(("sums", x.device.type)) or reduce(x))
+        monkeypatch.setattr(
+            sela.sinkhorn,
+            "sinkhorn_knopp",
+            lambda x, *rest: devices.append(("scores", x.device.type)) or plain(x, *rest),
+        )
+        method = test_sela.make(sinkhorn_device="cpu").to(CUDA)
+        method.relabel([0, 1], Rows(torch.arange(len(values), device=CUDA), values.to(CUDA)), world)
+        assert torch.equal(method.labels.of_images.cpu(), expected.labels.of_images)
+        assert set(devices) == {("sums", "cuda"), ("scores", "cpu")}
+        assert "a rank, in the host's memory" in method.explain(2, "cuda")["a relabeling"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 T = TypeVar("T")
@@ -29,3 +30,23 @@ class Ranks(Protocol):
 
     def all_gather_object(self, value: T) -> list[T]:
         """The values of all ranks, by rank."""
+
+
+class FromHost:
+    """The ranks for tensors of the CPU, where collectives take those of `device`."""
+
+    def __init__(self, ranks: Ranks, device: torch.device):
+        self._ranks, self._device = ranks, device
+
+    @property
+    def state(self) -> Phases:
+        return self._ranks.state
+
+    def share(self, count: int) -> tuple[int, int]:
+        return self._ranks.share(count)
+
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
+        return self._ranks.all_reduce_sum(x.to(self._device)).cpu()
+
+    def all_gather_object(self, value: T) -> list[T]:
+        return self._ranks.all_gather_object(value)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ssl_dist.config import PositiveFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
 from ssl_dist.kernels import sinkhorn
+from ssl_dist.kernels.ranks import FromHost, Ranks
 from ssl_dist.methods.base import Backbone, Batch, Clock, Extract, Info, Output, Rows, SSLMethod, World
 from ssl_dist.nn.layers import at_least_float32
 from ssl_dist.nn.pseudolabels import PseudoLabels
@@ -37,6 +38,10 @@ class Options(Section):
     tolerance: PositiveFloat = Field(0.1, description="Sinkhorn-Knopp ends at this error, a sum over all images")
     sinkhorn_dtype: Literal["fp64", "fp32"] = Field(
         "fp64", description="of the scores of all images, what a relabeling holds; fp32 halves it; sums are fp64"
+    )
+    sinkhorn_device: Literal["model", "cpu"] = Field(
+        "model",
+        description="where those scores lie and Sinkhorn-Knopp runs; cpu: in the host's memory, for a GPU without room",
     )
     relabelings: PositiveInt = Field(
         100, description="times for new labels over the training; the first at its start, the last after its end"
@@ -92,17 +97,18 @@ class Method(SSLMethod[Options]):
         options = self.options
         image_bytes = SCORES[options.sinkhorn_dtype].itemsize * options.clusters
         total = image_bytes * self.info.num_images / 2**20
+        place = ", in the host's memory" if options.sinkhorn_device == "cpu" and device != "cpu" else ""
         return {
             "labels": f"{options.heads} head(s) x {options.clusters} clusters, {options.relabelings} relabelings",
             "a relabeling": (
                 f"holds {image_bytes / 1024:.1f} KiB of scores ({options.sinkhorn_dtype}) and a feature vector an "
-                f"image; scores of all: {total:,.0f} MiB, {total / world_size:,.0f} a rank"
+                f"image; scores of all: {total:,.0f} MiB, {total / world_size:,.0f} a rank{place}"
             ),
         }
 
     @classmethod
     def warm_up(cls, options: Options, dtype: torch.dtype) -> None:
-        if not torch.cuda.is_available():
+        if options.sinkhorn_device == "cpu" or not torch.cuda.is_available():
             sinkhorn.warm_up(SCORES[options.sinkhorn_dtype])
 
     def before_step(self, clock: Clock, extract: Extract, world: World) -> list[nn.Parameter]:
@@ -119,7 +125,10 @@ class Method(SSLMethod[Options]):
     def relabel(self, heads: Sequence[int], rows: Rows, world: World) -> None:
         """Give these heads new labels, one after the other: the scores of one head are what memory is needed for."""
         options, features = self.options, rows.values.flatten(1)
-        scores = features.new_empty(len(features), options.clusters, dtype=SCORES[options.sinkhorn_dtype])
+        on_host = options.sinkhorn_device == "cpu" and features.device.type != "cpu"
+        ranks: Ranks = FromHost(world, features.device) if on_host else world
+        device = torch.device("cpu") if on_host else features.device
+        scores = torch.empty(len(features), options.clusters, dtype=SCORES[options.sinkhorn_dtype], device=device)
         size = max(1, BLOCK_BYTES // (8 * max(features.shape[1], options.clusters)))
         labels, iterations, error = [], 0, 0.0
         for head in heads:
@@ -128,11 +137,11 @@ class Method(SSLMethod[Options]):
                 part = slice(start, start + size)
                 with world.state.phase_of(f"the scores of head {head} from image {start} on", sinkhorn.CHECK_TIMEOUT_S):
                     block = torch.addmm(bias, features[part].double(), weight.T)
-                    scores[part] = block - block.amax(1, keepdim=True)  # the largest are exact in fp32
+                    scores[part].copy_(block - block.amax(1, keepdim=True))  # the largest are exact in fp32
             assignment = sinkhorn.sinkhorn_knopp(
-                scores, self.info.num_images, options.lamb, options.tolerance, world, f"of head {head}"
+                scores, self.info.num_images, options.lamb, options.tolerance, ranks, f"of head {head}"
             )
-            labels.append(assignment.labels)
+            labels.append(assignment.labels.to(features.device))
             iterations, error = iterations + assignment.iterations, max(error, assignment.error)
         self.labels.replace(heads, labels, rows.positions, world)
         self.sinkhorn.copy_(torch.tensor([iterations / len(labels), error], dtype=torch.float64))
