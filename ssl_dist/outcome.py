@@ -33,6 +33,12 @@ def of(command: Callable[[], int | None], output: terminal.Stream) -> int:
     return exit_file.code_for_launcher(code)
 
 
+def of_program(main: Callable[[], int | None]) -> int:
+    """The same of a whole program, which prints to standard output: that it may be cut short there, too."""
+    with terminal.lasting() as output:
+        return of(main, output)
+
+
 class _ExitFile:
     """The file that SSL_DIST_EXIT_FILE names, where launch/torchrun_multi.sh has set it: torchrun tells its caller 1
     whatever the ranks return, so the first rank of a machine writes its exit code there."""

@@ -2,6 +2,7 @@
 
 import importlib.util
 import random
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -83,3 +84,29 @@ def test_the_fuzzer_sees_every_broken_rule():
     assert all(isinstance(fuzz.changed_bytes(b"some bytes", rng), bytes) for _ in range(200))
     trees = [fuzz.changed_tree(tree, rng) for _ in range(200)]
     assert sum(repr(changed) != repr(tree) for changed in trees) > 150 and tree == {"a": [1, {"b": "c"}], "d": None}
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "line"),
+    [
+        ("bench_memory", ["--data", "nowhere"], "data.root = 'nowhere': there is no dataset.json in it"),
+        ("bench_prediction", ["--data", "nowhere"], "data.root = 'nowhere': there is no dataset.json in it"),
+        ("bench_views", ["--images", "nowhere"], "--images nowhere: no image files"),
+        ("list_ids", ["x", "--root", "nowhere", "--out", "x"], "--root nowhere: there is no such folder"),
+        ("paper_row", ["--data", "x", "--run", "x", "--minutes", "1", "optim.lr=-1"], "optim.lr = -1"),
+        ("scaling", ["--device", "h10"], "--device 'h10'"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line(name, words, line, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+    monkeypatch.syspath_prepend(str(TOOLS))  # as a program's own folder is
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(TOOLS / f"{name}.py"), run_name="__main__")
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith(f"error: {line}") and said.count("\n") == 1
+
+
+def test_every_tool_ends_as_the_commands_do():
+    for path in TOOLS.glob("*.py"):
+        if "ssl_dist" in path.read_text() and path.stem != "draw_packages":  # which reads the package as text
+            assert path.read_text().endswith("sys.exit(outcome.of_program(main))\n"), path

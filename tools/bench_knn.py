@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ssl_dist import outcome
 from ssl_dist.storage.features import METADATA, write_features
 
 OPTIONS = {"knn": {"k": [20, 200]}, "retrieval": {}}
@@ -128,4 +129,4 @@ def memory(pid: int) -> list[tuple[str, float]]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(outcome.of_program(main))

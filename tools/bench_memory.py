@@ -18,6 +18,9 @@ import time
 import uuid
 from pathlib import Path
 
+from ssl_dist import config, outcome
+from ssl_dist.data import manifest
+
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "SSL_DIST_BENCH_MEMORY"  # in the environment of the ranks, so that they are known among all processes
 SETTINGS = ["backbone.name=resnet32", "views.num=32", "optim.batch_size=64", "precision=fp32"]
@@ -55,11 +58,12 @@ def main() -> None:
     unknown = [text for text in overrides if text.startswith("-") or "=" not in text]
     if unknown:
         parser.error(f"not a key=value: {unknown[0]}")
-    name = json.loads((arguments.data / "dataset.json").read_text(encoding="utf-8"))["name"]
+    name = manifest.load(arguments.data).name
     settings = [
         f"data.root={arguments.data.resolve()}", f"data.name={name}", "optim.epochs=null",
         f"optim.steps={arguments.steps}", "checkpoint.every_epochs=null", *SETTINGS, *overrides,
     ]  # fmt: skip
+    config.load(arguments.config, settings)  # a mistake in it shows here, in one line
     allocators = [a for a in ALLOCATORS if getattr(arguments, a)] or ["tuned"]
     print(f"{arguments.config} {' '.join([*SETTINGS, *overrides])}, {arguments.steps} steps; MiB", flush=True)
     row = "{:<9} {:>7} {:>8} {:>8} {:>8} {:>12} {:>8} {:>9} {:>8} {:>8}"
@@ -137,4 +141,4 @@ def ranks(mark: str) -> list[tuple[str, float]]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(outcome.of_program(main))

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import bench_rates
 
+from ssl_dist import outcome
 from ssl_dist.distributed.rank import available_cores
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +64,9 @@ def main() -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
+    from ssl_dist.data import manifest
+
+    manifest.load(arguments.data)  # one that is missing shows before minutes of measuring
     names = [name for name in CASES if any(part in name for part in arguments.cases)]
     row = "{:34} {:>5} {:>10} {:>9} {:>6} {:>10} {:>9} {:>6}  {}"
     columns = ("", "ranks", "wall, ms", "measured", "ratio", "CPU, ms", "measured", "ratio", "bound by")
@@ -182,4 +186,4 @@ def compare_published() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(outcome.of_program(main))

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
 
+from ssl_dist import outcome
 from ssl_dist.train import operations
 
 TUNED = {
@@ -400,4 +401,4 @@ def loader(clock: Stopwatch) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(outcome.of_program(main))

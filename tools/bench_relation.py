@@ -11,12 +11,14 @@ after the other by the CPU time of the process; the table holds the medians, so 
 
 import argparse
 import statistics
+import sys
 import time
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ssl_dist import outcome
 from ssl_dist.distributed.world import one_process
 from ssl_dist.methods.base import Info
 from ssl_dist.methods.relational import Method, Options, couples
@@ -98,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(outcome.of_program(main))

@@ -15,8 +15,11 @@ import multiprocessing
 import os
 import socket
 import statistics
+import sys
 import time
 from pathlib import Path
+
+from ssl_dist import outcome
 
 ITERATIONS = 11  # of a turn
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -138,4 +141,4 @@ def plain(rank: int, size: int, arguments) -> tuple[float, float, float]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(outcome.of_program(main))

@@ -19,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+from ssl_dist import outcome
+
 TUNED = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592",
@@ -206,4 +208,4 @@ class Ours:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(outcome.of_program(main))

@@ -23,8 +23,9 @@ import torch
 from PIL import Image, ImageFilter
 from torchvision import transforms
 
-from ssl_dist import views
+from ssl_dist import outcome, views
 from ssl_dist.config import ViewGroup, Views, validate
+from ssl_dist.errors import UserError
 
 STEPS = {"horizontal_flip": 0.5, "grayscale": 0.2}
 VICREG = {"random_resized_crop": {"interpolation": "bicubic"}, **STEPS}
@@ -64,7 +65,7 @@ def read_folder(folder: Path, count: int, height: int, width: int) -> np.ndarray
     """uint8 [<= count, height, width, 3]: the first image files below `folder`, resized."""
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)[:count]
     if not paths:
-        sys.exit(f"--images {folder}: no image files ({', '.join(sorted(SUFFIXES))}) there; name another folder")
+        raise UserError(f"--images {folder}: no image files ({', '.join(sorted(SUFFIXES))}) there; name another folder")
     return np.stack([np.asarray(Image.open(path).convert("RGB").resize((width, height))) for path in paths])
 
 
@@ -151,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(outcome.of_program(main))

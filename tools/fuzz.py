@@ -484,4 +484,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from ssl_dist import outcome
+
+    sys.exit(outcome.of_program(main))

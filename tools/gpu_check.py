@@ -43,7 +43,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ssl_dist import cli, config, views
+from ssl_dist import cli, config, outcome, views
 from ssl_dist.config import Config
 from ssl_dist.convert.command import convert
 from ssl_dist.distributed.rank import RankInfo, available_cores
@@ -632,4 +632,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(outcome.of_program(main))

@@ -312,4 +312,6 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     if sys.argv[1:2] == ["--as-rank"]:
         sys.exit(rank_main(Path(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4:]))
-    sys.exit(main())
+    from ssl_dist import outcome
+
+    sys.exit(outcome.of_program(main))

@@ -13,25 +13,21 @@ import argparse
 import sys
 from pathlib import Path
 
+from ssl_dist import outcome
 from ssl_dist.convert.listed import Places, images_of
-from ssl_dist.errors import UserError, refuse_unreadable
+from ssl_dist.errors import refuse_unreadable
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("list", type=Path, help="text file, an image a line")
     parser.add_argument("--root", type=Path, required=True, help="the image folder that was converted")
     parser.add_argument("--split", default="train")
     parser.add_argument("--out", type=Path, required=True, help="file to write, an id a line")
     arguments = parser.parse_args()
-    try:
-        ids = ids_of(arguments.list, arguments.root, arguments.split)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    ids = ids_of(arguments.list, arguments.root, arguments.split)
     arguments.out.write_text("".join(f"{i}\n" for i in ids))
     print(f"{arguments.out}: {len(ids)} ids")
-    return 0
 
 
 def ids_of(listed: Path, root: Path, split: str) -> list[int]:
@@ -44,4 +40,4 @@ def ids_of(listed: Path, root: Path, split: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(outcome.of_program(main))

@@ -17,9 +17,8 @@ import threading
 import time
 from pathlib import Path
 
-from ssl_dist import cli, config, results
+from ssl_dist import cli, config, outcome, results
 from ssl_dist.distributed.signals import STOPPED
-from ssl_dist.errors import UserError
 from ssl_dist.report import published
 
 CONFIG = Path(__file__).parents[1] / "configs/cifar10/relational-conv4.yaml"
@@ -40,11 +39,7 @@ def main() -> int:
     files = [word for word in arguments.words if "=" not in word] or [str(CONFIG)]
     words = [word for word in arguments.words if "=" in word]
     words += [f"data.root={arguments.data}", f"run_dir={arguments.run}"]
-    try:
-        settings = config.load(files[0], words)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    settings = config.load(files[0], words)
     code = train_until(end - SAVING_S, ["train", files[0], *words])
     if code:
         return code
@@ -91,4 +86,4 @@ def show(settings: config.Config, run: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(outcome.of_program(main))

@@ -6,10 +6,11 @@ Nodes have 8 GPUs. No data is needed: of a data set the number of its images cou
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import cast
 
-from ssl_dist import methods
+from ssl_dist import methods, outcome
 from ssl_dist.config import Config, load
 from ssl_dist.data.reader import SplitInfo
 from ssl_dist.data.readers import Dataset
@@ -128,4 +129,4 @@ def figure(number: float) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(outcome.of_program(main))
