@@ -35,8 +35,8 @@ def beginning(run: TrainState) -> str:
     if clock.total_steps:
         options, plural = config.optim, "s" if clock.total_steps > 1 else ""
         lines["length"] = (
-            f"{clock.total_steps} step{plural} = {clock.total_epochs:.4g} epochs of {options.batch_size} images a step; "
-            f"{options.name}, rate {options.peak_lr:g}"
+            f"{clock.total_steps} step{plural} = {clock.total_epochs:.4g} epochs of {options.batch_size} images a "
+            f"step; {options.name}, rate {options.peak_lr:g}"
         )
     text = [f"{name:<8}{line}" for name, line in lines.items()]
     return "\n".join([*text, *(f"warning: {doubt}" for doubt in advice.warnings(plan, run.world.device.type == "cpu"))])
