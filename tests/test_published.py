@@ -39,6 +39,13 @@ def name_of(row):
     return f"{row.method}-{row.dataset}-{row.backbone}-{row.value}"
 
 
+def test_differences_name_their_source():
+    for row in published.differences_between():
+        fields = methods.find(row.method).Options.model_fields.keys()
+        assert {*row.options, *row.before} <= fields and row.lowest <= row.highest
+        assert len(row.source) > 20 and row.line
+
+
 comparable = [row for row in ROWS if row.protocol.results]
 
 

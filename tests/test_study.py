@@ -8,8 +8,9 @@ import yaml
 
 from ssl_dist import cli, results
 from ssl_dist.errors import UserError
+from ssl_dist.results.means import Mean
 from ssl_dist.study import command, figure, numbers, spec
-from ssl_dist.study.numbers import Cell, Number
+from ssl_dist.study.numbers import Number
 from tests.test_slurm import starts, submit
 
 DIGITS = "configs/digits/{method}-conv4.yaml"
@@ -151,8 +152,38 @@ def test_published_numbers_stand_beside_cells(tmp_path):
 
 
 def test_cells():
-    assert [str(Cell(values, 2)) for values in ((), (1.0,), (1.0, 2.0))] == ["", "1.00 (1 of 2)", "1.50 ± 0.71"]
-    assert str(Cell((3.14159,), 1)) == "3.14"
+    assert [str(Mean(values, 2)) for values in ((), (1.0,), (1.0, 2.0))] == ["", "1.00 (1 of 2)", "1.50 ± 0.71"]
+    assert str(Mean((3.14159,), 1)) == "3.14" and str(Mean((0.5, 0.7), 2)) == "0.6000 ± 0.1414"
+
+
+def test_differences_to_a_row(tmp_path):
+    """Beside each mean but those of the row itself, row by row of the other axes; and what a paper says of the same."""
+    heads = {"cat": {}, "dot product": {"method.options.head": "dot_product"}}
+    axes = {"head": heads, "K": {"key": "views.num", "values": [2, 4]}, "seed": {"key": "seed", "values": [1, 2]}}
+    table = {"rows": ["head", "K"], "difference_to": {"head": "cat"}}
+    changes = {"axes": axes, "exclude": [], "table": table, "figure": None}
+    content = tree(tmp_path) | changes | {"config": str(_root() / "configs/digits/relational-conv4.yaml")}
+    study, trainings = spec.read(write(tmp_path / "study.yaml", content))
+    found = numbers_of(trainings, lambda labels: 50.0 + labels["K"] - 3.1 * (labels["head"] != "cat"))
+    grid = numbers.grid(study, trainings, found[:-2])
+    column = ("kNN",)
+    assert [grid.text(row, column) for row in grid.rows] == [
+        "52.00 ± 0.00", "54.00 ± 0.00", "48.90 ± 0.00 (-3.10)", "",
+    ]  # fmt: skip
+    [paper] = grid.differences
+    assert paper.startswith("Published difference: -23 to -3 %, without a relation head")
+    text = numbers.as_markdown(study, grid)
+    assert "In brackets the difference to the mean of head cat." in text and paper in text
+    lines = list(csv.DictReader(numbers.means_as_csv(study, grid).splitlines()))
+    assert [(line["head"], line["K"], line["seeds"]) for line in lines][::2] == [
+        ("cat", "2", "2"),
+        ("dot product", "2", "2"),
+    ]
+    assert lines[0]["difference"] == "" and float(lines[2]["difference"]) == pytest.approx(-3.1)
+    latex = numbers.as_latex(study, grid)
+    assert "dot product & 2 & 48.90 $\\pm$ 0.00 ($-$3.10) \\\\\n" in latex and "% Nobody. Mean" in latex
+    study, trainings = study_of(tmp_path)
+    assert not numbers.grid(study, trainings, numbers_of(trainings, lambda labels: 1.0)).differences
 
 
 def test_a_figure_of_gains(tmp_path):
@@ -178,6 +209,11 @@ def test_a_line_of_a_figure_is_the_mean_over_seeds(tmp_path):
         ({"rows": 1}, "rows = 1: known here: title"),
         ({"table": {"rows": ["methods"]}}, "table: methods is no axis; there are method, K, seed"),
         ({"table": {"rows": ["method"]}}, "table: axis K is in no row, column or mean; add it to rows"),
+        ({"table": {"rows": ["method", "K"], "difference_to": {"seed": 1}}}, "table.difference_to: seed makes no rows"),
+        (
+            {"table": {"rows": ["method", "K"], "difference_to": {"K": 3}}},
+            "table.difference_to.K: 3 is none of [1, 2]",
+        ),
         ({"config": "no-{method}.yaml"}, "no-supervised.yaml is missing"),
         ({"config": "{backbone}.yaml"}, "names what is no axis; there are method, K, seed"),
         ({"overrides": {"optim.lr": -1}}, "{'method': 'supervised', 'K': 1, 'seed': 1}: optim.lr = -1"),

@@ -1,9 +1,10 @@
 """Text tables, byte for byte as four commands print them."""
 
+import csv
 import json
 from types import SimpleNamespace
 
-from ssl_dist import report, results
+from ssl_dist import report, results, text_table
 from ssl_dist.grid import Grid
 from ssl_dist.slurm import status
 from ssl_dist.verify import command as verify
@@ -80,3 +81,28 @@ method       variant    precision  grid  loss     head     deep     buffers  wei
 relational              fp64       2x1   1.0e-16  1.0e-16  1.0e-16  1.0e-16  1.0e-16  equal
 deepcluster  multicrop  fp32       2x1   2.5e-01  -        -        -        -        DIFFERENT"""
     assert verify.table(rows) == expected
+
+
+def test_other_forms():
+    head, rows = ["a|b", "mean"], [["x_1 & 50%", "91.17 ± 1.26 (-3.1)"], ["[2], lr 1e-3", "–"]]
+    assert text_table.as_markdown(head, rows, {1}) == [
+        "| a\\|b | mean |", "|---|---:|", "| x_1 & 50% | 91.17 ± 1.26 (-3.1) |", "| [2], lr 1e-3 | – |",
+    ]  # fmt: skip
+    assert (
+        text_table.as_latex(head, rows, {1}, ["of\nnobody"])
+        == r"""% \usepackage{booktabs}
+% of nobody
+\begin{tabular}{lr}
+\toprule
+a\textbar{}b & mean \\
+\midrule
+x\_1 \& 50\% & 91.17 $\pm$ 1.26 ($-$3.1) \\
+{}[2], lr 1e-3 & -- \\
+\bottomrule
+\end{tabular}
+"""
+    )
+    assert text_table.in_latex(r"a\b{c}$#~^<") == (
+        r"a\textbackslash{}b\{c\}\$\#\textasciitilde{}\textasciicircum{}\textless{}"
+    )
+    assert list(csv.reader(text_table.as_csv(head, [['a,"b', None]]).splitlines())) == [head, ['a,"b', ""]]

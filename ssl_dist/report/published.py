@@ -60,19 +60,60 @@ class Published(Section):
         return f"{self.protocol.text}. {self.source}."
 
 
+class Difference(Section):
+    """What a change costs, by a paper that gives no numbers of the two."""
+
+    method: str
+    options: dict[str, list[Scalar]] = Field(description="of the method after the change: one of these")
+    before: dict[str, Scalar] = Field(description="options of the method before it")
+    lowest: FiniteFloat = Field(description="percent")
+    highest: FiniteFloat
+    text: str
+    source: str
+    line: str = Field(description="where in the source the numbers stand")
+
+    def is_between(self, config: Config, before: Config) -> bool:
+        """Whether the change is one between these two."""
+        if (config.method.name, before.method.name) != (self.method, self.method):
+            return False
+        options = _options(config)
+        return all(options.get(key) in values for key, values in self.options.items()) and _agree(
+            self.before, _options(before)
+        )
+
+    @property
+    def words(self) -> str:
+        return f"Published difference: {self.lowest:g} to {self.highest:g} %, {self.text} ({self.line}). {self.source}."
+
+
 class _File(Section):
-    """published.yaml: texts and protocols that several rows share, by name, and the rows."""
+    """published.yaml: texts and protocols that several rows share, by name, the rows, and differences."""
 
     sources: dict[str, str]
     protocols: dict[str, Protocol]
     rows: list[dict]
+    differences: list[dict]
+
+
+@functools.cache
+def _file() -> _File:
+    text = resources.files("ssl_dist.report").joinpath("published.yaml").read_text(encoding="utf-8")
+    return validate(_File, parse_yaml(text, "published.yaml"), "published.yaml: ")
+
+
+@functools.cache
+def differences_between() -> tuple[Difference, ...]:
+    """All that the file has of two variants of a method."""
+    return tuple(
+        validate(Difference, row | {"source": _file().sources[row["source"]]}, "published.yaml: differences: ")
+        for row in _file().differences
+    )
 
 
 @functools.cache
 def read() -> tuple[Published, ...]:
     """All rows of the file."""
-    text = resources.files("ssl_dist.report").joinpath("published.yaml").read_text(encoding="utf-8")
-    file = validate(_File, parse_yaml(text, "published.yaml"), "published.yaml: ")
+    file = _file()
     return tuple(
         validate(
             Published,
@@ -103,9 +144,15 @@ def beside(config: Config) -> list[Published]:
 
 def is_of_variant(row: Published, config: Config) -> bool:
     """Whether a run of this config is of the row's variant of the method."""
+    return _agree(row.options, _options(config))
+
+
+def _options(config: Config) -> dict:
+    """Of the method, defaults among them."""
     fields = methods.find(config.method.name).Options.model_fields
-    defaults = {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
-    return _agree(row.options, defaults | config.method.options)
+    return {
+        name: field.get_default(call_default_factory=True) for name, field in fields.items()
+    } | config.method.options
 
 
 def agrees(row: Published, record: dict) -> bool:

@@ -142,10 +142,14 @@ def table(records: Sequence[dict]) -> str:
 
 
 def number(value: float, std: float | None = None) -> str:
-    """A value, or a mean ± standard deviation, as tables show it: two decimals, and four where it is below 1 and
-    probably a score that ends there."""
-    decimals = 4 if 0 < abs(value) < 1 else 2
-    return f"{value:.{decimals}f}" + ("" if std is None else f" ± {std:.{decimals}f}")
+    """A value, or a mean ± standard deviation, as tables show it."""
+    places = decimals(value)
+    return f"{value:.{places}f}" + ("" if std is None else f" ± {std:.{places}f}")
+
+
+def decimals(value: float) -> int:
+    """That are shown of a value: two, and four where it is below 1 and probably a score that ends there."""
+    return 4 if 0 < abs(value) < 1 else 2
 
 
 def _key(record: dict, without: Sequence[str] = ()) -> str:

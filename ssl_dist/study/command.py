@@ -45,7 +45,10 @@ def run(path: Path, overrides: Sequence[str], ranks: int = 1, collect: bool = Fa
     if not found:
         print("no run is complete yet", file=sys.stderr, flush=True)
     print((folder / "table.md").read_text(encoding="utf-8"))
-    print(f"{folder}: table.md, table.html, numbers.csv" + ("" if study.figure is None else ", figure.png, figure.svg"))
+    print(
+        f"{folder}: table.md, .html, .csv, .tex, numbers.csv"
+        + ("" if study.figure is None else ", figure.png, figure.svg")
+    )
     return 0
 
 

@@ -1,13 +1,12 @@
 """The numbers of a study, in the paper's layout: mean and standard deviation over seeds."""
 
-import csv
-import io
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from ssl_dist import text_table
 from ssl_dist.report import published
 from ssl_dist.report.published import Published
+from ssl_dist.results.means import Mean
 from ssl_dist.study.spec import Labels, Measure, Study, Training, Value
 
 
@@ -26,31 +25,6 @@ class Number:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """values: of the runs that are there, out of `wanted`."""
-
-    values: tuple[float, ...]
-    wanted: int
-
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(self.values)
-
-    @property
-    def std(self) -> float | None:
-        """Of several runs; over the whole population of them no one asks, so n - 1."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
-
-    def __str__(self) -> str:
-        if not self.values:
-            return ""
-        std = "" if self.std is None else f" ± {self.std:.2f}"
-        return f"{self.mean:.2f}{std}" + (
-            f" ({len(self.values)} of {self.wanted})" if len(self.values) < self.wanted else ""
-        )
-
-
-@dataclass(frozen=True)
 class Beside:
     """A published number that a cell may stand beside, and what else differs between the two."""
 
@@ -65,12 +39,15 @@ Place = tuple[Key, Key]
 @dataclass(frozen=True)
 class Grid:
     """rows: values of the row axes; columns: values of the column axes and the measure's column; a cell for each pair
-    that some run belongs to, and published numbers beside some of them."""
+    that some run belongs to, and published numbers beside some of them. references: of a row the one that its
+    differences are to. differences: published ones, in words."""
 
     rows: list[Key]
     columns: list[Key]
-    cells: dict[Place, Cell]
+    cells: dict[Place, Mean]
     beside: dict[Place, Beside]
+    references: dict[Key, Key] = field(default_factory=dict)
+    differences: list[str] = field(default_factory=list)
 
     @property
     def notes(self) -> list[str]:
@@ -78,15 +55,24 @@ class Grid:
         return list(dict.fromkeys("; ".join(other.differences) for other in self.beside.values() if other.differences))
 
     def text(self, row: Key, column: Key) -> str:
-        """A cell as it is printed: the mean, the published number and the difference, and the number of its note."""
+        """A cell as it is printed: the mean, its difference to the row that all are compared with, the published number
+        and the difference to that, and the number of its note."""
         if (row, column) not in self.cells:
             return "–"
         cell, other = self.cells[row, column], self.beside.get((row, column))
+        reference = self.reference(row, column)
+        text = str(cell) if reference is None else f"{cell} ({cell.over(reference.mean)})"
         if other is None:
-            return str(cell)
+            return text
         std = "" if other.row.std is None else f" ± {other.row.std:g}"
         note = f" [{self.notes.index('; '.join(other.differences)) + 1}]" if other.differences else ""
-        return f"{cell}; published {other.row.value:g}{std}, {cell.mean - other.row.value:+.2f}{note}"
+        return f"{text}; published {other.row.value:g}{std}, {cell.over(other.row.value)}{note}"
+
+    def reference(self, row: Key, column: Key) -> Mean | None:
+        """What a cell's mean is compared with; None: with nothing, or one of the two is not there yet."""
+        other = self.references.get(row, row)
+        found = self.cells.get((other, column))
+        return None if other == row or not found or not found.values or not self.cells[row, column].values else found
 
 
 def grid(study: Study, trainings: Sequence[Training], numbers: Sequence[Number]) -> Grid:
@@ -103,10 +89,23 @@ def grid(study: Study, trainings: Sequence[Training], numbers: Sequence[Number])
     order = {measure.column: place for place, measure in reversed(list(enumerate(study.measures)))}
     columns.sort(key=lambda column: order[str(column[-1])])  # stable: column axes stay in their order
     cells = {
-        place: Cell(tuple(number.value for number in there.get(place, ())), count) for place, count in wanted.items()
+        place: Mean(tuple(number.value for number in there.get(place, ())), count) for place, count in wanted.items()
     }
     beside = {place: other for place, found in there.items() if (other := _beside(found))}
-    return Grid(list(dict.fromkeys(row for row, _ in wanted)), columns, cells, beside)
+    rows = list(dict.fromkeys(row for row, _ in wanted))
+    to = study.table.difference_to
+    references = {
+        row: tuple(to.get(axis, value) for axis, value in zip(study.table.rows, row, strict=True)) for row in rows if to
+    }
+    return Grid(rows, columns, cells, beside, references, _published_differences(study, trainings, references))
+
+
+def _published_differences(study: Study, trainings: Sequence[Training], references: dict[Key, Key]) -> list[str]:
+    """In words, of the rows that are compared with others."""
+    configs = {tuple(training.labels[axis] for axis in study.table.rows): training.config for training in trainings}
+    pairs = [(configs[row], configs[other]) for row, other in references.items() if other in configs]
+    found = [row for row in published.differences_between() if any(row.is_between(*pair) for pair in pairs)]
+    return [row.words for row in found]
 
 
 def _beside(numbers: Sequence[Number]) -> Beside | None:
@@ -132,29 +131,61 @@ def heading(study: Study, column: Key) -> str:
 
 def as_csv(study: Study, numbers: Sequence[Number]) -> str:
     """A line for every number: the values of all axes, what was measured and by which protocol, and of which run."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     fields = ("name", "value", "dataset", "split", "step", "checkpoint", "protocol", "time")
-    writer.writerow([*study.axes, "column", *fields, "run"])
-    for number in numbers:
-        labels, record = number.training.labels, number.record
-        writer.writerow([*labels.values(), number.measure.column, *map(record.get, fields), number.training.run])
-    return text.getvalue()
+    rows = [
+        [*number.training.labels.values(), number.measure.column, *map(number.record.get, fields), number.training.run]
+        for number in numbers
+    ]
+    return text_table.as_csv([*study.axes, "column", *fields, "run"], rows)
+
+
+def means_as_csv(study: Study, table: Grid) -> str:
+    """A line for every cell of the table: mean, standard deviation, how many runs it is of, the difference to the row
+    that all are compared with, and the published number."""
+    rows = []
+    for row in table.rows:
+        for column in table.columns:
+            cell, other = table.cells.get((row, column)), table.beside.get((row, column))
+            if cell is not None and cell.values:
+                reference = table.reference(row, column)
+                difference = None if reference is None else cell.mean - reference.mean
+                of_cell = [cell.mean, cell.std, len(cell.values), difference]
+                rows.append([*row, heading(study, column), *of_cell, None if other is None else other.row.value])
+    return text_table.as_csv(
+        [*study.table.rows, "column", "mean", "std", study.table.over + "s", "difference", "published"], rows
+    )
 
 
 def as_markdown(study: Study, table: Grid) -> str:
     """Title, source and table."""
-    head = [*study.table.rows, *(heading(study, column) for column in table.columns)]
-    lines = [f"# {study.title}", "", f"{study.source}. Mean ± standard deviation over {study.table.over}.", ""]
-    lines += [_line(head), "|" + "---|" * len(study.table.rows) + "---:|" * len(table.columns)]
-    for row in table.rows:
-        lines.append(_line([*map(str, row), *(table.text(row, column) for column in table.columns)]))
-    notes = [f"[{number}] {note}." for number, note in enumerate(table.notes, 1)]
-    sources = dict.fromkeys(f"Published: {other.row.footnote}" for other in table.beside.values())
-    for line in (*notes, *sources):
+    lines = [f"# {study.title}", "", about(study), "", *text_table.as_markdown(*_texts(study, table))]
+    for line in footnotes(table):
         lines += ["", line]
     return "\n".join(lines) + "\n"
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+def as_latex(study: Study, table: Grid) -> str:
+    """The table alone, with title and footnotes as comments."""
+    return text_table.as_latex(*_texts(study, table), [study.title, about(study), *footnotes(table)])
+
+
+def about(study: Study) -> str:
+    """What the table is of, in sentences."""
+    to = study.table.difference_to
+    named = ", ".join(f"{axis} {value}" for axis, value in to.items())
+    compared = f" In brackets the difference to the mean of {named}." if to else ""
+    return f"{study.source}. Mean ± standard deviation over {study.table.over}.{compared}"
+
+
+def footnotes(table: Grid) -> list[str]:
+    """What differs from the published numbers, where those stand, and differences that are published."""
+    notes = [f"[{number}] {note}." for number, note in enumerate(table.notes, 1)]
+    sources = dict.fromkeys(f"Published: {other.row.footnote}" for other in table.beside.values())
+    return [*notes, *sources, *table.differences]
+
+
+def _texts(study: Study, table: Grid) -> tuple[list[str], list[list[str]], range]:
+    """Head, rows and which columns are of numbers."""
+    head = [*study.table.rows, *(heading(study, column) for column in table.columns)]
+    rows = [[*map(str, row), *(table.text(row, column) for column in table.columns)] for row in table.rows]
+    return head, rows, range(len(study.table.rows), len(head))

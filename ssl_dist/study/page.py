@@ -1,4 +1,4 @@
-"""What a study writes: its table as Markdown and HTML, every number as CSV, and its figure."""
+"""What a study writes: its table as Markdown, HTML, CSV and LaTeX, every number as CSV, and its figure."""
 
 import base64
 from collections.abc import Sequence
@@ -19,12 +19,14 @@ _ENVIRONMENT = Environment(
 
 
 def write(folder: Path, study: Study, trainings: Sequence[Training], numbers: Sequence[Number]) -> None:
-    """Write table.md, table.html, numbers.csv and, where the study has a figure, figure.png and figure.svg. Raises
-    `UserError` where the folder cannot be written."""
+    """Write table.md, .html, .csv and .tex, numbers.csv and, where the study has a figure, figure.png and figure.svg.
+    Raises `UserError` where the folder cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
     table = layout.grid(study, trainings, numbers)
     files = {
         "table.md": layout.as_markdown(study, table).encode(),
+        "table.csv": layout.means_as_csv(study, table).encode(),
+        "table.tex": layout.as_latex(study, table).encode(),
         "numbers.csv": layout.as_csv(study, numbers).encode(),
     }
     picture = None
@@ -42,8 +44,8 @@ def html(study: Study, table: layout.Grid, numbers: Sequence[Number], picture: b
     """One file that needs no other and no network."""
     protocols = dict.fromkeys((number.measure.column, number.record["protocol"]) for number in numbers)
     return _ENVIRONMENT.get_template("table.html").render(
-        study=study, table=table, protocols=list(protocols),
-        footnotes=list(dict.fromkeys(other.row.footnote for other in table.beside.values())),
+        study=study, table=table, protocols=list(protocols), about=layout.about(study),
+        footnotes=layout.footnotes(table),
         heads=[layout.heading(study, column) for column in table.columns],
         picture=None if picture is None else base64.b64encode(picture).decode(),
     )  # fmt: skip

@@ -52,6 +52,10 @@ class Table(Section):
     rows: Annotated[list[str], Field(min_length=1)] = Field(description="axes that make the rows")
     columns: list[str] = Field(default_factory=list, description="axes that make columns, beside those of the measures")
     over: str = Field("seed", description="the axis that mean and standard deviation are taken over")
+    difference_to: Labels = Field(
+        default_factory=dict,
+        description="axis of the rows -> value: beside each mean stands the difference to that of the row with it",
+    )
 
 
 class Gain(Section):
@@ -100,6 +104,11 @@ class Study(Section):
         named = [*self.table.rows, *self.table.columns, self.table.over]
         for axis in named:
             self._require("table", axis)
+        for axis, value in self.table.difference_to.items():
+            if axis not in self.table.rows:
+                raise ValueError(f"table.difference_to: {axis} makes no rows; {', '.join(self.table.rows)} do")
+            if value not in self.values(axis):
+                raise ValueError(f"table.difference_to.{axis}: {value!r} is none of {self.values(axis)}")
         for measure in self.measures:
             single = {axis for axis, wanted in measure.of.items() if not isinstance(wanted, list)}
             for axis in self.axes.keys() - {*named, *single}:
