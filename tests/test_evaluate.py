@@ -65,6 +65,21 @@ def test_what_has_not_changed_is_taken_from_the_file(run, capsys):
     assert (run / "results.json").read_bytes() == before and "already" in capsys.readouterr().err
 
 
+def test_tensorboard_has_the_results_beside_the_hyperparameters(run):
+    """Also of a run that takes no step. What is held out of the training split is no result."""
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+    from tensorboard.plugins.hparams import metadata
+
+    assert evaluate(run, ["knn"], ["knn.k=[3]"], 0.5)[0] == 0
+    board = EventMultiplexer().AddRunsFromDirectory(str(run)).Reload()
+    assert board.Runs()["tensorboard/results"]["scalars"] == ["colours-test/knn1_top1", "colours-test/knn1_top5"]
+    [event] = board.Scalars("tensorboard/results", "colours-test/knn1_top1")
+    assert (event.step, event.value) == (0, 100)
+    about = board.SummaryMetadata("tensorboard/results", "colours-test/knn1_top1").summary_description
+    assert about == stored(run)[0]["protocol"]
+    assert metadata.SESSION_START_INFO_TAG in board.Runs()["tensorboard"]["tensors"]
+
+
 def test_another_training_split_is_measured_anew(run, tmp_path):
     """The test split stays as it was, to the bit."""
     shutil.rmtree(tmp_path / "source")

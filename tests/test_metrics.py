@@ -51,7 +51,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
 @pytest.mark.parametrize("seconds", [5, 0, -3600])
 def test_tensorboard_shows_the_resume_also_where_the_clock_was_set_back(tmp_path, monkeypatch, seconds):
     def train(first, last, value):
-        with RunLog(tmp_path, Clock(first - 1, 10, 20), "run", 1, 1) as log:
+        with RunLog(tmp_path, Clock(first - 1, 10, 20), "run", 1, 1, {}) as log:
             for step in range(first, last + 1):
                 log.write(Clock(step, 10, 20), {"loss": value}, {}, log.speed(Clock(step, 10, 20)))
 

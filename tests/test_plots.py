@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from ssl_dist.errors import UserError
-from ssl_dist.run import plots
+from ssl_dist.run import mosaic, plots
 
 
 def read(path):
@@ -31,7 +31,7 @@ def test_views_stand_in_columns_and_images_in_rows(tmp_path, size):
     for view in range(num_views):
         for image in range(num_images):
             views[view, image] = np.array([40 + 60 * view, 40 + 100 * image, 200])[:, None, None]
-    plots.views_grid(tmp_path / "new" / "views.png", views)
+    plots.views_grid(tmp_path / "new" / "views.png", [views])
     picture = read(tmp_path / "new" / "views.png")
     centres = np.array(
         [[centre_of(picture, (40 + 60 * v, 40 + 100 * i, 200)) for v in range(num_views)] for i in range(num_images)]
@@ -44,13 +44,26 @@ def test_a_view_stands_upright(tmp_path):
     view = np.zeros((1, 1, 3, 32, 32), np.uint8)
     view[..., :16, :] = np.array([200, 40, 40])[:, None, None]
     view[..., 16:, :] = np.array([40, 40, 200])[:, None, None]
-    plots.views_grid(tmp_path / "views.png", view)
+    plots.views_grid(tmp_path / "views.png", [view])
     picture = read(tmp_path / "views.png")
     assert centre_of(picture, (200, 40, 40))[0] < centre_of(picture, (40, 40, 200))[0] - 40
 
 
+def test_groups_of_views_stand_side_by_side(tmp_path):
+    """Each image has one row, and a smaller view is shown smaller, in the middle of it."""
+    large, small = (np.zeros((2, 3, 3, size, size), np.uint8) for size in (96, 48))
+    large[:, 1], small[:, 1] = 150, np.array([40, 200, 40])[:, None, None]
+    page, middles = mosaic.of_views([large, small])
+    assert page.shape == (3 * 102 - 6, 96 + 6 + 96 + 12 + 48 + 6 + 48, 3) and middles == [47.5, 149.5, 233.5, 287.5]
+    rows, columns = np.nonzero((page == (40, 200, 40)).all(2))
+    assert (rows.min(), rows.max()) == (102 + 24, 102 + 71) and columns.min() == 210 and len(rows) == 2 * 48**2
+    plots.views_grid(tmp_path / "views.png", [large, small])
+    picture = read(tmp_path / "views.png")
+    assert abs(centre_of(picture, (40, 200, 40))[0] - centre_of(picture, (150, 150, 150))[0]) < 2
+
+
 def test_many_views_stay_within_a_page(tmp_path):
-    plots.views_grid(tmp_path / "views.png", np.zeros((64, 2, 3, 32, 32), np.uint8))
+    plots.views_grid(tmp_path / "views.png", [np.zeros((64, 2, 3, 32, 32), np.uint8)])
     assert read(tmp_path / "views.png").shape[1] < 3200
 
 
@@ -101,4 +114,4 @@ def test_metrics_that_cannot_be_drawn_are_refused(tmp_path):
         assert str(path) in str(caught.value)
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=re.escape(str(tmp_path / "file"))):
-        plots.views_grid(tmp_path / "file" / "x.png", np.zeros((1, 1, 3, 4, 4), np.uint8))
+        plots.views_grid(tmp_path / "file" / "x.png", [np.zeros((1, 1, 3, 4, 4), np.uint8)])

@@ -102,11 +102,40 @@ def test_a_run_leaves_what_it_should(uninterrupted):
     board.Reload()
     tags = board.Tags()
     assert {"train/loss", "train/accuracy", "speed/views_per_s", "speed/data_wait"} <= set(tags["scalars"])
-    assert tags["images"] == ["views/0"] and any("score" in name for name in tags["histograms"])
+    assert tags["images"] == ["views"] and any("score" in name for name in tags["histograms"])
     assert [event.step for event in board.Scalars("train/loss")] == [1, 2, 4, 6]
+    assert {"views", "config", "loss", "lr", "accuracy", "images_per_s", "data_wait"} <= set(describing(board)), (
+        "MEANINGS"
+    )
+    assert "over positives" in describing(board)["accuracy_positive"], "the method's own words"
     state = checkpoint.load(checkpoint.newest(run))
     assert state["step"] == 6 and state["world_size"] == 1
     assert any(name.startswith("backbone.") for name in state["method"])
+
+
+def describing(board):
+    """The descriptions in TensorBoard, by the last part of their tags."""
+    found = {tag: board.SummaryMetadata(tag).summary_description for tags in board.Tags().values()
+             if isinstance(tags, list) for tag in tags}  # fmt: skip
+    return {tag.removesuffix("/text_summary").rpartition("/")[2]: text for tag, text in found.items() if text}
+
+
+def test_tensorboard_has_the_settings_as_text_and_as_hyperparameters(uninterrupted):
+    from tensorboard.plugins.hparams import metadata
+
+    board = EventAccumulator(str(uninterrupted / "tensorboard"))
+    board.Reload()
+    [text] = board.Tensors("config/text_summary")
+    assert "  aggregation: cat\n" in text.tensor_proto.string_val[0].decode()
+    start = metadata.parse_session_start_info_plugin_data(
+        board.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
+    ).hparams
+    assert (start["method.name"].string_value, start["optim.steps"].number_value) == ("relational", 6)
+    assert start["channels_last"].bool_value is True and not {"optim.epochs", "run_dir", "log.every_steps"} & {*start}
+    assert start["views.groups.0.color_jitter.brightness"].number_value == 0.8
+    assert start["optim.milestones"].string_value == "[0.5, 0.75]"
+    end = board.SummaryMetadata(metadata.SESSION_END_INFO_TAG).plugin_data.content
+    assert metadata.parse_session_end_info_plugin_data(end).status == 1  # success
 
 
 def test_the_same_command_again_is_done_at_once_and_says_how_to_go_on(uninterrupted, digits, tmp_path, capfd):

@@ -22,6 +22,7 @@ from ssl_dist.evaluate import search
 from ssl_dist.evaluators import Evaluator, FeatureEvaluator, ImageEvaluator
 from ssl_dist.grid import Grid
 from ssl_dist.results.figures import FigureWriter, has_pictures
+from ssl_dist.run import board
 from ssl_dist.run.encoder import (
     BATCH_TIMEOUT_S,
     Encoder,
@@ -32,6 +33,7 @@ from ssl_dist.run.encoder import (
     load_others,
     load_together,
 )
+from ssl_dist.storage.durable import refuse_unwritable
 from ssl_dist.storage.features import check_pair, read_features
 from ssl_dist.transfer.recipe import Stopped
 from ssl_dist.transfer.subject import EvalContext, chosen_images, hold_out
@@ -259,7 +261,16 @@ def _measure(context: EvalContext, name: str, options: Section, remark: str | No
     seed = context.encoder.config.seed
     records = results.make_records(values, protocol, metadata, seed, options=tree, version=evaluator.VERSION)
     world.on_rank0(lambda: results.add(path, records))
+    world.on_rank0(lambda: _show(context.run, records))
     return records
+
+
+def _show(run: Path, records: list[dict]) -> None:
+    """Add to TensorBoard what is measured on a whole split, after learning from all images of one."""
+    shown = [each for each in records if results.is_of_a_whole_split(each) and results.learned_from_all_images(each)]
+    if shown:
+        with refuse_unwritable(run / "tensorboard", "give a run's folder that can, with space left"):
+            board.write_results(run, shown)
 
 
 def _protocol(context: EvalContext, evaluator: Evaluator, options: Section, remark: str | None) -> str:

@@ -175,7 +175,7 @@ def write_projector(
     """
     from torch.utils.tensorboard import SummaryWriter  # takes a second
 
-    from ssl_dist.run.log import EventFile
+    from ssl_dist.run.board import EventFile
 
     class Projector(SummaryWriter):
         """Without its file of events, whose thread prints a traceback where the disk is full."""

@@ -142,8 +142,13 @@ def spelt_out(config: Config) -> dict[str, Any]:
     return tree
 
 
+def is_free(key: str) -> bool:
+    """Whether a key with dots may differ between two starts of one run."""
+    return any(key == name or key.startswith(name + ".") for name in FREE_KEYS)
+
+
 def _may_differ(key: str, saved: Config, old: object, new: object) -> bool:
-    if any(key == name or key.startswith(name + ".") for name in FREE_KEYS):
+    if is_free(key):
         return True
     if key not in ("optim.epochs", "optim.steps") or not isinstance(old, int) or not isinstance(new, int):
         return False

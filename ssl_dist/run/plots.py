@@ -1,5 +1,6 @@
 """Pictures of a run as PNG files: its views, its loss, its relation scores. Nothing here touches a display."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 
 from ssl_dist.errors import UserError, refuse_unreadable
 from ssl_dist.reading import is_finite
+from ssl_dist.run import mosaic
 from ssl_dist.run.metrics import read_metrics
 from ssl_dist.storage.durable import atomic_write
 
@@ -16,25 +18,24 @@ _LOSS, _BOTH, _POSITIVE, _NEGATIVE = "#1f4e79", "#444444", "#2a8f4c", "#c0504d"
 _GREY = "#666666"
 
 
-def views_grid(path: str | Path, views_VBCHW: np.ndarray) -> None:
-    """The views of each image side by side: uint8 [V, B, 3, S, S], a row for each image, a column for each view.
+def views_grid(path: str | Path, groups: Sequence[np.ndarray]) -> None:
+    """The views of each image side by side: of every group uint8 [V, B, 3, S, S], see `mosaic.of_views`.
 
     Small views are magnified without smoothing.
     """
-    num_views, num_images, _, height, width = views_VBCHW.shape
-    gap = max(1, width // 16)
-    cells = np.full((num_images, height + gap, num_views, width + gap, 3), 255, np.uint8)
-    cells[:, :height, :, :width] = views_VBCHW.transpose(1, 3, 0, 4, 2)
-    page = cells.reshape(num_images * (height + gap), num_views * (width + gap), 3)[:-gap, :-gap]
-    cell = min(1.0, 24 / num_views)  # inches
-    figure, axes = new_plot(cell * num_views + 0.5, cell * num_images * height / width + 0.5)
-    axes.imshow(page, interpolation="nearest" if width < 120 * cell else "antialiased")
-    axes.set_xticks(width / 2 - 0.5 + (width + gap) * np.arange(num_views), [str(view) for view in range(num_views)])
+    page, middles = mosaic.of_views(groups)
+    side, num_views = max(group.shape[-1] for group in groups), len(middles)
+    shown = page.shape[1] / side  # columns of the largest views in the width
+    cell = min(1.0, 24 / shown)  # inches
+    figure, axes = new_plot(cell * shown + 0.5, cell * page.shape[0] / side + 0.5)
+    axes.imshow(page, interpolation="nearest" if side < 120 * cell else "antialiased")
+    axes.set_xticks(middles, [str(view) for view in range(num_views)])
     axes.set_yticks([])
     axes.xaxis.tick_top()
     axes.tick_params(length=0, labelsize=8, labelcolor=_GREY)
     axes.set_frame_on(False)
-    axes.set_xlabel("view", fontsize=8, color=_GREY)
+    sizes = ", then ".join(f"{len(group)} of {group.shape[-1]} px" for group in groups)
+    axes.set_xlabel("view" if len(groups) == 1 else f"view: {sizes}", fontsize=8, color=_GREY)
     axes.xaxis.set_label_position("top")
     _save(figure, path)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import math
 import sys
 import time
@@ -20,7 +21,7 @@ from ssl_dist.distributed import world as world_module
 from ssl_dist.distributed.signals import StopRequest
 from ssl_dist.errors import Fault, RaisedOn, UserError, quoted
 from ssl_dist.methods.base import Batch, Extract, Output, Rows
-from ssl_dist.run import filters
+from ssl_dist.run import board, filters
 from ssl_dist.run import folder as run_folder
 from ssl_dist.run.blueprint import RunPlan
 from ssl_dist.run.log import RunLog
@@ -108,7 +109,10 @@ class TrainState:
         if not self.world.is_rank0:
             return contextlib.nullcontext()
         title = f"{self.config.method.name} {self.config.backbone.name}"
-        return RunLog(self.folder, self.clock, title, self.config.optim.batch_size, self.plan.num_views)
+        settings, about = run_folder.spelt_out(self.config), inspect.getdoc(self.plan.method_class.forward) or ""
+        return RunLog(
+            self.folder, self.clock, title, self.config.optim.batch_size, self.plan.num_views, settings, about
+        )
 
     def batches(self, loader: TrainLoader, log: RunLog | None) -> Iterator[HostBatch]:
         """The batches that are left. The watchdog gets each step, the log the time waited for it."""
@@ -206,12 +210,10 @@ class TrainState:
         step, order = clock.step - 1, self.plan.order
         with self.plan.open_reader() as reader:
             [images] = reader.batches([order.global_ids(step)[:num_images]])
-        for number, spec in enumerate(self.plan.specs):
-            epoch = step // order.steps_per_epoch
-            views_VBCHW = views.make_views(images, spec, spec.view_ids, order.seed, epoch)
-            log.pictures(f"views/{number}", clock, views_VBCHW)
-            name = "views.png" if number == 0 else f"views-{number}.png"
-            plots.views_grid(self.folder / name, views_VBCHW)
+        epoch = step // order.steps_per_epoch
+        groups = [views.make_views(images, spec, spec.view_ids, order.seed, epoch) for spec in self.plan.specs]
+        log.pictures("views", clock, groups)
+        plots.views_grid(self.folder / "views.png", groups)
 
     def show_filters(self, log: RunLog | None, clock: Clock) -> None:
         """The filters of the backbone's first convolution in TensorBoard. Every rank takes part."""
@@ -301,6 +303,8 @@ class TrainState:
     def _finish(self, clock: Clock) -> None:
         if not checkpoint.steps(self.folder):
             self._save(clock)
+            events = board.EventFile(self.folder / "tensorboard", None)
+            events.add(clock.step, *board.settings(run_folder.spelt_out(self.config)), board.completed())
         if (self.folder / "metrics.jsonl").exists():
             from ssl_dist.run import plots
 

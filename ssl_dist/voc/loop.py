@@ -115,7 +115,7 @@ def fit(task: Task, options: TrainingOptions, folder: Path, settings: dict, thre
         return 0
     task.train_mode()
     title = f"{settings['task']} {settings['train']}"
-    with StopRequest() as stop, RunLog(folder, clock, title, options.batch_size, 1) as log:
+    with StopRequest() as stop, RunLog(folder, clock, title, options.batch_size, 1, settings) as log:
         for items in task.batches(clock, options, threads):
             optim.set_lr(optimizer, lr(options, clock))
             seed_torch(options.seed, METHOD, clock.step)
