@@ -59,6 +59,7 @@ setup(
     packages=find_packages(include=["ssl_dist", "ssl_dist.*"]),
     package_data={
         "ssl_dist": ["py.typed"],
+        "ssl_dist.data": ["published_sizes.yaml"],
         "ssl_dist.study": ["templates/*.html"],
         "ssl_dist.train": ["devices.yaml"],
         "ssl_dist.report": ["page.css", "page.js", "published.yaml", "templates/*.html"],

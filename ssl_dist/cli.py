@@ -212,14 +212,19 @@ def _verify(args: argparse.Namespace) -> int:
     argument(
         "--collect", "train nothing: measure the runs that are complete, and write the table", action="store_true"
     ),
-    argument("--dry-run", "print the runs, their steps and what is left of them", action="store_true"),
+    argument(
+        "--dry-run",
+        "print the runs, their steps and what is left of them; needs no data set that papers use",
+        action="store_true",
+    ),
     argument("--device", "with --dry-run: the hours on --ranks of this GPU, one that `explain --device` knows"),
 )
 def _study(args: argparse.Namespace) -> int:
     """Make the runs of a study that are not complete, one after the other, measure them, and write table, numbers and
     figure. Stopped or killed, the same command does what is left. On a cluster: python slurm/submit.py study FILE."""
     with importing():
-        from ssl_dist.study.command import describe, run
+        from ssl_dist.study.command import run
+        from ssl_dist.study.dry_run import describe
 
     if args.dry_run:
         print(describe(args.file, args.overrides, args.ranks, args.device))

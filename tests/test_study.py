@@ -2,14 +2,17 @@
 
 import csv
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from ssl_dist import cli, results
+from ssl_dist.data import unconverted
+from ssl_dist.data.catalog import CATALOG
 from ssl_dist.errors import UserError
 from ssl_dist.results.means import Mean
-from ssl_dist.study import command, figure, numbers, spec
+from ssl_dist.study import command, dry_run, figure, numbers, spec
 from ssl_dist.study.numbers import Number
 from tests.test_slurm import starts, submit
 
@@ -51,7 +54,7 @@ def test_runs_are_made_measured_and_laid_out_once(digits, tmp_path, capsys, monk
     assert said.endswith("6 runs, 12 steps, 12 of them left\n")
     assert cli.main(["study", str(path), "--dry-run", "--device", "h100", "--ranks", "2"]) == 0
     said = capsys.readouterr().out
-    assert " h of trainings, one after the other, on 2 x " in said and said.count("; about ") == 6
+    assert ", one after the other, on 2 x " in said and " of trainings; " in said and said.count("; about ") == 6
     trains, left = command.train, [3]
 
     def stopped_in_the_third(settings):
@@ -89,6 +92,17 @@ def test_runs_are_made_measured_and_laid_out_once(digits, tmp_path, capsys, monk
     (out / "rotation-1-2" / "checkpoints" / "step-00000002.pt").unlink()
     assert cli.main(["study", str(path), "--collect"]) == 0
     assert "(1 of 2)" in (out / "table.md").read_text()
+    started = []
+
+    def run(words, **_):  # what is left, and no other, is given to the ranks
+        started.append(words)
+        return SimpleNamespace(returncode=cli.main(words[words.index("ssl_dist") + 1 :]))
+
+    monkeypatch.setattr(command, "train", trains)
+    monkeypatch.setattr(command.subprocess, "run", run)
+    assert cli.main(["study", str(path), "--ranks", "2"]) == 0 and (out / "table.md").read_text() == table
+    [words] = started
+    assert "--nproc_per_node=2" in words and words[-2:] == ["--only", "rotation-1-2"]
 
 
 def _root():
@@ -234,6 +248,54 @@ def test_mistakes_are_one_line(tmp_path, changes, line):
     with pytest.raises(UserError) as caught:
         spec.read(write(tmp_path / "study.yaml", content))
     assert line in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_dry_run_needs_no_data(tmp_path, capsys):
+    """The figures of the papers' data sets are known; those of others are asked for in one line."""
+    content = tree(tmp_path / "out") | {"config": str(_root() / "configs/stl10/{method}-resnet34.yaml")}
+    content["axes"] |= {"method": ["rotation", "random_weights"], "K": {"key": "data.limit", "values": [3200]}}
+    content["overrides"] = {"backbone.name": "conv4", "optim.epochs": 2, "optim.batch_size": 64}
+    content["exclude"] = []
+    transfer = {"data.name": "cifar10", "data.root": "no where/cifar10", "data.subset": {"per_class": 100}}
+    lists = {"data.subset": "lists/some.txt"}
+    content["measures"] = [
+        {"column": "kNN", "evaluator": "knn", "result": "knn20_top1"},
+        {"column": "a", "evaluator": "probe", "result": "probe_top1", "overrides": transfer},
+        {"column": "b", "evaluator": "finetune", "result": "finetune_top1", "overrides": lists},
+    ]
+    path = write(tmp_path / "study.yaml", content)
+    assert cli.main(["study", str(path), "--dry-run", "--device", "h100", "--ranks", "8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(
+        "rotation-3200-1: method=rotation K=3200 seed=1, 100 steps, new; then knn, probe, finetune; about "
+    )
+    assert "0 steps, new; then knn, probe, finetune; about probe " in lines[2]
+    assert lines[4:5] == ["4 runs, 200 steps, 200 of them left"] and "of trainings, " in lines[5]
+    assert lines[6] == (
+        "not counted: the test of what was trained, knn, finetune on lists/some.txt, which is not there"
+    )
+    assert lines[7].startswith("stl10 is not converted here (data/stl10): unlabeled 100,000, train 5,000, test 8,000 ")
+    assert lines[8].startswith("cifar10 is not converted here (no where/cifar10): train 50,000, test 10,000 images of")
+    of_probe = dry_run.Costs(dry_run.roofline.named("h100"), 8)
+    _, [training, *_] = spec.read(path)
+    seconds = of_probe._measure(training, training.measures[1])
+    [(a_step, steps)] = of_probe._of_step.values()
+    assert steps == 100 * (10 * 100 // 128) and seconds == a_step * steps  # the recipe's epochs and batches
+    content["overrides"] |= {"data.name": "mine", "data.root": "data/mine"}
+    assert cli.main(["study", str(write(path, content)), "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: data.root = 'data/mine': there is no dataset.json in it") and "convert" in said
+
+
+def test_published_sizes_are_those_of_the_catalog():
+    for name, sizes in unconverted.published_sizes().items():
+        entry, dataset = CATALOG[name], unconverted.Unconverted(name, "x", "ffcv")
+        assert {entry.pretraining, entry.training, entry.evaluation} <= sizes.splits.keys()
+        for split, count in sizes.splits.items():
+            labels = dataset.labels(split)
+            assert len(labels) == dataset.info(split).count == count
+            present = range(sizes.classes) if dataset.info(split).labelled else [-1]
+            assert sorted(set(labels.tolist())) == list(present)
 
 
 @pytest.mark.slow

@@ -8,14 +8,12 @@ Nodes have 8 GPUs. No data is needed: of a data set the number of its images cou
 import argparse
 import sys
 from pathlib import Path
-from typing import cast
 
-from ssl_dist import methods, outcome
+from ssl_dist import outcome
 from ssl_dist.config import Config, load
-from ssl_dist.data.reader import SplitInfo
-from ssl_dist.data.readers import Dataset
+from ssl_dist.data.unconverted import Unconverted
 from ssl_dist.distributed.rank import RankInfo
-from ssl_dist.run.blueprint import RunPlan
+from ssl_dist.run.blueprint import RunPlan, derive
 from ssl_dist.train import operations, roofline
 from ssl_dist.train.operations import Step
 from ssl_dist.train.roofline import Device, Times
@@ -37,7 +35,6 @@ ROWS = [  # title, config, overrides
     ),
     ("vicreg, resnet50, 224 px, M = 2,048, bf16", "imagenet/vicreg-resnet50.yaml", []),
 ]
-IMAGES = {"cifar10": (50_000, 32, 32), "imagenet": (1_281_167, 375, 500)}  # of the training split; of a typical image
 
 
 def main() -> None:
@@ -82,13 +79,8 @@ def table(title: str, config: Config, device: Device, gpus: list[int]) -> list[s
 
 def plan_of(config: Config, count: int) -> RunPlan:
     """On `count` GPUs, for a data set of which nothing is read."""
-    name = config.data.name
-    images, height, width = IMAGES[name]
-    split = SplitInfo(name, "train", images, (), height, width, False, (0.5,) * 3, (0.25,) * 3, "")
-    method_class = methods.find(config.method.name)
-    options = methods.build_options(method_class, config.method.options)
-    rank_info = RankInfo(0, count, 0, min(count, PER_NODE))
-    return RunPlan(config, rank_info, method_class, options, cast(Dataset, None), split)
+    dataset = Unconverted(config.data.name, config.data.root, config.data.reader)
+    return derive(config, RankInfo(0, count, 0, min(count, PER_NODE)), dataset)
 
 
 def arithmetic(count: int, step: Step, times: Times, device: Device, precision: roofline.Precision) -> list[str]:

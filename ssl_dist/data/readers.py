@@ -14,13 +14,17 @@ from ssl_dist.errors import UserError
 class Dataset:
     """A converted data set, opened: dataset.json is read here, the file of a split when it is first asked for, once.
 
-    name: refused when the data set has another one. reader: ffcv or arrays, which readers of splits are. Raises
-    `UserError`, also without a dataset.json.
+    name: refused when the data set has another one. reader: ffcv or arrays, which readers of splits are. facts: in the
+    place of dataset.json. Raises `UserError`, also without a dataset.json.
     """
 
-    def __init__(self, root: str | Path, name: str | None = None, reader: str = "ffcv"):
+    is_converted = True
+
+    def __init__(
+        self, root: str | Path, name: str | None = None, reader: str = "ffcv", facts: manifest.Manifest | None = None
+    ):
         self.root, self.reader = str(root), reader
-        self._manifest = manifest.load(root)
+        self._manifest = manifest.load(root) if facts is None else facts
         self._opened: dict[str, tuple[SplitInfo, Beton]] = {}
         self.name = self._manifest.name
         if name not in (None, self.name):
@@ -76,11 +80,7 @@ class Dataset:
     def _open(self, split: str) -> tuple[SplitInfo, Beton]:
         if split in self._opened:
             return self._opened[split]
-        if split not in self.splits:
-            raise UserError(
-                f"data.split = {split!r}: {self.root} holds the splits {', '.join(self.splits)}; choose one"
-            )
-        facts = self._manifest.splits[split]
+        facts = self._record(split)
         beton = Beton(Path(self.root) / f"{split}.beton")
         difference = manifest.difference(beton, facts)
         if difference:
@@ -101,3 +101,10 @@ class Dataset:
         )
         self._opened[split] = info, beton
         return info, beton
+
+    def _record(self, split: str) -> manifest.SplitRecord:
+        if split not in self.splits:
+            raise UserError(
+                f"data.split = {split!r}: {self.root} holds the splits {', '.join(self.splits)}; choose one"
+            )
+        return self._manifest.splits[split]

@@ -116,14 +116,16 @@ def _note_size(world: World, encoder: Encoder) -> None:
 
 
 def split_overrides(overrides: Sequence[str], keys: Sequence[str] = EVAL_KEYS) -> tuple[dict[str, str], list[str]]:
-    """Overrides of the data set, which must be among `keys`, as key: value; and the rest, the evaluators'."""
+    """Overrides of the data set, which must be among `keys`, as key: value, without quotes that stand for YAML's; and
+    the rest, the evaluators'."""
     data, rest = {}, []
     for override in overrides:
         key, _, value = override.partition("=")
         if key.startswith("data.") or key in keys:
             if key not in keys or not value:
                 raise UserError(f"override {override!r}: of the data, {', '.join(keys)} can be set here")
-            data[key] = value
+            parsed = parse_yaml(value, f"override {override!r}")
+            data[key] = parsed if isinstance(parsed, str) else value
         else:
             rest.append(override)
     return data, rest

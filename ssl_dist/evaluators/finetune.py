@@ -63,8 +63,12 @@ def protocol(options: Options) -> str:
 
 def measure(context: EvalContext, options: Options) -> dict[str, float]:
     """`finetune_top1` and `finetune_top5` in percent."""
-    classified = train_and_classify(context, "finetune", "fine_tuning", _recipe(options), options.epoch)
-    return classified.values("finetune")
+    return train_and_classify(context, "finetune", *training(options), options.epoch).values("finetune")
+
+
+def training(options: Options) -> tuple[str, Recipe]:
+    """The method that is trained, and how."""
+    return "fine_tuning", _recipe(options)
 
 
 def _recipe(options: Options) -> Recipe:

@@ -70,7 +70,12 @@ def protocol(options: Options) -> str:
 
 def measure(context: EvalContext, options: Options) -> dict[str, float]:
     """`probe_top1` and `probe_top5` in percent; `probe_<stage>_top1` and `_top5` for every stage."""
-    return train_and_classify(context, "probe", "linear_probe", _recipe(options), options.epoch).values("probe")
+    return train_and_classify(context, "probe", *training(options), options.epoch).values("probe")
+
+
+def training(options: Options) -> tuple[str, Recipe]:
+    """The method that is trained, and how."""
+    return "linear_probe", _recipe(options)
 
 
 def _recipe(options: Options) -> Recipe:

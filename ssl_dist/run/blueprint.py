@@ -190,12 +190,14 @@ def build_method(
     return method_class(backbone, replace(info, feature_dim=backbone.feature_dim, stages=backbone.stages), options)
 
 
-def derive(config: Config, rank_info: RankInfo) -> RunPlan:
-    """The plan of `config`, its data set named, on this rank. Raises `UserError` for everything that can not run."""
+def derive(config: Config, rank_info: RankInfo, dataset: Dataset | None = None) -> RunPlan:
+    """The plan of `config`, its data set named, on this rank. dataset: None for that of `data.root`. Raises `UserError`
+    for everything that can not run."""
     method_class = methods.find(config.method.name)
     options = methods.build_options(method_class, config.method.options, _reset(config, method_class))
     backbones.check(config.backbone.name, config.backbone.zero_init_residual)
-    dataset = Dataset(config.data.root, config.data.name, config.data.reader)
+    if dataset is None:
+        dataset = Dataset(config.data.root, config.data.name, config.data.reader)
     if config.data.name is None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"name": dataset.name})})
     # Without labels a method trains on everything there is.
@@ -221,8 +223,9 @@ def derive(config: Config, rank_info: RankInfo) -> RunPlan:
                 f"data.labels.file: {labels_file.file} has no label for {len(missing)} of the images to train on, "
                 f"image {missing[0]} for one; add them, or choose the others by data.subset"
             )
-    with plan.open_reader():
-        pass  # a missing FFCV or a damaged file shows now
+    if dataset.is_converted:
+        with plan.open_reader():
+            pass  # a missing FFCV or a damaged file shows now
     with torch.device("meta"):  # what the method or the backbone refuses shows now, and no memory is taken
         method = plan.build().eval()
         if rank_info.world_size > 1:

@@ -23,7 +23,7 @@ from ssl_dist.slurm.script import executor, read_site
 from ssl_dist.slurm.status import job_of
 from ssl_dist.slurm.submit import submit_jobs, test_script
 from ssl_dist.storage import durable
-from ssl_dist.study import command, spec
+from ssl_dist.study import command, dry_run, spec
 from ssl_dist.study.spec import Study, Training
 
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "")
@@ -36,7 +36,7 @@ def submit(options: argparse.Namespace) -> int:
     described, trainings = spec.read(options.file, options.overrides)
     for training in trainings:
         rank_info = RankInfo(0, site.nodes * site.ranks_per_node, 0, site.ranks_per_node)
-        plan = derive(training.config, rank_info)
+        plan = (dry_run.plan_of if options.dry_run else derive)(training.config, rank_info)
         run_folder.check(plan.run, plan.config)
     waiting = {training.name: job for training in trainings if (job := _job_not_over(training.run))}
     left = [training for training in trainings if training.name not in waiting and not command.is_complete(training)]
@@ -45,7 +45,7 @@ def submit(options: argparse.Namespace) -> int:
     if options.dry_run:
         trainer.parameters["map_count"] = len(left) if len(left) > 1 else None
         print(trainer.script())
-        print(command.describe(options.file, options.overrides))
+        print(dry_run.describe(options.file, options.overrides))
         return 0
     test_script(trainer.script())
     file = _copy(folder, described, trainings)

@@ -10,17 +10,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssl_dist import config
+from ssl_dist import results
 from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.errors import UserError
 from ssl_dist.evaluate.command import evaluate
 from ssl_dist.run.blueprint import RunPlan, derive
 from ssl_dist.storage import checkpoint
-from ssl_dist.storage.durable import atomic_write_or_refuse
 from ssl_dist.study import page, spec
 from ssl_dist.study.numbers import Number
 from ssl_dist.study.spec import Measure, Training
-from ssl_dist.train import operations, roofline
 from ssl_dist.train.loop import train
 
 
@@ -30,13 +28,16 @@ def run(path: Path, overrides: Sequence[str], ranks: int = 1, collect: bool = Fa
     measured by the ranks that call this; nothing is laid out."""
     study, trainings = spec.read(path, overrides)
     if only is not None:
-        return _complete_and_measure(spec.named(trainings, only), 1)[0]
+        return _complete_and_measure(spec.named(trainings, only))[0]
     folder = Path(study.folder)
     found: list[Number] = []
     for place, training in enumerate(trainings, 1):
         print(f"== {place} of {len(trainings)}: {training.title} -> {training.run}", file=sys.stderr, flush=True)
         if not collect or is_complete(training):
-            code, numbers = _complete_and_measure(training, ranks)
+            code = 0 if ranks == 1 or is_over(training) else _by_ranks(path, overrides, training, ranks)
+            numbers: list[Number] = []
+            if not code:
+                code, numbers = _complete_and_measure(training)
             if code:
                 print(f"{training.run}: exit code {code}; the same command goes on", file=sys.stderr, flush=True)
                 return code
@@ -52,11 +53,18 @@ def run(path: Path, overrides: Sequence[str], ranks: int = 1, collect: bool = Fa
     return 0
 
 
-def _complete_and_measure(training: Training, ranks: int) -> tuple[int, list[Number]]:
+def _by_ranks(path: Path, overrides: Sequence[str], training: Training, ranks: int) -> int:
+    """Make and measure a run by several processes of this machine; their exit code."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
+    words = ["ssl_dist", "study", str(path), *overrides, "--only", training.name]
+    return subprocess.run([*torchrun, *words], env=os.environ, check=False).returncode
+
+
+def _complete_and_measure(training: Training) -> tuple[int, list[Number]]:
     """Train what is left and measure what is not measured; the exit code of what failed or was stopped, and the
     numbers."""
     numbers: list[Number] = []
-    if not is_complete(training) and (code := _train(training, ranks)):
+    if not is_complete(training) and (code := train(training.config)):
         return code, numbers
     for measure in training.measures:
         code, number = measured(training, measure)
@@ -76,14 +84,19 @@ def is_complete(training: Training) -> bool:
     return bool(steps) and steps[-1] >= plan_of(training).clock().total_steps
 
 
-def _train(training: Training, ranks: int) -> int:
-    if ranks == 1:
-        return train(training.config)
-    path = training.run.with_name(training.name + ".yaml")
-    with atomic_write_or_refuse(path) as file:
-        file.write(config.dump(training.config).encode())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
-    return subprocess.run([*command, "ssl_dist", "train", str(path)], env=os.environ, check=False).returncode
+def is_over(training: Training) -> bool:
+    """Whether the run is complete and, by what results.json tells of its last step, measured."""
+    return is_complete(training) and all(is_recorded(training, measure) for measure in training.measures)
+
+
+def is_recorded(training: Training, measure: Measure) -> bool:
+    """Whether results.json has a number of this name, of the newest checkpoint and of the measure's data set. Which
+    options it was measured with, `evaluate` compares."""
+    dataset, newest = measure.dataset or training.config.data.name, checkpoint.steps(training.run)[-1:]
+    records = results.read(training.run / "results.json")
+    return any(
+        (record["name"], record["dataset"], [record["step"]]) == (measure.result, dataset, newest) for record in records
+    )
 
 
 def measured(training: Training, measure: Measure) -> tuple[int, Number]:
@@ -98,34 +111,3 @@ def measured(training: Training, measure: Measure) -> tuple[int, Number]:
     record = by_name.get(measure.result, {})
     epochs = record.get("step", 0) / plan_of(training).order.steps_per_epoch
     return code, Number(training, measure, record, epochs)
-
-
-def describe(path: Path, overrides: Sequence[str], ranks: int = 1, device: str | None = None) -> str:
-    """`ssl-dist study --dry-run`: a line for every run with its steps and what is left of them. device: a GPU that
-    `explain --device` knows: how long the steps that are left take on `ranks` of it, evaluations not counted."""
-    _, trainings = spec.read(path, overrides)
-    gpu = None if device is None else roofline.named(device)
-    seconds_of: dict[str, float] = {}  # a step, by the config without its seed
-    lines, total, left, seconds = [], 0, 0, 0.0
-    for training in trainings:
-        clock = plan_of(training).clock()
-        done = max(checkpoint.steps(training.run), default=0)
-        remaining = max(0, clock.total_steps - done)
-        total, left = total + clock.total_steps, left + remaining
-        state = "complete" if is_complete(training) else f"{done:,} done" if done else "new"
-        evaluators = ", ".join(dict.fromkeys(measure.evaluator for measure in training.measures))
-        text = f"{training.name}: {training.title}, {clock.total_steps:,} steps, {state}; then {evaluators}"
-        if gpu is not None and remaining:
-            alike = config.dump(training.config.model_copy(update={"seed": 0, "run_dir": "x"}))
-            if alike not in seconds_of:
-                plan = derive(training.config, RankInfo(0, ranks, 0, ranks))
-                seconds_of[alike] = roofline.estimate(operations.count(plan, gpu.kind), plan, gpu).step
-            seconds += remaining * seconds_of[alike]
-            text += f"; about {remaining * seconds_of[alike] / 3600:.2g} h"
-        lines.append(text)
-    lines.append(f"{len(trainings)} runs, {total:,} steps, {left:,} of them left")
-    if gpu is not None:
-        lines.append(
-            f"about {seconds / 3600:.3g} h of trainings, one after the other, on {ranks} x {gpu.name}; {gpu.basis}"
-        )
-    return "\n".join(lines)

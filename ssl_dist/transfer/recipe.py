@@ -15,7 +15,7 @@ import safetensors.torch
 from pydantic import Field
 
 from ssl_dist import config
-from ssl_dist.config import NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from ssl_dist.config import Config, NonNegativeFloat, PositiveFloat, PositiveInt, Section
 from ssl_dist.distributed.signals import STOPPED, StopRequest
 from ssl_dist.errors import RaisedOn, UserError
 from ssl_dist.methods.base import SSLMethod
@@ -106,7 +106,7 @@ def train_and_classify(
     folder = context.run / "evaluations" / f"{name}-{digest}"
     world = context.world
     is_new = world.on_rank0(lambda: _prepare(folder, context))
-    tree = _config_tree(context, folder, method, recipe)
+    tree = _config_of(context, folder, method, recipe)
     if epoch == "best":
         tree["checkpoint"] = {"keep": ALL, "every_epochs": 1}
     settings = config.validate(config.Config, tree)
@@ -163,24 +163,31 @@ def encoder_file(encoder: Encoder) -> bytes:
     return safetensors.torch.save(tensors)
 
 
-def _config_tree(context: EvalContext, folder: Path, method: str, recipe: Recipe) -> dict:
+def _config_of(context: EvalContext, folder: Path, method: str, recipe: Recipe) -> dict:
     """The config of the training."""
-    run, dataset = context.encoder.config, context.dataset
-    data = run.data
-    view = recipe.view
+    dataset, ids = context.dataset, None if context.train_ids is None else str(folder / "train_ids.txt")
+    data = {"name": dataset.name, "root": dataset.root, "reader": dataset.reader, "split": context.train, "subset": ids}
+    tree = config_tree(context.encoder.config, data, folder, method, recipe)
+    tree["views"]["normalize"] = config.to_tree(context.encoder.normalize)
+    tree["backbone"]["weights"] = str(folder / "encoder.safetensors")
+    return tree
+
+
+def config_tree(run: Config, images: dict, folder: Path, method: str, recipe: Recipe) -> dict:
+    """The config of a training on a run's backbone, without its weights. images: keys of the section data that say
+    which are trained on."""
+    data, view = run.data, recipe.view
     if view is None:  # the test transform
         view = {"resize": {"short_side": data.eval_resize or data.image_size, "interpolation": data.eval_interpolation}}
     return {
         "seed": run.seed,
         "run_dir": str(folder),
         "data": {
-            "name": dataset.name, "root": dataset.root, "reader": dataset.reader, "split": context.train,
-            "image_size": data.image_size, "eval_resize": data.eval_resize, "workers": data.workers,
+            **images, "image_size": data.image_size, "eval_resize": data.eval_resize, "workers": data.workers,
             "eval_interpolation": data.eval_interpolation,
-            "subset": None if context.train_ids is None else str(folder / "train_ids.txt"),
         },
-        "views": {"normalize": config.to_tree(context.encoder.normalize), "groups": [view]},
-        "backbone": {"name": run.backbone.name, "weights": str(folder / "encoder.safetensors")},
+        "views": {"groups": [view]},
+        "backbone": {"name": run.backbone.name},
         "method": {"name": method, "options": recipe.options},
         "optim": recipe.optim,
         "precision": run.precision,
