@@ -3,6 +3,8 @@
 Tensor names are those of the official code. It takes images of 224 px: its linear layers need a map of 6 x 6.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -72,6 +74,9 @@ class AlexNet(Backbone):
 
     def pooled(self, last_map: Tensor) -> Tensor:
         return self.classifier(torch.flatten(self.features[17](last_map), 1))
+
+
+BACKBONES = {"alexnet": AlexNet, "alexnet_small": partial(AlexNet, SMALL)}
 
 
 def _checked(images: Tensor) -> Tensor:

@@ -45,6 +45,9 @@ class Conv4(Backbone):
         ]
 
 
+BACKBONES = {"conv4": Conv4}
+
+
 def initialize(module: nn.Module) -> None:
     """Convolutions from N(0, 2 / (k * k * out_channels)) (He et al. 2015), BatchNorm 1 and 0."""
     for layer in module.modules():

@@ -4,18 +4,15 @@ Their StochasticDepth layers are torchvision's own.
 """
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
-from torchvision.models import efficientnet
+from torchvision.models import get_model
 from torchvision.models.efficientnet import FusedMBConv, MBConv
 
 from ssl_dist.nn.backbone import Backbone, Step
-
-BUILDERS = {
-    "efficientnet_b0": efficientnet.efficientnet_b0,
-    "efficientnet_v2_s": efficientnet.efficientnet_v2_s,
-}
 
 
 class EfficientNet(Backbone):
@@ -26,7 +23,7 @@ class EfficientNet(Backbone):
 
     def __init__(self, name: str):
         super().__init__()
-        network = BUILDERS[name]()
+        network: Any = get_model(name)
         self.features = network.features
         self.feature_dim = network.classifier[-1].in_features
         *inner, last = self.features
@@ -38,6 +35,9 @@ class EfficientNet(Backbone):
 
     def steps(self) -> list[Step]:
         return list(zip(self.stages, self.features, strict=True))
+
+
+BACKBONES = {name: partial(EfficientNet, name) for name in ("efficientnet_b0", "efficientnet_v2_s")}
 
 
 def _biases_without_effect(features: nn.Sequential) -> Iterator[nn.Parameter]:

@@ -3,6 +3,8 @@
 SFRIK, VICReg, relational reasoning's resnet34, ReLIC and SeLa's ResNetV1 all compute what these do.
 """
 
+from functools import partial
+
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -59,6 +61,12 @@ class ResNet(Backbone):
             ("layer3", self.layer3),
             ("layer4", self.layer4),
         ]
+
+
+_PLAIN = {f"resnet{depth}": partial(ResNet, depth) for depth in LAYERS}
+_WIDE = {f"resnet{depth}x{width}": partial(ResNet, depth, width) for depth in LAYERS for width in (2, 4, 5)}
+BACKBONES = _PLAIN | _WIDE
+BACKBONES |= {f"{name}_small_stem": partial(builder, small_stem=True) for name, builder in BACKBONES.items()}
 
 
 def stage(

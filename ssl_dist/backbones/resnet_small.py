@@ -4,14 +4,14 @@ Unlike He et al., a shortcut that changes the shape is a 1x1 convolution with Ba
 the official code of Patacchiola & Storkey (2020).
 """
 
+from functools import partial
+
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 from ssl_dist.backbones.conv4 import initialize
 from ssl_dist.backbones.resnet import stage
 from ssl_dist.nn.backbone import Backbone, Step
-
-DEPTHS = (8, 20, 32, 56)
 
 
 class SmallResNet(Backbone):
@@ -40,3 +40,6 @@ class SmallResNet(Backbone):
             ("layer2", self.layer2),
             ("layer3", self.layer3),
         ]
+
+
+BACKBONES = {f"resnet{depth}": partial(SmallResNet, depth) for depth in (8, 20, 32, 56)}

@@ -57,3 +57,6 @@ class ResNetV2(Backbone):
             ("layer1", lambda x: layer1(maxpool(x))),
             *((f"layer{number}", layer) for number, layer in enumerate(deeper, 2)),
         ]
+
+
+BACKBONES = {"resnetv2_50": ResNetV2}

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from ssl_dist.errors import UserError
 from ssl_dist.nn.backbone import Backbone, outermost_blocks
 
+_PREFIX = "timm/"
+
 
 class TimmModel(Backbone):
     """timm's network `name` without its classifier; images [N, 3, S, S] -> features [N, D].
@@ -34,6 +36,16 @@ class TimmModel(Backbone):
     def forward_stages(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         last, maps = self.model.forward_intermediates(x)
         return self.model.forward_head(last), dict(zip(self.stages, maps, strict=True))
+
+
+def names() -> list[str]:
+    """timm/<model> for every model that timm has."""
+    return [_PREFIX + model for model in timm_package().list_models()]
+
+
+def build(name: str) -> TimmModel:
+    """The model of `timm/<model>`."""
+    return TimmModel(name.removeprefix(_PREFIX))
 
 
 def _feature_info(model: Any) -> list[dict[str, Any]]:

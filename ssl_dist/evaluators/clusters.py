@@ -19,8 +19,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from scipy.optimize import linear_sum_assignment
-from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
 
 from ssl_dist.config import NonNegativeInt, PositiveInt, Section
@@ -112,6 +110,9 @@ def run(
 
 def scores(labels_N: np.ndarray, clusters_N: np.ndarray) -> dict[str, float]:
     """Agreement of two labelings int64 [N], numbers from 0: nmi, ami, ari, and two accuracies in percent."""
+    from scipy.optimize import linear_sum_assignment  # these take a second
+    from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score, normalized_mutual_info_score
+
     counts_KC = contingency(labels_N, clusters_N)
     matched = counts_KC[linear_sum_assignment(counts_KC, maximize=True)]
     return {

@@ -17,8 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE, trustworthiness
 from threadpoolctl import threadpool_limits
 
 from ssl_dist.config import NonNegativeInt, PositiveFloat, PositiveInt, Section
@@ -75,6 +73,9 @@ def run(
     perplexity or neighbours, and features that are all equal.
     """
     check_pair(train, test)
+    from sklearn.decomposition import PCA  # scikit-learn takes a second
+    from sklearn.manifold import TSNE, trustworthiness
+
     require_labels(train, test)
     rows = evenly(test.labels, options.limit, hash64(options.seed, EVALUATION))
     _check_counts(len(rows), test, options)

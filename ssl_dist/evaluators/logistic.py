@@ -21,7 +21,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from pydantic import Field
-from scipy.optimize import minimize
 from torch import Tensor
 
 from ssl_dist.config import PositiveFloat, PositiveInt, Section
@@ -114,6 +113,8 @@ def fit(train: Features, options: Options, device: torch.device = CPU) -> Fit:
     def stop_at_tolerance(_: np.ndarray) -> None:
         if gap <= options.tolerance:
             raise StopIteration
+
+    from scipy.optimize import minimize  # takes a third of a second
 
     result = minimize(
         value_and_gradient,

@@ -13,9 +13,6 @@ import warnings
 import numpy as np
 import torch
 from pydantic import Field
-from sklearn.calibration import CalibratedClassifierCV
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 
 from ssl_dist.config import PositiveInt, Section
 from ssl_dist.errors import UserError
@@ -50,6 +47,10 @@ def run(
     """
     check_pair(train, test)
     require_labels(train, test)
+    from sklearn.calibration import CalibratedClassifierCV  # scikit-learn takes a second
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     _require_memory(train, test, options)
     labels, counts = np.unique(train.labels, return_counts=True)
     if counts.min() < _FOLDS:

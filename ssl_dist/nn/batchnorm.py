@@ -98,7 +98,6 @@ class SyncBatchNorm(_BatchNorm):
             return batchnorm_ops.normalize(self.number, x, self.weight, self.bias, statistics(self))
         return self._normalize(x)
 
-    @torch.compiler.disable  # what `batchnorm_ops` is for
     def _normalize(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             moments = self.moments(x, *statistics(self))

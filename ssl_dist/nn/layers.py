@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 
 
 def mlp(dims: Sequence[int], last_bias: bool = False, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
@@ -107,7 +106,6 @@ class KeyedDropout(nn.Module):
     def shape(self, x: Tensor) -> torch.Size:
         return x.shape
 
-    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
@@ -136,8 +134,9 @@ def key_dropout(network: nn.Module) -> None:
 def _twin(layer: nn.Module, number: int) -> KeyedDropout | None:
     if type(layer) is nn.Dropout:
         return KeyedDropout(layer.p, number)
-    if type(layer) is StochasticDepth and layer.mode == "row":
+    # Those of torchvision and timm, without importing either: seconds for who has neither in the network.
+    if type(layer).__name__ == "StochasticDepth" and getattr(layer, "mode", None) == "row":
         return KeyedDropPath(getattr(layer, "p", 0.0), number)
-    if type(layer).__name__ == "DropPath" and getattr(layer, "scale_by_keep", False):  # timm's, without importing it
+    if type(layer).__name__ == "DropPath" and getattr(layer, "scale_by_keep", False):
         return KeyedDropPath(getattr(layer, "drop_prob", None) or 0.0, number)
     return None

@@ -7,10 +7,9 @@ Evaluator and Checkpoint (SHA-256), so that showing it takes nothing but the fil
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 
 from ssl_dist.config import Data
@@ -21,14 +20,19 @@ from ssl_dist.storage.durable import atomic_write_or_refuse
 from ssl_dist.storage.features import Features
 from ssl_dist.views.make import test_views
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _BLOCK_BYTES = 64 * 2**20  # of decoded images that are held at once
 
 
 def add_picture(
-    folder: Path, metadata: Mapping[str, str], evaluator: str, name: str, figure: Figure, title: str, caption: str
+    folder: Path, metadata: Mapping[str, str], evaluator: str, name: str, figure: "Figure", title: str, caption: str
 ) -> Path:
     """Write a figure, whole or not at all, in place of an older one of its name. metadata: the dataset, split and
     checkpoint that it shows. Raises `UserError` when the folder cannot be written."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # matplotlib takes a second
+
     path = _path(folder, metadata, name, "png")
     texts = {"Title": title, "Description": caption, "Evaluator": evaluator, "Checkpoint": metadata["checkpoint"]}
     with atomic_write_or_refuse(path) as file:
@@ -100,7 +104,7 @@ class FigureWriter:
                 )
         return self._readers[split]
 
-    def add(self, name: str, figure: Figure, title: str, caption: str, part: Features | None = None) -> Path:
+    def add(self, name: str, figure: "Figure", title: str, caption: str, part: Features | None = None) -> Path:
         """Write the figure, see `add_picture`. part: the split that it shows, where that is not the measured one."""
         metadata = self._metadata if part is None else part.metadata
         return add_picture(self.folder, metadata, self._evaluator, name, figure, title, caption)

@@ -25,6 +25,7 @@ from ssl_dist.keys import INIT, hash64
 from ssl_dist.methods.base import Info, SSLMethod
 from ssl_dist.nn import batchnorm, recompute
 from ssl_dist.nn.layers import key_dropout
+from ssl_dist.nn.shapes import without_values
 from ssl_dist.storage import weights
 
 
@@ -117,7 +118,7 @@ class RunPlan:
             return None
         if not Path(path).is_file():
             raise UserError(f"backbone.weights = {quoted(path)}: not a file; give one, or null for random weights")
-        with torch.device("meta"):
+        with without_values():
             backbone = backbones.build(name)
         return replace(weights.fit(backbone, name, Path(path)), tensors={})
 
@@ -226,7 +227,7 @@ def derive(config: Config, rank_info: RankInfo, dataset: Dataset | None = None) 
     if dataset.is_converted:
         with plan.open_reader():
             pass  # a missing FFCV or a damaged file shows now
-    with torch.device("meta"):  # what the method or the backbone refuses shows now, and no memory is taken
+    with without_values():  # what the method or the backbone refuses shows now, and no memory is taken
         method = plan.build().eval()
         if rank_info.world_size > 1:
             batchnorm.refuse_others(method)

@@ -21,6 +21,7 @@ from ssl_dist.device import allow_tf32
 from ssl_dist.distributed.world import World
 from ssl_dist.errors import RaisedOn, UserError
 from ssl_dist.methods.base import Info, SSLMethod
+from ssl_dist.nn.shapes import without_values
 from ssl_dist.progress import Progress
 from ssl_dist.reading import parse_json
 from ssl_dist.run import blueprint
@@ -78,7 +79,7 @@ class Encoder:
         if not changed:
             return self
         config = overridden(to_tree(self.config), changed)
-        with torch.device("meta"):
+        with without_values():
             backbone = backbones.build(config.backbone.name).eval()
             blueprint.try_size(backbone, config.data.image_size, config.backbone.name, "images")
         return replace(self, config=config, changed=tuple(changed))
@@ -96,7 +97,7 @@ def load_method(path: Path) -> tuple[SSLMethod, Encoder]:
     method_class = methods.find(settings.method.name)
     options = methods.build_options(method_class, settings.method.options)
     info = Info(**state["info"])
-    with torch.device("meta"):  # whatever sizes `info` has, no memory is taken before the tensors are found to fit
+    with without_values():  # whatever sizes `info` has, no memory is taken before the tensors are found to fit
         checkpoint.check_fits(blueprint.build_method(settings, method_class, options, info), state["method"], path)
     method = blueprint.build_method(settings, method_class, options, info)
     checkpoint.restore(method, state["method"], path)
@@ -130,7 +131,7 @@ def load_others(path: Path, settings: Config, split: SplitInfo) -> tuple[Encoder
     name = settings.backbone.name
     backbone = backbones.build(name)
     fitted = weights.fit(backbone, name, path)
-    with torch.device("meta"):
+    with without_values():
         blueprint.try_size(backbones.build(name).eval(), settings.data.image_size, name, "images")
     backbone.load_state_dict(fitted.tensors)
     module = backbone.float().eval().requires_grad_(False)

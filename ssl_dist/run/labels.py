@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import normalized_mutual_info_score
 
 from ssl_dist import config
 from ssl_dist.config import Config
@@ -59,6 +58,8 @@ def _plan(tree: dict[str, Any], overrides: Sequence[str]) -> RunPlan:
 def information(true_labels: np.ndarray, of_images: np.ndarray, num_classes: int) -> str:
     """Normalised mutual information of the labels [heads, n] with the true ones [n], -1 unknown: 1 when either gives
     the other. In words, a line, with a line break before."""
+    from sklearn.metrics import normalized_mutual_info_score  # scikit-learn takes a second
+
     has_label = true_labels >= 0
     scores = [normalized_mutual_info_score(true_labels[has_label], row[has_label]) for row in of_images]
     text = ", ".join(f"{score:.3f}" for score in scores)

@@ -25,6 +25,7 @@ from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.errors import UserError
 from ssl_dist.grid import Grid, splits
 from ssl_dist.methods.base import Batch, SSLMethod
+from ssl_dist.nn.shapes import without_values
 from ssl_dist.run import folder as run_folder
 from ssl_dist.run.blueprint import RunPlan, derive
 from ssl_dist.storage import checkpoint
@@ -226,7 +227,7 @@ class Memory:
 
 
 def _on_meta(plan: RunPlan) -> SSLMethod[Any]:
-    with torch.device("meta"):
+    with without_values():
         return plan.build()
 
 

@@ -25,6 +25,7 @@ from ssl_dist.distributed.world import World
 from ssl_dist.kernels import counting
 from ssl_dist.methods.base import Batch, SSLMethod
 from ssl_dist.nn import batchnorm
+from ssl_dist.nn.shapes import without_values
 from ssl_dist.run.blueprint import RunPlan
 from ssl_dist.train import optim
 
@@ -85,7 +86,7 @@ def count(plan: RunPlan, device: str) -> Step:
     step = Step()
     if not plan.method_class.trainable:
         return step
-    with META:
+    with without_values():
         method = plan.build()
     method.to(META).train()
     world = _Uncommunicative(plan, step)

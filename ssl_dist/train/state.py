@@ -21,6 +21,7 @@ from ssl_dist.distributed import world as world_module
 from ssl_dist.distributed.signals import StopRequest
 from ssl_dist.errors import Fault, RaisedOn, UserError, quoted
 from ssl_dist.methods.base import Batch, Extract, Output, Rows
+from ssl_dist.nn import compiled
 from ssl_dist.run import board, filters
 from ssl_dist.run import folder as run_folder
 from ssl_dist.run.blueprint import RunPlan
@@ -60,7 +61,7 @@ class TrainState:
         self.scaler = optim.LossScaler(world.device.type, enabled=self.config.precision == "fp16")
         self.clock = plan.clock(self._resume())
         if self.config.compile:
-            method.backbone.compile()
+            compiled.compile_network(method.backbone)
         self.wrapped = world.wrap(self.method)
         self._knn = None if self.config.log.knn_every_epochs is None else OnlineKNN(plan, world)
         self._unwritten: Callable[[], None] | None = None
