@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from functools import partial
 
 import numpy as np
@@ -19,6 +16,7 @@ from ssl_dist.errors import UserError
 from ssl_dist.evaluators import knn
 from ssl_dist.kernels import neighbours
 from ssl_dist.storage.features import Features
+from tests import peak_memory
 from tests.messages import naming
 
 # Directions whose cosines are exact in floating point: multiples of a half or a quarter, many of them equal.
@@ -194,24 +192,17 @@ from functools import partial
 from ssl_dist.evaluators import knn
 from ssl_dist.kernels import neighbours
 from ssl_dist.storage.features import read_features
-
-def mib(name):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(name))
+from tests.peak_memory import peak_mib
 
 if sys.argv[3] == "gpu":  # what it would hold there is held here, beside what the host holds
     neighbours._rounded_neighbours = partial(neighbours._exact_neighbours, device=torch.device("cpu"))
 train, test = read_features(sys.argv[1]), read_features(sys.argv[2])
 knn.run(test, test, knn.Options(k=[20]))  # compiles, and lets the libraries take what they take once
-with open("/proc/self/clear_refs", "w") as peak:
-    peak.write("5")  # forget the peak of the compilation
-before = mib("VmRSS")
-knn.run(train, test, knn.Options(k=[20], memory_mb=16))
-print(mib("VmHWM") - before)
+print(peak_mib(lambda: knn.run(train, test, knn.Options(k=[20], memory_mb=16))))
 """
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's account of memory")
+@peak_memory.needs_linux
 @pytest.mark.parametrize("arithmetic", ["cpu", pytest.param("gpu", marks=pytest.mark.slow)])
 def test_memory_is_bounded_by_the_budget_on_a_mapped_file(tmp_path, arithmetic):
     from ssl_dist.storage.features import METADATA, write_features
@@ -222,7 +213,4 @@ def test_memory_is_bounded_by_the_budget_on_a_mapped_file(tmp_path, arithmetic):
     for path, count in zip(paths, (64_000, 200), strict=True):  # 62 MiB, and cosines of 49 MiB
         ids = np.arange(count)
         write_features(path, np.resize(tile, (count, 256)), ids % 10, ids, metadata)
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, *paths, arithmetic], capture_output=True, text=True, check=True
-    )
-    assert float(done.stdout) < 24
+    assert float(peak_memory.run(MEMORY, *paths, arithmetic)) < 16

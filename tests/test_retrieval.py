@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 
@@ -18,6 +15,7 @@ from ssl_dist.device import CPU
 from ssl_dist.errors import UserError
 from ssl_dist.evaluators import retrieval
 from ssl_dist.storage.features import Features
+from tests import peak_memory
 from tests.figure_writer import MemoryFigureWriter, drawn
 from tests.messages import naming
 
@@ -239,23 +237,16 @@ MEMORY = """
 import sys
 from ssl_dist.evaluators import retrieval
 from ssl_dist.storage.features import read_features
-
-def mib(name):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(name))
+from tests.peak_memory import peak_mib
 
 train, test = read_features(sys.argv[1]), read_features(sys.argv[2])
 retrieval.run(test, test, retrieval.Options())  # lets the libraries take what they take once
-with open("/proc/self/clear_refs", "w") as peak:
-    peak.write("5")  # forget the peak of the compilation
-before = mib("VmRSS")
-retrieval.run(train, test, retrieval.Options(memory_mb=16))
-print(mib("VmHWM") - before)
+print(peak_mib(lambda: retrieval.run(train, test, retrieval.Options(memory_mb=16))))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's account of memory")
+@peak_memory.needs_linux
 def test_memory_is_bounded_by_the_budget_on_a_mapped_file(tmp_path):
     from ssl_dist.storage.features import METADATA, write_features
 
@@ -266,11 +257,4 @@ def test_memory_is_bounded_by_the_budget_on_a_mapped_file(tmp_path):
         ids = np.arange(count)
         write_features(path, np.resize(tile, (count, 256)), ids % 10, ids, metadata)
 
-    def peak():
-        command = [sys.executable, "-c", MEMORY, *paths]
-        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-    peaks = []  # 17 to 22 MiB; once in some dozens of processes the allocator takes more
-    while len(peaks) < 3 and min(peaks, default=24) >= 24:
-        peaks.append(peak())
-    assert min(peaks) < 24, peaks
+    assert float(peak_memory.run(MEMORY, *paths)) < 16
