@@ -365,14 +365,17 @@ def _option_tables() -> "list[Table]":
     """The tables of the options of every method, evaluator and VOC task."""
     from ssl_dist import evaluators, methods
     from ssl_dist.config import describe
+    from ssl_dist.voc import options
 
     modules = [(f"ssl_dist.methods.{name}", f"method.{name}", "method.options.") for name in methods.names()]
     modules += [(f"ssl_dist.evaluators.{name}", name, f"{name}.") for name in evaluators.names()]
-    modules += [(f"ssl_dist.voc.{task}", f"voc.{task}", "") for task in _VOC_TASKS]
     tables = []
     for name, title, path in modules:
         module = importlib.import_module(name)
         tables += describe.tables(module.Options, title, path, module.__doc__)
+    for task in _VOC_TASKS:
+        section = options.OF_TASK[task]
+        tables += describe.tables(section, f"voc.{task}", "", section.__doc__)
     return tables
 
 

@@ -13,24 +13,23 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import LinearSVC
 from torch import Tensor, nn
 from torchvision.transforms.functional import center_crop, resize
 
-from ssl_dist.config import PositiveFloat, PositiveInt, Section
 from ssl_dist.errors import UserError, quoted
 from ssl_dist.progress import Progress
 from ssl_dist.storage.features import Features, read_features, write_features
 from ssl_dist.voc.data import CLASSES, Sample, Split, normalized
 from ssl_dist.voc.loop import read_ahead
 from ssl_dist.voc.metrics import classification_ap
+from ssl_dist.voc.options import OUTPUT
+from ssl_dist.voc.options import ClassificationOptions as Options
 from ssl_dist.voc.pretrained import Pretrained
 
 PROTOCOL = (
@@ -38,31 +37,9 @@ PROTOCOL = (
     "{folds} folds of {train}; VOC's mean average precision by 11 points and by area, difficult ones ignored"
 )
 VERSION = 1
-COSTS = sorted([2.0**power for power in range(-19, -3)] + [10.0**power for power in range(-7, 3)])
 MAX_FEATURES = 9216  # of a stage, whose map is averaged to the largest grid that fits (Goyal et al. 2019)
 EXTRACTION_BATCH_SIZE = 32
 MAX_FIT_BYTES = 8 << 30  # of the fits that run at once
-OUTPUT = "output"
-
-
-class Options(Section):
-    IMAGE_SET: ClassVar = "Main"
-    train_split: str = Field("trainval", description="list of images to train on, a file of ImageSets")
-    test_split: str = Field("test", description="list of images to test on")
-    layer: str = Field(OUTPUT, description="output, or a stage of the backbone")
-    size: Annotated[int, Field(ge=8, le=4096)] = Field(224, description="side of the network's input in pixels")
-    resize: Annotated[int, Field(ge=8, le=4096)] = Field(256, description="short side before that")
-    crop: Literal["whole", "centre"] = Field("whole", description="all of the image, squeezed, or its centre")
-    costs: Annotated[list[PositiveFloat], Field(min_length=1)] = Field(COSTS, description="to choose from")
-    folds: Annotated[int, Field(ge=2, le=100)] = Field(3, description="of the cross-validation that chooses a cost")
-    max_iter: PositiveInt = Field(2000, description="of LIBLINEAR")
-    workers: PositiveInt | None = Field(None, description="threads that read images and fit; null: the cores there are")
-
-    @model_validator(mode="after")
-    def _crop(self) -> "Options":
-        if self.resize < self.size:
-            raise ValueError(f"resize: {self.resize} is below the size of the crop, {self.size}")
-        return self
 
 
 # ------------------------------------------------------------------------------------------------- features

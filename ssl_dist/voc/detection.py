@@ -13,13 +13,10 @@ the boxes of selective search; here proposals are learned, as in Faster R-CNN. T
 convolutions; here it stays, and norm=frozen keeps what was pre-trained.
 """
 
-from typing import Annotated, ClassVar
-
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from pydantic import Field
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -27,7 +24,6 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign, roi_pool
 
 from ssl_dist.backbones.alexnet import AlexNet
-from ssl_dist.config import NonNegativeInt, PositiveFloat, PositiveInt, Probability
 from ssl_dist.data.plan import limited
 from ssl_dist.errors import UserError, quoted
 from ssl_dist.keys import TRANSFER, VIEWS, hash64, uniforms
@@ -36,8 +32,9 @@ from ssl_dist.voc import pictures
 from ssl_dist.voc.data import CLASSES, Sample, Split, to_tensor
 from ssl_dist.voc.loop import Task, read_ahead, seed_torch
 from ssl_dist.voc.metrics import IOU_THRESHOLDS, Detections
+from ssl_dist.voc.options import DetectionOptions as Options
 from ssl_dist.voc.pretrained import Pretrained
-from ssl_dist.voc.trunk import AlexNetConv5, Layers, TransferOptions, freeze, require_resnet_or_alexnet
+from ssl_dist.voc.trunk import AlexNetConv5, Layers, freeze, require_resnet_or_alexnet
 
 PROTOCOL = (
     "{network}, {steps} steps of {batch_size}, lr {lr}, short side {min_sizes} (test {test_size}), BatchNorm "
@@ -47,25 +44,6 @@ PROTOCOL = (
 )
 VERSION = 1
 ANCHOR_SIDES = (32, 64, 128, 256, 512)  # pixels
-
-
-class Options(TransferOptions):
-    IMAGE_SET: ClassVar = "Main"
-    train_split: str = Field("trainval", description="list of images to train on, a file of ImageSets")
-    test_split: str = Field("test", description="list of images to test on")
-    steps: PositiveInt = 24000
-    lr: PositiveFloat = 0.02
-    warmup_steps: NonNegativeInt = 100
-    milestones: list[Probability] = Field([0.75, 11 / 12])
-    min_sizes: Annotated[list[Annotated[int, Field(ge=32, le=4096)]], Field(min_length=1)] = Field(
-        list(range(480, 801, 32)), description="short sides in pixels, of which one is drawn for an image of training"
-    )
-    test_size: Annotated[int, Field(ge=32, le=4096)] = Field(800, description="short side of test images")
-    max_size: PositiveInt = Field(1333, description="longest side: no image is enlarged or left beyond it")
-    statistics_steps: NonNegativeInt = Field(
-        200, description="batches from which BatchNorm's statistics are taken after the training; 0: the running ones"
-    )
-    boxes_per_image: PositiveInt = Field(512, description="proposals of an image that the head learns from; memory")
 
 
 class RoIMaxPool(MultiScaleRoIAlign):

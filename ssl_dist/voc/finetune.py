@@ -8,27 +8,25 @@ without those that are only "difficult". An image's scores are the sum of the lo
 each epoch has an order of its own and drops the tail that fills no batch, and BatchNorm's weights do not decay.
 """
 
-from typing import Annotated, ClassVar, Literal
-
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchvision.transforms.functional import resize, ten_crop
 
 from ssl_dist.backbones.alexnet import AlexNet
-from ssl_dist.config import Normalize, PositiveFloat, PositiveInt, Probability
+from ssl_dist.config import Normalize
 from ssl_dist.config.recipe import RandomResizedCrop, ViewGroup
 from ssl_dist.errors import UserError, quoted
 from ssl_dist.keys import EVALUATION, TRANSFER, VIEWS, hash64
 from ssl_dist.progress import Progress
 from ssl_dist.views.draw import draw_parameters, numeric_recipe
 from ssl_dist.voc.data import CLASSES, Sample, Split, normalized
-from ssl_dist.voc.loop import Task, TrainingOptions, read_ahead, seed_torch
+from ssl_dist.voc.loop import Task, read_ahead, seed_torch
 from ssl_dist.voc.metrics import classification_ap
+from ssl_dist.voc.options import FinetuneOptions as Options
 from ssl_dist.voc.pretrained import Pretrained
 from ssl_dist.voc.trunk import keep_statistics
 
@@ -41,33 +39,6 @@ VERSION = 1
 NUM_CROPS = 10
 RESIZE = 256 / 224  # short side before ten fixed crops, in sides of a crop
 TEST_BATCH_SIZE = 8  # images, of ten crops each
-
-
-class Options(TrainingOptions):
-    IMAGE_SET: ClassVar = "Main"
-    RATE_DECAY: ClassVar = 0.5
-    MAX_GRADIENT_NORM: ClassVar = 10.0
-    train_split: str = Field("trainval", description="list of images to train on, a file of ImageSets")
-    test_split: str = Field("test", description="list of images to test on")
-    steps: PositiveInt = 80000
-    lr: PositiveFloat = 0.003
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-6
-    milestones: list[Probability] = Field(
-        [number / 16 for number in range(1, 16)],
-        description="shares of the training after which the rate falls to a half",
-    )
-    trained: Literal["all", "classifier"] = Field(
-        "all", description="classifier: AlexNet's fc6 to fc8, of other backbones the new linear layer alone"
-    )
-    train_batchnorm: bool = Field(
-        False,
-        description="with trained=classifier: BatchNorm's scale and shift too (DeepCluster: 72.0, not 70.4)",
-    )
-    size: Annotated[int, Field(ge=8, le=4096)] = Field(224, description="side of the network's input in pixels")
-    scale: tuple[Probability, Probability] = Field((0.1, 0.5), description="of a random crop, shares of the area")
-    test_crops: Literal["random", "fixed"] = Field(
-        "random", description="ten as in training, or centre, corners and their mirror images"
-    )
 
 
 class Classifier(nn.Module):

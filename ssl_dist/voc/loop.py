@@ -17,15 +17,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Annotated, ClassVar, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_dist.clock import Clock
-from ssl_dist.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Section
 from ssl_dist.distributed.signals import STOPPED, StopRequest
 from ssl_dist.errors import Fault, UserError, quoted
 from ssl_dist.keys import INIT, METHOD, ORDER, TRANSFER, hash64, permutation
@@ -35,26 +33,10 @@ from ssl_dist.run.log import RunLog
 from ssl_dist.storage import checkpoint, durable
 from ssl_dist.thread_team import run_ahead
 from ssl_dist.train import optim
+from ssl_dist.voc.options import TrainingOptions
 
 FREE_OPTIONS = ("workers", "log_every")  # they change no number
 Item = TypeVar("Item")
-
-
-class TrainingOptions(Section):
-    """The options that the trained tasks share; defaults are each task's own."""
-
-    RATE_DECAY: ClassVar = 0.1  # factor of the rate at a milestone
-    MAX_GRADIENT_NORM: ClassVar[float | None] = None
-    seed: NonNegativeInt = Field(0, description="of new layers, the order of images, augmentation and sampling")
-    steps: PositiveInt = Field(description="length of the training in optimizer steps")
-    batch_size: PositiveInt = Field(16, description="images in a step")
-    lr: PositiveFloat = Field(description="learning rate at its highest")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of SGD")
-    weight_decay: NonNegativeFloat = Field(1e-4, description="of all but BatchNorm")
-    warmup_steps: NonNegativeInt = Field(0, description="linear rise of the rate from 0")
-    milestones: list[Probability] = Field(description="shares of the training after which the rate falls to a tenth")
-    log_every: PositiveInt = Field(20, description="steps between two lines of metrics.jsonl and TensorBoard")
-    workers: PositiveInt | None = Field(None, description="threads that read images; null: the cores there are")
 
 
 @dataclasses.dataclass

@@ -8,19 +8,16 @@ learning rate 0.003 with falls at 70 and 90 percent. Whole test images at their 
 void pixels left out.
 """
 
-from typing import Annotated, ClassVar
-
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 from torchvision.models.segmentation.fcn import FCN, FCNHead
 
 from ssl_dist.backbones.alexnet import AlexNet
-from ssl_dist.config import Normalize, PositiveFloat, PositiveInt, Probability
+from ssl_dist.config import Normalize
 from ssl_dist.data.plan import limited
 from ssl_dist.errors import UserError, quoted
 from ssl_dist.keys import TRANSFER, VIEWS, hash64, uniforms
@@ -30,8 +27,9 @@ from ssl_dist.voc import pictures
 from ssl_dist.voc.data import CLASSES, VOID, Sample, Split, normalized
 from ssl_dist.voc.loop import Task, read_ahead, seed_torch
 from ssl_dist.voc.metrics import class_iou, confusion
+from ssl_dist.voc.options import SegmentationOptions as Options
 from ssl_dist.voc.pretrained import Pretrained
-from ssl_dist.voc.trunk import AlexNetFC7, TransferOptions, dilate_last, freeze
+from ssl_dist.voc.trunk import AlexNetFC7, dilate_last, freeze
 
 PROTOCOL = (
     "{network}, {steps} steps of {batch_size}, lr {lr}, crops of {crop}, BatchNorm {norm}, "
@@ -41,16 +39,6 @@ PROTOCOL = (
 VERSION = 1
 NAMES = ("background", *CLASSES)
 SCALES = (0.5, 2.0)
-
-
-class Options(TransferOptions):
-    IMAGE_SET: ClassVar = "Segmentation"
-    train_split: str = Field("train", description="list of images to train on, a file of ImageSets")
-    test_split: str = Field("val", description="list of images to test on")
-    steps: PositiveInt = 30000
-    lr: PositiveFloat = 0.003
-    milestones: list[Probability] = Field([0.7, 0.9])
-    crop: Annotated[int, Field(ge=32, le=4096)] = Field(513, description="side of a training crop in pixels")
 
 
 class Trunk(nn.Module):

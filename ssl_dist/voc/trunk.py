@@ -1,9 +1,7 @@
 """A pre-trained backbone as a part of a larger network: which layers train, which keep their statistics, dilation."""
 
 from collections import OrderedDict
-from typing import Annotated, Literal
 
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torchvision.models.resnet import Bottleneck
@@ -13,17 +11,8 @@ from ssl_dist.backbones.alexnet import AlexNet
 from ssl_dist.backbones.resnet import ResNet
 from ssl_dist.errors import UserError, quoted
 from ssl_dist.nn.backbone import Backbone
-from ssl_dist.voc.loop import TrainingOptions
+from ssl_dist.voc.options import TransferOptions
 from ssl_dist.voc.pretrained import Pretrained
-
-
-class TransferOptions(TrainingOptions):
-    norm: Literal["batch", "frozen"] = Field(
-        "batch", description="BatchNorm of the backbone: trained on the batch's statistics, or left as pre-trained"
-    )
-    frozen_stages: Annotated[int, Field(ge=0, le=5)] = Field(
-        0, description="0 trains all; 1 keeps the stem (AlexNet: conv1), 2 layer1 (conv2) too, ..."
-    )
 
 
 def require_resnet_or_alexnet(pretrained: Pretrained, task: str) -> ResNet | AlexNet:
