@@ -1,5 +1,8 @@
 """Projectors, the moving average of a network, and dropout that is a function of what it drops."""
 
+import copy
+from functools import partialmethod
+
 import numpy as np
 import pytest
 import timm
@@ -11,6 +14,7 @@ from torchvision.ops import StochasticDepth
 from ssl_dist.errors import UserError
 from ssl_dist.keys import mix64
 from ssl_dist.methods.base import Batch, Info, SSLMethod
+from ssl_dist.nn.compiled import compile_network
 from ssl_dist.nn.layers import KeyedDropout, KeyedDropPath, _mix64, ema_update, key_dropout, keyed_rows, mlp
 from ssl_dist.run.blueprint import refuse_random_layers
 
@@ -74,6 +78,18 @@ def test_a_mask_belongs_to_its_row_and_layer():
 def test_a_pass_without_keys_is_an_error_of_the_program():
     with pytest.raises(AssertionError, match="passes images inside"):
         KeyedDropout(0.5, 0)(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("layer", [KeyedDropout, KeyedDropPath])
+def test_a_compiled_network_reads_the_keys_of_each_pass(layer, monkeypatch):
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    plain = nn.Sequential(nn.Linear(64, 64), layer(0.5, 0), nn.Linear(64, 64))
+    compiled = copy.deepcopy(plain)
+    compile_network(compiled)
+    for keys in (KEYS, KEYS.flip(0), KEYS + 1):
+        with keyed_rows(keys):
+            x = torch.randn(4, 64)
+            assert torch.equal(compiled(x), plain(x))
 
 
 @pytest.mark.parametrize(
