@@ -41,6 +41,7 @@ def main() -> int:
     evaluate.add_argument("run", type=_path)
     evaluate.add_argument("overrides", nargs="+", metavar="EVALUATOR|key=value")
     evaluate.add_argument("--validation", metavar="SHARE|IMAGES", help="as of ssl-dist evaluate")
+    evaluate.add_argument("--split", help="as of ssl-dist evaluate")
     evaluate.add_argument("--search", nargs="+", action="extend", default=[], metavar="EVALUATOR.OPTION=[a,b]",
                           help="as of ssl-dist evaluate")  # fmt: skip
     _add_site(evaluate)

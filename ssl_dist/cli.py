@@ -115,7 +115,9 @@ def _explain(args: argparse.Namespace) -> None:
         "for weights of others also backbone.name, views.normalize"
     ),
     argument("--out", "folder to write to (default RUN/features)", type=home_path),
-    argument("--split", "split to extract; may be repeated (default: training and test)", action="append"),
+    argument(
+        "--split", "split to extract; may be repeated (default: training and test, or what there is)", action="append"
+    ),
 )
 def _extract(args: argparse.Namespace) -> None:
     """Pass every image of a split through a run's frozen backbone: features/<dataset>-<split>.safetensors. Works under
@@ -138,6 +140,9 @@ def _extract(args: argparse.Namespace) -> None:
         "data.subset={per_class: 260} or a list of ids: what to learn from",
         nargs="+",
         metavar="EVALUATOR|key=value",
+    ),
+    argument(
+        "--split", "measure this split in the test split's place; without labels only retrieval, clusters, embedding"
     ),
     argument(
         "--validation",
@@ -168,7 +173,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if not evaluators:
         raise UserError(f"evaluate {args.run}: name at least one evaluator, for example knn")
     validation = None if args.validation is None else search.validation(args.validation)
-    code, records = evaluate(args.run, evaluators, overrides, validation, args.search)
+    code, records = evaluate(args.run, evaluators, overrides, validation, args.search, args.split)
     if outcome.rank_info().is_rank0:
         print(table(records))
     return code

@@ -11,6 +11,7 @@ class MemoryFigureWriter:
         self.folder = folder
         self.pictures = {}
         self.pages = {}
+        self.tables = {}
         self.part_of = {}
 
     def images(self, part, rows):
@@ -27,6 +28,14 @@ class MemoryFigureWriter:
     def add_page(self, name, parts, part):
         self.pages[name] = "".join(parts)
         self.part_of[name] = part
+        return f"figures/{name}.html"
+
+    def add_table(self, name, columns, rows, part):
+        self.tables[name] = [tuple(columns), *map(tuple, rows)]
+        return f"figures/{name}.csv"
+
+    def files(self, part, rows):
+        return [f"{part.metadata['split']}/{image}.jpg" for image in part.image_ids[np.asarray(rows)]]
 
     def texts(self, name):
         """Everything that is written in a picture."""

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -71,14 +72,14 @@ def test_classes_that_lie_apart_are_found(count):
 def test_k_means_is_as_good_as_scikit_learns_and_assigns_the_test_split_to_its_centres(normalize):
     train, test = blobs(200, "train", 1.5, 5), blobs(77, "test", 1.5, 5)
     options = clusters.Options(number=6, normalize=normalize, starts=10)
-    centres = clusters._fitted(train, options).numpy()
+    centres = clusters._fitted(train, options.number, options).numpy()
 
     def rows(part):
         x = part.features.astype(np.float64)
         return x / np.linalg.norm(x, axis=1, keepdims=True) if normalize else x
 
     distances = ((rows(test)[:, None] - centres) ** 2).sum(2)
-    assigned = clusters._assigned(test, clusters._fitted(train, options), options)
+    assigned = clusters._assigned(test, clusters._fitted(train, options.number, options), options)
     assert np.array_equal(assigned, distances.argmin(1))
     inertia = ((rows(train)[:, None] - centres) ** 2).sum(2).min(1).sum()
     theirs = KMeans(6, n_init=10, random_state=0, max_iter=100, tol=0).fit(rows(train))
@@ -101,7 +102,7 @@ def test_k_means_is_fitted_on_the_training_images_drawn_by_key():
     train, test = blobs(300, "train", 2), blobs(77, "test", 2)
     # The centre of one cluster is the mean of the images that it is fitted on.
     seed0, seed3, all_of_them = (
-        clusters._fitted(train, clusters.Options(number=1, limit=limit, seed=seed, normalize=False)).numpy()[0]
+        clusters._fitted(train, 1, clusters.Options(limit=limit, seed=seed, normalize=False)).numpy()[0]
         for limit, seed in ((50, 0), (50, 3), (300, 3))
     )
     np.testing.assert_allclose(all_of_them, train.features.astype(float).mean(0))
@@ -114,8 +115,52 @@ def test_k_means_is_fitted_on_the_training_images_drawn_by_key():
 
 def test_fewer_different_images_than_clusters():
     train = part(np.repeat(np.eye(3), 10, axis=0), np.arange(30) % 4)
-    assert len(clusters._fitted(train, clusters.Options())) == 3
+    assert len(clusters._fitted(train, 4, clusters.Options())) == 3
     assert clusters.run(train, train, clusters.Options())["clusters_majority_top1"] < 50
+
+
+def test_of_a_split_alone_with_classes():
+    """k-means on its own images, measured on them: the numbers of a training split."""
+    train = blobs(60, "train", 1.5)
+    alone, both = (clusters.run(train, test, clusters.Options()) for test in (train, blobs(9, "test")))
+    assert {
+        name.replace("clusters_", "clusters_train_"): value for name, value in alone.items()
+    }.items() <= both.items()
+    assert len(alone) == 5
+
+
+@pytest.mark.parametrize("label", [-1, 2])
+def test_of_a_split_alone_without_classes(label, tmp_path):
+    images = replace(blobs(66, "test", num_classes=3), labels=np.full(66, label))
+    writer, options = MemoryFigureWriter(), clusters.Options(number=3, page=2)
+    values = clusters.run(images, images, options, writer)
+    assert values == {"clusters_count": 3, "clusters_largest": pytest.approx(100 / 3)}
+    assigned = clusters._assigned(images, clusters._fitted(images, 3, options), options)
+    assert [len({assigned[i] for i in range(first, 66, 3)}) for first in range(3)] == [1, 1, 1]
+    assert writer.tables["clusters"] == [("image_id", "file", "cluster")] + [
+        (i, f"test/{i}.jpg", k) for i, k in enumerate(assigned.tolist())
+    ]
+    assert list(writer.pictures) == ["clusters-images"]
+    figure, _, caption = writer.pictures["clusters-images"]
+    drawn(figure)
+    assert "3 clusters (k-means with 3 clusters on these images), the largest first" in caption
+    assert (
+        "All clusters: figures/clusters.html. All images: figures/clusters.csv." in caption and "class" not in caption
+    )
+    assert not any(axes.spines["top"].get_visible() for axes in figure.axes)
+    assert [text for text in writer.texts("clusters-images") if text.startswith("cluster ")] == [
+        f"cluster {k}: 22 images" for k in range(3)
+    ]
+    shown = re.findall(r'<img src="data:\S+" alt="test/(\d+).jpg" title="test/(\d+).jpg">', writer.pages["clusters"])
+    assert len(shown) == 6 and [assigned[int(i)] for i, _ in shown] == [0, 0, 1, 1, 2, 2]
+    assert "the largest first" in writer.pages["clusters"] and "%<" not in writer.pages["clusters"]
+    assert clusters.run(images, images, clusters.Options())["clusters_count"] == 10
+    few = images.subset(np.arange(4))
+    assert clusters.run(few, few, clusters.Options())["clusters_count"] == 4
+    path = labels_of(tmp_path, np.arange(66), [np.arange(66) % 2])
+    assert clusters.run(images, images, clusters.Options(labels=path)) == {"clusters_count": 2, "clusters_largest": 50}
+    with pytest.raises(UserError, match=r"no label|at least two classes"):
+        clusters.run(images, blobs(12, "test"), clusters.Options())
 
 
 def test_a_class_that_one_split_lacks():
@@ -190,7 +235,7 @@ def test_the_pictures():
     for figure, title, caption in writer.pictures.values():
         drawn(figure)
         assert title and "50 images of shapes test in 4 clusters (k-means with 4 clusters" in caption
-    assigned = clusters._assigned(test, clusters._fitted(train, options), options)
+    assigned = clusters._assigned(test, clusters._fitted(train, options.number, options), options)
     counts = clusters.contingency(test.labels, assigned)
     purity = counts.max(1) / counts.sum(1)
     order = np.argsort(-purity, kind="stable")
@@ -246,7 +291,9 @@ def test_the_page_shows_all_clusters_in_two_orders(tmp_path):
         purities.append(own.count(most) / len(own))
         assert text.startswith(f"{len(own)} images, {100 * own.count(most) / len(own):.0f} %</small>")
         assert f'style="{colour(most)}"></i> {"abcde"[most]}<' in text
-        shown = re.findall(r'<img src="data:image/jpeg;base64,(\S+)" alt="(.)" title="(.)" style="(.*?)">', text)
+        shown = re.findall(
+            r'<img src="data:image/jpeg;base64,(\S+)" alt="(.): train/\d+.jpg" title="(.): \S+" style="(.*?)">', text
+        )
         assert len(shown) == min(3, len(own))
         counts = [own.count("abcde".index(name)) for _, name, _, _ in shown]
         assert counts == sorted(counts, reverse=True)
@@ -262,9 +309,9 @@ def test_the_page_shows_all_clusters_in_two_orders(tmp_path):
 
 
 def test_a_class_cannot_write_markup():
-    cluster = Cluster(0, 1, 100.0, 0, np.zeros((1, 100, 100, 3), np.uint8), np.array([0]))
-    page = "".join(html("<t>", "<c>", [cluster], np.array([0]), ['"<b>']))
-    assert "<b>" not in page and "<t>" not in page and "&quot;&lt;b&gt;" in page
+    cluster = Cluster(0, 1, 0, np.zeros((1, 100, 100, 3), np.uint8), ['"<f>'], np.array([0]), 0, 100.0)
+    page = "".join(html("<t>", "<c>", [cluster], "purest", ['"<b>']))
+    assert "<b>" not in page and "<t>" not in page and "&quot;&lt;b&gt;: &quot;&lt;f&gt;" in page
     [data] = re.findall(r"base64,([^\"]+)", page)
     with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
         assert picture.size == (64, 64)

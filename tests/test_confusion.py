@@ -36,6 +36,10 @@ def test_the_captions_say_what_is_seen():
     _, title, caption = writer.pictures["x-confusion"]
     assert title == "Confusions of a guess" and "12 images of pets test" in caption
     assert "83.33 % of all images are right. Most frequent: cat taken for dog (25 %)." in caption
+    assert "All that are wrong: figures/x-errors.csv." in caption
+    assert writer.tables["x-errors"] == [
+        ("image_id", "file", "class", "predicted"), (6, "test/6.jpg", "cat", "dog"), (7, "test/7.jpg", "cat", "dog")
+    ]  # fmt: skip
     confusion.add_pictures(writer, part(labels), ["cat", "dog", "owl"], np.array(labels), "y", "a guess")
     assert "No image is taken for another class." in writer.pictures["y-confusion"][2]
 

@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -110,23 +111,42 @@ def test_the_projector_gets_vectors_labels_and_thumbnails(embedded):
     distances = np.linalg.norm(vectors[:, None] - vectors, axis=2)
     np.testing.assert_allclose(distances, np.linalg.norm(x[:, None] - x, axis=2), atol=1e-5)
     lines = (folder / paths["metadata_path"]).read_text().splitlines()
-    assert lines[0] == "class\timage"
-    assert lines[1:] == [f"{['a disc', 'ring', 'star'][test.labels[i]]}\t{i}" for i in rows]
+    assert lines[0] == "class\timage\tfile"
+    assert lines[1:] == [f"{['a disc', 'ring', 'star'][test.labels[i]]}\t{i}\ttest/{i}.jpg" for i in rows]
     with Image.open(folder / paths["image_path"]) as sprite:
         assert sprite.size == (80, 80)
         for place in (0, 11, 99):
             red, green, blue = sprite.getpixel((8 * (place % 10) + 4, 8 * (place // 10) + 4))
             assert red >= 199 and abs(green * 256 + blue - rows[place]) <= 1
     before = sorted(path.name for path in folder.iterdir())
-    embedding.write_projector(folder, vectors, torch.zeros(100, 3, 8, 8), test, rows)
+    columns = {"image": list(map(str, rows)), "file": [""] * 100}
+    embedding.write_projector(folder, vectors, torch.zeros(100, 3, 8, 8), test, columns)
+    (written,) = folder.rglob("metadata.tsv")
+    assert written.read_text().split() == columns["image"], "of one column TensorBoard wants no header"
     assert len(sorted(folder.iterdir())) == len(before), "another one takes its place"
     assert [path.name for path in folder.parent.iterdir()] == ["embedding"]
+
+
+@pytest.mark.parametrize("label", [-1, 2])
+def test_of_a_split_alone_without_classes(label, tmp_path):
+    """The maps of the same images are those that labels would have given: nothing looks at them but the colours."""
+    labelled, options = part(60), embedding.Options(limit=60, **QUICK)
+    alone, writer = replace(labelled, labels=np.full(60, label)), MemoryFigureWriter(tmp_path / "figures")
+    assert embedding.run(alone, alone, options, writer) == embedding.run(part(9, "train"), labelled, options)
+    for name, (figure, _, caption) in writer.pictures.items():
+        drawn(figure)
+        assert "60 images of shapes test, which has no classes, drawn by key" in caption and "class." not in caption
+        assert not {"ring", "star"} & set(writer.texts(name))
+    (written,) = tmp_path.rglob("metadata.tsv")
+    assert written.read_text().splitlines()[:2] == ["image\tfile", "0\ttest/0.jpg"]
+    with pytest.raises(UserError, match=r"no label|at least two classes"):
+        embedding.run(alone, part(60), options)
 
 
 def test_no_space_for_the_projector(tmp_path, capfd):
     """One error, and the files of before stay. Nothing of TensorBoard's is printed."""
     test, folder = part(4), tmp_path / "embedding"
-    arguments = folder, test.take(np.arange(4))[:, :3], torch.zeros(4, 3, 8, 8), test, np.arange(4)
+    arguments = folder, test.take(np.arange(4))[:, :3], torch.zeros(4, 3, 8, 8), test, {"image": list("0123")}
     embedding.write_projector(*arguments)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for allowed in itertools.count():
@@ -189,7 +209,7 @@ def test_tensorboard_serves_the_projector(embedded):
             query = "?run=embedding&name=shapes-test:00120"
             tensor = np.frombuffer(_get(base + "tensor" + query), np.float32)
             assert tensor.shape == (100 * 12,)
-            assert _get(base + "metadata" + query).decode().startswith("class\timage\n")
+            assert _get(base + "metadata" + query).decode().startswith("class\timage\tfile\n")
             assert _get(base + "sprite_image" + query).startswith(b"\x89PNG")
             assert info[0]["sprite"]["singleImageDim"] == [8, 8]
         finally:

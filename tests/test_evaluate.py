@@ -131,39 +131,6 @@ def test_records_of_before_are_read_and_replaced_when_measured_again(run):
     assert len(results.read(path)) == len(old)
 
 
-def test_without_a_split_to_measure_on(run, tmp_path, capsys):
-    data = tmp_path / "data" / "colours"
-    path = data / "dataset.json"
-    tree = json.loads(path.read_text())
-    del tree["splits"]["test"]
-    path.write_text(json.dumps(tree | {"evaluation": "val"}))
-    assert cli.main(["evaluate", str(run), "knn", "knn.k=[1]"]) == 2
-    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert "no split to measure on" in line
-    advised = re.search(r"--validation \S+", line)[0].split()
-    assert cli.main(["evaluate", str(run), "knn", "knn.k=[1]", *advised]) == 0
-
-
-def test_without_a_split_to_learn_from(run, tmp_path, capsys):
-    """Each remedy of the messages helps."""
-    data = tmp_path / "data" / "colours"
-    whole, path = shutil.copytree(data, tmp_path / "whole"), data / "dataset.json"
-    tree = json.loads(path.read_text())
-    del tree["splits"]["train"]
-    path.write_text(json.dumps(tree))
-
-    def refused(*words):
-        assert cli.main([*map(str, words)]) == 2
-        [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-        return line
-
-    assert "no split to learn from (train), only test; convert one, or" in refused("evaluate", run, "knn")
-    assert cli.main(["evaluate", str(run), "knn", "knn.k=[1]", "data.name=colours", f"data.root={whole}"]) == 0
-    capsys.readouterr()
-    advised = re.search(r"--split .*", refused("extract", run))[0].split()
-    assert advised == ["--split", "test"] and cli.main(["extract", str(run), *advised]) == 0
-
-
 def test_a_relative_place_of_the_images_is_named_with_where_it_begins(run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["evaluate", "run", "knn", "knn.k=[1]", "data.root=colours"]) == 2

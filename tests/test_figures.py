@@ -148,7 +148,11 @@ def test_evaluate_leaves_the_pictures_and_their_metadata(digits, tmp_path, capsy
     assert cli.main(["evaluate", str(run), *names, *quick]) == 0
     checkpoint = {record["checkpoint"] for record in json.loads((run / "results.json").read_text())}
     pictures = sorted((run / "figures").glob("*.png"))
-    [page] = set((run / "figures").iterdir()) - {*pictures}
+    lists = sorted((run / "figures").glob("*.csv"))
+    assert [path.stem.removeprefix("digits-test-") for path in lists] == [
+        "clusters", "knn-errors", "logistic-errors", "retrieval-errors", "retrieval-nearest",
+    ]  # fmt: skip
+    [page] = set((run / "figures").iterdir()) - {*pictures, *lists}
     assert page.name == "digits-test-clusters.html" and page.read_text().count("<article") == 10
     for path in pictures:
         with Image.open(path) as picture:
@@ -172,4 +176,4 @@ def test_evaluate_leaves_the_pictures_and_their_metadata(digits, tmp_path, capsy
     assert cli.main(["evaluate", str(run), *names, *quick]) == 0
     stderr = capsys.readouterr().err
     assert stderr.count("already") == len(names) - 1 and "knn: has no pictures of this checkpoint" in stderr
-    assert sorted((run / "figures").iterdir()) == sorted([*pictures, page])
+    assert sorted((run / "figures").iterdir()) == sorted([*pictures, *lists, page])

@@ -16,12 +16,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ssl_dist import cli, config, report, results
+from ssl_dist.convert.command import convert
 from ssl_dist.errors import UserError
 from ssl_dist.report import comparison, page
 from ssl_dist.report import run as runs
 from ssl_dist.storage import checkpoint
 from ssl_dist.train import online_knn
 from tests import kills
+from tests.make_images import save
 from tests.test_verdicts import healthy
 
 EVIL = "<script>alert('x')</script>\"'&"
@@ -176,6 +178,23 @@ def test_a_run_that_has_just_begun(tmp_path, capsys):
                   "Nothing is measured yet", f"ssl-dist evaluate {run} knn logistic", "no picture of the views yet",
                   "There are no pictures yet", "No step was logged"):  # fmt: skip
         assert words in shown.text, words
+
+
+def test_what_the_data_set_says(tmp_path, capsys):
+    """A run on photos without labels is told what can measure it, and how many photos were left out."""
+    for i in range(3):
+        save(tmp_path / "photos" / f"{i}.png", np.full((9, 9, 3), i, np.uint8))
+    (tmp_path / "photos" / "1.png").write_text("no image")
+    convert("folder", tmp_path / "photos", tmp_path / "data", unlabeled=True, skip_damaged=True, progress=False)
+    (tmp_path / "run").mkdir()
+    tree = {"run_dir": str(tmp_path / "run"), "data": {"root": str(tmp_path / "data")}}
+    (tmp_path / "run" / "config.yaml").write_text(config.dump(config.validate(config.Config, tree)))
+    assert cli.main(["report", str(tmp_path / "run")]) == 0
+    measure = f"`ssl-dist evaluate {tmp_path / 'run'} retrieval clusters embedding --split unlabeled`"
+    out, shown = capsys.readouterr().out, page_of(tmp_path / "run")
+    assert f"Nothing is measured yet; {measure} does it." in out and "knn" not in out
+    assert shown.text.count("Of split unlabeled, 1 image could not be read and was left out") == 1
+    assert f"There are no pictures yet; {measure.strip('`')} draws some" in shown.text
 
 
 def test_an_untrained_network(tmp_path):

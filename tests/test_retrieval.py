@@ -222,6 +222,53 @@ def test_the_pictures(gallery):
     assert sum(text in ("disc", "ring", "star") for text in texts) == 6 + wrong, "queries and failures are named"
 
 
+@pytest.mark.usefixtures("arithmetic")
+def test_of_a_split_alone_without_classes(monkeypatch):
+    """The cosine, the list and the pairs of the picture by slow loops."""
+    images = replace(named(random_part(30), "test"), labels=np.full(30, -1))
+    writer, options = MemoryFigureWriter(), retrieval.Options(queries=6)
+    values = retrieval.run(images, images, options, writer)
+    nearest = {}
+    for query in range(30):
+        cosines = {i: cosine(images.features[query], images.features[i]) for i in range(30) if i != query}
+        nearest[query] = sorted(cosines.items(), key=lambda pair: -pair[1])[:10]
+    best = [found[0][1] for found in nearest.values()]
+    assert values == {"retrieval_nearest_cosine": pytest.approx(np.mean(best), abs=1e-9)}
+    header, *rows = writer.tables["retrieval-nearest"]
+    assert header == ("image_id", "file", "place", "nearest_id", "nearest_file", "cosine")
+    assert rows == [
+        (query, f"test/{query}.jpg", place, i, f"test/{i}.jpg", f"{value:.6f}")
+        for query, found in nearest.items()
+        for place, (i, value) in enumerate(found, 1)
+    ]
+    assert list(writer.pictures) == ["retrieval-nearest"]
+    figure, _, caption = writer.pictures["retrieval-nearest"]
+    drawn(figure)
+    assert "which has no classes" in caption and "All queries: figures/retrieval-nearest.csv." in caption
+    shown = [i for _, i in writer.images_shown("retrieval-nearest")]
+    rows = [shown[start : start + 11] for start in range(0, 66, 11)]
+    assert len(shown) == 66 and all(row[1:] == [i for i, _ in nearest[row[0]]] for row in rows)
+    similar = [row[0] for row in rows[:3]]
+    assert similar[0] in np.argsort(best)[-2:] and not any(rows[k][1] in similar[:k] for k in range(3))
+    assert {f"{nearest[similar[0]][0][1]:.3f}", f"{similar[0]}.jpg"} <= set(writer.texts("retrieval-nearest"))
+    monkeypatch.setattr(retrieval, "_NUM_LISTED", 7)
+    retrieval.run(images, images, options, writer)
+    assert (
+        len(writer.tables["retrieval-nearest"]) == 71
+        and "The first 7 queries" in writer.pictures["retrieval-nearest"][2]
+    )
+    with pytest.raises(UserError, match="one image has no other"):
+        retrieval.run(one := images.subset(np.arange(1)), one, options)
+    with pytest.raises(UserError, match=r"no label|at least two classes"):
+        retrieval.run(images, named(random_part(9), "test"), options)
+
+
+def test_of_a_split_alone_with_classes():
+    images = random_part(40)
+    values = retrieval.run(images, images, retrieval.Options())
+    close(values, retrieval.run(random_part(9, seed=1), images, retrieval.Options(gallery="test")))
+
+
 def test_the_keys_are_the_cpus():
     """Bit for bit, where no cosine lies on the border of two multiples of 2^-30."""
     train, test = random_part(500, 24), random_part(60, 24, seed=1)

@@ -215,7 +215,8 @@ def test_a_file_name_that_is_no_utf8(source, tmp_path):
 
 def test_a_name_that_no_config_could_give(tmp_path):
     source = simple_folder(tmp_path / "my photos", per_class=2)
-    for name in (None, "my photos", "-x", "a\n"):
+    assert run("folder", source, tmp_path / "own").name == "my_photos"
+    for name in ("my photos", "-x", "a\n"):
         message = refusal("folder", source, tmp_path / "out", name=name)
         remedy = message.rpartition("--name ")[2]
         assert "data.name" in message and not (tmp_path / "out").exists()

@@ -52,8 +52,8 @@ def convert(
 
     dataset: an entry of the catalog, or "folder" for images of one's own. root: where its images are (cifar10,
     cifar100, supercifar100, stl10 and svhn are downloaded to it where missing; None: OUT/download). out: None:
-    data/<name>. name: of a folder's data set, None: the folder's own; a name of the catalog brings that entry's facts
-    along.
+    data/<name>. name: of a folder's data set, None: the folder's own, with _ for what a name can not hold; a name of
+    the catalog brings that entry's facts along.
     max_side: pixels; larger images are shrunk to it; None: the catalog's, 512 for a folder. max_pixels: of the largest
     picture that is read; None: 178,956,970. workers: threads that encode; None: one a core. skip_damaged: images that
     can not be read are left out, and named in dataset.json. unlabeled: all images below a folder are one split without
@@ -227,12 +227,20 @@ def _name_and_entry(dataset: str, root: str | Path | None, name: str | None) -> 
         return dataset, CATALOG[dataset]
     if root is None:
         raise UserError("convert folder: --root must name the folder with the images")
-    given, name = name, name if name is not None else Path(root).resolve().name
-    if not _is_dataset_name(name):
-        proposed = re.sub(r"[^a-zA-Z0-9_.-]+", "_", name).lstrip("_.-") or "photos"
-        what = f"--root {quoted(str(root))}: the folder's name" if given is None else f"--name {quoted(name)}: it"
-        raise UserError(f"{what} can not be a data.name (letters, digits, _ . and -); give it one: --name {proposed}")
+    if name is None:
+        name = Path(root).resolve().name
+        if not _is_dataset_name(name):
+            name = _dataset_name(name)
+    elif not _is_dataset_name(name):
+        raise UserError(
+            f"--name {quoted(name)}: no data.name (letters, digits, _ . and -); give --name {_dataset_name(name)}"
+        )
     return name, CATALOG.get(name, OWN_FOLDER)
+
+
+def _dataset_name(name: str) -> str:
+    """The nearest name that a data set may have."""
+    return re.sub(r"[^a-zA-Z0-9_.-]+", "_", name).lstrip("_.-") or "photos"
 
 
 def _is_dataset_name(name: str) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from pydantic import Field
 
 from ssl_dist import config, evaluators, methods, results
@@ -17,8 +18,9 @@ from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.distributed.signals import STOPPED
 from ssl_dist.distributed.watchdog import Watchdog
 from ssl_dist.distributed.world import World, join_world
-from ssl_dist.errors import UserError, quoted
+from ssl_dist.errors import UserError
 from ssl_dist.evaluate import search
+from ssl_dist.evaluate import splits as split_choice
 from ssl_dist.evaluators import Evaluator, FeatureEvaluator, ImageEvaluator
 from ssl_dist.grid import Grid
 from ssl_dist.results.figures import FigureWriter, has_pictures
@@ -52,7 +54,8 @@ FOREIGN_KEYS = (*DATA_KEYS, *TRANSFORM_KEYS, "views.normalize", "backbone.name")
 
 
 def extract(weights: Path, splits: Sequence[str], overrides: Sequence[str], out: Path | None) -> list[Path]:
-    """`ssl-dist extract`: features files of `splits` (none: training and evaluation split), alone or under torchrun."""
+    """`ssl-dist extract`: features files of `splits` (none: training and evaluation split, where the data set has
+    them, else all), alone or under torchrun."""
     folder = out or weights / "features"
     if out is None and not weights.is_dir():
         raise UserError(f"{weights}: is a file; say with --out where its features shall go")
@@ -67,11 +70,7 @@ def extract(weights: Path, splits: Sequence[str], overrides: Sequence[str], out:
             raise UserError(f"override {rest[0]!r}: only of the data, {', '.join(EVAL_KEYS)}, can be set here")
         encoder = load_encoder(weights).with_transform(transform_of(data))
         dataset = dataset_of(encoder, data)
-    chosen = splits or (dataset.uses.training, dataset.uses.evaluation)
-    for split in chosen:
-        if split not in dataset.splits:
-            words = " ".join(f"--split {name}" for name in dataset.splits)
-            raise UserError(f"{dataset.root}: holds no split {quoted(split)}; its splits are extracted by {words}")
+    chosen = split_choice.extracted(dataset, splits)
     with (
         Watchdog(rank_info, BATCH_TIMEOUT_S) as watchdog,
         join_world(rank_info, Grid(rank_info.world_size, 1), watchdog.state) as world,
@@ -91,7 +90,7 @@ def _foreign_encoder(path: Path, overrides: Sequence[str]) -> tuple[Encoder, Dat
             raise UserError(f"override {override!r}: of weights of others, {', '.join(FOREIGN_KEYS)} can be set")
     settings = config.overridden({"run_dir": str(path.parent), "method": {"name": path.name}, "data": {}}, overrides)
     dataset = Dataset(settings.data.root, settings.data.name, settings.data.reader)
-    encoder, note = load_others(path, settings, dataset.info(dataset.uses.training))
+    encoder, note = load_others(path, settings, dataset.info(split_choice.extracted(dataset, [])[0]))
     return encoder, dataset, note
 
 
@@ -179,11 +178,13 @@ def evaluate(
     overrides: Sequence[str],
     validation: search.HeldOut | None = None,
     searched: Sequence[str] = (),
+    split: str | None = None,
 ) -> tuple[int, list[dict]]:
     """`ssl-dist evaluate`: run evaluators on a run's newest checkpoint, alone or under torchrun.
 
     validation: measure on these images of the training split, held out of it, instead of the test split. searched:
-    lists of option values; the best combination on the held-out images is measured on the test split.
+    lists of option values; the best combination on the held-out images is measured on the test split. split: what is
+    measured in the test split's place; without labels, or as the only one, it stands alone (`evaluate.splits`).
 
     Returns the exit code, 0 or that of a stop on request, and the records that results.json holds of it.
     """
@@ -192,17 +193,9 @@ def evaluate(
         raise UserError(f"{run}: not a run's folder; train first")
     encoder = load_encoder(run).with_transform(transform_of(request.data))
     dataset = dataset_of(encoder, request.data)
-    train, test = dataset.uses.training, dataset.uses.evaluation
-    if train not in dataset.splits:
-        raise UserError(
-            f"{dataset.root}: holds no split to learn from ({train}), only {', '.join(dataset.splits)}; convert one, "
-            "or evaluate on another data set: data.name and data.root"
-        )
-    if test not in dataset.splits and (request.spaces or not request.validation):
-        raise UserError(
-            f"{dataset.root}: holds no split to measure on (test or val), only {', '.join(dataset.splits)}; convert "
-            f"one, or measure on a share of {train}: --validation {search.DEFAULT_SHARE:g}"
-        )
+    parts = [SUBSET_KEY] * (request.subset is not None) + ["--search"] * bool(request.spaces)
+    only_held_out = request.validation and not request.spaces
+    train, test = split_choice.choose(run, dataset, chosen, overrides, split, only_held_out, parts)
     train_ids, subset = (None, None) if request.subset is None else chosen_images(dataset, train, request.subset)
     rank_info = RankInfo.from_environment()
     with (
@@ -212,6 +205,8 @@ def evaluate(
     ):
         encoder = load_together(run, world)[1].with_transform(encoder.changed)
         _note_size(world, encoder)
+        if train == test and not only_held_out:
+            _print_on_rank0(world, f"split {test} of {dataset.name} stands alone: nothing is learned from another one")
         world.on_rank0(lambda: results.require_writable(run / "results.json"))
         whole = EvalContext(run, encoder, dataset, train, test, world, watchdog, train_ids, subset=subset)
         part = whole if request.held_out is None else world.raise_together(partial(hold_out, whole, request.held_out))
@@ -278,6 +273,12 @@ def _show(run: Path, records: list[dict]) -> None:
 def _protocol(context: EvalContext, evaluator: Evaluator, options: Section, remark: str | None) -> str:
     """The evaluator's protocol with what this evaluation adds to it."""
     parts = [evaluators.protocol(evaluator, options)]
+    if context.alone and isinstance(words := getattr(evaluator, "WITHOUT_LABELS", None), str):
+        labels, without = context.dataset.labels(context.test), ""
+        if (labels < 0).any() or len(np.unique(labels)) < 2:
+            what = "no labels" if (labels < 0).any() else "one class"
+            without = f", which has {what}, so there are no accuracies but {words}"
+        parts.append(f"within split {context.test} alone{without}")
     if context.subset is not None:
         parts.append(f"{results.FITTED_ON} {context.subset} of {context.train}")
     if context.held_out is not None and methods.find(context.encoder.config.method.name).needs_labels:
@@ -305,7 +306,8 @@ def _values(context: EvalContext, name: str, evaluator: Evaluator, options: Sect
 
 def _from_features(context: EvalContext, name: str, evaluator: FeatureEvaluator, options: Section) -> dict[str, float]:
     """Run the evaluator on the features of the images that are learned from and measured."""
-    train, test = (read_features(context.features_files[split]) for split in (context.train, context.test))
+    train = read_features(context.features_files[context.train])
+    test = train if context.alone else read_features(context.features_files[context.test])
     check_pair(train, test)
     if train.metadata["checkpoint"] != context.encoder.sha256:
         raise UserError(f"{train.source}: another process has written features of another checkpoint; evaluate again")
@@ -316,7 +318,8 @@ def _from_features(context: EvalContext, name: str, evaluator: FeatureEvaluator,
     device = context.world.device
     if context.held_out is not None:
         return evaluator.run(train, test, options, None, device)  # pictures are of the test split only
-    with FigureWriter(context.run / "figures", test, context.dataset.open, context.encoder.config.data, name) as writer:
+    dataset, data = context.dataset, context.encoder.config.data
+    with FigureWriter(context.run / "figures", test, dataset.open, data, name, dataset.files) as writer:
         return evaluator.run(train, test, options, writer, device)
 
 

@@ -41,7 +41,8 @@ class FeatureEvaluator(Protocol[OptionsT]):
     depends on the options, the module has a function protocol(options) instead, as `ImageEvaluator` has. VERSION: of
     the code, raised when the same options give another number on the same features, so that every number is measured
     again. DRAWS = True: it draws pictures, and runs again where they are missing. Options: fields with descriptions and
-    defaults.
+    defaults. WITHOUT_LABELS = "...": it can look at one split alone, which is then both of its parts (`train is test`),
+    also where that has no labels; the words say what it then measures in place of accuracies.
     """
 
     PROTOCOL: str
@@ -133,6 +134,11 @@ def build_options(name: str, tree: dict) -> Section:
 def draws(evaluator: Evaluator) -> bool:
     """Whether an evaluator of features writes pictures."""
     return getattr(evaluator, "DRAWS", False)
+
+
+def works_without_labels(name: str) -> bool:
+    """Whether the evaluator can look at one split alone, with labels or without."""
+    return hasattr(find(name), "WITHOUT_LABELS")
 
 
 def protocol(evaluator: Evaluator, options: Section) -> str:

@@ -9,10 +9,12 @@ Measured: normalised and adjusted mutual information and the adjusted Rand index
 accuracies in percent, both with the labels of the split that is measured, as papers have it. By majority vote a cluster
 is of the class that most of its images have (the clusters' purity, which many small clusters make large); by Hungarian
 matching (Kuhn, 1955) each cluster stands for one class at the most and each class for one cluster.
+
+Of a split alone k-means is fitted on its own images. Without classes what is left are the number of clusters that have
+images and the share of the largest, the pictures, and the list of every image's cluster.
 """
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,18 +30,19 @@ from ssl_dist.distributed.world import one_process
 from ssl_dist.errors import UserError, refuse_unreadable
 from ssl_dist.kernels.kmeans import kmeans
 from ssl_dist.keys import EVALUATION, ORDER, hash64, permutation
-from ssl_dist.results.cluster_page import Cluster, html
-from ssl_dist.results.confusion import class_names
+from ssl_dist.results import cluster_figures
+from ssl_dist.results.cluster_figures import Clusters
 from ssl_dist.results.figures import FigureWriter
-from ssl_dist.storage.features import Features, check_pair, require_labels
+from ssl_dist.storage.features import Features, check_pair, have_classes
 
+_NUMBER_WITHOUT_CLASSES = 10
+WITHOUT_LABELS = f"the sizes of clusters ({_NUMBER_WITHOUT_CLASSES} where clusters.number is null)"
 VERSION = 1
 DRAWS = True
-_NUM_ROWS, _NUM_COLUMNS = 20, 14  # clusters in the picture and images of each
 
 
 class Options(Section):
-    number: PositiveInt | None = Field(None, description="of clusters; null: as many as classes")
+    number: PositiveInt | None = Field(None, description="of clusters; null: as many as classes, 10 without any")
     normalize: bool = Field(True, description="features to length 1 before k-means, as kNN and retrieval take them")
     starts: PositiveInt = Field(5, description="k-means begins anew so often; the smallest sum of distances is kept")
     iterations: PositiveInt = Field(100, description="of each start, at the most")
@@ -76,13 +79,14 @@ def run(
     device: torch.device | None = None,
 ) -> dict[str, float]:
     """`clusters_nmi`, `_ami`, `_ari` and, in percent, `_majority_top1` and `_hungarian_top1` of the test split, and
-    `clusters_train_...` of the training split; of labels of a file only those.
+    `clusters_train_...` of the training split; of labels of a file only those, and of a split alone only the former.
+    Of a split alone that has no classes `clusters_count` and, in percent of its images, `clusters_largest`.
 
     Raises `UserError` for files that do not belong together, missing labels, fewer than two classes, fewer images than
     clusters, images that do not fit `memory_mb`, and a damaged file of labels.
     """
     check_pair(train, test)
-    require_labels(train, test)
+    with_classes = have_classes(train, test)
     if options.labels is not None:
         labels = labels_file.read(options.labels, options.column, None, ("clusters.labels", "clusters.column"))
         within_N = train.image_ids < len(labels)
@@ -97,14 +101,25 @@ def run(
                 f"clusters.labels = {options.labels!r}: has label {highest} for {len(train)} images; number them from 0"
             )
         if writer is not None:
-            _draw(writer, train, rows, clusters_N[rows], f"column {options.column} of {options.labels}", options)
+            how = f"column {options.column} of {options.labels}"
+            _draw(writer, train, rows, clusters_N[rows], how, options, with_classes)
+        if not with_classes:
+            return _sizes(clusters_N[rows])
         return _named("clusters_train_", scores(train.labels[rows], clusters_N[rows]))
-    centres_KD = _fitted(train, options, device or CPU)
-    train_N, test_N = (_assigned(part, centres_KD, options) for part in (train, test))
+    number = options.number
+    if number is None:
+        number = len(np.unique(train.labels)) if with_classes else min(_NUMBER_WITHOUT_CLASSES, len(train))
+    centres_KD = _fitted(train, number, options, device or CPU)
+    test_N = _assigned(test, centres_KD, options)
     if writer is not None:
-        what = f"k-means with {len(centres_KD)} clusters on training images"
-        _draw(writer, test, np.arange(len(test)), test_N, what, options)
+        how = f"k-means with {len(centres_KD)} clusters on {'these' if train is test else 'training'} images"
+        _draw(writer, test, np.arange(len(test)), test_N, how, options, with_classes)
+    if not with_classes:
+        return _sizes(test_N)
     values = _named("clusters_", scores(test.labels, test_N))
+    if train is test:
+        return values
+    train_N = _assigned(train, centres_KD, options)
     return values | _named("clusters_train_", scores(train.labels, train_N))
 
 
@@ -124,6 +139,27 @@ def scores(labels_N: np.ndarray, clusters_N: np.ndarray) -> dict[str, float]:
     }
 
 
+def _sizes(clusters_N: np.ndarray) -> dict[str, float]:
+    sizes_K = np.bincount(clusters_N)
+    return {
+        "clusters_count": float((sizes_K > 0).sum()),
+        "clusters_largest": float(sizes_K.max() * 100 / len(clusters_N)),
+    }
+
+
+def _draw(
+    writer: FigureWriter,
+    part: Features,
+    rows: np.ndarray,
+    clusters_n: np.ndarray,
+    how: str,
+    options: Options,
+    with_classes: bool,
+) -> None:
+    counts_KC = contingency(part.labels[rows], clusters_n) if with_classes else None
+    cluster_figures.draw(writer, Clusters(part, rows, clusters_n, counts_KC, how), options.page, options.seed)
+
+
 def contingency(labels_N: np.ndarray, clusters_N: np.ndarray) -> np.ndarray:
     """Images by cluster and class, int64 [K, C]."""
     num_clusters, num_classes = int(clusters_N.max()) + 1, int(labels_N.max()) + 1
@@ -138,9 +174,8 @@ def _named(prefix: str, values: dict[str, float]) -> dict[str, float]:
 # -------------------------------------------------------------------------------------------------- k-means
 
 
-def _fitted(train: Features, options: Options, device: torch.device = CPU) -> Tensor:
-    """Centres float64 [K, D] on the device; a cluster that stayed empty has none."""
-    number = len(np.unique(train.labels)) if options.number is None else options.number
+def _fitted(train: Features, number: int, options: Options, device: torch.device = CPU) -> Tensor:
+    """Centres float64 [K, D] of `number` clusters on the device; one that stayed empty has none."""
     count = min(len(train), options.limit)
     if count < number:
         raise UserError(
@@ -182,89 +217,3 @@ def _prepared(rows: np.ndarray, options: Options, device: torch.device) -> Tenso
 
 def _rows_in(part: Features, num_centres: int, options: Options) -> int:
     return max(1, (options.memory_mb << 20) // 10 // (part.dim * 24 + num_centres * 8))
-
-
-# -------------------------------------------------------------------------------------------------- pictures
-
-
-def _draw(
-    writer: FigureWriter, part: Features, rows: np.ndarray, clusters_n: np.ndarray, how: str, options: Options
-) -> None:
-    """The clusters of these rows, by purity."""
-    from ssl_dist.results import charts  # matplotlib takes a second
-
-    names = class_names(part)
-    counts_KC = contingency(part.labels[rows], clusters_n)
-    sizes_K, best_K = counts_KC.sum(1), counts_KC.argmax(1)
-    purity_K = np.where(sizes_K > 0, counts_KC.max(1) * 100 / np.maximum(1, sizes_K), np.nan)
-    order = [int(k) for k in np.argsort(-purity_K, kind="stable") if sizes_K[k]]
-    what = (
-        f"{len(rows):,} images of {part.metadata['dataset']} {part.metadata['split']} in {len(order)} clusters ({how})"
-    )
-    if empty := len(sizes_K) - len(order):
-        what += f", {empty} more without an image"
-    purity = float(counts_KC.max(1).sum() * 100 / len(rows))
-    writer.add(
-        "clusters-purity",
-        charts.class_bars(
-            purity_K, [f"{k}: {names[best_K[k]]} ({sizes_K[k]:,})" for k in range(len(sizes_K))], purity,
-            "% of the cluster's images that have its most frequent class", "clusters",
-        ),
-        "Clusters by purity",
-        f"{what}: the share of the most frequent class in each, the purest first. Beside a bar: the cluster's number,"
-        " that class, and how many images the cluster has. The dashed line is the accuracy by majority vote.",
-        part,
-    )  # fmt: skip
-    if options.page:
-        writer.add_page("clusters", _page(writer, part, rows, clusters_n, order, counts_KC, what, options), part)
-    shown = order if len(order) <= _NUM_ROWS else order[: _NUM_ROWS // 2] + order[-(_NUM_ROWS // 2) :]
-    pages = []
-    for k in shown:
-        own = rows[clusters_n == k]
-        own = own[permutation(hash64(options.seed, EVALUATION, k), len(own))[:_NUM_COLUMNS]]
-        title = f"cluster {k}: {sizes_K[k]:,} images\n{purity_K[k]:.0f} % {names[best_K[k]]}"
-        pages.append((title, writer.images(part, own), part.labels[own] == best_K[k]))
-    some = (
-        ""
-        if len(order) <= _NUM_ROWS
-        else f"; shown are the {_NUM_ROWS // 2} purest and the {_NUM_ROWS // 2} least pure"
-    )
-    writer.add(
-        "clusters-images",
-        charts.clusters(pages),
-        "Images of clusters",
-        f"{what}, the purest first{some}: images of each that are drawn by key (seed {options.seed}), not by hand or by"
-        " their distance. Green frames, first in a row: images of the cluster's most frequent class.",
-        part,
-    )
-
-
-def _page(
-    writer: FigureWriter,
-    part: Features,
-    rows: np.ndarray,
-    clusters_n: np.ndarray,
-    order: list[int],
-    counts_KC: np.ndarray,
-    what: str,
-    options: Options,
-) -> Iterator[str]:
-    """The page of all clusters; order: their numbers, the purest first."""
-    by_cluster = np.split(rows[np.argsort(clusters_n, kind="stable")], np.cumsum(counts_KC.sum(1))[:-1])
-    random_places = permutation(hash64(options.seed, EVALUATION, ORDER), len(order))
-
-    def clusters() -> Iterator[Cluster]:
-        for k, random_place in zip(order, random_places.tolist(), strict=True):
-            own, size = by_cluster[k], len(by_cluster[k])
-            own = own[permutation(hash64(options.seed, EVALUATION, k), size)[: options.page]]
-            # Classes that are frequent in the cluster stand first.
-            own = own[np.lexsort((part.labels[own], -counts_KC[k, part.labels[own]]))]
-            purity = counts_KC[k].max() * 100 / size
-            yield Cluster(k, size, purity, random_place, writer.images(part, own), part.labels[own])
-
-    caption = (
-        f"{what}. Up to {options.page} images of each, drawn by key (seed {options.seed}). A frame's colour is the "
-        "image's true class, which the pointer names; beside a cluster stand its size, the share of its most frequent "
-        "class, and that class."
-    )
-    return html("All clusters", caption, clusters(), counts_KC.argmax(1), class_names(part))

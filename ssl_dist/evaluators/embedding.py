@@ -5,7 +5,9 @@ the variance that principal components explain, in percent, and trustworthiness 
 neighbour on the map is one among the features). One thread and a seed, so that a map can be made again.
 
 With a writer the same images go to TensorBoard's projector, RUN/tensorboard/embedding: their first 128 principal
-components, classes and thumbnails.
+components, classes, files and thumbnails.
+
+Of a split alone without classes the images are drawn by key, and the maps have one colour.
 """
 
 import shutil
@@ -26,13 +28,14 @@ from ssl_dist.results.confusion import class_names
 from ssl_dist.results.figures import FigureWriter
 from ssl_dist.results.sampling import evenly
 from ssl_dist.storage.durable import refuse_unwritable
-from ssl_dist.storage.features import Features, check_pair, require_labels
+from ssl_dist.storage.features import Features, check_pair, have_classes
 
 PROTOCOL = (
     "maps of at most {limit} test images, chosen by key (seed {seed}) evenly over the classes, features to length 1:"
     " {normalize}; t-SNE: initialised by PCA, perplexity {perplexity:g}, {iterations} iterations; trustworthiness:"
     " {neighbours} neighbours"
 )
+WITHOUT_LABELS = "the variance and the neighbours that a map keeps"
 VERSION = 1
 DRAWS = True
 _PROJECTOR_DIMS = 128  # the projector reduces by itself what is wider than 200
@@ -76,8 +79,9 @@ def run(
     from sklearn.decomposition import PCA  # scikit-learn takes a second
     from sklearn.manifold import TSNE, trustworthiness
 
-    require_labels(train, test)
-    rows = evenly(test.labels, options.limit, hash64(options.seed, EVALUATION))
+    with_classes = have_classes(train, test)
+    shown = test.labels if with_classes else np.zeros(len(test), np.int64)
+    rows = evenly(shown, options.limit, hash64(options.seed, EVALUATION))
     _check_counts(len(rows), test, options)
     features_ND = torch.from_numpy(test.take(rows)).double()
     x_ND = (F.normalize(features_ND) if options.normalize else features_ND).numpy()
@@ -99,9 +103,12 @@ def run(
     values |= {f"embedding_{name}_trustworthiness": float(each.trustworthiness) for name, each in maps.items()}
     if writer is not None:
         thumbnails = _thumbnails(writer, test, rows)
-        _draw(writer, test, rows, maps, thumbnails, pca.explained_variance_ratio_, options)
+        names = class_names(test) if with_classes else None
+        _draw(writer, test, rows, names, maps, thumbnails, pca.explained_variance_ratio_, options)
         folder = writer.folder.parent / "tensorboard" / "embedding"
-        write_projector(folder, components_NE[:, :_PROJECTOR_DIMS], thumbnails, test, rows)
+        columns = {"class": [names[label] for label in test.labels[rows]]} if names else {}
+        columns |= {"image": test.image_ids[rows].astype(str).tolist(), "file": writer.files(test, rows)}
+        write_projector(folder, components_NE[:, :_PROJECTOR_DIMS], thumbnails, test, columns)
     return values
 
 
@@ -120,6 +127,7 @@ def _draw(
     writer: FigureWriter,
     test: Features,
     rows: np.ndarray,
+    names: list[str] | None,
     maps: dict[str, _Map],
     thumbnails: torch.Tensor,
     explained_E: np.ndarray,
@@ -127,31 +135,35 @@ def _draw(
 ) -> None:
     from ssl_dist.results import charts  # matplotlib takes a second
 
-    names, labels = class_names(test), test.labels[rows]
+    """names: of the classes, None: there are none."""
+    labels = None if names is None else test.labels[rows]
     first, second = explained_E[:2] * 100
     axis_names = {
         "pca": (f"first component ({first:.1f} % of the variance)", f"second component ({second:.1f} %)"),
         "tsne": ("", ""),
     }
     length = "features of length 1" if options.normalize else "features"
+    chosen = "which has no classes, drawn by key" if names is None else "evenly over the classes by key"
     what = (
-        f"{len(rows):,} images of {test.metadata['dataset']} {test.metadata['split']}, evenly over the classes by key"
-        f" (seed {options.seed})"
+        f"{len(rows):,} images of {test.metadata['dataset']} {test.metadata['split']}, {chosen} (seed {options.seed})"
     )
     how = {
         "pca": f"the first two principal components of their {length}",
         "tsne": f"t-SNE of their {length}, initialised by PCA, perplexity {options.perplexity:g},"
         f" {options.iterations} iterations; neighbours mean something, distances between groups and axes do not",
     }
-    count = len(np.unique(labels))
-    repeats = f", in colours that repeat over {count} classes" if count > charts.MAX_LABELLED_CLASSES else ""
+    count, colours = 0, ""
+    if labels is not None:
+        count = len(np.unique(labels))
+        repeats = f", in colours that repeat over {count} classes" if count > charts.MAX_LABELLED_CLASSES else ""
+        colours = f" Colour and shape: the class{repeats}."
     titles = {"pca": "Features by principal components", "tsne": "Features by t-SNE"}
     for name, each in maps.items():
         writer.add(
             f"embedding-{name}",
             charts.points(each.xy_N2, labels, names, axis_names[name]),
             titles[name],
-            f"{what}: {how[name]}. Colour and shape: the class{repeats}. Trustworthiness {each.trustworthiness:.3f}"
+            f"{what}: {how[name]}.{colours} Trustworthiness {each.trustworthiness:.3f}"
             f" with {options.neighbours} neighbours (1: all that are near on the map are near among the features).",
         )
     images = (thumbnails * 255).round().byte().permute(0, 2, 3, 1).numpy()
@@ -160,7 +172,7 @@ def _draw(
         charts.image_map(maps["tsne"].xy_N2, images, labels, names),
         "Images where t-SNE puts them",
         f"{what}: {how['tsne']}. Where several images fall on one place, the one nearest its middle is shown."
-        + (" The frame's colour is the class." if count <= len(charts.PALETTE) else ""),
+        + (" The frame's colour is the class." if 0 < count <= len(charts.PALETTE) else ""),
     )
 
 
@@ -168,9 +180,10 @@ def _draw(
 
 
 def write_projector(
-    folder: Path, vectors_ND: np.ndarray, thumbnails: torch.Tensor, test: Features, rows: np.ndarray
+    folder: Path, vectors_ND: np.ndarray, thumbnails: torch.Tensor, test: Features, columns: dict[str, list[str]]
 ) -> None:
-    """TensorBoard's files in `folder`, in the place of what was there. thumbnails: float32 [n, 3, s, s] in [0, 1].
+    """TensorBoard's files in `folder`, in the place of what was there. thumbnails: float32 [n, 3, s, s] in [0, 1];
+    columns: what is said of the images of `test`; one of empty texts is left out.
 
     Raises `UserError` when the folder cannot be written.
     """
@@ -184,10 +197,12 @@ def write_projector(
         def _get_file_writer(self) -> SimpleNamespace:
             return SimpleNamespace(get_logdir=lambda: self.log_dir)
 
-    names, temporary = class_names(test), folder.with_name(f".{folder.name}.new")
-    metadata = [[" ".join(names[label].split()), str(image)] for label, image in zip(
-        test.labels[rows], test.image_ids[rows], strict=True
-    )]  # fmt: skip
+    temporary = folder.with_name(f".{folder.name}.new")
+    columns = {name: [" ".join(text.split()) for text in texts] for name, texts in columns.items() if any(texts)}
+    rows = [list(row) for row in zip(*columns.values(), strict=True)]
+    header: list[str] | None = list(columns)
+    if len(columns) == 1:  # TensorBoard has no header over one column
+        rows, header = [text for [text] in rows], None
     with refuse_unwritable(folder, "give a run's folder that can, with space left"):
         shutil.rmtree(temporary, ignore_errors=True)  # of one that was killed
         try:
@@ -195,11 +210,11 @@ def write_projector(
             with Projector(str(temporary)) as writer:
                 writer.add_embedding(
                     vectors_ND.astype(np.float32),
-                    metadata,
+                    rows,
                     thumbnails,
                     int(test.metadata["step"]),
                     f"{test.metadata['dataset']}-{test.metadata['split']}",
-                    ["class", "image"],
+                    header,
                 )
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)

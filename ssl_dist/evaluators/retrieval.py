@@ -10,13 +10,17 @@ images that are alike have one order, which depends neither on blocks nor on thr
 the cosines are those of `kernels.exact_cosines`, which differ from the CPU's by about 1e-15 (D 2^-50 at the most), so
 that one may be rounded to the next multiple, and images that are 2e-9 apart change places. The values of a query whose
 class the gallery lacks are 0.
+
+Of a split alone every image is a query among the others. Without classes what is left are the cosine of the nearest
+image, on average over the queries, the pictures and the list of the queries' nearest images.
 """
 
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Annotated, Literal
+from pathlib import PurePosixPath
+from typing import Annotated, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -26,26 +30,29 @@ from torch import Tensor
 
 from ssl_dist.config import PositiveInt, Section
 from ssl_dist.device import CPU
+from ssl_dist.errors import UserError
 from ssl_dist.kernels.exact_cosines import cosines, slices
 from ssl_dist.kernels.neighbours import unit_rows
-from ssl_dist.keys import EVALUATION, hash64
+from ssl_dist.keys import EVALUATION, hash64, permutation
 from ssl_dist.results.accuracy import neighbour_counts
 from ssl_dist.results.confusion import add_pictures, class_names
 from ssl_dist.results.figures import FigureWriter
 from ssl_dist.results.sampling import evenly
-from ssl_dist.storage.features import Features, check_pair, require_labels
+from ssl_dist.storage.features import Features, check_pair, have_classes
 
 PROTOCOL = (
     "retrieval: every test image ranks all other images of the {gallery} split by cosine; top-k: any of the k nearest"
     " has its class; precision@k: share of them that has; map: mean average precision of the whole list"
 )
+WITHOUT_LABELS = "the mean cosine of the nearest image"
 VERSION = 2
 DRAWS = True
 _ROW_MASK = np.uint64(0xFFFFFFFF)  # the part of a key that is the gallery's row
 _OWN_KEY = np.uint64(0xFFFFFFFFFFFFFFFF)  # the key of a query itself, behind all others
 _LAST_KEY = 2**63 - 1  # on a GPU, where keys are int64
 _PUBLISHED_K = (1, 5, 10, 20)
-_NUM_SHOWN = 10  # nearest images of a query in the picture
+_NUM_SHOWN = 10  # nearest images of a query in the picture and in the list
+_NUM_LISTED = 10_000  # queries in the list
 
 
 class Options(Section):
@@ -71,21 +78,23 @@ def run(
     writer: FigureWriter | None = None,
     device: torch.device | None = None,
 ) -> dict[str, float]:
-    """`retrieval_top<k>` and, for k above 1, `retrieval_precision<k>`, and `retrieval_map`, in percent.
+    """`retrieval_top<k>` and, for k above 1, `retrieval_precision<k>`, and `retrieval_map`, in percent; of a split
+    alone that has no classes `retrieval_nearest_cosine`.
 
     Raises `UserError` for files that do not belong together, missing labels, fewer than two classes and a k above the
     number of images that are searched.
     """
     check_pair(train, test)
-    require_labels(train, test)
-    leave_out = options.gallery == "test"
+    leave_out = options.gallery == "test" or train is test
     gallery = test if leave_out else train
+    if not have_classes(train, test):
+        return _without_classes(test, options, writer, device or CPU)
     num_found = len(gallery) - leave_out
     counts = neighbour_counts(options.k, _PUBLISHED_K, num_found, "retrieval.k", gallery.source)
     num_hits = {k: 0 for k in counts}  # queries with an image of their class among the k nearest
     num_relevant = {k: 0 for k in counts}  # such images, over all queries
     precision_N = np.zeros(len(test))
-    nearest_NK = np.zeros((len(test), min(_NUM_SHOWN, len(gallery) - leave_out)), np.int64)
+    nearest = _Nearest.empty(len(test), min(_NUM_SHOWN, num_found))
     for start, keys_QN in rankings(test, gallery, leave_out, options.memory_mb << 20, device or CPU):
         for query, keys_N in enumerate(keys_QN, start):
             rows_N = (keys_N & _ROW_MASK).astype(np.int64)
@@ -95,15 +104,46 @@ def run(
                 num_relevant[k] += number
                 num_hits[k] += number > 0
             precision_N[query] = average_precision(rank_R)
-            nearest_NK[query] = rows_N[: nearest_NK.shape[1]]
+        nearest.put(start, keys_QN)
     _warn_of_missing(test, gallery, leave_out)
     if writer is not None:
-        _draw(writer, test, gallery, nearest_NK, precision_N, options)
+        _draw(writer, test, gallery, nearest, precision_N, options)
     values = {f"retrieval_top{k}": num_hits[k] * 100.0 / len(test) for k in counts}
     values |= {
         f"retrieval_precision{k}": num_relevant[k] * 100.0 / (k * len(test)) for k in counts if k > 1
     }  # 1: top-1
     return values | {"retrieval_map": float(precision_N.mean() * 100)}
+
+
+class _Nearest(NamedTuple):
+    """The nearest images of every query, the nearest first: rows int64 [N, k] of the gallery, and cosines [N, k]."""
+
+    rows_NK: np.ndarray
+    cosine_NK: np.ndarray
+
+    @classmethod
+    def empty(cls, num_queries: int, k: int) -> Self:
+        return cls(np.zeros((num_queries, k), np.int64), np.zeros((num_queries, k)))
+
+    def put(self, start: int, keys_QN: np.ndarray) -> None:
+        """What a block of `rankings` says of its queries."""
+        keys_QK = keys_QN[:, : self.rows_NK.shape[1]]
+        block = slice(start, start + len(keys_QK))
+        self.rows_NK[block] = (keys_QK & _ROW_MASK).astype(np.int64)
+        self.cosine_NK[block] = 1.0 - (keys_QK >> np.uint64(32)) * 2.0**-30
+
+
+def _without_classes(
+    test: Features, options: Options, writer: FigureWriter | None, device: torch.device
+) -> dict[str, float]:
+    if len(test) < 2:
+        raise UserError(f"{test.source}: one image has no other to find; give a split of more")
+    nearest = _Nearest.empty(len(test), min(_NUM_SHOWN, len(test) - 1))
+    for start, keys_QN in rankings(test, test, True, options.memory_mb << 20, device):
+        nearest.put(start, keys_QN)
+    if writer is not None:
+        _draw_without_classes(writer, test, nearest, options)
+    return {"retrieval_nearest_cosine": float(nearest.cosine_NK[:, 0].mean())}
 
 
 def average_precision(rank_R: np.ndarray) -> float:
@@ -218,13 +258,13 @@ def _draw(
     writer: FigureWriter,
     test: Features,
     gallery: Features,
-    nearest_NK: np.ndarray,
+    nearest: _Nearest,
     precision_N: np.ndarray,
     options: Options,
 ) -> None:
     from ssl_dist.results import charts  # matplotlib takes a second
 
-    names = class_names(test, gallery)
+    names, nearest_NK = class_names(test, gallery), nearest.rows_NK
     predicted_N = gallery.labels[nearest_NK[:, 0]]
     add_pictures(writer, test, names, predicted_N, _name(options), "the nearest image")
     right_N = predicted_N == test.labels
@@ -244,8 +284,68 @@ def _draw(
         f"{' other than themselves' if gallery is test else ''}. Green, solid frames: the query's class; red, dashed"
         " frames: another one, named below. Left queries whose nearest image is of their class, right those where it is"
         f" not, chosen evenly over the classes by key (seed {options.seed}), not by hand. Mean average precision"
-        f" {precision_N.mean() * 100:.2f} %.",
+        f" {precision_N.mean() * 100:.2f} %. {_listed(writer, test, gallery, nearest, options)}",
     )
+
+
+def _draw_without_classes(writer: FigureWriter, test: Features, nearest: _Nearest, options: Options) -> None:
+    from ssl_dist.results import charts  # matplotlib takes a second
+
+    num_queries = max(1, options.queries // 2)
+    drawn = np.sort(permutation(hash64(options.seed, EVALUATION), len(test))[:num_queries])
+    panels = [
+        (title, [_row_without_classes(writer, test, row, nearest) for row in rows])
+        for title, rows in (
+            ("the most similar images", _most_similar(nearest, num_queries)),
+            ("images that are drawn by key", drawn),
+        )
+    ]
+    writer.add(
+        f"{_name(options)}-nearest",
+        charts.neighbours(panels, framed=False),
+        "Images and their nearest images",
+        f"Images of {test.metadata['dataset']} {test.metadata['split']}, which has no classes, and, by falling cosine"
+        " of their features, the nearest of its other images; a number is that cosine. Left those with the highest,"
+        f" each pair once; right images drawn by key (seed {options.seed}), not by hand."
+        f" {_listed(writer, test, test, nearest, options)}",
+    )
+
+
+def _most_similar(nearest: _Nearest, number: int) -> list[int]:
+    """Queries by the falling cosine of their nearest image; of two that are each other's the first."""
+    chosen: dict[int, None] = {}
+    for query in np.argsort(-nearest.cosine_NK[:, 0], kind="stable").tolist():
+        if int(nearest.rows_NK[query, 0]) not in chosen:
+            chosen[query] = None
+        if len(chosen) == number:
+            break
+    return list(chosen)
+
+
+def _row_without_classes(
+    writer: FigureWriter, test: Features, query: int, nearest: _Nearest
+) -> tuple[np.ndarray, list[str]]:
+    """The images of a query and of its nearest rows; its file or id, and their cosines."""
+    rows = np.array([query, *nearest.rows_NK[query]])
+    file = PurePosixPath(writer.files(test, rows[:1])[0]).name
+    cosines = [f"{cosine:.3f}" for cosine in nearest.cosine_NK[query]]
+    return writer.images(test, rows), [file or str(test.image_ids[query]), *cosines]
+
+
+def _listed(writer: FigureWriter, test: Features, gallery: Features, nearest: _Nearest, options: Options) -> str:
+    """Write the list of the queries' nearest images; says where it is, for a caption."""
+    files, searched = (writer.files(part, np.arange(len(part))) for part in (test, gallery))
+    count = min(len(test), _NUM_LISTED)
+    rows = (
+        (test.image_ids[query], files[query], place, gallery.image_ids[row], searched[row], f"{cosine:.6f}")
+        for query in range(count)
+        for place, (row, cosine) in enumerate(
+            zip(nearest.rows_NK[query].tolist(), nearest.cosine_NK[query].tolist(), strict=True), 1
+        )
+    )
+    columns = ("image_id", "file", "place", "nearest_id", "nearest_file", "cosine")
+    which = "All queries" if count == len(test) else f"The first {count:,} queries"
+    return f"{which}: {writer.add_table(f'{_name(options)}-nearest', columns, rows, test)}."
 
 
 def _name(options: Options) -> str:

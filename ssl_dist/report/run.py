@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ssl_dist import config, evaluators, methods, results
 from ssl_dist.config import Config
+from ssl_dist.data import catalog, manifest
 from ssl_dist.errors import UserError
 from ssl_dist.reading import json_lines
 from ssl_dist.report import pictures
@@ -16,6 +17,7 @@ from ssl_dist.report.markup import count
 from ssl_dist.report.pictures import Picture
 from ssl_dist.report.seeds import newest
 from ssl_dist.report.verdicts import MAX_MAGNITUDE, is_amount, is_number
+from ssl_dist.results import suggestion
 from ssl_dist.run.metrics import read_metrics
 from ssl_dist.storage import checkpoint
 
@@ -38,6 +40,7 @@ class Run:
     evaluations: list["Run"] = field(default_factory=list)  # trainings on its backbone, of which only the log is read
     checkpoint: str | None = None  # name of the newest valid one
     digest: str | None = None  # its SHA-256
+    labelled: dict[str, bool] = field(default_factory=dict)  # by split; empty: the data set is not at data.root now
     notes: dict[str, list[str]] = field(default_factory=dict)
 
     @property
@@ -76,6 +79,15 @@ class Run:
         logged = [(line["epoch"], line[key]) for line in self.lines if is_number(line.get(key))]
         return [(epoch, float(value) if abs(value) < MAX_MAGNITUDE else math.nan) for epoch, value in logged]
 
+    def evaluation(self, with_labels: Sequence[str]) -> str:
+        """The command that measures it by these evaluators, or where its data set has no labels by those that need
+        none, between backticks."""
+        words = [*with_labels]
+        if self.labelled:
+            uses = catalog.split_roles(self.config.data.name or "", self.labelled)
+            words = suggestion.evaluators(self.labelled, uses, with_labels)
+        return command(self, "evaluate", *words)
+
     def note(self, part: str, sentence: str) -> None:
         self.notes.setdefault(part, []).append(sentence)
 
@@ -83,6 +95,7 @@ class Run:
 def read(folder: Path) -> Run:
     """Raises `UserError` when the folder is not a run's, or its config.yaml is damaged."""
     run = _open(folder)
+    _read_data(run)
     _read_checkpoint(run)
     _read_metrics(run)
     _read_results(run)
@@ -109,6 +122,21 @@ def command(run: Run, *words: str) -> str:
 
 def training(run: Run) -> str:
     return f"`{shlex.join(['ssl-dist', 'train', str(run.folder / 'config.yaml')])}`"
+
+
+def _read_data(run: Run) -> None:
+    """What dataset.json says; a data set that is at another place now, or on another machine, is passed over."""
+    with contextlib.suppress(UserError):
+        dataset = manifest.load(run.config.data.root)
+        if run.config.data.name not in (None, dataset.name):
+            return
+        run.labelled = {split: record.labelled for split, record in dataset.splits.items()}
+        for split, record in dataset.splits.items():
+            if record.skipped:
+                were = "was" if len(record.skipped) == 1 else "were"
+                images, place = count(record.skipped, "image"), f"{run.config.data.root}/{manifest.FILE}"
+                text = f"{images} could not be read and {were} left out by convert --skip-damaged; {place} names them."
+                run.note("title", f"Of split {split}, {text}")
 
 
 def _read_checkpoint(run: Run) -> None:
@@ -153,12 +181,12 @@ def _read_results(run: Run) -> None:
         return
     run.records = newest(records)
     if not run.records:
-        run.note("results", f"Nothing is measured yet; {command(run, 'evaluate', 'knn', 'logistic')} does it.")
+        run.note("results", f"Nothing is measured yet; {run.evaluation(['knn', 'logistic'])} does it.")
     older = {record["step"] for record in run.records if run.digest and record["checkpoint"] != run.digest}
     if older:
         steps = ", ".join(f"{step:,}" for step in sorted(older))
         run.note("results", f"Numbers marked with a step are of another checkpoint than the newest (of step {steps}); "
-                 f"{command(run, 'evaluate', 'knn', 'logistic')} measures the newest.")  # fmt: skip
+                 f"{run.evaluation(['knn', 'logistic'])} measures the newest.")  # fmt: skip
 
 
 def _read_starts(run: Run) -> None:
@@ -181,7 +209,7 @@ def _read_figures(run: Run) -> None:
     run.figures = [picture for picture in drawn if run.digest is None or picture.checkpoint in (None, run.digest)]
     stale = [picture.name for picture in drawn if picture not in run.figures]
     drawing = [name for name in ("knn", "retrieval", "clusters", "embedding") if name in evaluators.names()]
-    again = command(run, "evaluate", *drawing)
+    again = run.evaluation(drawing)
     if stale:
         run.note("pictures", f"Left out, being of another checkpoint: {', '.join(stale)}; {again} draws them anew.")
     elif not run.figures:

@@ -97,11 +97,14 @@ def class_bars(values_C: np.ndarray, names: Sequence[str], mean: float, label: s
     return figure
 
 
-def neighbours(panels: Sequence[tuple[str, Sequence[tuple[np.ndarray, Sequence[str]]]]], size: float = 0.62) -> Figure:
+def neighbours(
+    panels: Sequence[tuple[str, Sequence[tuple[np.ndarray, Sequence[str]]]]], size: float = 0.62, framed: bool = True
+) -> Figure:
     """Queries with their nearest images, in panels side by side.
 
     panels: a title and its rows; a row: images uint8 [1 + k, S, S, 3], the query first, and 1 + k names of classes.
     A neighbour of the query's class has a green, solid frame; another one a red, dashed frame and its name below.
+    Without frames the names are any, and all are shown.
     """
     rows = max(len(panel) for _, panel in panels)
     columns = max(len(images) for _, panel in panels for images, _ in panel)
@@ -117,11 +120,11 @@ def neighbours(panels: Sequence[tuple[str, Sequence[tuple[np.ndarray, Sequence[s
             for column, (image, name) in enumerate(zip(images, names, strict=True)):
                 x = left + (column + (0.25 if column else 0)) * size
                 axes = _add_image(figure, image, x, top, size, 0.9 * size)
-                right = name == names[0]
-                if column:
+                right = framed and name == names[0]
+                if column and framed:
                     _frame(axes, RIGHT if right else WRONG, "-" if right else (0, (2, 1)))
                 if not column or not right:
-                    color = WRONG if column else INK
+                    color = WRONG if column and framed else INK
                     axes.set_xlabel(_short(name, 11), fontsize=6, color=color, labelpad=1.5)
     return figure
 
@@ -147,19 +150,23 @@ def clusters(rows: Sequence[tuple[str, np.ndarray, np.ndarray]], size: float = 0
     return figure
 
 
-def points(xy_N2: np.ndarray, labels_N: np.ndarray, names: Sequence[str], axis_names: tuple[str, str]) -> Figure:
+def points(
+    xy_N2: np.ndarray, labels_N: np.ndarray | None, names: Sequence[str] | None, axis_names: tuple[str, str]
+) -> Figure:
     """A map of points [N, 2], coloured and shaped by class. Up to 20 classes have their names in a legend, and colour
-    and shape together are each one's own. axis_names: empty ones for a map without units."""
+    and shape together are each one's own; None: there are no classes. axis_names: empty ones for a map without units.
+    """
     wide, high = np.ptp(xy_N2, axis=0)
     figure, axes = new_plot(7.6, 0.5 + 6 * min(1.1, max(0.5, high / wide if wide > 0 else 1.1)))
+    if labels_N is None:
+        labels_N = np.zeros(len(xy_N2), np.int64)
     present = [int(label) for label in np.unique(labels_N)]
-    named = len(present) <= MAX_LABELLED_CLASSES
+    named = names is not None and len(present) <= MAX_LABELLED_CLASSES
     for number, label in enumerate(present):
         own = xy_N2[labels_N == label]
         color, shape = PALETTE[number % len(PALETTE)], SHAPES[number % len(SHAPES)]
-        axes.scatter(
-            own[:, 0], own[:, 1], s=11, c=color, marker=shape, linewidths=0, alpha=0.65, label=_short(names[label])
-        )
+        name = _short(names[label]) if names is not None else None
+        axes.scatter(own[:, 0], own[:, 1], s=11, c=color, marker=shape, linewidths=0, alpha=0.65, label=name)
     axes.set_xlabel(axis_names[0], color=INK)
     axes.set_ylabel(axis_names[1], color=INK)
     axes.tick_params(labelsize=8, labelcolor=GREY, color=PALE)
@@ -177,13 +184,18 @@ def points(xy_N2: np.ndarray, labels_N: np.ndarray, names: Sequence[str], axis_n
 
 
 def image_map(
-    xy_N2: np.ndarray, images: np.ndarray, labels_N: np.ndarray, names: Sequence[str], cells: int = 36
+    xy_N2: np.ndarray,
+    images: np.ndarray,
+    labels_N: np.ndarray | None,
+    names: Sequence[str] | None,
+    cells: int = 36,
 ) -> Figure:
     """Images uint8 [N, S, S, 3] at their positions on a map: in each cell of a grid the one nearest its middle.
 
-    Up to ten classes have frames in the colours of `points`.
+    Up to ten classes have frames in the colours of `points`; None: there are no classes.
     """
-    present = np.unique(labels_N)
+    present = np.empty(0) if labels_N is None else np.unique(labels_N)
+    framed = 0 < len(present) <= len(PALETTE)
     origin, extent = xy_N2.min(0), max(float(np.ptp(xy_N2, axis=0).max()), 1e-9)
     position_N2 = (xy_N2 - origin) / extent * cells
     cell_N2 = np.minimum(position_N2, cells - 1).astype(int)
@@ -192,19 +204,19 @@ def image_map(
     page = np.full((rows * (side + 2 * frame), columns * (side + 2 * frame), 3), 255, np.uint8)
     filled_cells: set[tuple[int, int]] = set()
     for index in np.argsort(np.square(position_N2 - cell_N2 - 0.5).sum(1), kind="stable"):
-        (column, row), image, label = cell_N2[index].tolist(), images[index], labels_N[index]
+        (column, row), image = cell_N2[index].tolist(), images[index]
         if (column, row) in filled_cells:
             continue
         filled_cells.add((column, row))
         top, left = (rows - 1 - row) * (side + 2 * frame), column * (side + 2 * frame)  # the map's y rises
-        if len(present) <= len(PALETTE):
-            red_green_blue = to_rgb(PALETTE[int(np.searchsorted(present, label))])
+        if framed and labels_N is not None:
+            red_green_blue = to_rgb(PALETTE[int(np.searchsorted(present, labels_N[index]))])
             page[top + 1 : top + side + 5, left + 1 : left + side + 5] = np.array(red_green_blue) * 255
         page[top + frame : top + frame + side, left + frame : left + frame + side] = image
     figure, axes = new_plot(9, 9 * rows / columns + 0.4)
     axes.imshow(page, interpolation="antialiased")
     axes.set_axis_off()
-    if len(present) <= len(PALETTE):
+    if framed and names is not None:
         handles = [Patch(color=PALETTE[number], label=_short(names[label])) for number, label in enumerate(present)]
         style = {"frameon": False, "fontsize": 8, "labelcolor": INK, "handlelength": 1, "columnspacing": 1.2}
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), **style)

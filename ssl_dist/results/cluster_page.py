@@ -5,7 +5,7 @@ One HTML file that fetches nothing and runs no script: the order is chosen by a 
 
 import base64
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -33,41 +33,53 @@ img { height: 64px; border: 4px solid hsl(var(--h) 70% var(--l)); }
 
 @dataclass(frozen=True)
 class Cluster:
-    """One cluster: its number, size, purity in percent, and its place in a random order; images uint8 [n, S, S, 3] of
-    it and their true classes int64 [n]."""
+    """One cluster: its number, size, and place in a random order; images uint8 [n, S, S, 3] of it and their files, ""
+    where they are not known. labels: the images' true classes int64 [n]; majority: its most frequent class; purity: the
+    share of that class in percent; all three only where there are classes."""
 
     number: int
     size: int
-    purity: float
     random_place: int
     images: np.ndarray
-    labels: np.ndarray
+    files: Sequence[str]
+    labels: np.ndarray | None
+    majority: int | None
+    purity: float
+
+    def images_of(self, names: Sequence[str] | None) -> Iterator[str]:
+        """The elements of its images; names: of the classes."""
+        for row, image in enumerate(self.images):
+            label = None if self.labels is None else int(self.labels[row])
+            known = [] if label is None or names is None else [names[label]]
+            words = escape(": ".join([*known, *filter(None, [self.files[row]])]))
+            frame = "" if label is None else f' style="{colour(label)}"'
+            yield f'<img src="{_data_url(image)}" alt="{words}" title="{words}"{frame}>'
 
 
 def html(
-    title: str, caption: str, clusters: Iterable[Cluster], majority: np.ndarray, names: list[str]
+    title: str, caption: str, clusters: Iterable[Cluster], first: str, names: Sequence[str] | None
 ) -> Iterator[str]:
-    """The page, part by part. clusters: the purest first; majority: the most frequent class of every cluster, by its
-    number, int64 [K]; names: of the classes."""
+    """The page, part by part. clusters: in their order, which begins with the `first` (purest, largest); names: of the
+    classes, None: there are none."""
     yield (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; style-src '
         "'unsafe-inline'\">\n"
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n"
         f"<p>{escape(caption)}</p>\n"
-        '<input type="radio" name="order" id="purity" checked> <label for="purity">the purest first</label>\n'
+        f'<input type="radio" name="order" id="ranked" checked> <label for="ranked">the {first} first</label>\n'
         '<input type="radio" name="order" id="random"> <label for="random">in random order</label>\n<main>\n'
     )
     for place, cluster in enumerate(clusters):
-        most = int(majority[cluster.number])
+        purity = "" if cluster.labels is None else f", {cluster.purity:.0f} %"
         yield (
             f'<article style="--p:{place};--r:{cluster.random_place}"><p>cluster {cluster.number}'
-            f"<small>{cluster.size:,} images, {cluster.purity:.0f} %</small>"
-            f'<small><i style="{colour(most)}"></i> {escape(names[most])}</small></p><div>'
+            f"<small>{cluster.size:,} images{purity}</small>"
         )
-        for image, label in zip(cluster.images, cluster.labels.tolist(), strict=True):
-            name = escape(names[label])
-            yield f'<img src="{_data_url(image)}" alt="{name}" title="{name}" style="{colour(label)}">'
+        if cluster.majority is not None and names is not None:
+            yield f'<small><i style="{colour(cluster.majority)}"></i> {escape(names[cluster.majority])}</small>'
+        yield "</p><div>"
+        yield from cluster.images_of(names)
         yield "</div></article>\n"
     yield "</main>\n</body>\n</html>\n"
 

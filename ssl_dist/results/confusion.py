@@ -33,12 +33,20 @@ def matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.nd
 def add_pictures(
     writer: FigureWriter, test: Features, names: list[str], predicted: np.ndarray, name: str, how: str
 ) -> None:
-    """Write the `pictures` of predictions int64 [N] for the images of `test`."""
+    """Write the `pictures` of predictions int64 [N] for the images of `test`, and the list of those that are wrong."""
+    wrong = np.flatnonzero(predicted != test.labels)
+    texts = [[names[label] for label in labels[wrong].tolist()] for labels in (test.labels, predicted)]
+    rows = zip(test.image_ids[wrong].tolist(), writer.files(test, wrong), *texts, strict=True)
+    listed = writer.add_table(f"{name}-errors", ("image_id", "file", "class", "predicted"), rows, test)
     if len(names) > MAX_CLASSES:  # before the matrix is made, too
         return
     what = f"{len(test):,} images of {test.metadata['dataset']} {test.metadata['split']}"
-    for picture in pictures(matrix(test.labels, predicted, len(names)), names, name, how, what):
-        writer.add(*picture)
+    for figure_name, figure, title, caption in pictures(
+        matrix(test.labels, predicted, len(names)), names, name, how, what
+    ):
+        if figure_name.endswith("-confusion"):
+            caption += f" All that are wrong: {listed}."
+        writer.add(figure_name, figure, title, caption)
 
 
 def pictures(

@@ -4,8 +4,10 @@ A picture is RUN/figures/<dataset>-<split>-<name>.png. Its own text chunks hold 
 Evaluator and Checkpoint (SHA-256), so that showing it takes nothing but the file.
 """
 
+import csv
+import io
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,13 +66,21 @@ class FigureWriter:
 
     folder: of the pictures; test: the split that is measured, whose data set, name and checkpoint mark the pictures;
     open_split: the reader of a split by its name, called when an image of it is first asked for; data: image_size and
-    the resizing of the test transform; evaluator: its name.
+    the resizing of the test transform; evaluator: its name; list_files: the files of a split's images, None: it has no
+    list.
     """
 
     def __init__(
-        self, folder: Path, test: Features, open_split: Callable[[str], Reader], data: Data, evaluator: str
+        self,
+        folder: Path,
+        test: Features,
+        open_split: Callable[[str], Reader],
+        data: Data,
+        evaluator: str,
+        list_files: Callable[[str], list[str] | None] = lambda split: None,
     ) -> None:
         self.folder = folder
+        self._list_files, self._files = list_files, dict[str, list[str] | None]()
         self._metadata, self._open_split, self._data, self._evaluator = test.metadata, open_split, data, evaluator
         self._readers: dict[str, Reader] = {}
 
@@ -109,14 +119,35 @@ class FigureWriter:
         metadata = self._metadata if part is None else part.metadata
         return add_picture(self.folder, metadata, self._evaluator, name, figure, title, caption)
 
-    def add_page(self, name: str, parts: Iterable[str], part: Features) -> Path:
-        """Write an HTML page about a split, whole or not at all, beside the figures. parts: its text in pieces, which
-        are not held together. Raises `UserError` when the folder cannot be written."""
+    def add_page(self, name: str, parts: Iterable[str], part: Features) -> str:
+        """Write an HTML page about a split, whole or not at all, beside the figures; returns its path below the run.
+        parts: its text in pieces, which are not held together. Raises `UserError` when the folder cannot be written."""
         path = _path(self.folder, part.metadata, name, "html")
         with atomic_write_or_refuse(path) as file:
             for text in parts:
                 file.write(text.encode())
-        return path
+        return f"{self.folder.name}/{path.name}"
+
+    def add_table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[object]], part: Features) -> str:
+        """Write a CSV file about a split, whole or not at all, beside the figures; returns its path below the run.
+        Raises `UserError` when the folder cannot be written."""
+        path = _path(self.folder, part.metadata, name, "csv")
+        with atomic_write_or_refuse(path) as file:
+            text = io.TextIOWrapper(file, "utf-8", newline="", write_through=True)
+            table = csv.writer(text, lineterminator="\n")
+            table.writerow(columns)
+            table.writerows(rows)
+            text.detach()
+        return f"{self.folder.name}/{path.name}"
+
+    def files(self, part: Features, rows: np.ndarray) -> list[str]:
+        """The file of each of these rows of `part`, int64 [n], as a line of <split>-files.txt; empty where the data set
+        has no such list."""
+        split = part.metadata["split"].partition("[")[0]
+        if split not in self._files:
+            self._files[split] = self._list_files(split)
+        files = self._files[split]
+        return [""] * len(rows) if files is None else [files[image] for image in part.image_ids[rows].tolist()]
 
     def close(self) -> None:
         """Close the readers that were opened."""

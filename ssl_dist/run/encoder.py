@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ssl_dist import backbones, methods, views
 from ssl_dist.config import Config, Data, Normalize, overridden, to_tree, validate
+from ssl_dist.data import file_names
 from ssl_dist.data.loader import view_batches
 from ssl_dist.data.normalize import normalized
 from ssl_dist.data.reader import Reader, SplitInfo
@@ -164,7 +165,8 @@ def is_fresh(path: Path, encoder: Encoder, dataset: Dataset, split: str) -> bool
 
 
 def extract_features(encoder: Encoder, dataset: Dataset, split: str, folder: Path, world: World, threads: int) -> Path:
-    """Write the features file of a split: float32 [N, D], one row an image in the order of ids.
+    """Write the features file of a split: float32 [N, D], one row an image in the order of ids; and beside it, where
+    the data set has it, the list of the images' files.
 
     Every rank passes a range of ids and writes it beside the file; rank 0 joins the parts. The file is the same, to the
     bit, on any number of ranks with as many threads.
@@ -200,6 +202,10 @@ def extract_features(encoder: Encoder, dataset: Dataset, split: str, folder: Pat
     }
 
     def join(parts: Sequence[np.ndarray]) -> None:
+        if (files := dataset.files(split)) is not None:
+            with durable.refuse_unwritable(folder, "give another --out"):
+                listed = file_names.path_of(folder, f"{dataset.name}-{split}")
+                durable.write_text(listed, "".join(f"{line}\n" for line in files))
         write_features(
             path, np.concatenate(parts), dataset.labels(split), np.arange(info.count, dtype=np.int64), metadata
         )

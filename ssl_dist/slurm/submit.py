@@ -73,6 +73,8 @@ def evaluate(options: argparse.Namespace) -> int:
     words = [*options.overrides, *(["--search", *options.search] if options.search else [])]
     if options.validation is not None:
         words += ["--validation", options.validation]
+    if options.split is not None:
+        words += ["--split", options.split]
     evaluator = _evaluator(site, run.absolute() / "slurm", run, options.overrides)
     if options.dry_run:
         print(evaluator.script())

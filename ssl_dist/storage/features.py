@@ -121,6 +121,15 @@ def require_labels(*parts: Features) -> None:
         )
 
 
+def have_classes(train: Features, test: Features) -> bool:
+    """Whether there are classes to measure by: not where one split, both train and test, has images without labels or
+    only one class. Raises `UserError` as `require_labels` for parts that are two."""
+    if train is test and ((test.labels < 0).any() or len(np.unique(test.labels)) < 2):
+        return False
+    require_labels(train, test)
+    return True
+
+
 def write_features(
     path: str | Path, features: np.ndarray, labels: np.ndarray, image_ids: np.ndarray, metadata: dict[str, str]
 ) -> None:

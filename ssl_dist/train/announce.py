@@ -6,6 +6,7 @@ import torch
 
 from ssl_dist.data.readers import Dataset
 from ssl_dist.errors import UserError
+from ssl_dist.results import suggestion
 from ssl_dist.run.blueprint import RunPlan
 from ssl_dist.run.folder import can_be_prolonged
 from ssl_dist.train import advice
@@ -60,15 +61,13 @@ def ending(plan: RunPlan) -> str:
 
 def _measure(plan: RunPlan, run: str) -> str:
     """The command that measures the run, by the splits and labels that there are."""
-    dataset = plan.dataset
-    train, test = dataset.uses.training, dataset.uses.evaluation
-    if not _is_labelled(dataset, train):
-        return f"ssl-dist extract {run} --split {plan.split.split}"
-    return f"ssl-dist evaluate {run} knn" + ("" if test in dataset.splits else " --validation 0.1")
+    labelled = {split: _is_labelled(plan.dataset, split) for split in plan.dataset.splits}
+    words = suggestion.evaluators(labelled, plan.dataset.uses, ["knn"])
+    return f"ssl-dist evaluate {run} {shlex.join(words)}"
 
 
 def _is_labelled(dataset: Dataset, split: str) -> bool:
-    """Whether the split is there, whole, with labels. The run is complete, whatever became of the file of this one."""
+    """Whether the split has labels, and is whole: the run is complete, whatever became of the file."""
     try:
         return dataset.info(split).labelled
     except UserError:

@@ -40,6 +40,11 @@ class EvalContext:
     features_files: dict[str, Path] = field(default_factory=dict)
 
     @property
+    def alone(self) -> bool:
+        """Whether one split is both what is learned from and what is measured."""
+        return self.train == self.test and self.held_out is None
+
+    @property
     def metadata(self) -> dict[str, str]:
         """What results.json keeps of it."""
         return {

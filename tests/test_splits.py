@@ -1,0 +1,178 @@
+"""Evaluation and extraction of data sets that lack labels or splits; every advice about splits is obeyed."""
+
+import json
+import re
+import shlex
+import shutil
+
+import numpy as np
+import pytest
+
+from ssl_dist import cli, config, results
+from ssl_dist.convert.command import convert
+from ssl_dist.data import file_names
+from ssl_dist.results import suggestion
+from ssl_dist.storage.features import read_features
+from ssl_dist.train.loop import train
+from tests.make_images import save
+
+COUNTS = {"train/blue": 20, "train/red": 20, "test/blue": 18, "test/red": 18, "unlabeled": 36}
+WITHOUT_LABELS = ["clusters", "embedding", "retrieval"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of random weights, on a data set of three splits."""
+    root = tmp_path_factory.mktemp("splits")
+    generator = np.random.default_rng(0)
+    for folder, count in COUNTS.items():
+        for i in range(count):
+            save(root / "source" / folder / f"{i:02}.png", generator.integers(0, 256, (32, 32, 3), np.uint8))
+    convert("folder", root / "source", root / "data", name="photos", workers=1, progress=False)
+    settings = {
+        "run_dir": str(root / "a run"), "data": {"root": str(root / "data"), "reader": "arrays", "workers": 1},
+        "method": {"name": "random_weights"}, "optim": {"batch_size": 4},
+    }  # fmt: skip
+    assert train(config.validate(config.Config, settings)) == 0
+    return root / "a run"
+
+
+@pytest.fixture
+def data(run, tmp_path):
+    """The same data set with some of its splits only: the word that takes it."""
+
+    def with_splits(*splits):
+        root = tmp_path / "-".join(splits)
+        shutil.copytree(run.parent / "data", root)
+        tree = json.loads((root / "dataset.json").read_text())
+        tree["splits"] = {split: record for split, record in tree["splits"].items() if split in splits}
+        (root / "dataset.json").write_text(json.dumps(tree))
+        return f"data.root={root}"
+
+    return with_splits
+
+
+@pytest.fixture
+def refused(run, capsys):
+    def one_line(verb, *words):
+        capsys.readouterr()
+        assert cli.main([verb, str(run), *words]) == 2
+        [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        return line
+
+    return one_line
+
+
+def obeyed(line, *words):
+    """The commands that the message gives, or else its options behind `words`, one after the other; each works."""
+    commands = [shlex.split(text)[1:] for text in re.findall(r"`(ssl-dist .*?)`", line)]
+    if not commands:
+        commands = [
+            [*words, *shlex.split(option)] for option in re.findall(r"--split [\w']+(?: --split \w+)*", line)[1:]
+        ]
+    for command in commands:
+        assert cli.main(command) == 0, command
+    return commands
+
+
+@pytest.mark.parametrize(
+    ("splits", "words", "says", "advised"),
+    [
+        (["unlabeled"], ["knn"], "knn: needs labels, and .* no labelled split to learn from .train., only unlabeled",
+         [*WITHOUT_LABELS, "--split", "unlabeled"]),
+        (["unlabeled", "test"], ["probe", "knn"], "probe: needs labels", [*WITHOUT_LABELS, "--split", "test"]),
+        (["test"], ["knn", "retrieval", "retrieval.queries=4"], "only test",
+         [*WITHOUT_LABELS, "retrieval.queries=4", "--split", "test"]),
+        (["unlabeled"], ["retrieval", "--validation", "0.1"], "--validation: needs labels", ["--split", "unlabeled"]),
+        (["train"], ["retrieval", "knn", "knn.k=[1]", "retrieval.k=[1]"], "knn: learns from train, and .*no labelled",
+         ["knn", "knn.k=[1]", "--validation", "0.1"]),
+        (["unlabeled", "train"], ["knn"], "knn: learns from train, and", ["--validation", "0.1"]),
+        (["train", "test"], ["knn", "--split", "train"], "--split train gives the same", ["--validation", "0.1"]),
+        (["unlabeled", "train", "test"], ["knn", "--split", "unlabeled", "data.subset={per_class: 3}"],
+         "split 'unlabeled' has none", [*WITHOUT_LABELS, "--split", "unlabeled"]),
+    ],
+)  # fmt: skip
+def test_a_refusal_names_the_command_that_works(run, data, refused, splits, words, says, advised):
+    place = data(*splits)
+    line = refused("evaluate", *words, place)
+    assert re.search(says, line), line
+    [command] = obeyed(line)
+    assert [word for word in command if word in advised] == advised and place in command
+    assert "data.subset={per_class: 3}" not in command
+
+
+def test_a_split_that_is_not_there(run, data, refused):
+    place = data("unlabeled", "test")
+    line = refused("evaluate", "retrieval", place, "--split", "photos")
+    assert "holds no such split; give --split unlabeled or --split test" in line
+    assert len(obeyed(line, "evaluate", str(run), "retrieval", place)) == 2
+    line = refused("extract", place, "--split", "train")
+    [command] = obeyed(line.replace("'train'", "--split train"), "extract", str(run), place)
+    assert command[-4:] == ["--split", "unlabeled", "--split", "test"]
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (["data.subset={per_class: 3}"], []),
+        (["--search", "retrieval.seed=[1,2]"], []),
+        (["--validation", "0.1"], ["--split", "unlabeled"]),
+    ],
+)
+def test_options_of_another_split_beside_one_that_stands_alone(run, refused, words, remedy):
+    line = refused("evaluate", "retrieval", "--split", "unlabeled", *words)
+    assert words[0].partition("=")[0] in line and re.search(r"leave (it|one of the two) out", line)
+    assert cli.main(["evaluate", str(run), "retrieval", *(remedy or ["--split", "unlabeled"])]) == 0
+
+
+def test_extract_takes_the_splits_that_there_are(run, data, tmp_path, capsys):
+    for splits, taken in (
+        (["unlabeled"], ["unlabeled"]), (["unlabeled", "train"], ["train"]),
+        (["unlabeled", "train", "test"], ["train", "test"]),
+    ):  # fmt: skip
+        out = tmp_path / f"features-{len(splits)}"
+        assert cli.main(["extract", str(run), data(*splits), "--out", str(out)]) == 0
+        assert [line.rpartition("-")[2] for line in capsys.readouterr().out.split()] == [
+            f"{split}.safetensors" for split in taken
+        ]
+        for split in taken:
+            files = file_names.path_of(out, f"photos-{split}").read_text().splitlines()
+            assert len(files) == len(read_features(out / f"photos-{split}.safetensors")) and files[3].endswith("03.png")
+
+
+def test_a_training_without_labels_ends_with_the_command_that_measures_it(data, tmp_path, capsys):
+    own = tmp_path / "own"
+    settings = {
+        "run_dir": str(own), "data": {"root": data("unlabeled").partition("=")[2], "reader": "arrays", "workers": 1},
+        "method": {"name": "random_weights"}, "optim": {"batch_size": 4},
+    }  # fmt: skip
+    assert train(config.validate(config.Config, settings)) == 0
+    lines = capsys.readouterr().err.splitlines()
+    advised = shlex.split(lines[lines.index(f"{own}: complete; next") + 1])
+    assert advised[:3] == ["ssl-dist", "evaluate", str(own)]
+    assert sorted(advised[3:-2]) == WITHOUT_LABELS == sorted(suggestion.WITHOUT_LABELS)
+    assert advised[-2:] == ["--split", "unlabeled"]
+
+
+def test_a_split_without_labels_alone(run, data, capsys):
+    """Numbers, what the record says of it, pictures and lists, and the page."""
+    assert cli.main(["evaluate", str(run), *WITHOUT_LABELS, data("unlabeled")]) == 0
+    captured = capsys.readouterr()
+    assert "split unlabeled of photos stands alone" in captured.err and captured.out.count("has no labels") == 3
+    records = [record for record in results.read(run / "results.json") if record["split"] == "unlabeled"]
+    assert not [record["name"] for record in records if "top" in record["name"]] and len(records) == 8
+    assert all("within split unlabeled alone, which has no labels, so there are no accuracies but" in record["protocol"]
+               for record in records)  # fmt: skip
+    made = sorted((run / "figures").glob("photos-unlabeled-*"))
+    assert [path.name.removeprefix("photos-unlabeled-") for path in made] == [
+        "clusters-images.png", "clusters.csv", "clusters.html", "embedding-images.png", "embedding-pca.png",
+        "embedding-tsne.png", "retrieval-nearest.csv", "retrieval-nearest.png",
+    ]  # fmt: skip
+    rows = (run / "figures" / "photos-unlabeled-clusters.csv").read_text().splitlines()
+    assert rows[0] == "image_id,file,cluster" and rows[8].startswith("7,unlabeled/07.png,") and len(rows) == 37
+    assert cli.main(["evaluate", str(run), *WITHOUT_LABELS, data("unlabeled", "test"), "--split", "unlabeled"]) == 0
+    assert capsys.readouterr().err.count(f"in {run / 'results.json'} already") == 3
+    assert cli.main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "retrieval_nearest_cosine" in page
+    assert "figures/photos-unlabeled-clusters.html" in page and "figures/photos-unlabeled-retrieval-nearest.csv" in page
