@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from torchvision.transforms.functional import InterpolationMode, center_crop, resize
@@ -108,7 +109,7 @@ def test_a_picture_is_written_whole_or_not_at_all(digits, opened, tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(figures.FigureCanvasAgg, "print_png", fails)
+        patch.setattr(FigureCanvasAgg, "print_png", fails)
         with pytest.raises(KeyboardInterrupt):
             writer.add("x", Figure(figsize=(1, 1)), "new", "")
     assert list(tmp_path.iterdir()) == [path]
