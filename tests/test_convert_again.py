@@ -296,6 +296,25 @@ def test_damaged_images_can_be_left_out(simple, tmp_path, capsys):
     assert list(manifest.load(out).splits["train"].skipped) == bad[1:] and stored(out)[1] == [0, 0, 0, 1, 1]
 
 
+def test_damaged_images_of_all_splits_are_named_at_once(tmp_path):
+    source, out = simple_folder(tmp_path / "source"), tmp_path / "out"
+    for name in ("train/blue/000.png", "test/red/001.png"):
+        (source / name).write_bytes(b"no picture")
+    message = refusal("folder", source, out)
+    counts = [len(list((source / split).rglob("*.*"))) for split in ("train", "test")]
+    numbers = [
+        f"{split}: 1 of {n} images can not be converted" for split, n in zip(("train", "test"), counts, strict=True)
+    ]
+    assert message.startswith(f"{'; '.join(numbers)}: train/blue/000.png (can not be read") and not out.exists()
+    assert "test/red/001.png (can not be read" in message and "--skip-damaged" in message
+    record = run("folder", source, out, skip_damaged=True)
+    assert [len(split.skipped) for split in record.splits.values()] == [1, 1]
+    for path in (source / "train").rglob("*.*"):
+        path.write_bytes(b"no picture")
+    message = refusal("folder", source, tmp_path / "none", skip_damaged=True)
+    assert message.startswith(f"train: {counts[0]} of {counts[0]}") and "; test: " not in message
+
+
 def test_more_damaged_images_than_a_line_holds(tmp_path, capsys):
     source = simple_folder(tmp_path / "source", per_class=20, splits=("train",))
     bad = sorted((source / "train").rglob("*.png"))[1:]
@@ -314,7 +333,7 @@ def test_nothing_but_damaged_images_is_refused(tmp_path):
     for path in (source / "train").rglob("*.png"):
         path.write_bytes(b"")
     message = refusal("folder", source, tmp_path / "out", skip_damaged=True)
-    assert "2 of 2 images" in message and "--root" in message and os.listdir(tmp_path / "out") == []
+    assert "2 of 2 images" in message and "--root" in message and not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------------------------------ huge pictures

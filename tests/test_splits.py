@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from ssl_dist import cli, config, results
+from ssl_dist import cli, config, evaluators, results
 from ssl_dist.convert.command import convert
 from ssl_dist.data import file_names
 from ssl_dist.results import suggestion
@@ -17,7 +17,7 @@ from ssl_dist.train.loop import train
 from tests.make_images import save
 
 COUNTS = {"train/blue": 20, "train/red": 20, "test/blue": 18, "test/red": 18, "unlabeled": 36}
-WITHOUT_LABELS = ["clusters", "embedding", "retrieval"]
+WITHOUT_LABELS = ["retrieval", "clusters", "embedding"]
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,8 @@ def test_a_training_without_labels_ends_with_the_command_that_measures_it(data, 
     lines = capsys.readouterr().err.splitlines()
     advised = shlex.split(lines[lines.index(f"{own}: complete; next") + 1])
     assert advised[:3] == ["ssl-dist", "evaluate", str(own)]
-    assert sorted(advised[3:-2]) == WITHOUT_LABELS == sorted(suggestion.WITHOUT_LABELS)
+    assert tuple(advised[3:-2]) == tuple(WITHOUT_LABELS) == suggestion.WITHOUT_LABELS
+    assert sorted(WITHOUT_LABELS) == [name for name in evaluators.names() if evaluators.works_without_labels(name)]
     assert advised[-2:] == ["--split", "unlabeled"]
 
 
@@ -161,8 +162,9 @@ def test_a_split_without_labels_alone(run, data, capsys):
     assert "split unlabeled of photos stands alone" in captured.err and captured.out.count("has no labels") == 3
     records = [record for record in results.read(run / "results.json") if record["split"] == "unlabeled"]
     assert not [record["name"] for record in records if "top" in record["name"]] and len(records) == 8
-    assert all("within split unlabeled alone, which has no labels, so there are no accuracies but" in record["protocol"]
-               for record in records)  # fmt: skip
+    for record in records:
+        assert record["protocol"].endswith("; within split unlabeled alone, which has no labels: no accuracies")
+        assert "class" not in record["protocol"] and "train" not in record["protocol"]
     made = sorted((run / "figures").glob("photos-unlabeled-*"))
     assert [path.name.removeprefix("photos-unlabeled-") for path in made] == [
         "clusters-images.png", "clusters.csv", "clusters.html", "embedding-images.png", "embedding-pca.png",

@@ -20,7 +20,7 @@ from ssl_dist.convert.encode import MAX_PIXELS, pillow_limited_to
 from ssl_dist.convert.folders import WithoutClass
 from ssl_dist.convert.images import Images, Source
 from ssl_dist.convert.sources import open_source
-from ssl_dist.convert.split import Options, kept, printable, written
+from ssl_dist.convert.split import Options, UnfitImages, kept, printable, refusal, unfit_images, written
 from ssl_dist.convert.statistics import Moments, constant_channels, measure
 from ssl_dist.data import file_names, manifest
 from ssl_dist.data.beton import MAX_SIDE, Beton
@@ -101,11 +101,16 @@ def convert(
         refuse_unwritable(f"--out {out}", "free space there or choose another folder"),
         pillow_limited_to(max_pixels),
     ):
+        is_new = not out.exists()
         out.mkdir(parents=True, exist_ok=True)
         remove_dead(out)
+        unfit: list[UnfitImages] = []
         # The split for pre-training comes first: no dataset.json is without its mean and standard deviation.
         for split in sorted(source.splits, key=lambda split: split != roles.pretraining):
             images, path = source.splits[split], out / f"{split}.beton"
+            if unfit:  # to name those of this split, too
+                unfit += filter(None, [unfit_images(split, images, options)])
+                continue
             record = kept(path, splits[split], images, options) if split in splits else None
             if record is not None and previous is not None:
                 if split == roles.pretraining:
@@ -113,15 +118,23 @@ def convert(
             else:
                 # All that takes time is done before the file takes its place: dataset.json follows at once. Who is
                 # killed between the two leaves a pair of which readers and the next run see that it is none.
-                with written(path, images, len(source.classes), options) as (beton, record, digests[split]):
-                    if split == roles.pretraining:
-                        moments = measure(beton, options.workers)
+                try:
+                    with written(path, images, len(source.classes), options) as (beton, record, digests[split]):
+                        if split == roles.pretraining:
+                            moments = measure(beton, options.workers)
+                except UnfitImages as error:
+                    unfit.append(error)
+                    continue
             if split == roles.pretraining and (constant := constant_channels(moments[1])):
                 options.report(f"{path}: constant in all images: {constant}; std is 1 for it in {manifest.FILE}")
             splits[split] = _with_files(out, split, images, record)
             done = {name: splits[name] for name in source.splits if name in splits}
             result = _manifest(name, entry, source.classes, done, roles, moments, options.encoding)
             manifest.save(out, result)
+        if unfit:
+            if is_new and not any(out.iterdir()):
+                out.rmdir()
+            raise refusal(unfit)
     for line in _repeated(source.splits, digests, roles):
         options.report(f"--root {root}: {line}")
     return result

@@ -7,7 +7,7 @@ import os
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,27 @@ MAX_NAMED = 20  # images that can not be converted, on the terminal
 UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, KeyError, RuntimeError, EOFError, ValueError)
 
 T = TypeVar("T")
+
+
+class UnfitImages(UserError):
+    """Images of a split that can not be converted: position in `images.names` -> reason."""
+
+    def __init__(self, split: str, images: Images, reasons: dict[int, str]) -> None:
+        super().__init__(f"{split}: {len(reasons)} of {len(images.names)} images can not be converted")
+        self.images, self.reasons = images, reasons
+
+    @property
+    def are_all(self) -> bool:
+        return len(self.reasons) == len(self.images.names)
+
+    def are_refused(self, options: "Options") -> bool:
+        """Whether the split can not be converted without them."""
+        return self.are_all or not options.skip_damaged
+
+    def named(self, number: int) -> list[str]:
+        """The first of them, as a user finds them, with the reason."""
+        first = itertools.islice(self.reasons.items(), number)
+        return [f"{self.images.describe(i)}: {reason}" for i, reason in first]
 
 
 @dataclass(frozen=True)
@@ -121,23 +142,16 @@ def written(
     """The split's complete file, under a temporary name, its record, and 64 bits of the SHA-256 of every image of the
     source, uint64 [N], 0 of those that are left out; a block that ends well puts the file in its place.
 
-    Raises `UserError` that names all images that can not be converted, unless these are to be left out.
+    Raises `UnfitImages` of all images that can not be converted, unless these are to be left out.
     """
     count, contents, unfit, turned = len(images.names), hashlib.sha256(), dict[int, str](), 0
     digests = np.zeros(count, np.uint64)
     stamps = images.stamps()  # asked before the images are read: what changes meanwhile is noticed by the next run
 
-    def encoded(i: int) -> tuple[bytes, Sample | UnfitImage]:
-        digest, item = _load(images, i)
-        try:
-            return digest, item if isinstance(item, UnfitImage) else encode(item, options.encoding)
-        except UnfitImage as error:
-            return digest, error
-
     with Writer(path, count, page_size(options.encoding)) as writer:
         with (
             Progress(f"{path.stem}: converting", count, "image", options.quiet) as counter,
-            contextlib.closing(_in_threads(encoded, images, options)) as results,
+            contextlib.closing(_in_threads(partial(_encoded, images, options.encoding), images, options)) as results,
         ):
             for i, (digest, sample) in enumerate(results):
                 contents.update(digest)
@@ -149,7 +163,10 @@ def written(
                     turned += sample.turned
                 counter.update(1)
         if unfit:
-            _refuse_or_report(path.stem, images, unfit, options)
+            error = UnfitImages(path.stem, images, unfit)
+            if error.are_refused(options):
+                raise error
+            options.report(f"{error} and are left out; {manifest.FILE} names all of them:\n{_first(error)}")
         if turned:
             options.report(f"{path.stem}: {turned} images are turned upright, as their EXIF orientation says")
         sha256 = writer.complete()
@@ -179,26 +196,56 @@ def written(
         writer.publish()
 
 
-def _refuse_or_report(split: str, images: Images, unfit: dict[int, str], options: Options) -> None:
-    """Name the images that can not be converted, the first `MAX_NAMED` of them: in one error, or, where that would be
-    too long, before it."""
-    first = list(unfit.items())[:MAX_NAMED]
-    named = [f"{images.describe(i)}: {reason}" for i, reason in first]
-    if len(unfit) > MAX_NAMED:
-        named.append(f"... and {len(unfit) - MAX_NAMED} more")
-    number = f"{split}: {len(unfit)} of {len(images.names)} images can not be converted"
-    if options.skip_damaged and len(unfit) < len(images.names):
-        options.report("\n".join([f"{number} and are left out; {manifest.FILE} names all of them:", *named]))
-        return
+def unfit_images(split: str, images: Images, options: Options) -> UnfitImages | None:
+    """The images for which a split would be refused; nothing is written."""
+    encoded = _in_threads(partial(_encoded, images, options.encoding), images, options)
+    with (
+        Progress(f"{split}: reading", len(images.names), "image", options.quiet) as counter,
+        contextlib.closing(encoded) as results,
+    ):
+        reasons = dict[int, str]()
+        for i, (_, sample) in enumerate(results):
+            if isinstance(sample, UnfitImage):
+                reasons[i] = str(sample)
+            counter.update(1)
+    error = UnfitImages(split, images, reasons)
+    return error if reasons and error.are_refused(options) else None
+
+
+def refusal(errors: Sequence[UnfitImages]) -> UserError:
+    """One error that names the images of all splits, the first `MAX_NAMED` of them, or, where that would be too long,
+    the first, after the names were printed."""
+    number = sum(len(error.reasons) for error in errors)
     remedy = "replace or remove it, or leave it out with --skip-damaged"
-    if len(unfit) == len(images.names):
+    if any(error.are_all for error in errors):
         remedy = "give --root a folder with images that can be read"
-    listed = ", ".join(f"{images.names[i]} ({reason})" for i, reason in first)
-    message = f"{named[0]}; {remedy}" if len(unfit) == 1 else f"{number}: {listed}; {remedy}"
-    if len(unfit) > MAX_NAMED or len(message) > MAX_MESSAGE:
-        print("\n".join(named), file=sys.stderr, flush=True)
-        message = f"{number}, named above, the first is {named[0]}; {remedy}"
-    raise UserError(message)
+    named = list(itertools.islice((name for error in errors for name in error.named(MAX_NAMED)), MAX_NAMED))
+    if number == 1:
+        return UserError(f"{named[0]}; {remedy}")
+    what = "; ".join(map(str, errors))
+    short = (f"{error.images.names[i]} ({reason})" for error in errors for i, reason in error.reasons.items())
+    message = f"{what}: {', '.join(itertools.islice(short, MAX_NAMED))}; {remedy}"
+    if number > MAX_NAMED or len(message) > MAX_MESSAGE:
+        print("\n".join([*named, *_more(number)]), file=sys.stderr, flush=True)
+        message = f"{what}, named above, the first is {named[0]}; {remedy}"
+    return UserError(message)
+
+
+def _first(error: UnfitImages) -> str:
+    return "\n".join([*error.named(MAX_NAMED), *_more(len(error.reasons))])
+
+
+def _more(number: int) -> list[str]:
+    return [f"... and {number - MAX_NAMED} more"] if number > MAX_NAMED else []
+
+
+def _encoded(images: Images, encoding: Encoding, i: int) -> tuple[bytes, Sample | UnfitImage]:
+    """SHA-256 of an image's bytes at the source, and what is stored of it, or why nothing can be."""
+    digest, item = _load(images, i)
+    try:
+        return digest, item if isinstance(item, UnfitImage) else encode(item, encoding)
+    except UnfitImage as error:
+        return digest, error
 
 
 def _load(images: Images, i: int) -> tuple[bytes, bytes | np.ndarray | UnfitImage]:

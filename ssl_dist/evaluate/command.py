@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from pydantic import Field
 
 from ssl_dist import config, evaluators, methods, results
@@ -36,7 +35,7 @@ from ssl_dist.run.encoder import (
     load_together,
 )
 from ssl_dist.storage.durable import refuse_unwritable
-from ssl_dist.storage.features import check_pair, read_features
+from ssl_dist.storage.features import check_pair, lack_of_classes, read_features
 from ssl_dist.transfer.recipe import Stopped
 from ssl_dist.transfer.subject import EvalContext, chosen_images, hold_out
 
@@ -273,12 +272,12 @@ def _show(run: Path, records: list[dict]) -> None:
 def _protocol(context: EvalContext, evaluator: Evaluator, options: Section, remark: str | None) -> str:
     """The evaluator's protocol with what this evaluation adds to it."""
     parts = [evaluators.protocol(evaluator, options)]
-    if context.alone and isinstance(words := getattr(evaluator, "WITHOUT_LABELS", None), str):
-        labels, without = context.dataset.labels(context.test), ""
-        if (labels < 0).any() or len(np.unique(labels)) < 2:
-            what = "no labels" if (labels < 0).any() else "one class"
-            without = f", which has {what}, so there are no accuracies but {words}"
-        parts.append(f"within split {context.test} alone{without}")
+    if context.alone:
+        alone = f"within split {context.test} alone"
+        if lack := lack_of_classes(context.dataset.labels(context.test)):
+            parts = [evaluators.protocol_without_labels(evaluator, options)]
+            alone += f", which has {lack}: no accuracies"
+        parts.append(alone)
     if context.subset is not None:
         parts.append(f"{results.FITTED_ON} {context.subset} of {context.train}")
     if context.held_out is not None and methods.find(context.encoder.config.method.name).needs_labels:

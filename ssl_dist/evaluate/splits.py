@@ -10,6 +10,7 @@ from ssl_dist import evaluators
 from ssl_dist.data.readers import Dataset
 from ssl_dist.errors import UserError, quoted
 from ssl_dist.evaluate.search import DEFAULT_SHARE
+from ssl_dist.results import suggestion
 
 
 class Splits(NamedTuple):
@@ -33,7 +34,7 @@ def choose(
     overrides: as the user wrote them, for the commands in messages. wanted: `--split`, None: the split for evaluation.
     holds_out: whether all is measured on a part of the training split. parts: options that choose images of the
     training split, as the user wrote them. A labelled split is measured by what the labelled training split teaches.
-    Without labels, or without another split, it stands alone, which only evaluators that have `WITHOUT_LABELS` can do.
+    Without labels, or without another split, it stands alone, which only evaluators with `protocol_without_labels` can.
     Raises `UserError`.
     """
     train, test = dataset.uses.training, dataset.uses.evaluation
@@ -63,9 +64,8 @@ def _labelled(dataset: Dataset, split: str) -> bool:
 def _needs_labels(run: Path, dataset: Dataset, who: str, overrides: Sequence[str], alone: str, is_wanted: bool) -> str:
     """Of `who`, an evaluator or --validation, that needs labels, or a labelled split besides the one that it learns
     from. is_wanted: whether the user named the split."""
-    able = [name for name in evaluators.names() if evaluators.works_without_labels(name)]
     train, root = dataset.uses.training, dataset.root
-    without = f"without labels: `{_command(run, able, overrides, '--split', alone)}`"
+    without = f"without labels: `{_command(run, suggestion.WITHOUT_LABELS, overrides, '--split', alone)}`"
     if not _labelled(dataset, train):
         what = f"{root} holds no labelled split to learn from ({train}), only {', '.join(dataset.splits)}"
         return f"{who}: needs labels, and {what}; {without}; or give another data.root"

@@ -41,8 +41,8 @@ class FeatureEvaluator(Protocol[OptionsT]):
     depends on the options, the module has a function protocol(options) instead, as `ImageEvaluator` has. VERSION: of
     the code, raised when the same options give another number on the same features, so that every number is measured
     again. DRAWS = True: it draws pictures, and runs again where they are missing. Options: fields with descriptions and
-    defaults. WITHOUT_LABELS = "...": it can look at one split alone, which is then both of its parts (`train is test`),
-    also where that has no labels; the words say what it then measures in place of accuracies.
+    defaults. A function protocol_without_labels(options): it can look at one split alone, which is then both of its
+    parts (`train is test`); the sentence is that of a split without labels.
     """
 
     PROTOCOL: str
@@ -138,7 +138,7 @@ def draws(evaluator: Evaluator) -> bool:
 
 def works_without_labels(name: str) -> bool:
     """Whether the evaluator can look at one split alone, with labels or without."""
-    return hasattr(find(name), "WITHOUT_LABELS")
+    return hasattr(find(name), "protocol_without_labels")
 
 
 def protocol(evaluator: Evaluator, options: Section) -> str:
@@ -146,3 +146,9 @@ def protocol(evaluator: Evaluator, options: Section) -> str:
     if hasattr(evaluator, "protocol"):
         return evaluator.protocol(options)
     return evaluator.PROTOCOL.format(**options.model_dump())
+
+
+def protocol_without_labels(evaluator: Evaluator, options: Section) -> str:
+    """The sentence of one that `works_without_labels`, for a split that has none."""
+    assert hasattr(evaluator, "protocol_without_labels")
+    return evaluator.protocol_without_labels(options)

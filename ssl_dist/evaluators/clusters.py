@@ -36,7 +36,6 @@ from ssl_dist.results.figures import FigureWriter
 from ssl_dist.storage.features import Features, check_pair, have_classes
 
 _NUMBER_WITHOUT_CLASSES = 10
-WITHOUT_LABELS = f"the sizes of clusters ({_NUMBER_WITHOUT_CLASSES} where clusters.number is null)"
 VERSION = 1
 DRAWS = True
 
@@ -59,15 +58,26 @@ class Options(Section):
 def protocol(options: Options) -> str:
     """The sentence that says how was measured. A file of labels is named with the start of its SHA-256."""
     scores = "NMI, AMI and ARI as scikit-learn's; majority vote and Hungarian matching with the labels of the split"
+    return f"{_clusters_in_words(options, 'as many clusters as classes', 'training images')}: {scores}"
+
+
+def protocol_without_labels(options: Options) -> str:
+    """The sentence for a split that has no classes."""
+    how = _clusters_in_words(options, f"{_NUMBER_WITHOUT_CLASSES} clusters", "of its images")
+    return f"{how}: clusters that have images, and the share of the largest"
+
+
+def _clusters_in_words(options: Options, usual_number: str, images: str) -> str:
+    """What makes the clusters, or the file that has them."""
     if options.labels is not None:
         with refuse_unreadable(f"clusters.labels = {options.labels!r}"):
             digest = hashlib.sha256(Path(options.labels).read_bytes()).hexdigest()[:12]
-        return f"labels of training images, column {options.column} of {options.labels} ({digest}): {scores}"
-    number = "as many clusters as classes" if options.number is None else f"{options.number} clusters"
+        return f"labels of training images, column {options.column} of {options.labels} ({digest})"
+    number = usual_number if options.number is None else f"{options.number} clusters"
     rows = "L2-normalised features" if options.normalize else "features as they are"
     return (
-        f"k-means, {number}, {rows}, fitted on at most {options.limit} training images, best of {options.starts} starts"
-        f" with seed {options.seed}: {scores}"
+        f"k-means, {number}, {rows}, fitted on at most {options.limit} {images}, best of {options.starts} starts"
+        f" with seed {options.seed}"
     )
 
 

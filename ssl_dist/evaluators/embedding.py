@@ -35,7 +35,6 @@ PROTOCOL = (
     " {normalize}; t-SNE: initialised by PCA, perplexity {perplexity:g}, {iterations} iterations; trustworthiness:"
     " {neighbours} neighbours"
 )
-WITHOUT_LABELS = "the variance and the neighbours that a map keeps"
 VERSION = 1
 DRAWS = True
 _PROJECTOR_DIMS = 128  # the projector reduces by itself what is wider than 200
@@ -60,6 +59,13 @@ class _Map(NamedTuple):
 
     xy_N2: np.ndarray
     trustworthiness: float
+
+
+def protocol_without_labels(options: Options) -> str:
+    """The sentence for a split that has no classes."""
+    return (
+        PROTOCOL.replace(" evenly over the classes", "").replace("test images", "images").format(**options.model_dump())
+    )
 
 
 def run(

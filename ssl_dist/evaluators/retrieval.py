@@ -44,7 +44,6 @@ PROTOCOL = (
     "retrieval: every test image ranks all other images of the {gallery} split by cosine; top-k: any of the k nearest"
     " has its class; precision@k: share of them that has; map: mean average precision of the whole list"
 )
-WITHOUT_LABELS = "the mean cosine of the nearest image"
 VERSION = 2
 DRAWS = True
 _ROW_MASK = np.uint64(0xFFFFFFFF)  # the part of a key that is the gallery's row
@@ -69,6 +68,11 @@ class Options(Section):
     memory_mb: PositiveInt = Field(
         512, description="MiB for rankings; the gallery's file is read once for every block of queries that fits"
     )
+
+
+def protocol_without_labels(_options: Options) -> str:
+    """The sentence for a split that has no classes."""
+    return "retrieval: every image ranks all other images of its split by cosine; that of the nearest, on average"
 
 
 def run(
@@ -306,20 +310,20 @@ def _draw_without_classes(writer: FigureWriter, test: Features, nearest: _Neares
         "Images and their nearest images",
         f"Images of {test.metadata['dataset']} {test.metadata['split']}, which has no classes, and, by falling cosine"
         " of their features, the nearest of its other images; a number is that cosine. Left those with the highest,"
-        f" each pair once; right images drawn by key (seed {options.seed}), not by hand."
+        f" and none that a row above shows; right images drawn by key (seed {options.seed}), not by hand."
         f" {_listed(writer, test, test, nearest, options)}",
     )
 
 
 def _most_similar(nearest: _Nearest, number: int) -> list[int]:
-    """Queries by the falling cosine of their nearest image; of two that are each other's the first."""
-    chosen: dict[int, None] = {}
+    """Queries by the falling cosine of their nearest image; none that a query before it finds."""
+    chosen: list[int] = []
+    found: set[int] = set()
     for query in np.argsort(-nearest.cosine_NK[:, 0], kind="stable").tolist():
-        if int(nearest.rows_NK[query, 0]) not in chosen:
-            chosen[query] = None
-        if len(chosen) == number:
-            break
-    return list(chosen)
+        if query not in found and len(chosen) < number:
+            chosen.append(query)
+            found.update(nearest.rows_NK[query].tolist())
+    return chosen
 
 
 def _row_without_classes(
@@ -327,7 +331,7 @@ def _row_without_classes(
 ) -> tuple[np.ndarray, list[str]]:
     """The images of a query and of its nearest rows; its file or id, and their cosines."""
     rows = np.array([query, *nearest.rows_NK[query]])
-    file = PurePosixPath(writer.files(test, rows[:1])[0]).name
+    file = PurePosixPath(writer.files(test, rows[:1])[0]).stem
     cosines = [f"{cosine:.3f}" for cosine in nearest.cosine_NK[query]]
     return writer.images(test, rows), [file or str(test.image_ids[query]), *cosines]
 

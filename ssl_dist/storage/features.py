@@ -121,10 +121,17 @@ def require_labels(*parts: Features) -> None:
         )
 
 
+def lack_of_classes(labels: np.ndarray) -> str:
+    """What labels int64 [N] lack for anything to be measured by them, in words; empty: nothing."""
+    if (labels < 0).any():
+        return "no labels"
+    return "one class" if len(np.unique(labels)) < 2 else ""
+
+
 def have_classes(train: Features, test: Features) -> bool:
     """Whether there are classes to measure by: not where one split, both train and test, has images without labels or
     only one class. Raises `UserError` as `require_labels` for parts that are two."""
-    if train is test and ((test.labels < 0).any() or len(np.unique(test.labels)) < 2):
+    if train is test and lack_of_classes(test.labels):
         return False
     require_labels(train, test)
     return True
