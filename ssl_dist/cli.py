@@ -248,13 +248,17 @@ def _study(args: argparse.Namespace) -> int:
         type=home_path,
         metavar="FILE",
     ),
+    argument("--csv", "file for the means as CSV, a line for each", type=home_path, metavar="FILE"),
+    argument("--latex", "file for them as a tabular of LaTeX (booktabs)", type=home_path, metavar="FILE"),
+    argument("--figures", "folder for plots against what was varied (PNG, SVG)", type=home_path, metavar="FOLDER"),
 )
 def _report(args: argparse.Namespace) -> None:
     """Write one HTML page that needs nothing else: health, results beside published ones, curves, views, pictures,
-    config. Print the results as a table: mean ± standard deviation over seeds of what several runs share."""
+    config. Print the results as a table: mean ± standard deviation over seeds of what several runs share. Groups of
+    runs are named by the keys that differ between them."""
     from ssl_dist.report import report
 
-    print(report(args.runs, args.out))
+    print(report(args.runs, args.out, args.csv, args.latex, args.figures))
 
 
 @command(

@@ -51,6 +51,30 @@ def test_the_page_is_whole(browser, pages, name, num_pictures, width):
     assert browser.errors() == []
 
 
+def test_nine_runs_need_no_sideways_scroll(browser, tmp_path):
+    """Each table has room at 1280 px, whether what was varied names the runs or long names of folders do."""
+    views = [{"num": num} for num in (2, 4, 8)]
+    values = [(seed, num) for num in range(3) for seed in range(3)]
+    runs = [
+        make_run(tmp_path / f"digits-relational-conv4-views-{num}-seed-{seed}", seed=seed, value=50.0 + seed + num,
+                 views=views[num])
+        for seed, num in values
+    ]  # fmt: skip
+    read = report.read(runs)
+    for labels in (["K = 2, seed 0", "K = 2, seed 1"], [read[0].name, read[1].name]):
+        browser.load(report.write(read, tmp_path / "nine.html"), width=1280)
+        wide = "[...document.querySelectorAll('.scroll:not(.views)')].filter(e => e.scrollWidth > e.clientWidth).length"
+        assert browser.value(wide) == 0 and browser.value("document.documentElement.scrollWidth") == 1280
+        heads = browser.value("[...document.querySelectorAll('.of-runs')].map(t => t.tHead.innerText)")
+        assert all(label.replace("-", "") in heads[0].replace("\xa0", " ").replace("-", "") for label in labels)
+        rows = browser.value("[...document.querySelectorAll('.of-runs')][1].tBodies[0].innerText.split('\\n')")
+        assert [row.split("\t")[0] for row in rows] == ["2", "4", "8"]
+        plots = browser.value("[...document.querySelectorAll('#results img')].map(i => i.naturalWidth > 0)")
+        assert plots and all(plots) and browser.errors() == []
+        for run in read:
+            run.label = None
+
+
 def test_the_values_under_the_pointer(browser, pages):
     browser.load(pages["one"])
     box = browser.value(

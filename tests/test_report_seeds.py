@@ -1,23 +1,26 @@
 """Mean and standard deviation over the seeds of runs."""
 
+import csv
 import statistics
 
 import pytest
 
-from ssl_dist import config, report, results
+from ssl_dist import cli, config, report, results
 from ssl_dist.errors import UserError
+from ssl_dist.report import varied
+from ssl_dist.report.ablation import Ablation
 
 
-def run_with(folder, seed, value, lr=1e-3, weights=None, **changes):
+def run_with(folder, seed, value, lr=1e-3, weights=None, views=4, method="relational", **changes):
     record = {
         "name": "knn5_top1", "value": value, "protocol": "kNN", "options": {}, "dataset": "digits", "split": "test",
         "data": "d", "train_data": "t", "transform": "crop", "version": 1,
-        "seed": seed, "method": "relational", "backbone": "conv4", "checkpoint": f"c{seed}", "step": 20,
+        "seed": seed, "method": method, "backbone": "conv4", "checkpoint": f"c{seed}", "step": 20,
         "time": "2030-01-01T00:00:00+00:00",
     } | changes  # fmt: skip
     folder.mkdir(exist_ok=True)
     tree = {"run_dir": str(folder), "seed": seed, "data": {"name": "digits", "root": "x"}, "optim": {"lr": lr}}
-    tree["backbone"] = {"weights": weights}
+    tree |= {"backbone": {"weights": weights}, "views": {"num": views}, "method": {"name": method}}
     (folder / "config.yaml").write_text(config.dump(config.validate(config.Config, tree)))
     results.add(folder / "results.json", [record])
     return folder
@@ -34,7 +37,7 @@ def test_mean_and_std_over_seeds(tmp_path):
 
 
 def test_what_differs_is_not_averaged(tmp_path):
-    runs = [run_with(tmp_path / "a", 0, 90.0), run_with(tmp_path / "b", 1, 50.0, method="random_weights")]
+    runs = [run_with(tmp_path / "a", 0, 90.0), run_with(tmp_path / "b", 1, 50.0, method="random_weights", views=None)]
     run_with(tmp_path / "a", 0, 80.0, protocol="another kNN")
     records = report.over_seeds(runs)
     assert [(r["method"], r["mean"], r["std"]) for r in records] == [
@@ -78,3 +81,82 @@ def test_mistakes(tmp_path):
         report.over_seeds([run, run])
     with pytest.raises(UserError, match="holds no results; run `ssl-dist evaluate"):
         report.over_seeds([tmp_path / "none"])
+
+
+@pytest.fixture
+def ablation(tmp_path):
+    """K = 2, 4, 16 at two rates, two seeds each, but one of the last; and a second result of the first ones."""
+    runs = []
+    for lr in (1e-3, 1e-2):
+        for views in (16, 2, 4):  # as a shell sorts them
+            for seed in (1, 2):
+                folder = tmp_path / f"k{views}-{lr}-{seed}"
+                runs.append(run_with(folder, seed, 50.0 + views + seed + 1000 * lr, lr=lr, views=views))
+                run_with(folder, seed, 0.5, lr=lr, views=views, name="clusters_nmi", protocol="k-means_100 %")
+    return runs[:-1]
+
+
+def test_groups_are_named_by_what_was_varied(ablation):
+    records = report.over_seeds(ablation)
+    assert [tuple(record["varied"].values()) for record in records][::2] == [
+        (2, 0.001), (2, 0.01), (4, 0.001), (4, 0.01), (16, 0.001), (16, 0.01),
+    ]  # fmt: skip
+    lines = report.table(records).splitlines()
+    assert lines[0].startswith("K   optim.lr  method      backbone") and "run" not in lines[0]
+    assert [line.split()[:2] for line in lines[2:5]] == [["2", "0.001"], ["2", "0.01"], ["4", "0.001"]]
+    assert varied.named(records[0]["varied"]) == "K = 2, optim.lr = 0.001"
+    labels = [run.label for run in report.read(ablation)]
+    assert labels[:2] == ["K = 16, optim.lr = 0.001, seed 1", "K = 16, optim.lr = 0.001, seed 2"]
+
+
+def test_the_table_as_it_is_published(ablation, tmp_path, capsys):
+    files = {name: tmp_path / "out" / name for name in ("t.csv", "t.tex")}
+    files["t.csv"].parent.mkdir()
+    words = ["--csv", str(files["t.csv"]), "--latex", str(files["t.tex"]), "--figures", str(tmp_path / "plots")]
+    assert cli.main(["report", *map(str, ablation), *words]) == 0
+    assert f"{tmp_path / 'plots'}: 4 plots written" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == [
+        "clusters_nmi.png", "clusters_nmi.svg", "knn5_top1.png", "knn5_top1.svg",
+    ]  # fmt: skip
+    rows = list(csv.DictReader(files["t.csv"].open()))
+    first = rows[0]
+    assert (first["views.num"], first["optim.lr"], first["name"]) == ("2", "0.001", "knn5_top1") and len(rows) == 12
+    assert first["seeds"] == "1 2" and first["values"] == "54.0 55.0" and float(first["mean"]) == 54.5
+    assert float(first["std"]) == pytest.approx(0.5**0.5) and rows[6]["std"] == ""
+    latex = files["t.tex"].read_text()
+    assert "K & optim.lr & seeds & knn5\\_top1 & clusters\\_nmi \\\\" in latex and "\\begin{tabular}{llrrr}" in latex
+    assert "\n2 & 0.001 & 2 & 54.50 $\\pm$ 0.71 & 0.5000 $\\pm$ 0.0000 \\\\\n" in latex
+    assert "\n% relational, conv4, measured on digits test, mean" in latex
+    assert "\n% clusters_nmi: k-means_100 %\n" in latex  # a comment needs no escapes
+
+
+def test_plots_are_against_the_key_with_most_numbers(ablation):
+    means = Ablation(report.over_seeds(ablation))
+    assert means.plotted_key == "views.num"
+    [(name, figure), _] = means.plots()
+    [axes] = figure.axes
+    lines = {container.get_label(): container[0] for container in axes.containers}
+    assert name == "knn5_top1" and axes.get_xlabel() == "K" and axes.get_xscale() == "log"
+    assert list(lines["optim.lr 0.001"].get_xdata()) == [2, 4, 16]
+    assert list(lines["optim.lr 0.001"].get_ydata()) == [54.5, 56.5, 68.5]
+    assert list(lines["optim.lr 0.01"].get_ydata()) == [63.5, 65.0, 77.5]  # of K = 4 one seed
+
+
+def test_what_comes_with_a_method_is_no_choice_of_its_own(tmp_path):
+    runs = [run_with(tmp_path / f"{seed}", seed, 50.0 + seed) for seed in (1, 2)]
+    runs.append(run_with(tmp_path / "simclr", 1, 40.0, method="simclr", views=None))
+    records = report.over_seeds(runs)
+    assert [record["varied"] for record in records] == [{"method.name": "relational"}, {"method.name": "simclr"}]
+    assert Ablation(records).label_heads == ["method", "seeds"] and Ablation(records).plotted_key is None
+    assert report.read(runs)[0].label is None
+    assert [run.label for run in report.read(runs[:2])] == ["seed 1", "seed 2"]
+
+
+def test_nothing_to_plot_against(tmp_path, capsys):
+    runs = [str(run_with(tmp_path / f"{seed}", seed, 50.0 + seed)) for seed in (1, 2)]
+    assert cli.main(["report", *runs, "--figures", str(tmp_path / "plots"), "--csv", str(tmp_path / "t.csv")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --figures ") and "for example of views.num" in said and said.count("\n") == 1
+    assert not (tmp_path / "report.html").exists() and not (tmp_path / "t.csv").exists()
+    runs.append(str(run_with(tmp_path / "3", 1, 60.0, views=8)))  # the remedy
+    assert cli.main(["report", *runs, "--figures", str(tmp_path / "plots")]) == 0

@@ -57,7 +57,7 @@ def _charts(key: str, runs: Sequence[Run], named: bool) -> list[Markup]:
         if run.values(key):
             points = [(epoch, scale * value) for epoch, value in run.values(key)]
             method = "" if key in _COMMON else run.config.method.name
-            by_method.setdefault(method, []).append(Curve(run.name, style, points))
+            by_method.setdefault(method, []).append(Curve(run.short_name, style, points))
     return [
         _chart(key, curves, f" · {method}" if len(by_method) > 1 else "", named) for method, curves in by_method.items()
     ]

@@ -1,5 +1,6 @@
 """The comparisons on the page of several runs: checks, results, means over seeds and published numbers."""
 
+import base64
 from collections import Counter
 from collections.abc import Sequence
 
@@ -7,19 +8,24 @@ from markupsafe import Markup
 
 from ssl_dist import results
 from ssl_dist.errors import UserError
-from ssl_dist.report import health, seeds
-from ssl_dist.report.markup import COLOURS
+from ssl_dist.report import health, seeds, varied
+from ssl_dist.report.ablation import Ablation
+from ssl_dist.report.markup import style
 from ssl_dist.report.published import beside
 from ssl_dist.report.run import Run
 from ssl_dist.report.verdicts import Verdict
 
+MAX_BESIDE = 4  # runs whose verdicts stand in columns; of more, runs with the same verdict stand together
+PLOT_INCHES = (4.6, 3.0)
 ROW_KEYS = ("dataset", "split", "name", "protocol", "data", "train_data", "version", "size")
 
 
 def names(runs: Sequence[Run]) -> list[Markup]:
-    """Each run's name with the colour of its curves."""
-    markup = Markup('<span class="key c{}" title="{}">{}</span>')
-    return [markup.format(number % COLOURS, run.folder, run.name) for number, run in enumerate(runs)]
+    """Each run's short name with the colour of its curves."""
+    markup = Markup('<span class="key {}" title="{}">{}</span>')
+    # broken between what was varied and the seed, nowhere else
+    words = [", ".join(part.replace(" ", "\xa0") for part in run.short_name.split(", ")) for run in runs]
+    return [markup.format(style(number), run.folder, words[number]) for number, run in enumerate(runs)]
 
 
 def health_checks(runs: Sequence[Run]) -> list[tuple[str, list[Verdict | None]]]:
@@ -27,6 +33,15 @@ def health_checks(runs: Sequence[Run]) -> list[tuple[str, list[Verdict | None]]]
     judged = [{verdict.check: verdict for verdict in health.judge(run)} for run in runs]
     checks = dict.fromkeys(check for by_check in judged for check in by_check)
     return [(check, [by_check.get(check) for by_check in judged]) for check in checks]
+
+
+def alike(verdicts: Sequence[Verdict | None]) -> list[tuple[Verdict, list[int]]]:
+    """A check's verdicts that say the same, each once with the numbers of its runs."""
+    groups: dict[tuple, tuple[Verdict, list[int]]] = {}
+    for number, verdict in enumerate(verdicts):
+        if verdict is not None:
+            groups.setdefault((verdict.level, verdict.words, verdict.remedy), (verdict, []))[1].append(number)
+    return list(groups.values())
 
 
 def result_rows(runs: Sequence[Run]) -> list[dict]:
@@ -56,13 +71,37 @@ def result_rows(runs: Sequence[Run]) -> list[dict]:
     return rows
 
 
-def means_over_seeds(runs: Sequence[Run]) -> tuple[list[dict], str]:
-    """The records of `seeds.over_seeds` that are of several seeds; or why there are none, in words."""
+def ablation(runs: Sequence[Run]) -> tuple[Ablation | None, str]:
+    """The means over seeds, by what was varied; None where no mean is of several seeds and no number was varied. Or why
+    there are none, in words."""
     try:
-        means = seeds.over_seeds([run.folder for run in runs if run.records])
+        records = seeds.over_seeds([run.folder for run in runs if run.records])
     except UserError as error:  # two runs of one config and seed have a column each above, but no mean
-        return [], str(error)
-    return [record for record in means if record["std"] is not None], ""
+        return None, str(error)
+    if not records:
+        return None, ""
+    found = Ablation(records)
+    several = any(record["std"] is not None for record in records)
+    return (found if several or found.plotted_key is not None else None), ""
+
+
+def plots(means: Ablation) -> list[tuple[str, str]]:
+    """The name of each result and a picture of it against what was varied, as an address that needs no file."""
+    found = []
+    for name, figure in means.plots(PLOT_INCHES):
+        from ssl_dist.results import mean_plots  # matplotlib takes a second
+
+        found.append((name, "data:image/png;base64," + base64.b64encode(mean_plots.as_png(figure)).decode()))
+    return found
+
+
+def varied_values(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+    """What stands above the columns of the keys that were varied, without those of method, backbone and data set; and
+    for each run its values."""
+    trees = [varied.compared(run.config) for run in runs]
+    keys = [key for key in varied.varied(trees) if key not in varied.FAMILY]
+    keys = keys if len(keys) <= varied.MAX_KEYS else []
+    return [*map(varied.head, keys)], [[varied.shown(tree.get(key)) for key in keys] for tree in trees]
 
 
 def with_published(runs: Sequence[Run]) -> list[Run]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from ssl_dist.report.markup import COLOURS, render
+from ssl_dist.report.markup import render, style
 
 WIDTH, HEIGHT = 440, 210
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 8, 34  # margins
@@ -112,7 +112,7 @@ def _pieces(curve: Curve, points: Sequence[tuple], frame: _Frame) -> list[dict]:
             band = [(frame.x(x), frame.y(high)) for x, _, _, high in piece]
             band += [(frame.x(x), frame.y(low)) for x, _, low, _ in reversed(piece)]
         dots = line if len(piece) < 30 else []
-        pieces.append({"style": f"c{curve.style % COLOURS}", "line": line, "band": band, "dots": dots})
+        pieces.append({"style": style(curve.style), "line": line, "band": band, "dots": dots})
     return pieces
 
 

@@ -19,9 +19,19 @@ def with_code(text: str) -> Markup:
     return Markup(re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(text))))
 
 
+def breakable(text: str) -> Markup:
+    """Text that may be broken after an underscore."""
+    return Markup(str(escape(text)).replace("_", "_<wbr>"))
+
+
 def number(value: float) -> str:
     """Four significant digits, thousands separated."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def style(number: int) -> str:
+    """The classes of the n-th of several curves, from 0: its colour, and dashes where colours are used again."""
+    return f"c{number % COLOURS}" + (" again" if number >= COLOURS else "")
 
 
 def count(things: Sized, word: str) -> str:
@@ -33,5 +43,11 @@ _ENVIRONMENT = Environment(
     loader=PackageLoader("ssl_dist.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
     lstrip_blocks=True,
 )  # fmt: skip
-_ENVIRONMENT.filters |= {"with_code": with_code, "short": number, "thousands": "{:,}".format, "count_of": count}
-_ENVIRONMENT.globals["COLOURS"] = COLOURS
+_ENVIRONMENT.filters |= {
+    "with_code": with_code,
+    "breakable": breakable,
+    "short": number,
+    "thousands": "{:,}".format,
+    "count_of": count,
+}
+_ENVIRONMENT.globals["style_of"] = style

@@ -42,6 +42,11 @@ class Run:
     digest: str | None = None  # its SHA-256
     labelled: dict[str, bool] = field(default_factory=dict)  # by split; empty: the data set is not at data.root now
     notes: dict[str, list[str]] = field(default_factory=dict)
+    label: str | None = None  # a short name beside other runs; None: its name
+
+    @property
+    def short_name(self) -> str:
+        return self.label or self.name
 
     @property
     def title(self) -> str:

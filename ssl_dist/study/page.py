@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ssl_dist.results import mean_plots
 from ssl_dist.storage.durable import atomic_write_or_refuse
 from ssl_dist.study import figure as figures
 from ssl_dist.study import numbers as layout
@@ -32,8 +33,8 @@ def write(folder: Path, study: Study, trainings: Sequence[Training], numbers: Se
     picture = None
     if study.figure is not None:
         figure = figures.draw(study, study.figure, numbers)
-        picture = figures.as_png(figure)
-        files |= {"figure.png": picture, "figure.svg": figures.as_svg(figure)}
+        picture = mean_plots.as_png(figure)
+        files |= {"figure.png": picture, "figure.svg": mean_plots.as_svg(figure)}
     files["table.html"] = html(study, table, numbers, picture).encode()
     for name, content in files.items():
         with atomic_write_or_refuse(folder / name) as file:
