@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +12,13 @@ import pytest
 from ssl_dist import cli, config, evaluators, results
 from ssl_dist.convert.command import convert
 from ssl_dist.data import file_names
+from ssl_dist.distributed.rank import RankInfo
+from ssl_dist.errors import UserError
 from ssl_dist.results import suggestion
+from ssl_dist.run.blueprint import derive
 from ssl_dist.storage.features import read_features
 from ssl_dist.train.loop import train
+from ssl_dist.train.online_knn import labelled_split
 from tests.make_images import save
 
 COUNTS = {"train/blue": 20, "train/red": 20, "test/blue": 18, "test/red": 18, "unlabeled": 36}
@@ -125,6 +130,17 @@ def test_options_of_another_split_beside_one_that_stands_alone(run, refused, wor
     assert cli.main(["evaluate", str(run), "retrieval", *(remedy or ["--split", "unlabeled"])]) == 0
 
 
+def test_of_another_data_set_the_name_may_be_left_out(run, data, tmp_path):
+    """A folder of other photos, by an encoder that was trained on these."""
+    root = data("unlabeled").partition("=")[2]
+    tree = json.loads((path := Path(root) / "dataset.json").read_text())
+    path.write_text(json.dumps(tree | {"name": "others"}))
+    for words in ([], ["data.name=null"], ["data.name=others"]):
+        assert cli.main(["extract", str(run), f"data.root={root}", *words, "--out", str(tmp_path / "features")]) == 0
+        assert (tmp_path / "features" / "others-unlabeled.safetensors").exists()
+    assert cli.main(["extract", str(run), f"data.root={root}", "data.name=photos"]) == 2
+
+
 def test_extract_takes_the_splits_that_there_are(run, data, tmp_path, capsys):
     for splits, taken in (
         (["unlabeled"], ["unlabeled"]), (["unlabeled", "train"], ["train"]),
@@ -153,6 +169,54 @@ def test_a_training_without_labels_ends_with_the_command_that_measures_it(data, 
     assert tuple(advised[3:-2]) == tuple(WITHOUT_LABELS) == suggestion.WITHOUT_LABELS
     assert sorted(WITHOUT_LABELS) == [name for name in evaluators.names() if evaluators.works_without_labels(name)]
     assert advised[-2:] == ["--split", "unlabeled"]
+
+
+@pytest.mark.parametrize(
+    ("splits", "words", "says", "number", "alternatives"),
+    [
+        (
+            ["unlabeled"],
+            ["method={name: supervised}", "views.num=1"],
+            "supervised needs labels, and .* no such split",
+            2,
+            False,
+        ),
+        (
+            ["unlabeled", "test"],
+            ["method={name: supervised}", "views.num=1"],
+            "no such split; give data.split=test",
+            1,
+            True,
+        ),
+        (
+            ["unlabeled", "train"],
+            ["method={name: supervised}", "views.num=1", "data.split=unlabeled"],
+            "this split has none",
+            1,
+            True,
+        ),
+        (["unlabeled", "test"], ["data.split=photos"], "set data.split=unlabeled or data.split=test", 2, True),
+        (["test"], [], "data.split = 'train': .* no such split; set data.split=test", 1, True),
+        (["unlabeled"], ["data.subset={per_class: 3}"], "per_class needs labels", 2, False),
+        (["unlabeled"], ["method.options={labelled: 0.5}"], "no label; set method.options.labelled=0", 1, True),
+        (["unlabeled"], ["log.knn_every_epochs=1"], "holds no labelled split train", 1, True),
+    ],
+)
+def test_a_training_is_told_what_can_be_trained_on(data, tmp_path, splits, words, says, number, alternatives):
+    fixed = [data(*splits), "data.name=null", f"run_dir={tmp_path / 'run'}", "data.reader=arrays", "optim.batch_size=4"]
+
+    def plan(*more):
+        plan = derive(config.load("configs/digits/relational-conv4.yaml", [*fixed, *words, *more]), RankInfo())
+        if plan.config.log.knn_every_epochs is not None:
+            labelled_split(plan)
+
+    with pytest.raises(UserError, match=says) as caught:
+        plan()
+    text = str(caught.value).rpartition("; ")[2]
+    advised = re.findall(r"`([^`]+)`", text) + re.findall(r"(?:data|method|log|views)\.[\w.]+=\w+", text)
+    for each in [[word] for word in advised] if alternatives else [advised]:
+        plan(*each)
+    assert len(advised) == number
 
 
 def test_a_split_without_labels_alone(run, data, capsys):

@@ -69,7 +69,10 @@ def per_class(ids: np.ndarray, labels: np.ndarray, count: int, start: int, setti
     selected = []
     for label in np.unique(labels):
         if label < 0:
-            raise UserError(f"{setting}: per_class needs labels, and some images of this split have none")
+            raise UserError(
+                f"{setting}: per_class needs labels, and some images of this split have none; for a "
+                "number of any of them: data.subset=null data.limit=1000"
+            )
         members = ids[labels == label][start : start + count]
         if len(members) < count:
             raise UserError(

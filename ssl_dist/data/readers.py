@@ -104,7 +104,6 @@ class Dataset:
 
     def _record(self, split: str) -> manifest.SplitRecord:
         if split not in self.splits:
-            raise UserError(
-                f"data.split = {split!r}: {self.root} holds the splits {', '.join(self.splits)}; choose one"
-            )
+            words = " or ".join(f"data.split={name}" for name in self.splits)
+            raise UserError(f"data.split = {split!r}: {self.root} holds no such split; set {words}")
         return self._manifest.splits[split]

@@ -94,11 +94,13 @@ def _foreign_encoder(path: Path, overrides: Sequence[str]) -> tuple[Encoder, Dat
 
 
 def dataset_of(encoder: Encoder, overrides: dict[str, str]) -> Dataset:
-    """The data set to evaluate on: the run's own unless `data.name`, `data.root` or `data.reader` say otherwise."""
+    """The data set to evaluate on: the run's own unless `data.name`, `data.root` or `data.reader` say otherwise; of
+    `data.root` alone whatever lies there."""
     data = encoder.config.data
+    name = overrides.get("data.name", None if "data.root" in overrides else data.name)
     return Dataset(
         overrides.get("data.root", data.root),
-        overrides.get("data.name", data.name),
+        None if name == "null" else name,
         overrides.get("data.reader", data.reader),
     )
 

@@ -199,8 +199,8 @@ class Method(SSLMethod[Options]):
             raise UserError("optim.batch_size = 1: a negative pair needs another image; give 2 or more")
         if options.labelled and not info.num_classes:
             raise UserError(
-                f"method.options.labelled = {options.labelled:g}: some images of this split have no label; choose a "
-                "labelled one by data.split, or give data.labels"
+                f"method.options.labelled = {options.labelled:g}: some images of this split have no label; set "
+                "method.options.labelled=0, choose a labelled one by data.split, or give data.labels"
             )
         self.relation_module: RelationModule | DotProduct
         if options.head == "relation":

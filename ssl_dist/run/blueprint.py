@@ -203,16 +203,16 @@ def derive(config: Config, rank_info: RankInfo, dataset: Dataset | None = None) 
         config = config.model_copy(update={"data": config.data.model_copy(update={"name": dataset.name})})
     # Without labels a method trains on everything there is.
     split_name = config.data.split or (dataset.uses.training if method_class.needs_labels else dataset.uses.pretraining)
-    split, labels_file, own_labels = dataset.info(split_name), config.data.labels, None
+    labels_file, own_labels = config.data.labels, None
+    if method_class.needs_labels and labels_file is None:
+        _require_labels(config, dataset, split_name)
+    split = dataset.info(split_name)
     if labels_file is not None:
         own_labels = labels.read(labels_file.file, labels_file.column, split.count)
         classes = tuple(map(str, range(own_labels.max() + 1)))
         split = replace(split, classes=classes, labelled=bool((own_labels >= 0).any()))
-    if method_class.needs_labels and not split.labelled:
-        raise UserError(
-            f"data.split = {quoted(split_name)}: method {config.method.name} needs labels and this split has none; "
-            "choose a labelled split"
-        )
+        if method_class.needs_labels and not split.labelled:
+            raise UserError(f"data.labels.file: {labels_file.file} has no label, and {config.method.name} needs them")
     plan = RunPlan(config, rank_info, method_class, options, dataset, split, own_labels)
     # Each raises what it refuses.
     _ = plan.num_views, plan.specs, plan.grid, plan.order, plan.normalize, plan.initial_weights
@@ -237,6 +237,18 @@ def derive(config: Config, rank_info: RankInfo, dataset: Dataset | None = None) 
         if config.optim.batch_size == 1 and method_class.trainable and plan.num_views == 1:
             _refuse_one_row(method, config.data.image_size)
     return plan
+
+
+def _require_labels(config: Config, dataset: Dataset, split: str) -> None:
+    """Raises `UserError` where the split is not there, or has no labels."""
+    labelled = [name for name in dataset.splits if dataset.info(name).labelled]
+    if split in labelled:
+        return
+    remedy = "give " + " or ".join(f"data.split={name}" for name in labelled)
+    if not labelled:
+        remedy = "convert a folder of classes, or train without labels: `method={name: simclr}` views.num=null"
+    what = "this split has none" if split in dataset.splits else f"{dataset.root} holds no such split"
+    raise UserError(f"data.split = {quoted(split)}: method {config.method.name} needs labels, and {what}; {remedy}")
 
 
 def _reset(config: Config, method_class: type[SSLMethod]) -> str:
