@@ -290,7 +290,7 @@ def test_mistakes_are_named(own, tmp_path_factory):
     message = refusal(tmp_path_factory.mktemp("empty"))
     assert "dataset.json" in message and "ssl-dist convert" in message
     assert "'test'" in (message := refusal(own, "test")) and "data.split=train or data.split=val" in message
-    with pytest.raises(UserError, match="data.split=train or"):
+    with pytest.raises(UserError, match=r"data\.split=train or"):
         Dataset(own).info("test")
     assert "must be ffcv or arrays" in refusal(own, reader="hdf5")
 
