@@ -155,6 +155,14 @@ def test_evaluate_and_extract(digits, tmp_path, capsys, fails):
     assert cli.main(["evaluate", str(run), "knn", "logistic", "knn.k=[5]"]) == 0
     captured = capsys.readouterr()
     assert "missing; extracting" in captured.err and "knn5" in captured.out and "logistic" in captured.out
+    for line in (
+        "run: step 2/2",
+        "run: features digits train: ",
+        "run: features digits test: ",
+        "run: knn: ",
+        "run: logistic: ",
+    ):
+        assert f"\n{line}" in captured.err, "of several runs at once each line names its own"
     assert {r["name"] for r in json.loads((run / "results.json").read_text())} >= {"knn5_top1", "logistic_top1"}
     assert cli.main(["evaluate", str(run), "knn", "knn.k=[5]"]) == 0
     captured = capsys.readouterr()

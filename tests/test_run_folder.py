@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -159,3 +160,12 @@ def test_starts_are_noted(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "logs" / "starts.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 7] and lines[0]["world_size"] == 2
     assert lines[0]["config"]["optim"]["epochs"] == 3
+
+
+def test_titles(monkeypatch, tmp_path):
+    assert run_folder.title(Path("runs/a")) == "a"
+    assert run_folder.title(Path("runs/a/evaluations/probe-1")) == "a: probe-1"
+    monkeypatch.chdir(tmp_path)
+    assert run_folder.title(Path(".")) == tmp_path.name
+    assert run_folder.title_of_file(Path("runs/a/checkpoints/step-00000001.pt")) == "a"
+    assert run_folder.title_of_file(Path("weights/resnet50.pth")) == "resnet50.pth"

@@ -24,6 +24,7 @@ from ssl_dist.evaluators import Evaluator, FeatureEvaluator, ImageEvaluator
 from ssl_dist.grid import Grid
 from ssl_dist.results.figures import FigureWriter, has_pictures
 from ssl_dist.run import board
+from ssl_dist.run import folder as run_folder
 from ssl_dist.run.encoder import (
     BATCH_TIMEOUT_S,
     Encoder,
@@ -248,14 +249,15 @@ def _measure(context: EvalContext, name: str, options: Section, remark: str | No
     same: dict[str, object] = {key: metadata[key] for key in results.IDENTITY if key in metadata}
     same |= {"protocol": protocol, "options": tree, "version": evaluator.VERSION}
     recorded = world.on_rank0(lambda: [record for record in results.read(path) if record | same == record])
+    title = f"{run_folder.title(context.run)}: {name}"
     if recorded:
         if not world.on_rank0(lambda: _lacks_pictures(context, name, evaluator)):
-            _print_on_rank0(world, f"{name}: in {path} already")
+            _print_on_rank0(world, f"{title}: in {path} already")
             return recorded
-        _print_on_rank0(world, f"{name}: has no pictures of this checkpoint; measuring again")
+        _print_on_rank0(world, f"{title}: has no pictures of this checkpoint; measuring again")
     start = time.perf_counter()
     values = _values(context, name, evaluator, options)
-    _print_on_rank0(world, f"{name}: {time.perf_counter() - start:.1f} s")
+    _print_on_rank0(world, f"{title}: {time.perf_counter() - start:.1f} s")
     seed = context.encoder.config.seed
     records = results.make_records(values, protocol, metadata, seed, options=tree, version=evaluator.VERSION)
     world.on_rank0(lambda: results.add(path, records))

@@ -26,6 +26,7 @@ from ssl_dist.nn.shapes import without_values
 from ssl_dist.progress import Progress
 from ssl_dist.reading import parse_json
 from ssl_dist.run import blueprint
+from ssl_dist.run import folder as run_folder
 from ssl_dist.storage import checkpoint, durable, weights
 from ssl_dist.storage.features import read_features, write_features
 from ssl_dist.thread_team import ThreadTeam
@@ -176,7 +177,7 @@ def extract_features(encoder: Encoder, dataset: Dataset, split: str, folder: Pat
     with dataset.open(split) as reader:
         info = reader.info
         low, high = share_in_batches(world, info.count)
-        title = f"features {dataset.name} {split}"
+        title = f"{run_folder.title_of_file(encoder.file)}: features {dataset.name} {split}"
         with (
             Progress(title, high - low, "image", quiet=not world.is_rank0) as progress,
             world.state.phase_of(f"the extraction of {split}", BATCH_TIMEOUT_S),

@@ -26,6 +26,19 @@ FREE_KEYS = (
 FORMER_RANKS_TIMEOUT_S = 120.0  # in which the ranks of a former start have ended: the default timeout, 10 s, a margin
 
 
+def title(run: Path) -> str:
+    """Of lines on a run, among those of other runs: its name, or that of the run whose backbone it was trained on and
+    its own."""
+    run = run.absolute()
+    of_another = run.parent.name == "evaluations"
+    return f"{run.parents[1].name}: {run.name}" if of_another else run.name
+
+
+def title_of_file(checkpoint: Path) -> str:
+    """The same for a run's checkpoint; of another file its name."""
+    return title(checkpoint.parents[1]) if checkpoint.parent.name == "checkpoints" else checkpoint.name
+
+
 def claim(run: Path) -> int:
     """Create the folder, lock it as its only writer, and remove unfinished files of a killed one.
 

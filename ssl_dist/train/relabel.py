@@ -17,6 +17,7 @@ from ssl_dist.nn.layers import at_least_float32, keyed_rows
 from ssl_dist.progress import Progress
 from ssl_dist.run.blueprint import RunPlan
 from ssl_dist.run.encoder import BATCH_SIZE, BATCH_TIMEOUT_S, share_in_batches
+from ssl_dist.run.folder import title
 
 PHASE = "the outputs for new labels"
 
@@ -48,7 +49,7 @@ def outputs(
         world.state.phase_of(PHASE, BATCH_TIMEOUT_S),
         plan.open_reader() as reader,
         closing(view_batches(reader, ids_per_step, _view_maker(plan, step, augmented), plan.threads)) as batches,
-        Progress(f"outputs of {count} images", len(positions), "image", quiet) as progress,
+        Progress(f"{title(plan.run)}: outputs of {count} images", len(positions), "image", quiet) as progress,
         torch.no_grad(),
     ):
         for images, ids in batches:

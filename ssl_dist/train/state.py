@@ -109,7 +109,7 @@ class TrainState:
         """The run's log on rank 0, None elsewhere."""
         if not self.world.is_rank0:
             return contextlib.nullcontext()
-        title = f"{self.config.method.name} {self.config.backbone.name}"
+        title = run_folder.title(self.folder)
         settings, about = run_folder.spelt_out(self.config), inspect.getdoc(self.plan.method_class.forward) or ""
         return RunLog(
             self.folder, self.clock, title, self.config.optim.batch_size, self.plan.num_views, settings, about

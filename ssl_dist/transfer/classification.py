@@ -17,6 +17,7 @@ from ssl_dist.progress import Progress
 from ssl_dist.results import confusion
 from ssl_dist.results.accuracy import target_rank
 from ssl_dist.results.figures import add_picture
+from ssl_dist.run import folder as run_folder
 from ssl_dist.run.encoder import BATCH_TIMEOUT_S, Encoder, outputs, share_in_batches
 from ssl_dist.transfer.subject import EvalContext
 
@@ -98,9 +99,9 @@ def classify(
             """All of the method's classifiers, [N, H, C]."""
             return torch.stack(list(method.logits(to_input(pixels)).values()), 1)
 
-        start = low
+        start, title = low, f"{run_folder.title(context.run)}: classify {dataset.name} {split}"
         with (
-            Progress(f"classify {dataset.name} {split}", high - low, "image", quiet=not world.is_rank0) as progress,
+            Progress(title, high - low, "image", quiet=not world.is_rank0) as progress,
             world.state.phase_of(f"the classification of {split}", BATCH_TIMEOUT_S),
         ):
             method.to(world.device).to(memory_format=torch.channels_last)

@@ -96,7 +96,7 @@ def fit(task: Task, options: TrainingOptions, folder: Path, settings: dict, thre
     if clock.done:
         return 0
     task.train_mode()
-    title = f"{settings['task']} {settings['train']}"
+    title = f"{folder.absolute().name}: {settings['task']} {settings['train']}"
     with StopRequest() as stop, RunLog(folder, clock, title, options.batch_size, 1, settings) as log:
         for items in task.batches(clock, options, threads):
             optim.set_lr(optimizer, lr(options, clock))
