@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ssl_dist import terminal
+from ssl_dist import plugins, terminal
 from ssl_dist.errors import UserError, of_system
 
 
@@ -66,6 +66,9 @@ def _perform(options: argparse.Namespace, others: list[str]) -> int:
             print(status.table(options.runs))
             return 0
         options.overrides += others
+        own = plugins.choose(options.plugins)
+        if options.verb != "evaluate":
+            options.overrides += own
         if options.verb == "study":
             from ssl_dist.slurm import study
 
@@ -95,6 +98,7 @@ def _add_site(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--cpus-per-task", type=int)
     verb.add_argument("--mem-gb", type=float, help="memory of a node")
     verb.add_argument("--site", type=_path, default=os.environ.get("SSL_DIST_SLURM"), help="YAML of the site")
+    verb.add_argument("--plugins", type=_path, action="append", default=[], metavar="FILE", help="as of ssl-dist")
     verb.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
 
 

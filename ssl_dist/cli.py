@@ -1,18 +1,12 @@
 """The commands. Thin: they read arguments, call one function and turn what it raises into an exit code."""
 
 import argparse
-import importlib
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ssl_dist import outcome, terminal
 from ssl_dist.command_line import Argument, argument, command, home_path, importing, parse
 from ssl_dist.errors import UserError
-
-if TYPE_CHECKING:
-    from ssl_dist.config.describe import Table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,12 +20,29 @@ def _overrides(help: str) -> Argument:
     return argument("overrides", help, nargs="*", metavar="key=value")
 
 
-_CONFIG = (
+_PLUGINS = argument(
+    "--plugins",
+    "a Python file with a method, backbones or an evaluator of your own; may be repeated",
+    type=home_path,
+    action="append",
+    default=[],
+    metavar="FILE",
+)
+_CONFIG: tuple[Argument, ...] = (
     argument("config", "a YAML file; configs/ holds one for every row of the papers' tables"),
     _overrides("for example optim.lr=1e-3 data.limit=1000"),
+    _PLUGINS,
 )
 _VOC_TASKS = ["classification", "finetune", "detection", "segmentation"]
 _RUN_OR_FILE = argument("run", "a run's folder, or one checkpoint file", type=home_path, metavar="RUN")
+
+
+def _plugged(args: argparse.Namespace) -> list[str]:
+    """Load the files of --plugins. Returns the overrides that name them in a config."""
+    from ssl_dist import plugins
+
+    return plugins.choose(args.plugins)
+
 
 # Imports stand inside the commands: torch and numba cost seconds that --help need not wait for.
 
@@ -80,7 +91,7 @@ def _train(args: argparse.Namespace) -> int:
         from ssl_dist import config
         from ssl_dist.train.loop import train
 
-    return train(config.load(args.config, args.overrides, outcome.note))
+    return train(config.load(args.config, [*_plugged(args), *args.overrides], outcome.note))
 
 
 @command(
@@ -102,7 +113,7 @@ def _explain(args: argparse.Namespace) -> None:
         raise UserError(f"--world {args.world}: at least one rank is needed")
     if args.ranks_per_node is not None and (args.ranks_per_node < 1 or args.world % args.ranks_per_node):
         raise UserError(f"--ranks-per-node {args.ranks_per_node}: must divide --world {args.world}")
-    settings = config.load(args.config, args.overrides, outcome.note)
+    settings = config.load(args.config, [*_plugged(args), *args.overrides], outcome.note)
     print(explain(settings, args.world, args.ranks_per_node, args.device, args.rates))
 
 
@@ -118,6 +129,7 @@ def _explain(args: argparse.Namespace) -> None:
     argument(
         "--split", "split to extract; may be repeated (default: training and test, or what there is)", action="append"
     ),
+    _PLUGINS,
 )
 def _extract(args: argparse.Namespace) -> None:
     """Pass every image of a split through a run's frozen backbone: features/<dataset>-<split>.safetensors. Works under
@@ -125,6 +137,7 @@ def _extract(args: argparse.Namespace) -> None:
     with importing():
         from ssl_dist.evaluate.command import extract
 
+    _plugged(args)
     for path in extract(args.weights, args.split or [], args.overrides, args.out):
         print(path)
 
@@ -159,6 +172,7 @@ def _extract(args: argparse.Namespace) -> None:
         default=[],
         metavar="EVALUATOR.OPTION=[a,b]",
     ),
+    _PLUGINS,
 )
 def _evaluate(args: argparse.Namespace) -> int:
     """Evaluate a run's newest checkpoint and print a table; every number goes to RUN/results.json. Features that are
@@ -172,6 +186,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     evaluators = [word for word in args.overrides if "=" not in word]
     if not evaluators:
         raise UserError(f"evaluate {args.run}: name at least one evaluator, for example knn")
+    _plugged(args)
     validation = None if args.validation is None else search.validation(args.validation)
     code, records = evaluate(args.run, evaluators, overrides, validation, args.search, args.split)
     if outcome.rank_info().is_rank0:
@@ -193,6 +208,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     argument(
         "--device", "that trains; cuda is compared with the CPU in float64", choices=("cpu", "cuda"), default="cpu"
     ),
+    _PLUGINS,
 )
 def _verify(args: argparse.Namespace) -> int:
     """The equality certificate: real steps of 2 and 4 ranks, on every grid, against one process. Exit code 1 when a
@@ -200,7 +216,7 @@ def _verify(args: argparse.Namespace) -> int:
     with importing():
         from ssl_dist.verify.command import verify
 
-    overrides = [word for word in args.overrides if "=" in word]
+    overrides = [*_plugged(args), *(word for word in args.overrides if "=" in word)]
     files = [word for word in args.overrides if "=" not in word]
     if len(files) > 1:
         raise UserError(f"verify {' '.join(files)}: one config at a time")
@@ -223,6 +239,7 @@ def _verify(args: argparse.Namespace) -> int:
         action="store_true",
     ),
     argument("--device", "with --dry-run: the hours on --ranks of this GPU, one that `explain --device` knows"),
+    _PLUGINS,
 )
 def _study(args: argparse.Namespace) -> int:
     """Make the runs of a study that are not complete, one after the other, measure them, and write table, numbers and
@@ -231,10 +248,11 @@ def _study(args: argparse.Namespace) -> int:
         from ssl_dist.study.command import run
         from ssl_dist.study.dry_run import describe
 
+    overrides = [*_plugged(args), *args.overrides]
     if args.dry_run:
-        print(describe(args.file, args.overrides, args.ranks, args.device))
+        print(describe(args.file, overrides, args.ranks, args.device))
         return 0
-    return run(args.file, args.overrides, args.ranks, args.collect, args.only)
+    return run(args.file, overrides, args.ranks, args.collect, args.only)
 
 
 @command(
@@ -251,6 +269,7 @@ def _study(args: argparse.Namespace) -> int:
     argument("--csv", "file for the means as CSV, a line for each", type=home_path, metavar="FILE"),
     argument("--latex", "file for them as a tabular of LaTeX (booktabs)", type=home_path, metavar="FILE"),
     argument("--figures", "folder for plots against what was varied (PNG, SVG)", type=home_path, metavar="FOLDER"),
+    _PLUGINS,
 )
 def _report(args: argparse.Namespace) -> None:
     """Write one HTML page that needs nothing else: health, results beside published ones, curves, views, pictures,
@@ -258,6 +277,7 @@ def _report(args: argparse.Namespace) -> None:
     runs are named by the keys that differ between them."""
     from ssl_dist.report import report
 
+    _plugged(args)
     print(report(args.runs, args.out, args.csv, args.latex, args.figures))
 
 
@@ -267,12 +287,14 @@ def _report(args: argparse.Namespace) -> None:
     _RUN_OR_FILE,
     argument("--format", required=True, choices=["torchvision", "timm", "seed"]),
     argument("--out", "file to write (safetensors; seed: of torch.save)", type=home_path, required=True),
+    _PLUGINS,
 )
 def _export(args: argparse.Namespace) -> None:
     """Write the encoder of a run's newest checkpoint, by the names that torchvision, timm or the official code of
     relational reasoning (seed) load."""
     from ssl_dist.run.export import export
 
+    _plugged(args)
     line = export(args.run, args.format, args.out)
     print(f"{args.out}: written; load it with\n{line}")
 
@@ -290,7 +312,8 @@ def _import(args: argparse.Namespace) -> None:
         from ssl_dist import config
         from ssl_dist.train.official import take_over
 
-    print(take_over(args.file, config.load(args.config, args.overrides, outcome.note), args.epoch))
+    settings = config.load(args.config, [*_plugged(args), *args.overrides], outcome.note)
+    print(take_over(args.file, settings, args.epoch))
 
 
 @command(
@@ -306,6 +329,7 @@ def _import(args: argparse.Namespace) -> None:
     _overrides("data.root, data.reader: where the images are; with --images data.root and data.split"),
     argument("--out", "file to write", type=home_path, required=True, metavar="FILE"),
     argument("--images", "labels of others: the image folder that data.root was converted from", type=home_path),
+    _PLUGINS,
 )
 def _labels(args: argparse.Namespace) -> None:
     """Write the labels that a run's method gave its training images to a CSV file: image_id, label_0, ... They are
@@ -314,6 +338,7 @@ def _labels(args: argparse.Namespace) -> None:
     from ssl_dist.run.imported_labels import import_labels
     from ssl_dist.run.labels import export_labels
 
+    _plugged(args)
     if args.images is None:
         print(export_labels(args.run, args.out, args.overrides))
     else:
@@ -334,6 +359,7 @@ def _labels(args: argparse.Namespace) -> None:
         required=True,
     ),
     argument("--out", "folder of results.json, features and checkpoints", type=home_path, required=True),
+    _PLUGINS,
 )
 def _voc(args: argparse.Namespace) -> int:
     """Fit SVMs on frozen features (classification), or fine-tune: a linear classifier (finetune), Faster R-CNN
@@ -342,6 +368,7 @@ def _voc(args: argparse.Namespace) -> int:
     from ssl_dist.results.records import table
     from ssl_dist.voc.command import headline, run
 
+    _plugged(args)
     code, records = run(args.task, args.weights, args.root, args.out, args.overrides)
     if records:
         print(table(headline(records)))
@@ -353,39 +380,15 @@ def _voc(args: argparse.Namespace) -> int:
     "what a config may say",
     argument("section", "optim, method.relational, knn, voc.detection, optim.lr, ... (default: all)", nargs="?"),
     argument("--markdown", "write Markdown, as in docs/config.md", action="store_true"),
+    _PLUGINS,
 )
 def _keys(args: argparse.Namespace) -> None:
     """Print every key of a config, and every option of methods, evaluators and VOC tasks, with its type, range, default
     and meaning."""
-    from ssl_dist.config import Config, describe
+    from ssl_dist import key_tables
 
-    tables = describe.tables(Config, "config", "")
-    if args.section is None or not describe.find(tables, args.section):
-        tables += _option_tables()
-    if args.section is not None:
-        all_tables, tables = tables, describe.find(tables, args.section)
-        if not tables:
-            raise describe.unknown(all_tables, args.section)
-    columns = shutil.get_terminal_size().columns
-    print(describe.as_markdown(tables) if args.markdown else describe.as_text(tables, columns))
-
-
-def _option_tables() -> "list[Table]":
-    """The tables of the options of every method, evaluator and VOC task."""
-    from ssl_dist import evaluators, methods
-    from ssl_dist.config import describe
-    from ssl_dist.voc import options
-
-    modules = [(f"ssl_dist.methods.{name}", f"method.{name}", "method.options.") for name in methods.names()]
-    modules += [(f"ssl_dist.evaluators.{name}", name, f"{name}.") for name in evaluators.names()]
-    tables = []
-    for name, title, path in modules:
-        module = importlib.import_module(name)
-        tables += describe.tables(module.Options, title, path, module.__doc__)
-    for task in _VOC_TASKS:
-        section = options.OF_TASK[task]
-        tables += describe.tables(section, f"voc.{task}", "", section.__doc__)
-    return tables
+    _plugged(args)
+    print(key_tables.show(args.section, args.markdown))
 
 
 @command("doctor", "what is missing on this machine")

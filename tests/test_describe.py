@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from ssl_dist import cli
+from ssl_dist import cli, key_tables
 from ssl_dist.config import Config, NonNegativeFloat, PositiveInt, Probability, Section, describe
 
 
@@ -67,7 +67,7 @@ def test_a_name_is_of_a_section_or_of_a_key(name, keys):
 
 @pytest.mark.parametrize("width", [80, 130])
 def test_the_text_keeps_to_the_width_and_loses_no_word(width):
-    tables = [*describe.tables(Config, "config", ""), *cli._option_tables()]
+    tables = [*describe.tables(Config, "config", ""), *key_tables.of_options()]
     text = describe.as_text(tables, width)
     assert max(map(len, text.splitlines())) <= width
     words = [word for table in tables for row in table.rows for word in row[3].replace("-", " ").split()]
@@ -84,7 +84,7 @@ def test_markdown_escapes_what_it_would_take_for_its_own():
 
 
 def test_every_key_of_the_program_has_a_meaning():
-    tables = [*describe.tables(Config, "config", ""), *cli._option_tables()]
+    tables = [*describe.tables(Config, "config", ""), *key_tables.of_options()]
     assert [f"{table.title}: {row[0]}" for table in tables for row in table.rows if not row[3]] == []
     assert sum(len(table.rows) for table in tables) > 230
 

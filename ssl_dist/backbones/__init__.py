@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from difflib import get_close_matches
 
+from ssl_dist import plugins
 from ssl_dist.backbones import timm_model
 from ssl_dist.errors import UserError, did_you_mean, quoted
 from ssl_dist.nn.backbone import Backbone
@@ -29,8 +30,12 @@ _FILE_OF = {name: file for file, names in _FILES.items() for name in names}
 
 
 def names() -> list[str]:
-    """The names of the backbones defined here; those of timm are not listed."""
-    return list(_FILE_OF)
+    """The names of the backbones defined here and of plugins; those of timm are not listed."""
+    return [*_FILE_OF, *_outside()]
+
+
+def _outside() -> dict[str, plugins.Plugin]:
+    return plugins.found(plugins.BACKBONES, _FILE_OF)
 
 
 def check(name: str, zero_init_residual: bool = False) -> None:
@@ -48,7 +53,8 @@ def check(name: str, zero_init_residual: bool = False) -> None:
         )
     if name not in available:
         hint = _hint_of_timm(name, available) or did_you_mean(name, available)
-        raise UserError(f"backbone.name = {quoted(name)}: no such backbone; {hint}{remedy}")
+        known = plugins.absent() or f"{remedy}; --plugins FILE adds your own"
+        raise UserError(f"backbone.name = {quoted(name)}: no such backbone; {hint}{known}")
     if zero_init_residual and name not in _RESNETS:
         raise UserError(
             f"backbone.zero_init_residual = true: backbone {name} has no such option (resnet18 to resnet200 have); "
@@ -68,9 +74,19 @@ def _hint_of_timm(name: str, own: list[str]) -> str:
 def build(name: str, zero_init_residual: bool = False) -> Backbone:
     """The backbone `name` with initial weights. Raises `UserError` when there is none."""
     check(name, zero_init_residual)
+    if (plugin := _outside().get(name)) is not None:
+        return _of_plugin(name, plugin)
     if name.startswith(_TIMM):
         return timm_model.build(name)
     builders: dict[str, Callable[..., Backbone]] = importlib.import_module(
         f"ssl_dist.backbones.{_FILE_OF[name]}"
     ).BACKBONES
     return builders[name](zero_init_residual=True) if zero_init_residual else builders[name]()
+
+
+def _of_plugin(name: str, plugin: plugins.Plugin) -> Backbone:
+    backbone = plugin.load()()
+    if not isinstance(backbone, Backbone) or not {"feature_dim", "stages"} <= {*dir(backbone)}:
+        base = "ssl_dist.nn.backbone.Backbone"
+        raise UserError(f"{plugin.source}: backbone {name} must be a {base} with feature_dim and stages")
+    return backbone

@@ -8,6 +8,7 @@ from ssl_dist.config.schema import (
     DatasetName,
     Normalize,
     Optim,
+    PluginFile,
     Views,
     dump,
     load,
@@ -28,7 +29,7 @@ from ssl_dist.config.section import (
 
 __all__ = [
     "ClassSubset", "ColorJitter", "Config", "Data", "DatasetName", "FiniteFloat", "GaussianBlur", "Interpolation",
-    "NonNegativeFloat", "NonNegativeInt", "Normalize", "Optim", "PositiveFloat", "PositiveInt", "Probability",
-    "RandomResizedCrop", "Resize", "Section", "ViewGroup", "Views", "dump", "load", "overridden", "parse_yaml",
-    "to_tree", "validate",
+    "NonNegativeFloat", "NonNegativeInt", "Normalize", "Optim", "PluginFile", "PositiveFloat", "PositiveInt",
+    "Probability", "RandomResizedCrop", "Resize", "Section", "ViewGroup", "Views", "dump", "load", "overridden",
+    "parse_yaml", "to_tree", "validate",
 ]  # fmt: skip

@@ -3,13 +3,15 @@
 A config is flat data. Derived values are properties and are never written back.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from ssl_dist import plugins
 from ssl_dist.config import hints
 from ssl_dist.config.implied import Neighbours
 from ssl_dist.config.recipe import MAX_VIEWS, ColorJitter, Interpolation, NumViews, RandomResizedCrop, ViewGroup
@@ -220,6 +222,23 @@ class Log(Section):
     )
 
 
+class PluginFile(Section):
+    file: PathText = Field(description="a Python file")
+    sha256: str | None = Field(None, description="of its bytes; a run records it")
+
+
+def plugin_files(given: Any) -> Any:
+    """The value of the key plugins, where it is a list of files as a dict by their names; else as it is. Raises
+    ValueError when two have one name."""
+    files = [given] if isinstance(given, str) else given
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        return given
+    by_name = {plugins.name_of(file): {"file": file} for file in files}
+    if len(by_name) < len(files):
+        raise ValueError("two files have one name; write {NAME: {file: FILE}, ...}")
+    return by_name
+
+
 class Config(Section):
     seed: NonNegativeInt = Field(0, description="of everything random")
     run_dir: PathText = Field(min_length=1, description="the run's folder; the same command again resumes it")
@@ -242,8 +261,18 @@ class Config(Section):
     timeout: Annotated[float, Field(gt=0, le=86400)] = Field(
         60.0, description="seconds after which a rank that hangs ends the run"
     )
+    plugins: dict[str, PluginFile] = Field(
+        default_factory=dict,
+        description="[mine.py]: Python files with methods, backbones and evaluators of your own (see "
+        "CONTRIBUTING.md); a run records each as NAME: {file: FILE, sha256: ...}",
+    )
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     log: Log = Field(default_factory=Log)
+
+    @field_validator("plugins", mode="before")
+    @classmethod
+    def _plugins(cls, given: Any) -> Any:
+        return plugin_files(given)
 
     @model_validator(mode="after")
     def _compile(self) -> Self:
@@ -276,6 +305,8 @@ def overridden(tree: dict, overrides: Sequence[str], note: Callable[[str], objec
     """The config in `tree` with `key.sub=value` overrides, which change `tree` too. note: see `load`. Raises
     `UserError`."""
     neighbours = Neighbours.of(tree)
+    with contextlib.suppress(ValueError):  # `validate` says it with the key
+        tree |= {"plugins": plugin_files(tree["plugins"])} if "plugins" in tree else {}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from ssl_dist import config, evaluators, methods, results
+from ssl_dist import config, evaluators, methods, plugins, results
 from ssl_dist.config import ClassSubset, Section, parse_yaml, to_tree, validate
 from ssl_dist.data.readers import Dataset
 from ssl_dist.distributed.rank import RankInfo
@@ -23,7 +23,7 @@ from ssl_dist.evaluate import splits as split_choice
 from ssl_dist.evaluators import Evaluator, FeatureEvaluator, ImageEvaluator
 from ssl_dist.grid import Grid
 from ssl_dist.results.figures import FigureWriter, has_pictures
-from ssl_dist.run import board
+from ssl_dist.run import board, plugged
 from ssl_dist.run import folder as run_folder
 from ssl_dist.run.encoder import (
     BATCH_TIMEOUT_S,
@@ -78,7 +78,9 @@ def extract(weights: Path, splits: Sequence[str], overrides: Sequence[str], out:
     ):
         if encoder.ids:  # of a run, which may have saved another checkpoint since
             encoder = load_together(weights, world)[1].with_transform(encoder.changed)
-            _note_size(world, encoder)
+            _note(world, encoder)
+        else:
+            plugged.require_same(world)
         return [extract_features(encoder, dataset, split, folder, world, rank_info.cores) for split in chosen]
 
 
@@ -111,7 +113,10 @@ def transform_of(data: dict[str, str]) -> list[str]:
     return [f"{key}={value}" for key, value in data.items() if key in TRANSFORM_KEYS]
 
 
-def _note_size(world: World, encoder: Encoder) -> None:
+def _note(world: World, encoder: Encoder) -> None:
+    """Say what code of the user's own runs, and how the size of images differs from that of the training."""
+    if files := [str(file.path) for file in plugins.files()]:
+        _print_on_rank0(world, f"plugins: {', '.join(files)}")
     if encoder.size_note is not None:
         _print_on_rank0(world, encoder.size_note)
 
@@ -190,6 +195,7 @@ def evaluate(
 
     Returns the exit code, 0 or that of a stop on request, and the records that results.json holds of it.
     """
+    plugged.recall_run(run)
     request = parse(chosen, overrides, validation, searched)
     if not run.is_dir():
         raise UserError(f"{run}: not a run's folder; train first")
@@ -206,7 +212,7 @@ def evaluate(
         watchdog.reporting(),
     ):
         encoder = load_together(run, world)[1].with_transform(encoder.changed)
-        _note_size(world, encoder)
+        _note(world, encoder)
         if train == test and not only_held_out:
             _print_on_rank0(world, f"split {test} of {dataset.name} stands alone: nothing is learned from another one")
         world.on_rank0(lambda: results.require_writable(run / "results.json"))
@@ -244,7 +250,9 @@ def _measure(context: EvalContext, name: str, options: Section, remark: str | No
     remark: on the choice of the options, for the protocol.
     """
     world, evaluator, path = context.world, evaluators.find(name), context.run / "results.json"
-    protocol = world.on_rank0(lambda: _protocol(context, evaluator, options, remark))  # it may read a file
+    source = plugins.source_of(plugins.EVALUATORS, name)  # another file may measure otherwise
+    remarks = [text for text in (source and f"by {source}", remark) if text]
+    protocol = world.on_rank0(lambda: _protocol(context, evaluator, options, remarks))  # it may read a file
     metadata, tree = context.metadata, to_tree(options)
     same: dict[str, object] = {key: metadata[key] for key in results.IDENTITY if key in metadata}
     same |= {"protocol": protocol, "options": tree, "version": evaluator.VERSION}
@@ -273,7 +281,7 @@ def _show(run: Path, records: list[dict]) -> None:
             board.write_results(run, shown)
 
 
-def _protocol(context: EvalContext, evaluator: Evaluator, options: Section, remark: str | None) -> str:
+def _protocol(context: EvalContext, evaluator: Evaluator, options: Section, remarks: Sequence[str]) -> str:
     """The evaluator's protocol with what this evaluation adds to it."""
     parts = [evaluators.protocol(evaluator, options)]
     if context.alone:
@@ -286,7 +294,7 @@ def _protocol(context: EvalContext, evaluator: Evaluator, options: Section, rema
         parts.append(f"{results.FITTED_ON} {context.subset} of {context.train}")
     if context.held_out is not None and methods.find(context.encoder.config.method.name).needs_labels:
         parts.append("the encoder may have been trained on these labels")
-    return "; ".join([*parts, *([remark] if remark else [])])
+    return "; ".join([*parts, *remarks])
 
 
 def _lacks_pictures(context: EvalContext, name: str, evaluator: Evaluator) -> bool:

@@ -1,14 +1,16 @@
 """Evaluations of a trained backbone, one file each, found by name: `find("knn")` is ssl_dist/evaluators/knn.py.
 
-To add one, write a module here that has the members of `FeatureEvaluator` or of `ImageEvaluator`; no other file needs
-an edit. `tests/test_evaluators.py` compares every module with them.
+To add one, write a module here, or a plugin, that has the members of `FeatureEvaluator` or of `ImageEvaluator`; no
+other file needs an edit. `flaw` compares modules with them.
 """
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
+from ssl_dist import plugins
 from ssl_dist.config import Section, parse_yaml, validate
 from ssl_dist.errors import UserError, did_you_mean
 
@@ -88,17 +90,49 @@ Evaluator = FeatureEvaluator[Any] | ImageEvaluator[Any]  # one that is found by 
 
 def names() -> list[str]:
     """The names of all evaluators, sorted; imports none of them."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    inside = _inside()
+    return sorted(inside | plugins.found(plugins.EVALUATORS, inside).keys())
+
+
+def _inside() -> set[str]:
+    return {module.name for module in pkgutil.iter_modules(__path__)}
 
 
 def find(name: str) -> Evaluator:
     """The evaluator's module. Raises `UserError` with the nearest name for one that does not exist."""
-    if name not in names():
+    inside = _inside()
+    outside = plugins.found(plugins.EVALUATORS, inside)
+    if name in inside:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name not in outside:
         plain = name.lower().replace("-", "").replace("_", "")
         own = [own for own, others in _ALIASES.items() if plain in (own, *others)]
         hint = f"did you mean {own[0]!r}? " if own else did_you_mean(name, names(), cutoff=0.5)
-        raise UserError(f"unknown evaluator {name!r}: {hint}known: {', '.join(names())}")
-    return importlib.import_module(f"{__name__}.{name}")
+        known = f"known: {', '.join(names())}; --plugins FILE adds your own"
+        raise UserError(f"unknown evaluator {name!r}: {hint}{plugins.absent() or known}")
+    module = outside[name].load()
+    if fault := flaw(module):
+        raise UserError(f"{outside[name].source}: evaluator {name} {fault}; see CONTRIBUTING.md")
+    return module
+
+
+def flaw(module: object) -> str:
+    """What a module lacks to be an evaluator, as the predicate of a sentence; empty when it is one."""
+    kind, function = (ImageEvaluator, "measure") if hasattr(module, "measure") else (FeatureEvaluator, "run")
+    _, *expected = inspect.signature(getattr(kind, function)).parameters.values()  # without self
+    parameters = [(p.name, p.default) for p in inspect.signature(getattr(module, function)).parameters.values()]
+    if parameters != [(p.name, p.default) for p in expected]:
+        return f"must define {function}({', '.join(str(p.replace(annotation=p.empty)) for p in expected)})"
+    options = getattr(module, "Options", None)
+    if not (isinstance(options, type) and issubclass(options, Section)):
+        return "must define class Options(Section), with the defaults of its options"
+    if undescribed := [key for key, field in options.model_fields.items() if not field.description]:
+        return f"must describe its option {undescribed[0]}: Field(..., description=...)"
+    if not isinstance(getattr(module, "VERSION", None), int):
+        return "must define VERSION, a number"
+    if not hasattr(module, "protocol") and (function == "measure" or not hasattr(module, "PROTOCOL")):
+        return "must say how it measures: protocol(options)" + (" or PROTOCOL" if function == "run" else "")
+    return ""
 
 
 def parse_options(chosen: Sequence[str], overrides: Sequence[str] = ()) -> dict[str, Section]:

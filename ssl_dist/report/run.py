@@ -18,6 +18,7 @@ from ssl_dist.report.pictures import Picture
 from ssl_dist.report.seeds import newest
 from ssl_dist.report.verdicts import MAX_MAGNITUDE, is_amount, is_number
 from ssl_dist.results import suggestion
+from ssl_dist.run import plugged
 from ssl_dist.run.metrics import read_metrics
 from ssl_dist.storage import checkpoint
 
@@ -116,6 +117,7 @@ def _open(folder: Path) -> Run:
     if not path.is_file():
         raise UserError(f"{folder}: not a run's folder, it holds no config.yaml; name the run_dir of a training")
     settings = config.load(path)
+    plugged.recall(settings, path, folder)
     folder = folder.resolve()
     return Run(folder, folder.name, settings, methods.find(settings.method.name).trainable)
 

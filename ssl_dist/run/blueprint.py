@@ -26,6 +26,7 @@ from ssl_dist.methods.base import Info, SSLMethod
 from ssl_dist.nn import batchnorm, recompute
 from ssl_dist.nn.layers import key_dropout
 from ssl_dist.nn.shapes import without_values
+from ssl_dist.run import plugged
 from ssl_dist.storage import weights
 
 
@@ -194,6 +195,7 @@ def build_method(
 def derive(config: Config, rank_info: RankInfo, dataset: Dataset | None = None) -> RunPlan:
     """The plan of `config`, its data set named, on this rank. dataset: None for that of `data.root`. Raises `UserError`
     for everything that can not run."""
+    config = plugged.pinned(config)
     method_class = methods.find(config.method.name)
     options = methods.build_options(method_class, config.method.options, _reset(config, method_class))
     backbones.check(config.backbone.name, config.backbone.zero_init_residual)

@@ -25,7 +25,7 @@ from ssl_dist.methods.base import Info, SSLMethod
 from ssl_dist.nn.shapes import without_values
 from ssl_dist.progress import Progress
 from ssl_dist.reading import parse_json
-from ssl_dist.run import blueprint
+from ssl_dist.run import blueprint, plugged
 from ssl_dist.run import folder as run_folder
 from ssl_dist.storage import checkpoint, durable, weights
 from ssl_dist.storage.features import read_features, write_features
@@ -96,7 +96,9 @@ def load_method(path: Path) -> tuple[SSLMethod, Encoder]:
     """The method in a run's newest checkpoint, or in a checkpoint file, and its encoder. Raises `UserError`."""
     path, state, digest = checkpoint.load_run(path)
     settings = validate(Config, state["config"], f"{path}: ")
+    plugged.recall(settings, path, path.parent.parent if path.parent.name == "checkpoints" else path.parent)
     method_class = methods.find(settings.method.name)
+    plugged.require_recorded(settings, str(path))
     options = methods.build_options(method_class, settings.method.options)
     info = Info(**state["info"])
     with without_values():  # whatever sizes `info` has, no memory is taken before the tensors are found to fit
@@ -114,6 +116,7 @@ def load_together(path: Path, world: World) -> tuple[SSLMethod, Encoder]:
 
     Raises `UserError` on every rank.
     """
+    plugged.require_same(world)
     method, encoder = world.raise_together(lambda: load_method(path))
     first = world.on_rank0(lambda: (str(encoder.file), encoder.sha256))
     if encoder.sha256 != first[1]:

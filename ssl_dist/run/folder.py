@@ -14,13 +14,15 @@ from ssl_dist import methods
 from ssl_dist.config import Config, dump, load, to_tree
 from ssl_dist.errors import UserError, quoted
 from ssl_dist.reading import is_count, json_lines
+from ssl_dist.run import plugged
 from ssl_dist.storage import checkpoint, durable
 
 # What may differ between two starts of one run: none of these changes the numbers.
-# The file backbone.weights may lie elsewhere: its SHA-256 is compared with the checkpoint's.
+# The file backbone.weights may lie elsewhere: its SHA-256 is compared with the checkpoint's. That of a plugin is, where
+# the method or the backbone is of it.
 FREE_KEYS = (
     "run_dir", "data.root", "data.reader", "data.workers", "data.view_shards", "backbone.weights", "backbone.recompute",
-    "optim.accumulate", "checkpoint", "log", "timeout",
+    "optim.accumulate", "checkpoint", "log", "timeout", "plugins",
 )  # fmt: skip
 
 FORMER_RANKS_TIMEOUT_S = 120.0  # in which the ranks of a former start have ended: the default timeout, 10 s, a margin
@@ -133,11 +135,18 @@ def check_checkpoint(path: Path, saved: Config, config: Config) -> None:
 
 def _forbidden(saved: Config, config: Config, may_differ: Callable[[str, Config, object, object], bool]) -> str:
     """The keys that differ and may not, with both values, in words."""
-    return "; ".join(
-        f"{key} (there {quoted(old)}, now {quoted(new)})"
+    if saved.method.name != config.method.name:  # the options of one that is not here any more cannot be spelt out
+        return f"method.name (there {quoted(saved.method.name)}, now {quoted(config.method.name)})"
+    found = [
+        (key, old, new)
         for key, old, new in differences(spelt_out(saved), spelt_out(config))
         if not may_differ(key, saved, old, new)
-    )
+    ]
+    for name in plugged.used(config):
+        old, new = (one.plugins[name].sha256 if name in one.plugins else None for one in (saved, config))
+        if old != new:
+            found.append((f"plugins.{name}.sha256", old, new))
+    return "; ".join(f"{key} (there {quoted(old)}, now {quoted(new)})" for key, old, new in found)
 
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, object, object]]:

@@ -25,6 +25,7 @@ from ssl_dist.evaluate import search
 from ssl_dist.evaluate.command import parse
 from ssl_dist.job import Job
 from ssl_dist.run import folder as run_folder
+from ssl_dist.run import plugged
 from ssl_dist.run.blueprint import derive
 from ssl_dist.slurm import local
 from ssl_dist.slurm.script import Executor, Site, executor, read_site
@@ -69,12 +70,14 @@ def evaluate(options: argparse.Namespace) -> int:
     site, run = read_site(options.site, vars(options)), options.run
     if not checkpoint.steps(run):
         raise UserError(f"{run}: holds no checkpoint; train first")
+    plugged.recall_run(run)
     _check_evaluation(f"evaluate {run}", options.overrides, options.validation, options.search)
     words = [*options.overrides, *(["--search", *options.search] if options.search else [])]
     if options.validation is not None:
         words += ["--validation", options.validation]
     if options.split is not None:
         words += ["--split", options.split]
+    words += [word for file in options.plugins for word in ("--plugins", str(file.absolute()))]
     evaluator = _evaluator(site, run.absolute() / "slurm", run, options.overrides)
     if options.dry_run:
         print(evaluator.script())

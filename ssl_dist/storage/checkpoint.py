@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy
 import torch
 
-from ssl_dist import __version__
+from ssl_dist import __version__, plugins
 from ssl_dist.errors import UserError, refuse_unreadable
 from ssl_dist.reading import open_regular
 from ssl_dist.storage import checkpoint_state, durable, torch_file
@@ -45,6 +45,7 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "numpy": numpy.__version__,
         "python": ".".join(map(str, sys.version_info[:3])),
+        **plugins.packages(),
     }
 
 

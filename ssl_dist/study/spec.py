@@ -19,6 +19,7 @@ from ssl_dist.config import Config, Section, validate
 from ssl_dist.config.section import PathText, read_yaml
 from ssl_dist.errors import UserError, did_you_mean, quoted
 from ssl_dist.evaluate import command as evaluate
+from ssl_dist.run import plugged
 
 Value = str | int | float
 Values = Annotated[list[Value], Field(min_length=1)]
@@ -204,14 +205,16 @@ def read(path: Path, further: Sequence[str] = ()) -> tuple[Study, list[Training]
     if not isinstance(tree, dict):
         raise UserError(f"study {path}: must be a mapping with title, axes, measures; see configs/studies/")
     study = validate(Study, tree, f"study {path}: ")
+    trainings = [_training(study, path, labels, further) for labels in study.combinations()]
+    if not trainings:
+        raise UserError(f"study {path}: every combination is excluded; leave some")
+    for training in trainings:
+        plugged.pinned(training.config)  # an evaluator may be of its plugins
     for number, measure in enumerate(study.measures):
         try:
             evaluate.parse([measure.evaluator], words(measure.overrides))
         except UserError as error:
             raise UserError(f"study {path}: measures.{number}: {error}") from None
-    trainings = [_training(study, path, labels, further) for labels in study.combinations()]
-    if not trainings:
-        raise UserError(f"study {path}: every combination is excluded; leave some")
     return study, trainings
 
 

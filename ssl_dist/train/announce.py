@@ -33,6 +33,8 @@ def beginning(run: TrainState) -> str:
         "length": "the weights are written as they are drawn",
         "folder": f"{plan.run}: {f'resumes after step {clock.step}' if clock.step else 'new'}",
     }
+    if config.plugins:
+        lines["plugins"] = ", ".join(plugin.file for plugin in config.plugins.values())
     if clock.total_steps:
         options, plural = config.optim, "s" if clock.total_steps > 1 else ""
         lines["length"] = (

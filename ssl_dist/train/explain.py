@@ -93,6 +93,11 @@ def _grid(plan: RunPlan, memory: "Memory") -> dict[str, str]:
     views_per_rank = " + ".join(f"{s.num // grid.views} x {s.size} px" for s in plan.specs)
     return {
         "method": f"{plan.config.method.name} on {plan.config.backbone.name}",
+        **(
+            {"plugins": ", ".join(plugin.file for plugin in plan.config.plugins.values())}
+            if plan.config.plugins
+            else {}
+        ),
         **({} if plan.initial_weights is None else {"weights": plan.initial_weights.note}),
         "views": f"{groups} of each image",
         "evaluated on": _evaluated(plan),

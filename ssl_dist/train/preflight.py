@@ -49,7 +49,9 @@ def agree(plan: RunPlan, world: World) -> str:
 
 
 def _facts(plan: RunPlan) -> dict[str, object]:
-    settings = {key: value for key, value in flat(config.to_tree(plan.config)).items() if key not in LOCAL_KEYS}
+    tree = config.to_tree(plan.config)
+    tree["plugins"] = {name: plugin["sha256"] for name, plugin in tree["plugins"].items()}  # wherever it lies
+    settings = {key: value for key, value in flat(tree).items() if key not in LOCAL_KEYS}
     settings["run_dir"] = os.path.abspath(plan.run)
     sources = sorted(PACKAGE.rglob("*.py"))
     program = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]

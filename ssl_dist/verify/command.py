@@ -179,7 +179,7 @@ def cases(
     for name in names or methods.names():
         path, origin = CONFIGS / f"{name}-conv4.yaml", f"configs/digits/{name}-conv4.yaml"
         if not path.exists():
-            path, origin = folder / f"{name}.yaml", "a config of verify's own (digits, conv4, adam)"
+            path, origin = folder / f"{name}.yaml", "a config of verify's own (digits, adam)"
             tree = {"run_dir": "none", "data": {"name": "digits", "root": "none"}, "method": {"name": name}}
             path.write_text(yaml.safe_dump(tree), encoding="utf-8")
         yield from _cases(path, origin, digits, overrides, steps)
