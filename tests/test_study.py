@@ -214,6 +214,13 @@ def test_a_line_of_a_figure_is_the_mean_over_seeds(tmp_path):
     found = numbers_of(trainings, lambda labels: 10.0 * labels["seed"] + labels["K"])
     axes = figure.draw(study, study.figure, found).axes[0]
     assert list(axes.containers[0][0].get_ydata()) == [16, 17] and list(axes.containers[1][0].get_ydata()) == [16]
+    assert axes.get_xscale() == "linear"
+    for values, chosen, scale in (([1, 2, 4], None, "log"), ([1, 2, 4], False, "linear"), ([1, 2], True, "log")):
+        axis = {"K": {"key": "views.num", "values": values}}
+        spec_of_figure = {"column": "kNN", "x": "K", "by": "method", "logarithmic": chosen}
+        study, trainings = study_of(tmp_path, axes=tree(tmp_path)["axes"] | axis, figure=spec_of_figure)
+        found = numbers_of(trainings, lambda labels: 1.0)
+        assert figure.draw(study, study.figure, found).axes[0].get_xscale() == scale
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,10 @@ def draw(study: Study, spec: FigureSpec, numbers: Sequence[Number]) -> Figure:
         points = [(place, *_mean_std(spec, values, name, place)) for place in places]
         lines.append(Line(str(name), [(place, mean, std) for place, mean, std in points if mean is not None]))
     if spec.gain is None:
-        return mean_plots.lines(lines, places, (spec.x, f"{spec.column} (%)"), study.title, spec.logarithmic)
+        numbers_x = [place for place in places if isinstance(place, int | float)]
+        series = len(numbers_x) == len(places) and mean_plots.is_geometric(sorted(numbers_x))
+        logarithmic = series if spec.logarithmic is None else spec.logarithmic
+        return mean_plots.lines(lines, places, (spec.x, f"{spec.column} (%)"), study.title, logarithmic)
     gain = f"{spec.column}: {spec.gain.of} less {spec.gain.over} (points)"
     return mean_plots.bars(lines, places, (spec.x, gain), study.title)
 

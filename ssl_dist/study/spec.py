@@ -78,7 +78,7 @@ class FigureSpec(Section):
     column: str
     x: str
     by: str
-    logarithmic: bool = False
+    logarithmic: bool | None = Field(None, description="axis of x; null: where its values are a geometric series")
     gain: Gain | None = None
 
 
