@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from ssl_dist import cli
-from ssl_dist.convert.command import usage
+from ssl_dist import cli, config
+from ssl_dist.convert.command import PHOTOS_BATCH_SIZE, usage
 from ssl_dist.convert.encode import TURNS, encode
 from ssl_dist.data import file_names, manifest
 from ssl_dist.data.beton import Beton
@@ -120,11 +120,12 @@ def test_a_folder_without_classes_is_told_the_command_that_takes_it(tmp_path, la
     _, verb, *words = shlex.split(lines[1])
     assert verb == "train"
     words[0] = str(CONFIGS / words[0])
-    assert cli.main(["explain", *words, "optim.batch_size=2", "data.reader=arrays"]) == 0
+    assert cli.main(["explain", *words, "data.reader=arrays"]) == 0
     without_name = [word for word in words if not word.startswith("data.name")]
-    assert cli.main(["explain", *without_name, "optim.batch_size=2", "data.reader=arrays"]) == 0
+    assert cli.main(["explain", *without_name, "data.reader=arrays"]) == 0
     explained = capsys.readouterr().out
     assert explained.count("mine, split unlabeled") == 2 and "simclr" in lines[1]
+    assert config.load(CONFIGS / "configs/photos/simclr-resnet18-96px.yaml").optim.batch_size == PHOTOS_BATCH_SIZE
 
 
 def test_unlabeled_is_of_folders_alone(tmp_path):
@@ -150,7 +151,7 @@ def test_what_is_left_out_is_explained(tmp_path, capsys):
     record = run("folder", tmp_path / "in", tmp_path / "out", unlabeled=True, skip_damaged=True)
     assert list(record.splits["unlabeled"].skipped) == ["b.png"]
     words = shlex.split(usage(tmp_path / "out", record).splitlines()[1])[2:]
-    assert cli.main(["explain", *words, "optim.batch_size=2", "data.reader=arrays"]) == 0
+    assert cli.main(["explain", *words, "data.reader=arrays"]) == 0
     assert capsys.readouterr().out.count("(1 damaged ones left out by convert --skip-damaged") == 1
 
 

@@ -31,6 +31,7 @@ from ssl_dist.errors import UserError, did_you_mean, quoted, refuse_unreadable
 from ssl_dist.storage.durable import refuse_unwritable, remove_dead, write_text
 
 JPEG_QUALITY = 95
+PHOTOS_BATCH_SIZE = 64  # of configs/photos
 
 
 def convert(
@@ -159,7 +160,9 @@ def usage(out: Path, converted: Manifest) -> str:
     lines = [f"{out}: done: {splits}; use it with {keys}"]
     if converted.name not in CATALOG:
         run = shlex.quote(f"run_dir=runs/{converted.name}")
-        lines.append(f"ssl-dist train configs/photos/simclr-resnet18-96px.yaml {keys} {run}")
+        count = converted.splits[converted.pretraining].count
+        fewer = "" if count >= PHOTOS_BATCH_SIZE else f" optim.batch_size={1 << (count.bit_length() - 1)}"
+        lines.append(f"ssl-dist train configs/photos/simclr-resnet18-96px.yaml {keys} {run}{fewer}")
     return "\n".join(lines)
 
 
