@@ -37,6 +37,11 @@ class Dataset:
     def splits(self) -> tuple[str, ...]:
         return tuple(self._manifest.splits)
 
+    @property
+    def labelled(self) -> dict[str, bool]:
+        """Whether each split has a label of every image, as dataset.json says."""
+        return {split: record.labelled for split, record in self._manifest.splits.items()}
+
     @cached_property
     def uses(self) -> catalog.SplitRoles:
         """The splits for pre-training, training and evaluation."""

@@ -44,9 +44,9 @@ def choose(
         raise UserError(f"--split {wanted}: {root} holds no such split; give {words}")
     if wanted is not None and holds_out:
         raise UserError(f"--split {wanted}: --validation measures on a part of {train}; leave one of the two out")
-    has_train = _labelled(dataset, train)
+    has_train = dataset.labelled.get(train, False)
     needing = [name for name in chosen if not evaluators.works_without_labels(name)]
-    if has_train and (holds_out or _labelled(dataset, wanted or test)) and wanted != train:
+    if has_train and (holds_out or dataset.labelled.get(wanted or test)) and wanted != train:
         return Splits(train, wanted or test)
     alone = wanted or (test if test in present else dataset.uses.pretraining)
     if needing or holds_out:
@@ -57,16 +57,12 @@ def choose(
     return Splits(alone, alone)
 
 
-def _labelled(dataset: Dataset, split: str) -> bool:
-    return split in dataset.splits and dataset.info(split).labelled
-
-
 def _needs_labels(run: Path, dataset: Dataset, who: str, overrides: Sequence[str], alone: str, is_wanted: bool) -> str:
     """Of `who`, an evaluator or --validation, that needs labels, or a labelled split besides the one that it learns
     from. is_wanted: whether the user named the split."""
     train, root = dataset.uses.training, dataset.root
     without = f"without labels: `{_command(run, suggestion.WITHOUT_LABELS, overrides, '--split', alone)}`"
-    if not _labelled(dataset, train):
+    if not dataset.labelled.get(train):
         what = f"{root} holds no labelled split to learn from ({train}), only {', '.join(dataset.splits)}"
         return f"{who}: needs labels, and {what}; {without}; or give another data.root"
     if is_wanted and alone != train:

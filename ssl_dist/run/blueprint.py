@@ -243,7 +243,7 @@ def derive(config: Config, rank_info: RankInfo, dataset: Dataset | None = None) 
 
 def _require_labels(config: Config, dataset: Dataset, split: str) -> None:
     """Raises `UserError` where the split is not there, or has no labels."""
-    labelled = [name for name in dataset.splits if dataset.info(name).labelled]
+    labelled = [name for name, is_labelled in dataset.labelled.items() if is_labelled]
     if split in labelled:
         return
     remedy = "give " + " or ".join(f"data.split={name}" for name in labelled)

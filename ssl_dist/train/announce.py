@@ -4,8 +4,6 @@ import shlex
 
 import torch
 
-from ssl_dist.data.readers import Dataset
-from ssl_dist.errors import UserError
 from ssl_dist.results import suggestion
 from ssl_dist.run.blueprint import RunPlan
 from ssl_dist.run.folder import can_be_prolonged
@@ -63,14 +61,5 @@ def ending(plan: RunPlan) -> str:
 
 def _measure(plan: RunPlan, run: str) -> str:
     """The command that measures the run, by the splits and labels that there are."""
-    labelled = {split: _is_labelled(plan.dataset, split) for split in plan.dataset.splits}
-    words = suggestion.evaluators(labelled, plan.dataset.uses, ["knn"])
+    words = suggestion.evaluators(plan.dataset.labelled, plan.dataset.uses, ["knn"])
     return f"ssl-dist evaluate {run} {shlex.join(words)}"
-
-
-def _is_labelled(dataset: Dataset, split: str) -> bool:
-    """Whether the split has labels, and is whole: the run is complete, whatever became of the file."""
-    try:
-        return dataset.info(split).labelled
-    except UserError:
-        return False

@@ -30,7 +30,7 @@ MEMORY_BYTES = 512 << 20  # for blocks of rows and cosines
 def labelled_split(plan: RunPlan) -> str:
     """The split that it works on. Raises `UserError` when that has no labels."""
     split = plan.dataset.uses.training
-    if split not in plan.dataset.splits or not plan.dataset.info(split).labelled:
+    if not plan.dataset.labelled.get(split):
         raise UserError(
             f"log.knn_every_epochs = {plan.config.log.knn_every_epochs}: needs labels, and {plan.dataset.root} holds"
             f" no labelled split {split}; set log.knn_every_epochs=null"
