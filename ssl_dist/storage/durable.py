@@ -47,7 +47,9 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def append(path: Path, data: bytes) -> None:
-    """Add bytes to the end of a file, all or none of them but for a kill. Raises OSError with the file's name."""
+    """Add bytes to the end of a file, all or none of them but for a kill; one that there was not before is gone then.
+    Raises OSError with the file's name."""
+    is_new = not path.exists()
     with naming(path), open(path, "ab", buffering=0) as file:
         size, left = file.seek(0, os.SEEK_END), memoryview(data)
         try:
@@ -55,6 +57,8 @@ def append(path: Path, data: bytes) -> None:
                 left = left[file.write(left) :]
         except OSError:
             file.truncate(size)
+            if is_new:
+                path.unlink()
             raise
 
 
