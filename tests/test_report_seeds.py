@@ -152,6 +152,28 @@ def test_what_comes_with_a_method_is_no_choice_of_its_own(tmp_path):
     assert [run.label for run in report.read(runs[:2])] == ["seed 1", "seed 2"]
 
 
+def test_a_method_without_the_plotted_key_has_no_line(tmp_path):
+    runs = [run_with(tmp_path / f"k{views}", 1, 50.0 + views, views=views) for views in (16, 4)]
+    runs.append(run_with(tmp_path / "simclr", 1, 40.0, method="simclr", views=None))
+    means = Ablation(report.over_seeds(runs))
+    assert [means.labels(group) for group in means.groups] == [
+        ["relational", "4", "1"], ["relational", "16", "1"], ["simclr", "null", "1"],
+    ]  # fmt: skip
+    [(_, figure)] = means.plots()
+    [line] = figure.axes[0].containers
+    assert means.plotted_key == "views.num" and line.get_label() == "method relational"
+    assert list(line[0].get_xdata()) == [4, 16]
+
+
+def test_a_varied_size_is_one_column(tmp_path):
+    """The test transform follows the config; where one run was measured under two, these are two columns."""
+    runs = [run_with(tmp_path / f"{lr}", 1, 50.0, lr=lr, transform=f"crop {lr}") for lr in (1e-3, 1e-2)]
+    assert [result["name"] for result in Ablation(report.over_seeds(runs)).results] == ["knn5_top1"]
+    run_with(tmp_path / "0.01", 1, 60.0, lr=1e-2, transform="short side to 64, centre crop 64, mean")
+    means = Ablation(report.over_seeds(runs))
+    assert [means.result_head(result) for result in means.results] == [f"knn5_top1 #{n}" for n in (1, 2, 3)]
+
+
 def test_nothing_to_plot_against(tmp_path, capsys):
     runs = [str(run_with(tmp_path / f"{seed}", seed, 50.0 + seed)) for seed in (1, 2)]
     assert cli.main(["report", *runs, "--figures", str(tmp_path / "plots"), "--csv", str(tmp_path / "t.csv")]) == 2

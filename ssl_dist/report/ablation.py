@@ -13,7 +13,7 @@ from ssl_dist.results.means import Mean
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_RESULT = ("dataset", "split", "name", "protocol", "data", "train_data", "transform", "version")
+_RESULT = ("dataset", "split", "name", "protocol", "data", "train_data", "version")
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,20 @@ class Ablation:
             groups.setdefault(_group(record).key, _group(record))
         return list(groups.values())
 
+    def _result(self, record: dict) -> tuple:
+        """What the records of a column have in common: the test transform, which follows the run's config, only where a
+        run was measured under several."""
+        return tuple(record[key] for key in (*_RESULT, *(["transform"] if self._has_transforms else [])))
+
+    @cached_property
+    def _has_transforms(self) -> bool:
+        cells = [(_group(record).key, *(record[key] for key in _RESULT)) for record in self.records]
+        return len(set(cells)) < len(cells)
+
     @cached_property
     def results(self) -> list[dict]:
         """A record of each column, by data set and split."""
-        columns = {_result(record): record for record in self.records}
+        columns = {self._result(record): record for record in self.records}
         return sorted(columns.values(), key=lambda record: (record["dataset"], record["split"]))
 
     @cached_property
@@ -57,11 +67,11 @@ class Ablation:
 
     @cached_property
     def _cells(self) -> dict[tuple[str, tuple], dict]:
-        return {(_group(record).key, _result(record)): record for record in self.records}
+        return {(_group(record).key, self._result(record)): record for record in self.records}
 
     def mean(self, group: Group, result: dict) -> Mean | None:
         """A cell; None: the group has no such result."""
-        record = self._cells.get((group.key, _result(result)))
+        record = self._cells.get((group.key, self._result(result)))
         return None if record is None else Mean(record["values"], len(self.seeds(group)))
 
     def seeds(self, group: Group) -> list[int]:
@@ -107,8 +117,8 @@ class Ablation:
     def result_head(self, result: dict) -> str:
         """Its name; with data set and split where those differ, and a number where several have one name."""
         where = f" ({result['dataset']}, {result['split']})" if self._several_splits else ""
-        alike = [_result(other) for other in self.results if _result(other)[:3] == _result(result)[:3]]
-        return result["name"] + where + (f" #{alike.index(_result(result)) + 1}" if len(alike) > 1 else "")
+        alike = [self._result(other) for other in self.results if self._result(other)[:3] == self._result(result)[:3]]
+        return result["name"] + where + (f" #{alike.index(self._result(result)) + 1}" if len(alike) > 1 else "")
 
     def as_latex(self) -> str:
         """The table of all groups and results, with the protocols as comments."""
@@ -142,10 +152,10 @@ class Ablation:
         return max(filter(self._numbers, self.keys), key=lambda key: len(self._numbers(key)), default=None)
 
     def _numbers(self, key: str) -> list[float]:
-        """The values of a key, rising; none where one of them is no number."""
-        values = [group.varied[key] for group in self.groups]
+        """The values of a key, rising, without null; none where one of them is no number, or there is one alone."""
+        values = [group.varied[key] for group in self.groups if group.varied[key] is not None]
         numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-        return sorted(set(numbers)) if len(numbers) == len(values) else []
+        return sorted(set(numbers)) if len(numbers) == len(values) and len(set(numbers)) > 1 else []
 
     def plots(self, size: tuple[float, float] = (7, 4.2)) -> Iterator[tuple[str, "Figure"]]:
         """The name of each result and a plot of its means, with a line for each combination of the other keys' values.
@@ -159,10 +169,12 @@ class Ablation:
         for result in self.results:
             points: dict[str, list[tuple[mean_plots.Place, float, float]]] = {}
             for group in self.groups:
-                name = ", ".join(f"{head(other)} {shown(x)}" for other, x in group.varied.items() if other != key)
-                of_line, cell, place = points.setdefault(name, []), self.mean(group, result), group.varied[key]
-                if cell is not None and isinstance(place, int | float):
-                    of_line.append((place, cell.mean, cell.std or 0.0))
+                others = [f"{head(other)} {shown(value)}" for other, value in group.varied.items() if other != key]
+                others += [f"step {group.step:,}"] if self._has_steps else []
+                cell, place = self.mean(group, result), group.varied[key]
+                if isinstance(place, int | float):
+                    of_line = points.setdefault(", ".join(others), [])
+                    of_line += [] if cell is None else [(place, cell.mean, cell.std or 0.0)]
             lines = [mean_plots.Line(name, of_line) for name, of_line in points.items()]
             name = self.result_head(result)
             unit = " (%)" if result["name"].endswith(("_top1", "_top5")) else ""
@@ -172,7 +184,3 @@ class Ablation:
 
 def _group(record: dict) -> Group:
     return Group(record["method"], record["backbone"], record["step"], record["varied"], record["run"])
-
-
-def _result(record: dict) -> tuple:
-    return tuple(record[key] for key in _RESULT)

@@ -57,15 +57,20 @@ def over_seeds(runs: Sequence[Path]) -> list[dict]:
     return means
 
 
-def _in_order(rows: Sequence[Sequence[object]]) -> list[tuple[float, ...]]:
-    """A place for each row: by the first value, then the second, and so on; numbers rise, others stay in the order in
+def _in_order(rows: Sequence[Sequence[object]]) -> list[tuple[tuple[bool, float], ...]]:
+    """A place for each row: by the first value, then the second, and so on; numbers rise, others follow in the order in
     which they come first."""
     places = []
     for values in zip(*rows, strict=True):
-        numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
         texts = list(dict.fromkeys(map(repr, values)))
-        order = values if len(numbers) == len(values) else [texts.index(repr(value)) for value in values]
-        places.append(order)
+        places.append(
+            [
+                (False, value)
+                if isinstance(value, int | float) and not isinstance(value, bool)
+                else (True, texts.index(repr(value)))
+                for value in values
+            ]
+        )
     return list(zip(*places, strict=True)) if places else [()] * len(rows)
 
 
