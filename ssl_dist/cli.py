@@ -133,7 +133,7 @@ def _explain(args: argparse.Namespace) -> None:
 )
 def _extract(args: argparse.Namespace) -> None:
     """Pass every image of a split through a run's frozen backbone: features/<dataset>-<split>.safetensors. Works under
-    torchrun too; the file is the same. Weights of others need backbone.name, data.name and data.root."""
+    torchrun too; the file is the same. Weights of others need backbone.name and data.root."""
     with importing():
         from ssl_dist.evaluate.command import extract
 

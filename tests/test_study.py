@@ -47,7 +47,9 @@ def write(path, content):
 @pytest.mark.slow
 def test_runs_are_made_measured_and_laid_out_once(digits, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
-    path = write(tmp_path / "study.yaml", tree(out, digits, config=str(_root() / DIGITS)))
+    content = tree(out, digits, config=str(_root() / DIGITS))
+    content["overrides"]["data.name"] = None  # dataset.json says it
+    path = write(tmp_path / "study.yaml", content)
     assert cli.main(["study", str(path), "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "supervised-2-1: method=supervised K=2 seed=1, 2 steps, new; then knn\n" in said

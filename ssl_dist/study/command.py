@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssl_dist import results
+from ssl_dist.data.readers import Dataset
 from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.errors import UserError
 from ssl_dist.evaluate.command import evaluate
@@ -92,11 +93,18 @@ def is_over(training: Training) -> bool:
 def is_recorded(training: Training, measure: Measure) -> bool:
     """Whether results.json has a number of this name, of the newest checkpoint and of the measure's data set. Which
     options it was measured with, `evaluate` compares."""
-    dataset, newest = measure.dataset or training.config.data.name, checkpoint.steps(training.run)[-1:]
+    dataset, newest = _measured_on(training, measure), checkpoint.steps(training.run)[-1:]
     records = results.read(training.run / "results.json")
     return any(
         (record["name"], record["dataset"], [record["step"]]) == (measure.result, dataset, newest) for record in records
     )
+
+
+def _measured_on(training: Training, measure: Measure) -> str:
+    """The name of the data set, which dataset.json tells where the settings do not."""
+    data, other = training.config.data, measure.overrides
+    name = other.get("data.name", None if "data.root" in other else data.name)
+    return str(name or Dataset(str(other.get("data.root", data.root))).name)
 
 
 def measured(training: Training, measure: Measure) -> tuple[int, Number]:

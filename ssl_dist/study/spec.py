@@ -45,11 +45,6 @@ class Measure(Section):
     result: str = Field(description="name of the number in results.json")
     overrides: Overrides = Field(default_factory=dict, description="of the evaluator, and of data.* for a transfer")
 
-    @property
-    def dataset(self) -> str | None:
-        """The one that is measured, where it is not the run's own."""
-        return self.overrides.get("data.name")
-
     def admits(self, labels: Mapping[str, Value]) -> bool:
         return _agree(self.of, labels)
 
