@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from types import FrameType
 
-from ssl_dist import config
+from ssl_dist import config, job
 from ssl_dist.config import Config
 from ssl_dist.errors import UserError
 from ssl_dist.job import FIRST_PORT, NUM_PORTS
@@ -33,6 +33,19 @@ def run_all(nodes: int, ranks: int, configs: list[Config], evaluation: list[str]
 
 
 def run(arguments: list[str], ranks: int) -> int:
+    """Run a command on `ranks` ranks and return its exit code. One rank is this process: a job of several trainings
+    imports torch once."""
+    if ranks > 1:
+        return _run_processes(arguments, ranks)
+    former_handlers = {number: signal.getsignal(number) for number in (*FORWARDED_SIGNALS, signal.SIGCONT)}
+    try:
+        return job.run(arguments)
+    finally:
+        for number, handler in former_handlers.items():
+            signal.signal(number, handler)
+
+
+def _run_processes(arguments: list[str], ranks: int) -> int:
     """Run a command in `ranks` processes, to which the signals of this one are forwarded. Returns their highest exit
     code, as srun does; a killed rank counts as 128 and the signal's number."""
     shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
@@ -47,11 +60,11 @@ def run(arguments: list[str], ranks: int) -> int:
     former_handlers = {number: signal.signal(number, forward) for number in FORWARDED_SIGNALS}
     try:
         for rank in range(ranks):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             processes.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "ssl_dist.job", *arguments],
-                    env=os.environ | (shared | own if ranks > 1 else {}),
+                    env=os.environ | shared | own,
                     start_new_session=True,  # a Ctrl-C in the terminal reaches it once, from here
                 )
             )
