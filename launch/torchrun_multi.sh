@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains, or evaluates, on NPROC ranks of each of NNODES machines. Start it once on every machine, with the same arguments but for
-# NODE_RANK (0 .. NNODES-1). ENDPOINT is host:port of machine 0, the port free there and reachable from the others.
+# NODE_RANK (0 .. NNODES-1); machine 0 shows the progress. ENDPOINT is host:port of machine 0, the port free there and
+# reachable from the others.
 #
 #   launch/torchrun_multi.sh NNODES NODE_RANK ENDPOINT NPROC CONFIG [key=value ...]
 #   launch/torchrun_multi.sh 2 0 gpu-a:29400 8 configs/cifar10/relational-conv4.yaml      on gpu-a
@@ -64,6 +65,7 @@ fi
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 # After a restart torchrun's shared store still holds the addresses of dead ranks, and gloo would call them.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+export SSL_DIST_NODE_RANK=$node_rank # the ranks of machine 0 come first, and the first of them shows the progress
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT

@@ -274,11 +274,16 @@ def test_two_machines(ranks, tmp_path):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
-    machines = [ranks(MULTI, 2, i, f"127.0.0.1:{port}", 1, "c.yaml", "wait", LOCAL_ADDR="127.0.0.1") for i in range(2)]
+    addresses = ["localhost", "127.0.0.1"]  # torchrun's own order is that of the names
+    machines = [
+        ranks(MULTI, 2, i, f"127.0.0.1:{port}", 1, "c.yaml", "wait", LOCAL_ADDR=address)
+        for i, address in enumerate(addresses)
+    ]
     for rank in range(2):
         wait_for(tmp_path / f"started-{rank}", "2")
     for machine in machines:
         machine.send_signal(signal.SIGTERM)
-    for machine in machines:
+    for number, machine in enumerate(machines):
         _, errors = machine.communicate(timeout=DEADLINE)
         assert machine.returncode == 75, errors
+        assert f"rank {number} ends" in errors
