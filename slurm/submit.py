@@ -3,7 +3,7 @@
     python slurm/submit.py train CONFIG [key=value ...] --nodes 2 --gpus-per-node 8 --time 24:00:00 --partition gpu
     python slurm/submit.py train CONFIG --nodes 2 --tasks-per-node 4 --seeds 0 1 2 --then knn logistic
     python slurm/submit.py train CONFIG ... --sweep optim.lr=[1e-3,3e-3] views.num=[4,8]
-    python slurm/submit.py train CONFIG ... --dry-run           prints the batch script and submits nothing
+    python slurm/submit.py train CONFIG ... --dry-run           prints the batch script and its elements; needs no data
     python slurm/submit.py train CONFIG ... --cluster local     the same job object here, without Slurm
     python slurm/submit.py evaluate RUN probe [key=value ...] --gpus-per-node 8     on any number of ranks too
     python slurm/submit.py study FILE [key=value ...] --gpus-per-node 8     what is left of a study, as an array
@@ -95,8 +95,10 @@ def _add_site(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--time", help="HH:MM:SS, or D-HH:MM:SS")
     for name in ("partition", "account", "qos", "constraint"):
         verb.add_argument(f"--{name}")
-    verb.add_argument("--cpus-per-task", type=int)
+    verb.add_argument("--cpus-per-task", type=int, help="cores of a rank (default: the share of its GPU in the node's)")
+    verb.add_argument("--gres", help="how the site wants GPUs asked for, as in gpu:h100 (default: --gpus-per-node)")
     verb.add_argument("--mem-gb", type=float, help="memory of a node")
+    verb.add_argument("--array-parallelism", type=int, metavar="N", help="elements of an array that run at a time")
     verb.add_argument("--site", type=_path, default=os.environ.get("SSL_DIST_SLURM"), help="YAML of the site")
     verb.add_argument("--plugins", type=_path, action="append", default=[], metavar="FILE", help="as of ssl-dist")
     verb.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")

@@ -61,12 +61,16 @@ JobRequeue=1
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
+GresTypes=gpu
 NodeName=DEFAULT CPUs={cpus} RealMemory=8000
 {nodes}
 PartitionName=DEFAULT Nodes={names} MaxTime=INFINITE State=UP
 PartitionName=main Default=YES PriorityTier=1 GraceTime=10
 PartitionName=high PriorityTier=10 PreemptMode=OFF
+PartitionName=gpu Nodes={gpu_node}
 """
+# Two GPUs by the names of other devices: Slurm counts them, and ranks find no CUDA.
+GRES = "".join(f"NodeName={{gpu_node}} Name=gpu File=/dev/{device}\n" for device in ("null", "zero"))
 # cred_expire: a requeued job waits that long; 5 s is Slurm's minimum
 # MinJobAge: finished jobs can be queried for an hour; there is no accounting
 
@@ -153,6 +157,7 @@ class Cluster:
             f"NodeName={name} NodeAddr={name} NodeHostname=localhost Port={self.ports[2 + i]}"
             for i, name in enumerate(self.nodes)
         ]
+        nodes[-1] += " Gres=gpu:2"
         text = CONF.format(
             host=socket.gethostname().split(".")[0],
             address=self.address,
@@ -163,8 +168,10 @@ class Cluster:
             cpus=self.cpus,
             nodes="\n".join(nodes),
             names=",".join(self.nodes),
+            gpu_node=self.nodes[-1],
         )
         self.conf.write_text(text)
+        (self.folder / "gres.conf").write_text(GRES.format(gpu_node=self.nodes[-1]))
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)

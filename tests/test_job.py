@@ -172,6 +172,7 @@ def test_script(tmp_path, time, minutes):
         assert f"#SBATCH {line}" in lines
     [srun] = [number for number, line in enumerate(lines) if line.startswith("srun ")]
     assert lines.index("module load x") < srun
+    assert "#SBATCH --gres" not in "\n".join(lines)
     assert lines[srun:].index('exit "$code"') > 0 and "--kill-on-bad-exit=0 --wait=30" in lines[srun]
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ OPTIONS = [
     "precision=fp64", "timeout=15",
 ]  # fmt: skip
 FIRST_STEPS = 5  # after which a start counts as running
-TWO_NODES = ("--nodes", "2", "--tasks-per-node", "1", "--time", "00:10:00")
+TWO_NODES = ("--nodes", "2", "--tasks-per-node", "1", "--cpus-per-task", "1", "--time", "00:10:00")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
@@ -211,7 +212,7 @@ class TestOneInterruptedTraining:
 def test_a_crash_above_the_limit_ends_the_job(cluster, digits, tmp_path):
     run = tmp_path / "run"
     site = tmp_path / "site.yaml"
-    site.write_text("crashes: 0\nnodes: 1\ntasks_per_node: 1\n")
+    site.write_text("crashes: 0\nnodes: 1\ntasks_per_node: 1\ncpus_per_task: 1\n")
     [job] = submit(cluster, tmp_path, *training(digits, run), "--site", site)
     wait_for_steps(cluster, job, run)
     send(cluster.pids_of(job, task=0), signal.SIGKILL)
@@ -221,8 +222,9 @@ def test_a_crash_above_the_limit_ends_the_job(cluster, digits, tmp_path):
 def test_an_array_is_requeued_and_each_seed_evaluated(cluster, digits, tmp_path, capsys):
     """The last element has the array's own job number."""
     words = training(digits, tmp_path / "run", "optim.steps=90", "precision=fp32", "data.view_shards=1")
-    more = ["--time", "00:10:00", "--seeds", "3", "4", "--then", "knn", "knn.k=[5]"]
-    jobs = submit(cluster, tmp_path, *words, *more)
+    more = ["--time", "00:10:00", "--cpus-per-task", "1", "--seeds", "3", "4", "--then", "knn", "knn.k=[5]"]
+    jobs = submit(cluster, tmp_path, *words, *more, "--array-parallelism", "2")
+    assert cluster.job(jobs[0])["ArrayTaskThrottle"] == "2"
     array, runs = jobs[0].partition("_")[0], [tmp_path / f"run-seed{seed}" for seed in (3, 4)]
     assert jobs[:2] == [f"{array}_0", f"{array}_1"] and len(jobs) == 4
     assert all(cluster.job(job)["Dependency"].startswith(f"afterok:{array}_") for job in jobs[2:])
@@ -242,15 +244,23 @@ def test_an_array_is_requeued_and_each_seed_evaluated(cluster, digits, tmp_path,
 
 
 def test_a_failing_training_cancels_its_evaluation(cluster, digits, tmp_path):
+    """In the partition with GPUs, by the site's way to ask for them and through its interpreter."""
     site = tmp_path / "site.yaml"
-    site.write_text("crashes: 0\ntasks_per_node: 1\n")
+    site.write_text(
+        "crashes: 0\npartition: gpu\ngpus_per_node: 1\ngres: gpu\nsrun: ['--export=ALL,BY_SRUN=it']\n"
+        f"python: sh -c 'echo started by $BY_SRUN; exec {sys.executable} \"$@\"' prefix\n"
+    )
     more = ["optim.name=sgd", "optim.lr=1e38"]
     parent, child = submit(
         cluster, tmp_path, *training(digits, tmp_path / "run", *more), "--site", site, "--then", "knn"
     )
     cluster.wait(parent, "FAILED", deadline=90)
     cluster.wait(child, "CANCELLED")
-    assert "the loss is not finite" in output(cluster, parent)
+    said = output(cluster, parent)
+    assert "the loss is not finite" in said and "started by it" in said
+    record = cluster.job(parent)
+    assert record["TresPerNode"] == "gres/gpu:1" or record["TresPerNode"] == "gres:gpu:1", record["TresPerNode"]
+    assert record["CPUs/Task"] == "2", "half of the node's cores, as it has two GPUs"
 
 
 @pytest.fixture(scope="class")
@@ -258,12 +268,12 @@ def jobs(_cluster, digits, tmp_path_factory):
     """The folder, and name -> job."""
     folder = tmp_path_factory.mktemp("several")
     site = folder / "site.yaml"
-    site.write_text(f"nodes: 1\ntasks_per_node: 2\nsbatch: {{nodelist: {_cluster.nodes[0]}}}\n")
+    site.write_text(f"nodes: 1\ntasks_per_node: 2\ncpus_per_task: 1\nsbatch: {{nodelist: {_cluster.nodes[0]}}}\n")
     more = ["optim.steps=30000", "data.view_shards=1"]
     jobs = {}
     for name in "ab":
         [jobs[name]] = submit(_cluster, folder, *training(digits, folder / name, *more), "--site", site)
-    both_nodes = ("--nodes", "2", "--tasks-per-node", "4")
+    both_nodes = ("--nodes", "2", "--tasks-per-node", "4", "--cpus-per-task", "1")
     [jobs["c"]] = submit(_cluster, folder, *training(digits, folder / "c"), *both_nodes)
     for name in "ab":
         wait_for_steps(_cluster, jobs[name], folder / name, steps=10)
@@ -295,6 +305,9 @@ def test_the_plain_script_does_the_same(cluster, two_nodes, digits, tmp_path):
     run = tmp_path / "run"
     options = ("--nodes", "2", "--ntasks-per-node", "1", "--time", "00:10:00")
     script = ROOT / "slurm" / "train.sbatch"
+    refused = cluster.submit(script, CONFIG, options=options, cwd=tmp_path)
+    assert cluster.wait(refused, "FAILED")["ExitCode"] == "2:0"
+    options += ("--cpus-per-task", "1")
     job = cluster.submit(script, *training(digits, run)[1:], options=options, cwd=tmp_path, PYTHON=sys.executable)
     wait_for_steps(cluster, job, run)
     cluster.signal(job, "USR2")
@@ -307,7 +320,7 @@ def test_the_time_limit(cluster, digits, tmp_path):
     """Before the time limit the training saves; the next start resumes it."""
     run = tmp_path / "run"
     site = tmp_path / "site.yaml"
-    site.write_text('nodes: 1\ntasks_per_node: 1\ntime: "00:01:00"\nsignal_seconds: 20\n')
+    site.write_text('nodes: 1\ntasks_per_node: 1\ncpus_per_task: 1\ntime: "00:01:00"\nsignal_seconds: 20\n')
     [job] = submit(cluster, tmp_path, *training(digits, run, "optim.steps=100000"), "--site", site)
     cluster.wait(job, "PENDING", restarts=1, deadline=150)
     saved = checkpoint.steps(run)
@@ -363,6 +376,35 @@ def test_mistakes_are_reported_before_anything_is_submitted(
     line = error_line([*training(digits, tmp_path / "run"), *TWO_NODES, *arguments], monkeypatch, capsys)
     assert re.search(message, line)
     assert cluster.run("squeue", "-h") == "" and not (tmp_path / "run").exists()
+
+
+def test_what_a_job_must_ask_of_its_nodes(cluster, monkeypatch, capsys):
+    """And what the message advises is taken."""
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    train = ["train", str(ROOT / CONFIG), "--dry-run"]
+    for words, message, remedy in (
+        (["--tasks-per-node", "2"], "--cpus-per-task: .*a node of the default partition has 4", "--cpus-per-task 2"),
+        (["--partition", "gpu"], "--gpus-per-node: the nodes of partition gpu have 2 GPUs", "--gpus-per-node 2"),
+        (["--partition", "gpu", "--gpus-per-node", "3"], "no node of partition gpu has more than 2", None),
+    ):
+        line = error_line([*train, *words], monkeypatch, capsys)
+        assert re.search(message, line)
+        if remedy:
+            assert remedy in line and run_submit([*train, *words, *remedy.split()], monkeypatch) == 0
+            assert "#SBATCH --cpus-per-task=2\n" in capsys.readouterr().out
+    assert run_submit([*train, "--partition", "gpu", "--tasks-per-node", "1", "--cpus-per-task", "1"], monkeypatch) == 0
+    assert "partition gpu have GPUs, and these ranks run on CPUs" in capsys.readouterr().err
+
+
+def test_a_dry_run_names_the_elements_and_needs_no_data(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nowhere")
+    words = ["train", str(ROOT / CONFIG), "data.root=/nowhere", "run_dir=runs/a", "--gpus-per-node", "8", "--dry-run"]
+    assert "--cpus-per-task 8" in error_line(words, monkeypatch, capsys)
+    words += ["--cpus-per-task", "8", "--seeds", "1", "2", "--sweep", "optim.lr=[0.1,0.2]"]
+    assert run_submit(words, monkeypatch) == 0
+    elements = [f"# {i}: runs/a-lr{lr}-seed{seed}" for i, (lr, seed) in enumerate(product((0.1, 0.2), (1, 2)))]
+    assert capsys.readouterr().out.splitlines()[-4:] == elements
 
 
 def error_line(words, monkeypatch, capsys):

@@ -314,7 +314,8 @@ def test_on_two_nodes_only_what_is_left_is_done(cluster, digits, tmp_path, monke
     content["axes"] |= {"method": ["relational"], "K": {"key": "views.num", "values": [4]}}
     path = write(tmp_path / "study.yaml", content)
     assert cli.main(["study", str(path), "--only", "relational-4-1"]) == 0
-    submitted = submit(cluster, tmp_path, "study", str(path), "--nodes", "2", "--tasks-per-node", "1")
+    size = ("--nodes", "2", "--tasks-per-node", "1", "--cpus-per-task", "1")
+    submitted = submit(cluster, tmp_path, "study", str(path), *size)
     assert len(submitted) == 2
     path.write_text("nonsense")  # a later edit must not change these jobs
     for job in submitted:

@@ -16,12 +16,12 @@ from ssl_dist.config.section import Section, read_yaml, validate
 from ssl_dist.errors import UserError
 
 # Keys of a site that are submitit's, too.
-_SAME_IN_SUBMITIT = ("partition", "account", "qos", "constraint", "nodes", "gpus_per_node", "cpus_per_task")
+_SAME_IN_SUBMITIT = ("partition", "account", "qos", "constraint", "nodes", "cpus_per_task")
 TIME = r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$"
 
 
 class Site(Section):
-    """The settings of every job of a site or user. Each key but the last four is also an option of the command."""
+    """The settings of every job of a site or user. Each key but the last six is also an option of the command."""
 
     partition: str | None = None
     account: str | None = None
@@ -30,11 +30,17 @@ class Site(Section):
     nodes: PositiveInt = 1
     gpus_per_node: PositiveInt | None = Field(None, description="GPUs of a node, and a rank on each")
     tasks_per_node: PositiveInt | None = Field(None, description="ranks of a node, on its CPUs; null: one for each GPU")
-    cpus_per_task: PositiveInt | None = Field(None, description="cores of a rank, also the threads it uses")
+    gres: str | None = Field(None, description="how the site wants GPUs asked for, as in gpu:h100; null: by number")
+    cpus_per_task: PositiveInt | None = Field(
+        None, description="cores of a rank, also the threads it uses; null: the share of its GPU in the node's"
+    )
     mem_gb: Annotated[float, Field(ge=0.001, le=1e6)] | None = Field(None, description="memory of a node")  # 0 is all
     time: Annotated[str, Field(pattern=TIME)] = Field("24:00:00", description="limit of one start, HH:MM:SS")
+    array_parallelism: PositiveInt | None = Field(None, description="elements of an array that run at a time")
     signal_seconds: PositiveInt = Field(120, description="lead of the signal before the time limit, for the save")
     crashes: NonNegativeInt = Field(3, description="how often a job that crashed is queued again")
+    python: str | None = Field(None, description="the start of Python in a task, as it stands in a shell")
+    srun: list[str] = Field(default_factory=list, description="more options of srun")
     setup: list[str] = Field(default_factory=list, description="shell lines before the start: modules, variables")
     sbatch: dict[str, str | int | bool] = Field(default_factory=dict, description="more options of sbatch")
 
@@ -134,17 +140,24 @@ class Executor(SlurmExecutor):
 
 def executor(site: Site, folder: Path, name: str, **options: str) -> Executor:
     """submitit's executor by the site's settings; `options` are further ones of sbatch."""
-    slurm = Executor(folder)
+    slurm = Executor(folder, python=site.python)
+    given = site.model_dump(include=set(_SAME_IN_SUBMITIT))
+    if site.gres is None:
+        given["gpus_per_node"] = site.gpus_per_node
+    elif site.gpus_per_node is not None:
+        given["gres"] = f"{site.gres}:{site.gpus_per_node}"
+    if site.array_parallelism is not None:
+        given["array_parallelism"] = site.array_parallelism
     slurm.update_parameters(
         job_name=name,
-        **site.model_dump(include=set(_SAME_IN_SUBMITIT)),
+        **given,
         ntasks_per_node=site.ranks_per_node,
         mem=None if site.mem_gb is None else f"{int(site.mem_gb * 1024)}MB",
         time=-(-site.seconds // 60),
         setup=setup_lines(site),
         teardown=teardown_lines(site.crashes, folder.parent),
         stderr_to_stdout=True,
-        srun_args=["--kill-on-bad-exit=0", "--wait=30"],  # the others have 30 s to say which one failed
+        srun_args=["--kill-on-bad-exit=0", "--wait=30", *site.srun],  # the others have 30 s to say which one failed
         additional_parameters={"requeue": True, "signal": f"USR2@{site.signal_seconds}", **site.sbatch, **options},
         wckey=None,
     )

@@ -19,6 +19,7 @@ from ssl_dist.job import Job
 from ssl_dist.reading import json_lines
 from ssl_dist.run import folder as run_folder
 from ssl_dist.run.blueprint import derive
+from ssl_dist.slurm import nodes
 from ssl_dist.slurm.script import executor, read_site
 from ssl_dist.slurm.status import job_of
 from ssl_dist.slurm.submit import submit_jobs, test_script
@@ -40,7 +41,7 @@ def submit(options: argparse.Namespace) -> int:
         run_folder.check(plan.run, plan.config)
     waiting = {training.name: job for training in trainings if (job := _job_not_over(training.run))}
     left = [training for training in trainings if training.name not in waiting and not command.is_complete(training)]
-    folder = Path(described.folder).absolute() / "slurm"
+    site, folder = nodes.settle(site), Path(described.folder).absolute() / "slurm"
     trainer = executor(site, folder / "%A", folder.parent.name)
     if options.dry_run:
         trainer.parameters["map_count"] = len(left) if len(left) > 1 else None

@@ -1,4 +1,7 @@
-"""Submission of Slurm jobs through submitit: the checks before it, arrays, and evaluations that follow trainings."""
+"""Submission of Slurm jobs through submitit: the checks before it, arrays, and evaluations that follow trainings.
+
+What imports torch is imported by what needs it: a dry run does not.
+"""
 
 import argparse
 import contextlib
@@ -21,35 +24,28 @@ from ssl_dist.config import Config
 from ssl_dist.config.section import parse_yaml
 from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.errors import UserError, quoted
-from ssl_dist.evaluate import search
-from ssl_dist.evaluate.command import parse
 from ssl_dist.job import Job
-from ssl_dist.run import folder as run_folder
-from ssl_dist.run import plugged
-from ssl_dist.run.blueprint import derive
-from ssl_dist.slurm import local
+from ssl_dist.slurm import local, nodes
 from ssl_dist.slurm.script import Executor, Site, executor, read_site
-from ssl_dist.storage import checkpoint, durable
+from ssl_dist.storage import durable
 
 
 def train(options: argparse.Namespace) -> int:
     """`submit.py train`: check everything that can be checked here, then submit; prints a line a job."""
     site = read_site(options.site, vars(options))
     configs = variants(options.config, options.overrides, options.seeds or [], options.sweep or [])
-    for training in configs:
-        rank_info = RankInfo(0, site.nodes * site.ranks_per_node, 0, site.ranks_per_node)
-        plan = derive(training, rank_info)
-        run_folder.check(plan.run, plan.config)
-    if options.then is not None:
-        _check_evaluation("--then", options.then)
-    if options.cluster == "local":
+    if not options.dry_run:
+        _check_trainings(site, configs, options.then)
+    if options.cluster == "local" and not options.dry_run:
         return local.run_all(site.nodes, site.ranks_per_node, configs, options.then)
+    site = nodes.settle(site)
     name = Path(config.load(options.config, options.overrides).run_dir).name
     folder = _folder(configs, name)
     trainer = executor(site, folder / "%A", name)
     trainer.parameters["map_count"] = len(configs) if len(configs) > 1 else None  # of the script that is printed
     if options.dry_run:
         print(trainer.script())
+        print(_elements(configs, options.then))
         return 0
     test_script(trainer.script())
     if options.then:
@@ -65,8 +61,32 @@ def train(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_trainings(site: Site, configs: Sequence[Config], then: list[str] | None) -> None:
+    """Everything of data and methods that can be checked here. Raises `UserError`."""
+    from ssl_dist.run import folder as run_folder
+    from ssl_dist.run.blueprint import derive
+
+    for training in configs:
+        rank_info = RankInfo(0, site.nodes * site.ranks_per_node, 0, site.ranks_per_node)
+        plan = derive(training, rank_info)
+        run_folder.check(plan.run, plan.config)
+    if then is not None:
+        _check_evaluation("--then", then)
+
+
+def _elements(configs: Sequence[Config], then: list[str] | None) -> str:
+    """What the job or the elements of the array would train, as comments of the script."""
+    lines = [f"# {number}: {training.run_dir}" for number, training in enumerate(configs)]
+    head = "# It trains" if len(lines) == 1 else f"# The {len(lines)} elements of the array train"
+    further = f", each followed by {' '.join(then)}" if then else ""
+    return "\n".join([f"{head}{further}; data and method are looked at when it is submitted:", *lines])
+
+
 def evaluate(options: argparse.Namespace) -> int:
     """`submit.py evaluate`: the same for an evaluation of a run."""
+    from ssl_dist.run import plugged
+    from ssl_dist.storage import checkpoint
+
     site, run = read_site(options.site, vars(options)), options.run
     if not checkpoint.steps(run):
         raise UserError(f"{run}: holds no checkpoint; train first")
@@ -78,7 +98,7 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.split is not None:
         words += ["--split", options.split]
     words += [word for file in options.plugins for word in ("--plugins", str(file.absolute()))]
-    evaluator = _evaluator(site, run.absolute() / "slurm", run, options.overrides)
+    evaluator = _evaluator(nodes.settle(site), run.absolute() / "slurm", run, options.overrides)
     if options.dry_run:
         print(evaluator.script())
         return 0
@@ -99,6 +119,9 @@ def _clean_environment() -> Iterator[None]:
 
 
 def _check_evaluation(key: str, words: list[str], validation: str | None = None, searched: Sequence[str] = ()) -> None:
+    from ssl_dist.evaluate import search
+    from ssl_dist.evaluate.command import parse
+
     chosen = [word for word in words if "=" not in word]
     if not chosen:
         raise UserError(f"{key} {' '.join(words)}: name at least one evaluator, for example knn")
