@@ -463,7 +463,7 @@ def test_a_search_is_one_job(cluster, digits, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     assert run_training(digits, run) == 0
     words = ["evaluate", str(run), "knn", "data.subset={per_class: 20}", "--search", "knn.k=[[1],[5]]"]
-    [job] = submit(cluster, tmp_path, *words, "--validation", "0.25")
+    [job] = submit(cluster, tmp_path, *words, "--validation", "0.25", "--cpus-per-task", "1")
     cluster.wait(job, "COMPLETED", deadline=100)
     splits = [r["split"] for r in json.loads((run / "results.json").read_text()) if r["name"].endswith("top1")]
     assert splits == ["train[held out 25%]", "train[held out 25%]", "test"]
