@@ -12,13 +12,14 @@ from ssl_dist import backbones, config
 # Packages that take from a fifth of a second to several seconds.
 SLOW = [
     "torch", "numba", "torch._dynamo", "torchvision", "timm", "matplotlib", "sklearn", "scipy.stats", "tensorboard",
-    "ffcv", "submitit",
+    "ffcv",
 ]  # fmt: skip
 ARITHMETIC = {"torch", "numba"}
 # A command, and what it needs of these. All run in one process, one after another, so what one needs the next may have.
 NEEDED = {
     "--help": set(),
     "keys optim.lr": set(),
+    "slurm/submit.py train CONFIG --gpus-per-node 8 --cpus-per-task 8 --dry-run": set(),
     "keys": ARITHMETIC,
     "report RUN": ARITHMETIC,
     "extract RUN --out FEATURES": ARITHMETIC,
@@ -28,18 +29,21 @@ NEEDED = {
     "explain CONFIG data.root=DATA data.reader=arrays": ARITHMETIC | {"matplotlib", "tensorboard", "torch._dynamo"},
 }
 COMMANDS = """
-import json, sys
+import json, runpy, sys
 from ssl_dist.cli import main
 
 def code(words):
     try:
+        if words[0].endswith(".py"):
+            sys.argv = words
+            return runpy.run_path(words[0])["main"]()
         return main(words)
     except SystemExit as end:  # of --help
         return end.code
 
-slow, commands = json.load(sys.stdin)
+(slow, commands), path = json.load(sys.stdin), sys.argv[1]
 ends = [(code(words), [name for name in slow if name in sys.modules]) for words in commands]
-json.dump(ends, open(sys.argv[1], "w"))
+json.dump(ends, open(path, "w"))
 """
 
 
