@@ -108,7 +108,7 @@ def load_recorded(name: str, file: str, sha256: str, record: str, remedy: str, f
     path = Path(file)
     if name in _files:
         return
-    if not path.is_absolute() or (folder is not None and path.is_relative_to(folder.absolute())):
+    if not path.is_absolute() or (folder is not None and path.resolve().is_relative_to(folder.resolve())):
         _absent[name] = (
             f"{file}, which {record} names, lies within the run's folder; --plugins FILE takes it from there"
         )
