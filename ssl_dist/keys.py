@@ -6,7 +6,8 @@ The mixing function is the finaliser of SplitMix64 (Steele, Lea & Flood, OOPSLA 
 """
 
 import numpy as np
-from numba import njit
+
+from ssl_dist.numba_cache import njit
 
 # The purpose of a key is one of its words, so that two uses with the same seed never share a stream.
 ORDER, VIEWS, INIT, METHOD, DROPOUT, RELABEL, LABELLED, EVALUATION, HELD_OUT, TRANSFER = range(1, 11)

@@ -5,23 +5,39 @@ numba's own cache looks at the file of a compiled function and not at the compil
 files that hold compiled functions, and any change starts a new one.
 """
 
+import functools
 import hashlib
 import os
-import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import numba
 
 PACKAGE = Path(__file__).parent
 
 
-def use() -> None:
-    """Set numba's cache folder to that of these sources, unless NUMBA_CACHE_DIR is set. Call it before compiling."""
-    if "NUMBA_CACHE_DIR" in os.environ:
-        return
-    folder = _writable(f"numba-{digest(PACKAGE)}")
-    os.environ["NUMBA_CACHE_DIR"] = str(folder)
-    if "numba" in sys.modules:  # imported before: it has read its environment already
-        sys.modules["numba"].config.CACHE_DIR = str(folder)
+def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """numba.njit for functions of this package; `cache=True` keeps them in the folder of these sources, unless
+    NUMBA_CACHE_DIR is set. Functions of others in the process, and its environment, are left alone."""
+
+    def compiled(function: Callable[..., Any]) -> Any:
+        if "NUMBA_CACHE_DIR" in os.environ:
+            return numba.njit(**options)(function)
+        former = numba.config.CACHE_DIR  # type: ignore[attr-defined]
+        numba.config.CACHE_DIR = _folder()  # type: ignore[attr-defined] # read when the function is declared
+        try:
+            return numba.njit(**options)(function)
+        finally:
+            numba.config.CACHE_DIR = former  # type: ignore[attr-defined]
+
+    return compiled
+
+
+@functools.cache
+def _folder() -> str:
+    return str(_writable(f"numba-{digest(PACKAGE)}"))
 
 
 def digest(package: Path) -> str:

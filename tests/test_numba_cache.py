@@ -5,6 +5,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numba
 import pytest
 
 from ssl_dist import numba_cache
@@ -29,10 +30,24 @@ def test_the_digest_follows_every_source_that_compiles(tmp_path):
     assert numba_cache.digest(tmp_path) != before
 
 
-def test_a_cache_that_is_given_is_kept(monkeypatch):
-    monkeypatch.setenv("NUMBA_CACHE_DIR", "/given")
-    numba_cache.use()
-    assert os.environ["NUMBA_CACHE_DIR"] == "/given"
+def plus_one(x):
+    return x + 1
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_where_a_function_is_kept(tmp_path, monkeypatch, given):
+    """And functions of others are kept where numba keeps them."""
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    if given:
+        monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "given"))
+        numba.config.reload_config()
+    before, environment = numba.config.CACHE_DIR, dict(os.environ)
+    ours = numba_cache.njit(cache=True)(plus_one)
+    expected = tmp_path / "given" if given else Path(numba_cache._folder())
+    assert Path(ours.stats.cache_path).is_relative_to(expected)
+    assert numba.config.CACHE_DIR == before and dict(os.environ) == environment
+    monkeypatch.undo()
+    numba.config.reload_config()
 
 
 def test_a_user_without_a_home_has_the_systems_folder(tmp_path, monkeypatch):

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from numba import njit
 
 from ssl_dist.data.arrays import stored_image
 from ssl_dist.data.beton import Beton
 from ssl_dist.data.manifest import CONSTANT_STD
+from ssl_dist.numba_cache import njit
 
 MAX_IMAGES = 20_000  # that are measured
 Moments = tuple[Sequence[float], Sequence[float], int]  # mean and standard deviation per channel, images measured

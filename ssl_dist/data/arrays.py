@@ -3,12 +3,12 @@
 import io
 
 import numpy as np
-from numba import njit
 from PIL import Image
 
 from ssl_dist.data.beton import RAW, Beton, check_value
 from ssl_dist.data.pillow import DAMAGED_IMAGE_ERRORS, reason_of
 from ssl_dist.data.reader import Reader, damaged
+from ssl_dist.numba_cache import njit
 
 
 @njit(cache=True, nogil=True)

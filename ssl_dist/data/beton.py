@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-from numba import njit
 
 from ssl_dist.errors import UserError, refuse_unreadable
+from ssl_dist.numba_cache import njit
 from ssl_dist.reading import open_regular
 from ssl_dist.storage.durable import sync_folder
 

@@ -23,13 +23,13 @@ import numba
 import numba.typed
 import numpy as np
 import torch
-from numba import njit
 from numba.core import types
 
 from ssl_dist.data.arrays import is_sound, put_image
 from ssl_dist.data.beton import RAW, Beton
 from ssl_dist.data.reader import Reader, SplitInfo, damaged
 from ssl_dist.errors import UserError
+from ssl_dist.numba_cache import njit
 
 
 @contextmanager

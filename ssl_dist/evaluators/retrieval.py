@@ -24,7 +24,6 @@ from typing import Annotated, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
-from numba import njit
 from pydantic import Field
 from torch import Tensor
 
@@ -34,6 +33,7 @@ from ssl_dist.errors import UserError
 from ssl_dist.kernels.exact_cosines import cosines, slices
 from ssl_dist.kernels.neighbours import unit_rows
 from ssl_dist.keys import EVALUATION, hash64, permutation
+from ssl_dist.numba_cache import njit
 from ssl_dist.results.accuracy import neighbour_counts
 from ssl_dist.results.confusion import add_pictures, class_names
 from ssl_dist.results.figures import FigureWriter

@@ -5,8 +5,8 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from numba import njit
 
+from ssl_dist.numba_cache import njit
 from ssl_dist.thread_team import ThreadTeam
 
 # Sums may be reordered, which is what vectorises them. NaN and infinity keep their meaning: a run that diverges shows.

@@ -16,11 +16,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from ssl_dist.device import CPU
 from ssl_dist.kernels.exact_cosines import cosines, lengths, slices
+from ssl_dist.numba_cache import njit
 
 
 class RowBlocks(Protocol):

@@ -11,7 +11,8 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+
+from ssl_dist.numba_cache import njit
 
 PASSES = 3
 F, U = np.float32, np.uint64  # unsigned indices spare the test for negative ones

@@ -7,7 +7,8 @@ bits, as a chain of Pillow calls does.
 """
 
 import numpy as np
-from numba import njit
+
+from ssl_dist.numba_cache import njit
 
 F, I = np.float32, np.int32  # noqa: E741 - numba would compute mixed expressions in 64 bits
 VALUE_SAFE = {"nnan", "ninf", "nsz"}  # no NaN or infinity can arise; to reorder or contract would change roundings

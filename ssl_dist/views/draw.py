@@ -10,10 +10,10 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from ssl_dist.config.recipe import Resize, ViewGroup
 from ssl_dist.keys import uniform
+from ssl_dist.numba_cache import njit
 from ssl_dist.views.resample import Box, Pair, proportional
 
 # Slots of a recipe. SCALE, RATIO, LOG_RATIO, the four of the jitter and SIGMA take two slots: lowest, highest.

@@ -7,8 +7,8 @@ the source in float64, and the four pixels around it are weighted there and trun
 import math
 
 import numpy as np
-from numba import njit
 
+from ssl_dist.numba_cache import njit
 from ssl_dist.views.draw import AffineParameters
 from ssl_dist.views.resample import Box
 

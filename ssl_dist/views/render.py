@@ -3,9 +3,9 @@
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from ssl_dist.keys import fold
+from ssl_dist.numba_cache import njit
 from ssl_dist.views import blur, color, draw, geometry, resample
 from ssl_dist.views.draw import ViewParameters
 

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite.ir import Constant, IntType
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from ssl_dist.numba_cache import njit
 
 BITS = 22
 HALF = 1 << (BITS - 1)
