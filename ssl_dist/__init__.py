@@ -1,3 +1,30 @@
-"""Self-supervised pre-training of image backbones at any world size, and its evaluation."""
+"""Self-supervised pre-training of image backbones at any world size, and its evaluation.
+
+The public names are those of `__all__`; each is imported when it is first asked for. They follow semantic versioning:
+from 1.0 on, a change that breaks a program of others raises the first number.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from ssl_dist import losses
+    from ssl_dist.storage.features import Features
+
+__all__ = ["Features", "losses"]
+
+_HOMES = {"Features": "storage.features"}  # of what is no module of this package
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

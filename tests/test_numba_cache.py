@@ -45,7 +45,7 @@ def test_where_a_function_is_kept(tmp_path, monkeypatch, given):
     ours = numba_cache.njit(cache=True)(plus_one)
     expected = tmp_path / "given" if given else Path(numba_cache._folder())
     assert Path(ours.stats.cache_path).is_relative_to(expected)
-    assert numba.config.CACHE_DIR == before and dict(os.environ) == environment
+    assert before == numba.config.CACHE_DIR and dict(os.environ) == environment
     monkeypatch.undo()
     numba.config.reload_config()
 

@@ -304,6 +304,15 @@ def one_process(device: torch.device | None = None) -> World:
     return World(RankInfo(), Grid(1, 1), device or torch.device("cpu"))
 
 
+def joined(device: torch.device) -> World:
+    """The ranks of the process group that the calling program has formed, each with images of its own; one rank where
+    it has formed none."""
+    if not dist.is_available() or not dist.is_initialized():
+        return one_process(device)
+    size = dist.get_world_size()
+    return World(RankInfo(dist.get_rank(), size), Grid(size, 1), device)
+
+
 class _GatherViews(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z_VBD: Tensor, world: World) -> Tensor:

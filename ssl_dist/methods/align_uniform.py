@@ -38,6 +38,16 @@ def uniformity(z_MD: Tensor, scale: float) -> Tensor:
     return exponents.flatten().logsumexp(0) - math.log(num_images * (num_images - 1))
 
 
+def aligned(z_KMD: Tensor, options: Options) -> tuple[Tensor, dict[str, float | Tensor]]:
+    """The loss of two views [2, M, D] of the global batch, and its unweighted terms. It is small work on [M, M], and
+    computed in full on every rank."""
+    x_MD, y_MD = F.normalize(z_KMD, dim=-1)
+    alignment = F.mse_loss(x_MD, y_MD)
+    spread = (uniformity(x_MD, options.scale) + uniformity(y_MD, options.scale)) / 2
+    loss = options.sim_coeff * alignment + options.unif_coeff * spread
+    return loss, {"alignment": alignment.detach(), "uniformity": spread.detach()}
+
+
 class Method(SSLMethod[Options]):
     num_views = 2
     views_together = False
@@ -49,12 +59,8 @@ class Method(SSLMethod[Options]):
         self.projector = mlp([info.feature_dim, *options.projector])
 
     def forward(self, batch: Batch, world: World) -> Output:
-        """The loss is small work on [M, M] and computed in full on every rank. Metrics: the unweighted terms."""
+        """Metrics: the unweighted terms."""
         z_KMD = self.gathered(batch, world, lambda images: self.projector(self.backbone(images)))
         with full_precision(z_KMD.device):
-            x_MD, y_MD = F.normalize(z_KMD, dim=-1)
-            alignment = F.mse_loss(x_MD, y_MD)
-            spread = (uniformity(x_MD, self.options.scale) + uniformity(y_MD, self.options.scale)) / 2
-        loss = self.options.sim_coeff * alignment + self.options.unif_coeff * spread
-        metrics = {"alignment": alignment.detach(), "uniformity": spread.detach()}
-        return Output(loss, metrics, representations=z_KMD.detach())
+            loss, terms = aligned(z_KMD, self.options)
+        return Output(loss, terms, representations=z_KMD.detach())

@@ -184,6 +184,38 @@ class DotProduct(nn.Module):
         return (z_ND[left] * z_ND[right]).sum(1) / z_ND.shape[1]
 
 
+def targets(couples_Q3: np.ndarray, labels_M: Tensor, lo: int, hi: int, some_known: bool = True) -> Tensor:
+    """bool [2, hi - lo] of the units lo..hi-1: true of pairs of one image, and of two whose labels are known (0 or
+    more) and equal. some_known: whether any is."""
+    if not some_known:
+        return (torch.arange(2, device=labels_M.device) == 0)[:, None].expand(2, hi - lo)
+    left, _, negative = unit_rows(couples_Q3, len(labels_M), lo, hi, labels_M.device)
+    one, other = labels_M[left % len(labels_M)], labels_M[negative % len(labels_M)]
+    return torch.stack([torch.ones_like(left, dtype=torch.bool), (one == other) & (one >= 0)])
+
+
+def mean_loss(
+    head: RelationModule | DotProduct,
+    z_KMD: Tensor,
+    pairs: relation.Share,
+    labels_M: Tensor,
+    target: Tensor,
+    gamma: float,
+    alpha: float | None,
+    ranks: Ranks,
+    fused: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """What a share of the units adds to the mean focal loss over all pairs of the representations of the global batch,
+    and the logits of its pairs, [2, units]. labels, target: as of `targets`. fused: by kernels that keep nothing of the
+    size pairs x hidden, where the head has them."""
+    z_ND = z_KMD.flatten(0, 1)
+    if fused and isinstance(head, RelationModule) and head.training and not head.obstacle(z_ND.device.type):
+        return head.sweep(z_ND, pairs, labels_M, gamma, alpha, ranks)
+    left, positive, negative = unit_rows(pairs.couples, pairs.num_images, pairs.lo, pairs.hi, z_ND.device)
+    logits = head(z_ND, left.repeat(2), torch.cat([positive, negative])).view(2, -1)
+    return focal_bce(logits, target, gamma, alpha).sum() / pairs.num_pairs, logits.detach()
+
+
 # ---------------------------------------------------------------------------------------------------- method
 
 
@@ -283,23 +315,12 @@ class Method(SSLMethod[Options]):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What the units lo..hi-1 add to the mean loss over all pairs; logits and targets (bool) of their pairs, [2,
         hi - lo]: row 0 views of one image, row 1 views of two."""
-        num_views, num_images, _ = z_KMD.shape
-        head, z_ND, gamma, alpha = self.relation_module, z_KMD.flatten(0, 1), self.options.gamma, self.options.alpha
-        key = hash64(self.info.seed, METHOD, step) if self.options.negatives == "random" else None
-        couples_Q3 = couples(num_views, num_images, key)
-        target = self._targets(couples_Q3, labels_M, lo, hi)
-        if self.fused and isinstance(head, RelationModule) and head.training and not head.obstacle(z_ND.device.type):
-            share = relation.Share(couples_Q3, num_images, lo, hi)
-            return *head.sweep(z_ND, share, labels_M, gamma, alpha, world), target
-        left, positive, negative = unit_rows(couples_Q3, num_images, lo, hi, z_ND.device)
-        logits = head(z_ND, left.repeat(2), torch.cat([positive, negative])).view(2, -1)
-        num_pairs = num_views * (num_views - 1) * num_images
-        return focal_bce(logits, target, gamma, alpha).sum() / num_pairs, logits.detach(), target
-
-    def _targets(self, couples_Q3: np.ndarray, labels_M: Tensor, lo: int, hi: int) -> Tensor:
-        """bool [2, hi - lo] of the units lo..hi-1: true of pairs of one image, and of two whose labels are equal."""
-        if not self.options.labelled:
-            return (torch.arange(2, device=labels_M.device) == 0)[:, None].expand(2, hi - lo)
-        left, _, negative = unit_rows(couples_Q3, len(labels_M), lo, hi, labels_M.device)
-        one, other = labels_M[left % len(labels_M)], labels_M[negative % len(labels_M)]
-        return torch.stack([torch.ones_like(left, dtype=torch.bool), (one == other) & (one >= 0)])
+        options = self.options
+        key = hash64(self.info.seed, METHOD, step) if options.negatives == "random" else None
+        couples_Q3 = couples(z_KMD.shape[0], z_KMD.shape[1], key)
+        target = targets(couples_Q3, labels_M, lo, hi, some_known=options.labelled > 0)
+        pairs = relation.Share(couples_Q3, z_KMD.shape[1], lo, hi)
+        loss, logits = mean_loss(
+            self.relation_module, z_KMD, pairs, labels_M, target, options.gamma, options.alpha, world, self.fused
+        )
+        return loss, logits, target

@@ -58,6 +58,15 @@ class Options(Section):
 # ---------------------------------------------------------------------------------------------------- losses
 
 
+def initial_logits(options: Options) -> tuple[float, float, float]:
+    """log_tau, max_tau and bias as the options give them, or as their loss has them."""
+    given = (options.log_tau, options.max_tau, options.bias)
+    log_tau, max_tau, bias = (
+        default if value is None else value for value, default in zip(given, DEFAULTS[options.loss], strict=True)
+    )
+    return log_tau, max_tau, bias
+
+
 def logits(
     online_ND: Tensor, target_ND: Tensor, log_tau: Tensor, bias: Tensor, max_tau: float, similarity: str = "cosine"
 ) -> Tensor:
@@ -87,6 +96,32 @@ def invariance_loss(logits_NN: Tensor) -> Tensor:
     """1/N sum_i KL(p2_i || p1_i): p1 the softmax of row i, p2 that of column i. Both have gradients."""
     towards_target, towards_online = logits_NN.log_softmax(1), logits_NN.T.log_softmax(1)
     return F.kl_div(towards_target, towards_online, reduction="batchmean", log_target=True)
+
+
+def compare(
+    online_VMD: Tensor, target_GMD: Tensor, log_tau: Tensor, bias: Tensor, max_tau: float, options: Options
+) -> tuple[Tensor, dict[str, float | Tensor]]:
+    """The mean loss over all pairs of a target and an online view but those of one global view, and its terms.
+
+    The first G online views are the global ones, in the order of the targets.
+    """
+    # A bias shifts all logits alike, which no softmax sees: its gradient is 0, computed rounding noise, which Adam
+    # makes as large as the learning rate and different for every number of ranks.
+    bias = bias if options.loss == "sigmoid" else bias.detach() + 0 * bias
+    instance, invariance, accuracy = [], [], []
+    for g, target_MD in enumerate(target_GMD):
+        for v, online_MD in enumerate(online_VMD):
+            if v == g:
+                continue
+            z_MM = logits(online_MD, target_MD, log_tau, bias, max_tau, options.similarity)
+            instance.append(instance_loss(z_MM, options.loss, options.positive_weight, options.negative_weight))
+            invariance.append(invariance_loss(z_MM))
+            correct = z_MM.detach().argmax(1) == torch.arange(len(z_MM), device=z_MM.device)
+            accuracy.append(100 * correct.to(z_MM.dtype).mean())
+    names = ("instance", "invariance", "accuracy")
+    means = dict(zip(names, (torch.stack(v).mean() for v in (instance, invariance, accuracy)), strict=True))
+    loss = means["instance"] + options.alpha * means["invariance"]
+    return loss, {name: value.detach() for name, value in means.items()}
 
 
 # ---------------------------------------------------------------------------------------------------- moving average
@@ -140,10 +175,7 @@ class Method(SSLMethod[Options]):
         )
         self.target_backbone = copy.deepcopy(backbone).requires_grad_(False)
         self.target_head = copy.deepcopy(self.head).requires_grad_(False)
-        initial = (options.log_tau, options.max_tau, options.bias)
-        log_tau, self.max_tau, bias = (
-            default if value is None else value for value, default in zip(initial, DEFAULTS[options.loss], strict=True)
-        )
+        log_tau, self.max_tau, bias = initial_logits(options)
         learnt = options.learn_temperature
         self.log_tau = nn.Parameter(torch.tensor(log_tau), requires_grad=learnt)
         self.bias = nn.Parameter(torch.tensor(bias), requires_grad=learnt)
@@ -169,7 +201,7 @@ class Method(SSLMethod[Options]):
             target_GMD = self.gathered(globals_alone, world, lambda x: self.target_head(self.target_backbone(x)))
         online_VMD = self.gathered(self._online(batch), world, lambda x: self.head(self.backbone(x)))
         with full_precision(online_VMD.device):
-            loss, metrics = self.compare(online_VMD, target_GMD)
+            loss, metrics = compare(online_VMD, target_GMD, self.log_tau, self.bias, self.max_tau, self.options)
         metrics |= {
             "temperature": self.log_tau.detach().exp().clamp(0, self.max_tau),
             "bias": self.bias.detach(),
@@ -184,31 +216,6 @@ class Method(SSLMethod[Options]):
         num_global = self.info.view_groups[0][0]
         view_ids = [batch.view_ids[0], *(ids + num_global for ids in batch.view_ids)]
         return replace(batch, views=[batch.views[0], *batch.views], view_ids=view_ids)
-
-    def compare(self, online_VMD: Tensor, target_GMD: Tensor) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """The mean loss over all pairs of a target and an online view but those of one global view, and the metrics.
-
-        Online views are in the order of `_online`, so that the first G are the global ones.
-        """
-        # A bias shifts all logits alike, which no softmax sees: its gradient is 0, computed rounding noise, which Adam
-        # makes as large as the learning rate and different for every number of ranks.
-        options = self.options
-        bias = self.bias if options.loss == "sigmoid" else self.bias.detach() + 0 * self.bias
-        instance, invariance, accuracy = [], [], []
-        for g, target_MD in enumerate(target_GMD):
-            for v, online_MD in enumerate(online_VMD):
-                if v == g:
-                    continue
-                z_MM = logits(online_MD, target_MD, self.log_tau, bias, self.max_tau, options.similarity)
-                weights = options.positive_weight, options.negative_weight
-                instance.append(instance_loss(z_MM, options.loss, *weights))
-                invariance.append(invariance_loss(z_MM))
-                correct = z_MM.detach().argmax(1) == torch.arange(len(z_MM), device=z_MM.device)
-                accuracy.append(100 * correct.to(z_MM.dtype).mean())
-        names = ("instance", "invariance", "accuracy")
-        means = dict(zip(names, (torch.stack(v).mean() for v in (instance, invariance, accuracy)), strict=True))
-        loss = means["instance"] + options.alpha * means["invariance"]
-        return loss, {name: value.detach() for name, value in means.items()}
 
     def _gamma(self, step: int) -> float:
         options = self.options

@@ -101,6 +101,17 @@ def invariance(z_KMD: Tensor, general: list[int]) -> Tensor:
     return reduce(torch.add, (F.mse_loss(z_KMD[g], z_KMD[v]) for g, v in pairs)) / len(pairs)
 
 
+def regularized(embeddings_KMD: Tensor, options: Options, world: World) -> tuple[Tensor, dict[str, float | Tensor]]:
+    """A loss whose mean over the ranks is that of all views of the global batch, and its unweighted terms; each rank
+    takes its even share of the rows of the Gram matrices."""
+    z_KMD, (lo, hi) = F.normalize(embeddings_KMD, dim=-1), world.share(embeddings_KMD.shape[1])
+    spread = range(len(z_KMD)) if options.reg_small else options.general
+    shares = [discrepancy(z_KMD[v], options.weights, lo, hi) for v in spread]
+    similar, share = invariance(z_KMD, options.general), reduce(torch.add, shares) / len(shares)
+    loss = options.sim_coeff * similar + options.mmd_coeff * world.scale_for_ddp_mean(share)
+    return loss, {"invariance": similar.detach(), "discrepancy": world.all_reduce_sum(share.detach())}
+
+
 # ---------------------------------------------------------------------------------------------------- method
 
 
@@ -137,17 +148,8 @@ class Method(SSLMethod[Options]):
         }
 
     def forward(self, batch: Batch, world: World) -> Output:
-        """Every rank takes its even share of the rows of the Gram matrices. Metrics: the unweighted terms."""
+        """Metrics: the unweighted terms."""
         embeddings = self.gathered(batch, world, lambda images: self.projector(self.backbone(images)))
         with full_precision(embeddings.device):
-            similar, share = self.terms(embeddings, *world.share(embeddings.shape[1]))
-        loss = self.options.sim_coeff * similar + self.options.mmd_coeff * world.scale_for_ddp_mean(share)
-        metrics = {"invariance": similar.detach(), "discrepancy": world.all_reduce_sum(share.detach())}
-        return Output(loss, metrics, representations=embeddings.detach())
-
-    def terms(self, embeddings_KMD: Tensor, lo: int, hi: int) -> tuple[Tensor, Tensor]:
-        """The invariance, and what rows lo..hi-1 of the Gram matrices add to the discrepancy."""
-        z_KMD, options = F.normalize(embeddings_KMD, dim=-1), self.options
-        regularised = range(self.num_views) if options.reg_small else options.general
-        shares = [discrepancy(z_KMD[v], options.weights, lo, hi) for v in regularised]
-        return invariance(z_KMD, options.general), reduce(torch.add, shares) / len(shares)
+            loss, terms = regularized(embeddings, self.options, world)
+        return Output(loss, terms, representations=embeddings.detach())

@@ -64,6 +64,17 @@ def log_of_mean(log_probability_N: Tensor) -> Tensor:
 LOSSES = {"nt_xent": nt_xent, "log_of_mean": log_of_mean}
 
 
+def contrast(z_ND: Tensor, kind: str, temperature: float, world: World) -> tuple[Tensor, Tensor]:
+    """The loss of `kind` in `LOSSES`, and the accuracy in percent, of the embeddings of the global batch (as of
+    `candidates`); each rank compares its even share of the anchors with all rows."""
+    lo, hi = world.share(len(z_ND))
+    logits, partner = candidates(z_ND, temperature, lo, hi)
+    share = -F.cross_entropy(logits, partner, reduction="none")
+    log_probability = world.all_reduce_sum_with_grad(F.pad(share, (lo, len(z_ND) - hi)))  # one number an anchor
+    correct = world.all_reduce_sum((logits.detach().argmax(1) == partner).sum())
+    return LOSSES[kind](log_probability), 100 * correct / len(z_ND)
+
+
 class Method(SSLMethod[Options]):
     num_views = 2
 
@@ -80,16 +91,8 @@ class Method(SSLMethod[Options]):
         return {"similarities": f"{rows} x {rows} a step, {-(-rows // world_size)} x {rows} a rank; {loss}"}
 
     def forward(self, batch: Batch, world: World) -> Output:
-        """This rank compares its even share of the views with all those of the global batch.
-
-        Metrics: accuracy, how often the partner is the most similar candidate, in percent.
-        """
+        """Metrics: accuracy, how often the partner is the most similar candidate, in percent."""
         z_ND = self.gathered(batch, world, lambda images: self.projector(self.backbone(images))).flatten(0, 1)
-        lo, hi = world.share(len(z_ND))
         with full_precision(z_ND.device):  # exponentials of similarities: never in half precision
-            logits, partner = candidates(z_ND, self.options.temperature, lo, hi)
-            share = -F.cross_entropy(logits, partner, reduction="none")
-            log_probability = world.all_reduce_sum_with_grad(F.pad(share, (lo, len(z_ND) - hi)))  # one number an anchor
-            loss = LOSSES[self.options.loss](log_probability)
-        correct = world.all_reduce_sum((logits.detach().argmax(1) == partner).sum())
-        return Output(loss, {"accuracy": 100 * correct / len(z_ND)}, representations=z_ND.detach())
+            loss, accuracy = contrast(z_ND, self.options.loss, self.options.temperature, world)
+        return Output(loss, {"accuracy": accuracy}, representations=z_ND.detach())

@@ -43,6 +43,23 @@ def covariance(z_MD: Tensor, lo: int = 0, hi: int | None = None) -> Tensor:
     return rows.square().sum() / dim
 
 
+def regularized(z_KMD: Tensor, options: Options, world: World) -> tuple[Tensor, dict[str, float | Tensor]]:
+    """A loss whose mean over the ranks is that of two views [2, M, D] of the global batch, and its unweighted terms;
+    each rank takes its even share of the rows of the covariance matrices."""
+    x_MD, y_MD = z_KMD
+    lo, hi = world.share(z_KMD.shape[-1])
+    invariance = F.mse_loss(x_MD, y_MD)
+    std = (variance(x_MD) + variance(y_MD)) / 2
+    cov_share = covariance(x_MD, lo, hi) + covariance(y_MD, lo, hi)
+    loss = options.sim_coeff * invariance + options.std_coeff * std
+    loss = loss + options.cov_coeff * world.scale_for_ddp_mean(cov_share)
+    return loss, {
+        "invariance": invariance.detach(),
+        "variance": std.detach(),
+        "covariance": world.all_reduce_sum(cov_share.detach()),
+    }
+
+
 class Method(SSLMethod[Options]):
     num_views = 2
     views_together = False
@@ -59,20 +76,8 @@ class Method(SSLMethod[Options]):
         return {"covariance": f"{rows} of {dim} rows a rank, {rows * dim * 4 / 2**20:.1f} MiB, for each of 2 views"}
 
     def forward(self, batch: Batch, world: World) -> Output:
-        """Every rank takes its even share of the rows of the covariance matrices. Metrics: the unweighted terms."""
+        """Metrics: the unweighted terms."""
         z_KMD = self.gathered(batch, world, lambda images: self.projector(self.backbone(images)))
-        options = self.options
-        x_MD, y_MD = z_KMD
-        lo, hi = world.share(z_KMD.shape[-1])
         with full_precision(z_KMD.device):
-            invariance = F.mse_loss(x_MD, y_MD)
-            std = (variance(x_MD) + variance(y_MD)) / 2
-            cov_share = covariance(x_MD, lo, hi) + covariance(y_MD, lo, hi)
-        loss = options.sim_coeff * invariance + options.std_coeff * std
-        loss = loss + options.cov_coeff * world.scale_for_ddp_mean(cov_share)
-        metrics = {
-            "invariance": invariance.detach(),
-            "variance": std.detach(),
-            "covariance": world.all_reduce_sum(cov_share.detach()),
-        }
-        return Output(loss, metrics, representations=z_KMD.detach())
+            loss, terms = regularized(z_KMD, self.options, world)
+        return Output(loss, terms, representations=z_KMD.detach())
