@@ -10,8 +10,8 @@ import ssl_dist
 PUBLIC = {
     "Features": ["classes", "dim", "features", "rows", "subset", "take"],
     "losses": [
-        "AlignUniform", "NTXent", "ReLIC", "RelationModule", "Relational", "SFRIK", "VICReg", "align_uniform", "nt_xent",
-        "relational", "relic", "sfrik", "vicreg",
+        "AlignUniform", "NTXent", "ReLIC", "RelationModule", "Relational", "SFRIK", "VICReg", "align_uniform",
+        "nt_xent", "relational", "relic", "sfrik", "vicreg",
     ],
 }  # fmt: skip
 LOOK = """
