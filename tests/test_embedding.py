@@ -178,6 +178,17 @@ def test_features_of_one_dimension():
         embedding.run(narrow, narrow, embedding.Options(**QUICK))
 
 
+@pytest.mark.parametrize("count", [4, 5, 9, 20])
+def test_few_images_are_told_options_that_work(count):
+    with pytest.raises(UserError, match=naming("embedding.perplexity = 30", count, "give embedding")) as caught:
+        embedding.run(part(count), part(count), embedding.Options(iterations=500))
+    given = re.findall(r"embedding\.(\w+)=(\d+)", str(caught.value))
+    options = embedding.Options(iterations=500, **{name: int(value) for name, value in given})
+    assert len(embedding.run(part(count), part(count), options)) == 5
+    with pytest.raises(UserError, match="3 images are too few"):
+        embedding.run(part(3), part(3), options)
+
+
 def test_what_is_refused():
     train, test = part(30, "train"), part(20)
     with pytest.raises(UserError, match=naming("embedding.perplexity = 30", 20)):

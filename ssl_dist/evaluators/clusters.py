@@ -64,7 +64,7 @@ def protocol(options: Options) -> str:
 def protocol_without_labels(options: Options) -> str:
     """The sentence for a split that has no classes."""
     how = _clusters_in_words(options, f"{_NUMBER_WITHOUT_CLASSES} clusters", "of its images")
-    return f"{how}: clusters that have images, and the share of the largest"
+    return f"{how}: clusters that have images, and the share of the largest in percent"
 
 
 def _clusters_in_words(options: Options, usual_number: str, images: str) -> str:

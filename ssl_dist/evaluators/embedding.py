@@ -121,12 +121,17 @@ def run(
 def _check_counts(count: int, test: Features, options: Options) -> None:
     if test.dim < 2:
         raise UserError(f"{test.source}: an image has one number; a map needs at least two features of each")
+    if count < 4:
+        raise UserError(f"{test.source}: {count} images are too few for a map; give a split of 4 or more")
+    lacks = []
     if options.perplexity >= count:
-        raise UserError(f"embedding.perplexity = {options.perplexity:g}: must be below the number of images, {count}")
+        what = f"embedding.perplexity = {options.perplexity:g}: must be below the number of images, {count}"
+        lacks.append((what, f"embedding.perplexity={count // 3}"))
     if options.neighbours >= count / 2:
-        raise UserError(
-            f"embedding.neighbours = {options.neighbours}: must be below half the number of images, {count}"
-        )
+        what = f"embedding.neighbours = {options.neighbours}: must be below half the number of images, {count}"
+        lacks.append((what, f"embedding.neighbours={(count - 1) // 2}"))
+    if lacks:
+        raise UserError(f"{'; '.join(what for what, _ in lacks)}; give {' '.join(remedy for _, remedy in lacks)}")
 
 
 def _draw(
