@@ -140,6 +140,10 @@ def test_photos_of_a_phone_are_counted_and_the_remedy_is_named(tmp_path, capsys)
     line = next(line for line in capsys.readouterr().err.splitlines() if "ignored" in line)
     assert "ignored: 2 .heic (make JPEG of them first: `heif-convert A.heic A.jpg`)" in line
     assert all(words in line for words in ("1 .heif (make", "1 .gif", "1 .mp4", "1 .db"))
+    (tmp_path / "in" / "named.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    message = refusal("folder", tmp_path / "in", tmp_path / "none", unlabeled=True)
+    assert "named.jpg: HEIC, AVIF or a film, whatever its name says; make JPEG" in message
+    os.remove(tmp_path / "in" / "named.jpg")
     os.remove(tmp_path / "in" / "a.png")
     assert "2 .heic (make JPEG" in refusal("folder", tmp_path / "in", tmp_path / "none", unlabeled=True)
 

@@ -131,6 +131,8 @@ def _open(data: bytes) -> Image.Image:
     except UnfitImage:
         raise
     except DAMAGED_IMAGE_ERRORS as error:
+        if data[4:8] == b"ftyp":  # of ISO media files, as phones write them
+            raise UnfitImage("HEIC, AVIF or a film, whatever its name says; make JPEG of it first") from None
         raise UnfitImage(f"can not be read as an image ({reason_of(error)})") from None
     if image.mode not in CONVERTIBLE_MODES:
         raise UnfitImage(f"pixels of mode {quoted(image.mode)} do not fit 8 bits; save it with 8 bits a channel")
