@@ -11,11 +11,16 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ssl_dist import losses
+    from ssl_dist.run.embedder import Embedder, load
     from ssl_dist.storage.features import Features
 
-__all__ = ["Features", "losses"]
+__all__ = ["Embedder", "Features", "load", "losses"]
 
-_HOMES = {"Features": "storage.features"}  # of what is no module of this package
+_HOMES = {
+    "Embedder": "run.embedder",
+    "Features": "storage.features",
+    "load": "run.embedder",
+}  # of what is no module of this package
 
 
 def __getattr__(name: str) -> Any:

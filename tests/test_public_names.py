@@ -8,11 +8,13 @@ import pytest
 import ssl_dist
 
 PUBLIC = {
+    "Embedder": ["device", "embed", "forward", "transform"],
     "Features": ["classes", "dim", "features", "rows", "subset", "take"],
     "losses": [
         "AlignUniform", "NTXent", "ReLIC", "RelationModule", "Relational", "SFRIK", "VICReg", "align_uniform",
         "nt_xent", "relational", "relic", "sfrik", "vicreg",
     ],
+    "load": [],
 }  # fmt: skip
 LOOK = """
 import os, sys

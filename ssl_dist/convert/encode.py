@@ -108,6 +108,14 @@ def encode(item: bytes | np.ndarray, encoding: Encoding) -> Sample:
     return Sample(JPG, height, width, file.getvalue(), turned)
 
 
+def upright_pixels(picture: bytes | Image.Image) -> np.ndarray:
+    """Pixels uint8 [H, W, 3] of a picture, or of the bytes of its file, upright by its EXIF orientation. Raises
+    `UnfitImage`."""
+    image = _open(picture) if isinstance(picture, bytes) else _of_8_bits(picture)
+    turn = _turn(image)
+    return np.asarray(_rgb(image if turn is None else image.transpose(turn)))
+
+
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """What sets a decoded picture upright by its EXIF (or, as Pillow reads it, XMP) orientation; None: nothing. Damaged
     EXIF of a sound picture counts as none, as in viewers."""
@@ -134,6 +142,10 @@ def _open(data: bytes) -> Image.Image:
         if data[4:8] == b"ftyp":  # of ISO media files, as phones write them
             raise UnfitImage("HEIC, AVIF or a film, whatever its name says; make JPEG of it first") from None
         raise UnfitImage(f"can not be read as an image ({reason_of(error)})") from None
+    return _of_8_bits(image)
+
+
+def _of_8_bits(image: Image.Image) -> Image.Image:
     if image.mode not in CONVERTIBLE_MODES:
         raise UnfitImage(f"pixels of mode {quoted(image.mode)} do not fit 8 bits; save it with 8 bits a channel")
     return image

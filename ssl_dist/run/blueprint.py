@@ -7,6 +7,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -263,12 +264,22 @@ def _reset(config: Config, method_class: type[SSLMethod]) -> str:
     return "method.options={}"
 
 
-def normalization(config: Config, split: SplitInfo) -> Normalize:
-    """What `views.normalize` means for images of `split`. Raises `UserError` for values that pixels of 0 to 1 can not
+class Statistics(Protocol):
+    """Of images, per channel, of pixels in [0, 1]: a converted split has them."""
+
+    @property
+    def mean(self) -> tuple[float, float, float]: ...
+
+    @property
+    def std(self) -> tuple[float, float, float]: ...
+
+
+def normalization(config: Config, images: Statistics) -> Normalize:
+    """What `views.normalize` means for `images`. Raises `UserError` for values that pixels of 0 to 1 can not
     have, as those of 0 to 255 are: the images would be all but constant."""
     normalize = config.views.normalize
     if normalize == "dataset":
-        return Normalize(mean=split.mean, std=split.std)
+        return Normalize(mean=images.mean, std=images.std)
     if isinstance(normalize, Normalize) and max(*map(abs, normalize.mean), *normalize.std) > 1:
         mean, std = ([round(value / 255, 6) for value in values] for values in (normalize.mean, normalize.std))
         raise UserError(

@@ -16,7 +16,7 @@ from ssl_dist.config import Config, Data, Normalize, overridden, to_tree, valida
 from ssl_dist.data import file_names
 from ssl_dist.data.loader import view_batches
 from ssl_dist.data.normalize import normalized
-from ssl_dist.data.reader import Reader, SplitInfo
+from ssl_dist.data.reader import Reader
 from ssl_dist.data.readers import Dataset
 from ssl_dist.device import allow_tf32
 from ssl_dist.distributed.world import World
@@ -127,11 +127,11 @@ def load_together(path: Path, world: World) -> tuple[SSLMethod, Encoder]:
     return method, encoder
 
 
-def load_others(path: Path, settings: Config, split: SplitInfo) -> tuple[Encoder, str]:
+def load_others(path: Path, settings: Config, images: blueprint.Statistics) -> tuple[Encoder, str]:
     """The encoder in a file of another program, and a line on how the file was read. Raises `UserError`.
 
-    settings: the backbone, the size of images and how they are normalised ("dataset": by the values of `split`; where
-    nothing is given and the file is one of `ssl-dist export`, as it says).
+    settings: the backbone, the size of images and how they are normalised ("dataset": by mean and std of `images`;
+    where nothing is given and the file is one of `ssl-dist export`, as it says).
     """
     name = settings.backbone.name
     backbone = backbones.build(name)
@@ -140,7 +140,7 @@ def load_others(path: Path, settings: Config, split: SplitInfo) -> tuple[Encoder
         blueprint.try_size(backbones.build(name).eval(), settings.data.image_size, name, "images")
     backbone.load_state_dict(fitted.tensors)
     module = backbone.float().eval().requires_grad_(False)
-    normalize, note, facts = blueprint.normalization(settings, split), fitted.note, weights.facts(path)
+    normalize, note, facts = blueprint.normalization(settings, images), fitted.note, weights.facts(path)
     if facts and "normalize" not in settings.views.model_fields_set:
         try:
             tree = parse_json(facts["normalize"])

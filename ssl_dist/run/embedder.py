@@ -1,0 +1,220 @@
+"""A trained network as a module that takes images as people have them: `ssl_dist.load`."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ssl_dist import config, views
+from ssl_dist.config import Normalize
+from ssl_dist.convert.encode import UnfitImage, upright_pixels
+from ssl_dist.convert.walk import EXTENSIONS
+from ssl_dist.data.normalize import normalized
+from ssl_dist.device import allow_tf32
+from ssl_dist.distributed.rank import available_cores
+from ssl_dist.errors import UserError, did_you_mean
+from ssl_dist.nn.backbone import Backbone
+from ssl_dist.progress import Progress
+from ssl_dist.run.encoder import BATCH_SIZE, LAYER, Encoder, load_encoder, load_others
+
+# Of the weights that are published, unless they say otherwise.
+IMAGENET = Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+Pictures = Image.Image | np.ndarray | Tensor | Sequence[Image.Image | np.ndarray | Tensor]
+
+
+class Embedder(nn.Module):
+    """A frozen network in evaluation mode with the transform of its images, whose settings are attributes.
+
+    It takes a picture or several: PIL images; pixels uint8, arrays [H, W, 3] or [N, H, W, 3] and tensors [3, H, W] or
+    [N, 3, H, W]. They are set upright by their EXIF orientation, the short side is resized to `resize`, and the centre
+    of `size` x `size` pixels is normalised by `mean` and `std`. A tensor in floating point, [N, 3, S, S], counts as
+    normalised and goes into the network as it is. The result is float32 [N, dim], on the network's device.
+    """
+
+    def __init__(self, encoder: Encoder, layer: str = LAYER):
+        super().__init__()
+        network = encoder.module
+        assert isinstance(network, Backbone), "what a method evaluates is a backbone"
+        if layer not in (LAYER, *network.stages):
+            known = [LAYER, *network.stages]
+            raise UserError(f"layer = {layer!r}: no such layer; {did_you_mean(layer, known)}layers: {', '.join(known)}")
+        data = encoder.config.data
+        self.network, self.layer = network.to(memory_format=torch.channels_last), layer
+        self.dim = network.feature_dim if layer == LAYER else network.stages[layer]
+        self.size, self.resize, self.interpolation = data.image_size, data.eval_resize, data.eval_interpolation
+        self.mean, self.std = encoder.normalize.mean, encoder.normalize.std
+        self.source, self.tf32 = encoder.file, encoder.config.tf32
+        self.eval().requires_grad_(False)
+
+    def extra_repr(self) -> str:
+        """What stands in its text: where it comes from, and what it does with images."""
+        return (
+            f"{self.source}, layer {self.layer}, {self.dim} features; short side to {self.resize or self.size} "
+            f"({self.interpolation}), centre {self.size} px, mean {self.mean}, std {self.std}"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """That of the network."""
+        return next(self.network.parameters()).device
+
+    def forward(self, images: Pictures) -> Tensor:
+        """Features float32 [N, dim] of these images, N = 1 of a single one. Raises `ValueError` where it is none."""
+        allow_tf32(self.tf32)
+        x = images if isinstance(images, Tensor) and images.is_floating_point() else self.transform(images)
+        if x.ndim != 4 or x.shape[1] != 3:
+            raise ValueError(f"images {list(x.shape)} in floating point: give normalised ones, [N, 3, S, S]")
+        x = x.to(self.device, torch.float32, memory_format=torch.channels_last)
+        if self.layer == LAYER:
+            return self.network(x).flatten(1).float()
+        return self.network.forward_stages(x)[1][self.layer].mean((2, 3)).float()
+
+    def transform(self, images: Pictures) -> Tensor:
+        """What `forward` passes to the network for images that are not normalised: float32 [N, 3, size, size]."""
+        to_input = normalized(Normalize(mean=self.mean, std=self.std), torch.float32, self.device)
+        with ThreadPoolExecutor(available_cores()) as threads:
+            made = [*threads.map(self._view, _single(images))]
+        pixels = np.concatenate(made) if made else np.empty((0, 3, self.size, self.size), np.uint8)
+        return to_input(torch.from_numpy(pixels).to(self.device))
+
+    def _view(self, picture: Any) -> np.ndarray:
+        """The view uint8 [1, 3, size, size] of a picture, or of what gives one."""
+        pixels = _pixels(picture)
+        height, width = (np.array([side]) for side in pixels.shape[:2])
+        image = views.Images(pixels[None], height, width, np.zeros(1, np.int64))
+        return views.test_views(image, self.size, self.resize, self.interpolation)
+
+    @torch.no_grad()
+    def embed(
+        self,
+        images: str | os.PathLike[str] | Iterable[Any],
+        batch_size: int = BATCH_SIZE,
+        progress: bool = True,
+    ) -> np.ndarray:
+        """Features float32 [N, dim] of many images, on the host, with a progress bar.
+
+        images: a folder (all pictures in it and below, in the order of `files_of`), pictures as `forward` takes them,
+        or a DataLoader of batches, whose first part is taken where a batch has several. Raises `UserError` that names
+        a file which cannot be read.
+        """
+        if isinstance(images, str | os.PathLike):
+            files = files_of(images)
+            batches: Iterable[Any] = _batches([*map(_File, files)], batch_size)
+            total = len(files)
+        elif isinstance(images, torch.utils.data.DataLoader):
+            batches, total = images, len(images.dataset)  # type: ignore[arg-type]
+        else:
+            whole = images if isinstance(images, np.ndarray | Tensor | Sequence) else [*images]
+            batches, total = _batches(whole, batch_size), len(whole)
+        rows = [np.empty((0, self.dim), np.float32)]
+        with Progress("embedding", total, "image", quiet=not progress) as bar:
+            for batch in batches:
+                if isinstance(images, torch.utils.data.DataLoader) and isinstance(batch, list | tuple):
+                    batch = batch[0]
+                rows.append(self(batch).cpu().numpy())
+                bar.update(len(rows[-1]))
+        return np.concatenate(rows)
+
+
+def load(
+    source: str | os.PathLike[str],
+    layer: str = LAYER,
+    device: str | torch.device | None = None,
+    *,
+    backbone: str | None = None,
+    image_size: int | None = None,
+    resize: int | None = None,
+    normalize: Normalize | None = None,
+) -> Embedder:
+    """The network of a run's folder (its newest checkpoint), of a checkpoint, or of a file of another program.
+
+    layer: output, or a stage of the backbone, whose map is averaged over its places. device: by default a GPU where
+    there is one. backbone: of a file of another program, as in a config; then images are of 224 px, resized to 256, and
+    normalised as ImageNet's unless the file says otherwise. image_size, resize, normalize: in place of the run's own.
+    Raises `UserError`.
+    """
+    path = Path(source)
+    changed = [
+        *([] if image_size is None else [f"data.image_size={image_size}"]),
+        *([] if resize is None else [f"data.eval_resize={resize}"]),
+    ]
+    if backbone is None:
+        encoder = load_encoder(path).with_transform(changed)
+    else:
+        size = image_size or 224
+        changed = [f"data.image_size={size}", f"data.eval_resize={resize or round(size / 0.875)}"]
+        tree = {"run_dir": str(path.parent), "method": {"name": path.name}, "backbone": {"name": backbone}}
+        settings = config.overridden(tree | {"data": {"root": str(path.parent)}}, changed)
+        encoder, _ = load_others(path, settings, IMAGENET)
+    embedder = Embedder(encoder, layer)
+    if normalize is not None:
+        embedder.mean, embedder.std = normalize.mean, normalize.std
+    return embedder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def files_of(folder: str | os.PathLike[str]) -> list[Path]:
+    """The pictures in a folder and below it by their suffixes, sorted. Raises `UserError` when there is none."""
+    found = sorted(
+        Path(parent, name)
+        for parent, _, names in os.walk(folder)
+        for name in names
+        if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+    )
+    if not found:
+        raise UserError(f"{os.fspath(folder)}: holds no picture ({', '.join(EXTENSIONS)})")
+    return found
+
+
+class _File:
+    """A picture that is read when its batch is passed."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def pixels(self) -> np.ndarray:
+        try:
+            return upright_pixels(self.path.read_bytes())
+        except UnfitImage as error:
+            raise UserError(f"{self.path}: {error}") from None
+
+
+def _batches(whole: Any, size: int) -> Iterator[Any]:
+    if size < 1:
+        raise ValueError(f"batch_size = {size}: give 1 or more")
+    return (whole[start : start + size] for start in range(0, len(whole), size))
+
+
+def _single(images: Any) -> Iterator[Any]:
+    """The images one by one."""
+    if isinstance(images, Sequence) and not isinstance(images, str | bytes):
+        for image in images:
+            yield from _single(image)
+    elif isinstance(images, np.ndarray | Tensor) and images.ndim == 4:
+        yield from images
+    else:
+        yield images
+
+
+def _pixels(image: Any) -> np.ndarray:
+    """Of one image: uint8 [H, W, 3]."""
+    if isinstance(image, _File):
+        return image.pixels()
+    if isinstance(image, Image.Image):
+        try:
+            return upright_pixels(image)
+        except UnfitImage as error:
+            raise ValueError(f"an image {error}") from None
+    is_tensor = isinstance(image, Tensor)
+    pixels = image.cpu().movedim(-3, -1).numpy() if is_tensor and image.ndim == 3 else np.asarray(image)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3 or not pixels.size:
+        expected = "[3, H, W] or [N, 3, H, W]" if is_tensor else "[H, W, 3] or [N, H, W, 3]"
+        given = f"{list(image.shape)} of {image.dtype}" if hasattr(image, "dtype") else type(image).__name__
+        raise ValueError(f"an image is {given}: give PIL images, or uint8 {expected}")
+    return np.ascontiguousarray(pixels)
