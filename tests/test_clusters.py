@@ -131,14 +131,17 @@ def test_of_a_split_alone_with_classes():
 
 @pytest.mark.parametrize("label", [-1, 2])
 def test_of_a_split_alone_without_classes(label, tmp_path):
-    images = replace(blobs(66, "test", num_classes=3), labels=np.full(66, label))
+    ids = np.array([i for i in range(66) if i < (30, 66, 45)[i % 3]])  # 10, 22 and 15 around three directions
+    images = replace(blobs(66, "test", num_classes=3), labels=np.full(66, label)).subset(ids)
     writer, options = MemoryFigureWriter(), clusters.Options(number=3, page=2)
     values = clusters.run(images, images, options, writer)
-    assert values == {"clusters_count": 3, "clusters_largest": pytest.approx(100 / 3)}
+    assert values == {"clusters_count": 3, "clusters_largest": pytest.approx(2200 / 47)}
     assigned = clusters._assigned(images, clusters._fitted(images, 3, options), options)
-    assert [len({assigned[i] for i in range(first, 66, 3)}) for first in range(3)] == [1, 1, 1]
+    number = [set(assigned[ids % 3 == direction]) for direction in (1, 2, 0)]
+    assert all(len(numbers) == 1 for numbers in number)
+    order = [numbers.pop() for numbers in number]
     assert writer.tables["clusters"] == [("image_id", "file", "cluster")] + [
-        (i, f"test/{i}.jpg", k) for i, k in enumerate(assigned.tolist())
+        (i, f"test/{i}.jpg", k) for i, k in zip(ids.tolist(), assigned.tolist(), strict=True)
     ]
     assert list(writer.pictures) == ["clusters-images"]
     figure, _, caption = writer.pictures["clusters-images"]
@@ -149,16 +152,20 @@ def test_of_a_split_alone_without_classes(label, tmp_path):
     )
     assert not any(axes.spines["top"].get_visible() for axes in figure.axes)
     assert [text for text in writer.texts("clusters-images") if text.startswith("cluster ")] == [
-        f"cluster {k}: 22 images" for k in range(3)
+        f"cluster {k}: {size} images" for k, size in zip(order, (22, 15, 10), strict=True)
     ]
     shown = re.findall(r'<img src="data:\S+" alt="test/(\d+).jpg" title="test/(\d+).jpg">', writer.pages["clusters"])
-    assert len(shown) == 6 and [assigned[int(i)] for i, _ in shown] == [0, 0, 1, 1, 2, 2]
+    assert [int(i) % 3 for i, _ in shown] == [1, 1, 2, 2, 0, 0]
     assert "the largest first" in writer.pages["clusters"] and "%<" not in writer.pages["clusters"]
     assert clusters.run(images, images, clusters.Options())["clusters_count"] == 10
     few = images.subset(np.arange(4))
     assert clusters.run(few, few, clusters.Options())["clusters_count"] == 4
     path = labels_of(tmp_path, np.arange(66), [np.arange(66) % 2])
-    assert clusters.run(images, images, clusters.Options(labels=path)) == {"clusters_count": 2, "clusters_largest": 50}
+    values = clusters.run(images, images, clusters.Options(labels=path))
+    assert values == {
+        "clusters_count": 2,
+        "clusters_largest": pytest.approx(max((ids % 2 == k).mean() for k in (0, 1)) * 100),
+    }
     with pytest.raises(UserError, match=r"no label|at least two classes"):
         clusters.run(images, blobs(12, "test"), clusters.Options())
 
