@@ -11,16 +11,18 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ssl_dist import losses
+    from ssl_dist.data.multi_view import MultiView
     from ssl_dist.run.embedder import Embedder, load
     from ssl_dist.storage.features import Features
 
-__all__ = ["Embedder", "Features", "load", "losses"]
+__all__ = ["Embedder", "Features", "MultiView", "load", "losses"]
 
-_HOMES = {
+_HOMES = {  # of what is no module of this package
     "Embedder": "run.embedder",
     "Features": "storage.features",
+    "MultiView": "data.multi_view",
     "load": "run.embedder",
-}  # of what is no module of this package
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ PUBLIC = {
         "AlignUniform", "NTXent", "ReLIC", "RelationModule", "Relational", "SFRIK", "VICReg", "align_uniform",
         "nt_xent", "relational", "relic", "sfrik", "vicreg",
     ],
+    "MultiView": ["batch", "over", "set_epoch"],
     "load": [],
 }  # fmt: skip
 LOOK = """

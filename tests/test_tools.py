@@ -37,6 +37,9 @@ SMALLEST_INPUTS = {  # arguments, and how a line of the table begins that must h
          "--environments", "tuned"],
         "tuned environment"
     ),
+    "bench_multi_view": (
+        ["--count", "8", "--size", "32", "--rounds", "1", "--workers", "1"], "ssl_dist.MultiView"
+    ),
     "bench_views": (["--rounds", "1"], "ReLIC, 32 px"),
     "fuzz": (["--inputs", "1", "--minutes", "2"], "all "),
     "gpu_check": (["--device", "pretended"], "failed: none"),

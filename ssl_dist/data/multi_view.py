@@ -1,0 +1,140 @@
+"""K views of an image for a data loader of one's own: `ssl_dist.MultiView`.
+
+    views = ssl_dist.MultiView("simclr", size=224, normalize=(mean, std))
+    loader = DataLoader(views.over(ImageFolder(root)), batch_size=256, num_workers=8, shuffle=True)
+    for epoch in range(100):
+        views.set_epoch(epoch)
+        for x, label in loader:                              # x: [B, 2, 3, 224, 224]
+
+A view is a function of (seed, epoch, index of the image, number of the view), as in the trainings of this package: not
+of the workers, the batch, or the order.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ssl_dist.config import Normalize, validate
+from ssl_dist.config.recipe import ViewGroup
+from ssl_dist.data.normalize import normalized
+from ssl_dist.data.pillow import CONVERTIBLE_MODES
+from ssl_dist.errors import UserError, did_you_mean
+from ssl_dist.views import Images, make_views, view_specs
+
+Recipe = Mapping[str, Any]
+Channels = tuple[float, float, float]
+
+_CROP: Recipe = {"random_resized_crop": {"scale": [0.08, 1.0]}, "horizontal_flip": 0.5}
+_STRONG: Recipe = {"p": 0.8, "brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
+_VICREG: Recipe = {
+    "random_resized_crop": {"scale": [0.08, 1.0], "interpolation": "bicubic"}, "horizontal_flip": 0.5, "grayscale": 0.2,
+    "color_jitter": {"p": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1},
+}  # fmt: skip
+# Of the papers: relational reasoning (as in configs/cifar10), SimCLR (appendix A, at full strength), VICReg (as in
+# configs/imagenet). The number of views is left open where it is the user's choice.
+RECIPES: dict[str, list[Recipe]] = {
+    "relational": [{**_CROP, "color_jitter": _STRONG, "grayscale": 0.2}],
+    "simclr": [{**_CROP, "color_jitter": _STRONG, "grayscale": 0.2, "gaussian_blur": {"p": 0.5, "sigma": [0.1, 2.0]}}],
+    "vicreg": [
+        {"num": 1, **_VICREG, "gaussian_blur": {"p": 1.0, "sigma": [0.1, 2.0]}},
+        {"num": 1, **_VICREG, "gaussian_blur": {"p": 0.1, "sigma": [0.1, 2.0]}, "solarize": {"p": 0.2}},
+    ],
+}
+
+
+class MultiView:
+    """K views of an image, float32 [K, 3, S, S], in [0, 1] or normalised.
+
+    recipe: a name (relational, simclr, vicreg), or one or several groups as `views.groups` of a config has them; num:
+    K, where the recipe leaves it open. Groups of different sizes give a list, a tensor a group. size: S of groups that
+    name none. normalize: mean and standard deviation of the channels of pixels in [0, 1]. Raises `UserError` for a
+    recipe that is none.
+    """
+
+    def __init__(
+        self,
+        recipe: str | Recipe | Sequence[Recipe] = "relational",
+        num: int = 2,
+        size: int = 224,
+        normalize: tuple[Channels, Channels] | Normalize | None = None,
+        seed: int = 0,
+    ):
+        if isinstance(recipe, str) and recipe not in RECIPES:
+            raise UserError(
+                f"recipe = {recipe!r}: no such recipe; {did_you_mean(recipe, RECIPES)}recipes: {', '.join(RECIPES)}"
+            )
+        groups = RECIPES[recipe] if isinstance(recipe, str) else [recipe] if isinstance(recipe, Mapping) else [*recipe]
+        parsed = [validate(ViewGroup, dict(group), f"recipe[{n}].") for n, group in enumerate(groups)]
+        num_views = sum(group.num or num for group in parsed)
+        self.specs = view_specs(parsed, num_views, size)
+        self.seed = seed
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers that live on see a new one
+        if isinstance(normalize, tuple):
+            normalize = Normalize(mean=normalize[0], std=normalize[1])
+        self._constants = normalize or Normalize(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Other views from now on, also in workers that are there already; images in flight keep theirs."""
+        self._epoch[0] = epoch
+
+    def __call__(self, image: Image.Image | np.ndarray, index: int | None = None) -> Tensor | list[Tensor]:
+        """The views of an image: PIL, set upright by its EXIF orientation, or uint8 [H, W, 3]. index: its number in the
+        data set; None, as a torchvision transform is called: a number made of its pixels."""
+        pixels = _pixels(image)
+        if index is None:
+            index = int.from_bytes(hashlib.blake2b(pixels.tobytes(), digest_size=7).digest())
+        made = [part[:, 0] for part in self.batch(pixels[None], [index])]
+        to_float = normalized(self._constants, torch.float32, torch.device("cpu"))
+        parts = [to_float(part).contiguous() for part in made]
+        return torch.cat(parts) if len({spec.size for spec in self.specs}) == 1 else parts
+
+    def batch(self, pixels: np.ndarray, indices: Sequence[int] | np.ndarray) -> list[Tensor]:
+        """The views of images uint8 [B, H, W, 3] with these numbers in the data set: uint8 [K, B, 3, S, S] a group."""
+        pixels = np.ascontiguousarray(pixels)
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or len(indices) != len(pixels):
+            raise ValueError(
+                f"pixels {list(pixels.shape)} of {pixels.dtype} and {len(indices)} indices: give uint8 [B, H, W, 3] "
+                "and B indices"
+            )
+        heights, widths = (np.full(len(pixels), side, np.int64) for side in pixels.shape[1:3])
+        images = Images(pixels, heights, widths, np.asarray(indices, np.int64))
+        epoch = int(self._epoch)
+        return [torch.from_numpy(make_views(images, s, s.view_ids, self.seed, epoch)) for s in self.specs]
+
+    def over(self, dataset: Any) -> "Views":
+        """The data set with the views of its images in the place of these, each drawn by its index there."""
+        return Views(dataset, self)
+
+
+class Views(Dataset):
+    """A data set of (image, ...) as one of (views, ...)."""
+
+    def __init__(self, dataset: Any, views: MultiView):
+        self.dataset, self.views = dataset, views
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        item = self.dataset[index]
+        if isinstance(item, tuple | list):
+            return (self.views(item[0], index), *item[1:])
+        return self.views(item, index)
+
+
+def _pixels(image: Any) -> np.ndarray:
+    """Of one image: uint8 [H, W, 3]."""
+    if isinstance(image, Image.Image):
+        if image.mode not in CONVERTIBLE_MODES:
+            raise ValueError(f"an image of mode {image.mode}: does not fit 8 bits; give one with 8 bits a channel")
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        given = f"{list(image.shape)} of {image.dtype}" if hasattr(image, "dtype") else type(image).__name__
+        raise ValueError(f"an image is {given}: give a PIL image, or an array uint8 [H, W, 3]")
+    return np.ascontiguousarray(image)
