@@ -106,6 +106,21 @@ def test_a_refusal_names_the_command_that_works(run, data, refused, splits, word
     assert "data.subset={per_class: 3}" not in command
 
 
+def test_a_labelled_split_is_measured_by_what_the_training_split_teaches(run, data, tmp_path):
+    """As the test split would be, here the same images under the name of the other one."""
+    place = data("train", "test")
+    root = Path(place.partition("=")[2])
+    text = (root / "dataset.json").read_text()
+    (root / "dataset.json").write_text(text.replace('"test": {', '"val": {'))
+    (root / "test.beton").rename(root / "val.beton")
+    (root / "test-files.txt").rename(root / "val-files.txt")
+    for words in ([data("train", "test", "unlabeled")], [place, "--split", "val"]):
+        assert cli.main(["evaluate", str(run), "knn", "knn.k=[3]", *words]) == 0
+    records = [r for r in results.read(run / "results.json") if r["name"] == "knn3_top1"]
+    assert [(r["split"], r["value"]) for r in records] == [("test", records[0]["value"]), ("val", records[0]["value"])]
+    assert len({r["protocol"] for r in records}) == 1 and "alone" not in records[0]["protocol"]
+
+
 def test_a_split_that_is_not_there(run, data, refused):
     place = data("unlabeled", "test")
     line = refused("evaluate", "retrieval", place, "--split", "photos")
