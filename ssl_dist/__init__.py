@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from ssl_dist import losses
+    from ssl_dist import evaluate, losses
     from ssl_dist.data.multi_view import MultiView
     from ssl_dist.run.embedder import Embedder, load
     from ssl_dist.storage.features import Features
 
-__all__ = ["Embedder", "Features", "MultiView", "load", "losses"]
+__all__ = ["Embedder", "Features", "MultiView", "evaluate", "load", "losses"]
 
 _HOMES = {  # of what is no module of this package
     "Embedder": "run.embedder",

@@ -15,6 +15,7 @@ PUBLIC = {
         "nt_xent", "relational", "relic", "sfrik", "vicreg",
     ],
     "MultiView": ["batch", "over", "set_epoch"],
+    "evaluate": ["clusters", "evaluate", "extract", "knn", "logistic", "logistic_sgd", "retrieval"],
     "load": [],
 }  # fmt: skip
 LOOK = """
