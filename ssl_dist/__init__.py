@@ -12,16 +12,19 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ssl_dist import evaluate, losses
     from ssl_dist.data.multi_view import MultiView
+    from ssl_dist.pretraining import Run, pretrain
     from ssl_dist.run.embedder import Embedder, load
     from ssl_dist.storage.features import Features
 
-__all__ = ["Embedder", "Features", "MultiView", "evaluate", "load", "losses"]
+__all__ = ["Embedder", "Features", "MultiView", "Run", "evaluate", "load", "losses", "pretrain"]
 
 _HOMES = {  # of what is no module of this package
     "Embedder": "run.embedder",
     "Features": "storage.features",
     "MultiView": "data.multi_view",
+    "Run": "pretraining",
     "load": "run.embedder",
+    "pretrain": "pretraining",
 }
 
 

@@ -47,7 +47,7 @@ FLOORS = [
     {"transfer", "verify", "voc"},
     {"evaluators"},
     {"evaluate", "report", "doctor", "outcome", "command_line", "key_tables"},
-    {"study"},
+    {"study", "pretraining"},
     {"cli"},
     {"__main__", "job"},
     {"slurm"},

@@ -15,8 +15,10 @@ PUBLIC = {
         "nt_xent", "relational", "relic", "sfrik", "vicreg",
     ],
     "MultiView": ["batch", "over", "set_epoch"],
+    "Run": ["evaluate", "metrics", "plot", "report", "results", "step"],
     "evaluate": ["clusters", "evaluate", "extract", "knn", "logistic", "logistic_sgd", "retrieval"],
     "load": [],
+    "pretrain": [],
 }  # fmt: skip
 LOOK = """
 import os, sys

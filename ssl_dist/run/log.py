@@ -4,7 +4,7 @@ What cannot be written raises OSError with the file's name.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ _BUCKETS = 1e-12 * 1.1 ** np.arange(774)  # up to 1e20, as TensorBoard's own
 class RunLog:
     """Use as a context manager. `step` values are steps completed; on resume everything after `clock.step` is cut.
 
-    settings: of the run, for TensorBoard. about: what it says of the metrics that are not in `board.MEANINGS`.
+    settings: of the run, for TensorBoard. about: what it says of the metrics that are not in `board.MEANINGS`. on_line:
+    gets every line of metrics.jsonl after it is written.
     """
 
     def __init__(
@@ -34,9 +35,10 @@ class RunLog:
         views_per_image: int,
         settings: Mapping[str, Any],
         about: str = "",
+        on_line: Callable[[dict[str, float]], object] = lambda line: None,
     ):
         self.images_per_step, self.views_per_image = images_per_step, views_per_image
-        self._path = run / FILE
+        self._path, self._on_line = run / FILE, on_line
         cut_after(self._path, clock.step)
         self._board = board.EventFile(run / "tensorboard", clock.step + 1, others=about)
         self._board.add(clock.step, *board.settings(settings))
@@ -107,7 +109,9 @@ class RunLog:
             line |= values
             scalars += [summary.scalar(f"{group}/{name}", value) for name, value in values.items()]
         self._board.add(clock.step, *scalars)
-        append(self._path, {name: _short(value) for name, value in line.items()})
+        line = {name: _short(value) for name, value in line.items()}
+        append(self._path, line)
+        self._on_line(line)
 
     def pictures(self, name: str, clock: Clock, groups: Sequence[np.ndarray]) -> None:
         """A grid of the views of every group in TensorBoard, see `mosaic.of_views`."""

@@ -19,12 +19,14 @@ from ssl_dist.kernels import moments
 from ssl_dist.run import folder as run_folder
 from ssl_dist.run.blueprint import RunPlan, derive
 from ssl_dist.train import announce, optim
+from ssl_dist.train.listener import SILENT, Listener
 from ssl_dist.train.preflight import agree
 from ssl_dist.train.state import TrainState
 
 
-def train(config: Config) -> int:
+def train(config: Config, listener: Listener = SILENT) -> int:
     """Start or resume a training on this rank. Returns 0 when it is complete, 75 when it was stopped by a signal.
+    listener: is told of lines of the log and of checkpoints, on rank 0.
 
     For the main thread, whose signal handlers it replaces until it returns; a hang ends the whole process.
     """
@@ -47,7 +49,7 @@ def train(config: Config) -> int:
                 print("stopped before all ranks had come; nothing has begun", file=sys.stderr, flush=True)
             return STOPPED
         with world, watchdog.reporting():
-            code, _ = train_in(world, watchdog, stop, plan, _announce)
+            code, _ = train_in(world, watchdog, stop, plan, _announce, listener)
             if code == 0 and world.is_rank0:
                 print(announce.ending(plan), file=sys.stderr, flush=True)
             return code
@@ -64,13 +66,14 @@ def train_in(
     stop: StopRequest,
     plan: RunPlan,
     begins: Callable[[TrainState], None] = lambda run: None,
+    listener: Listener = SILENT,
 ) -> tuple[int, TrainState]:
     """Run the training of `plan` on ranks that form a world. begins: gets the state before the first step. Returns its
     exit code and its last state."""
     with claimed(plan, world) as lock:
         watchdog.publish(plan.run / "logs", agree(plan, world))
         try:
-            run = TrainState(plan, world, lock)
+            run = TrainState(plan, world, lock, listener)
         except UserError as error:
             # config, images and checkpoint are the same on all ranks, so all raise it
             raise UserError(str(error), RaisedOn.EVERY_RANK) from error

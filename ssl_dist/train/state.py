@@ -28,6 +28,7 @@ from ssl_dist.run.blueprint import RunPlan
 from ssl_dist.run.log import RunLog
 from ssl_dist.storage import checkpoint
 from ssl_dist.train import collapse, online_knn, optim, relabel
+from ssl_dist.train.listener import SILENT, Listener
 from ssl_dist.train.online_knn import OnlineKNN
 
 ANEW = "begin anew in another run_dir with a lower optim.lr or precision=fp32"
@@ -41,10 +42,10 @@ class TrainState:
     """A method, its optimizer and the steps completed, from the newest checkpoint in the run's folder where there is
     one. Building it writes nothing."""
 
-    def __init__(self, plan: RunPlan, world: world_module.World, lock: int | None = None):
+    def __init__(self, plan: RunPlan, world: world_module.World, lock: int | None = None, listener: Listener = SILENT):
         """lock: the descriptor of the folder's lock, on rank 0; None: nobody else can write the folder."""
         self.plan, self.world, self.config, self._lock = plan, world, plan.config, lock
-        self.folder = plan.run
+        self.folder, self._listener = plan.run, listener
         allow_tf32(self.config.tf32)
         torch.use_deterministic_algorithms(self.config.deterministic)
         method = plan.build()
@@ -111,9 +112,8 @@ class TrainState:
             return contextlib.nullcontext()
         title = run_folder.title(self.folder)
         settings, about = run_folder.spelt_out(self.config), inspect.getdoc(self.plan.method_class.forward) or ""
-        return RunLog(
-            self.folder, self.clock, title, self.config.optim.batch_size, self.plan.num_views, settings, about
-        )
+        images, views, on_line = self.config.optim.batch_size, self.plan.num_views, self._listener.on_log
+        return RunLog(self.folder, self.clock, title, images, views, settings, about, on_line)
 
     def batches(self, loader: TrainLoader, log: RunLog | None) -> Iterator[HostBatch]:
         """The batches that are left. The watchdog gets each step, the log the time waited for it."""
@@ -295,6 +295,7 @@ class TrainState:
             ) from error
         options = self.config.checkpoint
         checkpoint.prune(self.folder, options.keep, options.keep_every, clock.step)
+        self._listener.on_checkpoint(checkpoint.path_of(self.folder, clock.step))
 
     def finish(self, clock: Clock) -> None:
         """Write what a complete run has: a checkpoint, also of a method that takes no step, and the loss curve."""
