@@ -11,7 +11,8 @@ from torch.distributed.run import main
 
 
 def _node_rank() -> int:
-    return int(os.environ["SSL_DIST_NODE_RANK"])
+    """That of torchrun_multi.sh; started by other means there is one machine."""
+    return int(os.environ.get("SSL_DIST_NODE_RANK", "0"))
 
 
 @dataclass(frozen=True)
