@@ -4,7 +4,8 @@
 themselves twice over and over, a key that takes for ever to hash or ends the process, storages and byte arrays of any
 length; and an archive may be compressed. So the archive's directory and the pickle's opcodes are walked first. What
 torch writes of tensors and plain values passes. An archive keeps a CRC-32 of every record, which torch writes and does
-not read: a flipped bit would be other weights without a word. It is compared here.
+not read: a flipped bit would be other weights without a word. It is compared here. Objects of other classes are
+refused, or, in files of others (`load_of_others`), replaced by stubs.
 """
 
 import os
@@ -14,6 +15,7 @@ import struct
 import warnings
 import zipfile
 import zlib
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import IO, Any, BinaryIO
@@ -22,12 +24,15 @@ import torch
 from safetensors import SafetensorError
 
 from ssl_dist.errors import MAX_QUOTED, one_line
+from ssl_dist.storage import inert
 
 MAX_OPCODES = 2_000_000  # ten seconds; a backbone has some thousands
 MAX_PICKLE = 1 << 26  # bytes
 MAX_DEPTH = 50  # of tuples, lists and dictionaries in each other
 MAX_GROWTH = 16  # times the bytes that hold it, of an archive that is unpacked or of a pickle written out as a tree
 ALLOWANCE = 1 << 20  # bytes that are granted in any case
+MAX_CLASSES = 300  # of objects that become stubs; torch looks each one up among all
+MAX_STUB_STEPS = 100_000  # opcodes that name, make or fill a stub
 
 # What torch, zipfile and safetensors raise over bytes that are not theirs.
 DAMAGED_FILE_ERRORS = (
@@ -48,20 +53,35 @@ def load(file: BinaryIO) -> Any:
     Raises `pickle.UnpicklingError` when it holds anything else, naming it as `GLOBAL module.name`, and one of
     `DAMAGED_FILE_ERRORS` when it is damaged, no such file, or would build more than its size justifies.
     """
-    file.seek(0)
-    is_archive = file.read(4) == b"PK\3\4"
-    size = os.fstat(file.fileno()).st_size
-    file.seek(0)
-    if is_archive:
-        _check_archive(file, size)
-    else:
-        _check_legacy(file, size)
+    _checked(file)
+    return _load(file)
+
+
+def load_of_others(file: BinaryIO) -> tuple[Any, list[str]]:
+    """The same with a stub (`inert`) in the place of every object of another class, and the names of their classes.
+    What is of the modules os, posix, nt and sys is refused, as torch does."""
+    foreign = _checked(file)
+    with torch.serialization.safe_globals(inert.stubs(foreign)):
+        return _load(file), sorted(foreign)
+
+
+def _load(file: BinaryIO) -> Any:
     file.seek(0)
     with warnings.catch_warnings(action="ignore"):  # torch's, of pickles that it then refuses
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _check_archive(file: BinaryIO, size: int) -> None:
+def _checked(file: BinaryIO) -> dict[str, str]:
+    """The classes that the file names and torch does not know, as `inert.stubs` takes them. Raises what `load` does."""
+    file.seek(0)
+    is_archive = file.read(4) == b"PK\3\4"
+    size = os.fstat(file.fileno()).st_size
+    file.seek(0)
+    return _check_archive(file, size) if is_archive else _check_legacy(file, size)
+
+
+def _check_archive(file: BinaryIO, size: int) -> dict[str, str]:
+    foreign: dict[str, str] = {}
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         unpacked = sum(entry.file_size for entry in entries)
@@ -73,55 +93,66 @@ def _check_archive(file: BinaryIO, size: int) -> None:
                 entry.CRC = None  # type: ignore[assignment]  # zipfile then compares none
             with archive.open(entry) as record:
                 if entry.filename.endswith("/data.pkl"):
-                    _check_pickle(record, entry, records)
+                    foreign |= _check_pickle(record, entry, records)
                 while record.read(1 << 20):  # to the end, where zipfile compares the CRC-32; torch does not
                     pass
+    return foreign
 
 
-def _check_pickle(record: IO[bytes], entry: zipfile.ZipInfo, records: Mapping[str, int]) -> None:
+def _check_pickle(record: IO[bytes], entry: zipfile.ZipInfo, records: Mapping[str, int]) -> dict[str, str]:
     """records: the size of every record of the archive."""
     if entry.file_size > MAX_PICKLE:
         raise ValueError(f"its pickle has {entry.file_size:,} bytes, at most {MAX_PICKLE:,} are read")
     folder = entry.filename.removesuffix("data.pkl")
-    for key, wanted in _walk(record, entry.file_size).storages.items():
+    walked = _walk(record, entry.file_size)
+    for key, wanted in walked.storages.items():
         there = records.get(f"{folder}data/{key}", 0)
         if wanted > there:
             raise ValueError(f"its tensor data/{key} has {there:,} bytes and is read as {wanted:,}")
+    return walked.foreign
 
 
-def _check_legacy(file: BinaryIO, size: int) -> None:
+def _check_legacy(file: BinaryIO, size: int) -> dict[str, str]:
     """The form of before torch 1.6: five pickles in a row, of which the first is a number, then the storages."""
     magic = _walk(file, size)
     if magic.result.value != torch.serialization.MAGIC_NUMBER:
         if magic.callables:
             raise pickle.UnpicklingError(f"GLOBAL {magic.callables[0]}")
         raise ValueError("not a file of torch.save")
-    wanted = 0
+    wanted, foreign = 0, dict[str, str]()
     for _ in range(4):
-        wanted += sum(_walk(file, size).storages.values())
+        walked = _walk(file, size)
+        wanted += sum(walked.storages.values())
+        foreign |= walked.foreign
     if wanted > size:
         raise ValueError(f"its tensors have {wanted:,} bytes and it has {size:,}")
+    return foreign
 
 
 @dataclass(slots=True)
 class _Value:
     """One value on the pickle's stack. size: bytes, written out as a tree; used: something holds it, so it is finished;
-    value: of a number, a text or a global's name; items: of a tuple."""
+    value: of a number, a text or a global's name; items: of a tuple; stub: the class of which it is an object that
+    becomes a stub. Nothing walks through a stub or hashes what it holds, so it counts as one value, whatever it holds,
+    and may hold itself."""
 
     size: int = 1
     depth: int = 0
     value: object = None
     items: tuple["_Value", ...] = ()
     used: bool = False
+    stub: str | None = None
 
 
 @dataclass(frozen=True)
 class _Walked:
-    """What a pickle would give: its result, the bytes of every storage that it asks for, and the globals it names."""
+    """What a pickle would give: its result, the bytes of every storage that it asks for, the globals it names, and the
+    classes that torch does not know, as `inert.stubs` takes them."""
 
     result: _Value
     storages: Mapping[str, int]
     callables: list[str]
+    foreign: dict[str, str]
 
 
 # Calls that take memory by a number; with nothing to take it for they are made by torch.
@@ -142,16 +173,18 @@ def _walk(file: IO[bytes], size: int) -> _Walked:
     memo: dict[int, _Value] = {}
     storages: dict[str, int] = {}
     callables: list[str] = []
-    budget = MAX_GROWTH * min(size, MAX_PICKLE) + ALLOWANCE
+    foreign: dict[str, str] = {}
+    budget, stub_steps = MAX_GROWTH * min(size, MAX_PICKLE) + ALLOWANCE, 0
 
     def hold(holder: _Value, children: Iterable[_Value]) -> None:
         nonlocal budget
         for child in children:
             child.used = True
-            holder.size += child.size
-            holder.depth = max(holder.depth, child.depth + 1)
             budget -= child.size
-        if holder.used:
+            if holder.stub is None:
+                holder.size += child.size
+                holder.depth = max(holder.depth, child.depth + 1)
+        if holder.used and holder.stub is None:
             raise ValueError("its pickle changes a value that another one, or itself, holds")
         if holder.depth > MAX_DEPTH:
             raise ValueError(f"its pickle holds values in each other, more than {MAX_DEPTH} deep")
@@ -162,6 +195,21 @@ def _walk(file: IO[bytes], size: int) -> _Walked:
         made = _Value(items=tuple(children[:6]))
         hold(made, children)
         return made
+
+    def count_stub(name: str) -> None:
+        nonlocal stub_steps
+        stub_steps += 1
+        foreign.setdefault(name, "")
+        if len(foreign) > MAX_CLASSES or stub_steps > MAX_STUB_STEPS:
+            raise ValueError(f"its pickle has objects of more than {MAX_CLASSES} classes, or too many")
+
+    def fill(holder: _Value, children: list[_Value], filled: str) -> None:
+        """Add items to a container; a stub is one from then on."""
+        if holder.stub is not None:
+            if foreign[holder.stub] not in ("", filled):
+                raise ValueError(f"its pickle treats {holder.stub} as a list and as a dictionary")
+            foreign[holder.stub], holder.stub = filled, None
+        hold(holder, children)
 
     def popped_mark() -> list[_Value]:
         nonlocal stack
@@ -179,8 +227,10 @@ def _walk(file: IO[bytes], size: int) -> _Walked:
                 marks.append(stack)
                 stack = []
             case "GLOBAL":
-                name = str(argument).replace(" ", ".", 1)
+                name = _present_name(*str(argument).partition(" ")[::2])
                 callables.append(name)
+                if not inert.is_torchs(name):
+                    count_stub(name)
                 stack.append(_Value(value=name))
             case "NONE" | "NEWTRUE" | "NEWFALSE" | "EMPTY_TUPLE" | "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_SET":
                 stack.append(_Value())
@@ -195,18 +245,25 @@ def _walk(file: IO[bytes], size: int) -> _Walked:
                 count = int(opcode.name[-1])
                 stack[-count:] = [made_of(_last(stack, count))]
             case "APPEND":
-                hold(stack[-2], [stack.pop()])
+                fill(stack[-2], [stack.pop()], "elements")
             case "SETITEM":
-                hold(stack[-3], [stack.pop(), stack.pop()])
+                fill(stack[-3], [stack.pop(), stack.pop()], "items")
             case "APPENDS" | "SETITEMS":
                 items = popped_mark()
-                hold(stack[-1], items)
+                fill(stack[-1], items, "elements" if opcode.name == "APPENDS" else "items")
             case "BUILD":
+                if stack[-2].stub is not None:
+                    count_stub(stack[-2].stub)
                 hold(stack[-2], [stack.pop()])
             case "REDUCE" | "NEWOBJ":
                 arguments, function = stack.pop(), stack.pop()
                 _check_call(function, arguments)
-                stack.append(made_of([arguments]))
+                name = str(function.value)
+                made = made_of([arguments])
+                if isinstance(function.value, str) and name in foreign:
+                    count_stub(name)
+                    made = _Value(stub=name)
+                stack.append(made)
             case "BINPERSID":
                 key, wanted = _storage(stack.pop())
                 storages[key] = max(storages.get(key, 0), wanted)
@@ -216,10 +273,16 @@ def _walk(file: IO[bytes], size: int) -> _Walked:
             case "BINPUT" | "LONG_BINPUT":
                 memo[argument] = stack[-1]
             case "STOP":
-                return _Walked(stack.pop(), storages, callables)
+                return _Walked(stack.pop(), storages, callables, foreign)
             case other:
                 raise ValueError(f"its pickle has an opcode that torch does not write: {other}")
     raise EOFError("its pickle does not end")
+
+
+def _present_name(module: str, name: str) -> str:
+    """What torch makes of a global's name, which a pickle has as Python 2 called it."""
+    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+    return f"{module}.{name}"
 
 
 def _last(stack: list[_Value], count: int) -> list[_Value]:
