@@ -1,11 +1,9 @@
 """The package: version ranges here, the exact versions that passed the tests in launch/constraints.txt."""
 
 import re
-import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
-from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 
@@ -36,7 +34,8 @@ EXTRAS = {
     # Exactly 1.0.2: the last release; the reader relies on its internals (traversal order, decoders, page layout).
     # setuptools: FFCV imports distutils, which left Python's library in 3.12.
     "ffcv": ["ffcv==1.0.2", "setuptools>=77"],
-    "timm": ["timm>=1.0.9,<2"],  # backbones by the name timm/<name>
+    # Backbones by the name timm/<name>, and weights by the names hf:// and timm:; timm brings huggingface_hub.
+    "timm": ["timm>=1.0.9,<2", "huggingface_hub>=0.26,<3"],
     "triton": ["triton>=3.2,<4"],  # the relation head on GPUs; torch's CUDA builds bring it, in the version that fits
     "test": [
         "pytest>=8,<9.2",  # with 9.2, pytest-xdist 3.8 spreads the tests of a group over all workers
@@ -52,16 +51,6 @@ EXTRAS = {
         "types-tqdm",  # those of tqdm
     ],
 }
-
-
-class BuildWithConfigs(build_py):
-    """An installed package has configs/ inside: a checkout has it beside the package (config/shipped.py)."""
-
-    def run(self):
-        super().run()
-        if not self.editable_mode:
-            shutil.copytree(HERE / "configs", Path(self.build_lib, "ssl_dist", "configs"), dirs_exist_ok=True)
-
 
 setup(
     name="ssl_dist",
@@ -79,6 +68,5 @@ setup(
     python_requires=">=3.11",
     install_requires=REQUIRES,
     extras_require=EXTRAS,
-    cmdclass={"build_py": BuildWithConfigs},
     entry_points={"console_scripts": ["ssl-dist = ssl_dist.cli:main"]},
 )

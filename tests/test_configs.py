@@ -8,7 +8,7 @@ import torch
 
 from ssl_dist import config, methods
 from ssl_dist.methods.base import Info
-from ssl_dist.run.blueprint import build_method
+from ssl_dist.run.network import build_method
 from ssl_dist.views.make import view_specs
 
 FILES = sorted(path for path in Path("configs").rglob("*.yaml") if path.parent.name != "studies")

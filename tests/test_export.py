@@ -132,7 +132,8 @@ def test_the_seeds_form_has_the_backbone_and_the_relation_head(run_of, tmp_path,
     names = ("linear1.weight", "bn1.running_var", "linear2.bias")
     assert all(name in head for name in names) and all(torch.equal(t, head[k]) for k, t in content["relation"].items())
     assert weights.fit(scope["backbone"], "conv4", out).format == (
-        "a dictionary of backbone, relation, optimizer (as relational reasoning saves it), the backbone's own names"
+        "read under backbone. (as relational reasoning, SFRIK, VICReg, Barlow Twins, lightly and solo-learn save it), "
+        "the backbone's own names"
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ssl_dist import backbones
-from ssl_dist.storage import weights
+from ssl_dist.storage import formats
 from tests import golden_fill
 
 FOLDER = Path(os.environ.get("SSL_DIST_GOLDEN", Path(__file__).parent / "golden"))
@@ -33,11 +33,11 @@ RUNS = [
 PATTERNS = [
     (r"rr_([a-z]+\d+)(_64px|_noflatten)?", r"\1", {}),
     (r"sfrik_(resnet\d+)", r"\1", {}),
-    (r"relic_(resnet\d+)", r"\1", weights.RELIC),
-    (r"relic_(resnet\d+)_cifar", r"\1_small_stem", weights.RELIC),
-    (r"relic_(efficientnet_\w+)", r"\1", weights.RELIC),
+    (r"relic_(resnet\d+)", r"\1", formats.RELIC),
+    (r"relic_(resnet\d+)_cifar", r"\1_small_stem", formats.RELIC),
+    (r"relic_(efficientnet_\w+)", r"\1", formats.RELIC),
     (r"sela_(resnetv2_50|alexnet)_\d+heads?", r"\1", {}),
-    (r"sela_resnetv1_(\d+)_\d+heads?", r"resnet\1", weights.SELA),
+    (r"sela_resnetv1_(\d+)_\d+heads?", r"resnet\1", formats.SELA),
 ]
 
 
@@ -70,7 +70,7 @@ class Network(nn.Module):
 
     def official(self, name):
         part, _, rest = name.partition(".")
-        return weights.renamed(rest, self.naming) if part == "backbone" else rest.replace("-", ".")
+        return formats.renamed(rest, self.naming) if part == "backbone" else rest.replace("-", ".")
 
 
 @functools.lru_cache(maxsize=1)
@@ -154,7 +154,7 @@ def test_networks_of_which_the_fixture_has_the_tensors_alone(key):
     name, naming = ours(key.removeprefix("structure/").removesuffix("_spec"))
     with torch.device("meta"):
         tensors = backbones.build(name).state_dict()
-    names_and_shapes = [(weights.renamed(name, naming), list(tensor.shape)) for name, tensor in tensors.items()]
+    names_and_shapes = [(formats.renamed(name, naming), list(tensor.shape)) for name, tensor in tensors.items()]
     assert names_and_shapes == [(entry["name"], entry["shape"]) for entry in json.loads(str(GOLDEN[key]))]
 
 

@@ -16,7 +16,7 @@ from ssl_dist.keys import mix64
 from ssl_dist.methods.base import Batch, Info, SSLMethod
 from ssl_dist.nn.compiled import compile_network
 from ssl_dist.nn.layers import KeyedDropout, KeyedDropPath, _mix64, ema_update, key_dropout, keyed_rows, mlp
-from ssl_dist.run.blueprint import refuse_random_layers
+from ssl_dist.run.network import refuse_random_layers
 
 KEYS = torch.tensor([3, -(2**60), 77, 2**62 + 5])
 

@@ -14,7 +14,7 @@ import torch
 
 from ssl_dist import backbones
 from ssl_dist.errors import UserError
-from ssl_dist.storage import checkpoint, torch_file, weights
+from ssl_dist.storage import checkpoint, torch_file, weights_file
 
 
 def archive(path, pickled, records=(), compression=zipfile.ZIP_STORED):
@@ -81,7 +81,7 @@ def little_memory():
 def refused(path):
     start = time.perf_counter()
     with pytest.raises(UserError) as caught:
-        weights.read(path)
+        weights_file.read(path)
     assert time.perf_counter() - start < 5
     message = str(caught.value)
     assert message.startswith(f"{path}: ") and "\n" not in message and len(message) < 500, message
@@ -119,7 +119,7 @@ def test_an_archive_that_unpacks_to_much_is_refused(tmp_path, little_memory):
 def test_a_tensor_that_is_longer_than_its_bytes_is_refused(tmp_path):
     path = tmp_path / "x.pth"
     archive(path, b"\x80\x02" + tensor(storage(count=4), [4]) + b".", {"data/0": bytes(16)})
-    assert weights.read(path)[0].shape == (4,)
+    assert weights_file.read(path)[0].shape == (4,)
     for count, size in ((5, 16), (1 << 30, 16), (4, 15), (-1, 16)):
         archive(path, b"\x80\x02" + tensor(storage(count=count), [4]) + b".", {"data/0": bytes(size)})
         assert "is read as" in (message := refused(path)) or "no length" in message
@@ -137,7 +137,7 @@ def test_what_has_no_end_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", "/dev/zero"):
         with pytest.raises(UserError, match="not a regular file"):
-            weights.read(path)
+            weights_file.read(path)
         with pytest.raises(UserError, match="not a regular file"):
             checkpoint.load(path)
 
@@ -157,7 +157,7 @@ def test_what_torch_writes_of_plain_values_is_read(tmp_path):
     for zipped in (True, False):
         content = {key: value for key, value in tree.items() if zipped or key != "float8"}
         torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
-        read = weights.read(tmp_path / "x.pth")[0]
+        read = weights_file.read(tmp_path / "x.pth")[0]
         assert read.keys() == content.keys() and read["lists"] == tree["lists"] and read["adam"] == tree["adam"]
         for key, value in content.items():
             if isinstance(value, torch.Tensor):

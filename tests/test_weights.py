@@ -1,5 +1,6 @@
 """Files of the official codes, torchvision and timm: read into a backbone, or refused in one line and never run."""
 
+import hashlib
 import json
 import math
 import os
@@ -16,8 +17,10 @@ import torch
 import torchvision
 
 from ssl_dist import backbones, cli, config
+from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.errors import UserError
-from ssl_dist.storage import weights
+from ssl_dist.run.blueprint import derive
+from ssl_dist.storage import formats, weights, weights_file
 from ssl_dist.storage.features import read_features
 from tests import golden_fill, test_golden_backbones
 from tests.test_golden_backbones import GOLDEN, NETS, Network
@@ -114,17 +117,17 @@ def test_the_form_and_the_unused_tensors_are_named(tmp_path):
         return weights.fit(backbones.build("resnet18"), "resnet18", suffix).note
 
     head = {"top_layer0.weight": torch.zeros(1), "top_layer0.bias": torch.zeros(1)}
-    sela = {weights.renamed(name, weights.SELA): tensor for name, tensor in tensors.items()}
+    sela = {formats.renamed(name, formats.SELA): tensor for name, tensor in tensors.items()}
     line = note({"epoch": 3, "state_dict": sela | head, "L": torch.zeros(1)})
     assert line == (
-        f"{path}: a dictionary of epoch, state_dict, L (as SeLa and MoCo save it), SeLa's names; "
+        f"{path}: read under state_dict. (as SeLa, MoCo, SwAV and Lightning save it), SeLa's names; "
         "not used: top_layer0.bias, top_layer0.weight"
     )
-    assert note(tensors) == f"{path}: a state_dict, the backbone's own names; not used: nothing"
+    assert note(tensors) == f"{path}: a network alone, the backbone's own names; not used: nothing"
     line = note({"model": under("module.backbone.", tensors) | under("module.projector.", {"0.weight": torch.ones(1)})})
-    assert "as SFRIK and VICReg save it" in line and "not used: projector.0.weight" in line
-    line = note({weights.renamed(name, weights.RELIC): tensor for name, tensor in tensors.items()})
-    assert "ReLIC's names" in line
+    assert "read under model.backbone. (as relational" in line and "not used: projector.0.weight" in line
+    line = note({formats.renamed(name, formats.RELIC): tensor for name, tensor in tensors.items()})
+    assert "ReLIC's or a torch.nn.Sequential's names" in line
     line = note(tensors | {f"more.{i}": torch.zeros(1) for i in range(10)})
     assert line.endswith("more.6, more.7 and 2 more")
 
@@ -139,7 +142,7 @@ def test_moco_v2s_file_gives_the_encoder_of_queries(tmp_path):
     fitted = weights.fit(backbones.build("resnet18"), "resnet18", tmp_path / "moco.pth.tar")
     assert all(torch.equal(tensor, queries[name]) for name, tensor in fitted.tensors.items())
     assert {"queue", "encoder_q.fc.0.weight", "encoder_k.conv1.weight"} <= set(fitted.unused)
-    assert "as SeLa and MoCo save it" in fitted.note
+    assert "MoCo's encoder of queries" in fitted.note and "also whole in it: state_dict.encoder_k. (" in fitted.note
 
 
 def test_files_of_torchvision_and_timm(tmp_path):
@@ -245,11 +248,9 @@ def test_files_that_are_no_weights_of_the_backbone(tmp_path):
         return {key: tensor for key, tensor in tensors.items() if key != name}
 
     assert "cannot be read: No such file" in refused(None)
-    line = refused({"weights": tensors, "epoch": 3})
-    assert "unknown dictionary of weights, epoch" in line and "relational reasoning" in line and "SeLa" in line
     assert "holds a list" in refused([1, 2])
     assert "holds a Tensor" in refused(torch.zeros(3))
-    assert "unknown dictionary of backbone" in refused({"backbone": {}})
+    assert "holds a dictionary of backbone without tensors" in refused({"backbone": {}})
     line = refused(backbones.build("resnet8").state_dict())
     assert "holds no tensor of backbone conv4; it holds conv1.weight, bn1.weight" in line
     line = refused(without("layer3.conv.weight"))
@@ -274,7 +275,7 @@ def test_files_that_are_no_weights_of_the_backbone(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     assert "no weights that torch or safetensors can read" in refused(None)
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
-        weights.read(tmp_path)
+        weights_file.read(tmp_path)
 
 
 def test_damage_anywhere_in_a_file_is_one_line(tmp_path):
@@ -304,7 +305,7 @@ def test_damage_anywhere_in_a_file_is_one_line(tmp_path):
         path.write_bytes(damaged)
         with warnings.catch_warnings(action="ignore"):
             try:
-                weights.read(path)
+                weights_file.read(path)
             except UserError as error:
                 assert "\n" not in str(error)
                 refused += 1
@@ -336,7 +337,7 @@ def test_extract_reads_a_file_of_others(official, digits, tmp_path, capsys):
     ]
     assert cli.main(["extract", str(path), "--out", str(tmp_path / "out"), "--split", "test", *data]) == 0
     captured = capsys.readouterr()
-    assert f"{path}: a dictionary of backbone, relation" in captured.err and "not used: nothing" in captured.err
+    assert f"{path}: read under backbone. (as relational" in captured.err and "not used: nothing" in captured.err
     extracted = read_features(Path(captured.out.strip()))
     from ssl_dist.data.readers import Dataset
 
@@ -386,12 +387,12 @@ def test_a_training_begins_from_a_file_and_goes_on_without_asking_where_it_lies(
     (path, conv4), run = official, tmp_path / "run"
     tiny = "optim.lr=1e-9"
     assert train(settings(digits, run, "optim.steps=1", tiny, f"backbone.weights={path}")) == 0
-    assert f"backbone.weights: {path}: a dictionary of backbone, relation" in capsys.readouterr().err
+    assert f"backbone.weights: {path}: read under backbone. (as relational" in capsys.readouterr().err
     first = load(path_of(run, 1))
     for name, tensor in conv4.state_dict().items():
         if "running" not in name and "num_batches" not in name:
             torch.testing.assert_close(first["method"][f"backbone.{name}"], tensor, rtol=0, atol=1e-6)
-    assert first["data"]["weights"] == weights.read(path)[1]
+    assert first["data"]["weights"] == weights_file.read(path)[1]
 
     moved = path.rename(tmp_path / "moved.tar")
     assert train(settings(digits, run, "optim.steps=2", tiny, f"backbone.weights={moved}")) == 0
@@ -416,9 +417,24 @@ def test_weights_of_others_are_evaluated_through_a_run_that_does_not_train(offic
     assert all(torch.equal(tensor, conv4.state_dict()[name]) for name, tensor in module.state_dict().items())
     assert json.loads((run / "logs" / "starts.jsonl").read_text())["config"]["backbone"]["weights"] == str(path)
 
+    checkpoint = run / "checkpoints" / "step-00000000.pt"
+    capsys.readouterr()
+    for ours in (run, checkpoint):  # a run of ours, or its checkpoint, is one to begin from too
+        plan = derive(settings(digits, tmp_path / "next", "optim.steps=1", f"backbone.weights={ours}"), RankInfo())
+        tensors = plan.build().backbone.state_dict()
+        assert all(torch.equal(tensor, conv4.state_dict()[name]) for name, tensor in tensors.items())
+        assert plan.initial_weights.note.startswith(
+            f"{checkpoint}: the encoder of a run (random_weights, conv4, step 0);"
+        )
+        assert plan.data_identity["weights"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+        with pytest.raises(UserError, match=r"give backbone\.name=conv4, which the run has"):
+            derive(
+                settings(digits, run, "optim.steps=1", f"backbone.weights={ours}", "backbone.name=resnet8"), RankInfo()
+            )
+
 
 def test_explain_names_what_the_file_holds(official, digits, tmp_path):
     from ssl_dist.train.explain import explain
 
     text = explain(settings(digits, tmp_path / "run", "optim.steps=1", f"backbone.weights={official[0]}"), 1, None)
-    assert "weights" in text and "a dictionary of backbone, relation" in text
+    assert "weights" in text and "read under backbone. (as relational" in text

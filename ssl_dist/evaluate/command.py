@@ -47,7 +47,8 @@ TRANSFORM_KEYS = ("data.image_size", "data.eval_resize", "data.eval_interpolatio
 EVAL_KEYS = (*DATA_KEYS, *TRANSFORM_KEYS)
 SUBSET_KEY = "data.subset"
 # What can be set for weights of other programs, whose files do not say it.
-FOREIGN_KEYS = (*DATA_KEYS, *TRANSFORM_KEYS, "views.normalize", "backbone.name")
+BACKBONE_KEYS = ("backbone.name", "backbone.weights_prefix", "backbone.resize_pos_embed")
+FOREIGN_KEYS = (*DATA_KEYS, *TRANSFORM_KEYS, "views.normalize", *BACKBONE_KEYS)
 
 
 # -------------------------------------------------------------------------------------------------- extract

@@ -22,12 +22,10 @@ from ssl_dist.data.reader import Reader, SplitInfo
 from ssl_dist.data.readers import Dataset
 from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.errors import UserError, quoted
-from ssl_dist.keys import INIT, hash64
 from ssl_dist.methods.base import Info, SSLMethod
 from ssl_dist.nn import batchnorm, recompute
-from ssl_dist.nn.layers import key_dropout
 from ssl_dist.nn.shapes import without_values
-from ssl_dist.run import plugged
+from ssl_dist.run import network, plugged
 from ssl_dist.storage import weights
 
 
@@ -115,14 +113,11 @@ class RunPlan:
     @cached_property
     def initial_weights(self) -> weights.Weights | None:
         """The file that the backbone begins from, without its tensors. None: it begins from random ones."""
-        path, name = self.config.backbone.weights, self.config.backbone.name
-        if path is None:
+        if self.config.backbone.weights is None:
             return None
-        if not Path(path).is_file():
-            raise UserError(f"backbone.weights = {quoted(path)}: not a file; give one, or null for random weights")
         with without_values():
-            backbone = backbones.build(name)
-        return replace(weights.fit(backbone, name, Path(path)), tensors={})
+            backbone = backbones.build(self.config.backbone.name)
+        return replace(network.initial_weights(backbone, self.config.backbone), tensors={})
 
     def clock(self, step: int = 0) -> Clock:
         """`step` steps into the training. A method that does not train has none ahead of it."""
@@ -170,27 +165,14 @@ class RunPlan:
     def build(self) -> SSLMethod:
         """The method on its backbone with initial weights, equal on every rank: a function of the seed, and the
         backbone's of `backbone.weights` where given."""
-        path = self.config.backbone.weights
-        method = build_method(self.config, self.method_class, self.options, self.info, path).to(self.dtype)
+        method = network.build_method(self.config, self.method_class, self.options, self.info, begun=True)
+        method = method.to(self.dtype)
         name = self.config.backbone.name
         if self.config.backbone.recompute:
             recompute.by_blocks(method.backbone, name)
         if self.config.optim.accumulate > 1:
             recompute.in_parts(method.backbone, name, self.config.optim.accumulate)
         return method
-
-
-def build_method(
-    config: Config, method_class: type[SSLMethod], options: Section, info: Info, weights_path: str | None = None
-) -> SSLMethod:
-    """The method on its backbone, which begins from the weights file. On the meta device no file is read."""
-    torch.manual_seed(int(hash64(config.seed, INIT)) & 0x7FFFFFFFFFFFFFFF)
-    backbone = backbones.build(config.backbone.name, config.backbone.zero_init_residual)
-    key_dropout(backbone)
-    refuse_random_layers(backbone, config.backbone.name)
-    if weights_path is not None and not next(backbone.parameters()).is_meta:
-        backbone.load_state_dict(weights.fit(backbone, config.backbone.name, Path(weights_path)).tensors)
-    return method_class(backbone, replace(info, feature_dim=backbone.feature_dim, stages=backbone.stages), options)
 
 
 def derive(config: Config, rank_info: RankInfo, dataset: Dataset | None = None) -> RunPlan:
@@ -315,15 +297,3 @@ def _refuse_one_row(method: SSLMethod, size: int) -> None:
     for layer in layers:
         layer.register_forward_pre_hook(check)
     method.backbone(torch.empty(1, 3, size, size, dtype=next(method.parameters()).dtype))
-
-
-def refuse_random_layers(module: nn.Module, name: str) -> None:
-    """Layers that draw from torch's generator would make a resume inexact and the world size matter."""
-    for path, layer in module.named_modules():
-        rate = getattr(layer, "p", getattr(layer, "drop_prob", 0.0))
-        if type(layer).__name__.startswith(("Dropout", "DropPath", "StochasticDepth", "RReLU")) and rate:
-            raise UserError(
-                f"backbone.name = {quoted(name)}: its layer {path} ({type(layer).__name__}) draws random numbers of "
-                "its own; "
-                "choose a backbone without it"
-            )

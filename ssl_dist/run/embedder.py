@@ -132,13 +132,16 @@ def load(
     image_size: int | None = None,
     resize: int | None = None,
     normalize: Normalize | None = None,
+    weights_prefix: str | None = None,
+    resize_pos_embed: bool = False,
 ) -> Embedder:
-    """The network of a run's folder (its newest checkpoint), of a checkpoint, or of a file of another program.
+    """The network of a run's folder (its newest checkpoint), of a checkpoint, or of a file of another program, also as
+    hf://ORG/NAME or timm:NAME.
 
     layer: output, or a stage of the backbone, whose map is averaged over its places. device: by default a GPU where
     there is one. backbone: of a file of another program, as in a config; then images are of 224 px, resized to 256, and
     normalised as ImageNet's unless the file says otherwise. image_size, resize, normalize: in place of the run's own.
-    Raises `UserError`.
+    weights_prefix, resize_pos_embed: of a file of another program, as `backbone.*` of a config. Raises `UserError`.
     """
     path = Path(source)
     changed = [
@@ -150,7 +153,8 @@ def load(
     else:
         size = image_size or 224
         changed = [f"data.image_size={size}", f"data.eval_resize={resize or round(size / 0.875)}"]
-        tree = {"run_dir": str(path.parent), "method": {"name": path.name}, "backbone": {"name": backbone}}
+        of_backbone = {"name": backbone, "weights_prefix": weights_prefix, "resize_pos_embed": resize_pos_embed}
+        tree = {"run_dir": str(path.parent), "method": {"name": path.name}, "backbone": of_backbone}
         settings = config.overridden(tree | {"data": {"root": str(path.parent)}}, changed)
         encoder, _ = load_others(path, settings, IMAGENET)
     embedder = Embedder(encoder, layer)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ssl_dist import backbones, methods, views
+from ssl_dist import backbones, views
 from ssl_dist.config import Config, Data, Normalize, overridden, to_tree, validate
 from ssl_dist.data import file_names
 from ssl_dist.data.loader import view_batches
@@ -21,13 +21,13 @@ from ssl_dist.data.readers import Dataset
 from ssl_dist.device import allow_tf32
 from ssl_dist.distributed.world import World
 from ssl_dist.errors import RaisedOn, UserError
-from ssl_dist.methods.base import Info, SSLMethod
+from ssl_dist.methods.base import SSLMethod
 from ssl_dist.nn.shapes import without_values
 from ssl_dist.progress import Progress
 from ssl_dist.reading import parse_json
-from ssl_dist.run import blueprint, plugged
+from ssl_dist.run import blueprint, network, plugged
 from ssl_dist.run import folder as run_folder
-from ssl_dist.storage import checkpoint, durable, weights
+from ssl_dist.storage import durable, hub, weights_file
 from ssl_dist.storage.features import read_features, write_features
 from ssl_dist.thread_team import ThreadTeam
 
@@ -94,21 +94,12 @@ def load_encoder(path: Path) -> Encoder:
 
 def load_method(path: Path) -> tuple[SSLMethod, Encoder]:
     """The method in a run's newest checkpoint, or in a checkpoint file, and its encoder. Raises `UserError`."""
-    path, state, digest = checkpoint.load_run(path)
-    settings = validate(Config, state["config"], f"{path}: ")
-    plugged.recall(settings, path, path.parent.parent if path.parent.name == "checkpoints" else path.parent)
-    method_class = methods.find(settings.method.name)
-    plugged.require_recorded(settings, str(path))
-    options = methods.build_options(method_class, settings.method.options)
-    info = Info(**state["info"])
-    with without_values():  # whatever sizes `info` has, no memory is taken before the tensors are found to fit
-        checkpoint.check_fits(blueprint.build_method(settings, method_class, options, info), state["method"], path)
-    method = blueprint.build_method(settings, method_class, options, info)
-    checkpoint.restore(method, state["method"], path)
-    module = method.encoder().float().eval().requires_grad_(False)
+    run = network.restored(path)
+    state, module = run.state, run.method.encoder().float().eval().requires_grad_(False)
     normalize = validate(Normalize, state["normalize"])
     classes = None if state.get("classes") is None else tuple(state["classes"])
-    return method, Encoder(module, settings, normalize, digest, state["step"], path, state["data"]["ids"], classes)
+    encoder = Encoder(module, run.config, normalize, run.sha256, state["step"], run.file, state["data"]["ids"], classes)
+    return run.method, encoder
 
 
 def load_together(path: Path, world: World) -> tuple[SSLMethod, Encoder]:
@@ -134,13 +125,15 @@ def load_others(path: Path, settings: Config, images: blueprint.Statistics) -> t
     where nothing is given and the file is one of `ssl-dist export`, as it says).
     """
     name = settings.backbone.name
+    if hub.is_name(str(path)):
+        path = hub.located(str(path))
     backbone = backbones.build(name)
-    fitted = weights.fit(backbone, name, path)
+    fitted = network.fitted(path, backbone, settings.backbone)
     with without_values():
         blueprint.try_size(backbones.build(name).eval(), settings.data.image_size, name, "images")
     backbone.load_state_dict(fitted.tensors)
     module = backbone.float().eval().requires_grad_(False)
-    normalize, note, facts = blueprint.normalization(settings, images), fitted.note, weights.facts(path)
+    normalize, note, facts = blueprint.normalization(settings, images), fitted.note, weights_file.facts(path)
     if facts and "normalize" not in settings.views.model_fields_set:
         try:
             tree = parse_json(facts["normalize"])

@@ -15,7 +15,8 @@ from ssl_dist.errors import UserError
 from ssl_dist.run.encoder import load_method
 from ssl_dist.storage import checkpoint
 from ssl_dist.storage.durable import atomic_write_or_refuse
-from ssl_dist.storage.weights import FACTS, TIMM, renamed
+from ssl_dist.storage.formats import TIMM, renamed
+from ssl_dist.storage.weights_file import FACTS
 
 # Backbones of ours that are those of the library, tensor by tensor and under the same name.
 OF_TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "efficientnet_b0", "efficientnet_v2_s")

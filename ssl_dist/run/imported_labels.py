@@ -20,7 +20,7 @@ from ssl_dist.data.readers import Dataset
 from ssl_dist.errors import UserError, quoted
 from ssl_dist.reading import open_regular
 from ssl_dist.run.labels import information
-from ssl_dist.storage import weights
+from ssl_dist.storage import weights_file
 from ssl_dist.storage.durable import atomic_write_or_refuse
 
 TENSORS = ("L", "labels")  # in main.py's and cifar.py's checkpoints; in the files of August 2020
@@ -76,7 +76,7 @@ def _settings(overrides: Sequence[str]) -> tuple[str, str | None]:
 
 def _read_tensor(path: Path, num_images: int) -> np.ndarray:
     """Labels [heads, N] of a file of torch.save: a tensor [heads, N] or [N], or a dictionary with one."""
-    tree, _ = weights.read(path)
+    tree, _ = weights_file.read(path)
     found = tree
     if isinstance(tree, dict):
         found = next((tree[key] for key in TENSORS if key in tree), None)

@@ -1,135 +1,195 @@
-"""Weights of other programs: files of the official codes, torchvision and timm, read without running code from them.
+"""Weights of other programs: files of the official codes, torchvision, timm and other libraries, read without running
+code from them.
 
-A file is a state_dict, or a dictionary that holds one (`CONTAINERS`). The backbone's tensors lie in it under a prefix
-(`PREFIXES`), by the names of the program that wrote it (`NAMINGS`). All combinations are tried, so the program need not
-be named.
+A file is recognised by what it holds: `formats` has the places where programs keep a network and the names they use,
+all combinations are tried, and the one with most of the backbone's tensors is taken. So the program need not be named.
 """
 
-import hashlib
-import itertools
-import pickle
-import re
+import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from ssl_dist.errors import UserError
-from ssl_dist.reading import open_regular
-from ssl_dist.storage import torch_file
-from ssl_dist.storage.torch_file import DAMAGED_FILE_ERRORS
+from ssl_dist.storage import formats
+from ssl_dist.storage.weights_file import REMEDY, Content, content, some
 
-# Where a tensor's own name starts with the first, it starts with the second in the file.
-TORCHVISION: dict[str, str] = {}  # and every backbone of one official code alone
-TIMM = {"model.": ""}
-SELA = {"conv1.": "features.0.", "bn1.": "features.1."} | {f"layer{i}.": f"features.{i + 3}." for i in (1, 2, 3, 4)}
-RELIC = {"conv1.": "0.", "bn1.": "1."} | {f"layer{i}.": f"{i + 3}." for i in (1, 2, 3, 4)} | {"features.": "0."}
+RIGHT_NAME = "give the backbone.name that the file was trained with"
 
-NAMINGS = (
-    ("the backbone's own names", TORCHVISION),
-    ("timm's names", TIMM),
-    ("SeLa's names", SELA),
-    ("ReLIC's names", RELIC),
-)
 
-# The key of a dictionary that holds the state_dict, and who saves it so.
-CONTAINERS = {
-    "backbone": "as relational reasoning saves it",
-    "state_dict": "as SeLa and MoCo save it",
-    "model": "as SFRIK and VICReg save it",
-}
-
-# What stands before the backbone's names: in SFRIK and VICReg; in ReLIC, whose evaluation reads the target; in ReLIC's
-# encoder with its head; in MoCo, whose evaluation reads the query's encoder.
-PREFIXES = ("", "backbone.", "target_encoder.0.", "0.", "encoder_q.")
-
-KNOWN_FORMATS = (
-    "a state_dict of torchvision, timm, SFRIK, VICReg, SeLa, ReLIC or MoCo, or a dictionary with one under "
-    "backbone (relational reasoning), state_dict (SeLa, MoCo) or model (SFRIK, VICReg)"
-)
-# The metadata that `ssl-dist export` gives a safetensors file: names, the checkpoint's SHA-256 and step, and the mean
-# and std (JSON) that its images were normalised with.
-FACTS = ("backbone", "method", "checkpoint", "step", "normalize")
-
-REMEDY = "save the network's state_dict anew, or give another file"
+class NoFit(UserError):
+    """A file's tensors are not those of the backbone."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A backbone's tensors by its own names, found in a file. format: the file's, in words; unused: names in the file
-    of what is no part of the backbone; sha256: of the file."""
+    """A backbone's tensors by its own names, found in a file. format: the file's, in words; unused: names beside them
+    in the file of what is no part of the backbone; sha256: of the file; whole: other prefixes under which the file has
+    all of the backbone; left: of `unused`, what does not lie under those; passed_over: classes of objects in it that
+    became stubs; adapted: what was changed, in words."""
 
     path: Path
     format: str
     tensors: dict[str, Tensor]
     unused: list[str]
     sha256: str
+    whole: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
+    adapted: str = ""
 
     @property
     def note(self) -> str:
         """One line: what was read, and what was left."""
-        shown = ", ".join(self.unused[:8]) + (f" and {len(self.unused) - 8} more" if len(self.unused) > 8 else "")
-        return f"{self.path}: {self.format}; not used: {shown or 'nothing'}"
+        parts = [f"{self.path}: {self.format}; not used: {some(self.left, 8) or 'nothing'}"]
+        if self.adapted:
+            parts.append(self.adapted)
+        if self.whole:
+            parts.append(f"also whole in it: {some(self.whole, 4)} (backbone.weights_prefix takes one)")
+        if self.passed_over:
+            parts.append(f"objects passed over: {some(self.passed_over, 4)}")
+        return "; ".join(parts)
 
 
-def fit(backbone: nn.Module, name: str, path: Path) -> Weights:
+def fit(backbone: nn.Module, name: str, path: Path, prefix: str | None = None, resize: bool = False) -> Weights:
     """The tensors of `backbone`, which is called `name`, in the file at `path`, shapes checked; it is left as it is.
 
-    Every tensor must be there, but for BatchNorm's counts of batches, which old files lack: they become 0. Raises
-    `UserError`.
+    Every tensor must be there, but for BatchNorm's counts of batches, which old files lack: they become 0. prefix: what
+    stands before the backbone's names in the file; None: it is found. resize: positional embeddings for images of
+    another size are interpolated. Raises `UserError`, `NoFit` where the file is of another network.
     """
-    tree, sha256 = read(path)
-    own = backbone.state_dict()
-    container, stored = _state_dict(path, tree)
-    combinations = [
-        (f"{container}, {title}", prefix, {tensor: prefix + renamed(tensor, naming) for tensor in own})
-        for prefix, (title, naming) in itertools.product(PREFIXES, NAMINGS)
-    ]
-    layout, prefix, theirs = max(combinations, key=lambda each: sum(name in stored for name in each[2].values()))
-    if not stored.keys() & theirs.values():
-        first = ", ".join(list(stored)[:4])
-        raise UserError(f"{path}: holds no tensor of backbone {name}; it holds {first}, ...; known are {KNOWN_FORMATS}")
-    tensors = {}
+    return match(content(path), backbone, name, prefix, resize)
+
+
+def match(there: Content, backbone: nn.Module, name: str, prefix: str | None = None, resize: bool = False) -> Weights:
+    """What `fit` returns, of a file that is read."""
+    path, own = there.path, backbone.state_dict()
+    layout, whole = _layout(there, own, name, prefix)
+    stored, theirs, tensors, resized = there.tensors, layout.theirs, dict[str, Tensor](), list[str]()
+    missing = [key for own_name, key in theirs.items() if key not in stored and not own_name.endswith(_COUNT)]
+    if missing:
+        raise NoFit(
+            f"{path}: lacks {some(missing, 2)} of backbone {name} ({len(missing)} of its {len(own)} tensors are "
+            f"missing; read as: {layout.words}); {RIGHT_NAME}"
+        )
     for tensor, expected in own.items():
-        if theirs[tensor] in stored:
-            tensors[tensor] = stored[theirs[tensor]]
-        elif tensor.endswith(".num_batches_tracked"):
-            tensors[tensor] = torch.zeros((), dtype=torch.int64)
-        else:
-            missing = sum(key not in stored for key in theirs.values() if not key.endswith("num_batches_tracked"))
-            raise UserError(
-                f"{path}: lacks {theirs[tensor]} of backbone {name} ({missing} of its {len(own)} tensors are missing; "
-                f"read as: {layout}); give the backbone.name that the file was trained with"
+        found = stored[theirs[tensor]] if theirs[tensor] in stored else torch.zeros((), dtype=torch.int64)
+        if found.shape != expected.shape and _is_of_places(tensor, found, expected):
+            if not resize:
+                raise UserError(
+                    f"{path}: {theirs[tensor]} is of images of another size: it has {found.shape[1]} places, in "
+                    f"backbone {name} {expected.shape[1]}; backbone.resize_pos_embed=true interpolates it as timm "
+                    "does, or give the backbone.name of that size"
+                )
+            resized.append(f"{theirs[tensor]} interpolated from {found.shape[1]} places to {expected.shape[1]}")
+            _check(path, theirs[tensor], found, expected)
+            found = _resized(found, expected)
+        if found.shape != expected.shape:
+            raise NoFit(
+                f"{path}: {theirs[tensor]} has shape {list(found.shape)}, in backbone {name} {list(expected.shape)}; "
+                f"{RIGHT_NAME}"
             )
-        if tensors[tensor].shape != expected.shape:
-            raise UserError(
-                f"{path}: {theirs[tensor]} has shape {list(tensors[tensor].shape)}, in backbone {name} "
-                f"{list(expected.shape)}; give the backbone.name that the file was trained with"
-            )
-        _check(path, theirs[tensor], tensors[tensor], expected)
-    unused = sorted(stored.keys() - theirs.values())
-    _refuse_another_network(path, name, prefix, {key: stored[key] for key in unused}, theirs.values())
-    return Weights(path, layout, tensors, unused, sha256)
+        _check(path, theirs[tensor], found, expected)
+        tensors[tensor] = found
+    used = set(theirs.values())
+    _refuse_another_network(path, name, layout.prefix, there, used)
+    homes = {there.homes[key] for key in used & stored.keys()}
+    beside = {key: key.removeprefix(home) for key, home in there.homes.items() if home in homes and key not in used}
+    left = sorted(short for key, short in beside.items() if not key.startswith(tuple(whole)))
+    adapted = "; ".join(resized)
+    return Weights(
+        path, layout.words, tensors, sorted(beside.values()), there.sha256, whole, left, there.stubs, adapted
+    )
 
 
-def _refuse_another_network(
-    path: Path, name: str, prefix: str, unused: Mapping[str, Tensor], used: Collection[str]
-) -> None:
-    """Raises `UserError` where the file has weights within a series of numbered blocks of which the backbone uses some:
+# ------------------------------------------------------------------------------------------------- recognised
+
+_COUNT = ".num_batches_tracked"
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """One way to read a file. theirs: the name in it of each of the backbone's tensors; held: how many it has."""
+
+    prefix: str
+    naming: str
+    theirs: dict[str, str]
+    held: int
+
+    @property
+    def words(self) -> str:
+        return f"{formats.words(self.prefix)}, {self.naming}"
+
+
+def _layout(there: Content, own: Mapping[str, Tensor], name: str, prefix: str | None) -> tuple[_Layout, list[str]]:
+    """The way to read the file that gives most of the backbone's tensors `own`, of several the one that stands first in
+    the table; and the prefixes of others that give all of them. Raises `UserError`."""
+    layouts = _layouts(there.tensors, own, prefix)
+    if not layouts:
+        given = "" if prefix is None else f" under {prefix}"
+        raise NoFit(
+            f"{there.path}: holds no tensor of backbone {name}{given}; it holds {some(there.tensors, 3)}; "
+            f"docs/weights.md has what is known, backbone.weights_prefix says where else to look; {RIGHT_NAME}"
+        )
+    best = max(layouts, key=lambda each: each.held)
+    needed = sum(not key.endswith(_COUNT) for key in own)
+    equal = [each for each in layouts if each.held == best.held and each.prefix != best.prefix]
+    if best.held < needed:
+        return best, []
+    if not formats.is_known(best.prefix) and equal:
+        one, other = best.prefix, equal[0].prefix
+        raise UserError(
+            f"{there.path}: holds backbone {name} {1 + len(equal)} times, under {one} and {other}; say "
+            f"backbone.weights_prefix={one} or another"
+        )
+    return best, [each.prefix for each in equal]
+
+
+def _layouts(stored: Mapping[str, Tensor], own: Mapping[str, Tensor], prefix: str | None) -> list[_Layout]:
+    """The ways to read the file that give some of the backbone's tensors, the table's first ones first."""
+    layouts = dict[tuple[str, ...], _Layout]()
+    for title, rename in formats.NAMINGS:
+        names = {tensor: rename(tensor) for tensor in own}
+        prefixes = _prefixes(stored, [*names.values()]) if prefix is None else {_with_dot(formats.unwrapped(prefix))}
+        for before in sorted(prefixes):
+            theirs = {tensor: before + key for tensor, key in names.items()}
+            held = sum(key in stored for key in theirs.values())
+            if held:
+                layouts.setdefault(tuple(theirs.values()), _Layout(before, title, theirs, held))
+    return sorted(layouts.values(), key=lambda each: (formats.rank(each.prefix), each.prefix))
+
+
+def _with_dot(prefix: str) -> str:
+    return f"{prefix.rstrip('.')}." if prefix else ""
+
+
+def _prefixes(stored: Mapping[str, Tensor], names: list[str]) -> set[str]:
+    """What stands in the file before one of some names of the backbone: the longest ones and some more."""
+    probes = {*sorted(names, key=len)[-3:], *names[:: max(1, len(names) // 4)]}
+    return {
+        key.removesuffix(probe)
+        for key in stored
+        for probe in probes
+        if key.endswith(probe) and (len(key) == len(probe) or key[-len(probe) - 1] == ".")
+    }
+
+
+def _refuse_another_network(path: Path, name: str, prefix: str, there: Content, used: Collection[str]) -> None:
+    """Raises `NoFit` where the file has weights within a series of numbered blocks of which the backbone uses some:
     those of a deeper network (ResNet-101 in ResNet-50), or of one whose blocks are others. Tables that are computed
     from the sizes alone are no weights. prefix: what stands before the backbone's names."""
     series = {parent for key in used for parent in _series(key.removeprefix(prefix))}
-    for key, tensor in unused.items():
+    for key, tensor in there.tensors.items():
+        if key in used or not key.startswith(prefix):
+            continue
         is_weight = tensor.is_floating_point() and not key.endswith(("attn_mask", "relative_coords_table"))
-        if is_weight and key.startswith(prefix) and not series.isdisjoint(_series(key.removeprefix(prefix))):
-            raise UserError(
-                f"{path}: holds {key}, which backbone {name} does not have: the weights are of another network; give "
-                "the backbone.name that the file was trained with"
+        if is_weight and not series.isdisjoint(_series(key.removeprefix(prefix))):
+            raise NoFit(
+                f"{path}: holds {key}, which backbone {name} does not have: the weights are of another network; "
+                f"{RIGHT_NAME}"
             )
 
 
@@ -153,85 +213,27 @@ def _check(path: Path, name: str, tensor: Tensor, own: Tensor) -> None:
     raise UserError(f"{path}: {name} {fault}; {REMEDY}")
 
 
-def renamed(name: str, prefixes: Mapping[str, str]) -> str:
-    """`name` with the first of the prefixes that it starts with replaced."""
-    for own, theirs in prefixes.items():
-        if name.startswith(own):
-            return theirs + name.removeprefix(own)
-    return name
+# ------------------------------------------------------------------------------------------------- positions
 
 
-def read(path: Path) -> tuple[Any, str]:
-    """What a .safetensors file or one of torch.save holds, tensors and plain values only, and the file's SHA-256.
-
-    Raises `UserError` when it holds anything else, is no regular file, or would take more memory than its size
-    justifies (see `torch_file`); nothing in it is run.
-    """
-    try:
-        with open_regular(path) as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            file.seek(0)
-            # safetensors begins with the length of its header in 8 bytes, torch's files with PK or a pickle's protocol
-            is_safetensors = file.read(9)[8:] == b"{"
-            file.seek(0)
-            return (safetensors.torch.load(file.read()) if is_safetensors else torch_file.load(file)), sha256
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except pickle.UnpicklingError as error:
-        match = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"the object {match[1]}" if match else "something else than tensors and plain values"
-        raise UserError(
-            f"{path}: not read, for it holds {what}, which could run code; save its state_dict alone where you trust it"
-        ) from None
-    except DAMAGED_FILE_ERRORS as error:
-        reason = torch_file.reason_of(error)
-        raise UserError(f"{path}: no weights that torch or safetensors can read: {reason}; {REMEDY}") from None
+def _is_of_places(name: str, found: Tensor, own: Tensor) -> bool:
+    """Whether the two are positional embeddings [1, places, D] of square images of different sizes."""
+    same = found.ndim == own.ndim == 3 and found.shape[::2] == own.shape[::2]
+    return name.endswith("pos_embed") and same and _num_prefix_tokens(found, own) is not None
 
 
-def facts(path: Path) -> dict[str, str]:
-    """What `ssl-dist export` wrote about its file; empty for a file of others."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-    except (safetensors.SafetensorError, OSError):
-        return {}  # no safetensors file; whoever reads it next says what is wrong with it
-    return metadata if set(FACTS) <= set(metadata) else {}
-
-
-def _state_dict(path: Path, tree: Any) -> tuple[str, dict[str, Tensor]]:
-    """The state_dict in what a file holds, and that it is one in words. Wrappers (DataParallel, torch.compile) leave
-    their word in names; it is taken out."""
-    if _is_state_dict(tree):
-        return "a state_dict", _unwrapped(path, tree)
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: holds a {type(tree).__name__}; known are {KNOWN_FORMATS}")
-    keys = ", ".join(map(str, list(tree)[:8]))
-    if {"format", "method", "config"} <= set(tree):
-        raise UserError(
-            f"{path}: a checkpoint of ssl_dist; extract reads it without backbone.*, and for backbone.weights "
-            "`ssl-dist export RUN --format torchvision` writes its encoder (or --format timm, seed)"
-        )
-    for key, words in CONTAINERS.items():
-        if _is_state_dict(tree.get(key)):
-            return f"a dictionary of {keys} ({words})", _unwrapped(path, tree[key])
-    raise UserError(f"{path}: an unknown dictionary of {keys}; known are {KNOWN_FORMATS}")
-
-
-def _is_state_dict(tree: Any) -> bool:
-    return (
-        isinstance(tree, dict)
-        and len(tree) > 0
-        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in tree.items())
+def _num_prefix_tokens(found: Tensor, own: Tensor) -> int | None:
+    """How many places of both are of no patch (a class, registers): what is left must be squares."""
+    return next(
+        (n for n in range(6) if all(math.isqrt(p.shape[1] - n) ** 2 == p.shape[1] - n > 0 for p in (found, own))), None
     )
 
 
-def _unwrapped(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    wrappers, unwrapped = ("module", "_orig_mod"), dict[str, Tensor]()
-    for key, tensor in tensors.items():
-        name = ".".join(part for part in key.split(".") if part not in wrappers)
-        if name in unwrapped:
-            raise UserError(
-                f"{path}: holds {name} twice, alone and wrapped as {key}; save the state_dict of one of them"
-            )
-        unwrapped[name] = tensor
-    return unwrapped
+def _resized(found: Tensor, own: Tensor) -> Tensor:
+    """Positional embeddings [1, P, D] as timm interpolates them (bicubic, antialiased) to the places of `own`."""
+    from timm.layers import resample_abs_pos_embed
+
+    num_prefix_tokens = _num_prefix_tokens(found, own)
+    assert num_prefix_tokens is not None, "both are squares"
+    side = math.isqrt(own.shape[1] - num_prefix_tokens)
+    return resample_abs_pos_embed(found.float(), [side, side], num_prefix_tokens=num_prefix_tokens)

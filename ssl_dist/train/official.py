@@ -14,7 +14,7 @@ from ssl_dist.distributed.world import one_process
 from ssl_dist.errors import UserError
 from ssl_dist.run.blueprint import derive
 from ssl_dist.run.export import SEED_PARTS
-from ssl_dist.storage import checkpoint, weights
+from ssl_dist.storage import checkpoint, weights, weights_file
 from ssl_dist.train.loop import claimed
 from ssl_dist.train.state import TrainState
 
@@ -37,7 +37,7 @@ def take_over(file: Path, config: Config, epoch: int | None) -> Path:
             f"--epoch {epoch}: the training has {plan.clock().total_epochs:g} epochs; give one of these, or a longer "
             "training (optim.epochs)"
         )
-    tree, _ = weights.read(file)
+    tree, _ = weights_file.read(file)
     if not isinstance(tree, dict):
         raise UserError(
             f"{file}: is no dictionary of backbone, head and optimizer; give an archive of the official code"

@@ -10,13 +10,15 @@ import torch
 
 from ssl_dist import backbones
 from ssl_dist.config import Normalize, parse_yaml, validate
+from ssl_dist.config.schema import Backbone as BackboneSection
 from ssl_dist.data.catalog import CATALOG
 from ssl_dist.errors import UserError, quoted
 from ssl_dist.nn.backbone import Backbone
 from ssl_dist.run import encoder as run_encoder
-from ssl_dist.storage import weights
+from ssl_dist.run import network
+from ssl_dist.storage import hub, weights_file
 
-KEYS = ("backbone.name", "views.normalize")
+KEYS = ("backbone.name", "backbone.weights_prefix", "views.normalize")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,9 @@ def load(path: Path, overrides: Sequence[str]) -> Pretrained:
     `views.normalize` (unless given: that of the export, else ImageNet's).
     """
     values = dict(override.partition("=")[::2] for override in overrides)
-    metadata = {} if path.is_dir() else weights.facts(path)
+    if hub.is_name(str(path)):
+        path = hub.located(str(path))
+    metadata = {} if path.is_dir() else weights_file.facts(path)
     name = values.get("backbone.name", metadata.get("backbone"))
     if name is None:
         if values:
@@ -56,7 +60,8 @@ def load(path: Path, overrides: Sequence[str]) -> Pretrained:
     if path.is_dir():
         raise UserError(f"override {quoted(overrides[0])}: {path} is a folder, whose run tells it; leave it out")
     normalize, step = _normalize_and_step(path, values, metadata)
-    fitted = weights.fit(backbones.build(name), name, path)
+    section = BackboneSection(name=name, weights_prefix=values.get("backbone.weights_prefix"))
+    fitted = network.fitted(path, backbones.build(name), section)
     print(fitted.note, file=sys.stderr, flush=True)
     backbone = _filled(name, fitted.tensors)
     return Pretrained(backbone, name, metadata.get("method", path.name), normalize, fitted.sha256, step, None)
