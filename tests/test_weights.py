@@ -356,7 +356,7 @@ def test_extract_reads_a_file_of_others(official, digits, tmp_path, capsys):
         (["backbone.name=resnet8"], "holds no tensor of backbone resnet8"),
         (["backbone.name=conv5"], "no such backbone"),
         (["backbone.name=conv4", "data.limit=3"], "data.limit=3"),
-        (["backbone.name=conv4", "data.image_size=4"], "images of 4 px do not fit backbone conv4"),
+        (["backbone.name=conv4", "data.image_size=4"], "it takes 32 px (data.image_size=32"),
         ([], "backbone.name"),
     ],
 )

@@ -271,14 +271,26 @@ def normalization(config: Config, images: Statistics) -> Normalize:
     return Normalize(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)) if normalize == "none" else normalize
 
 
+# Sides of images that networks are made for, as a remedy where another one does not fit.
+_USUAL_SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 288, 336, 384, 448, 512)
+
+
 def try_size(backbone: nn.Module, size: int, name: str, what: str) -> None:
     """Raises `UserError` when the backbone, on the meta device and called `name`, takes no images of `size` px. what:
     the images of that size."""
+    if reason := _misfit(backbone, size):
+        fit = next((other for other in _USUAL_SIZES if not _misfit(backbone, other)), None)
+        remedy = "" if fit is None else f"; it takes {fit} px (data.image_size={fit}, or the size of a group of views)"
+        raise UserError(f"data.image_size: {what} of {size} px do not fit backbone {name}: {reason}{remedy}")
+
+
+def _misfit(backbone: nn.Module, size: int) -> str:
+    """Why the backbone takes no images of that size; empty when it does."""
     try:
-        backbone(torch.empty(1, 3, size, size, dtype=next(backbone.parameters()).dtype))
+        backbone(torch.empty(1, 3, size, size, dtype=next(backbone.parameters()).dtype, device="meta"))
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"data.image_size: {what} of {size} px do not fit backbone {name}: {reason}") from None
+        return str(error).splitlines()[0].rstrip(".")
+    return ""
 
 
 def _refuse_one_row(method: SSLMethod, size: int) -> None:
