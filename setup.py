@@ -1,9 +1,11 @@
 """The package: version ranges here, the exact versions that passed the tests in launch/constraints.txt."""
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 
@@ -52,6 +54,16 @@ EXTRAS = {
     ],
 }
 
+
+class BuildWithConfigs(build_py):
+    """An installed package has configs/ inside: a checkout has it beside the package (config/shipped.py)."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(HERE / "configs", Path(self.build_lib, "ssl_dist", "configs"), dirs_exist_ok=True)
+
+
 setup(
     name="ssl_dist",
     version=re.search(r'__version__ = "(.+)"', (HERE / "ssl_dist" / "__init__.py").read_text(encoding="utf-8"))[1],
@@ -68,5 +80,6 @@ setup(
     python_requires=">=3.11",
     install_requires=REQUIRES,
     extras_require=EXTRAS,
+    cmdclass={"build_py": BuildWithConfigs},
     entry_points={"console_scripts": ["ssl-dist = ssl_dist.cli:main"]},
 )

@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from ssl_dist import plugins
-from ssl_dist.config import hints
+from ssl_dist.config import hints, shipped
 from ssl_dist.config.implied import Neighbours
 from ssl_dist.config.recipe import MAX_VIEWS, ColorJitter, Interpolation, NumViews, RandomResizedCrop, ViewGroup
 from ssl_dist.config.section import (
@@ -302,9 +302,9 @@ class Config(Section):
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), note: Callable[[str], object] = lambda line: None) -> Config:
-    """The config in a YAML file with `key.sub=value` overrides (values are YAML). note: gets a line for each key of the
-    file that an override of another one has changed. Raises `UserError`."""
-    tree = read_yaml(path, f"config {path}", "configs/ holds examples")
+    """The config in a YAML file (see `shipped.found`) with `key.sub=value` overrides (values are YAML). note: gets a
+    line for each key of the file that an override of another one has changed. Raises `UserError`."""
+    tree = read_yaml(shipped.found(path), f"config {path}", "configs/ holds examples")
     if not isinstance(tree, dict):
         raise UserError(f"config {path}: must be a mapping of sections (data, views, method, ...); see configs/")
     return overridden(tree, overrides, note)

@@ -31,7 +31,7 @@ from ssl_dist.errors import UserError, did_you_mean, quoted, refuse_unreadable
 from ssl_dist.storage.durable import refuse_unwritable, remove_dead, write_text
 
 JPEG_QUALITY = 95
-PHOTOS_BATCH_SIZE = 64  # of configs/photos
+CONFIG_FOR_PHOTOS, PHOTOS_BATCH_SIZE = "configs/photos/simclr-resnet18-96px.yaml", 64  # and that of the config
 
 
 def convert(
@@ -162,15 +162,8 @@ def usage(out: Path, converted: Manifest) -> str:
         run = shlex.quote(f"run_dir=runs/{converted.name}")
         count = converted.splits[converted.pretraining].count
         fewer = "" if count >= PHOTOS_BATCH_SIZE else f" optim.batch_size={1 << (count.bit_length() - 1)}"
-        lines.append(f"ssl-dist train {shlex.quote(_config_for_photos())} {keys} {run}{fewer}")
+        lines.append(f"ssl-dist train {CONFIG_FOR_PHOTOS} {keys} {run}{fewer}")
     return "\n".join(lines)
-
-
-def _config_for_photos() -> str:
-    """A config of the repository, as one can give it from here."""
-    name = Path("configs", "photos", "simclr-resnet18-96px.yaml")
-    whole = Path(__file__).parents[2] / name
-    return str(name if name.is_file() or not whole.is_file() else whole)
 
 
 def _repeated(splits: dict[str, Images], digests: dict[str, np.ndarray], roles: SplitRoles) -> Iterator[str]:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from ssl_dist import config
-from ssl_dist.config import Config, Section, validate
+from ssl_dist.config import Config, Section, shipped, validate
 from ssl_dist.config.section import PathText, read_yaml
 from ssl_dist.errors import UserError, did_you_mean, quoted
 from ssl_dist.evaluate import command as evaluate
@@ -196,6 +196,7 @@ def words(overrides: Overrides) -> list[str]:
 
 def read(path: Path, further: Sequence[str] = ()) -> tuple[Study, list[Training]]:
     """The study in a file and its trainings; `further` overrides key=value go to all of them. Raises `UserError`."""
+    path = shipped.found(path)
     tree = read_yaml(path, f"study {path}", "configs/studies/ holds examples")
     if not isinstance(tree, dict):
         raise UserError(f"study {path}: must be a mapping with title, axes, measures; see configs/studies/")

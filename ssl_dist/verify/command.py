@@ -23,7 +23,7 @@ import torch
 import yaml
 
 from ssl_dist import config, methods, text_table
-from ssl_dist.config import Config, Section
+from ssl_dist.config import Config, Section, shipped
 from ssl_dist.convert.command import convert
 from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.errors import UserError, quoted
@@ -36,7 +36,7 @@ WORLD_SIZES = (2, 4)
 STEPS = 10  # in float64; in float32 one
 BATCH_SIZE = 16  # images: small, and every grid divides it
 NUM_VIEWS = 4
-CONFIGS = Path(__file__).parents[2] / "configs" / "digits"
+CONFIGS = shipped.CONFIGS / "digits"
 KINDS = ("loss", "head", "deep", "buffers", "weights")  # head, deep: gradients outside and inside the backbone
 BOUNDS = {
     "fp64": dict.fromkeys(KINDS, 1e-9),
