@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssl_dist import outcome, terminal
+from ssl_dist import outcome, quickstart, terminal  # noqa: F401 # quickstart is a command
 from ssl_dist.command_line import Argument, argument, command, home_path, importing, parse
 from ssl_dist.errors import UserError
 

@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         "ssl-dist",
         description="Pre-train an image backbone without labels, on one process or many, and evaluate it.",
-        epilog="A first run: bash launch/quickstart.sh. " + EXIT_CODES,
+        epilog="A first run: ssl-dist quickstart. " + EXIT_CODES,
     )
     parser.add_argument("--version", action="version", version=f"ssl-dist {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

@@ -47,7 +47,7 @@ FLOORS = [
     {"transfer", "verify", "voc"},
     {"evaluators"},
     {"evaluate", "report", "doctor", "outcome", "command_line", "key_tables"},
-    {"study", "pretraining"},
+    {"study", "pretraining", "quickstart"},
     {"cli"},
     {"__main__", "job"},
     {"slurm"},

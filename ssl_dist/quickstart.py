@@ -1,0 +1,82 @@
+"""`ssl-dist quickstart`: from nothing to an accuracy, on scikit-learn's handwritten digits."""
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from ssl_dist.command_line import argument, command, importing
+
+DIGITS = Path("data", "digits")
+TRAINED, RANDOM = Path("runs", "digits-relational-conv4"), Path("runs", "digits-random_weights-conv4")
+TABLE = Path("runs", "digits-quickstart.txt")
+LOOK_AT = {
+    TRAINED / "report.html": "its page, in a browser: health, results, curves, views, config",
+    TRAINED / "views.png": "the views of some digits, as the network sees them",
+    TRAINED / "loss.png": "loss and accuracies over the epochs",
+    TABLE: "the table above; each run's own numbers are in its results.json",
+    "tensorboard --logdir runs": "everything that was logged, in a browser",
+}
+
+
+@command(
+    "quickstart",
+    "train on handwritten digits, and measure",
+    argument("overrides", "for both trainings, for example data.reader=arrays", nargs="*", metavar="key=value"),
+)
+def quickstart(args: argparse.Namespace) -> int:
+    """Train relational reasoning on scikit-learn's handwritten digits, without labels, on two ranks (one where there is
+    one GPU), and compare it with random weights. Writes data/digits and runs/ in this folder; run again, it does what
+    is left. A few minutes on 2 cores."""
+    with importing():
+        from ssl_dist import config, results
+        from ssl_dist.convert.command import convert
+        from ssl_dist.distributed.world import ranks_here
+        from ssl_dist.evaluate.command import evaluate
+        from ssl_dist.report import report
+        from ssl_dist.train.loop import train
+
+    overrides = list(args.overrides)
+    if importlib.util.find_spec("ffcv") is None and not any(word.startswith("data.reader=") for word in overrides):
+        _step("FFCV is not installed: the trainings read by data.reader=arrays")
+        overrides.append("data.reader=arrays")
+    _step("1 of 4: the digits as 32x32 images, one .beton file a split")
+    print(convert("digits", None, DIGITS))
+    ranks = ranks_here(2)
+    _step(f"2 of 4: relational reasoning without labels under torchrun, ranks: {ranks}")
+    if code := _train_on(ranks, ["configs/digits/relational-conv4.yaml", *overrides]):
+        return code
+    _step("3 of 4: random weights, to compare with")
+    if code := train(config.load("configs/digits/random_weights-conv4.yaml", overrides)):
+        return code
+    _step("4 of 4: features of both, kNN and logistic regression on the test images; a page")
+    records = []
+    for run in (TRAINED, RANDOM):
+        code, _ = evaluate(run, ["knn", "logistic"], [])
+        if code:
+            return code
+        records += results.read(run / "results.json")
+    report([TRAINED], None)
+    _step("result")
+    table = results.table(records)
+    TABLE.write_text(f"{table}\n", encoding="utf-8")
+    print(table)
+    _step("look at")
+    for what, why in LOOK_AT.items():
+        print(f"{what!s:42} {why}")
+    return 0
+
+
+def _step(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+def _train_on(ranks: int, words: list[str]) -> int:
+    """The exit code of a training under torchrun, whose threads share the cores."""
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // ranks))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return subprocess.run(
+        [*torchrun, "-m", "ssl_dist", "train", *words], env=os.environ | {"OMP_NUM_THREADS": threads}, check=False
+    ).returncode

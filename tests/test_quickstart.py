@@ -1,0 +1,35 @@
+"""`ssl-dist quickstart` in a folder that is empty, and again."""
+
+import pytest
+
+from ssl_dist import cli, quickstart
+
+
+@pytest.mark.slow
+def test_from_nothing_to_a_table(tmp_path, monkeypatch, capsys):
+    trained = []
+
+    def train_here(ranks, words):  # torchrun itself is tested with the launch scripts
+        trained.append(ranks)
+        return cli.main(["train", *words, "optim.steps=2"])
+
+    monkeypatch.setattr(quickstart, "_train_on", train_here)
+    monkeypatch.chdir(tmp_path)
+    words = ["quickstart", "data.reader=arrays", "data.limit=200", "optim.batch_size=16"]
+    assert cli.main(words) == 0
+    first = capsys.readouterr().out
+    table = (tmp_path / quickstart.TABLE).read_text()
+    assert table in first and "relational" in table and "random_weights" in table and "knn20_top1" in table
+    for what in quickstart.LOOK_AT:
+        assert str(what) in first and ((tmp_path / str(what)).is_file() or "tensorboard" in str(what))
+    assert cli.main(words) == 0
+    again = capsys.readouterr()
+    assert (tmp_path / quickstart.TABLE).read_text() == table in again.out and "already" in again.err
+    assert len(trained) == 2 and 1 <= trained[0] <= 2
+
+
+def test_a_training_that_fails_ends_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quickstart, "_train_on", lambda ranks, words: 75)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["quickstart", "data.reader=arrays"]) == 75
+    assert "3 of 4" not in capsys.readouterr().out
