@@ -11,6 +11,7 @@ from ssl_dist import cli, results
 from ssl_dist.data import unconverted
 from ssl_dist.data.catalog import CATALOG
 from ssl_dist.errors import UserError
+from ssl_dist.results import mean_plots
 from ssl_dist.results.means import Mean
 from ssl_dist.study import command, dry_run, figure, numbers, spec
 from ssl_dist.study.numbers import Number
@@ -223,6 +224,14 @@ def test_a_line_of_a_figure_is_the_mean_over_seeds(tmp_path):
         study, trainings = study_of(tmp_path, axes=tree(tmp_path)["axes"] | axis, figure=spec_of_figure)
         found = numbers_of(trainings, lambda labels: 1.0)
         assert figure.draw(study, study.figure, found).axes[0].get_xscale() == scale
+
+
+def test_numbers_that_would_stand_in_one_spot_stand_side_by_side():
+    for places, at in (([0.0, 0.01, 0.5, 1.0], [0, 1, 2, 3]), ([0.0, 0.1, 0.5, 1.0], [0.0, 0.1, 0.5, 1.0])):
+        line = mean_plots.Line("a", [(place, 1.0, 0.0) for place in places])
+        axes = mean_plots.lines([line], places, ("x", "y")).axes[0]
+        assert list(axes.get_xticks()) == list(axes.containers[0][0].get_xdata()) == at
+        assert [text.get_text() for text in axes.get_xticklabels()] == [f"{place:g}" for place in places]
 
 
 @pytest.mark.parametrize(

@@ -34,10 +34,11 @@ def lines(
     logarithmic: bool = False,
     size: tuple[float, float] = (7, 4.2),
 ) -> Figure:
-    """Lines against `places`: where these are numbers, at their values; words stand side by side. The n-th line has the
-    n-th colour and shape, also where one before it has no points. size: in inches."""
+    """Lines against `places`: where these are numbers, at their values; words stand side by side, and numbers of which
+    two would stand in one spot, as 0, 0.01 and 1. The n-th line has the n-th colour and shape, also where one before it
+    has no points. size: in inches."""
     figure, axes = _plot(size, axis_names, title)
-    numeric = are_numbers(places)
+    numeric = are_numbers(places) and (logarithmic or not _are_crowded([float(place) for place in places]))
     for number, line in enumerate(lines):
         if not line.points:
             continue
@@ -53,7 +54,7 @@ def lines(
         axes.set_xticks(list(places), map(_short, places))
         axes.minorticks_off()
     else:
-        axes.set_xticks(range(len(places)), map(str, places))
+        axes.set_xticks(range(len(places)), map(_short, places))
     _legend(figure, axes)
     return figure
 
@@ -83,6 +84,12 @@ def is_geometric(values: Sequence[float]) -> bool:
     if len(values) < 3 or values[0] <= 0 or values[-1] < 4 * values[0]:
         return False
     return _unevenness([math.log(value) for value in values]) < _unevenness(values)
+
+
+def _are_crowded(values: Sequence[float]) -> bool:
+    """Whether two values are nearer than a label is wide."""
+    values = sorted(values)
+    return any(high - low < 0.04 * (values[-1] - values[0]) for low, high in pairwise(values))
 
 
 def _unevenness(values: Sequence[float]) -> float:
