@@ -52,6 +52,12 @@ EXTRAS = {
         "types-PyYAML",  # the types of yaml, for mypy
         "types-tqdm",  # those of tqdm
     ],
+    # The manual, tools/build_docs.sh. An extra: no training needs it. A test builds it, so launch/install.sh brings it.
+    "docs": [
+        "mkdocs-material>=9.6,<10",  # pages from docs/*.md, with search and without anything from the network
+        "mkdocstrings[python]>=1.0,<2",  # the reference of the Python names, from their docstrings
+        "ruff>=0.9,<1",  # breaks the lines of long signatures there
+    ],
 }
 
 

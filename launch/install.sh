@@ -16,8 +16,8 @@ cd "$root"
 venv=$root/.venv
 stamp=$venv/ssl_dist-complete # written last; holds what the installation was made from
 unfinished=$venv/ssl_dist-unfinished
-extras=ffcv,timm,test
-[ -z "${WITHOUT_FFCV:-}" ] || extras=timm,test
+extras=ffcv,timm,test,docs
+[ -z "${WITHOUT_FFCV:-}" ] || extras=timm,test,docs
 
 say() { printf 'install: %s\n' "$*"; }
 stop() {

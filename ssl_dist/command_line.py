@@ -54,6 +54,11 @@ def command(name: str, help: str, *arguments: Argument) -> Callable[[Action], Ac
     return add
 
 
+def names() -> list[str]:
+    """The commands, in the order of --help."""
+    return [name for name, *_ in _COMMANDS]
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         super().error(one_line(message))

@@ -112,7 +112,7 @@ def test_install_is_done_once(equipped):
     noted = equipped.noted()
     assert noted.startswith("venv\n") and "apt-get" not in noted
     assert "--constraint launch/constraints.txt pip setuptools" in noted
-    assert "--editable .[ffcv,timm,test]" in noted and noted.endswith("import torch, torchvision, numba, ffcv\n")
+    assert "--editable .[ffcv,timm,test,docs]" in noted and noted.endswith("import torch, torchvision, numba, ffcv\n")
     start = time.monotonic()
     again = equipped.install()
     assert time.monotonic() - start < 2
@@ -245,7 +245,7 @@ def test_without_ffcv_no_headers_are_needed(machine):
     machine.put_packages(["python3.11-venv"])
     answer = machine.install(WITHOUT_FFCV=1)
     assert answer.returncode == 0, answer.stderr
-    assert "--editable .[timm,test]" in machine.noted() and "ffcv" not in machine.noted()
+    assert "--editable .[timm,test,docs]" in machine.noted() and "ffcv" not in machine.noted()
 
 
 def test_slurm_is_brought_for_the_tests_alone(equipped):
