@@ -1,4 +1,5 @@
-"""Bars with a rate and the time left on a terminal; a plain line now and then elsewhere. All of it on stderr."""
+"""Bars with a rate and the time left on a terminal and in a notebook; a plain line now and then elsewhere. All of it on
+stderr."""
 
 import sys
 import time
@@ -9,14 +10,15 @@ PLAIN_INTERVAL_S = 10.0  # between two lines where there is no terminal
 
 
 class Progress:
-    """A bar with the rate and the time left on a terminal; a plain line now and then elsewhere. A context manager.
+    """A bar with the rate and the time left where one can be shown; a plain line now and then elsewhere. A context
+    manager.
 
     total: units of work, of which `done` were there before; quiet: show nothing.
     """
 
     def __init__(self, title: str, total: int, unit: str, quiet: bool = False, done: int = 0):
         self.title, self.total, self.unit, self.quiet = title, total, unit, quiet
-        self._terminal = sys.stderr.isatty()
+        self._terminal = sys.stderr.isatty() or "ipykernel" in sys.modules  # a notebook draws a line anew, too
         self._first = self._done = done
         self._start = self._last_line = time.perf_counter()
         self._values = ""

@@ -1,5 +1,6 @@
 """Progress without a terminal: a line every ten seconds and one at the end."""
 
+import sys
 import time
 
 from ssl_dist.progress import Progress
@@ -27,3 +28,11 @@ def test_plain_lines(monkeypatch, capsys):
         "sela: step 9, 0:00 left, loss 0.3333",
     ], "the rate is that of this start"
     assert lines_of(monkeypatch, capsys, "test", 4, "image", quiet=True) == []
+
+
+def test_a_notebook_has_a_bar(monkeypatch, capsys):
+    """Though its stderr is no terminal."""
+    monkeypatch.setitem(sys.modules, "ipykernel", object())
+    with Progress("work", 4, "step") as progress:
+        progress.update(4)
+    assert "work: 100%" in capsys.readouterr().err
