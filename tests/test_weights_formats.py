@@ -8,6 +8,7 @@ import functools
 import os
 import pathlib
 import pickle
+import re
 import subprocess
 import sys
 import types
@@ -451,6 +452,48 @@ def test_a_vision_transformer_of_transformers_gives_what_timm_computes(tmp_path)
     found = weights.fit(net, "timm/small", tmp_path / "model.safetensors")
     assert all(torch.equal(found.tensors[key], tensor) for key, tensor in net.state_dict().items())
     assert found.left == ["classifier.weight"]
+
+
+@pytest.mark.parametrize("chunks", [0, 2])
+def test_a_vision_transformer_of_dinov2_and_mae_gives_timms(tmp_path, chunks):
+    """timm's backbones here have `model.` before their names. DINOv2 trains with its blocks in chunks."""
+    timm = pytest.importorskip("timm")
+    net = nn.Module()
+    net.model = timm.models.VisionTransformer(
+        img_size=8, patch_size=4, embed_dim=6, depth=4, num_heads=2, num_classes=0
+    )
+    theirs = {name.removeprefix("model."): tensor for name, tensor in net.state_dict().items()}
+    if chunks:
+        named = {
+            re.sub(r"blocks\.(\d)\.", lambda m: f"blocks.{int(m[1]) // 2}.{m[1]}.", name): t
+            for name, t in theirs.items()
+        }
+        content = {"model": under("teacher.backbone.", named) | under("teacher.dino_head.", HEAD)}
+        left = ["teacher.dino_head.bias", "teacher.dino_head.weight"]
+    else:
+        content = {"model": theirs | {"mask_token": torch.zeros(1, 1, 6)} | under("decoder_blocks.0.attn.qkv.", HEAD)}
+        left = ["decoder_blocks.0.attn.qkv.bias", "decoder_blocks.0.attn.qkv.weight", "mask_token"]
+    torch.save(content | {"args": argparse.Namespace(model="mae_vit")}, tmp_path / "x")
+    found = weights.fit(net, "timm/small", tmp_path / "x")
+    assert all(torch.equal(found.tensors[key], tensor) for key, tensor in net.state_dict().items())
+    assert found.left == left and "timm's names" in found.note
+
+
+def test_names_without_end_are_refused(tmp_path):
+    deep = Node()
+    for _ in range(3000):
+        deep, inner = Node(), deep
+        deep.__dict__ = {"_modules": {"a": inner}, "_parameters": {"b": torch.zeros(1)}}
+    sys.setrecursionlimit(100_000)
+    try:
+        torch.save(deep, tmp_path / "x")
+    finally:
+        sys.setrecursionlimit(1000)
+    for content in (None, {"a" * 2000: {"b": torch.zeros(1)}}):
+        if content is not None:
+            torch.save(content, tmp_path / "x")
+        with pytest.raises(UserError, match="names of more than 50 parts or 1000 letters"):
+            weights.fit(Small(), "small", tmp_path / "x")
 
 
 def test_names_of_the_hub(tmp_path, monkeypatch):

@@ -88,10 +88,12 @@ def _of_transformers(name: str) -> str:
     return name
 
 
+OWN_NAMES = "the backbone's own names"
+
 # The second is what lies in the file for a backbone's own name.
 NAMINGS: tuple[tuple[str, Callable[[str], str]], ...] = (
-    ("the backbone's own names", str),
     ("timm's names", lambda name: renamed(name, TIMM)),
+    (OWN_NAMES, str),
     ("SeLa's names", lambda name: renamed(name, SELA)),
     ("ReLIC's or a torch.nn.Sequential's names", lambda name: renamed(name, RELIC)),
     ("transformers' names", _of_transformers),
@@ -126,6 +128,9 @@ def words(prefix: str) -> str:
     said = OUTERS[outer] if outer and not known else PREFIXES[known]
     return f"read under {prefix} ({said})" if prefix else said
 
+
+# DINOv2 trains with its blocks in chunks: blocks.<chunk>.<block>., the block counted through.
+CHUNK = re.compile(r"(^|\.)blocks\.\d+\.(\d+)\.")
 
 # A vision transformer of transformers, whose tensors timm keeps under other names and joins.
 _BLOCK = r"(?:encoder\.)?layer\.(\d+)\."

@@ -153,6 +153,8 @@ def _layouts(stored: Mapping[str, Tensor], own: Mapping[str, Tensor], prefix: st
     layouts = dict[tuple[str, ...], _Layout]()
     for title, rename in formats.NAMINGS:
         names = {tensor: rename(tensor) for tensor in own}
+        if title != formats.OWN_NAMES and all(theirs == tensor for tensor, theirs in names.items()):
+            continue
         prefixes = _prefixes(stored, [*names.values()]) if prefix is None else {_with_dot(formats.unwrapped(prefix))}
         for before in sorted(prefixes):
             theirs = {tensor: before + key for tensor, key in names.items()}

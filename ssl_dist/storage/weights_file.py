@@ -23,6 +23,7 @@ from ssl_dist.storage.torch_file import DAMAGED_FILE_ERRORS
 # and std (JSON) that its images were normalised with.
 FACTS = ("backbone", "method", "checkpoint", "step", "normalize")
 
+MAX_NAME = 1000  # letters of a tensor's name, which has all keys on the way
 REMEDY = "save the network's state_dict anew, or give another file"
 
 
@@ -67,6 +68,7 @@ def content(path: Path) -> Content:
     if not tensors:
         what = f"a dictionary of {some(keys, 8)} without" if keys else f"a {_kind(tree)}, and no"
         raise UserError(f"{path}: holds {what} tensors by name; docs/weights.md has what is known")
+    _out_of_chunks(tensors, homes)
     _to_timms_vit(tensors, homes)
     return Content(path, sha256, tensors, homes, keys, stubs)
 
@@ -110,8 +112,12 @@ def _flat(path: Path, tree: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors in a tree of dictionaries and of whole networks by name, and what each one's dictionary is called."""
     tensors, homes, networks = dict[str, Tensor](), dict[str, str](), set[int]()
 
-    def collect(node: object, before: str) -> None:
+    def collect(node: object, before: str, depth: int = 0) -> None:
         for key, value in _entries(node):
+            if depth > torch_file.MAX_DEPTH or len(before) + len(key) > MAX_NAME:
+                raise UserError(
+                    f"{path}: has names of more than {torch_file.MAX_DEPTH} parts or {MAX_NAME} letters; {REMEDY}"
+                )
             name = formats.unwrapped(before + key)
             if isinstance(value, Tensor):
                 if name in tensors:
@@ -123,7 +129,7 @@ def _flat(path: Path, tree: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
                 homes[name] = formats.unwrapped(before.removesuffix(".")) + "." if before else ""
             elif isinstance(value, dict) or (isinstance(value, Inert) and id(value) not in networks):
                 networks.add(id(value))
-                collect(value, f"{before}{key}.")
+                collect(value, f"{before}{key}.", depth + 1)
 
     collect(tree, "")
     return tensors, {name: home.removeprefix(".") for name, home in homes.items()}
@@ -141,6 +147,15 @@ def _entries(node: object) -> list[tuple[str, object]]:
         return []
     # A pickle may put anything in the place of an OrderedDict's methods, not in the place of dict's.
     return [(str(key), value) for key, value in dict.items(node) if isinstance(key, str | int)]
+
+
+def _out_of_chunks(tensors: dict[str, Tensor], homes: dict[str, str]) -> None:
+    """Give blocks that lie in chunks, as DINOv2 trains them, the names that they have without. Networks whose blocks
+    are counted anew in every stage have two of one such name, and are left as they are."""
+    plain = {name: formats.CHUNK.sub(r"\1blocks.\2.", name) for name in tensors if formats.CHUNK.search(name)}
+    if len({*plain.values()}) == len(plain) and not tensors.keys() & plain.values():
+        for name, other in plain.items():
+            tensors[other], homes[other] = tensors.pop(name), homes.pop(name)
 
 
 def _to_timms_vit(tensors: dict[str, Tensor], homes: dict[str, str]) -> None:
