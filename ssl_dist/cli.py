@@ -145,15 +145,16 @@ def _extract(args: argparse.Namespace) -> None:
 @command(
     "evaluate",
     "measure a run",
-    argument("run", type=home_path, metavar="RUN"),
+    argument("run", "a run's folder, or a file of weights of others", type=home_path, metavar="RUN|WEIGHTS"),
     argument(
         "overrides",
         "knn, logistic, probe, finetune, classify, ...; knn.k=[20,200] sets an option; data.root=... another data set; "
         "data.image_size=... another size of images; "
-        "data.subset={per_class: 260} or a list of ids: what to learn from",
+        "data.subset={per_class: 260} or a list of ids: what to learn from; of others also backbone.name",
         nargs="+",
         metavar="EVALUATOR|key=value",
     ),
+    argument("--out", "for weights of others: the folder of their features and results", type=home_path),
     argument(
         "--split", "measure this split in the test split's place; without labels only retrieval, clusters, embedding"
     ),
@@ -188,7 +189,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise UserError(f"evaluate {args.run}: name at least one evaluator, for example knn")
     _plugged(args)
     validation = None if args.validation is None else search.validation(args.validation)
-    code, records = evaluate(args.run, evaluators, overrides, validation, args.search, args.split)
+    code, records = evaluate(args.run, evaluators, overrides, validation, args.search, args.split, args.out)
     if outcome.rank_info().is_rank0:
         print(table(records))
     return code

@@ -350,6 +350,29 @@ def test_extract_reads_a_file_of_others(official, digits, tmp_path, capsys):
     assert "mean (0.5, 0.5, 0.5)" in extracted.metadata["transform"]
 
 
+def test_evaluate_takes_a_file_of_others_as_it_takes_a_run(official, digits, tmp_path, capsys):
+    """Features of another network of the same file are others."""
+    student = {name: tensor.flip(0) for name, tensor in official[1].state_dict().items()}
+    path, out = tmp_path / "dino.pth", tmp_path / "out"
+    torch.save({"student": under("backbone.", student), "teacher": under("backbone.", official[1].state_dict())}, path)
+    arguments = ["evaluate", str(path), "knn", "knn.k=[20]", *images_of(digits)]
+    assert cli.main([*arguments, "backbone.name=conv4"]) == 2 and "say with --out" in capsys.readouterr().err
+    assert cli.main([*arguments, "backbone.name=resnet8", "--out", str(out)]) == 2 and not out.exists()
+    assert "give backbone.name=conv4, whose shapes it has" in capsys.readouterr().err
+    assert cli.main(arguments) == 2 and "say backbone.name=... and --out" in capsys.readouterr().err
+    for more, words in (
+        ([], "the teacher of DINO"),
+        (["backbone.weights_prefix=student.backbone"], "the student of DINO"),
+    ):
+        assert cli.main([*arguments, "backbone.name=conv4", *more, "--out", str(out)]) == 0
+        assert words in capsys.readouterr().err
+    records = json.loads((out / "results.json").read_text())
+    records = records["results"] if isinstance(records, dict) else records
+    assert len({record["checkpoint"] for record in records}) == 2 and {record["method"] for record in records} == {
+        "dino.pth"
+    }
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

@@ -48,6 +48,7 @@ EVAL_KEYS = (*DATA_KEYS, *TRANSFORM_KEYS)
 SUBSET_KEY = "data.subset"
 # What can be set for weights of other programs, whose files do not say it.
 BACKBONE_KEYS = ("backbone.name", "backbone.weights_prefix", "backbone.resize_pos_embed")
+OF_FOREIGN = ("backbone.", "views.")  # what the overrides begin with by which such weights are known
 FOREIGN_KEYS = (*DATA_KEYS, *TRANSFORM_KEYS, "views.normalize", *BACKBONE_KEYS)
 
 
@@ -187,8 +188,10 @@ def evaluate(
     validation: search.HeldOut | None = None,
     searched: Sequence[str] = (),
     split: str | None = None,
+    out: Path | None = None,
 ) -> tuple[int, list[dict]]:
-    """`ssl-dist evaluate`: run evaluators on a run's newest checkpoint, alone or under torchrun.
+    """`ssl-dist evaluate`: run evaluators on a run's newest checkpoint, alone or under torchrun; or on a file of
+    another program, where `backbone.name` is given: its features and results go to `out`.
 
     validation: measure on these images of the training split, held out of it, instead of the test split. searched:
     lists of option values; the best combination on the held-out images is measured on the test split. split: what is
@@ -196,12 +199,29 @@ def evaluate(
 
     Returns the exit code, 0 or that of a stop on request, and the records that results.json holds of it.
     """
-    plugged.recall_run(run)
-    request = parse(chosen, overrides, validation, searched)
-    if not run.is_dir():
-        raise UserError(f"{run}: not a run's folder; train first")
-    encoder = load_encoder(run).with_transform(transform_of(request.data))
-    dataset = dataset_of(encoder, request.data)
+    foreign = [override for override in overrides if override.startswith(OF_FOREIGN)]
+    if foreign:
+        request = parse(chosen, [word for word in overrides if word not in foreign], validation, searched)
+        if out is None:
+            raise UserError(f"{run}: is a file; say with --out where its features and results shall go")
+        data = [f"{key}={value}" for key, value in request.data.items()]
+        encoder, dataset, note = _foreign_encoder(run, [*foreign, *data])
+        run = out
+        with refuse_unwritable(run, "give another --out"):
+            run.mkdir(parents=True, exist_ok=True)
+        if RankInfo.from_environment().is_rank0:
+            print(note, file=sys.stderr, flush=True)
+    else:
+        plugged.recall_run(run)
+        request = parse(chosen, overrides, validation, searched)
+        if out is not None:
+            raise UserError(f"--out {out}: is for weights of others; the results of a run stand in its folder")
+        if not run.is_dir():
+            raise UserError(
+                f"{run}: not a run's folder; train first, or, for weights of others, say backbone.name=... and --out"
+            )
+        encoder = load_encoder(run).with_transform(transform_of(request.data))
+        dataset = dataset_of(encoder, request.data)
     parts = [SUBSET_KEY] * (request.subset is not None) + ["--search"] * bool(request.spaces)
     only_held_out = request.validation and not request.spaces
     train, test = split_choice.choose(run, dataset, chosen, overrides, split, only_held_out, parts)
@@ -212,8 +232,9 @@ def evaluate(
         join_world(rank_info, Grid(rank_info.world_size, 1), watchdog.state) as world,
         watchdog.reporting(),
     ):
-        encoder = load_together(run, world)[1].with_transform(encoder.changed)
-        _note(world, encoder)
+        if not foreign:
+            encoder = load_together(run, world)[1].with_transform(encoder.changed)
+            _note(world, encoder)
         if train == test and not only_held_out:
             _print_on_rank0(world, f"split {test} of {dataset.name} stands alone: nothing is learned from another one")
         world.on_rank0(lambda: results.require_writable(run / "results.json"))

@@ -1,5 +1,6 @@
 """Distributed extraction: every image of a split once, in the order of ids, through a frozen encoder."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -141,7 +142,10 @@ def load_others(path: Path, settings: Config, images: blueprint.Statistics) -> t
             raise UserError(f"{path}: damaged metadata (normalize); export it again") from None
         normalize = validate(Normalize, tree, f"{path}: normalize.")
         note += "; images are normalised as its metadata says"
-    return Encoder(module, settings, normalize, fitted.sha256, 0, path), note
+    sha256, given = fitted.sha256, settings.backbone
+    if given.weights_prefix is not None or fitted.adapted:  # another network of the same file has other features
+        sha256 = hashlib.sha256(f"{sha256} {given.weights_prefix} {fitted.adapted}".encode()).hexdigest()
+    return Encoder(module, settings, normalize, sha256, 0, path), note
 
 
 def features_path(folder: Path, dataset: Dataset, split: str) -> Path:
