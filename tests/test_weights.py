@@ -449,6 +449,7 @@ def test_weights_of_others_are_evaluated_through_a_run_that_does_not_train(offic
         assert plan.initial_weights.note.startswith(
             f"{checkpoint}: the encoder of a run (random_weights, conv4, step 0);"
         )
+        assert plan.initial_weights.path == checkpoint  # which is what `build` reads, whatever the run saves meanwhile
         assert plan.data_identity["weights"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
         with pytest.raises(UserError, match=r"give backbone\.name=conv4, which the run has"):
             derive(

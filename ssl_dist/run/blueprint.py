@@ -165,8 +165,8 @@ class RunPlan:
     def build(self) -> SSLMethod:
         """The method on its backbone with initial weights, equal on every rank: a function of the seed, and the
         backbone's of `backbone.weights` where given."""
-        method = network.build_method(self.config, self.method_class, self.options, self.info, begun=True)
-        method = method.to(self.dtype)
+        file = None if self.initial_weights is None else self.initial_weights.path
+        method = network.build_method(self.config, self.method_class, self.options, self.info, file).to(self.dtype)
         name = self.config.backbone.name
         if self.config.backbone.recompute:
             recompute.by_blocks(method.backbone, name)

@@ -29,16 +29,16 @@ _OF_TIMM = (
 
 
 def build_method(
-    config: Config, method_class: type[SSLMethod], options: Section, info: Info, begun: bool = False
+    config: Config, method_class: type[SSLMethod], options: Section, info: Info, file: Path | None = None
 ) -> SSLMethod:
-    """The method on its backbone. begun: the backbone begins from `backbone.weights`; on the meta device nothing is
-    read."""
+    """The method on its backbone. file: that `backbone.weights` stands for, from which the backbone begins; on the meta
+    device it is not read."""
     torch.manual_seed(int(hash64(config.seed, INIT)) & 0x7FFFFFFFFFFFFFFF)
     backbone = backbones.build(config.backbone.name, config.backbone.zero_init_residual)
     key_dropout(backbone)
     refuse_random_layers(backbone, config.backbone.name)
-    if begun and config.backbone.weights is not None and not next(backbone.parameters()).is_meta:
-        backbone.load_state_dict(initial_weights(backbone, config.backbone).tensors)
+    if file is not None and not next(backbone.parameters()).is_meta:
+        backbone.load_state_dict(initial_weights(backbone, config.backbone, file).tensors)
     return method_class(backbone, replace(info, feature_dim=backbone.feature_dim, stages=backbone.stages), options)
 
 
@@ -69,12 +69,13 @@ def restored(path: Path) -> Restored:
     return Restored(method, settings, state, path, digest)
 
 
-def initial_weights(backbone: nn.Module, settings: BackboneSection) -> weights.Weights:
+def initial_weights(backbone: nn.Module, settings: BackboneSection, file: Path | None = None) -> weights.Weights:
     """The tensors of `backbone` in `backbone.weights`: a file of another program, a run or its checkpoint (the network
-    that evaluation reads), or what a name of the hub stands for. Raises `UserError`."""
+    that evaluation reads), or what a name of the hub stands for. file: the one that an earlier call found; a run may
+    have saved another since. Raises `UserError`."""
     given, name = settings.weights, settings.name
     assert given is not None, "it is asked for where there is one"
-    path = hub.located(given) if hub.is_name(given) else Path(given)
+    path = file or (hub.located(given) if hub.is_name(given) else Path(given))
     if path.is_dir() and (path / hub.FILES[0]).is_file():  # as timm and transformers save a model
         path = path / hub.FILES[0]
     if not path.exists():

@@ -69,6 +69,6 @@ def _from_hub(text: str, repository: str, revision: str | None, files: Sequence[
             break
     said = str(reason).strip().splitlines()[0] if str(reason).strip() else type(reason).__name__
     raise UserError(
-        f"weights {quoted(text)}: not in the cache of huggingface_hub and not to be had from the net ({said[:200]}); "
+        f"weights {quoted(text)}: not in the cache of huggingface_hub and not to be had from the net ({said.split(". ")[0][:200]}); "
         f"copy its {' or '.join(files)} here and give the file"
     )

@@ -73,7 +73,7 @@ def match(there: Content, backbone: nn.Module, name: str, prefix: str | None = N
     if missing:
         raise NoFit(
             f"{path}: lacks {some(missing, 2)} of backbone {name} ({len(missing)} of its {len(own)} tensors are "
-            f"missing; read as: {layout.words}); {RIGHT_NAME}"
+            f"missing; {layout.words}); {RIGHT_NAME}"
         )
     for tensor, expected in own.items():
         found = stored[theirs[tensor]] if theirs[tensor] in stored else torch.zeros((), dtype=torch.int64)
