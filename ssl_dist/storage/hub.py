@@ -67,8 +67,8 @@ def _from_hub(text: str, repository: str, revision: str | None, files: Sequence[
         except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
             reason = error
             break
-    said = str(reason).strip().splitlines()[0] if str(reason).strip() else type(reason).__name__
+    said = (str(reason).strip() or type(reason).__name__).splitlines()[0].split(". ")[0]
     raise UserError(
-        f"weights {quoted(text)}: not in the cache of huggingface_hub and not to be had from the net ({said.split(". ")[0][:200]}); "
+        f"weights {quoted(text)}: not in the cache of huggingface_hub and not to be had from the net ({said}); "
         f"copy its {' or '.join(files)} here and give the file"
     )
