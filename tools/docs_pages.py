@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 from ssl_dist import cli, command_line
 
 ROOT = Path(__file__).parents[1]
-WIDTH = "76"  # characters of a line of help
+WIDTH = "80"  # characters of a line of help
 VERBS = ("train", "evaluate", "study", "status")  # of slurm/submit.py
 SCRIPTS = """\
 # Commands
@@ -44,6 +44,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     return files
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """mkdocs calls it before a page becomes HTML. Where GitHub reads \\< as <, mkdocs would begin a tag."""
+    return markdown.replace(r"\<", "&lt;")
 
 
 def commands() -> str:
