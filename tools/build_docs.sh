@@ -8,5 +8,8 @@ out=$(realpath --canonicalize-missing "${1:-site}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PATH=$PWD/.venv/bin:$PATH
 export NO_MKDOCS_2_WARNING=1 # advertisement on standard output
-python -m mkdocs build --quiet --strict --clean --site-dir "$out"
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+# Without --quiet, which hides warnings from --strict, too.
+python -m mkdocs build --strict --clean --site-dir "$out" >"$log" 2>&1 || { cat "$log" >&2 && exit 1; }
 echo "$out/index.html"
