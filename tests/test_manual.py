@@ -30,12 +30,13 @@ WITHOUT_BLOCKS = ["docs/acceptance.md", "docs/architecture.md", "docs/catalog.md
                   "docs/guarantees.md", "docs/python.md"]  # fmt: skip
 PARSED_PAGES = ["docs/gpu.md", "docs/sela.md", "docs/scaling.md"]
 SMALLER = {  # of the configs that the blocks name and the files that the pages show: less of the same
+    "runs/vit\ndata: {root: data/photos, image_size: 224": "runs/vit\ndata: {root: data/photos, image_size: 160",
+    "vit_small_patch16_224": "test_vit",
     "warmup_epochs: 10": "warmup_epochs: 0.1",
     "epochs: 200": "epochs: 1",
     "epochs: 40": "epochs: 1",
     "epochs: 10}": "epochs: 1}",
     "batch_size: 64": "batch_size: 8",
-    "vit_small": "vit_tiny",
     "name: resnet18": "name: conv4",
     "values: [0, 1]": "values: [0]",
     "data: {name: digits,": "data: {name: digits, limit: 64,",
