@@ -152,7 +152,8 @@ def test_the_commands_of_other_pages_are_taken(monkeypatch):
     pages = {
         str(page.relative_to(ROOT)) for page in [*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
     }
-    assert pages == {*RUN_PAGES, *PARSED_PAGES, *WITHOUT_BLOCKS, *TESTED_ELSEWHERE}
+    listed = {*RUN_PAGES, *PARSED_PAGES, *WITHOUT_BLOCKS, *TESTED_ELSEWHERE}
+    assert pages == listed, "a new page goes into the navigation of mkdocs.yml and into one of the lists above"
     assert not [name for name in WITHOUT_BLOCKS if [*blocks(ROOT / name)]]
     for name in PARSED_PAGES:
         for line, kind, _, _, text in blocks(ROOT / name):
@@ -200,7 +201,7 @@ def test_tables_lose_no_text(site):
 def test_every_public_name_is_in_the_reference(site):
     text = (site / "python.html").read_text(encoding="utf-8")
     for name, members in PUBLIC.items():
-        assert re.search(rf"^ *ssl_dist\.{name}$", text, re.M), name
+        assert re.search(rf"^ *ssl_dist\.{name}$", text, re.M), f"{name}: not in docs/python.md"
         for member in {*members} - {"evaluate", "extract"}:  # the last are commands
             assert re.search(rf'id="[\w.]+\.{member}"', text), f"{name}.{member}"
 
