@@ -61,6 +61,13 @@ def test_round_trip(written):
     assert os.listdir(written.parent) == [written.name]
 
 
+def test_what_is_read_writes_itself(written, tmp_path):
+    Features.read(written).write(tmp_path / "copy.safetensors")
+    assert (tmp_path / "copy.safetensors").read_bytes() == written.read_bytes()
+    with pytest.raises(ValueError, match="image_ids"):
+        Features.read(written).subset(np.array([2, 3])).write(tmp_path / "part.safetensors")
+
+
 def test_safetensors_reads_what_is_written(written):
     features, labels, image_ids = _arrays()
     tensors = load_file(written)

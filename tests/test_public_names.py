@@ -9,7 +9,7 @@ import ssl_dist
 
 PUBLIC = {
     "Embedder": ["device", "embed", "forward", "transform"],
-    "Features": ["classes", "dim", "features", "rows", "subset", "take"],
+    "Features": ["classes", "dim", "features", "read", "rows", "subset", "take", "write"],
     "losses": [
         "AlignUniform", "NTXent", "ReLIC", "RelationModule", "Relational", "SFRIK", "VICReg", "align_uniform",
         "nt_xent", "relational", "relic", "sfrik", "vicreg",

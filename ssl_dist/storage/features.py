@@ -44,6 +44,15 @@ class Features:
     _mapping: mmap.mmap | None = field(default=None, repr=False, compare=False)
     _selected: np.ndarray | None = field(default=None, repr=False, compare=False)
 
+    @classmethod
+    def read(cls, path: str | Path) -> "Features":
+        """See `read_features`."""
+        return read_features(path)
+
+    def write(self, path: str | Path) -> None:
+        """See `write_features`; not of a subset, whose ids are not 0 .. N-1."""
+        write_features(path, self.features, self.labels, self.image_ids, self.metadata)
+
     def __len__(self) -> int:
         return len(self.labels)
 
