@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssl_dist.errors import UserError, one_line
+
 CPU = torch.device("cpu")
 
 
@@ -13,6 +15,16 @@ def allow_tf32(allowed: bool) -> None:
     """Whether GPUs may round what goes into float32 convolutions and products to TensorFloat-32 (10 bits behind the
     point, not 23). Torch's own default does so for convolutions alone."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def chosen(name: str | int | torch.device) -> torch.device:
+    """The device of this name, as in cuda:0. Raises `UserError` where it is none, or is not in this machine."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError) as error:  # the last of a torch that is built without CUDA
+        raise UserError(f"device = {name!r}: {one_line(str(error), 160)}; cpu is always there") from None
+    return device
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:

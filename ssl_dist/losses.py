@@ -11,12 +11,14 @@ images, the same number on every rank, and let DistributedDataParallel average t
 process that holds the whole batch. The mean over the ranks of the loss is its loss.
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ssl_dist.config import validate
+from ssl_dist.config.section import AnySection
 from ssl_dist.distributed.world import World, joined
 from ssl_dist.kernels import relation
 from ssl_dist.methods import align_uniform as _align_uniform
@@ -54,7 +56,7 @@ def nt_xent(
     """SimCLR's normalised temperature-scaled cross-entropy over the 2B views (Chen et al. 2020, equation 1): the
     partner of a view against all the others, by cosine / temperature. kind: log_of_mean as in the official code of
     relational reasoning."""
-    options = _simclr.Options(temperature=temperature, loss=kind)
+    options = _options(_simclr.Options, temperature=temperature, loss=kind)
     z_KMD, world = _gathered((z1, z2), world, 2)
     with full_precision(z_KMD.device):
         return _simclr.contrast(z_KMD.flatten(0, 1), options.loss, options.temperature, world)[0]
@@ -70,7 +72,7 @@ def vicreg(
 ) -> Tensor:
     """Variance-invariance-covariance regularisation (Bardes et al. 2022), with the means and sums of the official
     code."""
-    options = _vicreg.Options(sim_coeff=sim_coeff, std_coeff=std_coeff, cov_coeff=cov_coeff)
+    options = _options(_vicreg.Options, sim_coeff=sim_coeff, std_coeff=std_coeff, cov_coeff=cov_coeff)
     z_KMD, world = _gathered((z1, z2), world, 2)
     with full_precision(z_KMD.device):
         return _vicreg.regularized(z_KMD, options, world)[0]
@@ -89,7 +91,7 @@ def align_uniform(
     The alignment is a mean over dimensions, as in SFRIK's paper, whose defaults these are; Wang & Isola's own loss,
     their align_loss + uniform_loss with t = 2, is sim_coeff=D, scale=2.
     """
-    options = _align_uniform.Options(sim_coeff=sim_coeff, unif_coeff=unif_coeff, scale=scale)
+    options = _options(_align_uniform.Options, sim_coeff=sim_coeff, unif_coeff=unif_coeff, scale=scale)
     z_KMD, _ = _gathered((z1, z2), world, 2)
     with full_precision(z_KMD.device):
         return _align_uniform.aligned(z_KMD, options)[0]
@@ -106,12 +108,19 @@ def sfrik(
 ) -> Tensor:
     """Rotation-invariant kernels (Zheng et al. 2023) of K views [K, B, D], which are normalised here. weights: of the
     Legendre polynomials of degree 1, 2, ...; general: views that the others are compared with."""
-    options = _sfrik.Options(
-        sim_coeff=sim_coeff, mmd_coeff=mmd_coeff, weights=[*weights], general=[*general], reg_small=reg_small
+    options = _options(
+        _sfrik.Options,
+        sim_coeff=sim_coeff,
+        mmd_coeff=mmd_coeff,
+        weights=_listed(weights),
+        general=_listed(general),
+        reg_small=reg_small,
     )
     z_KMD, world = _gathered(views, world)
     if max(options.general) >= len(z_KMD):
         raise ValueError(f"general = {options.general}: there are {len(z_KMD)} views, 0 to {len(z_KMD) - 1}")
+    if z_KMD.shape[2] < 2:
+        raise ValueError(f"views {_text(views)}: a kernel on the sphere needs 2 dimensions or more")
     with full_precision(z_KMD.device):
         return _sfrik.regularized(z_KMD, options, world)[0]
 
@@ -150,6 +159,9 @@ def relational(
 
     labels: int64 [B], -1 where unknown; pairs of two images with equal labels count as positive.
     """
+    if labels is not None and (not isinstance(labels, Tensor) or labels.is_floating_point()):
+        raise ValueError(f"labels are {_kind(labels)}: give a tensor of whole numbers, -1 where unknown")
+    options = _options(_relational.Options, gamma=gamma, alpha=alpha)
     z_KMD, world = _gathered(views, world)
     num_views, num_images, _ = z_KMD.shape
     if labels is not None and labels.shape != (num_images // world.rank_info.world_size,):
@@ -160,7 +172,7 @@ def relational(
     pairs = relation.Share(couples, num_images, lo, hi)
     targets = _relational.targets(couples, own, lo, hi, some_known=labels is not None)
     with full_precision(z_KMD.device):
-        share, _ = _relational.mean_loss(head, z_KMD, pairs, own, targets, gamma, alpha, world)
+        share, _ = _relational.mean_loss(head, z_KMD, pairs, own, targets, options.gamma, options.alpha, world)
     return world.scale_for_ddp_mean(share)
 
 
@@ -245,7 +257,7 @@ class Relational(nn.Module):
         alpha: float | None = 0.5,
     ):
         super().__init__()
-        options = _relational.Options(hidden=hidden, aggregation=aggregation, gamma=gamma, alpha=alpha)
+        options = _options(_relational.Options, hidden=hidden, aggregation=aggregation, gamma=gamma, alpha=alpha)
         self.gamma, self.alpha = options.gamma, options.alpha
         self.head = RelationModule(feature_dim, options.hidden, options.aggregation)
 
@@ -258,6 +270,13 @@ class Relational(nn.Module):
 
 def _gathered(views: Views, world: World | None, number: int | None = None, least: int = 2) -> tuple[Tensor, World]:
     """The views of the global batch [K, M, D], at least float32, and the ranks that hold them. Raises `ValueError`."""
+    if (
+        not isinstance(views, Sequence | Tensor)
+        or (isinstance(views, Tensor) and not views.ndim)
+        or not all(isinstance(view, Tensor) for view in views)
+    ):
+        given = ", ".join(map(_kind, views)) if isinstance(views, Sequence) else _kind(views)
+        raise ValueError(f"views are {given}: give tensors [B, D], or one [K, B, D]")
     shapes = {tuple(view.shape) for view in views}
     if len(shapes) != 1 or len(next(iter(shapes))) != 2:
         raise ValueError(f"views {_text(views)}: give each as [B, D], all of one shape")
@@ -272,6 +291,20 @@ def _gathered(views: Views, world: World | None, number: int | None = None, leas
     if num_images * world.rank_info.world_size < 2:
         raise ValueError(f"views {_text(views)}: one image has no other to be compared with; give 2 or more")
     return world.gather_views(z_KBD), world
+
+
+def _options(section: type[AnySection], **given: Any) -> AnySection:
+    """Raises `UserError`, which is a `ValueError`, of one line."""
+    return validate(section, given)
+
+
+def _listed(numbers: Any) -> Any:
+    """As options have it, where it is one."""
+    return [*numbers] if isinstance(numbers, Iterable) else numbers
+
+
+def _kind(given: object) -> str:
+    return str(given.dtype) if isinstance(given, Tensor) else type(given).__name__
 
 
 def _text(views: Views) -> str:

@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -46,6 +47,9 @@ class File:
             backbones = attributes.get("BACKBONES", {})
             if not isinstance(backbones, dict) or not all(map(is_name, backbones)):
                 raise UserError(f"plugin {self.path}: BACKBONES must be a dict of names (letters, digits, _ - .)")
+            for called, build in backbones.items():
+                if not callable(build):
+                    raise UserError(f"plugin {self.path}: BACKBONES[{called!r}] is no function; give what builds one")
             return backbones
         if "Method" in attributes:
             return {name: attributes["Method"]} if kind == METHODS else {}
@@ -139,9 +143,14 @@ def _execute(name: str, path: Path, text: bytes, sha256: str) -> File:
     try:
         exec(compile(text, str(path), "exec"), vars(module))
     except SyntaxError as error:
-        raise UserError(f"plugin {error.filename or path}: line {error.lineno}: {error.msg}; mend it") from None
+        where = f"line {error.lineno}: " if error.lineno else ""
+        raise UserError(f"plugin {error.filename or path}: {where}{error.msg}; mend it") from None
     except ImportError as error:
         raise UserError(f"plugin {path}: {error}; mend the import, or install what it names") from None
+    except (Exception, SystemExit) as error:  # whatever code of the user's raises
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f"line {lines[-1]}: " if lines else ""
+        raise UserError(f"plugin {path}: {where}{type(error).__name__}: {error}; mend it") from error
     new = File(path, sha256, module)
     if not any(new.provided(name, kind) for kind in (METHODS, BACKBONES, EVALUATORS)):
         raise UserError(

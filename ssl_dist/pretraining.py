@@ -7,6 +7,7 @@ run.plot(), run.evaluate("knn"), run.results()
 import copy
 import json
 import os
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ import numpy as np
 
 from ssl_dist import config, results
 from ssl_dist.config import Config
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, quoted
 from ssl_dist.evaluate.command import evaluate
 from ssl_dist.report import report
 from ssl_dist.run.metrics import FILE, read_metrics
@@ -43,10 +44,14 @@ def pretrain(
     the log, on_checkpoint the file of each checkpoint. Ctrl-C stops after the step, which is saved. For the main
     thread. Raises `UserError` for a mistake and `Fault` for a loss that is not finite.
     """
+    if threading.current_thread() is not threading.main_thread():
+        raise UserError("pretrain: trains in the main thread, where Ctrl-C arrives; call it there, or in a process")
     words = _words(overrides)
     if isinstance(settings, str | os.PathLike):
         chosen = config.load(Path(settings), words)
     else:
+        if not isinstance(settings, Config | Mapping):
+            raise UserError(f"settings = {quoted(settings)}: give a config's file, its tree, or a Config")
         tree = config.to_tree(settings) if isinstance(settings, Config) else copy.deepcopy(dict(settings))
         chosen = config.overridden(tree, words)
     train(chosen, Listener(on_log or SILENT.on_log, on_checkpoint or SILENT.on_checkpoint))
@@ -99,6 +104,9 @@ class Run:
     def evaluate(self, *evaluators: str, overrides: Mapping[str, Any] | None = None) -> dict[str, float]:
         """Measure the newest checkpoint as `ssl-dist evaluate` does; values by name. overrides: options and data by
         keys with dots: `run.evaluate("knn", overrides={"knn.k": [20]})`. Raises `UserError`."""
+        for name in evaluators:
+            if not isinstance(name, str):
+                raise UserError(f"evaluator {quoted(name)}: give names one by one, as in evaluate('knn', 'logistic')")
         _, records = evaluate(self.folder, list(evaluators), _words(overrides))
         return {record["name"]: record["value"] for record in records}
 
@@ -113,5 +121,20 @@ class Run:
 
 
 def _words(overrides: Mapping[str, Any] | None) -> list[str]:
-    """As on a command line. What JSON has not is no value of a config."""
-    return [f"{key}={json.dumps(value)}" for key, value in (overrides or {}).items()]
+    """As on a command line."""
+    if not isinstance(overrides, Mapping | None):
+        raise UserError(f"overrides = {quoted(overrides)}: give a dict of values by keys with dots")
+    return [f"{key}={_text(key, value)}" for key, value in (overrides or {}).items()]
+
+
+def _text(key: str, value: Any) -> str:
+    """A value in JSON, with paths, and numbers and arrays of numpy."""
+
+    def plain(part: Any) -> Any:
+        if isinstance(part, np.generic | np.ndarray):
+            return part.tolist()
+        if isinstance(part, os.PathLike):
+            return os.fspath(part)
+        raise UserError(f"{key} = {quoted(value)}: a value of a config is a number, a text, or a list or dict of these")
+
+    return json.dumps(value, default=plain)

@@ -10,6 +10,7 @@ from pathlib import Path
 from ssl_dist.command_line import argument, command, importing
 
 DIGITS = Path("data", "digits")
+CONFIGS = "configs/digits/relational-conv4.yaml", "configs/digits/random_weights-conv4.yaml"
 TRAINED, RANDOM = Path("runs", "digits-relational-conv4"), Path("runs", "digits-random_weights-conv4")
 TABLE = Path("runs", "digits-quickstart.txt")
 LOOK_AT = {
@@ -42,14 +43,16 @@ def quickstart(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("ffcv") is None and not any(word.startswith("data.reader=") for word in overrides):
         _step("FFCV is not installed: the trainings read by data.reader=arrays")
         overrides.append("data.reader=arrays")
+    for file in CONFIGS:
+        config.load(file, overrides)  # a mistake shows before anything is written
     _step("1 of 4: the digits as 32x32 images, one .beton file a split")
     print(convert("digits", None, DIGITS))
     ranks = ranks_here(2)
     _step(f"2 of 4: relational reasoning without labels under torchrun, ranks: {ranks}")
-    if code := _train_on(ranks, ["configs/digits/relational-conv4.yaml", *overrides]):
+    if code := _train_on(ranks, [CONFIGS[0], *overrides]):
         return code
     _step("3 of 4: random weights, to compare with")
-    if code := train(config.load("configs/digits/random_weights-conv4.yaml", overrides)):
+    if code := train(config.load(CONFIGS[1], overrides)):
         return code
     _step("4 of 4: features of both, kNN and logistic regression on the test images; a page")
     records = []

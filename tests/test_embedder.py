@@ -1,5 +1,7 @@
 """`ssl_dist.load`: a trained network takes images as people have them, and sees what the commands see."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +62,8 @@ def test_every_form_of_an_image(run, pixels):
     torch.testing.assert_close(model(images[0]), expected[:1])
     loader = DataLoader(TensorDataset(tensors, torch.arange(3)), batch_size=2)
     torch.testing.assert_close(torch.from_numpy(model.embed(loader, progress=False)), expected)
+    np.testing.assert_array_equal(model.embed(Image.fromarray(pixels[0]), progress=False), model(pixels[0]))
+    torch.testing.assert_close(copy.deepcopy(model).bfloat16()(images[0]), expected[:1], rtol=0.1, atol=0.1)
     assert model.embed([], progress=False).shape == (0, model.dim) == tuple(model([]).shape)
 
 
@@ -80,8 +84,11 @@ def test_a_folder_of_photos(run, tmp_path):
     (tmp_path / "d.jpg").write_bytes(b"nonsense")
     with pytest.raises(UserError, match=r"d\.jpg: can not be read as an image"):
         model.embed(tmp_path, progress=False)
-    with pytest.raises(UserError, match="holds no picture"):
+    with pytest.raises(UserError, match="none: not a folder"):
         model.embed(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no picture"):
+        model.embed(tmp_path / "empty")
 
 
 def test_a_stage(run, pixels):
@@ -92,6 +99,8 @@ def test_a_stage(run, pixels):
     assert model.dim == maps.shape[1]
     with pytest.raises(UserError, match="did you mean 'layer2'"):
         ssl_dist.load(run, layer="layr2")
+    with pytest.raises(UserError, match="layer = None"):
+        ssl_dist.load(run, layer=None)
 
 
 def test_weights_of_others_and_their_usual_transform(tmp_path):
@@ -115,6 +124,12 @@ def test_weights_of_others_and_their_usual_transform(tmp_path):
     assert (small.size, small.resize) == (64, 73)
     flat = Normalize(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     assert ssl_dist.load(tmp_path / "resnet18.pth", backbone="resnet18", normalize=flat, device="cpu").mean == flat.mean
+    pair = flat.mean, [0.25, 0.25, 0.25]
+    assert ssl_dist.load(tmp_path / "resnet18.pth", backbone="resnet18", normalize=pair).std == (0.25, 0.25, 0.25)
+    with pytest.raises(UserError, match="give backbone="):
+        ssl_dist.load("timm:resnet18.a1_in1k")
+    with pytest.raises(UserError, match="device = 'gpu'"):
+        ssl_dist.load(tmp_path / "resnet18.pth", backbone="resnet18", device="gpu")
     with pytest.raises(UserError, match=r"backbone\.name"):
         ssl_dist.load(tmp_path / "resnet18.pth", backbone="resnet50")
 
@@ -133,3 +148,9 @@ def test_weights_of_others_and_their_usual_transform(tmp_path):
 def test_what_is_no_image(run, images, message):
     with pytest.raises(ValueError, match=message):
         ssl_dist.load(run, device="cpu")(images)
+
+
+@pytest.mark.parametrize("images", [None, 3, TensorDataset(torch.zeros(2, 3, 32, 32))])
+def test_what_gives_no_images(run, images):
+    with pytest.raises(ValueError, match="give a folder, pictures, or a DataLoader"):
+        ssl_dist.load(run, device="cpu").embed(images)

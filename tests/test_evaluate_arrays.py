@@ -31,7 +31,7 @@ def test_values_are_the_evaluators(name):
     expected = evaluator.run(part(*ARRAYS[:2]), part(*ARRAYS[2:]), evaluator.Options(**OPTIONS[name]))
     measure = getattr(ssl_dist.evaluate, name)
     assert measure(*ARRAYS, **OPTIONS[name]) == expected
-    assert measure(*map(torch.tensor, ARRAYS), **OPTIONS[name]) == expected
+    assert measure(*map(torch.tensor, ARRAYS), device="cpu", **OPTIONS[name]) == expected
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,9 @@ def test_values_are_the_evaluators(name):
         ((ROWS, LABELS), {"kk": 5}, UserError, "knn.kk"),
         ((np.full((120, 8), np.nan), LABELS), {"k": [5]}, UserError, "not finite"),
         ((ROWS, np.full(120, -1)), {"k": [5]}, UserError, "no label"),
+        ((ROWS, LABELS + 10**12), {"k": [5]}, ValueError, "train_labels: go up to 1000000000003: number the classes"),
+        ((ROWS, LABELS), {"device": "gpu"}, UserError, "device = 'gpu': .*; cpu is always there"),
+        ((ROWS, LABELS), {"device": f"cuda:{torch.cuda.device_count()}"}, UserError, "device = 'cuda:"),
     ],
 )
 def test_mistakes(arrays, options, error, message):

@@ -157,14 +157,23 @@ def test_ranks_compute_the_loss_of_their_common_batch(tmp_path):
         (lambda z: losses.nt_xent(z[0, :1], z[1, :1]), "one image has no other"),
         (lambda z: losses.vicreg(z[0].long(), z[1].long()), "in floating point"),
         (lambda z: losses.sfrik(z, general=[3]), "there are 3 views, 0 to 2"),
-        (lambda z: losses.relational(z, head(), labels=torch.zeros(5)), r"labels \[5\] are not those"),
+        (lambda z: losses.relational(z, head(), labels=torch.zeros(5).long()), r"labels \[5\] are not those"),
         (lambda z: losses.relic(z[:2], z), r"targets \[3, 6, 5\] are not those of the first online views \[2, 6, 5\]"),
-        (lambda z: losses.nt_xent(z[0], z[1], temperature=0.0), "temperature"),
+        (lambda z: losses.nt_xent(z[0], z[1], temperature=0.0), "temperature = 0.0: input should"),
+        (lambda z: losses.nt_xent(z[0].numpy(), z[1].numpy()), "views are ndarray, ndarray: give tensors"),
+        (lambda z: losses.nt_xent(None, None), "views are NoneType"),
+        (lambda z: losses.sfrik(view for view in z), "views are generator"),
+        (lambda z: losses.sfrik(z[0, 0, 0]), "views are "),
+        (lambda z: losses.sfrik(z, general=0), "general = 0"),
+        (lambda z: losses.sfrik(z[..., :1]), "2 dimensions or more"),
+        (lambda z: losses.relational(z, head(), gamma="a"), "gamma = 'a'"),
+        (lambda z: losses.relational(z, head(), labels=[0] * 6), "labels are list: give a tensor of whole numbers"),
     ],
 )
 def test_wrong_shapes_are_said(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         call(views(3))
+    assert "\n" not in str(caught.value)
 
 
 def test_one_argument_is_no_pair_of_views():

@@ -95,7 +95,23 @@ def test_mistakes():
         ssl_dist.MultiView("simcrl")
     with pytest.raises(UserError, match=r"recipe\[0\]"):
         ssl_dist.MultiView({"horizontal_flop": 0.5})
-    views = ssl_dist.MultiView(size=16)
+    for wrong in (None, 3, [], [3], ["simclr"]):
+        with pytest.raises(UserError, match=r"recipe = .*: give a name, or"):
+            ssl_dist.MultiView(wrong)
+    for name, value in {"num": 0, "size": "32", "seed": 1.5}.items():
+        with pytest.raises(UserError, match=f"{name} = {value!r}: give"):
+            ssl_dist.MultiView(**{name: value})
+    with pytest.raises(UserError, match=r"normalize = .*: give \(mean, std\)"):
+        ssl_dist.MultiView(normalize=(0.5, 0.5, 0.5))
+    with pytest.raises(UserError, match=r"normalize\.std\.0 = 0"):
+        ssl_dist.MultiView(normalize=[(0.5,) * 3, (0,) * 3])
+    views = ssl_dist.MultiView(size=np.int64(16))
+    with pytest.raises(UserError, match="epoch = 'a'"):
+        views.set_epoch("a")
+    with pytest.raises(ValueError, match=r"\[1, 0, 30, 3\] of uint8"):
+        views(picture(40, 30)[:0])
+    photos = views.over([picture(40, 30), picture(40, 30)])
+    assert torch.equal(photos[-1], photos[1]) and len([*photos]) == 2
     with pytest.raises(ValueError, match=r"\[40, 30\] of uint8: give a PIL image"):
         views(picture(40, 30)[:, :, 0])
     with pytest.raises(ValueError, match=r"\[1, 40, 30, 3\] of uint8 and 2 indices"):

@@ -230,6 +230,10 @@ def test_ranks_must_have_the_same_files(digits, files):
         ("own.py", "\ndef f(:", "own.py: line 2: invalid syntax"),
         ("own.py", "import nowhere_at_all", "own.py: No module named 'nowhere_at_all'; mend the import, or install"),
         ("own.py", "BACKBONES = {'timm/x': 1}", "BACKBONES must be a dict of names"),
+        ("own.py", "BACKBONES = {'own': 1}", "BACKBONES['own'] is no function"),
+        ("own.py", "def f():\n    1 / 0\nf()", "own.py: line 2: ZeroDivisionError: division by zero; mend it"),
+        ("own.py", "import sys\nsys.exit(0)", "own.py: line 2: SystemExit: 0; mend it"),
+        ("own.py", "\0", "own.py: source code string cannot contain null bytes; mend it"),
     ],
 )
 def test_a_file_that_is_none(command, tmp_path, name, text, message):
@@ -244,7 +248,7 @@ def test_a_file_that_is_none(command, tmp_path, name, text, message):
     [
         ("simclr", EXAMPLES["barlow.py"], methods.find, "simclr.py: has method 'simclr', and so has ssl_dist itself;"),
         ("knn", EXAMPLES["nearest_mean.py"], evaluators.find, "has evaluator 'knn', and so has ssl_dist itself;"),
-        ("own", "BACKBONES = {'conv4': 1}", backbones.check, "has backbone 'conv4', and so has ssl_dist itself;"),
+        ("own", "BACKBONES = {'conv4': dict}", backbones.check, "has backbone 'conv4', and so has ssl_dist itself;"),
         ("own", "class Method: pass", methods.find, "own.py: method own must be a subclass of"),
         ("own", "BACKBONES = {'own': dict}", backbones.build, "own.py: backbone own must be a ssl_dist.nn.backbone."),
     ],

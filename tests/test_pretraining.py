@@ -1,6 +1,7 @@
 """`ssl_dist.pretrain` and `ssl_dist.Run`: a training and its folder from a program."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ def told():
 def run(digits, tmp_path_factory, told):
     folder = tmp_path_factory.mktemp("runs") / "one"
     overrides = {
-        "data.root": str(digits), "data.reader": "arrays", "run_dir": str(folder), "optim.steps": 4,
+        "data.root": str(digits), "data.reader": "arrays", "run_dir": folder, "optim.steps": np.int64(4),
         "log.every_steps": 2, "optim.batch_size": 16, "data.limit": 64,
     }  # fmt: skip
     return ssl_dist.pretrain(CONFIG, overrides, on_log=told["lines"].append, on_checkpoint=told["checkpoints"].append)
@@ -54,6 +55,8 @@ def test_results_are_those_of_the_command(run, capsys):
     assert cli.main(["evaluate", str(run.folder), "knn", "knn.k=[3]"]) == 0
     values = run.evaluate("knn", overrides={"knn.k": [3]})
     assert set(values) == {"knn3_top1", "knn3_top5"}
+    with pytest.raises(UserError, match="give names one by one"):
+        run.evaluate(["knn"])
     assert {record["name"]: record["value"] for record in run.results()} == values
     assert run.report().read_text(encoding="utf-8").startswith("<!doctype html>")
     assert ssl_dist.load(run.folder, device="cpu").dim == 64
@@ -72,3 +75,12 @@ def test_mistakes(tmp_path):
         ssl_dist.pretrain(CONFIG, {"optim.lr": -1})
     with pytest.raises(UserError, match=r"config\.yaml: cannot be read"):
         ssl_dist.Run(tmp_path)
+    with pytest.raises(UserError, match="settings = 3: give a config's file"):
+        ssl_dist.pretrain(3)
+    with pytest.raises(UserError, match=r"overrides = \[.*\]: give a dict"):
+        ssl_dist.pretrain(CONFIG, ["optim.lr=1"])
+    with pytest.raises(UserError, match=r"optim\.lr = \{1\}: a value of a config is a number"):
+        ssl_dist.pretrain(CONFIG, {"optim.lr": {1}})
+    with ThreadPoolExecutor() as threads, pytest.raises(UserError, match="in the main thread"):
+        threads.submit(ssl_dist.pretrain, CONFIG, {"run_dir": str(tmp_path / "run")}).result()
+    assert not (tmp_path / "run").exists()

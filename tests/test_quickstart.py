@@ -28,6 +28,13 @@ def test_from_nothing_to_a_table(tmp_path, monkeypatch, capsys):
     assert len(trained) == 2 and 1 <= trained[0] <= 2
 
 
+def test_a_mistake_shows_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["quickstart", "optim.epoch=1"]) == 2
+    assert "error: unknown key optim.epoch = 1: write optim.epochs=1" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_training_that_fails_ends_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quickstart, "_train_on", lambda ranks, words: 75)
     monkeypatch.chdir(tmp_path)

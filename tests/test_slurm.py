@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from ssl_dist import cli, config
+from ssl_dist.errors import UserError
+from ssl_dist.slurm.script import read_site
 from ssl_dist.storage import checkpoint
 from tests import ranks
 from tests.processes import send, until
@@ -395,6 +397,32 @@ def test_what_a_job_must_ask_of_its_nodes(cluster, monkeypatch, capsys):
             assert "#SBATCH --cpus-per-task=2\n" in capsys.readouterr().out
     assert run_submit([*train, "--partition", "gpu", "--tasks-per-node", "1", "--cpus-per-task", "1"], monkeypatch) == 0
     assert "partition gpu have GPUs, and these ranks run on CPUs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        ("foo: 1", {}, "unknown key --site FILE: foo = 1"),
+        ("nodes: two", {"nodes": 1}, "--site FILE: nodes = 'two': input should be a valid integer"),
+        ('partition: "a\\nb"', {}, "--site FILE: partition = 'a\\nb'"),
+        ('sbatch: {"a\\nb": 1}', {}, "--site FILE: sbatch"),
+        ("gres: gpu:h100:4", {}, "--site FILE: gres = 'gpu:h100:4'"),
+        (
+            "nodes: 1",
+            {"gres": "gpu:h100"},
+            "--gres gpu:h100: says how GPUs are asked for, and none are; give --gpus-per-node too",
+        ),
+        ("gpus_per_node: 1", {"gres": ""}, "gres = ''"),
+        ("gpus_per_node: 1", {"gres": "gpu:h100 --exclusive"}, "gres = 'gpu:h100 --exclusive'"),
+        ("nodes: 1", {"array_parallelism": 0}, "array_parallelism = 0"),
+    ],
+)
+def test_a_site_that_is_none(tmp_path, text, words, message):
+    file = tmp_path / "site.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_site(file, words)
+    assert message in str(caught.value).replace(str(file), "FILE")
 
 
 def test_a_dry_run_names_the_elements_and_needs_no_data(monkeypatch, capsys):

@@ -11,6 +11,7 @@ of the workers, the batch, or the order.
 """
 
 import hashlib
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,13 +23,12 @@ from torch.utils.data import Dataset
 
 from ssl_dist.config import Normalize, validate
 from ssl_dist.config.recipe import ViewGroup
-from ssl_dist.data.normalize import normalized
+from ssl_dist.data.normalize import Channels, normalized, of_channels
 from ssl_dist.data.pillow import CONVERTIBLE_MODES
-from ssl_dist.errors import UserError, did_you_mean
+from ssl_dist.errors import UserError, did_you_mean, quoted
 from ssl_dist.views import Images, make_views, view_specs
 
 Recipe = Mapping[str, Any]
-Channels = tuple[float, float, float]
 
 _CROP: Recipe = {"random_resized_crop": {"scale": [0.08, 1.0]}, "horizontal_flip": 0.5}
 _STRONG: Recipe = {"p": 0.8, "brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
@@ -69,19 +69,20 @@ class MultiView:
             raise UserError(
                 f"recipe = {recipe!r}: no such recipe; {did_you_mean(recipe, RECIPES)}recipes: {', '.join(RECIPES)}"
             )
-        groups = RECIPES[recipe] if isinstance(recipe, str) else [recipe] if isinstance(recipe, Mapping) else [*recipe]
+        given = RECIPES[recipe] if isinstance(recipe, str) else recipe
+        groups = [*given] if isinstance(given, Sequence) else [given]
+        if not groups or not all(isinstance(group, Mapping) for group in groups):
+            raise UserError(f"recipe = {quoted(recipe)}: give a name, or one or several dicts as views.groups has them")
+        num, size, self.seed = _whole("num", num, 1), _whole("size", size, 1), _whole("seed", seed)
         parsed = [validate(ViewGroup, dict(group), f"recipe[{n}].") for n, group in enumerate(groups)]
         num_views = sum(group.num or num for group in parsed)
         self.specs = view_specs(parsed, num_views, size)
-        self.seed = seed
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers that live on see a new one
-        if isinstance(normalize, tuple):
-            normalize = Normalize(mean=normalize[0], std=normalize[1])
-        self._constants = normalize or Normalize(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+        self._constants = of_channels(normalize or ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
 
     def set_epoch(self, epoch: int) -> None:
         """Other views from now on, also in workers that are there already; images in flight keep theirs."""
-        self._epoch[0] = epoch
+        self._epoch[0] = _whole("epoch", epoch)
 
     def __call__(self, image: Image.Image | np.ndarray, index: int | None = None) -> Tensor | list[Tensor]:
         """The views of an image: PIL, set upright by its EXIF orientation, or uint8 [H, W, 3]. index: its number in the
@@ -97,7 +98,13 @@ class MultiView:
     def batch(self, pixels: np.ndarray, indices: Sequence[int] | np.ndarray) -> list[Tensor]:
         """The views of images uint8 [B, H, W, 3] with these numbers in the data set: uint8 [K, B, 3, S, S] a group."""
         pixels = np.ascontiguousarray(pixels)
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or len(indices) != len(pixels):
+        if (
+            pixels.dtype != np.uint8
+            or pixels.ndim != 4
+            or pixels.shape[3] != 3
+            or len(indices) != len(pixels)
+            or 0 in pixels.shape[1:]
+        ):
             raise ValueError(
                 f"pixels {list(pixels.shape)} of {pixels.dtype} and {len(indices)} indices: give uint8 [B, H, W, 3] "
                 "and B indices"
@@ -122,10 +129,21 @@ class Views(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
+        index = range(len(self))[index]  # the last one has one number, and behind it there is none
         item = self.dataset[index]
         if isinstance(item, tuple | list):
             return (self.views(item[0], index), *item[1:])
         return self.views(item, index)
+
+
+def _whole(name: str, value: Any, least: int | None = None) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise UserError(f"{name} = {quoted(value)}: give a whole number") from None
+    if least is not None and number < least:
+        raise UserError(f"{name} = {number}: give {least} or more")
+    return number
 
 
 def _pixels(image: Any) -> np.ndarray:

@@ -1,11 +1,23 @@
 """Pixels to network input, on the device that computes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ssl_dist.config import Normalize
+from ssl_dist.config import Normalize, validate
+from ssl_dist.errors import UserError, quoted
+
+Channels = tuple[float, float, float]
+
+
+def of_channels(given: Normalize | tuple[Channels, Channels]) -> Normalize:
+    """Mean and standard deviation of the channels of pixels in [0, 1], as a pair or named. Raises `UserError`."""
+    if isinstance(given, Normalize):
+        return given
+    if not isinstance(given, Sequence) or len(given) != 2:
+        raise UserError(f"normalize = {quoted(given)}: give (mean, std), each of three channels")
+    return validate(Normalize, {"mean": given[0], "std": given[1]}, "normalize.")
 
 
 def normalized(constants: Normalize, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:

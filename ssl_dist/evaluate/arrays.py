@@ -2,8 +2,8 @@
 
 Features are [N, D] in floating point, arrays or tensors; labels are whole numbers [N], 0 .. C - 1, -1 where unknown.
 Values are by the names that `ssl-dist evaluate` gives them, accuracies in percent. Options are those of the evaluator,
-see `ssl-dist keys knn`; device computes where the evaluator has something for a GPU. Raises `ValueError` for arrays
-that are no features, `UserError` for wrong options and for what the evaluator cannot measure.
+see `ssl-dist keys knn`; device, as in "cuda", computes where the evaluator has something for a GPU. Raises `ValueError`
+for arrays that are no features, `UserError` for wrong options and for what the evaluator cannot measure.
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssl_dist import device as devices
 from ssl_dist import evaluators
 from ssl_dist.config import validate
 from ssl_dist.storage.features import Features
 
 Array = np.ndarray | Tensor
 Labels = np.ndarray | Tensor | Sequence[int]
+Device = torch.device | str | None
+
+_MAX_CLASSES = 1_000_000
 
 
 def knn(
@@ -26,7 +30,7 @@ def knn(
     train_labels: Labels,
     test: Array,
     test_labels: Labels,
-    device: torch.device | None = None,
+    device: Device = None,
     **options: Any,
 ) -> dict[str, float]:
     """Weighted k-nearest neighbours by cosine: `knn20_top1`, ... for every k of the option `k`."""
@@ -38,7 +42,7 @@ def logistic(
     train_labels: Labels,
     test: Array,
     test_labels: Labels,
-    device: torch.device | None = None,
+    device: Device = None,
     **options: Any,
 ) -> dict[str, float]:
     """Multinomial logistic regression, at its optimum: a linear probe of the features."""
@@ -50,7 +54,7 @@ def logistic_sgd(
     train_labels: Labels,
     test: Array,
     test_labels: Labels,
-    device: torch.device | None = None,
+    device: Device = None,
     **options: Any,
 ) -> dict[str, float]:
     """A linear classifier that stochastic gradient descent trains on the features, as papers' linear probes do."""
@@ -62,7 +66,7 @@ def retrieval(
     train_labels: Labels,
     test: Array,
     test_labels: Labels,
-    device: torch.device | None = None,
+    device: Device = None,
     **options: Any,
 ) -> dict[str, float]:
     """Test images as queries, training images as the gallery: mean average precision, recall, precision."""
@@ -74,7 +78,7 @@ def clusters(
     train_labels: Labels,
     test: Array,
     test_labels: Labels,
-    device: torch.device | None = None,
+    device: Device = None,
     **options: Any,
 ) -> dict[str, float]:
     """k-means of the training images against their classes: purity, mutual information, accuracy after matching."""
@@ -87,14 +91,14 @@ def _values(
     train_labels: Labels,
     test: Array,
     test_labels: Labels,
-    device: torch.device | None,
+    device: Device,
     options: dict[str, Any],
 ) -> dict[str, float]:
     evaluator = evaluators.find(name)
     assert not isinstance(evaluator, evaluators.ImageEvaluator), "these measure features"
     chosen = validate(evaluator.Options, options, f"{name}.")
     parts = _features(train, train_labels, "train"), _features(test, test_labels, "test")
-    return evaluator.run(*parts, chosen, None, device)
+    return evaluator.run(*parts, chosen, None, None if device is None else devices.chosen(device))
 
 
 def _features(features: Array, labels: Labels, what: str) -> Features:
@@ -106,6 +110,11 @@ def _features(features: Array, labels: Labels, what: str) -> Features:
         raise ValueError(
             f"{what}_labels: {list(labels.shape)} of {labels.dtype}: give whole numbers [{len(features)}], one for "
             "each row of the features, -1 where unknown"
+        )
+    if labels.max() >= _MAX_CLASSES:
+        raise ValueError(
+            f"{what}_labels: go up to {labels.max()}: number the classes from 0 on, as np.unique(labels, "
+            "return_inverse=True) does"
         )
     metadata = {"classes": "[]", "split": what}
     rows = np.ascontiguousarray(features, np.float32)

@@ -1,7 +1,7 @@
 """A trained network as a module that takes images as people have them: `ssl_dist.load`."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ from ssl_dist import config, views
 from ssl_dist.config import Normalize
 from ssl_dist.convert.encode import UnfitImage, upright_pixels
 from ssl_dist.convert.walk import EXTENSIONS
-from ssl_dist.data.normalize import normalized
-from ssl_dist.device import allow_tf32
+from ssl_dist.data.normalize import Channels, normalized, of_channels
+from ssl_dist.device import allow_tf32, chosen
 from ssl_dist.distributed.rank import available_cores
 from ssl_dist.errors import UserError, did_you_mean
 from ssl_dist.nn.backbone import Backbone
 from ssl_dist.progress import Progress
 from ssl_dist.run.encoder import BATCH_SIZE, LAYER, Encoder, load_encoder, load_others
+from ssl_dist.storage import hub
 
 # Of the weights that are published, unless they say otherwise.
 IMAGENET = Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -44,7 +45,8 @@ class Embedder(nn.Module):
         assert isinstance(network, Backbone), "what a method evaluates is a backbone"
         if layer not in (LAYER, *network.stages):
             known = [LAYER, *network.stages]
-            raise UserError(f"layer = {layer!r}: no such layer; {did_you_mean(layer, known)}layers: {', '.join(known)}")
+            hint = did_you_mean(str(layer), known)
+            raise UserError(f"layer = {layer!r}: no such layer; {hint}layers: {', '.join(known)}")
         data = encoder.config.data
         self.network, self.layer = network.to(memory_format=torch.channels_last), layer
         self.dim = network.feature_dim if layer == LAYER else network.stages[layer]
@@ -71,7 +73,7 @@ class Embedder(nn.Module):
         x = images if isinstance(images, Tensor) and images.is_floating_point() else self.transform(images)
         if x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(f"images {list(x.shape)} in floating point: give normalised ones, [N, 3, S, S]")
-        x = x.to(self.device, torch.float32, memory_format=torch.channels_last)
+        x = x.to(self.device, next(self.network.parameters()).dtype, memory_format=torch.channels_last)
         if self.layer == LAYER:
             return self.network(x).flatten(1).float()
         return self.network.forward_stages(x)[1][self.layer].mean((2, 3)).float()
@@ -109,9 +111,13 @@ class Embedder(nn.Module):
             batches: Iterable[Any] = _batches([*map(_File, files)], batch_size)
             total = len(files)
         elif isinstance(images, torch.utils.data.DataLoader):
-            batches, total = images, len(images.dataset)  # type: ignore[arg-type]
+            batches, total = images, len(images.dataset) if isinstance(images.dataset, Sized) else 0
         else:
-            whole = images if isinstance(images, np.ndarray | Tensor | Sequence) else [*images]
+            if isinstance(images, torch.utils.data.Dataset) or not isinstance(images, Iterable | Image.Image):
+                raise ValueError(f"images are {type(images).__name__}: give a folder, pictures, or a DataLoader")
+            single = isinstance(images, Image.Image) or (isinstance(images, np.ndarray | Tensor) and images.ndim == 3)
+            pictures: Any = [images] if single else images
+            whole = pictures if isinstance(pictures, np.ndarray | Tensor | Sequence) else [*pictures]
             batches, total = _batches(whole, batch_size), len(whole)
         rows = [np.empty((0, self.dim), np.float32)]
         with Progress("embedding", total, "image", quiet=not progress) as bar:
@@ -131,7 +137,7 @@ def load(
     backbone: str | None = None,
     image_size: int | None = None,
     resize: int | None = None,
-    normalize: Normalize | None = None,
+    normalize: Normalize | tuple[Channels, Channels] | None = None,
     weights_prefix: str | None = None,
     resize_pos_embed: bool = False,
 ) -> Embedder:
@@ -140,10 +146,13 @@ def load(
 
     layer: output, or a stage of the backbone, whose map is averaged over its places. device: by default a GPU where
     there is one. backbone: of a file of another program, as in a config; then images are of 224 px, resized to 256, and
-    normalised as ImageNet's unless the file says otherwise. image_size, resize, normalize: in place of the run's own.
-    weights_prefix, resize_pos_embed: of a file of another program, as `backbone.*` of a config. Raises `UserError`.
+    normalised as ImageNet's unless the file says otherwise. image_size, resize, normalize (mean, std): in
+    place of the run's own. weights_prefix, resize_pos_embed: of a file of another program, as `backbone.*` of a config.
+    Raises `UserError`.
     """
-    path = Path(source)
+    path, computing = Path(source), chosen(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if backbone is None and hub.is_name(str(path)):
+        raise UserError(f"{os.fspath(source)}: weights of another program; give backbone=..., whose they are")
     changed = [
         *([] if image_size is None else [f"data.image_size={image_size}"]),
         *([] if resize is None else [f"data.eval_resize={resize}"]),
@@ -159,12 +168,15 @@ def load(
         encoder, _ = load_others(path, settings, IMAGENET)
     embedder = Embedder(encoder, layer)
     if normalize is not None:
-        embedder.mean, embedder.std = normalize.mean, normalize.std
-    return embedder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        constants = of_channels(normalize)
+        embedder.mean, embedder.std = constants.mean, constants.std
+    return embedder.to(computing)
 
 
 def files_of(folder: str | os.PathLike[str]) -> list[Path]:
     """The pictures in a folder and below it by their suffixes, sorted. Raises `UserError` when there is none."""
+    if not os.path.isdir(folder):
+        raise UserError(f"{os.fspath(folder)}: not a folder; give one that holds pictures")
     found = sorted(
         Path(parent, name)
         for parent, _, names in os.walk(folder)

@@ -17,20 +17,24 @@ from ssl_dist.errors import UserError
 
 # Keys of a site that are submitit's, too.
 _SAME_IN_SUBMITIT = ("partition", "account", "qos", "constraint", "nodes", "cpus_per_task")
+OneLine = Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$")]  # a line of the script holds it
+GRES = r"^[A-Za-z][\w.-]*(:[\w.-]+)?$"  # without the number
 TIME = r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$"
 
 
 class Site(Section):
     """The settings of every job of a site or user. Each key but the last six is also an option of the command."""
 
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
+    partition: OneLine | None = None
+    account: OneLine | None = None
+    qos: OneLine | None = None
+    constraint: OneLine | None = None
     nodes: PositiveInt = 1
     gpus_per_node: PositiveInt | None = Field(None, description="GPUs of a node, and a rank on each")
     tasks_per_node: PositiveInt | None = Field(None, description="ranks of a node, on its CPUs; null: one for each GPU")
-    gres: str | None = Field(None, description="how the site wants GPUs asked for, as in gpu:h100; null: by number")
+    gres: Annotated[str, Field(pattern=GRES)] | None = Field(
+        None, description="how the site wants GPUs asked for, as in gpu:h100; null: by number"
+    )
     cpus_per_task: PositiveInt | None = Field(
         None, description="cores of a rank, also the threads it uses; null: the share of its GPU in the node's"
     )
@@ -42,7 +46,7 @@ class Site(Section):
     python: str | None = Field(None, description="the start of Python in a task, as it stands in a shell")
     srun: list[str] = Field(default_factory=list, description="more options of srun")
     setup: list[str] = Field(default_factory=list, description="shell lines before the start: modules, variables")
-    sbatch: dict[str, str | int | bool] = Field(default_factory=dict, description="more options of sbatch")
+    sbatch: dict[OneLine, OneLine | int | bool] = Field(default_factory=dict, description="more options of sbatch")
 
     @model_validator(mode="after")
     def _time_to_train(self) -> Self:
@@ -73,10 +77,14 @@ def read_site(file: str | Path | None, options: dict[str, Any]) -> Site:
             raise UserError(
                 f"--site {file}: must be a mapping of keys such as partition; slurm/site.yaml is an example"
             )
+        validate(Site, tree, f"--site {file}: ")
     overrides = {name: value for name, value in options.items() if name in Site.model_fields and value is not None}
     if "gpus_per_node" in overrides or "tasks_per_node" in overrides:
         tree = {name: value for name, value in tree.items() if name not in ("gpus_per_node", "tasks_per_node")}
-    return validate(Site, tree | overrides)
+    site = validate(Site, tree | overrides)
+    if "gres" in overrides and site.gpus_per_node is None:
+        raise UserError(f"--gres {site.gres}: says how GPUs are asked for, and none are; give --gpus-per-node too")
+    return site
 
 
 def setup_lines(site: Site) -> list[str]:
