@@ -13,12 +13,11 @@ DIGITS = Path("data", "digits")
 CONFIGS = "configs/digits/relational-conv4.yaml", "configs/digits/random_weights-conv4.yaml"
 TRAINED, RANDOM = Path("runs", "digits-relational-conv4"), Path("runs", "digits-random_weights-conv4")
 TABLE = Path("runs", "digits-quickstart.txt")
-LOOK_AT = {
+LOOK_AT: dict[Path | str, str] = {
     TRAINED / "report.html": "its page, in a browser: health, results, curves, views, config",
     TRAINED / "views.png": "the views of some digits, as the network sees them",
     TRAINED / "loss.png": "loss and accuracies over the epochs",
     TABLE: "the table above; each run's own numbers are in its results.json",
-    "tensorboard --logdir runs": "everything that was logged, in a browser",
 }
 
 
@@ -67,9 +66,16 @@ def quickstart(args: argparse.Namespace) -> int:
     TABLE.write_text(f"{table}\n", encoding="utf-8")
     print(table)
     _step("look at")
-    for what, why in LOOK_AT.items():
+    for what, why in (LOOK_AT | {_tensorboard(): "everything that was logged, in a browser"}).items():
         print(f"{what!s:42} {why}")
     return 0
+
+
+def _tensorboard() -> str:
+    """Its command, by the environment in this folder where that runs this program."""
+    program = Path(sys.prefix, "bin", "tensorboard")
+    inside = program.is_relative_to(Path.cwd())
+    return f"{program.relative_to(Path.cwd()) if inside else 'tensorboard'} --logdir runs"
 
 
 def _step(text: str) -> None:

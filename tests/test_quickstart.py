@@ -21,7 +21,10 @@ def test_from_nothing_to_a_table(tmp_path, monkeypatch, capsys):
     table = (tmp_path / quickstart.TABLE).read_text()
     assert table in first and "relational" in table and "random_weights" in table and "knn20_top1" in table
     for what in quickstart.LOOK_AT:
-        assert str(what) in first and ((tmp_path / str(what)).is_file() or "tensorboard" in str(what))
+        assert str(what) in first and (tmp_path / what).is_file()
+    assert "\ntensorboard --logdir runs" in first
+    monkeypatch.setattr("sys.prefix", str(tmp_path / ".venv"))
+    assert quickstart._tensorboard() == ".venv/bin/tensorboard --logdir runs"
     assert cli.main(words) == 0
     again = capsys.readouterr()
     assert (tmp_path / quickstart.TABLE).read_text() == table in again.out and "already" in again.err
