@@ -154,3 +154,5 @@ def test_what_is_no_image(run, images, message):
 def test_what_gives_no_images(run, images):
     with pytest.raises(ValueError, match="give a folder, pictures, or a DataLoader"):
         ssl_dist.load(run, device="cpu").embed(images)
+    with pytest.raises(ValueError, match=r"batch_size = 1\.5: give a whole number"):
+        ssl_dist.load(run, device="cpu").embed([], batch_size=1.5)

@@ -268,6 +268,13 @@ def test_mistakes_are_one_line(tmp_path, changes, line):
     assert line in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("words", [["--dry-run", "--ranks", "0"], ["--dry-run", "--only", "x"], ["--ranks", "-1"]])
+def test_what_a_study_cannot_do(tmp_path, words, capsys):
+    path = write(tmp_path / "study.yaml", tree(tmp_path / "out", config=str(_root() / DIGITS)))
+    assert cli.main(["study", str(path), *words]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {' '.join(words[-2:]) if '--ranks' in words else '--dry-run:'}")
+
+
 def test_a_dry_run_needs_no_data(tmp_path, capsys):
     """The figures of the papers' data sets are known; those of others are asked for in one line."""
     content = tree(tmp_path / "out") | {"config": str(_root() / "configs/stl10/{method}-resnet34.yaml")}

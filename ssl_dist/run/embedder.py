@@ -202,8 +202,8 @@ class _File:
 
 
 def _batches(whole: Any, size: int) -> Iterator[Any]:
-    if size < 1:
-        raise ValueError(f"batch_size = {size}: give 1 or more")
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"batch_size = {size!r}: give a whole number, 1 or more")
     return (whole[start : start + size] for start in range(0, len(whole), size))
 
 
