@@ -250,11 +250,6 @@ def _study(args: argparse.Namespace) -> int:
         from ssl_dist.study.dry_run import describe
 
     overrides = [*_plugged(args), *args.overrides]
-    if args.ranks < 1:
-        raise UserError(f"--ranks {args.ranks}: at least one rank is needed")
-    if args.dry_run and (args.collect or args.only is not None):
-        other = "--collect" if args.collect else f"--only {args.only}"
-        raise UserError(f"--dry-run: tells of all runs of a study; leave {other} out")
     if args.dry_run:
         print(describe(args.file, overrides, args.ranks, args.device))
         return 0

@@ -27,6 +27,7 @@ def run(path: Path, overrides: Sequence[str], ranks: int = 1, collect: bool = Fa
     """Perform the study in the file. Returns the exit code: 0, that of a training which failed, or 75 when it was
     stopped. collect: only measure and lay out the runs that are complete. only: the name of one run, which is made and
     measured by the ranks that call this; nothing is laid out."""
+    spec.check_ranks(ranks)
     study, trainings = spec.read(path, overrides)
     if only is not None:
         return _complete_and_measure(spec.named(trainings, only))[0]

@@ -22,6 +22,7 @@ from ssl_dist.transfer.recipe import Recipe, config_tree
 def describe(path: Path, overrides: Sequence[str], ranks: int = 1, device: str | None = None) -> str:
     """A line for every run with its steps and what is left of them. device: a GPU that `explain --device` knows: how
     long the trainings that are left take on `ranks` of it, those of the runs and those on top of their backbones."""
+    spec.check_ranks(ranks)
     _, trainings = spec.read(path, overrides)
     costs = None if device is None else Costs(roofline.named(device), ranks)
     lines, total, left = [], 0, 0

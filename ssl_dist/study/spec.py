@@ -194,6 +194,12 @@ def words(overrides: Overrides) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
 
 
+def check_ranks(number: int) -> None:
+    """Raises `UserError` where a training cannot have so many."""
+    if number < 1:
+        raise UserError(f"--ranks {number}: at least one rank is needed")
+
+
 def read(path: Path, further: Sequence[str] = ()) -> tuple[Study, list[Training]]:
     """The study in a file and its trainings; `further` overrides key=value go to all of them. Raises `UserError`."""
     path = shipped.found(path)
