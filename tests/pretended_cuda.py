@@ -470,6 +470,7 @@ def pretended(monkeypatch, count: int = 8):
         "device_count": lambda: count,
         "current_device": lambda: 0,
         "get_device_capability": lambda *_: (9, 0),
+        "get_device_name": lambda *_: "a pretended GPU",
         "set_device": lambda device: None,
         "is_current_stream_capturing": lambda: False,
         "synchronize": lambda *_: NOTES.wait("synchronize"),

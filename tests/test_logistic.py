@@ -137,7 +137,7 @@ def test_the_fit_is_the_point_that_was_returned(monkeypatch):
         function(start + 1)
         return SimpleNamespace(x=start, nit=1)
 
-    monkeypatch.setattr(logistic, "minimize", tries_one_returns_another)
+    monkeypatch.setattr("scipy.optimize.minimize", tries_one_returns_another)
     fit = logistic.fit(correlated(300), logistic.Options())
     assert not fit.weights.any() and fit.objective == pytest.approx(300 * np.log(4))
 

@@ -1,4 +1,5 @@
-"""The manual: it builds without a warning, asks no other host for anything, and its blocks do what they say."""
+"""The manual: it builds without a warning (tools/docs_pages.py makes some of its pages), asks no other host for
+anything, and its blocks do what they say."""
 
 import glob
 import html

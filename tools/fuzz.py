@@ -338,7 +338,7 @@ def make_template(here: Path) -> list[Reader]:
         *(Reader(suffix, f"source/train/cat/a.{suffix}", convert) for suffix in FORMATS),
         Reader("annotation", "voc/Annotations/a.xml", detect),
         Reader("site of Slurm", "site.yaml", f"{SUBMIT} train {{0}}/config.yaml data.root={{0}}/data run_dir={{0}}/new "
-               "optim.batch_size=8 --site {0}/site.yaml --dry-run", [changed_yaml]),
+               "optim.batch_size=8 --site {0}/site.yaml --cpus-per-task 2 --dry-run", [changed_yaml]),
         Reader("list of images", "voc/ImageSets/Main/train.txt", detect),
     ]  # fmt: skip
 
