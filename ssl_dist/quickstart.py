@@ -2,11 +2,10 @@
 
 import argparse
 import importlib.util
-import os
-import subprocess
 import sys
 from pathlib import Path
 
+from ssl_dist import torchrun
 from ssl_dist.command_line import argument, command, importing
 
 DIGITS = Path("data", "digits")
@@ -48,7 +47,7 @@ def quickstart(args: argparse.Namespace) -> int:
     print(convert("digits", None, DIGITS))
     ranks = ranks_here(2)
     _step(f"2 of 4: relational reasoning without labels under torchrun, ranks: {ranks}")
-    if code := _train_on(ranks, [CONFIGS[0], *overrides]):
+    if code := torchrun.run(ranks, ["train", CONFIGS[0], *overrides]):
         return code
     _step("3 of 4: random weights, to compare with")
     if code := train(config.load(CONFIGS[1], overrides)):
@@ -80,12 +79,3 @@ def _tensorboard() -> str:
 
 def _step(text: str) -> None:
     print(f"\n== {text}", flush=True)
-
-
-def _train_on(ranks: int, words: list[str]) -> int:
-    """The exit code of a training under torchrun, whose threads share the cores."""
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // ranks))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return subprocess.run(
-        [*torchrun, "-m", "ssl_dist", "train", *words], env=os.environ | {"OMP_NUM_THREADS": threads}, check=False
-    ).returncode

@@ -35,6 +35,7 @@ FLOORS = [
         "plugins",
         "reading",
         "terminal",
+        "torchrun",
     },
     {"config", "storage", "kernels"},
     {"nn"},

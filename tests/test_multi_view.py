@@ -116,5 +116,5 @@ def test_mistakes():
         views(picture(40, 30)[:, :, 0])
     with pytest.raises(ValueError, match=r"\[1, 40, 30, 3\] of uint8 and 2 indices"):
         views.batch(picture(40, 30)[None], [1, 2])
-    with pytest.raises(ValueError, match="mode F"):
+    with pytest.raises(ValueError, match="mode 'F'"):
         views(Image.new("F", (4, 4)))

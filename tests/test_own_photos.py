@@ -11,10 +11,11 @@ from PIL import Image, ImageOps
 
 from ssl_dist import cli, config
 from ssl_dist.convert.command import PHOTOS_BATCH_SIZE, usage
-from ssl_dist.convert.encode import TURNS, encode
+from ssl_dist.convert.encode import encode
 from ssl_dist.data import file_names, manifest
 from ssl_dist.data.beton import Beton
 from ssl_dist.data.manifest import Encoding
+from ssl_dist.data.pillow import TURNS
 from ssl_dist.data.readers import Dataset
 from ssl_dist.errors import UserError
 from tests.conversions import refusal, run, shown

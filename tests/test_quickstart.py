@@ -2,7 +2,7 @@
 
 import pytest
 
-from ssl_dist import cli, quickstart
+from ssl_dist import cli, quickstart, torchrun
 
 
 @pytest.mark.slow
@@ -11,9 +11,9 @@ def test_from_nothing_to_a_table(tmp_path, monkeypatch, capsys):
 
     def train_here(ranks, words):  # torchrun itself is tested with the launch scripts
         trained.append(ranks)
-        return cli.main(["train", *words, "optim.steps=2"])
+        return cli.main([*words, "optim.steps=2"])
 
-    monkeypatch.setattr(quickstart, "_train_on", train_here)
+    monkeypatch.setattr(torchrun, "run", train_here)
     monkeypatch.chdir(tmp_path)
     words = ["quickstart", "data.reader=arrays", "data.limit=200", "optim.batch_size=16"]
     assert cli.main(words) == 0
@@ -39,7 +39,7 @@ def test_a_mistake_shows_before_anything_is_written(tmp_path, monkeypatch, capsy
 
 
 def test_a_training_that_fails_ends_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(quickstart, "_train_on", lambda ranks, words: 75)
+    monkeypatch.setattr(torchrun, "run", lambda ranks, words: 75)
     monkeypatch.chdir(tmp_path)
     assert cli.main(["quickstart", "data.reader=arrays"]) == 75
     assert "3 of 4" not in capsys.readouterr().out

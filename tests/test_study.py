@@ -2,7 +2,6 @@
 
 import csv
 import statistics
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -97,15 +96,15 @@ def test_runs_are_made_measured_and_laid_out_once(digits, tmp_path, capsys, monk
     assert "(1 of 2)" in (out / "table.md").read_text()
     started = []
 
-    def run(words, **_):  # what is left, and no other, is given to the ranks
-        started.append(words)
-        return SimpleNamespace(returncode=cli.main(words[words.index("ssl_dist") + 1 :]))
+    def run(ranks, words):  # what is left, and no other, is given to the ranks
+        started.append((ranks, words))
+        return cli.main(words)
 
     monkeypatch.setattr(command, "train", trains)
-    monkeypatch.setattr(command.subprocess, "run", run)
+    monkeypatch.setattr(command.torchrun, "run", run)
     assert cli.main(["study", str(path), "--ranks", "2"]) == 0 and (out / "table.md").read_text() == table
-    [words] = started
-    assert "--nproc_per_node=2" in words and words[-2:] == ["--only", "rotation-1-2"]
+    [(ranks, words)] = started
+    assert ranks == 2 and words[-2:] == ["--only", "rotation-1-2"]
 
 
 def _root():

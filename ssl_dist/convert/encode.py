@@ -8,26 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
 from ssl_dist.data.beton import JPG, MAX_SIDE, PAGE_SIZE, RAW
 from ssl_dist.data.manifest import Encoding
-from ssl_dist.data.pillow import CONVERTIBLE_MODES, DAMAGED_IMAGE_ERRORS, open_picture, reason_of
-from ssl_dist.errors import quoted
+from ssl_dist.data.pillow import DAMAGED_IMAGE_ERRORS, UnfitImage, of_8_bits, open_picture, reason_of, rgb, turn_of
 
 MAX_PIXELS = 178_956_970  # of a picture that is read: where Pillow takes it for an attack
 MAX_STORED_PIXELS = 89_478_485  # where Pillow, in the readers, would warn
-
-# EXIF orientation -> what makes the picture upright (TIFF 6.0, tag 274; 1 is upright).
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 @dataclass(frozen=True)
@@ -48,10 +36,6 @@ def page_size(encoding: Encoding) -> int:
     while size < largest_image and size < 1 << 31:
         size *= 2
     return size
-
-
-class UnfitImage(ValueError):
-    """An image that can not be stored; the message is the reason, without the image's name."""
 
 
 @contextmanager
@@ -81,16 +65,16 @@ def encode(item: bytes | np.ndarray, encoding: Encoding) -> Sample:
     if isinstance(item, np.ndarray):
         image, keep = Image.fromarray(item), False
     else:
-        image = _open(item)
+        image = decoded(item)
         keep = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and len(item) <= page_size(encoding)
         if encoding.orientation == "applied":
-            turn = _turn(image)
+            turn = turn_of(image)
     if turn is not None:
         image, keep = image.transpose(turn), False
     width, height = image.size
     longer, turned = max(width, height), turn is not None
     if longer <= encoding.raw_side:
-        return Sample(RAW, height, width, _rgb(image).tobytes(), turned)
+        return Sample(RAW, height, width, rgb(image).tobytes(), turned)
     if longer > encoding.max_side:
         width, height = (max(1, round(side * encoding.max_side / longer)) for side in (width, height))
         keep = False
@@ -98,7 +82,7 @@ def encode(item: bytes | np.ndarray, encoding: Encoding) -> Sample:
         raise UnfitImage(f"would be stored with {width}x{height} pixels, over {MAX_STORED_PIXELS}; lower --max-side")
     if keep:
         return Sample(JPG, height, width, bytes(item))
-    image = _rgb(image)
+    image = rgb(image)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     if max(width, height) <= encoding.raw_side:
@@ -108,25 +92,7 @@ def encode(item: bytes | np.ndarray, encoding: Encoding) -> Sample:
     return Sample(JPG, height, width, file.getvalue(), turned)
 
 
-def upright_pixels(picture: bytes | Image.Image) -> np.ndarray:
-    """Pixels uint8 [H, W, 3] of a picture, or of the bytes of its file, upright by its EXIF orientation. Raises
-    `UnfitImage`."""
-    image = _open(picture) if isinstance(picture, bytes) else _of_8_bits(picture)
-    turn = _turn(image)
-    return np.asarray(_rgb(image if turn is None else image.transpose(turn)))
-
-
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What sets a decoded picture upright by its EXIF (or, as Pillow reads it, XMP) orientation; None: nothing. Damaged
-    EXIF of a sound picture counts as none, as in viewers."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except DAMAGED_IMAGE_ERRORS:
-        return None
-    return TURNS.get(orientation) if isinstance(orientation, int) else None
-
-
-def _open(data: bytes) -> Image.Image:
+def decoded(data: bytes) -> Image.Image:
     """A picture decoded to its end."""
     try:
         image = open_picture(io.BytesIO(data))
@@ -142,17 +108,4 @@ def _open(data: bytes) -> Image.Image:
         if data[4:8] == b"ftyp":  # of ISO media files, as phones write them
             raise UnfitImage("HEIC, AVIF or a film, whatever its name says; make JPEG of it first") from None
         raise UnfitImage(f"can not be read as an image ({reason_of(error)})") from None
-    return _of_8_bits(image)
-
-
-def _of_8_bits(image: Image.Image) -> Image.Image:
-    if image.mode not in CONVERTIBLE_MODES:
-        raise UnfitImage(f"pixels of mode {quoted(image.mode)} do not fit 8 bits; save it with 8 bits a channel")
-    return image
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    try:
-        return image.convert("RGB")
-    except DAMAGED_IMAGE_ERRORS as error:
-        raise UnfitImage(f"can not be made RGB ({reason_of(error)}); save it as an RGB image") from None
+    return of_8_bits(image)

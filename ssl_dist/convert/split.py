@@ -15,11 +15,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from ssl_dist.convert.encode import Sample, UnfitImage, encode, page_size
+from ssl_dist.convert.encode import Sample, encode, page_size
 from ssl_dist.convert.images import Images
 from ssl_dist.data import manifest
 from ssl_dist.data.beton import JPG, RAW, Beton, Digest, Writer
 from ssl_dist.data.manifest import Encoding, SplitRecord
+from ssl_dist.data.pillow import UnfitImage
 from ssl_dist.errors import MAX_MESSAGE, UserError
 from ssl_dist.progress import Progress
 from ssl_dist.thread_team import run_ahead

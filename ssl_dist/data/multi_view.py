@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ssl_dist.config import Normalize, validate
 from ssl_dist.config.recipe import ViewGroup
 from ssl_dist.data.normalize import Channels, normalized, of_channels
-from ssl_dist.data.pillow import CONVERTIBLE_MODES
+from ssl_dist.data.pillow import upright_pixels
 from ssl_dist.errors import UserError, did_you_mean, quoted
 from ssl_dist.views import Images, make_views, view_specs
 
@@ -149,9 +149,7 @@ def _whole(name: str, value: Any, least: int | None = None) -> int:
 def _pixels(image: Any) -> np.ndarray:
     """Of one image: uint8 [H, W, 3]."""
     if isinstance(image, Image.Image):
-        if image.mode not in CONVERTIBLE_MODES:
-            raise ValueError(f"an image of mode {image.mode}: does not fit 8 bits; give one with 8 bits a channel")
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        return upright_pixels(image)
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         given = f"{list(image.shape)} of {image.dtype}" if hasattr(image, "dtype") else type(image).__name__
         raise ValueError(f"an image is {given}: give a PIL image, or an array uint8 [H, W, 3]")

@@ -1,11 +1,14 @@
-"""What Pillow raises for a damaged file, and which pictures it maps to RGB as they look."""
+"""Pictures by Pillow: what it raises for a damaged one, and how one becomes upright RGB pixels as it looks."""
 
 import struct
 import zlib
 from io import BytesIO
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from ssl_dist.errors import quoted
 
 # What Pillow raises for a damaged file, depending on the format.
 DAMAGED_IMAGE_ERRORS = (
@@ -25,6 +28,22 @@ DAMAGED_IMAGE_ERRORS = (
 CONVERTIBLE_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
 
 
+# EXIF orientation -> what makes the picture upright (TIFF 6.0, tag 274; 1 is upright).
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class UnfitImage(ValueError):
+    """An image that is none, or none of RGB with 8 bits; the message is the reason, without the image's name."""
+
+
 def open_picture(file: Path | BytesIO) -> Image.Image:
     """Pillow's open of a file, whatever its name, but for PostScript, with which Pillow starts Ghostscript. Raises one
     of `DAMAGED_IMAGE_ERRORS`."""
@@ -38,3 +57,34 @@ def reason_of(error: Exception) -> str:
     """Pillow's complaint in a few words."""
     unknown = isinstance(error, UnidentifiedImageError)  # its text names a memory address
     return "no picture that Pillow knows" if unknown else " ".join(str(error).split())
+
+
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """What sets a decoded picture upright by its EXIF (or, as Pillow reads it, XMP) orientation; None: nothing. Damaged
+    EXIF of a sound picture counts as none, as in viewers."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except DAMAGED_IMAGE_ERRORS:
+        return None
+    return TURNS.get(orientation) if isinstance(orientation, int) else None
+
+
+def of_8_bits(image: Image.Image) -> Image.Image:
+    """The picture itself. Raises `UnfitImage` for one that RGB would clip."""
+    if image.mode not in CONVERTIBLE_MODES:
+        raise UnfitImage(f"pixels of mode {quoted(image.mode)} do not fit 8 bits; save it with 8 bits a channel")
+    return image
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """Raises `UnfitImage`."""
+    try:
+        return image.convert("RGB")
+    except DAMAGED_IMAGE_ERRORS as error:
+        raise UnfitImage(f"can not be made RGB ({reason_of(error)}); save it as an RGB image") from None
+
+
+def upright_pixels(image: Image.Image) -> np.ndarray:
+    """Pixels uint8 [H, W, 3] of a picture, upright by its EXIF orientation. Raises `UnfitImage`."""
+    turn = turn_of(of_8_bits(image))
+    return np.asarray(rgb(image if turn is None else image.transpose(turn)))

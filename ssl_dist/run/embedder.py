@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from ssl_dist import config, views
 from ssl_dist.config import Normalize
-from ssl_dist.convert.encode import UnfitImage, upright_pixels
+from ssl_dist.convert.encode import decoded
 from ssl_dist.convert.walk import EXTENSIONS
 from ssl_dist.data.normalize import Channels, normalized, of_channels
+from ssl_dist.data.pillow import UnfitImage, upright_pixels
 from ssl_dist.device import allow_tf32, chosen
 from ssl_dist.distributed.rank import available_cores
 from ssl_dist.errors import UserError, did_you_mean
@@ -196,7 +197,7 @@ class _File:
 
     def pixels(self) -> np.ndarray:
         try:
-            return upright_pixels(self.path.read_bytes())
+            return upright_pixels(decoded(self.path.read_bytes()))
         except UnfitImage as error:
             raise UserError(f"{self.path}: {error}") from None
 
@@ -223,10 +224,7 @@ def _pixels(image: Any) -> np.ndarray:
     if isinstance(image, _File):
         return image.pixels()
     if isinstance(image, Image.Image):
-        try:
-            return upright_pixels(image)
-        except UnfitImage as error:
-            raise ValueError(f"an image {error}") from None
+        return upright_pixels(image)
     is_tensor = isinstance(image, Tensor)
     pixels = image.cpu().movedim(-3, -1).numpy() if is_tensor and image.ndim == 3 else np.asarray(image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3 or not pixels.size:

@@ -4,13 +4,11 @@ What is complete is seen from the runs themselves, so a study that was stopped o
 that was made by other means counts.
 """
 
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssl_dist import results
+from ssl_dist import results, torchrun
 from ssl_dist.data.readers import Dataset
 from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.errors import UserError
@@ -36,7 +34,8 @@ def run(path: Path, overrides: Sequence[str], ranks: int = 1, collect: bool = Fa
     for place, training in enumerate(trainings, 1):
         print(f"== {place} of {len(trainings)}: {training.title} -> {training.run}", file=sys.stderr, flush=True)
         if not collect or is_complete(training):
-            code = 0 if ranks == 1 or is_over(training) else _by_ranks(path, overrides, training, ranks)
+            words = ["study", str(path), *overrides, "--only", training.name]
+            code = 0 if ranks == 1 or is_over(training) else torchrun.run(ranks, words)
             numbers: list[Number] = []
             if not code:
                 code, numbers = _complete_and_measure(training)
@@ -53,13 +52,6 @@ def run(path: Path, overrides: Sequence[str], ranks: int = 1, collect: bool = Fa
         + ("" if study.figure is None else ", figure.png, figure.svg")
     )
     return 0
-
-
-def _by_ranks(path: Path, overrides: Sequence[str], training: Training, ranks: int) -> int:
-    """Make and measure a run by several processes of this machine; their exit code."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
-    words = ["ssl_dist", "study", str(path), *overrides, "--only", training.name]
-    return subprocess.run([*torchrun, *words], env=os.environ, check=False).returncode
 
 
 def _complete_and_measure(training: Training) -> tuple[int, list[Number]]:
