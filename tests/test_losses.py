@@ -12,6 +12,7 @@ from ssl_dist.methods import relational
 from tests import ranks
 
 NUM_IMAGES, DIM = 6, 5
+LABELS = torch.tensor([0, 1, -1, 1, 1, -1])
 
 
 def views(number, seed=0, dtype=torch.float64):
@@ -45,8 +46,11 @@ def wang_isola(z1, z2):
     return (x - y).norm(dim=1).pow(2).mean() + sum(spread) / 2
 
 
-def slow_relational(z_KMD, head):
+def slow_relational(z_KMD, head, labels=None):
     left, right, target = relational.relation_pairs(len(z_KMD), z_KMD.shape[1])
+    if labels is not None:
+        one, other = labels[left % NUM_IMAGES], labels[right % NUM_IMAGES]
+        target = target.bool() | ((one == other) & (one >= 0))
     logits = head(z_KMD.flatten(0, 1), left, right)
     probability = torch.where(target > 0, logits.sigmoid(), 1 - logits.sigmoid())
     return (0.5 * (1 - probability) ** 2 * -probability.log()).mean()
@@ -58,7 +62,8 @@ def test_they_equal_slow_references():
     torch.testing.assert_close(losses.vicreg(z1, z2), slow_vicreg(z1, z2))
     torch.testing.assert_close(losses.align_uniform(z1, z2, sim_coeff=DIM, scale=2), wang_isola(z1, z2))
     module = losses.Relational(DIM, hidden=7).double()
-    torch.testing.assert_close(module(views(3)), slow_relational(views(3), module.head))
+    for labels in (None, LABELS):
+        torch.testing.assert_close(module(views(3), labels), slow_relational(views(3), module.head, labels))
 
 
 def test_they_equal_lightlys():
@@ -106,7 +111,6 @@ def test_modules_take_half_precision_and_have_gradients(module, number):
 
 # ---------------------------------------------------------------------------------------------------- ranks
 
-LABELS = torch.tensor([0, 1, -1, 1, 1, -1])
 ALL = {  # of views and labels
     "nt_xent": lambda z, _: losses.nt_xent(z[0], z[1], 0.2),
     "vicreg": lambda z, _: losses.vicreg(z[0], z[1]),
