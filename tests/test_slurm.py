@@ -475,7 +475,9 @@ def run_submit(words, monkeypatch):
 def test_a_local_failure_is_returned_and_no_evaluation_follows(digits, tmp_path, monkeypatch, capfd):
     words = training(digits, tmp_path / "run", "optim.name=sgd", "optim.lr=1e38")
     more = ["--tasks-per-node", "1", "--cluster", "local", "--then", "knn"]
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGCONT)]
     assert run_submit([*words, *more], monkeypatch) == 1
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR2, signal.SIGCONT)] == handlers
     errors = capfd.readouterr().err
     assert "the loss is not finite" in errors and "features" not in errors
 
