@@ -1,6 +1,7 @@
 """`ssl_dist.load`: a trained network takes images as people have them, and sees what the commands see."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -65,6 +66,16 @@ def test_every_form_of_an_image(run, pixels):
     np.testing.assert_array_equal(model.embed(Image.fromarray(pixels[0]), progress=False), model(pixels[0]))
     torch.testing.assert_close(copy.deepcopy(model).bfloat16()(images[0]), expected[:1], rtol=0.1, atol=0.1)
     assert model.embed([], progress=False).shape == (0, model.dim) == tuple(model([]).shape)
+
+
+def test_pixels_that_are_not_normalised_are_noticed(run, pixels):
+    model = ssl_dist.load(run, device="cpu")
+    raw = torch.from_numpy(pixels[:4]).permute(0, 3, 1, 2) / 255
+    with pytest.warns(UserWarning, match="from 0 to 1 count as normalised"):
+        model.embed(DataLoader(raw, 2), progress=False)
+    with warnings.catch_warnings(action="error"):
+        for images in (model.transform(pixels[:4]), torch.zeros(2, 3, 32, 32), pixels[:4]):
+            model.embed(images, progress=False)
 
 
 def test_a_folder_of_photos(run, tmp_path):

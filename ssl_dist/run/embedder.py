@@ -1,6 +1,7 @@
 """A trained network as a module that takes images as people have them: `ssl_dist.load`."""
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -104,8 +105,8 @@ class Embedder(nn.Module):
         """Features float32 [N, dim] of many images, on the host, with a progress bar.
 
         images: a folder (all pictures in it and below, in the order of `files_of`), pictures as `forward` takes them,
-        or a DataLoader of batches, whose first part is taken where a batch has several. Raises `UserError` that names
-        a file which cannot be read.
+        or a DataLoader of batches, whose first part is taken where a batch has several. Warns of floating-point pixels
+        that look as if they were not normalised. Raises `UserError` that names a file which cannot be read.
         """
         if isinstance(images, str | os.PathLike):
             files = files_of(images)
@@ -125,9 +126,22 @@ class Embedder(nn.Module):
             for batch in batches:
                 if isinstance(images, torch.utils.data.DataLoader) and isinstance(batch, list | tuple):
                     batch = batch[0]
+                if len(rows) == 1:
+                    self._warn_of_raw_pixels(batch)
                 rows.append(self(batch).cpu().numpy())
                 bar.update(len(rows[-1]))
         return np.concatenate(rows)
+
+    def _warn_of_raw_pixels(self, batch: Any) -> None:
+        """Of torchvision's ToTensor alone, say: the network would see images that it was not trained on."""
+        if isinstance(batch, Tensor) and batch.is_floating_point() and batch.numel() and any(self.mean):
+            low, high = batch.aminmax()
+            if 0 <= low < high <= 1:
+                warnings.warn(
+                    f"embed: images in floating point from {low:.3g} to {high:.3g} count as normalised, which would "
+                    f"have values below 0; give uint8, or normalise by mean {self.mean} and std {self.std}",
+                    stacklevel=3,
+                )
 
 
 def load(
