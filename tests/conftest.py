@@ -95,6 +95,18 @@ def digits(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def random_run(digits, tmp_path_factory):
+    """The folder of a run of random weights on the digits. For reading: a test that writes makes a copy."""
+    from ssl_dist import config
+    from ssl_dist.train.loop import train
+
+    run = tmp_path_factory.mktemp("runs") / "random"
+    overrides = [f"data.root={digits}", f"run_dir={run}", "data.reader=arrays"]
+    assert train(config.load("configs/digits/random_weights-conv4.yaml", overrides)) == 0
+    return run
+
+
+@pytest.fixture(scope="session")
 def _cluster(tmp_path_factory):
     yield from _started(Cluster, unavailable_reason(), tmp_path_factory)
 

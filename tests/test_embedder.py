@@ -11,23 +11,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision import models, transforms
 
 import ssl_dist
-from ssl_dist import cli, config
+from ssl_dist import cli
 from ssl_dist.config import Normalize
 from ssl_dist.data.readers import Dataset
 from ssl_dist.errors import UserError
 from ssl_dist.run.embedder import IMAGENET, files_of
 from ssl_dist.storage.features import read_features
 from tests.make_images import picture, save
-
-
-@pytest.fixture(scope="module")
-def run(digits, tmp_path_factory):
-    from ssl_dist.train.loop import train
-
-    run = tmp_path_factory.mktemp("runs") / "random"
-    overrides = [f"data.root={digits}", f"run_dir={run}", "data.reader=arrays"]
-    assert train(config.load("configs/digits/random_weights-conv4.yaml", overrides)) == 0
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -38,23 +28,23 @@ def pixels(digits):
     return pixels.copy()
 
 
-def test_it_gives_what_extract_writes(run, pixels, tmp_path, capsys):
+def test_it_gives_what_extract_writes(random_run, pixels, tmp_path, capsys):
     """To the bit, by a folder as by a checkpoint."""
-    assert cli.main(["extract", str(run), "--split", "test", "--out", str(tmp_path)]) == 0
+    assert cli.main(["extract", str(random_run), "--split", "test", "--out", str(tmp_path)]) == 0
     expected = read_features(tmp_path / "digits-test.safetensors").features
-    model = ssl_dist.load(str(run), device="cpu")
+    model = ssl_dist.load(str(random_run), device="cpu")
     capsys.readouterr()
     np.testing.assert_array_equal(model.embed(pixels, progress=False), expected)
     assert capsys.readouterr().err == ""
-    [checkpoint] = (run / "checkpoints").glob("step-*.pt")
+    [checkpoint] = (random_run / "checkpoints").glob("step-*.pt")
     np.testing.assert_array_equal(ssl_dist.load(checkpoint, device="cpu").embed(pixels), expected)
     assert "embedding: 355/355" in capsys.readouterr().err
     assert (model.dim, model.size, model.device.type, model.training) == (expected.shape[1], 32, "cpu", False)
     assert not any(parameter.requires_grad for parameter in model.parameters()) and "layer output" in repr(model)
 
 
-def test_every_form_of_an_image(run, pixels):
-    model, few = ssl_dist.load(run, device="cpu"), pixels[:3]
+def test_every_form_of_an_image(random_run, pixels):
+    model, few = ssl_dist.load(random_run, device="cpu"), pixels[:3]
     expected = model(few)
     tensors = torch.from_numpy(few).permute(0, 3, 1, 2)
     images = [Image.fromarray(array) for array in few]
@@ -68,8 +58,8 @@ def test_every_form_of_an_image(run, pixels):
     assert model.embed([], progress=False).shape == (0, model.dim) == tuple(model([]).shape)
 
 
-def test_pixels_that_are_not_normalised_are_noticed(run, pixels):
-    model = ssl_dist.load(run, device="cpu")
+def test_pixels_that_are_not_normalised_are_noticed(random_run, pixels):
+    model = ssl_dist.load(random_run, device="cpu")
     raw = torch.from_numpy(pixels[:4]).permute(0, 3, 1, 2) / 255
     with pytest.warns(UserWarning, match="from 0 to 1 count as normalised"):
         model.embed(DataLoader(raw, 2), progress=False)
@@ -78,7 +68,7 @@ def test_pixels_that_are_not_normalised_are_noticed(run, pixels):
             model.embed(images, progress=False)
 
 
-def test_a_folder_of_photos(run, tmp_path):
+def test_a_folder_of_photos(random_run, tmp_path):
     """Of any sizes, in the order of their names, upright."""
     save(tmp_path / "b.png", picture(40, 60))
     save(tmp_path / "a" / "wide.jpg", picture(30, 90))
@@ -88,7 +78,7 @@ def test_a_folder_of_photos(run, tmp_path):
     lying.save(tmp_path / "c.png", exif=exif)
     (tmp_path / "notes.txt").write_text("no picture")
     assert [path.name for path in files_of(tmp_path)] == ["wide.jpg", "b.png", "c.png"]
-    model = ssl_dist.load(run, device="cpu")
+    model = ssl_dist.load(random_run, device="cpu")
     rows = model.embed(tmp_path, batch_size=2, progress=False)
     np.testing.assert_array_equal(rows[1], rows[2])
     torch.testing.assert_close(torch.from_numpy(rows[1:2]), model(picture(40, 60)))
@@ -102,16 +92,16 @@ def test_a_folder_of_photos(run, tmp_path):
         model.embed(tmp_path / "empty")
 
 
-def test_a_stage(run, pixels):
-    model, whole = ssl_dist.load(run, layer="layer2", device="cpu"), ssl_dist.load(run, device="cpu")
+def test_a_stage(random_run, pixels):
+    model, whole = ssl_dist.load(random_run, layer="layer2", device="cpu"), ssl_dist.load(random_run, device="cpu")
     with torch.no_grad():
         maps = whole.network.forward_stages(whole.transform(pixels[:4]))[1]["layer2"]
     torch.testing.assert_close(model(pixels[:4]), maps.mean((2, 3)))
     assert model.dim == maps.shape[1]
     with pytest.raises(UserError, match="did you mean 'layer2'"):
-        ssl_dist.load(run, layer="layr2")
+        ssl_dist.load(random_run, layer="layr2")
     with pytest.raises(UserError, match="layer = None"):
-        ssl_dist.load(run, layer=None)
+        ssl_dist.load(random_run, layer=None)
 
 
 def test_weights_of_others_and_their_usual_transform(tmp_path):
@@ -156,14 +146,14 @@ def test_weights_of_others_and_their_usual_transform(tmp_path):
         (Image.new("F", (4, 4)), "mode 'F' do not fit 8 bits"),
     ],
 )
-def test_what_is_no_image(run, images, message):
+def test_what_is_no_image(random_run, images, message):
     with pytest.raises(ValueError, match=message):
-        ssl_dist.load(run, device="cpu")(images)
+        ssl_dist.load(random_run, device="cpu")(images)
 
 
 @pytest.mark.parametrize("images", [None, 3, TensorDataset(torch.zeros(2, 3, 32, 32))])
-def test_what_gives_no_images(run, images):
+def test_what_gives_no_images(random_run, images):
     with pytest.raises(ValueError, match="give a folder, pictures, or a DataLoader"):
-        ssl_dist.load(run, device="cpu").embed(images)
+        ssl_dist.load(random_run, device="cpu").embed(images)
     with pytest.raises(ValueError, match=r"batch_size = 1\.5: give a whole number"):
-        ssl_dist.load(run, device="cpu").embed([], batch_size=1.5)
+        ssl_dist.load(random_run, device="cpu").embed([], batch_size=1.5)

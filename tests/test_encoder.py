@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_dist import backbones, config, methods
+from ssl_dist import backbones, methods
 from ssl_dist.data.readers import Dataset
 from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.distributed.world import World, one_process
@@ -32,22 +32,12 @@ from ssl_dist.storage.features import read_features, write_features
 from tests import ranks
 
 
-@pytest.fixture(scope="module")
-def run(digits, tmp_path_factory):
-    from ssl_dist.train.loop import train
-
-    run = tmp_path_factory.mktemp("runs") / "random"
-    overrides = [f"data.root={digits}", f"run_dir={run}", "data.reader=arrays"]
-    assert train(config.load("configs/digits/random_weights-conv4.yaml", overrides)) == 0
-    return run
-
-
 def source(digits, reader="arrays"):
     return Dataset(digits, reader=reader)
 
 
-def test_features_are_the_encoders_of_every_image_in_order(run, digits, tmp_path):
-    encoder = load_encoder(run)
+def test_features_are_the_encoders_of_every_image_in_order(random_run, digits, tmp_path):
+    encoder = load_encoder(random_run)
     path = extract_features(encoder, source(digits), "test", tmp_path, one_process(), threads=1)
     extracted = read_features(path)
     with Dataset(digits, reader="arrays").open("test") as reader:
@@ -64,8 +54,8 @@ def test_features_are_the_encoders_of_every_image_in_order(run, digits, tmp_path
     assert json.loads(extracted.metadata["classes"]) == [str(n) for n in range(10)]
 
 
-def test_the_resize_of_evaluation_reaches_the_features_and_their_file(run, digits, tmp_path):
-    encoder, read = load_encoder(run), {}
+def test_the_resize_of_evaluation_reaches_the_features_and_their_file(random_run, digits, tmp_path):
+    encoder, read = load_encoder(random_run), {}
     for interpolation in ("bilinear", "bicubic"):
         data = encoder.config.data.model_copy(update={"eval_resize": 40, "eval_interpolation": interpolation})
         other = replace(encoder, config=encoder.config.model_copy(update={"data": data}))
@@ -98,23 +88,23 @@ def test_ranks_share_whole_batches(size, count):
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_any_world_size_writes_the_same_file(run, digits, tmp_path, size):
+def test_any_world_size_writes_the_same_file(random_run, digits, tmp_path, size):
     """To the bit: two batches of 256, so that the third rank has none."""
     torch.set_num_threads(1)  # as many as each rank; conftest.py puts the number back
-    alone = extract_features(load_encoder(run), source(digits), "test", tmp_path / "a", one_process(), 1)
+    alone = extract_features(load_encoder(random_run), source(digits), "test", tmp_path / "a", one_process(), 1)
     assert read_features(alone).features.shape[0] % 7, "the count should not divide evenly"
     (tmp_path / "b").mkdir()
     for name in ("digits-test.safetensors", "digits-test.part-0", "digits-test.part-7"):
         (tmp_path / "b" / f".{name}.01234567.tmp").write_bytes(b"left by an extraction that was killed")
-    ranks.launch(in_ranks, size, tmp_path, run, tmp_path / "b", "test")
+    ranks.launch(in_ranks, size, tmp_path, random_run, tmp_path / "b", "test")
     a, b = read_features(alone), read_features(tmp_path / "b" / alone.name)
     assert np.array_equal(a.features, b.features)
     assert np.array_equal(a.labels, b.labels) and a.metadata == b.metadata
     assert [p.name for p in (tmp_path / "b").iterdir()] == [alone.name], "no part is left behind"
 
 
-def test_parts_of_killed_processes_are_removed_and_those_of_running_ones_are_not(run, digits, tmp_path):
-    encoder = load_encoder(run)
+def test_parts_of_killed_processes_are_removed_and_those_of_running_ones_are_not(random_run, digits, tmp_path):
+    encoder = load_encoder(random_run)
     path = features_path(tmp_path, source(digits), "test")
     dead = [tmp_path / ".digits-test.part-1.01234567.tmp", tmp_path / ".digits-test.safetensors.89abcdef.tmp"]
     for file in dead:
@@ -126,16 +116,16 @@ def test_parts_of_killed_processes_are_removed_and_those_of_running_ones_are_not
     assert os.listdir(tmp_path) == [path.name]
 
 
-def test_a_folder_that_cannot_be_made_is_refused_before_the_work(run, digits, tmp_path):
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(random_run, digits, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=f"{tmp_path}/file/f: cannot be written: .*give another --out"):
-        extract_features(load_encoder(run), source(digits), "test", tmp_path / "file" / "f", one_process(), 1)
+        extract_features(load_encoder(random_run), source(digits), "test", tmp_path / "file" / "f", one_process(), 1)
 
 
-def test_the_sha256_is_of_the_bytes_that_were_loaded(run, tmp_path, monkeypatch):
+def test_the_sha256_is_of_the_bytes_that_were_loaded(random_run, tmp_path, monkeypatch):
     """Also when a training prunes the checkpoint between the check and the load."""
     copy = tmp_path / "run"
-    shutil.copytree(run, copy)
+    shutil.copytree(random_run, copy)
     path = checkpoint.newest(copy)
     expected = hashlib.sha256(path.read_bytes()).hexdigest()
     assert load_encoder(path).sha256 == expected
@@ -145,8 +135,8 @@ def test_the_sha256_is_of_the_bytes_that_were_loaded(run, tmp_path, monkeypatch)
 
 
 @pytest.mark.requires_ffcv
-def test_readers_agree(run, digits, tmp_path):
-    encoder = load_encoder(run)
+def test_readers_agree(random_run, digits, tmp_path):
+    encoder = load_encoder(random_run)
     files = [
         extract_features(encoder, source(digits, reader), "test", tmp_path / reader, one_process(), threads)
         for reader, threads in (("arrays", 1), ("ffcv", 2))
@@ -154,8 +144,8 @@ def test_readers_agree(run, digits, tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_freshness(run, digits, tmp_path):
-    encoder = load_encoder(run)
+def test_freshness(random_run, digits, tmp_path):
+    encoder = load_encoder(random_run)
     path = features_path(tmp_path, source(digits), "test")
 
     def fresh(encoder=encoder):
