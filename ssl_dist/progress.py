@@ -18,7 +18,8 @@ class Progress:
 
     def __init__(self, title: str, total: int, unit: str, quiet: bool = False, done: int = 0):
         self.title, self.total, self.unit, self.quiet = title, total, unit, quiet
-        self._terminal = sys.stderr.isatty() or "ipykernel" in sys.modules  # a notebook draws a line anew, too
+        in_notebook = type(sys.stderr).__module__ == "ipykernel.iostream"  # which draws a line anew, too
+        self._terminal = sys.stderr.isatty() or in_notebook
         self._first = self._done = done
         self._start = self._last_line = time.perf_counter()
         self._values = ""

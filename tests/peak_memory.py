@@ -21,6 +21,9 @@ def run(script: str, *arguments: str) -> str:
 
 
 def peak_mib(call: Callable[[], object]) -> float:
+    """Pages of a mapped file count as well. A kernel that keeps a file in large folios (Linux 6.18) maps one whole when
+    a byte of it is read: up to some MiB that no budget of ours knows of, by how the file came into its cache.
+    """
     with open("/proc/self/clear_refs", "w") as peak:
         peak.write("5")  # forgets the peak so far
     before = _mib("VmRSS")

@@ -213,4 +213,4 @@ def test_memory_is_bounded_by_the_budget_on_a_mapped_file(tmp_path, arithmetic):
     for path, count in zip(paths, (64_000, 200), strict=True):  # 62 MiB, and cosines of 49 MiB
         ids = np.arange(count)
         write_features(path, np.resize(tile, (count, 256)), ids % 10, ids, metadata)
-    assert float(peak_memory.run(MEMORY, *paths, arithmetic)) < 12
+    assert float(peak_memory.run(MEMORY, *paths, arithmetic)) < 24  # a budget of 16, and folios
