@@ -39,6 +39,9 @@ EXTRAS = {
     # Backbones by the name timm/<name>, and weights by the names hf:// and timm:; timm brings huggingface_hub.
     "timm": ["timm>=1.0.9,<2", "huggingface_hub>=0.26,<3"],
     "triton": ["triton>=3.2,<4"],  # the relation head on GPUs; torch's CUDA builds bring it, in the version that fits
+    # Images of C channels in TIFF, of which Pillow reads one page of RGB; imagecodecs unpacks LZW and the like there.
+    # An extra: the other formats (npy, PNG, JPEG) need neither.
+    "tiff": ["tifffile>=2024.8.30", "imagecodecs>=2024.6.1"],
     "test": [
         "pytest>=8,<9.2",  # with 9.2, pytest-xdist 3.8 spreads the tests of a group over all workers
         "pytest-timeout>=2.3,<3",  # a rank that hangs fails its test instead of stopping the whole run
@@ -47,6 +50,7 @@ EXTRAS = {
         "hypothesis>=6.100,<7",  # property tests of the index arithmetic, keys and data plan
         "nbclient>=0.10,<1",  # executes the notebook
         "ipykernel>=6.29,<8",  # what executes it
+        "tifffile>=2024.8.30",  # writes the TIFF files of the tests
         "ruff>=0.9,<1",  # linter and formatter; part of the test command
         "mypy>=1.15,<3",  # type checker; part of the test command
         "types-PyYAML",  # the types of yaml, for mypy

@@ -2,8 +2,11 @@
 
 import io
 import pickle
+import struct
+import zlib
 
 import numpy as np
+import tifffile
 from PIL import Image
 
 TALL, WIDE = (150, 70), (90, 200)  # height, width
@@ -126,3 +129,21 @@ def stl10_files(root):
         splits[split] = pixels, labels
     (folder / "class_names.txt").write_text("\n".join(f"class{i}" for i in range(10)))
     return splits
+
+
+def png16(pixels):
+    """A PNG file of uint16 [H, W] or [H, W, C], which Pillow writes of gray only."""
+    height, width = pixels.shape[:2]
+    color = {1: 0, 2: 4, 3: 2, 4: 6}[pixels[0, 0].size]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, color, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    written = (struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(written)
+
+
+def tiff(pixels, **options):
+    """A TIFF file as tifffile writes it."""
+    file = io.BytesIO()
+    tifffile.imwrite(file, pixels, **options)
+    return file.getvalue()

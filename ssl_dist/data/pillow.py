@@ -6,7 +6,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from ssl_dist.errors import quoted
 
@@ -45,12 +45,43 @@ class UnfitImage(ValueError):
 
 
 def open_picture(file: Path | BytesIO) -> Image.Image:
-    """Pillow's open of a file, whatever its name, but for PostScript, with which Pillow starts Ghostscript. Raises one
-    of `DAMAGED_IMAGE_ERRORS`."""
+    """Pillow's open of a file, whatever its name, but for PostScript, with which Pillow starts Ghostscript, and for one
+    of which Pillow would drop bits, samples or pages without a word. Raises one of `DAMAGED_IMAGE_ERRORS`, `UnfitImage`
+    for such a one."""
     image = Image.open(file)
     if image.format == "EPS":
         raise OSError("PostScript, a program that Ghostscript would run")
+    _refuse_deep(image)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        samples, shown = image.tag_v2.get(TiffImagePlugin.SAMPLESPERPIXEL, 1), len(image.getbands())
+        if samples > shown:
+            raise UnfitImage(f"has {samples} samples a pixel, not the {shown} of {image.mode}; save it as an RGB image")
+        if (pages := _num_pages(image)) > 1:
+            raise UnfitImage(f"has {pages} pages; save each as an image")
     return image
+
+
+def _refuse_deep(image: Image.Image) -> None:
+    """Raises `UnfitImage` for a picture whose 16 bits a channel Pillow cuts to 8. Of one that is decoded only TIFF
+    tells."""
+    arguments = [tile.args if isinstance(tile.args, tuple) else (tile.args,) for tile in getattr(image, "tile", ())]
+    depth = max((bits for each in arguments for bits in each[1:2] if image.format == "PPM"), default=0).bit_length()
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        depth = max(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (8,)))
+    elif any(str(each[0]).endswith((";16B", ";16")) for each in arguments):
+        depth = 16
+    if depth > 8:
+        raise UnfitImage(f"has {depth} bits a channel; save it with 8 bits a channel")
+
+
+def _num_pages(image: TiffImagePlugin.TiffImageFile) -> int:
+    """Without those that are small copies of others or masks."""
+    count = 0
+    for page in range(image.n_frames):
+        image.seek(page)
+        count += not image.tag_v2.get(254, 0) & 5  # NewSubfileType
+    image.seek(0)
+    return count
 
 
 def reason_of(error: Exception) -> str:
@@ -71,6 +102,7 @@ def turn_of(image: Image.Image) -> Image.Transpose | None:
 
 def of_8_bits(image: Image.Image) -> Image.Image:
     """The picture itself. Raises `UnfitImage` for one that RGB would clip."""
+    _refuse_deep(image)
     if image.mode not in CONVERTIBLE_MODES:
         raise UnfitImage(f"pixels of mode {quoted(image.mode)} do not fit 8 bits; save it with 8 bits a channel")
     return image
