@@ -51,6 +51,8 @@ EXTRAS = {
         "nbclient>=0.10,<1",  # executes the notebook
         "ipykernel>=6.29,<8",  # what executes it
         "tifffile>=2024.8.30",  # writes the TIFF files of the tests
+        "wandb>=0.19,<1",  # tools/to_wandb.py; what it writes offline is read back
+        "mlflow-skinny>=3,<4",  # tools/to_mlflow.py, with runs in files and without a server
         "ruff>=0.9,<1",  # linter and formatter; part of the test command
         "mypy>=1.15,<3",  # type checker; part of the test command
         "types-PyYAML",  # the types of yaml, for mypy

@@ -17,6 +17,8 @@ TESTED_ELSEWHERE = {
     "list_ids": "test_list_ids.py",
     "paper_row": "test_paper_row.py",
     "scaling": "test_project_files.py",
+    "to_mlflow": "test_trackers.py",
+    "to_wandb": "test_trackers.py",
 }
 SMALLEST_INPUTS = {  # arguments, and how a line of the table begins that must hold figures above 0
     "bench_knn": (
