@@ -277,8 +277,9 @@ def test_infomax_loss(case, dtype):
     method = build_infomax(nn.Identity(), y.shape[1], maps.shape[1], weights)
     method.load_state_dict(networks(f"dim/{case}/spec"))
     method.to(TYPES[dtype])
-    terms = method.terms(y, y.roll(1, 0), maps, array("dim/prior_sample", dtype=TYPES[dtype]))
-    loss = method.weighted(terms)
+    nets = infomax.Networks(method.global_net, method.local_net, method.prior_net)
+    drawn = array("dim/prior_sample", dtype=TYPES[dtype])
+    loss, terms = infomax.weighted_terms(nets, method.options, y, y.roll(1, 0), maps, drawn)
     loss.backward()
     tolerance, prefix = {"f64": 1e-9, "f32": 1e-5}[dtype], f"dim/{case}/{dtype}"
     close(loss, f"{prefix}/loss", tolerance)

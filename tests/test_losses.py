@@ -13,6 +13,7 @@ from tests import ranks
 
 NUM_IMAGES, DIM = 6, 5
 LABELS = torch.tensor([0, 1, -1, 1, 1, -1])
+MAPS = torch.randn(NUM_IMAGES, 4, 18, 18, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 def views(number, seed=0, dtype=torch.float64):
@@ -92,6 +93,57 @@ def test_relic_of_two_views():
     torch.testing.assert_close(values, sum(pairs) / 2 + alpha * sum(kl) / 2)
 
 
+def slow_infomax(module, y, maps, drawn):
+    """Pairs one by one: place by place of the map, and as a whole."""
+    local = other = 0.0
+    for b in range(len(y)):
+        for place in maps[b].flatten(1).T:
+            for sign, feature in ((-1, y[b]), (1, y[b - 1])):
+                hidden = torch.cat([place, feature])
+                for layer in (module.local_net.l0, module.local_net.l1):
+                    hidden = layer(hidden).relu()
+                local += F.softplus(sign * module.local_net.l2(hidden))
+        of_map = module.global_net.c1(module.global_net.c0(maps[b : b + 1]).relu())
+        for sign, feature in ((-1, y[b]), (1, y[b - 1])):
+            hidden = torch.cat([feature, module.global_net.pool(of_map).flatten()])
+            for layer in (module.global_net.l0, module.global_net.l1):
+                hidden = layer(hidden).relu()
+            other += F.softplus(sign * module.global_net.l2(hidden))
+    prior = -(module.prior_net(drawn).sigmoid().log() + (1 - module.prior_net(y).sigmoid()).log()).mean()
+    return 0.5 * other / len(y) + local / maps[:, 0].numel() + 0.1 * prior
+
+
+def infomax():
+    torch.manual_seed(0)
+    return losses.DeepInfoMax(DIM, 4, alpha=0.5, hidden=7).double()
+
+
+def test_infomax_of_maps():
+    y, drawn = views(2)
+    torch.testing.assert_close(infomax()(y, MAPS, drawn), slow_infomax(infomax(), y, MAPS, drawn)[0])
+
+
+def test_deepcluster_is_as_if_clusters_were_drawn_equally_often():
+    logits, labels, sizes = views(1)[0], LABELS.clamp(min=0), torch.tensor([6, 1, 0, 1, 2])
+    weights = [1 - sizes[label] / 10 for label in labels]
+    per_image = [-F.log_softmax(row, 0)[label] for row, label in zip(logits, labels, strict=True)]
+    expected = sum(w * loss for w, loss in zip(weights, per_image, strict=True)) / sum(weights)
+    torch.testing.assert_close(losses.deepcluster(logits, labels, sizes), expected)
+    expected = F.cross_entropy(logits, labels)
+    torch.testing.assert_close(losses.deepcluster(logits, labels, torch.full((DIM,), 9)), expected)
+
+
+def test_sela_gives_labels_of_equal_size_and_learns_them():
+    scores = views(1, seed=3)[0].repeat(10, 1)[:, :3] + torch.tensor([5.0, 0.0, -5.0])  # by argmax nearly all are 0
+    before = scores.clone()
+    labels = losses.sela_labels(scores, tolerance=1e-3)
+    assert torch.equal(scores, before) and labels.bincount(minlength=3).tolist() == [20, 20, 20]
+    two = torch.stack([scores, -scores])
+    expected = (F.cross_entropy(scores, labels) + F.cross_entropy(-scores, labels.flip(0))) / 2
+    torch.testing.assert_close(losses.sela(two, torch.stack([labels, labels.flip(0)])), expected)
+    torch.testing.assert_close(losses.sela([scores], [labels]), F.cross_entropy(scores, labels))
+
+
 @pytest.mark.parametrize(
     ("module", "number"),
     [
@@ -119,6 +171,10 @@ ALL = {  # of views and labels
     "relic": lambda z, _: losses.relic(z[:2], z[:2].detach()),
     "relational": lambda z, _: losses.relational(z, head()),
     "labelled": lambda z, labels: losses.relational(z, head(), labels=labels),
+    "infomax": lambda z, labels: infomax()(z[0], z[1][:, :4, None, None].expand(-1, -1, 18, 18), z[2].detach()),
+    "deepcluster": lambda z, labels: losses.deepcluster(z[0], labels.clamp(min=0), torch.arange(1, DIM + 1)),
+    "sela": lambda z, labels: losses.sela(z, labels.clamp(min=0).expand(3, -1)),
+    "sela_labels": lambda z, labels: (losses.sela_labels(z[0], lamb=2.0) * z[1, :, 0]).mean(),
 }
 
 
@@ -172,6 +228,17 @@ def test_ranks_compute_the_loss_of_their_common_batch(tmp_path):
         (lambda z: losses.sfrik(z[..., :1]), "2 dimensions or more"),
         (lambda z: losses.relational(z, head(), gamma="a"), "gamma = 'a'"),
         (lambda z: losses.relational(z, head(), labels=[0] * 6), "labels are list: give a tensor of whole numbers"),
+        (lambda z: infomax()(z[0], MAPS[:2]), r"features \[6, 5\] and maps \[2, 4, 18, 18\]: give \[B, D\]"),
+        (lambda z: infomax()(z[0, :1], MAPS[:1]), "one image has no other"),
+        (lambda z: losses.DeepInfoMax(5, 4, beta=-1.0), "beta = -1.0"),
+        (lambda z: losses.DeepInfoMax(5, 4, beta=0.0, gamma=0.0), "every term is left out"),
+        (lambda z: losses.deepcluster(z[0], LABELS, torch.ones(5)), "labels go from -1 to 1: give 0 to 4"),
+        (lambda z: losses.deepcluster(z[0], LABELS.clamp(min=0), torch.ones(4)), r"sizes are torch.float32 \[4\]"),
+        (lambda z: losses.sela(z, LABELS[None]), "labels of 1 heads are not those of 3"),
+        (lambda z: losses.sela(z[:1], LABELS[None].double()), r"labels are torch.float64 \[6\]: give int64 \[6\]"),
+        (lambda z: losses.sela(z[0], [LABELS] * 6), r"give \[B, K\] of each head"),
+        (lambda z: losses.sela_labels(z), r"scores are torch.float64 \[3, 6, 5\]"),
+        (lambda z: losses.sela_labels(z[0, :4]), "4 images cannot fill 5 clusters"),
     ],
 )
 def test_wrong_shapes_are_said(call, message):

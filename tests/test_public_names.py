@@ -11,8 +11,8 @@ PUBLIC = {
     "Embedder": ["device", "embed", "forward", "transform"],
     "Features": ["classes", "dim", "features", "read", "rows", "subset", "take", "write"],
     "losses": [
-        "AlignUniform", "NTXent", "ReLIC", "RelationModule", "Relational", "SFRIK", "VICReg", "align_uniform",
-        "nt_xent", "relational", "relic", "sfrik", "vicreg",
+        "AlignUniform", "DeepInfoMax", "NTXent", "ReLIC", "RelationModule", "Relational", "SFRIK", "VICReg",
+        "align_uniform", "deepcluster", "nt_xent", "relational", "relic", "sela", "sela_labels", "sfrik", "vicreg",
     ],
     "MultiView": ["batch", "over", "set_epoch"],
     "Run": ["evaluate", "metrics", "plot", "report", "results", "step"],

@@ -6,7 +6,7 @@ draws of a uniform prior.
 """
 
 from functools import reduce
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -116,6 +116,40 @@ class PriorNet(nn.Module):
         return self.l2(F.relu(self.l1(F.relu(self.l0(y_BD)))))
 
 
+class Networks(NamedTuple):
+    """Of the terms that have a weight: another network would be parameters without gradients."""
+
+    global_net: GlobalNet | None
+    local_net: LocalNet | None
+    prior_net: PriorNet | None
+
+
+def networks(feature_dim: int, channels: int, options: Options) -> Networks:
+    return Networks(
+        GlobalNet(feature_dim, channels, options.hidden) if options.alpha else None,
+        LocalNet(feature_dim, channels, options.hidden) if options.beta else None,
+        PriorNet(feature_dim) if options.gamma else None,
+    )
+
+
+def weighted_terms(
+    nets: Networks, options: Options, y_BD: Tensor, y_before_BD: Tensor, maps_BCHW: Tensor, drawn_BD: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss, and its terms by name before they are weighted: means over these images. y_before: the features of
+    another image than the map's; drawn: from the prior."""
+    y_B2D = torch.stack([y_BD, y_before_BD], 1)
+    terms, weights = {}, {"global": options.alpha, "local": options.beta, "prior": options.gamma}
+    if nets.global_net is not None:
+        terms["global"] = jensen_shannon(nets.global_net(maps_BCHW, y_B2D))
+    if nets.local_net is not None:
+        terms["local"] = jensen_shannon(nets.local_net(maps_BCHW, y_B2D))
+    if nets.prior_net is not None:
+        # Twice its constant copy minus y: the value of y, the opposite gradient.
+        encoded = y_BD if options.prior == "cooperative" else 2 * y_BD.detach() - y_BD
+        terms["prior"] = prior_matching(nets.prior_net(drawn_BD), nets.prior_net(encoded))
+    return reduce(torch.add, (weights[name] * term for name, term in terms.items())), terms
+
+
 # ---------------------------------------------------------------------------------------------------- method
 
 
@@ -134,10 +168,7 @@ class Method(SSLMethod[Options]):
             raise UserError("method.options.beta = 0: every term is left out; give alpha, beta or gamma a weight")
         # The first map, as in the official code of relational reasoning.
         self.stage, channels = next(iter(info.stages.items()))
-        # A network whose weight is 0 would be parameters without gradients.
-        self.global_net = GlobalNet(info.feature_dim, channels, options.hidden) if options.alpha else None
-        self.local_net = LocalNet(info.feature_dim, channels, options.hidden) if options.beta else None
-        self.prior_net = PriorNet(info.feature_dim) if options.gamma else None
+        self.global_net, self.local_net, self.prior_net = networks(info.feature_dim, channels, options)
 
     def explain(self, world_size: int, device: str) -> dict[str, str]:
         options, num_pairs = self.options, self.info.batch_size
@@ -163,28 +194,12 @@ class Method(SSLMethod[Options]):
         with self.keyed(batch, batch.view_ids[0]):
             y, maps = self.backbone.forward_stages(batch.views[0][0])
         y = at_least_float32(y)
-        terms = self.terms(y, self.of_image_before(y, batch, world), maps[self.stage], self.drawn(batch, y))
+        nets = Networks(self.global_net, self.local_net, self.prior_net)
+        before = self.of_image_before(y, batch, world)
+        # Ranks hold equally many images, so the mean of their means is that of the global batch.
+        loss, terms = weighted_terms(nets, self.options, y, before, maps[self.stage], self.drawn(batch, y))
         metrics = {f"loss_{name}": world.all_reduce_mean(term.detach()) for name, term in terms.items()}
-        return Output(self.weighted(terms), metrics, representations=world.gather_images(y.detach()))
-
-    def terms(self, y_BD: Tensor, y_before_BD: Tensor, maps_BCHW: Tensor, drawn_BD: Tensor) -> dict[str, Tensor]:
-        """The terms of the loss that have a weight, by name: means over this rank's images, which are equally many on
-        every rank."""
-        y_B2D = torch.stack([y_BD, y_before_BD], 1)
-        terms = {}
-        if self.global_net is not None:
-            terms["global"] = jensen_shannon(self.global_net(maps_BCHW, y_B2D))
-        if self.local_net is not None:
-            terms["local"] = jensen_shannon(self.local_net(maps_BCHW, y_B2D))
-        if self.prior_net is not None:
-            # Twice its constant copy minus y: the value of y, the opposite gradient.
-            encoded = y_BD if self.options.prior == "cooperative" else 2 * y_BD.detach() - y_BD
-            terms["prior"] = prior_matching(self.prior_net(drawn_BD), self.prior_net(encoded))
-        return terms
-
-    def weighted(self, terms: dict[str, Tensor]) -> Tensor:
-        weights = {"global": self.options.alpha, "local": self.options.beta, "prior": self.options.gamma}
-        return reduce(torch.add, (weights[name] * term for name, term in terms.items()))
+        return Output(loss, metrics, representations=world.gather_images(y.detach()))
 
     def of_image_before(self, y_BD: Tensor, batch: Batch, world: World) -> Tensor:
         """The features of the image before each one in the global batch, the last before the first.

@@ -1,29 +1,20 @@
-"""The losses of the methods on plain embeddings, for a training loop of one's own: functions, and modules of them.
-
-    from ssl_dist import losses
-    loss = losses.nt_xent(z1, z2, temperature=0.2)           # each [B, D], row i of both from image i
-
-Views are embeddings [B, D] of B images in one order, floating point; half precision is raised to float32. A loss is a
-scalar with gradient; a wrong shape is a `ValueError` that says the shapes.
-
-Over several ranks (an initialised process group) the images of all ranks are one batch: give each rank its own B
-images, the same number on every rank, and let DistributedDataParallel average the gradients; they are those of one
-process that holds the whole batch. The mean over the ranks of the loss is its loss.
-"""
+"""The losses as functions."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_dist.config import validate
 from ssl_dist.config.section import AnySection
 from ssl_dist.distributed.world import World, joined
-from ssl_dist.kernels import relation
+from ssl_dist.kernels import relation, sinkhorn
 from ssl_dist.methods import align_uniform as _align_uniform
+from ssl_dist.methods import deepcluster as _deepcluster
 from ssl_dist.methods import relational as _relational
 from ssl_dist.methods import relic as _relic
+from ssl_dist.methods import sela as _sela
 from ssl_dist.methods import sfrik as _sfrik
 from ssl_dist.methods import simclr as _simclr
 from ssl_dist.methods import vicreg as _vicreg
@@ -32,22 +23,6 @@ from ssl_dist.nn.layers import at_least_float32, full_precision
 
 Views = Sequence[Tensor] | Tensor
 Kind = Literal["nt_xent", "log_of_mean"]
-
-__all__ = [
-    "SFRIK",
-    "AlignUniform",
-    "NTXent",
-    "ReLIC",
-    "RelationModule",
-    "Relational",
-    "VICReg",
-    "align_uniform",
-    "nt_xent",
-    "relational",
-    "relic",
-    "sfrik",
-    "vicreg",
-]
 
 
 def nt_xent(
@@ -176,93 +151,43 @@ def relational(
     return world.scale_for_ddp_mean(share)
 
 
-# ---------------------------------------------------------------------------------------------------- modules
+def deepcluster(logits: Tensor, labels: Tensor, sizes: Tensor, world: World | None = None) -> Tensor:
+    """DeepCluster's cross-entropy (Caron et al. 2018) of logits [B, K] with clusters int64 [B], in which an image of a
+    cluster of n of the N images weighs 1 - n / N: as if each were drawn equally often. sizes: n of all images [K]."""
+    [(logits_BK, labels_B)] = _labelled([logits], [labels])
+    if not isinstance(sizes, Tensor) or sizes.shape != logits_BK.shape[1:] or sizes.sum() <= 0 or (sizes < 0).any():
+        raise ValueError(
+            f"sizes are {_given(sizes)}: give the number of images of each of {logits_BK.shape[1]} clusters"
+        )
+    weight_K = (1 - sizes.double() / sizes.sum()).to(logits_BK)
+    world = world or joined(logits_BK.device)
+    with full_precision(logits_BK.device):
+        loss_share, weight_share = _deepcluster.weighted_cross_entropy(logits_BK, labels_B, weight_K)
+    return world.scale_for_ddp_mean(loss_share / world.all_reduce_sum(weight_share))
 
 
-class NTXent(nn.Module):
-    """See `nt_xent`."""
-
-    def __init__(self, temperature: float = 0.5, kind: Kind = "nt_xent"):
-        super().__init__()
-        self.temperature, self.kind = temperature, kind
-
-    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-        return nt_xent(z1, z2, self.temperature, self.kind)
+def sela(logits: Views, labels: Views) -> Tensor:
+    """SeLa's cross-entropy (Asano et al. 2020, equation 2): the mean over H heads of logits [H, B, K] with labels of
+    their own, int64 [H, B], by `sela_labels`."""
+    pairs = _labelled(logits, labels)
+    with full_precision(pairs[0][0].device):
+        return _sela.heads_loss([z for z, _ in pairs], torch.stack([y for _, y in pairs])).mean()
 
 
-class VICReg(nn.Module):
-    """See `vicreg`."""
-
-    def __init__(self, sim_coeff: float = 25.0, std_coeff: float = 25.0, cov_coeff: float = 1.0):
-        super().__init__()
-        self.coefficients = sim_coeff, std_coeff, cov_coeff
-
-    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-        return vicreg(z1, z2, *self.coefficients)
-
-
-class AlignUniform(nn.Module):
-    """See `align_uniform`."""
-
-    def __init__(self, sim_coeff: float = 3000.0, unif_coeff: float = 1.0, scale: float = 2.5):
-        super().__init__()
-        self.numbers = sim_coeff, unif_coeff, scale
-
-    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-        return align_uniform(z1, z2, *self.numbers)
-
-
-class SFRIK(nn.Module):
-    """See `sfrik`."""
-
-    def __init__(
-        self,
-        sim_coeff: float = 4000.0,
-        mmd_coeff: float = 1.0,
-        weights: Sequence[float] = (1.0, 40.0, 40.0),
-        general: Sequence[int] = (0,),
-        reg_small: bool = True,
-    ):
-        super().__init__()
-        self.numbers = sim_coeff, mmd_coeff, tuple(weights), tuple(general), reg_small
-
-    def forward(self, views: Views) -> Tensor:
-        return sfrik(views, *self.numbers)
-
-
-class ReLIC(nn.Module):
-    """See `relic`; factor and bias of the logits are parameters of this module."""
-
-    def __init__(self, options: _relic.Options | None = None):
-        super().__init__()
-        self.options = options or _relic.Options()
-        log_tau, self.max_tau, bias = _relic.initial_logits(self.options)
-        learnt = self.options.learn_temperature
-        self.log_tau = nn.Parameter(torch.tensor(log_tau), requires_grad=learnt)
-        self.bias = nn.Parameter(torch.tensor(bias), requires_grad=learnt)
-
-    def forward(self, online: Views, target: Views) -> Tensor:
-        return relic(online, target, self.log_tau, self.bias, self.max_tau, self.options)
-
-
-class Relational(nn.Module):
-    """See `relational`; the relation head, for representations of `feature_dim`, is a part of this module."""
-
-    def __init__(
-        self,
-        feature_dim: int,
-        hidden: int = 256,
-        aggregation: Literal["cat", "sum", "mean", "max"] = "cat",
-        gamma: float = 2.0,
-        alpha: float | None = 0.5,
-    ):
-        super().__init__()
-        options = _options(_relational.Options, hidden=hidden, aggregation=aggregation, gamma=gamma, alpha=alpha)
-        self.gamma, self.alpha = options.gamma, options.alpha
-        self.head = RelationModule(feature_dim, options.hidden, options.aggregation)
-
-    def forward(self, views: Views, labels: Tensor | None = None) -> Tensor:
-        return relational(views, self.head, self.gamma, self.alpha, labels)
+def sela_labels(scores: Tensor, lamb: float = 25.0, tolerance: float = 0.1, world: World | None = None) -> Tensor:
+    """Labels int64 [n] of images by the scores [n, K] of a head of SeLa: the optimal transport to K clusters of equal
+    size (equations 4 to 8), by Sinkhorn-Knopp in float64. Give the scores of all images of the data set, over several
+    ranks each its part. `tolerance`: of the error, a sum over all images. Raises `Fault` for scores that are not
+    finite."""
+    if not isinstance(scores, Tensor) or scores.ndim != 2 or not scores.is_floating_point() or scores.shape[1] < 2:
+        raise ValueError(f"scores are {_given(scores)}: give [n, K], in floating point, of 2 clusters or more")
+    options = _options(_sela.Options, lamb=lamb, tolerance=tolerance)
+    world = world or joined(scores.device)
+    num_rows = int(world.all_reduce_sum(torch.tensor(len(scores), device=scores.device)))
+    if num_rows < scores.shape[1]:
+        raise ValueError(f"scores are {_given(scores)}: {num_rows} images cannot fill {scores.shape[1]} clusters")
+    scores = scores.detach().to(torch.float64, copy=True)  # they are overwritten
+    return sinkhorn.sinkhorn_knopp(scores, num_rows, options.lamb, options.tolerance, world, "of the labels").labels
 
 
 # ---------------------------------------------------------------------------------------------------- views
@@ -293,6 +218,20 @@ def _gathered(views: Views, world: World | None, number: int | None = None, leas
     return world.gather_views(z_KBD), world
 
 
+def _labelled(logits: Views, labels: Views) -> list[tuple[Tensor, Tensor]]:
+    """Heads and their labels, logits at least float32. Raises `ValueError`."""
+    if not all(isinstance(z, Tensor) and z.ndim == 2 and z.is_floating_point() for z in logits) or not len(logits):
+        raise ValueError(f"logits are {', '.join(map(_given, logits))}: give [B, K] of each head, in floating point")
+    if len(labels) != len(logits):
+        raise ValueError(f"labels of {len(labels)} heads are not those of {len(logits)}")
+    for z, y in zip(logits, labels, strict=True):
+        if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != z.shape[:1]:
+            raise ValueError(f"labels are {_given(y)}: give int64 {list(z.shape[:1])}")
+        if len(y) and not 0 <= int(y.min()) <= int(y.max()) < z.shape[1]:
+            raise ValueError(f"labels go from {int(y.min())} to {int(y.max())}: give 0 to {z.shape[1] - 1}")
+    return [(at_least_float32(z), y) for z, y in zip(logits, labels, strict=True)]
+
+
 def _options(section: type[AnySection], **given: Any) -> AnySection:
     """Raises `UserError`, which is a `ValueError`, of one line."""
     return validate(section, given)
@@ -312,3 +251,7 @@ def _text(views: Views) -> str:
     if isinstance(views, Tensor):
         return str(list(views.shape))
     return " and ".join(str(list(view.shape)) for view in views)
+
+
+def _given(value: object) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
