@@ -42,6 +42,7 @@ EXTRAS = {
     # Images of C channels in TIFF, of which Pillow reads one page of RGB; imagecodecs unpacks LZW and the like there.
     # An extra: the other formats (npy, PNG, JPEG) need neither.
     "tiff": ["tifffile>=2024.8.30", "imagecodecs>=2024.6.1"],
+    "parquet": ["pyarrow>=16,<27"],  # `convert parquet` and `convert huggingface`: reads both kinds of tables
     "test": [
         "pytest>=8,<9.2",  # with 9.2, pytest-xdist 3.8 spreads the tests of a group over all workers
         "pytest-timeout>=2.3,<3",  # a rank that hangs fails its test instead of stopping the whole run
@@ -50,6 +51,8 @@ EXTRAS = {
         "hypothesis>=6.100,<7",  # property tests of the index arithmetic, keys and data plan
         "nbclient>=0.10,<1",  # executes the notebook
         "ipykernel>=6.29,<8",  # what executes it
+        "datasets>=3,<6",  # writes tables as the Hugging Face hub has them, to be converted; brings pyarrow
+        "webdataset>=0.2.100,<2",  # writes shards, to be converted
         "tifffile>=2024.8.30",  # writes the TIFF files of the tests
         "wandb>=0.19,<1",  # tools/to_wandb.py; what it writes offline is read back
         "mlflow-skinny>=3,<4",  # tools/to_mlflow.py, with runs in files and without a server

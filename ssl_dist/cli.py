@@ -53,23 +53,22 @@ def _plugged(args: argparse.Namespace) -> list[str]:
     argument(
         "dataset",
         "cifar10, cifar100, supercifar100, stl10, svhn, tiny-imagenet, slimagenet64, imagenet, food101, flowers102, "
-        "pets, aircraft, cars, dtd, eurosat, digits, or folder for images of your own in <split>/<class>/",
+        "pets, aircraft, cars, dtd, eurosat, digits; of your own: folder (<split>/<class>/), webdataset (tar shards), "
+        "parquet, huggingface (what datasets saved)",
     ),
-    argument("--root", "where the images are (CIFAR, STL-10 and SVHN are downloaded there)", type=home_path),
+    argument("--root", "where the images are; of shards also a pattern: 'train-{000..127}.tar'", type=home_path),
     argument("--out", "where to write; becomes data.root (default data/<dataset>)", type=home_path),
-    argument("--name", "name of a folder's data set (default: of ROOT); a catalog name brings its facts along"),
+    argument("--name", "name of images of your own (default: of ROOT); a catalog name brings its facts along"),
+    argument("--image-key", "suffix of the images in webdataset; their column in parquet and huggingface"),
+    argument("--label-key", "of labels in .json, not .cls, in webdataset; their column in parquet and huggingface"),
     argument("--max-side", "longer images are shrunk to this many pixels (default: catalog)", type=int),
     argument("--max-pixels", "largest picture that is read (default 178956970)", type=int),
     argument("--workers", "threads that encode (default: all cores)", type=int),
-    argument(
-        "--skip-damaged", "leave out images that can not be read, and name them in dataset.json", action="store_true"
-    ),
-    argument(
-        "--unlabeled", "all images below ROOT, in whatever folders, are one split without labels", action="store_true"
-    ),
+    argument("--skip-damaged", "leave out unreadable images, and name them in dataset.json", action="store_true"),
+    argument("--unlabeled", "all images below ROOT are one split without labels", action="store_true"),
     argument(
         "--ignore-orientation",
-        "leave images on their side where EXIF says so (default: images of a folder are set upright)",
+        "leave images on their side where EXIF says so (default: those of your own are set upright)",
         action="store_true",
     ),
     argument("--recheck", "compare the bytes of the source's images with those of before", action="store_true"),
@@ -79,8 +78,7 @@ def _convert(args: argparse.Namespace) -> None:
     complete split."""
     from ssl_dist.convert.command import convert, usage
 
-    names = ("name", "max_side", "max_pixels", "workers", "skip_damaged", "unlabeled", "ignore_orientation", "recheck")
-    manifest = convert(args.dataset, args.root, args.out, **{name: getattr(args, name) for name in names})
+    manifest = convert(**{name: value for name, value in vars(args).items() if name != "action"})
     print(usage(args.out or Path("data", manifest.name), manifest))
 
 

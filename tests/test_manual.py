@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from ssl_dist import cli, command_line, config
+from tests import make_shards
 from tests.browser import Browser, unavailable_reason
-from tests.make_images import picture, save
+from tests.make_images import jpeg, picture, save
 from tests.test_public_names import PUBLIC
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +60,13 @@ def workplace(tmp_path, monkeypatch):
     for i in range(40):
         save(tmp_path / "photos" / f"{i}.jpg", picture(60, 80, seed=i))
         save(tmp_path / "flowers" / ("train", "test")[i % 2] / "ab"[i // 20] / f"{i}.jpg", picture(40, 40, seed=i))
+    flowers = {
+        split: [(jpeg(picture(40, 40, seed=start + i)), "jpg", i // 5) for i in range(10)]
+        for split, start in (("train", 0), ("test", 10))
+    }
+    make_shards.shards(tmp_path / "flowers-shards", flowers)
+    make_shards.parquet(tmp_path / "flowers-parquet", flowers)
+    make_shards.saved(tmp_path / "flowers-saved", flowers)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "/nowhere")  # no Slurm that answers
     return tmp_path

@@ -17,14 +17,15 @@ from pydantic import TypeAdapter, ValidationError
 
 from ssl_dist.config import DatasetName
 from ssl_dist.convert.encode import MAX_PIXELS, pillow_limited_to
-from ssl_dist.convert.folders import WithoutClass
+from ssl_dist.convert.folders import NoImages, WithoutClass
 from ssl_dist.convert.images import Images, Source
-from ssl_dist.convert.sources import open_source
+from ssl_dist.convert.shards import NoShards, default_name, other_source
+from ssl_dist.convert.sources import SHARDS, open_source
 from ssl_dist.convert.split import Options, UnfitImages, kept, printable, refusal, unfit_images, written
 from ssl_dist.convert.statistics import Moments, constant_channels, measure
 from ssl_dist.data import file_names, manifest
 from ssl_dist.data.beton import MAX_SIDE, Beton
-from ssl_dist.data.catalog import CATALOG, OWN_FOLDER, Entry, SplitRoles, split_roles
+from ssl_dist.data.catalog import CATALOG, OWN_SOURCES, Entry, SplitRoles, split_roles
 from ssl_dist.data.manifest import Encoding, Manifest, SplitRecord
 from ssl_dist.distributed.rank import available_cores
 from ssl_dist.errors import UserError, did_you_mean, quoted, refuse_unreadable
@@ -45,22 +46,25 @@ def convert(
     workers: int | None = None,
     skip_damaged: bool = False,
     unlabeled: bool = False,
+    image_key: str | None = None,
+    label_key: str | None = None,
     ignore_orientation: bool = False,
     recheck: bool = False,
     progress: bool = True,
 ) -> Manifest:
     """Write OUT/<split>.beton for every split of a data set and OUT/dataset.json; returns the latter.
 
-    dataset: an entry of the catalog, or "folder" for images of one's own. root: where its images are (cifar10,
-    cifar100, supercifar100, stl10 and svhn are downloaded to it where missing; None: OUT/download). out: None:
-    data/<name>. name: of a folder's data set, None: the folder's own, with _ for what a name can not hold; a name of
-    the catalog brings that entry's facts along.
+    dataset: an entry of the catalog, or, for images of one's own, "folder", "webdataset", "parquet" or "huggingface".
+    root: where its images are, for webdataset and parquet also a pattern of files (cifar10, cifar100, supercifar100,
+    stl10 and svhn are downloaded to it where missing; None: OUT/download). out: None: data/<name>. name: of images of
+    one's own, None: the folder's, with _ for what a name can not hold; a name of the catalog brings that entry's facts
+    along.
     max_side: pixels; larger images are shrunk to it; None: the catalog's, 512 for a folder. max_pixels: of the largest
     picture that is read; None: 178,956,970. workers: threads that encode; None: one a core. skip_damaged: images that
-    can not be read are left out, and named in dataset.json. unlabeled: all images below a folder are one split without
-    labels. ignore_orientation: store images of a folder as their files hold them, where EXIF says that they lie on
-    their side; those of the catalog always are, as their papers read them. recheck: see below. progress: shown on
-    standard error.
+    can not be read are left out, and named in dataset.json. unlabeled: all images of one's own are one split without
+    labels. image_key, label_key: of shards and tables, see `webdataset` and `parquet`. ignore_orientation: store images
+    of one's own as their files hold them, where EXIF says that they lie on their side; those of the catalog always are,
+    as their papers read them. recheck: see below. progress: shown on standard error.
 
     Run again, it verifies the splits that are complete (SHA-256 over every sample) and makes those that are missing,
     damaged, of another encoding or of other images: of another name, or, where size, times or inode of a file differ
@@ -83,14 +87,19 @@ def convert(
     if not 1 <= max_pixels <= MAX_SIDE**2:
         raise UserError(f"--max-pixels {max_pixels}: must be 1..{MAX_SIDE**2}")
     previous = _previous_manifest(out, name, options)
-    if unlabeled and entry.source != "folder":
-        raise UserError(f"--unlabeled: only a folder of images is taken without its classes, not {dataset}")
-    source = _source(dataset, root, out, name, unlabeled)
+    if unlabeled and dataset not in OWN_SOURCES and entry.source != "folder":
+        raise UserError(f"--unlabeled: only images of one's own are taken without their classes, not {dataset}")
+    for option, key in (("--image-key", image_key), ("--label-key", label_key)):
+        if key is not None and dataset not in SHARDS:
+            raise UserError(f"{option} {quoted(key)}: only of {', '.join(SHARDS)}, not of {dataset}; leave it out")
+    source = _source(dataset, root, out, name, unlabeled, image_key, label_key)
     for line in source.left_out:
         options.report(f"--root {root}: ignored: {line}")
     for line in source.notes:
         options.report(f"--root {root}: {line}")
-    roles = split_roles(name, source.splits)
+    # A test split without labels, as those of competitions, evaluates nothing.
+    serving = [split for split, images in source.splits.items() if split != "test" or (images.labels >= 0).any()]
+    roles = split_roles(name, serving)
     if roles.pretraining not in source.splits:
         raise UserError(f"--root {root}: has neither train/ nor unlabeled/; looked for images to train on")
     if previous is not None and (previous.encoding != options.encoding or previous.classes != source.classes):
@@ -187,15 +196,33 @@ def _repeated(splits: dict[str, Images], digests: dict[str, np.ndarray], roles: 
                 yield f"{roles.evaluation}: {number} images are in {split}, too, {first} for one; remove those there"
 
 
-def _source(dataset: str, root: str | Path | None, out: Path, name: str, unlabeled: bool) -> Source:
+def _source(
+    dataset: str,
+    root: str | Path | None,
+    out: Path,
+    name: str,
+    unlabeled: bool,
+    image_key: str | None,
+    label_key: str | None,
+) -> Source:
     """The images. Raises `UserError` also for classes that no dataset.json can name, before anything is written."""
     try:
         with refuse_unreadable(f"--root {root}", "make it readable"):
-            source = open_source(dataset, Path(root) if root is not None else None, out, unlabeled)
+            source = open_source(
+                dataset, Path(root) if root is not None else None, out, unlabeled, image_key, label_key
+            )
     except WithoutClass as error:
         words = ["ssl-dist", "convert", dataset, "--root", str(root), "--unlabeled", "--out", str(out), "--name", name]
         command = shlex.join(words if dataset == "folder" else words[:-2])
         raise UserError(f"{error}; take all as one unlabeled split: `{command}`") from None
+    except (NoImages, NoShards):
+        assert root is not None  # there is a folder that holds none
+        there = other_source(Path(root))
+        if there is None or there[1] == dataset or (there[1] == "folder" and dataset not in SHARDS):
+            raise
+        options = ["--unlabeled"] if unlabeled else []
+        words = ["convert", there[1], "--root", str(root), *options, "--out", str(out), "--name", name]
+        raise UserError(f"--root {root}: {there[0]}: `{shlex.join(['ssl-dist', *words])}`") from None
     for name in source.classes:
         try:
             name.encode()
@@ -232,26 +259,26 @@ def _manifest(
 
 
 def _name_and_entry(dataset: str, root: str | Path | None, name: str | None) -> tuple[str, Entry]:
-    """The data set's name and its entry in the catalog, or that of a folder of one's own."""
-    if dataset != "folder":
+    """The data set's name and its entry in the catalog, or that of images of one's own."""
+    if dataset not in OWN_SOURCES:
         if dataset not in CATALOG:
-            names = [*CATALOG, "folder"]
+            names = [*CATALOG, *OWN_SOURCES]
             hint = did_you_mean(dataset, names).rstrip() or f"known are {', '.join(names)}"
             raise UserError(f"convert {dataset}: no such data set; {hint} (folder: any folder of images)")
         if name not in (None, dataset):
-            raise UserError(f"--name {name}: only `convert folder` takes a name; leave it out")
+            raise UserError(f"--name {name}: only {', '.join(OWN_SOURCES)} take a name; leave it out")
         return dataset, CATALOG[dataset]
     if root is None:
-        raise UserError("convert folder: --root must name the folder with the images")
+        raise UserError(f"convert {dataset}: --root must name the folder with the images")
     if name is None:
-        name = Path(root).resolve().name
+        name = default_name(Path(root))
         if not _is_dataset_name(name):
             name = _dataset_name(name)
     elif not _is_dataset_name(name):
         raise UserError(
             f"--name {quoted(name)}: no data.name (letters, digits, _ . and -); give --name {_dataset_name(name)}"
         )
-    return name, CATALOG.get(name, OWN_FOLDER)
+    return name, CATALOG.get(name, OWN_SOURCES[dataset])
 
 
 def _dataset_name(name: str) -> str:

@@ -24,6 +24,10 @@ SPLIT_SYNONYMS = {
 }  # fmt: skip
 
 
+class NoImages(UserError):
+    """A folder holds no image, or no folder of a class."""
+
+
 class WithoutClass(UserError):
     """Images lie where only class folders belong."""
 
@@ -37,7 +41,7 @@ def image_folder(root: Path, unlabeled: bool = False) -> Source:
     Raises `UserError` for another layout, a folder that can not be read or that looks like a split and has another
     name, and a class without images."""
     if not root.is_dir():
-        raise UserError(f"--root {root}: there is no such folder")
+        raise NoImages(f"--root {root}: there is no such folder")
     left_out = LeftOut()
     folders = {"unlabeled": root} if unlabeled else _split_folders(root, left_out)
     walks = {split: Walk(root, folder, folders.values(), left_out) for split, folder in folders.items()}
@@ -125,8 +129,8 @@ def _split_meant(folder: str, holds_folders: bool) -> str | None:
     return SPLIT_SYNONYMS.get(near[0], near[0]) if near else None
 
 
-def _empty(folder: Path, walk: Walk) -> UserError:
-    return UserError(
+def _empty(folder: Path, walk: Walk) -> NoImages:
+    return NoImages(
         f"{folder}: holds no image ({', '.join(EXTENSIONS)}){walk.passed_over(folder)}; fill or remove the folder"
     )
 
@@ -140,7 +144,7 @@ def _list_classes(folder: Path, walk: Walk) -> dict[str, list[str]]:
     if not names:
         layout = f"one folder a class, with images ({', '.join(EXTENSIONS)})"
         remedy = f"or in it {', '.join(FOLDER_SPLITS)}"
-        raise UserError(f"{folder}: holds no class folder{walk.passed_over(folder)}; looked for {layout}; {remedy}")
+        raise NoImages(f"{folder}: holds no class folder{walk.passed_over(folder)}; looked for {layout}; {remedy}")
     written = {_composed(name): name for name in names}
     for name in names:
         if (other := written[_composed(name)]) != name:

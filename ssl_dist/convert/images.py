@@ -3,13 +3,15 @@
 import hashlib
 import os
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 Labels = Sequence[int] | np.ndarray
+Loader = Callable[[], bytes | np.ndarray]  # gives an encoded file's bytes, or pixels uint8 [H, W, 3]
 
 
 class Images:
@@ -23,6 +25,13 @@ class Images:
     def load(self, i: int) -> bytes | np.ndarray:
         """Image i: an encoded file's bytes, or pixels uint8 [H, W, 3]."""
         raise NotImplementedError
+
+    def loaders(self, count: int) -> Iterator[list[Loader]]:
+        """What loads each image, in id order, at most `count` at a time. A source that can be read in order alone has
+        read these when it hands them out; they may be called in other threads."""
+        ids = range(len(self.names))
+        for start in ids[::count]:
+            yield [partial(self.load, i) for i in ids[start : start + count]]
 
     def files(self) -> Sequence[str] | None:
         """The paths of the images' files below the source, [N]; None: they have none of their own."""
@@ -59,18 +68,7 @@ class FileImages(Images):
         return (self.folder / self.names[i]).read_bytes()
 
     def stamps(self) -> str:
-        """Of name, size, times of the last change (of the contents; of them or the entry) and inode of every file.
-
-        The time of an entry can not be set by programs, and a folder that takes another's name brings other inodes.
-        """
-        return _sha256(map(self._stamp, self.names))
-
-    def _stamp(self, name: str) -> str:
-        try:
-            state = os.stat(self.folder / name)
-        except OSError as error:  # a link to nothing, say: reading it tells
-            return f"{name}\0{error.errno}"
-        return f"{name}\0{state.st_size}\0{state.st_mtime_ns}\0{state.st_ctime_ns}\0{state.st_ino}"
+        return stamps_of(self.folder, self.names)
 
 
 class ZipImages(Images):
@@ -116,6 +114,22 @@ class Source:
     splits: dict[str, Images]
     left_out: Sequence[str] = ()
     notes: Sequence[str] = ()
+
+
+def stamps_of(folder: Path, names: Iterable[str]) -> str:
+    """SHA-256 of name, size, times of the last change (of the contents; of them or the entry) and inode of every file.
+
+    The time of an entry can not be set by programs, and a folder that takes another's name brings other inodes.
+    """
+    return _sha256(_stamp(folder, name) for name in names)
+
+
+def _stamp(folder: Path, name: str) -> str:
+    try:
+        state = os.stat(folder / name)
+    except OSError as error:  # a link to nothing, say: reading it tells
+        return f"{name}\0{error.errno}"
+    return f"{name}\0{state.st_size}\0{state.st_mtime_ns}\0{state.st_ctime_ns}\0{state.st_ino}"
 
 
 def _sha256(lines: Iterable[str]) -> str:

@@ -9,18 +9,28 @@ import numpy as np
 
 from ssl_dist.convert.folders import image_folder, tiny_imagenet
 from ssl_dist.convert.images import Images, PixelImages, Source
+from ssl_dist.convert.tables import huggingface, parquet
 from ssl_dist.convert.transfer_sets import transfer_set
-from ssl_dist.data.catalog import CATALOG, OWN_FOLDER
+from ssl_dist.convert.webdataset import webdataset
+from ssl_dist.data.catalog import CATALOG, OWN_FOLDER, OWN_SOURCES
 from ssl_dist.errors import UserError
 
 Opened = TypeVar("Opened")
+SHARDS = {"webdataset": webdataset, "parquet": parquet, "huggingface": huggingface}
 
 
-def open_source(dataset: str, root: Path | None, out: Path | None = None, unlabeled: bool = False) -> Source:
-    """The source of a catalog entry or of a folder of one's own. unlabeled: of a folder, see `image_folder`. Raises
-    `UserError` when `root` does not hold it, and when `out`, where the conversion goes, lies in an image folder, whose
-    class it would be for the next one."""
-    kind = CATALOG.get(dataset, OWN_FOLDER).source
+def open_source(
+    dataset: str,
+    root: Path | None,
+    out: Path | None = None,
+    unlabeled: bool = False,
+    image_key: str | None = None,
+    label_key: str | None = None,
+) -> Source:
+    """The source of a catalog entry or of images of one's own. unlabeled: of the latter, see `image_folder`; image_key,
+    label_key: of shards and tables, see `webdataset` and `parquet`. Raises `UserError` when `root` does not hold it,
+    and when `out`, where the conversion goes, lies in an image folder, whose class it would be for the next one."""
+    kind = OWN_SOURCES.get(dataset, CATALOG.get(dataset, OWN_FOLDER)).source
     if kind == "digits":
         return digits()
     if root is None:
@@ -35,6 +45,8 @@ def open_source(dataset: str, root: Path | None, out: Path | None = None, unlabe
         return transfer_set(dataset, root)
     if kind == "tiny-imagenet":
         return tiny_imagenet(root)
+    if kind in SHARDS:
+        return SHARDS[kind](root, unlabeled, image_key, label_key)
     if out is not None and out.resolve().is_relative_to(root.resolve()):
         raise UserError(f"--out {out}: lies in the source, --root {root}; choose a folder outside of it")
     return image_folder(root, unlabeled)

@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from ssl_dist.convert.encode import Sample, encode, page_size
-from ssl_dist.convert.images import Images
+from ssl_dist.convert.images import Images, Loader
 from ssl_dist.data import manifest
 from ssl_dist.data.beton import JPG, RAW, Beton, Digest, Writer
 from ssl_dist.data.manifest import Encoding, SplitRecord
@@ -125,7 +125,7 @@ def _contents(split: str, images: Images, options: Options) -> str:
     total = hashlib.sha256()
     with (
         Progress(f"{split}: reading the source", len(images.names), "image", options.quiet) as counter,
-        contextlib.closing(_in_threads(lambda i: _load(images, i)[0], images, options)) as digests,
+        contextlib.closing(_in_threads(lambda load: _load(load)[0], images, options)) as digests,
     ):
         for digest in digests:
             total.update(digest)
@@ -152,7 +152,7 @@ def written(
     with Writer(path, count, page_size(options.encoding)) as writer:
         with (
             Progress(f"{path.stem}: converting", count, "image", options.quiet) as counter,
-            contextlib.closing(_in_threads(partial(_encoded, images, options.encoding), images, options)) as results,
+            contextlib.closing(_in_threads(partial(_encoded, options.encoding), images, options)) as results,
         ):
             for i, (digest, sample) in enumerate(results):
                 contents.update(digest)
@@ -199,7 +199,7 @@ def written(
 
 def unfit_images(split: str, images: Images, options: Options) -> UnfitImages | None:
     """The images for which a split would be refused; nothing is written."""
-    encoded = _in_threads(partial(_encoded, images, options.encoding), images, options)
+    encoded = _in_threads(partial(_encoded, options.encoding), images, options)
     with (
         Progress(f"{split}: reading", len(images.names), "image", options.quiet) as counter,
         contextlib.closing(encoded) as results,
@@ -240,33 +240,32 @@ def _more(number: int) -> list[str]:
     return [f"... and {number - MAX_NAMED} more"] if number > MAX_NAMED else []
 
 
-def _encoded(images: Images, encoding: Encoding, i: int) -> tuple[bytes, Sample | UnfitImage]:
+def _encoded(encoding: Encoding, load: Loader) -> tuple[bytes, Sample | UnfitImage]:
     """SHA-256 of an image's bytes at the source, and what is stored of it, or why nothing can be."""
-    digest, item = _load(images, i)
+    digest, item = _load(load)
     try:
         return digest, item if isinstance(item, UnfitImage) else encode(item, encoding)
     except UnfitImage as error:
         return digest, error
 
 
-def _load(images: Images, i: int) -> tuple[bytes, bytes | np.ndarray | UnfitImage]:
+def _load(load: Loader) -> tuple[bytes, bytes | np.ndarray | UnfitImage]:
     """SHA-256 of an image's bytes at the source, and these; in their place why they can not be read."""
     try:
-        item = images.load(i)
+        item = load()
     except UNREADABLE as error:
         reason = error.strerror if isinstance(error, OSError) else None
         return hashlib.sha256().digest(), UnfitImage(f"can not be read ({reason or error})")
     return hashlib.sha256(item if isinstance(item, bytes) else item.tobytes()).digest(), item
 
 
-def _in_threads(work: Callable[[int], T], images: Images, options: Options) -> Generator[T, None, None]:
-    """work(i) of every image, in id order; the number that is done ahead of the consumer is bounded."""
+def _in_threads(work: Callable[[Loader], T], images: Images, options: Options) -> Generator[T, None, None]:
+    """work(loader) of every image, in id order; the number that is done ahead of the consumer is bounded."""
 
-    def part(ids: range) -> list[T]:
-        return [work(i) for i in ids]
+    def part(loaders: list[Loader]) -> list[T]:
+        return [work(load) for load in loaders]
 
-    ids = range(len(images.names))
-    parts = (partial(part, ids[start : start + IMAGES_PER_TASK]) for start in ids[::IMAGES_PER_TASK])
+    parts = (partial(part, loaders) for loaders in images.loaders(IMAGES_PER_TASK))
     with contextlib.closing(run_ahead(parts, options.workers, 3 * options.workers)) as results:
         yield from itertools.chain.from_iterable(results)
 

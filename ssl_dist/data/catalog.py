@@ -1,7 +1,7 @@
 """What is known of the data sets by name: their splits, their sizes, how they are stored, and the papers' constants."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 
@@ -16,7 +16,18 @@ class Entry:
     """
 
     about: str
-    source: Literal["folder", "tiny-imagenet", "cifar", "stl10", "svhn", "digits", "transfer"]
+    source: Literal[
+        "folder",
+        "webdataset",
+        "parquet",
+        "huggingface",
+        "tiny-imagenet",
+        "cifar",
+        "stl10",
+        "svhn",
+        "digits",
+        "transfer",
+    ]
     pretraining: str
     training: str
     evaluation: str
@@ -111,6 +122,13 @@ CATALOG: dict[str, Entry] = {
 }
 # fmt: on
 OWN_FOLDER = Entry("images of a folder", "folder", "train", "train", "test", None, orientation="applied")
+# Images of one's own, by what holds them: names that `convert` takes beside those of the catalog.
+OWN_SOURCES: dict[str, Entry] = {
+    "folder": OWN_FOLDER,
+    "webdataset": replace(OWN_FOLDER, about="images of tar shards (WebDataset)", source="webdataset"),
+    "parquet": replace(OWN_FOLDER, about="images of parquet files", source="parquet"),
+    "huggingface": replace(OWN_FOLDER, about="images that datasets saved (save_to_disk)", source="huggingface"),
+}
 
 
 class SplitRoles(NamedTuple):

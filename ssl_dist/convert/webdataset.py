@@ -1,0 +1,305 @@
+"""WebDataset: shards of plain tar, in which the members with one name up to the first dot make a sample."""
+
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssl_dist.convert.classes import Label, source_of
+from ssl_dist.convert.images import Images, Labels, Source, stamps_of
+from ssl_dist.convert.shards import CLASS_NAMES, compressed, find, refuse_unfetched
+from ssl_dist.convert.walk import EXTENSIONS
+from ssl_dist.errors import UserError, quoted, refuse_unreadable
+from ssl_dist.reading import open_regular, parse_json, read_text
+
+IMAGES = tuple(suffix[1:] for suffix in EXTENSIONS)
+MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # key and what follows the first dot of the file's name
+META = re.compile(r"__[^/]*__(/|$)")  # of the shard, not of a sample
+PICKLED = ("pyd", "pkl", "pickle", "pth", "pt")
+MAX_LABEL_BYTES = 1 << 24  # of a member that holds a label
+BLOCK = tarfile.BLOCKSIZE
+COMPRESSIONS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
+DAMAGED = (tarfile.TarError, ValueError, OverflowError, EOFError)  # what tarfile raises
+LINKS = "members that are links, folders or sparse files"
+NO_SAMPLE = "members whose names make no sample"
+PICKLES = "members with pickled objects, which are never opened"
+OTHERS = "other members of samples"
+
+
+@dataclass
+class _Sample:
+    """members: extension, in lower case -> the name in the tar, offset and size of the contents in bytes."""
+
+    key: str
+    members: dict[str, tuple[str, int, int]]
+
+
+class _Ignored:
+    """What of the shards is not converted: reason -> the number of each kind."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, Counter[str]] = {}
+
+    def add(self, reason: str, kind: str) -> None:
+        self.counts.setdefault(reason, Counter())[kind] += 1
+
+    def rest(self, sample: _Sample, image: str, label_key: str | None) -> None:
+        """The members of a sample that are neither its image nor its label."""
+        label = "cls" if label_key is None else "json"
+        for extension, (name, _, _) in sample.members.items():
+            if name != image and extension != label:
+                is_pickled = extension.rpartition(".")[2] in PICKLED
+                self.add(PICKLES if is_pickled else OTHERS, f".{extension}")
+
+    def lines(self) -> list[str]:
+        return [
+            f"{reason}: {', '.join(f'{number} {kind}' for kind, number in kinds.most_common(10))}"
+            for reason, kinds in self.counts.items()
+        ]
+
+
+class ShardImages(Images):
+    """Images in tars. place: shard and, in it, offset and size in bytes, int64 [N, 3]; missing: position -> why the
+    sample has no image."""
+
+    def __init__(
+        self,
+        folder: Path,
+        shards: Sequence[str],
+        stamps: str,
+        names: Sequence[str],
+        place: np.ndarray,
+        missing: dict[int, str],
+        labels: Labels,
+    ):
+        super().__init__(names, labels)
+        self.folder, self.shards, self.place, self.missing = folder, shards, place, missing
+        self._stamps = stamps
+
+    def files(self) -> Sequence[str]:
+        return self.names
+
+    def describe(self, i: int) -> str:
+        return str(self.folder / self.names[i])
+
+    def load(self, i: int) -> bytes:
+        if i in self.missing:
+            raise ValueError(self.missing[i])
+        shard, offset, size = self.place[i].tolist()
+        with open(self.folder / self.shards[shard], "rb", buffering=0) as file:
+            data = os.pread(file.fileno(), size, offset)
+        if len(data) != size:
+            raise ValueError("the shard was cut meanwhile")
+        return data
+
+    def stamps(self) -> str:
+        """Of the shards, before they were read."""
+        return self._stamps
+
+
+def webdataset(
+    root: Path, unlabeled: bool = False, image_key: str | None = None, label_key: str | None = None
+) -> Source:
+    """Every sample of the shards that `shards.find` finds, in the order of the shards' names and then of the tar.
+
+    The image is the member with one of the extensions `IMAGES`, or image_key; the label the whole number in .cls, or
+    the number or name under label_key in .json; without either the images have none. classnames.txt beside the
+    shards, one a line, names the classes. Nothing is unpickled. Raises `UserError` for a shard that is no whole plain
+    tar, a key that comes twice in one, two images in a sample, and a label that is none.
+    """
+    shards, ignored = find(root, ".tar", unlabeled), _Ignored()
+    splits: dict[str, Images] = {}
+    labels: dict[str, list[Label]] = {}
+    notes, hints = list[str](), list[str]()
+    for split, files in shards.splits.items():
+        stamps = stamps_of(shards.folder, files)
+        names, place, missing, own = list[str](), list[tuple[int, int, int]](), dict[int, str](), list[Label]()
+        for number, file in enumerate(files):
+            samples, note = _scan(shards.folder / file, ignored)
+            notes += note
+            hints = hints or [line for sample in samples[:1] for line in _hint(shards.folder / file, sample)]
+            for sample in samples:
+                chosen = _image(shards.folder / file, sample, image_key)
+                if chosen is None:
+                    missing[len(names)] = f"the sample holds no image, only .{', .'.join(sample.members)}"
+                name, offset, size = chosen or (sample.key, 0, 0)
+                ignored.rest(sample, name, label_key)
+                names.append(f"{file}/{name}")
+                place.append((number, offset, size))
+            own += [None] * len(samples) if unlabeled else _labels(shards.folder / file, samples, label_key)
+        if not names:
+            found = "".join(f" ({line})" for line in ignored.lines())
+            raise UserError(f"{shards.folder / files[0]}: holds no sample{found}; give tars of images and their labels")
+        if len(missing) == len(names):
+            raise UserError(f"{shards.folder / names[0]}: {missing[0]}; {_remedy(samples[0])}")
+        labels[split] = own
+        splits[split] = ShardImages(
+            shards.folder, files, stamps, names, np.array(place, np.int64), missing, np.full(len(names), -1)
+        )
+        if (lacking := own.count(None)) and lacking < len(own):
+            name = names[own.index(None)]
+            raise UserError(
+                f"{shards.folder / name}: has no label, as {lacking} of {len(own)} samples of {split}; give them one, "
+                "or leave all labels with --unlabeled"
+            )
+    if not unlabeled and not any(label is not None for own in labels.values() for label in own):
+        notes += hints
+    class_names = None if unlabeled else _class_names(shards.folder / CLASS_NAMES)
+    return source_of(splits, labels, class_names, root, [*ignored.lines(), *shards.left_out.lines()], notes)
+
+
+def _scan(path: Path, ignored: _Ignored) -> tuple[list[_Sample], list[str]]:
+    """The samples of a shard, in order, and what is odd about it."""
+    samples, keys, notes = list[_Sample](), set[str](), list[str]()
+    for name, offset, size in _members(path, ignored, notes):
+        if META.match(name) or (match := MEMBER.fullmatch(name)) is None:
+            ignored.add(NO_SAMPLE, os.path.splitext(name)[1].lower() or "without a suffix")
+            continue
+        key, extension = match[1], match[2].lower()
+        if not samples or samples[-1].key != key:
+            if key in keys:
+                raise UserError(
+                    f"{path}: {name}: the sample {quoted(key)} stands in two places of the shard; write it with all "
+                    "members of a sample together, as `tar --sort=name` does"
+                )
+            keys.add(key)
+            samples.append(_Sample(key, {}))
+        if extension in samples[-1].members:
+            raise UserError(f"{path}: {name}: the sample {quoted(key)} has two of it; write the shard with one")
+        samples[-1].members[extension] = name, offset, size
+    return samples, notes
+
+
+def _members(path: Path, ignored: _Ignored, notes: list[str]) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of the contents of every file in a plain tar that is whole."""
+    last = "its begin"
+    with refuse_unreadable(path, "make it readable or remove it"), open_regular(path) as file:
+        start, size = file.read(BLOCK), os.fstat(file.fileno()).st_size
+        refuse_unfetched(path, start)
+        if start.startswith(COMPRESSIONS):
+            raise compressed(path)
+        file.seek(0)
+        try:
+            tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - the file is closed here
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined] # of all in a large tar, gigabytes
+                last = member.name
+                if member.offset_data + member.size > size:
+                    raise tarfile.ReadError("unexpected end of data")
+                if member.isreg() and not member.issparse():
+                    yield last, member.offset_data, member.size
+                else:
+                    ignored.add(LINKS, "in all")
+        except DAMAGED as error:
+            raise UserError(f"{path}: no whole tar: {error or 'damaged'}, at {last}; fetch it again") from None
+        file.seek(tar.offset)
+        block = file.read(BLOCK)
+        if block != bytes(len(block)) or 0 < len(block) < BLOCK:
+            raise UserError(f"{path}: no whole tar: damaged or cut behind {last}; fetch it again")
+        if not block:
+            notes.append(f"{path}: has no mark of a tar's end behind {last}; was it fetched whole?")
+        while chunk := file.read(1 << 20):
+            if chunk.strip(b"\0"):
+                notes.append(f"{path}: bytes behind the tar's end are not read; join tars with `tar --concatenate`")
+                break
+
+
+def _image(path: Path, sample: _Sample, image_key: str | None) -> tuple[str, int, int] | None:
+    """Name, offset and size of the image; None: the sample has none."""
+    if image_key is not None:
+        return sample.members.get(image_key.lower().removeprefix("."))
+    found = [extension for extension in sample.members if extension in IMAGES]
+    if len(found) > 1:
+        raise UserError(
+            f"{path}: the sample {sample.key!r} holds {len(found)} images, .{' and .'.join(found)}; name one: "
+            f"--image-key {found[0]}"
+        )
+    return sample.members[found[0]] if found else None
+
+
+def _remedy(sample: _Sample) -> str:
+    """For shards without images."""
+    if "tar" in sample.members:
+        return "unpack these tars, too, for example to <class>/ for `ssl-dist convert folder`"
+    like = next((extension for extension in sample.members if extension.endswith(IMAGES)), None)
+    return f"name the one to take: --image-key {like}" if like else "give shards of images"
+
+
+def _labels(path: Path, samples: Sequence[_Sample], label_key: str | None) -> list[Label]:
+    """The label of every sample; None: it has none."""
+    labels = list[Label]()
+    with refuse_unreadable(path), open_regular(path) as file:
+        for sample in samples:
+            member = sample.members.get("cls" if label_key is None else "json")
+            if member is None:
+                labels.append(None)
+                continue
+            name, offset, size = member
+            data = os.pread(file.fileno(), min(size, MAX_LABEL_BYTES), offset)
+            labels.append(
+                _whole_number(path, name, data) if label_key is None else _of_json(path, name, data, label_key)
+            )
+    return labels
+
+
+def _whole_number(path: Path, name: str, data: bytes) -> int:
+    text = data[:64].decode("ascii", "replace").strip()
+    if not re.fullmatch(r"-1|\d{1,18}", text, re.ASCII):
+        raise UserError(
+            f"{path}: {name}: the label {quoted(text)} is no whole number from 0; take one from the .json with "
+            "--label-key, or leave all with --unlabeled"
+        )
+    return int(text)
+
+
+def _of_json(path: Path, name: str, data: bytes, label_key: str) -> Label:
+    tree = _parsed(path, name, data)
+    if label_key not in tree:
+        raise UserError(f"{path}: {name}: has no --label-key {quoted(label_key)}, but {', '.join(tree) or 'nothing'}")
+    value = tree[label_key]
+    if isinstance(value, bool) or not isinstance(value, int | str) or (isinstance(value, int) and value < -1):
+        what = f"{label_key} = {quoted(value)}: neither a number from 0 nor a name"
+        raise UserError(f"{path}: {name}: {what}; give another --label-key")
+    return value
+
+
+def _parsed(path: Path, name: str, data: bytes) -> dict[str, Any]:
+    try:
+        tree = parse_json(data.decode("utf-8-sig"))
+    except ValueError as error:
+        raise UserError(
+            f"{path}: {name}: can not be read as JSON ({error}); leave all labels with --unlabeled"
+        ) from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: {name}: no object of JSON with keys; leave all labels with --unlabeled")
+    return tree
+
+
+def _hint(path: Path, sample: _Sample) -> list[str]:
+    """That a sample without .cls has a .json, with its keys."""
+    if "json" not in sample.members:
+        return []
+    name, offset, size = sample.members["json"]
+    with refuse_unreadable(path), open_regular(path) as file:
+        keys = ", ".join(_parsed(path, name, os.pread(file.fileno(), min(size, MAX_LABEL_BYTES), offset)))
+    return [f"no sample has a label in .cls; --label-key takes one of the keys of the .json: {keys}"]
+
+
+def _class_names(path: Path) -> list[str] | None:
+    """Names of the classes, one a line, as clip_benchmark puts them beside shards; None: there are none."""
+    if not path.is_file():
+        return None
+    with refuse_unreadable(path, "write it as UTF-8 or remove it"):
+        names = [line.strip() for line in read_text(path).splitlines()]
+    while names and not names[-1]:
+        names.pop()
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{path}: the class {quoted(twice)} stands twice; give every class a name of its own")
+    return names
