@@ -18,8 +18,7 @@ class Progress:
 
     def __init__(self, title: str, total: int, unit: str, quiet: bool = False, done: int = 0):
         self.title, self.total, self.unit, self.quiet = title, total, unit, quiet
-        in_notebook = type(sys.stderr).__module__ == "ipykernel.iostream"  # which draws a line anew, too
-        self._terminal = sys.stderr.isatty() or in_notebook
+        self._terminal = sys.stderr.isatty() or _in_notebook()
         self._first = self._done = done
         self._start = self._last_line = time.perf_counter()
         self._values = ""
@@ -52,6 +51,12 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
+
+
+def _in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook, which draws a line anew, too."""
+    kernel = sys.modules.get("ipykernel.kernelapp")
+    return kernel is not None and kernel.IPKernelApp.initialized()
 
 
 def duration(seconds: float) -> str:

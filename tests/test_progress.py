@@ -35,7 +35,10 @@ def test_plain_lines(monkeypatch, capsys):
 
 def test_a_notebook_has_a_bar():
     """Though its stderr is no terminal. A process that only starts a notebook, like this one, has none."""
-    code = "from ssl_dist.progress import Progress\nwith Progress('work', 4, 'step') as bar: bar.update(4)"
+    code = (
+        "import sys\nfrom ssl_dist.progress import Progress\nfrom ssl_dist.terminal import lasting\n"
+        "with lasting(), Progress('work', 4, 'step') as bar: bar.update(4)"  # as a training has its streams
+    )
     notebook = nbclient.execute(new_notebook(cells=[new_code_cell(code)]), timeout=60, kernel_name="python3")
     assert "work: 100%" in "".join(output["text"] for output in notebook.cells[0].outputs)
     assert "ipykernel" in sys.modules
