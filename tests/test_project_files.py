@@ -55,6 +55,27 @@ def test_the_changelog_has_this_version():
     assert f"## {ssl_dist.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
+def test_both_containers_hold_what_a_checkout_does():
+    """But for what a container has no use for."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    top = {name.split("/")[0] for name in tracked.split()}
+    unused = {
+        ".ci",
+        ".github",
+        ".gitignore",
+        ".pre-commit-config.yaml",
+        "CHANGELOG.md",
+        "CITATION.cff",
+        "CONTRIBUTING.md",
+    }
+    copied = re.findall(r"^COPY (.*) \S+$", (ROOT / "launch" / "Dockerfile").read_text(), re.MULTILINE)
+    assert {name for line in copied for name in line.split()} == top - unused
+    recipe = (ROOT / "launch" / "apptainer.def").read_text()
+    assert set(re.findall(r"^    (\S+) /opt/ssl_dist/\1$", recipe, re.MULTILINE)) == top - unused
+    assert "bash launch/install.sh" in (ROOT / "launch" / "Dockerfile").read_text()
+    assert "bash /opt/ssl_dist/launch/install.sh" in recipe
+
+
 def test_issue_templates_are_yaml():
     for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
         assert yaml.safe_load(path.read_text(encoding="utf-8")), path
