@@ -43,12 +43,17 @@ EXTRAS = {
     # An extra: the other formats (npy, PNG, JPEG) need neither.
     "tiff": ["tifffile>=2024.8.30", "imagecodecs>=2024.6.1"],
     "parquet": ["pyarrow>=16,<27"],  # `convert parquet` and `convert huggingface`: reads both kinds of tables
+    # `ssl-dist export --format onnx`. torch writes ONNX through onnxscript.
+    "onnx": ["onnx>=1.18,<2", "onnxscript>=0.5,<1"],
     "test": [
         "pytest>=8,<9.2",  # with 9.2, pytest-xdist 3.8 spreads the tests of a group over all workers
         "pytest-timeout>=2.3,<3",  # a rank that hangs fails its test instead of stopping the whole run
         "pytest-xdist>=3.6,<4",  # tests on all cores, and more at once than there are: half of them wait
         "pytest-cov>=6,<8",  # the share of lines that tests run, a figure in the output of CI
         "hypothesis>=6.100,<7",  # property tests of the index arithmetic, keys and data plan
+        "onnx>=1.18,<2",  # exports to it are tested
+        "onnxscript>=0.5,<1",  # the same
+        "onnxruntime>=1.22,<2",  # what reads them
         "nbclient>=0.10,<1",  # executes the notebook
         "ipykernel>=6.29,<8",  # what executes it
         "datasets>=3,<6",  # writes tables as the Hugging Face hub has them, to be converted; brings pyarrow

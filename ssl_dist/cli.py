@@ -33,7 +33,6 @@ _CONFIG: tuple[Argument, ...] = (
     _overrides("for example optim.lr=1e-3 data.limit=1000"),
     _PLUGINS,
 )
-_VOC_TASKS = ["classification", "finetune", "detection", "segmentation"]
 _RUN_OR_FILE = argument("run", "a run's folder, or one checkpoint file", type=home_path, metavar="RUN")
 
 
@@ -284,18 +283,19 @@ def _report(args: argparse.Namespace) -> None:
     "export",
     "write a run's backbone for other programs",
     _RUN_OR_FILE,
-    argument("--format", required=True, choices=["torchvision", "timm", "seed"]),
-    argument("--out", "file to write (safetensors; seed: of torch.save)", type=home_path, required=True),
+    argument("out", "file or folder to write", nargs="*", action="extend", type=home_path, metavar="OUT"),
+    argument("--format", "one of those above; docs/weights.md has more on each", required=True),
+    argument("--out", "the same", action="append", type=home_path),
+    argument("--overwrite", "write in the place of what is there", action="store_true"),
     _PLUGINS,
 )
 def _export(args: argparse.Namespace) -> None:
-    """Write the encoder of a run's newest checkpoint, by the names that torchvision, timm or the official code of
-    relational reasoning (seed) load."""
-    from ssl_dist.run.export import export
+    """Write the encoder of a run's newest checkpoint as a file (torchvision, timm, detectron2, mmdet, onnx, pt2, and
+    seed: the official code of relational reasoning) or a folder (timm-folder, huggingface: with a model card)."""
+    from ssl_dist.export.command import export
 
     _plugged(args)
-    line = export(args.run, args.format, args.out)
-    print(f"{args.out}: written; load it with\n{line}")
+    print(export(args.run, args.format, args.out, args.overwrite))
 
 
 @command(
@@ -347,7 +347,7 @@ def _labels(args: argparse.Namespace) -> None:
 @command(
     "voc",
     "transfer to PASCAL VOC: classification, finetune, detection, segmentation",
-    argument("task", choices=_VOC_TASKS),
+    argument("task", choices=["classification", "finetune", "detection", "segmentation"]),
     argument("weights", "a run's folder, or a file of weights", type=home_path, metavar="RUN|WEIGHTS"),
     _overrides("options of the task, as batch_size=8; of weights of others also backbone.name"),
     argument(

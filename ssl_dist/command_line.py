@@ -22,8 +22,13 @@ Action = Callable[[argparse.Namespace], int | None]  # returns the exit code; No
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
-    parsed, unparsed = parser.parse_known_args(arguments)
-    # argparse takes no positional arguments after an option; overrides may stand anywhere.
+    words = [*(sys.argv[1:] if arguments is None else arguments)]
+    parsed, unparsed = parser.parse_known_args(words)
+    # argparse takes no positional arguments after an option; overrides and one that is optional may stand anywhere.
+    if len(unparsed) == 1 and not unparsed[0].startswith("-") and not hasattr(parsed, "overrides"):
+        words.remove(unparsed[0])
+        first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+        parsed, unparsed = parser.parse_known_args([*words[:first], *unparsed, *words[first:]])
     if unparsed:
         if any("=" not in word or word.startswith("-") for word in unparsed) or not hasattr(parsed, "overrides"):
             parser.error(f"unknown argument: {' '.join(unparsed)}")

@@ -1,7 +1,6 @@
 """Exported backbones load strictly in torchvision, timm and the official code's networks, and compute the same."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,8 @@ import torch
 import torchvision
 
 from ssl_dist import backbones, cli, config
+from ssl_dist.export.command import beside
+from ssl_dist.export.libraries import OF_TIMM, OF_TORCHVISION, detectron2_name
 from ssl_dist.methods.relational import RelationModule
 from ssl_dist.run.encoder import load_encoder
 from ssl_dist.storage import checkpoint, weights
@@ -44,8 +45,8 @@ def export(run, form, out, capsys):
     """Exports by the command; returns the Python that it says loads the file."""
     capsys.readouterr()
     assert cli.main(["export", str(run), "--format", form, "--out", str(out)]) == 0
-    first, line = capsys.readouterr().out.strip().split("\n")
-    assert str(out) in first
+    first, line, images = capsys.readouterr().out.strip().split("\n")
+    assert str(out) in first and Path(images.removeprefix("images: ")).is_file()
     return line
 
 
@@ -86,6 +87,7 @@ def test_torchvision_loads_it_and_computes_the_same(run_of, tmp_path, capsys, na
     with safetensors.safe_open(out, "pt") as file:
         metadata = file.metadata()
     assert json.loads(metadata.pop("normalize")) == state["normalize"]
+    assert json.loads(metadata.pop("preprocessing")) == json.loads(beside(out).read_text())
     assert metadata == {"format": "pt", "backbone": name, "method": "random_weights", "checkpoint": digest, "step": "0"}
 
 
@@ -103,8 +105,6 @@ def test_timm_loads_it_and_computes_the_same(run_of, tmp_path, capsys, name):
 
 def test_the_lists_of_each_librarys_networks_are_right():
     """Whatever is promised has the library's tensors, strictly; the rest is tested above for a few."""
-    from ssl_dist.run.export import OF_TIMM, OF_TORCHVISION
-
     timm = pytest.importorskip("timm")
     with torch.device("meta"):
         for name in OF_TORCHVISION:
@@ -171,19 +171,66 @@ def test_the_seeds_form_goes_on_in_the_official_classes_and_back(run_of, digits,
         assert message in capsys.readouterr().err and not half.exists()
 
 
-def test_no_space_is_one_line(run_of, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("form", ["seed", "huggingface"])
+def test_no_space_is_one_line_and_leaves_nothing(run_of, tmp_path, capsys, monkeypatch, form):
+    """Whichever change to the disk is the first that fails: of a file in a folder that is there, and of a folder."""
     run, out = run_of("conv4"), tmp_path / "out" / "s.tar"
-    (tmp_path / "out").mkdir()
+    if form == "seed":
+        out.parent.mkdir()
     capsys.readouterr()
-    for allowed in range(3):
+    for allowed in range(20):
         with monkeypatch.context() as patches:
             disk = FullDisk(patches, tmp_path / "out", allowed)
-            code = cli.main(["export", str(run), "--format", "seed", "--out", str(out)])
-        assert (code, os.listdir(out.parent)) == ((2, []) if disk.changes > allowed else (0, ["s.tar"]))
-        if code:
-            [line] = capsys.readouterr().err.splitlines()
-            assert line.startswith("error: ") and "s.tar" in line and "No space left" in line
-    assert code == 0
+            code = cli.main(["export", str(run), "--format", form, "--out", str(out)])
+        if code == 0:
+            break
+        assert disk.changes > allowed and code == 2 and [*tmp_path.glob("out/*")] == []
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and "s.tar" in line and "No space left" in line
+    assert allowed > 3 and out.exists() and not [*tmp_path.rglob("*.tmp")]
+
+
+def test_what_is_there_stays_unless_told(run_of, tmp_path, capsys):
+    run, file, folder = run_of("conv4"), tmp_path / "s.tar", tmp_path / "hub"
+
+    def again(form, out, *more):
+        code = cli.main(["export", str(run), "--format", form, str(out), *more])  # OUT may stand last, too
+        return code, capsys.readouterr().err
+
+    assert again("seed", file)[0] == again("huggingface", folder)[0] == 0
+    before = file.stat().st_ino
+    for out, form, name in ((file, "seed", "s.tar"), (folder, "huggingface", "model.safetensors")):
+        code, error = again(form, out)
+        assert code == 2 and f"{name}: is there already; give another OUT, or --overwrite" in error
+        assert again(form, out, "--overwrite")[0] == 0
+    assert file.stat().st_ino != before
+    (folder / "README.md").unlink()
+    (folder / "notes.txt").write_text("mine")
+    assert again("huggingface", folder)[0] == 2 and not (folder / "README.md").exists()
+    assert again("huggingface", folder, "--overwrite")[0] == 0 and (folder / "notes.txt").read_text() == "mine"
+    assert "is a folder, and this format is a file" in again("seed", folder, "--overwrite")[1]
+    assert "is a file, and this format is a folder" in again("huggingface", file, "--overwrite")[1]
+    assert "is no regular file" in again("seed", "/dev/null", "--overwrite")[1]
+
+
+def test_what_cannot_be_exported(run_of, random_run, tmp_path, capsys):
+    """One line with a remedy, and nothing is written."""
+    run = run_of("conv4")
+    for words, message in {
+        ("--format", "onxx", "x.onnx"): "--format onxx: no such format; did you mean 'onnx'?",
+        ("--format", "onnx"): "give one file or folder to write: ssl-dist export",
+        ("x", "--format", "onnx", "--out", "y"): "give one file or folder to write",
+        ("--format", "pt2", "x.bin"): "a file of --format pt2 must end with .pt2 to be read; give x.bin.pt2",
+        ("--format", "mmdet", "x.pth"): "mmdet has no network with the tensors of backbone conv4, but of resnet18, "
+        "resnet34, resnet50, resnet101; use --format huggingface, onnx, pt2, seed",
+    }.items():
+        capsys.readouterr()
+        assert cli.main(["export", str(run), *words]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1 and not [*Path().glob("x*")]
+    assert cli.main(["export", str(random_run), str(tmp_path / "x"), "--format", "huggingface"]) == 2
+    assert "holds random weights, of step 0 (random_weights); export a run that has trained" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_backbone_that_the_library_has_not_is_refused(run_of, tmp_path, capsys):
@@ -194,8 +241,49 @@ def test_a_backbone_that_the_library_has_not_is_refused(run_of, tmp_path, capsys
             assert cli.main(["export", str(run), "--format", form, "--out", str(tmp_path / "file")]) == 2
             error = capsys.readouterr().err
             assert f"no network with the tensors of backbone {name}" in error and error.count("\n") == 1
-            assert "--format seed" in error and not (tmp_path / "file").exists()
+            assert "use --format huggingface, onnx, pt2, seed" in error and not (tmp_path / "file").exists()
     assert cli.main(["export", str(run), "--format", "seed", "--out", "/proc/file"]) == 2
     assert "/proc/file: cannot be written" in capsys.readouterr().err
     assert cli.main(["export", str(tmp_path / "none"), "--format", "seed", "--out", str(tmp_path / "file")]) == 2
     assert "not found" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_detectron2s_names(name):
+    """Those of its ResNet with a frozen BatchNorm, from its structure."""
+    convolutions = ("conv1", "conv2", "conv3") if name == "resnet50" else ("conv1", "conv2")
+    numbers = (3, 4, 6, 3) if name == "resnet50" else (2, 2, 2, 2)
+    expected = {"stem.conv1"}
+    for stage, count in enumerate(numbers, 2):
+        for block in range(count):
+            is_wider = block == 0 and not (stage == 2 and name == "resnet18")
+            expected |= {f"res{stage}.{block}.{part}" for part in (*convolutions, *["shortcut"] * is_wider)}
+    norms = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    names = [part for conv in expected for part in (f"{conv}.weight", *(f"{conv}.norm.{norm}" for norm in norms))]
+    with torch.device("meta"):
+        assert sorted(map(detectron2_name, backbones.build(name).state_dict())) == sorted(names)
+
+
+def test_files_for_detectors(run_of, tmp_path, capsys):
+    """docs/weights.md says what detectron2's, mmdet's and mmpretrain's own code made of such files."""
+    run, scope = run_of("resnet18"), {}
+    state, mean = load_encoder(run).module.state_dict(), load_encoder(run).normalize.mean
+    line = export(run, "detectron2", tmp_path / "d.pth", capsys)
+    content = torch.load(tmp_path / "d.pth", weights_only=True)
+    assert content.keys() == {"model", "__author__", "matching_heuristics"} and content["matching_heuristics"] is True
+    for theirs, ours in {
+        "stem.conv1.norm.bias": "bn1.bias",
+        "res4.1.conv2.weight": "layer3.1.conv2.weight",
+        "res5.0.shortcut.norm.running_var": "layer4.0.downsample.1.running_var",
+    }.items():
+        assert torch.equal(content["model"][theirs], state[ours])
+    assert not [name for name in content["model"] if "num_batches" in name]  # unknown to its frozen BatchNorm
+    options = eval(line.removeprefix("cfg.merge_from_list"))
+    given = dict(zip(options[::2], options[1::2], strict=True))
+    assert (given["MODEL.WEIGHTS"], given["MODEL.RESNETS.DEPTH"]) == (str(tmp_path / "d.pth"), 18)
+    assert given["MODEL.PIXEL_MEAN"] == pytest.approx([255 * value for value in mean], abs=1e-3)
+    exec(export(run, "mmdet", tmp_path / "m.pth", capsys), scope)
+    assert scope["model"]["backbone"]["init_cfg"] == {"type": "Pretrained", "checkpoint": str(tmp_path / "m.pth")}
+    content = torch.load(tmp_path / "m.pth", weights_only=True)
+    assert content["meta"]["backbone"] == "resnet18" and content["state_dict"].keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in content["state_dict"].items())

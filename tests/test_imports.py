@@ -45,7 +45,7 @@ FLOORS = [
     {"run", "losses"},
     {"results"},
     {"train"},
-    {"transfer", "verify", "voc"},
+    {"export", "transfer", "verify", "voc"},
     {"evaluators"},
     {"evaluate", "report", "doctor", "outcome", "command_line", "key_tables"},
     {"study", "pretraining", "quickstart"},

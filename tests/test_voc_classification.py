@@ -283,7 +283,9 @@ def test_runs_and_exports_arrive_as_they_are(digits, voc, tmp_path, capsys):
     from ssl_dist.train.loop import train
 
     run, file = tmp_path / "run", tmp_path / "model.safetensors"
+    torch.save(backbones.build("resnet18").state_dict(), tmp_path / "first.pth")
     overrides = [f"data.root={digits}", f"run_dir={run}", "data.reader=arrays", "backbone.name=resnet18"]
+    overrides.append(f"backbone.weights={tmp_path / 'first.pth'}")
     assert train(config.load("configs/digits/random_weights-conv4.yaml", overrides)) == 0
     assert cli.main(["export", str(run), "--format", "torchvision", "--out", str(file)]) == 0
     sources = [pretrained.load(path, []) for path in (run, run / "checkpoints" / "step-00000000.pt", file)]

@@ -23,7 +23,7 @@ from ssl_dist.evaluate import splits as split_choice
 from ssl_dist.evaluators import Evaluator, FeatureEvaluator, ImageEvaluator
 from ssl_dist.grid import Grid
 from ssl_dist.results.figures import FigureWriter, has_pictures
-from ssl_dist.run import board, plugged
+from ssl_dist.run import board, exported, plugged
 from ssl_dist.run import folder as run_folder
 from ssl_dist.run.encoder import (
     BATCH_TIMEOUT_S,
@@ -62,6 +62,8 @@ def extract(weights: Path, splits: Sequence[str], overrides: Sequence[str], out:
     if out is None and not weights.is_dir():
         raise UserError(f"{weights}: is a file; say with --out where its features shall go")
     rank_info = RankInfo.from_environment()
+    if exported.is_exported(weights) and not any(override.startswith("backbone.") for override in overrides):
+        overrides = [*exported.overrides(weights), *overrides]
     if any(override.startswith("backbone.") for override in overrides):
         encoder, dataset, note = _foreign_encoder(weights, overrides)
         if rank_info.rank == 0:
@@ -200,6 +202,9 @@ def evaluate(
     Returns the exit code, 0 or that of a stop on request, and the records that results.json holds of it.
     """
     foreign = [override for override in overrides if override.startswith(OF_FOREIGN)]
+    if exported.is_exported(run) and not any(override.startswith("backbone.") for override in foreign):
+        [name, *transform] = exported.overrides(run)
+        foreign, overrides = [name, *foreign], [*transform, *overrides]
     if foreign:
         request = parse(chosen, [word for word in overrides if word not in foreign], validation, searched)
         if out is None:

@@ -23,6 +23,7 @@ from ssl_dist.distributed.rank import available_cores
 from ssl_dist.errors import UserError, did_you_mean
 from ssl_dist.nn.backbone import Backbone
 from ssl_dist.progress import Progress
+from ssl_dist.run import exported
 from ssl_dist.run.encoder import BATCH_SIZE, LAYER, Encoder, load_encoder, load_others
 from ssl_dist.storage import hub
 
@@ -156,8 +157,8 @@ def load(
     weights_prefix: str | None = None,
     resize_pos_embed: bool = False,
 ) -> Embedder:
-    """The network of a run's folder (its newest checkpoint), of a checkpoint, or of a file of another program, also as
-    hf://ORG/NAME or timm:NAME.
+    """The network of a run's folder (its newest checkpoint), of a checkpoint, of what `ssl-dist export` wrote with
+    safetensors, or of a file of another program, also as hf://ORG/NAME or timm:NAME.
 
     layer: output, or a stage of the backbone, whose map is averaged over its places. device: by default a GPU where
     there is one. backbone: of a file of another program, as in a config; then images are of 224 px, resized to 256, and
@@ -167,13 +168,15 @@ def load(
     """
     path, computing = Path(source), chosen(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if backbone is None and hub.is_name(str(path)):
-        raise UserError(f"{os.fspath(source)}: weights of another program; give backbone=..., whose they are")
+        path = hub.located(str(path)) if str(path).startswith("hf:") else path
+        if not exported.is_exported(path):
+            raise UserError(f"{os.fspath(source)}: weights of another program; give backbone=..., whose they are")
     changed = [
         *([] if image_size is None else [f"data.image_size={image_size}"]),
         *([] if resize is None else [f"data.eval_resize={resize}"]),
     ]
     if backbone is None:
-        encoder = load_encoder(path).with_transform(changed)
+        encoder = (exported.read(path) if exported.is_exported(path) else load_encoder(path)).with_transform(changed)
     else:
         size = image_size or 224
         changed = [f"data.image_size={size}", f"data.eval_resize={resize or round(size / 0.875)}"]

@@ -96,11 +96,15 @@ def load_encoder(path: Path) -> Encoder:
 def load_method(path: Path) -> tuple[SSLMethod, Encoder]:
     """The method in a run's newest checkpoint, or in a checkpoint file, and its encoder. Raises `UserError`."""
     run = network.restored(path)
+    return run.method, encoder_of(run)
+
+
+def encoder_of(run: network.Restored) -> Encoder:
+    """What a method evaluates, of a checkpoint that was read."""
     state, module = run.state, run.method.encoder().float().eval().requires_grad_(False)
     normalize = validate(Normalize, state["normalize"])
     classes = None if state.get("classes") is None else tuple(state["classes"])
-    encoder = Encoder(module, run.config, normalize, run.sha256, state["step"], run.file, state["data"]["ids"], classes)
-    return run.method, encoder
+    return Encoder(module, run.config, normalize, run.sha256, state["step"], run.file, state["data"]["ids"], classes)
 
 
 def load_together(path: Path, world: World) -> tuple[SSLMethod, Encoder]:
@@ -126,8 +130,7 @@ def load_others(path: Path, settings: Config, images: blueprint.Statistics) -> t
     where nothing is given and the file is one of `ssl-dist export`, as it says).
     """
     name = settings.backbone.name
-    if hub.is_name(str(path)):
-        path = hub.located(str(path))
+    path = hub.located(str(path)) if hub.is_name(str(path)) else hub.file_in(path)
     backbone = backbones.build(name)
     fitted = network.fitted(path, backbone, settings.backbone)
     with without_values():

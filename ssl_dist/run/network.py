@@ -75,9 +75,7 @@ def initial_weights(backbone: nn.Module, settings: BackboneSection, file: Path |
     have saved another since. Raises `UserError`."""
     given, name = settings.weights, settings.name
     assert given is not None, "it is asked for where there is one"
-    path = file or (hub.located(given) if hub.is_name(given) else Path(given))
-    if path.is_dir() and (path / hub.FILES[0]).is_file():  # as timm and transformers save a model
-        path = path / hub.FILES[0]
+    path = file or (hub.located(given) if hub.is_name(given) else hub.file_in(Path(given)))
     if not path.exists():
         raise UserError(f"backbone.weights = {quoted(given)}: not a file; give one, or null for random weights")
     try:

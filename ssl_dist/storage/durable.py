@@ -5,8 +5,8 @@ import fcntl
 import os
 import re
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -88,6 +88,30 @@ def atomic_write_or_refuse(path: Path, remedy: str = _REMEDY) -> Iterator[Binary
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             yield file
+
+
+def write_together_or_refuse(target: Path, files: Mapping[Path, bytes]) -> None:
+    """Put files of one folder, which is made, in place when all of them are written; in their order, each whole. Raises
+    `UserError` on `target` where one cannot be written; then none is there, and no folder that was not."""
+    folder, token = next(iter(files)).parent, new_token()
+    is_new = not folder.exists()
+    with refuse_unwritable(target):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with ExitStack() as written:
+                remove_dead(folder)
+                for path, content in files.items():
+                    file = written.enter_context(temporary(temporary_path(path, token)))
+                    file.write(content)
+                    sync(file)
+                for path in files:
+                    os.replace(temporary_path(path, token), path)
+        except OSError:
+            if is_new:
+                with suppress(OSError):  # where something is in it
+                    folder.rmdir()
+            raise
+        sync_folder(folder)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssl_dist.errors import UserError, quoted
+from ssl_dist.storage import checkpoint
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 _HF = re.compile(r"hf:/{1,2}([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?")  # a path has lost one slash
@@ -19,6 +20,12 @@ _TIMM = re.compile(r"timm:(.+)")
 def is_name(text: str) -> bool:
     """Whether `text` is one of these and no path."""
     return re.match(r"hf:/|timm:", text) is not None
+
+
+def file_in(path: Path) -> Path:
+    """The file of weights in a folder, as timm and transformers save a model; any other path as it is, a run's too."""
+    file = path / FILES[0]
+    return file if file.is_file() and not checkpoint.steps(path) else path
 
 
 def located(text: str) -> Path:

@@ -22,6 +22,7 @@ from ssl_dist.storage.torch_file import DAMAGED_FILE_ERRORS
 # The metadata that `ssl-dist export` gives a safetensors file: names, the checkpoint's SHA-256 and step, and the mean
 # and std (JSON) that its images were normalised with.
 FACTS = ("backbone", "method", "checkpoint", "step", "normalize")
+PREPROCESSING = "preprocessing"  # also there (JSON), but in files of before: the whole of how images are prepared
 
 MAX_NAME = 1000  # letters of a tensor's name, which has all keys on the way
 REMEDY = "save the network's state_dict anew, or give another file"

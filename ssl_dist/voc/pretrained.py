@@ -41,8 +41,7 @@ def load(path: Path, overrides: Sequence[str]) -> Pretrained:
     `views.normalize` (unless given: that of the export, else ImageNet's).
     """
     values = dict(override.partition("=")[::2] for override in overrides)
-    if hub.is_name(str(path)):
-        path = hub.located(str(path))
+    path = hub.located(str(path)) if hub.is_name(str(path)) else hub.file_in(path)
     metadata = {} if path.is_dir() else weights_file.facts(path)
     name = values.get("backbone.name", metadata.get("backbone"))
     if name is None:
