@@ -1,5 +1,6 @@
 """Files beside the code that must keep up with it."""
 
+import importlib.metadata
 import importlib.util
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import yaml
+from packaging.specifiers import SpecifierSet
 
 import ssl_dist
 from ssl_dist import cli, config, methods
@@ -53,6 +55,14 @@ def test_the_page_on_scaling_is_current(capsys):
 
 def test_the_changelog_has_this_version():
     assert f"## {ssl_dist.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_pinned_versions_take_every_python_that_the_package_takes():
+    """Debian 12 has 3.11.2; a version that wants a later 3.11 cannot be installed there."""
+    oldest = re.search(r'python_requires=">=([\d.]+)"', (ROOT / "setup.py").read_text())[1]
+    wanted = {d.metadata["Name"]: d.metadata["Requires-Python"] or "" for d in importlib.metadata.distributions()}
+    assert len(wanted) > 100
+    assert {name: text for name, text in wanted.items() if f"{oldest}.0" not in SpecifierSet(text)} == {}
 
 
 def test_both_containers_hold_what_a_checkout_does():
