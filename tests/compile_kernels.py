@@ -15,6 +15,8 @@ from ssl_dist.run.blueprint import RunPlan, derive
 def compile_kernels(plan: RunPlan) -> None:
     for spec in plan.specs:
         views.warm_up(spec)
+        for bits in (8, 16):
+            views.warm_up(spec, views.PixelFormat(5, bits))
     plan.method_class.warm_up(plan.options, plan.dtype)
     moments.warm_up(plan.dtype)
     with plan.open_reader() as reader:

@@ -138,7 +138,7 @@ def test_weights_of_others_and_their_usual_transform(tmp_path):
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (np.zeros((4, 4, 4, 1), np.uint8), r"\[4, 4, 1\] of uint8: give PIL images, or uint8 \[H, W, 3\]"),
+        (np.zeros((4, 4, 4, 1), np.uint8), r"\[4, 4, 1\] of uint8: give PIL images, or uint8 or uint16 \[H, W, 3\]"),
         (np.zeros((4, 4, 3)), r"\[4, 4, 3\] of float64"),
         (torch.zeros(4, 4, 3, dtype=torch.uint8), r"\[4, 4, 3\] of torch.uint8: .* \[3, H, W\]"),
         (torch.zeros(3, 32, 32), r"\[3, 32, 32\] in floating point: give normalised ones"),

@@ -35,10 +35,16 @@ def test_the_first_convolution_of_a_backbone(name, shape):
     assert weights is not None and (shape is None or weights.shape == shape)
 
 
-@pytest.mark.parametrize("first", [nn.Linear(3, 4), nn.BatchNorm2d(3), nn.Conv2d(3, 8, 1), nn.Conv2d(2, 8, 3)])
+@pytest.mark.parametrize("first", [nn.Linear(3, 4), nn.BatchNorm2d(3), nn.Conv2d(3, 8, 1)])
 def test_networks_without_one(first):
     assert filters.first_convolution(nn.Sequential(nn.Flatten(), first, nn.Conv2d(3, 8, 3))) is None
     assert filters.first_convolution(nn.Flatten()) is None
+
+
+def test_other_channels_are_shown_as_pictures_show_them():
+    five, two = nn.Conv2d(5, 8, 3), nn.Conv2d(2, 8, 3)
+    assert torch.equal(filters.first_convolution(five), five.weight[:, :3])
+    assert torch.equal(filters.first_convolution(two), two.weight[:, [0, 0, 0]])
 
 
 def test_they_are_in_tensorboard_every_so_many_epochs(digits, tmp_path):

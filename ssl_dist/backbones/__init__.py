@@ -1,4 +1,4 @@
-"""Backbones by name: images [N, 3, S, S] -> features [N, D], with the maps of their stages; see `nn.backbone`.
+"""Backbones by name: images [N, C, S, S] -> features [N, D], with the maps of their stages; see `nn.backbone`.
 
 A file has its backbones in `BACKBONES`: names, and what makes each. It is imported when one of them is asked for, as
 some need packages that take a second. Initial weights are drawn from torch's global generator, which the caller seeds.
@@ -6,6 +6,7 @@ some need packages that take a second. Initial weights are drawn from torch's gl
 
 import importlib
 import importlib.util
+import inspect
 import re
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -71,21 +72,33 @@ def _hint_of_timm(name: str, own: list[str]) -> str:
     return f"did you mean '{_TIMM}{near[0]}'? " if near else ""
 
 
-def build(name: str, zero_init_residual: bool = False) -> Backbone:
-    """The backbone `name` with initial weights. Raises `UserError` when there is none."""
+def build(name: str, zero_init_residual: bool = False, in_channels: int = 3) -> Backbone:
+    """The backbone `name` for images of so many channels, with initial weights. Raises `UserError` when there is
+    none."""
     check(name, zero_init_residual)
+    options: dict[str, int] = {"zero_init_residual": True} if zero_init_residual else {}
+    options |= {} if in_channels == 3 else {"in_channels": in_channels}
     if (plugin := _outside().get(name)) is not None:
-        return _of_plugin(name, plugin)
-    if name.startswith(_TIMM):
-        return timm_model.build(name)
-    builders: dict[str, Callable[..., Backbone]] = importlib.import_module(
-        f"ssl_dist.backbones.{_FILE_OF[name]}"
-    ).BACKBONES
-    return builders[name](zero_init_residual=True) if zero_init_residual else builders[name]()
+        backbone = _of_plugin(name, plugin, options)
+    elif name.startswith(_TIMM):
+        backbone = timm_model.build(name, in_channels)
+    else:
+        builders: dict[str, Callable[..., Backbone]] = importlib.import_module(
+            f"ssl_dist.backbones.{_FILE_OF[name]}"
+        ).BACKBONES
+        backbone = builders[name](**options)
+    backbone.in_channels = in_channels
+    return backbone
 
 
-def _of_plugin(name: str, plugin: plugins.Plugin) -> Backbone:
-    backbone = plugin.load()()
+def _of_plugin(name: str, plugin: plugins.Plugin, options: dict[str, int]) -> Backbone:
+    make = plugin.load()
+    if options and "in_channels" not in inspect.signature(make).parameters:
+        raise UserError(
+            f"{plugin.source}: backbone {name} takes images of 3 channels, and these have {options['in_channels']}; "
+            "give its constructor the argument in_channels"
+        )
+    backbone = make(**options)
     if not isinstance(backbone, Backbone) or not {"feature_dim", "stages"} <= {*dir(backbone)}:
         base = "ssl_dist.nn.backbone.Backbone"
         raise UserError(f"{plugin.source}: backbone {name} must be a {base} with feature_dim and stages")

@@ -32,18 +32,17 @@ class Conv2d(nn.Conv2d):
 
 
 class AlexNet(Backbone):
-    """Images [N, 3, 224, 224] -> features [N, 4096], what SeLa's heads and its nearest-neighbour evaluation read.
+    """Images [N, C, 224, 224] -> features [N, 4096], what SeLa's heads and its nearest-neighbour evaluation read.
 
     The maps of the stages are those after the ReLU of each convolution (where SeLa's linear probes sit).
     """
 
     feature_dim = 4096
 
-    def __init__(self, widths: tuple[int, ...] = BIG) -> None:
+    def __init__(self, widths: tuple[int, ...] = BIG, in_channels: int = 3) -> None:
         super().__init__()
         self.stages = {f"conv{number}": channels for number, channels in enumerate(widths, 1)}
         layers: list[nn.Module] = []
-        in_channels = 3
         for out_channels, (kernel, stride, padding, pooled) in zip(widths, CONVOLUTIONS, strict=True):
             layers.append(Conv2d(in_channels, out_channels, kernel, stride, padding))
             layers += [nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]

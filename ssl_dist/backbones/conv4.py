@@ -21,15 +21,15 @@ class Block(nn.Module):
 class Conv4(Backbone):
     """Four blocks of convolution, BatchNorm and ReLU; the side is halved after each of the first three.
 
-    Images [N, 3, S, S], S >= 8 -> features [N, 64].
+    Images [N, C, S, S], S >= 8 -> features [N, 64].
     """
 
     feature_dim = WIDTHS[-1]
 
-    def __init__(self) -> None:
+    def __init__(self, in_channels: int = 3) -> None:
         super().__init__()
         self.stages = {f"layer{i}": width for i, width in enumerate(WIDTHS, 1)}
-        self.layer1 = Block(3, WIDTHS[0])
+        self.layer1 = Block(in_channels, WIDTHS[0])
         self.layer2 = Block(WIDTHS[0], WIDTHS[1])
         self.layer3 = Block(WIDTHS[1], WIDTHS[2])
         self.layer4 = Block(WIDTHS[2], WIDTHS[3])

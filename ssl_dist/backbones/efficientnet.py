@@ -16,15 +16,20 @@ from ssl_dist.nn.backbone import Backbone, Step
 
 
 class EfficientNet(Backbone):
-    """The network `name` of torchvision; images [N, 3, S, S] -> features [N, 1280].
+    """The network `name` of torchvision; images [N, C, S, S] -> features [N, 1280].
 
     The dropout before torchvision's classifier belongs to the classifier and goes with it.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, in_channels: int = 3):
         super().__init__()
         network: Any = get_model(name)
         self.features = network.features
+        if in_channels != 3:
+            stem = network.features[0][0]
+            others = nn.Conv2d(in_channels, stem.out_channels, stem.kernel_size, stem.stride, stem.padding, bias=False)
+            nn.init.kaiming_normal_(others.weight, mode="fan_out")  # as torchvision's own
+            network.features[0][0] = others
         self.feature_dim = network.classifier[-1].in_features
         *inner, last = self.features
         names = ["stem", *(f"stage{number}" for number in range(1, len(inner))), "head"]

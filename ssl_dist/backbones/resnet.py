@@ -21,21 +21,28 @@ LAYERS = {
 
 
 class ResNet(Backbone):
-    """ResNet-`depth`; images [N, 3, S, S] -> features [N, D], D = 512 or 2048 times `width`.
+    """ResNet-`depth`; images [N, C, S, S] -> features [N, D], D = 512 or 2048 times `width`.
 
     width: factor of all channels, those of the stem too (as SFRIK and VICReg do; torchvision's wide networks widen
     less). small_stem: a 3x3 convolution of stride 1 and no max-pooling, for images of 32 px (ReLIC, SimCLR).
     zero_init_residual: every block begins as the identity, as its last BatchNorm's weight is 0 (SFRIK, VICReg).
     """
 
-    def __init__(self, depth: int, width: int = 1, small_stem: bool = False, zero_init_residual: bool = False):
+    def __init__(
+        self,
+        depth: int,
+        width: int = 1,
+        small_stem: bool = False,
+        zero_init_residual: bool = False,
+        in_channels: int = 3,
+    ):
         super().__init__()
         block, numbers = LAYERS[depth]
         channels = 64 * width
         if small_stem:
-            self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+            self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
         else:
-            self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
+            self.conv1 = nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(3, stride=2, padding=1)

@@ -15,17 +15,17 @@ from ssl_dist.nn.backbone import Backbone, Step
 
 
 class SmallResNet(Backbone):
-    """Three stages of (depth - 2) / 6 blocks with 16, 32 and 64 channels; images [N, 3, S, S] -> features [N, 64]."""
+    """Three stages of (depth - 2) / 6 blocks with 16, 32 and 64 channels; images [N, C, S, S] -> features [N, 64]."""
 
     feature_dim = 64
 
-    def __init__(self, depth: int):
+    def __init__(self, depth: int, in_channels: int = 3):
         super().__init__()
         num_blocks, rest = divmod(depth - 2, 6)
         if rest or num_blocks < 1:
             raise ValueError(f"depth {depth} is not 6n + 2")
         self.stages = {"stem": 16, "layer1": 16, "layer2": 32, "layer3": 64}
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU(inplace=True)
         self.layer1 = stage(BasicBlock, 16, 16, num_blocks, stride=1)

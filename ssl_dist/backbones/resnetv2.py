@@ -34,13 +34,13 @@ class Block(nn.Module):
 
 
 class ResNetV2(Backbone):
-    """Images [N, 3, S, S] -> features [N, 2048]. The maps of the stages are sums, not yet activated."""
+    """Images [N, C, S, S] -> features [N, 2048]. The maps of the stages are sums, not yet activated."""
 
     feature_dim = 2048
 
-    def __init__(self) -> None:
+    def __init__(self, in_channels: int = 3) -> None:
         super().__init__()
-        layers = [nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False), nn.MaxPool2d(3, stride=2, padding=1)]
+        layers = [nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False), nn.MaxPool2d(3, stride=2, padding=1)]
         self.stages = {"stem": 64}
         channels = 64
         for number, num_blocks in enumerate(NUM_BLOCKS):

@@ -12,15 +12,17 @@ _PREFIX = "timm/"
 
 
 class TimmModel(Backbone):
-    """timm's network `name` without its classifier; images [N, 3, S, S] -> features [N, D].
+    """timm's network `name` without its classifier; images [N, C, S, S] -> features [N, D].
 
     The network is the submodule `model`, so its tensors are timm's with `model.` before their names. The stages are
     those of timm's feature_info; a network that timm gives no intermediate maps of has none.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, in_channels: int = 3):
         super().__init__()
-        self.model = timm_package().create_model(name, pretrained=False, num_classes=0)
+        # some models take no such argument
+        other = {} if in_channels == 3 else {"in_chans": in_channels}
+        self.model = timm_package().create_model(name, pretrained=False, num_classes=0, **other)
         # Some models widen their features in a last layer before the classifier.
         self.feature_dim = getattr(self.model, "head_hidden_size", None) or self.model.num_features
         self.stages = {}
@@ -43,9 +45,16 @@ def names() -> list[str]:
     return [_PREFIX + model for model in timm_package().list_models()]
 
 
-def build(name: str) -> TimmModel:
-    """The model of `timm/<model>`."""
-    return TimmModel(name.removeprefix(_PREFIX))
+def build(name: str, in_channels: int = 3) -> TimmModel:
+    """The model of `timm/<model>`. Raises `UserError` where it can not have other channels."""
+    try:
+        return TimmModel(name.removeprefix(_PREFIX), in_channels)
+    except TypeError:
+        if in_channels == 3:
+            raise
+        raise UserError(
+            f"backbone.name = {name!r}: takes images of 3 channels alone, not {in_channels}; give another one"
+        ) from None
 
 
 def _feature_info(model: Any) -> list[dict[str, Any]]:

@@ -138,6 +138,8 @@ def _alternatives(annotation: Any, metadata: Sequence[Any] = ()) -> list[str]:
         return [text for argument in arguments for text in _alternatives(argument)]
     if origin is list:
         return [f"list of {_type(arguments[0])}"]
+    if origin is tuple and arguments[1:] == (...,):
+        return [f"[{_type(arguments[0])}, ...]"]
     if origin is tuple:
         return [f"[{', '.join(map(_type, arguments))}]"]
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

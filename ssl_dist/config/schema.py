@@ -36,8 +36,18 @@ from ssl_dist.errors import UserError, quoted
 class Normalize(Section):
     """Per-channel mean and standard deviation of pixels in [0, 1]."""
 
-    mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat] = Field(strict=False, description="of red, green and blue")
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(strict=False, description="of red, green and blue")
+    mean: tuple[FiniteFloat, ...] = Field(
+        strict=False, min_length=1, max_length=32, description="of each channel: red, green and blue"
+    )
+    std: tuple[PositiveFloat, ...] = Field(
+        strict=False, min_length=1, max_length=32, description="of each channel: red, green and blue"
+    )
+
+    @model_validator(mode="after")
+    def _alike(self) -> Self:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"std: has {len(self.std)} values, and mean {len(self.mean)}; give one of each channel")
+        return self
 
 
 class Views(Section):

@@ -10,26 +10,33 @@ import os
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from ssl_dist import config
 from ssl_dist.config import DatasetName
-from ssl_dist.convert.encode import MAX_PIXELS, pillow_limited_to
+from ssl_dist.convert.channels import SUFFIX, read_channels
+from ssl_dist.convert.encode import MAX_PIXELS, pillow_limited_to, pixel_limit
 from ssl_dist.convert.folders import NoImages, WithoutClass
 from ssl_dist.convert.images import Images, Source
 from ssl_dist.convert.shards import NoShards, default_name, other_source
 from ssl_dist.convert.sources import SHARDS, open_source
-from ssl_dist.convert.split import Options, UnfitImages, kept, printable, refusal, unfit_images, written
+from ssl_dist.convert.split import UNREADABLE, Options, UnfitImages, kept, printable, refusal, unfit_images, written
 from ssl_dist.convert.statistics import Moments, constant_channels, measure
+from ssl_dist.convert.walk import EXTENSIONS
 from ssl_dist.data import file_names, manifest
 from ssl_dist.data.beton import MAX_SIDE, Beton
 from ssl_dist.data.catalog import CATALOG, OWN_SOURCES, Entry, SplitRoles, split_roles
 from ssl_dist.data.manifest import Encoding, Manifest, SplitRecord
+from ssl_dist.data.pillow import UnfitImage
 from ssl_dist.distributed.rank import available_cores
 from ssl_dist.errors import UserError, did_you_mean, quoted, refuse_unreadable
 from ssl_dist.storage.durable import refuse_unwritable, remove_dead, write_text
+from ssl_dist.views import MAX_CHANNELS
+from ssl_dist.views.pixels import steps_of_colour
 
 JPEG_QUALITY = 95
 CONFIG_FOR_PHOTOS, PHOTOS_BATCH_SIZE = "configs/photos/simclr-resnet18-96px.yaml", 64  # and that of the config
@@ -49,6 +56,7 @@ def convert(
     image_key: str | None = None,
     label_key: str | None = None,
     ignore_orientation: bool = False,
+    channels: int | None = None,
     recheck: bool = False,
     progress: bool = True,
 ) -> Manifest:
@@ -64,7 +72,8 @@ def convert(
     can not be read are left out, and named in dataset.json. unlabeled: all images of one's own are one split without
     labels. image_key, label_key: of shards and tables, see `webdataset` and `parquet`. ignore_orientation: store images
     of one's own as their files hold them, where EXIF says that they lie on their side; those of the catalog always are,
-    as their papers read them. recheck: see below. progress: shown on standard error.
+    as their papers read them. channels: of the images of a folder, which then may be npy and of 8 or 16 bits
+    (`convert.channels`), and are stored as they are; None: RGB. recheck: see below. progress: shown on standard error.
 
     Run again, it verifies the splits that are complete (SHA-256 over every sample) and makes those that are missing,
     damaged, of another encoding or of other images: of another name, or, where size, times or inode of a file differ
@@ -75,7 +84,7 @@ def convert(
     if root is None and entry.source in ("cifar", "stl10", "svhn"):
         root = out / "download"
     options = Options(
-        encoding=_encoding(entry, max_side, ignore_orientation),
+        encoding=_encoding(entry, max_side, ignore_orientation, channels),
         workers=available_cores() if workers is None else workers,
         quiet=not progress,
         skip_damaged=skip_damaged,
@@ -92,7 +101,10 @@ def convert(
     for option, key in (("--image-key", image_key), ("--label-key", label_key)):
         if key is not None and dataset not in SHARDS:
             raise UserError(f"{option} {quoted(key)}: only of {', '.join(SHARDS)}, not of {dataset}; leave it out")
-    source = _source(dataset, root, out, name, unlabeled, image_key, label_key)
+    if channels is not None and entry.source != "folder":
+        raise UserError(f"--channels {channels}: only a folder of images is taken with other channels, not {dataset}")
+    extensions = EXTENSIONS if channels is None else (*EXTENSIONS, SUFFIX)
+    source = _source(dataset, root, out, name, unlabeled, image_key, label_key, extensions)
     for line in source.left_out:
         options.report(f"--root {root}: ignored: {line}")
     for line in source.notes:
@@ -102,8 +114,12 @@ def convert(
     roles = split_roles(name, serving)
     if roles.pretraining not in source.splits:
         raise UserError(f"--root {root}: has neither train/ nor unlabeled/; looked for images to train on")
+    if channels is not None:
+        with pillow_limited_to(max_pixels):
+            bits = _bits_of_first(source.splits[roles.pretraining], channels)
+        options = replace(options, encoding=options.encoding.model_copy(update={"bits": bits}))
     if previous is not None and (previous.encoding != options.encoding or previous.classes != source.classes):
-        options.report(f"{out}: was written with other sizes, classes or orientations; converting again")
+        options.report(f"{out}: was written with other sizes, classes, channels or orientations; converting again")
         previous = None
     splits = dict(previous.splits) if previous is not None else {}
     digests: dict[str, np.ndarray] = {}
@@ -165,10 +181,15 @@ def _with_files(out: Path, split: str, images: Images, record: SplitRecord) -> S
 def usage(out: Path, converted: Manifest) -> str:
     """What `convert` says at its end: the keys by which a config takes the data set, and a command where one fits."""
     splits = ", ".join(f"{split} ({record.count} images)" for split, record in converted.splits.items())
-    keys = shlex.join([f"data.root={out}", f"data.name={converted.name}"])
+    pixels = converted.encoding.pixels
+    reader = [] if pixels.is_rgb else ["data.reader=arrays"]
+    keys = shlex.join([f"data.root={out}", f"data.name={converted.name}", *reader])
     lines = [f"{out}: done: {splits}; use it with {keys}"]
     if converted.name not in CATALOG:
-        run = shlex.quote(f"run_dir=runs/{converted.name}")
+        words = [f"run_dir=runs/{converted.name}"]
+        if not pixels.is_rgb:
+            words += steps_of_colour(config.load(CONFIG_FOR_PHOTOS, [f"data.root={out}"]).views.groups)
+        run = shlex.join(words)
         count = converted.splits[converted.pretraining].count
         fewer = "" if count >= PHOTOS_BATCH_SIZE else f" optim.batch_size={1 << (count.bit_length() - 1)}"
         lines.append(f"ssl-dist train {CONFIG_FOR_PHOTOS} {keys} {run}{fewer}")
@@ -196,6 +217,17 @@ def _repeated(splits: dict[str, Images], digests: dict[str, np.ndarray], roles: 
                 yield f"{roles.evaluation}: {number} images are in {split}, too, {first} for one; remove those there"
 
 
+def _bits_of_first(images: Images, channels: int) -> int:
+    """Bits of a channel of the first image that can be read."""
+    for i in range(len(images.names)):
+        try:
+            item = images.load(i)
+            return 8 * (read_channels(item, channels, pixel_limit()) if isinstance(item, bytes) else item).itemsize
+        except (UnfitImage, *UNREADABLE):
+            continue
+    return 8  # what is wrong with each is said where they are converted
+
+
 def _source(
     dataset: str,
     root: str | Path | None,
@@ -204,12 +236,13 @@ def _source(
     unlabeled: bool,
     image_key: str | None,
     label_key: str | None,
+    extensions: tuple[str, ...],
 ) -> Source:
     """The images. Raises `UserError` also for classes that no dataset.json can name, before anything is written."""
     try:
         with refuse_unreadable(f"--root {root}", "make it readable"):
             source = open_source(
-                dataset, Path(root) if root is not None else None, out, unlabeled, image_key, label_key
+                dataset, Path(root) if root is not None else None, out, unlabeled, image_key, label_key, extensions
             )
     except WithoutClass as error:
         words = ["ssl-dist", "convert", dataset, "--root", str(root), "--unlabeled", "--out", str(out), "--name", name]
@@ -294,10 +327,14 @@ def _is_dataset_name(name: str) -> bool:
     return True
 
 
-def _encoding(entry: Entry, max_side: int | None, ignore_orientation: bool) -> Encoding:
+def _encoding(entry: Entry, max_side: int | None, ignore_orientation: bool, channels: int | None) -> Encoding:
     if max_side is not None and not 1 <= max_side <= MAX_SIDE:
         raise UserError(f"--max-side {max_side}: must be 1..{MAX_SIDE} pixels")
     max_side = max_side or entry.max_side
+    if channels is not None:
+        if not 1 <= channels <= MAX_CHANNELS:
+            raise UserError(f"--channels {channels}: must be 1..{MAX_CHANNELS}")
+        return Encoding(raw_side=max_side, max_side=max_side, jpeg_quality=JPEG_QUALITY, channels=channels)
     return Encoding(
         raw_side=min(entry.raw_side, max_side),
         max_side=max_side,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from ssl_dist.convert.channels import read_channels
 from ssl_dist.data.beton import JPG, MAX_SIDE, PAGE_SIZE, RAW
 from ssl_dist.data.manifest import Encoding
 from ssl_dist.data.pillow import DAMAGED_IMAGE_ERRORS, UnfitImage, of_8_bits, open_picture, reason_of, rgb, turn_of
@@ -20,8 +21,8 @@ MAX_STORED_PIXELS = 89_478_485  # where Pillow, in the readers, would warn
 
 @dataclass(frozen=True)
 class Sample:
-    """A stored image. data: height * width * 3 bytes (mode RAW) or a JPEG file (mode JPG); turned: whether its EXIF
-    orientation was applied."""
+    """A stored image. data: the bytes of height * width pixels (mode RAW) or a JPEG file (mode JPG); turned: whether
+    its EXIF orientation was applied."""
 
     mode: int
     height: int
@@ -32,7 +33,7 @@ class Sample:
 
 def page_size(encoding: Encoding) -> int:
     """Bytes of a page that holds any image of this encoding: a JPEG is kept only if it needs less."""
-    size, largest_image = PAGE_SIZE, 3 * max(encoding.max_side, encoding.raw_side) ** 2
+    size, largest_image = PAGE_SIZE, encoding.pixels.num_bytes * max(encoding.max_side, encoding.raw_side) ** 2
     while size < largest_image and size < 1 << 31:
         size *= 2
     return size
@@ -52,15 +53,22 @@ def pillow_limited_to(max_pixels: int) -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
+def pixel_limit() -> int:
+    """Of a picture that is read, as `pillow_limited_to` has set it."""
+    return 2 * (Image.MAX_IMAGE_PIXELS or MAX_PIXELS)
+
+
 def encode(item: bytes | np.ndarray, encoding: Encoding) -> Sample:
     """`item` as the file will hold it: an encoded picture, or pixels uint8 [H, W, 3].
 
     Images whose sides are both at most `raw_side` are stored as pixels. JPEG files (grey or colour) whose sides are
     at most `max_side` keep their bytes. Everything else becomes RGB, is shrunk (Lanczos, antialiased) until its longer
     side equals `max_side` if it was larger, and is compressed anew. So is a JPEG file whose EXIF orientation turns it,
-    where `encoding.orientation` applies that; what is stored has no EXIF. Raises `UnfitImage` when it can not be read
-    or stored.
+    where `encoding.orientation` applies that; what is stored has no EXIF. With `encoding.channels` see
+    `_encode_channels`. Raises `UnfitImage` when it can not be read or stored.
     """
+    if encoding.channels is not None:
+        return _encode_channels(item, encoding, encoding.channels)
     turn = None
     if isinstance(item, np.ndarray):
         image, keep = Image.fromarray(item), False
@@ -90,6 +98,27 @@ def encode(item: bytes | np.ndarray, encoding: Encoding) -> Sample:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=encoding.jpeg_quality)
     return Sample(JPG, height, width, file.getvalue(), turned)
+
+
+def _encode_channels(item: bytes | np.ndarray, encoding: Encoding, channels: int) -> Sample:
+    """An image of so many channels, always as pixels; a larger one is shrunk channel by channel, as floating point."""
+    pixels = item if isinstance(item, np.ndarray) else read_channels(item, channels, pixel_limit())
+    if 8 * pixels.itemsize != encoding.bits:
+        raise UnfitImage(
+            f"has {8 * pixels.itemsize} bits a channel, and the first image has {encoding.bits}; save all alike"
+        )
+    height, width = pixels.shape[:2]
+    if (longer := max(height, width)) > encoding.max_side:
+        height, width = (max(1, round(side * encoding.max_side / longer)) for side in (height, width))
+        floats = pixels.astype(np.float32)
+        shrunk = [
+            Image.fromarray(floats[..., c]).resize((width, height), Image.Resampling.LANCZOS) for c in range(channels)
+        ]
+        pixels = np.stack([np.asarray(plane) for plane in shrunk], -1).round().clip(0, (1 << encoding.bits) - 1)
+    data = pixels.astype(encoding.pixels.dtype).tobytes()
+    if len(data) > page_size(encoding):
+        raise UnfitImage(f"would be stored in {len(data)} bytes, over {page_size(encoding)}; lower --max-side")
+    return Sample(RAW, height, width, data)
 
 
 def decoded(data: bytes) -> Image.Image:

@@ -32,19 +32,19 @@ class WithoutClass(UserError):
     """Images lie where only class folders belong."""
 
 
-def image_folder(root: Path, unlabeled: bool = False) -> Source:
+def image_folder(root: Path, unlabeled: bool = False, extensions: tuple[str, ...] = EXTENSIONS) -> Source:
     """ROOT/{train,val,test}/<class>/**/<image> and ROOT/unlabeled/**/<image>; without any of them, ROOT/<class>/ is
     the split train. The names of splits may be in any case. Classes are the sorted folder names of the split train (the
     first present without it); ids follow the order of torchvision's ImageFolder: class, folder, file name. unlabeled:
-    ROOT/**/<image> is the split unlabeled, whatever its folders are called.
+    ROOT/**/<image> is the split unlabeled, whatever its folders are called. extensions: of image files.
 
     Raises `UserError` for another layout, a folder that can not be read or that looks like a split and has another
     name, and a class without images."""
     if not root.is_dir():
         raise NoImages(f"--root {root}: there is no such folder")
     left_out = LeftOut()
-    folders = {"unlabeled": root} if unlabeled else _split_folders(root, left_out)
-    walks = {split: Walk(root, folder, folders.values(), left_out) for split, folder in folders.items()}
+    folders = {"unlabeled": root} if unlabeled else _split_folders(root, left_out, extensions)
+    walks = {split: Walk(root, folder, folders.values(), left_out, extensions) for split, folder in folders.items()}
     listed = {split: _list_classes(folder, walks[split]) for split, folder in folders.items() if split != "unlabeled"}
     classes = list(listed.get("train", next(iter(listed.values()), {})))
     number_of = {_composed(name): number for number, name in enumerate(classes)}
@@ -82,9 +82,9 @@ def _look_alikes(classes: list[str]) -> list[str]:
     ]
 
 
-def _split_folders(root: Path, left_out: LeftOut) -> dict[str, Path]:
+def _split_folders(root: Path, left_out: LeftOut, extensions: tuple[str, ...]) -> dict[str, Path]:
     """Split -> its folder, in the order of `FOLDER_SPLITS`; the root itself is the split train where none is there."""
-    names, images = entries(root, root, left_out)
+    names, images = entries(root, root, left_out, extensions)
     present = _named_as_splits(names)
     for split, named in present.items():
         if len(named) > 1:
@@ -131,7 +131,7 @@ def _split_meant(folder: str, holds_folders: bool) -> str | None:
 
 def _empty(folder: Path, walk: Walk) -> NoImages:
     return NoImages(
-        f"{folder}: holds no image ({', '.join(EXTENSIONS)}){walk.passed_over(folder)}; fill or remove the folder"
+        f"{folder}: holds no image ({', '.join(walk.extensions)}){walk.passed_over(folder)}; fill or remove the folder"
     )
 
 
@@ -142,7 +142,7 @@ def _list_classes(folder: Path, walk: Walk) -> dict[str, list[str]]:
         verb = "image lies" if len(stray) == 1 else "images lie"
         raise WithoutClass(f"{folder}: {len(stray)} {verb} in no class folder ({stray[0]}); {LAYOUTS}")
     if not names:
-        layout = f"one folder a class, with images ({', '.join(EXTENSIONS)})"
+        layout = f"one folder a class, with images ({', '.join(walk.extensions)})"
         remedy = f"or in it {', '.join(FOLDER_SPLITS)}"
         raise NoImages(f"{folder}: holds no class folder{walk.passed_over(folder)}; looked for {layout}; {remedy}")
     written = {_composed(name): name for name in names}

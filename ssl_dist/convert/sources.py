@@ -11,6 +11,7 @@ from ssl_dist.convert.folders import image_folder, tiny_imagenet
 from ssl_dist.convert.images import Images, PixelImages, Source
 from ssl_dist.convert.tables import huggingface, parquet
 from ssl_dist.convert.transfer_sets import transfer_set
+from ssl_dist.convert.walk import EXTENSIONS
 from ssl_dist.convert.webdataset import webdataset
 from ssl_dist.data.catalog import CATALOG, OWN_FOLDER, OWN_SOURCES
 from ssl_dist.errors import UserError
@@ -26,10 +27,12 @@ def open_source(
     unlabeled: bool = False,
     image_key: str | None = None,
     label_key: str | None = None,
+    extensions: tuple[str, ...] = EXTENSIONS,
 ) -> Source:
-    """The source of a catalog entry or of images of one's own. unlabeled: of the latter, see `image_folder`; image_key,
-    label_key: of shards and tables, see `webdataset` and `parquet`. Raises `UserError` when `root` does not hold it,
-    and when `out`, where the conversion goes, lies in an image folder, whose class it would be for the next one."""
+    """The source of a catalog entry or of images of one's own. unlabeled, extensions: of the latter, see
+    `image_folder`; image_key, label_key: of shards and tables, see `webdataset` and `parquet`. Raises `UserError` when
+    `root` does not hold it, and when `out`, where the conversion goes, lies in an image folder, whose class it would be
+    for the next one."""
     kind = OWN_SOURCES.get(dataset, CATALOG.get(dataset, OWN_FOLDER)).source
     if kind == "digits":
         return digits()
@@ -49,7 +52,7 @@ def open_source(
         return SHARDS[kind](root, unlabeled, image_key, label_key)
     if out is not None and out.resolve().is_relative_to(root.resolve()):
         raise UserError(f"--out {out}: lies in the source, --root {root}; choose a folder outside of it")
-    return image_folder(root, unlabeled)
+    return image_folder(root, unlabeled, extensions)
 
 
 def _fetch(

@@ -149,7 +149,7 @@ def written(
     digests = np.zeros(count, np.uint64)
     stamps = images.stamps()  # asked before the images are read: what changes meanwhile is noticed by the next run
 
-    with Writer(path, count, page_size(options.encoding)) as writer:
+    with Writer(path, count, page_size(options.encoding), options.encoding.pixels) as writer:
         with (
             Progress(f"{path.stem}: converting", count, "image", options.quiet) as counter,
             contextlib.closing(_in_threads(partial(_encoded, options.encoding), images, options)) as results,

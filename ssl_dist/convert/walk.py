@@ -66,29 +66,35 @@ def _examples(reason: str, paths: Collection[str]) -> str:
 def _kinds(paths: Collection[str]) -> str:
     """How many files of every suffix, the most frequent first, and for a phone's what makes images of them."""
     suffixes = Counter(os.path.splitext(path)[1].lower() or "no suffix" for path in paths)
-    remedy = " (make JPEG of them first: `heif-convert A.heic A.jpg`)"
-    return ", ".join(
-        f"{count} {suffix}{remedy * (suffix in PHONE_SUFFIXES)}" for suffix, count in suffixes.most_common()
-    )
+    remedies = dict.fromkeys(PHONE_SUFFIXES, " (make JPEG of them first: `heif-convert A.heic A.jpg`)")
+    remedies[".npy"] = " (--channels N reads arrays of images)"
+    return ", ".join(f"{count} {suffix}{remedies.get(suffix, '')}" for suffix, count in suffixes.most_common())
 
 
 class Walk:
     """A walk through one split. A folder is read once, whatever links lead to it; a link from inside into a split, its
     own or another, is not followed: its images would count twice, and under a wrong class.
 
-    root: of the source; split: the folder of this split; splits: those of all splits. What is passed over goes to
-    `left_out`. Every method raises `UserError` for a folder that can not be read.
+    root: of the source; split: the folder of this split; splits: those of all splits; extensions: of image files. What
+    is passed over goes to `left_out`. Every method raises `UserError` for a folder that can not be read.
     """
 
-    def __init__(self, root: Path, split: Path, splits: Collection[Path], left_out: LeftOut):
-        self.root, self.left_out = root, left_out
+    def __init__(
+        self,
+        root: Path,
+        split: Path,
+        splits: Collection[Path],
+        left_out: LeftOut,
+        extensions: tuple[str, ...] = EXTENSIONS,
+    ):
+        self.root, self.left_out, self.extensions = root, left_out, extensions
         self._splits = [Path(os.path.realpath(folder)) for folder in splits]
         state = os.stat(split)
         self._visited = {(state.st_dev, state.st_ino)}
 
     def folders(self, folder: Path) -> tuple[list[str], list[str]]:
         """Names of the sub-folders that the walk enters, and of the image files of `folder`, both sorted."""
-        folders, images = entries(self.root, folder, self.left_out)
+        folders, images = entries(self.root, folder, self.left_out, self.extensions)
         return [name for name in folders if self._enters(folder / name)], images
 
     def image_files(self, folder: Path) -> list[str]:
@@ -127,7 +133,9 @@ class Walk:
         return True
 
 
-def entries(root: Path, folder: Path, left_out: LeftOut) -> tuple[list[str], list[str]]:
+def entries(
+    root: Path, folder: Path, left_out: LeftOut, extensions: tuple[str, ...] = EXTENSIONS
+) -> tuple[list[str], list[str]]:
     """Names of the sub-folders and of the image files of `folder`, both sorted; all else goes to `left_out`. An image
     that is a link to nothing is among them: reading it will tell. Raises `UserError` for a folder that can not be
     read."""
@@ -135,7 +143,7 @@ def entries(root: Path, folder: Path, left_out: LeftOut) -> tuple[list[str], lis
     with refuse_unreadable(folder, "make it readable or remove it"), os.scandir(folder) as scan:
         for entry in sorted(scan, key=lambda entry: entry.name):
             mode = _mode(entry)
-            looks_like_image = entry.name.lower().endswith(EXTENSIONS)
+            looks_like_image = entry.name.lower().endswith(extensions)
             if is_hidden(entry.name):
                 reason = HIDDEN
             elif stat.S_ISDIR(mode):

@@ -25,19 +25,19 @@ class ArraysReader(Reader):
 
 
 def put_image(beton: Beton, image_id: int, destination: np.ndarray) -> None:
-    """A stored image to the top left of destination, uint8 [Hmax, Wmax, 3]."""
+    """A stored image to the top left of destination, [Hmax, Wmax, C]."""
     pixels = stored_image(beton, image_id)
     destination[: pixels.shape[0], : pixels.shape[1]] = pixels
 
 
 def stored_image(beton: Beton, image_id: int) -> np.ndarray:
-    """A stored image, uint8 [H, W, 3], a JPEG as Pillow decodes it. Raises `UserError` when it is damaged."""
+    """A stored image, uint8 or uint16 [H, W, C], a JPEG as Pillow decodes it. Raises `UserError` when it is damaged."""
     data = np.asarray(beton.sample(image_id))
     size = int(beton.heights[image_id]), int(beton.widths[image_id])
     if not is_sound(data, beton.checks[image_id]):
         raise damaged(beton, image_id, "its check value differs")
     if beton.modes[image_id] == RAW:
-        return data.reshape(*size, 3)
+        return data.view(beton.pixels.dtype).reshape(*size, beton.pixels.channels)
     try:
         image = Image.open(io.BytesIO(data.tobytes()), formats=["JPEG"])
         shown = image.height, image.width

@@ -1,5 +1,8 @@
 """The .beton file: FFCV 1.0.2's format for the two fields `image` (RGB, raw or JPEG) and `label` (int64, -1 unknown).
 
+Images of other channels or of 16 bits are raw, [H, W, C], little-endian; their field is of FFCV's type for fields of
+one's own, which FFCV refuses, and its arguments are the channels and the bits of each.
+
 A file is a header, two field descriptors, one record a sample, pages of data (a sample never crosses a page) and a
 table with the place and size of every sample's data. FFCV reads these files; this module needs nothing but numpy.
 
@@ -23,11 +26,12 @@ from ssl_dist.errors import UserError, refuse_unreadable
 from ssl_dist.numba_cache import njit
 from ssl_dist.reading import open_regular
 from ssl_dist.storage.durable import sync_folder
+from ssl_dist.views.pixels import MAX_CHANNELS, RGB, PixelFormat
 
 JPG, RAW = 0, 1  # FFCV's values of `mode`
 VERSION = 2
 PAGE_SIZE = 1 << 21  # the least FFCV allows, 2 MiB
-INT_FIELD, IMAGE_FIELD = 1, 2  # FFCV's type ids
+INT_FIELD, IMAGE_FIELD, OWN_FIELD = 1, 2, 255  # FFCV's type ids
 
 HEADER = np.dtype(
     [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"), ("table", "<u8")],
@@ -88,9 +92,10 @@ class Writer:
     is writing the same file; `OSError` (a full disk, say) is left to the caller.
     """
 
-    def __init__(self, path: Path, count: int, page_size: int = PAGE_SIZE):
+    def __init__(self, path: Path, count: int, page_size: int = PAGE_SIZE, pixels: PixelFormat = RGB):
+        """pixels: of every image."""
         assert count > 0 and PAGE_SIZE <= page_size < 1 << 32 and page_size & (page_size - 1) == 0
-        self.path, self.count, self.page_size = Path(path), count, page_size
+        self.path, self.count, self.page_size, self.pixels = Path(path), count, page_size, pixels
         self.temporary = self.path.with_name(f".{self.path.name}.tmp")
         self.digest = Digest()
         self._records = np.zeros(count, SAMPLE)
@@ -122,9 +127,9 @@ class Writer:
                 self._file.close()
 
     def add(self, label: int, mode: int, height: int, width: int, data: bytes) -> None:
-        """Append the next sample. data: a JPEG file, or height * width * 3 bytes."""
+        """Append the next sample. data: a JPEG file, of RGB alone, or the bytes of height * width pixels."""
         assert len(data) <= self.page_size and 0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE
-        assert mode == JPG or len(data) == height * width * 3
+        assert len(data) == height * width * self.pixels.num_bytes or (mode == JPG and self.pixels.is_rgb)
         room = self.page_size - self._pointer % self.page_size
         if len(data) > room:
             self._file.write(bytes(room))
@@ -149,7 +154,7 @@ class Writer:
         header = np.array([(VERSION, len(FIELDS), self.page_size, self._next, table)], HEADER)
         # A file opened for appending writes at its end only; the front goes through its own handle.
         with open(self.temporary, "r+b") as front:
-            front.write(header.tobytes() + FIELDS.tobytes() + records.tobytes())
+            front.write(header.tobytes() + _fields(self.pixels).tobytes() + records.tobytes())
             front.flush()
             os.fsync(front.fileno())
         return self.digest.hexdigest()
@@ -165,14 +170,14 @@ class Beton:
     """An open .beton file. Index = image id.
 
     count; labels int64 [N]; modes uint8 [N]; heights, widths, pointers, sizes int64 [N]; checks int64 [N] (0: none);
-    data uint8 [bytes of the file], mapped; tables_sha256: SHA-256 of all that is not the samples' bytes. Every sample
-    lies in the pages, and none over another. Raises `UserError` for a file that is missing, truncated, foreign or
-    contradicts itself.
+    data uint8 [bytes of the file], mapped; pixels: what those of every image are; tables_sha256: SHA-256 of all that is
+    not the samples' bytes. Every sample lies in the pages, and none over another. Raises `UserError` for a file that is
+    missing, truncated, foreign or contradicts itself.
     """
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        records, allocations, self.tables_sha256 = _read_tables(self.path)
+        records, allocations, self.tables_sha256, self.pixels = _read_tables(self.path)
         self.count = len(records)
         self.labels = records["label"].astype(np.int64)
         self.modes = records["mode"].copy()
@@ -187,9 +192,9 @@ class Beton:
         if (
             (allocations["sample_id"][order] != np.arange(self.count)).any()
             or (allocations["pointer"][order] != records["pointer"]).any()
-            or not np.isin(self.modes, (JPG, RAW)).all()
+            or not np.isin(self.modes, (JPG, RAW) if self.pixels.is_rgb else (RAW,)).all()
             or min(self.heights.min(), self.widths.min(), self.sizes.min()) < 1
-            or (self.sizes[raw] != (self.heights * self.widths * 3)[raw]).any()
+            or (self.sizes[raw] != (self.heights * self.widths * self.pixels.num_bytes)[raw]).any()
             or self.labels.min() < -1
         ):
             raise _refused(self.path, "its tables contradict each other")
@@ -211,9 +216,18 @@ class Beton:
             yield int(label), int(mode), int(height), int(width), self.sample(image_id).data
 
 
-def _read_tables(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
-    """The records and the allocations of a file whose frame is sound, every place inside its pages, and the SHA-256 of
-    header, descriptors, records and allocations."""
+def _fields(pixels: PixelFormat) -> np.ndarray:
+    """The descriptors of the two fields."""
+    fields = FIELDS.copy()
+    if not pixels.is_rgb:
+        fields[0]["type_id"] = OWN_FIELD
+        fields[0]["arguments"][:2] = pixels
+    return fields
+
+
+def _read_tables(path: Path) -> tuple[np.ndarray, np.ndarray, str, PixelFormat]:
+    """The records and the allocations of a file whose frame is sound, every place inside its pages, the SHA-256 of
+    header, descriptors, records and allocations, and what the pixels are."""
     if not path.is_file():
         raise _refused(path, "there is no such file")
     with refuse_unreadable(path, "make it readable"), open_regular(path) as file:
@@ -226,7 +240,11 @@ def _read_tables(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
         if header["version"] != VERSION or not 0 < header["num_fields"] < 256 or page & (page - 1) or not page:
             raise _refused(path, "it is not a .beton file of FFCV 1.0")
         kinds = [(int(field["type_id"]), field["name"].tobytes().rstrip(b"\0").decode("latin-1")) for field in fields]
-        if header["num_fields"] != 2 or kinds != [(IMAGE_FIELD, "image"), (INT_FIELD, "label")]:
+        pixels = PixelFormat(*fields[0]["arguments"][:2].tolist()) if kinds[0][0] == OWN_FIELD else RGB
+        image_fields = [(IMAGE_FIELD, "image")]
+        if pixels.channels in range(1, MAX_CHANNELS + 1) and pixels.bits in (8, 16):
+            image_fields.append((OWN_FIELD, "image"))
+        if header["num_fields"] != 2 or kinds[0] not in image_fields or kinds[1] != (INT_FIELD, "label"):
             raise _refused(path, "its fields are not `image` and `label`")
         if table == 0 or count == 0:
             raise _refused(path, "its writer did not finish it")
@@ -246,7 +264,7 @@ def _read_tables(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
     pointers, sizes = allocations["pointer"], allocations["size"]
     if pointers.min() < pages_start or pointers.max() > table or (sizes > table - pointers).any():
         raise _refused(path, "its tables contradict each other: an image lies outside the pages")
-    return records, allocations, hashlib.sha256(front + back).hexdigest()
+    return records, allocations, hashlib.sha256(front + back).hexdigest(), pixels
 
 
 def _refused(path: Path, reason: str) -> UserError:

@@ -21,15 +21,15 @@ from ssl_dist.data.reader import Reader
 from ssl_dist.grid import Grid
 from ssl_dist.thread_team import ThreadTeam, run_ahead
 
-MakeView = Callable[[views.Images, ThreadTeam], np.ndarray]  # a view of every image, uint8 [B, 3, S, S]
+MakeView = Callable[[views.Images, ThreadTeam], np.ndarray]  # a view of every image, [B, C, S, S]
 
 AHEAD = 3  # batches, one of them in the making; more only hides stalls longer than two steps
 
 
 @dataclass(frozen=True)
 class HostBatch:
-    """views: uint8 [V_local, B_local, 3, S, S] a group; view_ids: int64 [V_local] a group; image_ids: int64 [B_local];
-    labels_positions: int64 [2, B_local], positions among the ids that are trained on."""
+    """views: uint8 or uint16 [V_local, B_local, C, S, S] a group; view_ids: int64 [V_local] a group; image_ids: int64
+    [B_local]; labels_positions: int64 [2, B_local], positions among the ids that are trained on."""
 
     step: int
     views: list[Tensor]
@@ -81,8 +81,9 @@ class TrainLoader:
         epoch = step // self.order.steps_per_epoch
         groups = []
         for spec, own_ids in zip(self.specs, self.view_ids, strict=True):
-            shape = (len(own_ids), len(images.ids), 3, spec.size, spec.size)
-            group = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin)  # written once, by all threads
+            shape = (len(own_ids), len(images.ids), images.pixels.shape[3], spec.size, spec.size)
+            dtype = torch.uint8 if images.pixels.dtype == np.uint8 else torch.uint16
+            group = torch.empty(shape, dtype=dtype, pin_memory=self.pin)  # written once, by all threads
             views.make_views(images, spec, own_ids, self.order.seed, epoch, team, group.numpy())
             groups.append(group)
         positions = np.searchsorted(self.order.train_ids, images.ids)
@@ -96,7 +97,7 @@ class TrainLoader:
 def view_batches(
     reader: Reader, ids_per_step: Iterable[np.ndarray], make_view: MakeView, threads: int
 ) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
-    """A view of every image, uint8 [B, 3, S, S], and the ids [B], an entry of `ids_per_step` at a time."""
+    """A view of every image, [B, C, S, S], and the ids [B], an entry of `ids_per_step` at a time."""
     with ThreadTeam(threads) as team, closing(reader.batches(ids_per_step, team)) as decoded:
         for images in decoded:
             yield make_view(images, team), images.ids

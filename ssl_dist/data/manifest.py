@@ -12,6 +12,7 @@ from ssl_dist.data.beton import RAW, Beton
 from ssl_dist.errors import UserError
 from ssl_dist.reading import parse_json, read_text
 from ssl_dist.storage.durable import write_text
+from ssl_dist.views import MAX_CHANNELS, PixelFormat
 
 FILE = "dataset.json"
 CONSTANT_STD = 1.0  # stands for the standard deviation of a channel that has the same value in every pixel
@@ -23,12 +24,20 @@ FileName = Annotated[str, Field(pattern=r"^[^/\x00]+$")]
 
 class Encoding(Section):
     """How images were stored: as pixels if both sides are at most raw_side, else as JPEG no larger than max_side;
-    orientation: what was done about that in their EXIF."""
+    orientation: what was done about that in their EXIF; channels: as `--channels` said (null: none, RGB); bits: of a
+    channel."""
 
     raw_side: int
     max_side: int
     jpeg_quality: int
     orientation: Literal["applied", "ignored"] = "ignored"  # before there was a choice
+    channels: Annotated[int, Field(ge=1, le=MAX_CHANNELS)] | None = None
+    bits: Literal[8, 16] = 8
+
+    @property
+    def pixels(self) -> PixelFormat:
+        """What the pixels of every image are."""
+        return PixelFormat(3 if self.channels is None else self.channels, self.bits)
 
 
 class SplitRecord(Section):
@@ -71,12 +80,19 @@ class Manifest(Section):
     training: str
     evaluation: str
     image_size: int | None
-    mean: tuple[Share, Share, Share] = Field(strict=False)
-    std: tuple[Std, Std, Std] = Field(strict=False)
+    mean: tuple[Share, ...] = Field(strict=False)
+    std: tuple[Std, ...] = Field(strict=False)
     measured_images: int
     paper_mean: list[float] | None
     paper_std: list[float] | None
     encoding: Encoding
+
+    @model_validator(mode="after")
+    def _channels_are_measured(self) -> Self:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.encoding.pixels.channels:
+                raise ValueError(f"{name}: has {len(values)} values of {self.encoding.pixels.channels} channels")
+        return self
 
     @model_validator(mode="after")
     def _classes_are_counted(self) -> Self:

@@ -26,7 +26,8 @@ from ssl_dist.config.recipe import ViewGroup
 from ssl_dist.data.normalize import Channels, normalized, of_channels
 from ssl_dist.data.pillow import upright_pixels
 from ssl_dist.errors import UserError, did_you_mean, quoted
-from ssl_dist.views import Images, make_views, view_specs
+from ssl_dist.views import MAX_CHANNELS, Images, PixelFormat, make_views, view_specs
+from ssl_dist.views.pixels import refuse_steps_of_colour
 
 Recipe = Mapping[str, Any]
 
@@ -49,7 +50,7 @@ RECIPES: dict[str, list[Recipe]] = {
 
 
 class MultiView:
-    """K views of an image, float32 [K, 3, S, S], in [0, 1] or normalised.
+    """K views of an image, float32 [K, C, S, S], in [0, 1] or normalised.
 
     recipe: a name (relational, simclr, vicreg), or one or several groups as `views.groups` of a config has them; num:
     K, where the recipe leaves it open. Groups of different sizes give a list, a tensor a group. size: S of groups that
@@ -76,39 +77,47 @@ class MultiView:
         num, size, self.seed = _whole("num", num, 1), _whole("size", size, 1), _whole("seed", seed)
         parsed = [validate(ViewGroup, dict(group), f"recipe[{n}].") for n, group in enumerate(groups)]
         num_views = sum(group.num or num for group in parsed)
-        self.specs = view_specs(parsed, num_views, size)
+        self.specs, self._groups = view_specs(parsed, num_views, size), parsed
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers that live on see a new one
-        self._constants = of_channels(normalize or ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
+        self._constants = None if normalize is None else of_channels(normalize)
 
     def set_epoch(self, epoch: int) -> None:
         """Other views from now on, also in workers that are there already; images in flight keep theirs."""
         self._epoch[0] = _whole("epoch", epoch)
 
     def __call__(self, image: Image.Image | np.ndarray, index: int | None = None) -> Tensor | list[Tensor]:
-        """The views of an image: PIL, set upright by its EXIF orientation, or uint8 [H, W, 3]. index: its number in the
-        data set; None, as a torchvision transform is called: a number made of its pixels."""
+        """The views of an image: PIL, set upright by its EXIF orientation, or uint8 or uint16 [H, W, C], C to 32.
+        index: its number in the data set; None, as a torchvision transform is called: a number made of its pixels."""
         pixels = _pixels(image)
         if index is None:
             index = int.from_bytes(hashlib.blake2b(pixels.tobytes(), digest_size=7).digest())
         made = [part[:, 0] for part in self.batch(pixels[None], [index])]
-        to_float = normalized(self._constants, torch.float32, torch.device("cpu"))
+        channels = pixels.shape[2]
+        constants = self._constants or Normalize(mean=(0.0,) * channels, std=(1.0,) * channels)
+        if len(constants.mean) != channels:
+            raise UserError(
+                f"normalize: is of {len(constants.mean)} channels, and the image has {channels}; give as many"
+            )
+        to_float = normalized(constants, torch.float32, torch.device("cpu"))
         parts = [to_float(part).contiguous() for part in made]
         return torch.cat(parts) if len({spec.size for spec in self.specs}) == 1 else parts
 
     def batch(self, pixels: np.ndarray, indices: Sequence[int] | np.ndarray) -> list[Tensor]:
-        """The views of images uint8 [B, H, W, 3] with these numbers in the data set: uint8 [K, B, 3, S, S] a group."""
+        """The views of images uint8 or uint16 [B, H, W, C] with these numbers in the data set: [K, B, C, S, S] of their
+        type a group. Raises `UserError` where a recipe changes colours, and the images are not RGB with 8 bits."""
         pixels = np.ascontiguousarray(pixels)
         if (
-            pixels.dtype != np.uint8
+            pixels.dtype not in (np.uint8, np.uint16)
             or pixels.ndim != 4
-            or pixels.shape[3] != 3
+            or not 1 <= pixels.shape[3] <= MAX_CHANNELS
             or len(indices) != len(pixels)
             or 0 in pixels.shape[1:]
         ):
             raise ValueError(
-                f"pixels {list(pixels.shape)} of {pixels.dtype} and {len(indices)} indices: give uint8 [B, H, W, 3] "
-                "and B indices"
+                f"pixels {list(pixels.shape)} of {pixels.dtype} and {len(indices)} indices: give uint8 or uint16 "
+                f"[B, H, W, C], C up to {MAX_CHANNELS}, and B indices"
             )
+        refuse_steps_of_colour(self._groups, PixelFormat.of(pixels), "recipe[{}]")
         heights, widths = (np.full(len(pixels), side, np.int64) for side in pixels.shape[1:3])
         images = Images(pixels, heights, widths, np.asarray(indices, np.int64))
         epoch = int(self._epoch)
@@ -147,10 +156,10 @@ def _whole(name: str, value: Any, least: int | None = None) -> int:
 
 
 def _pixels(image: Any) -> np.ndarray:
-    """Of one image: uint8 [H, W, 3]."""
+    """Of one image: [H, W, C]."""
     if isinstance(image, Image.Image):
         return upright_pixels(image)
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+    if not isinstance(image, np.ndarray) or image.dtype not in (np.uint8, np.uint16) or image.ndim != 3:
         given = f"{list(image.shape)} of {image.dtype}" if hasattr(image, "dtype") else type(image).__name__
-        raise ValueError(f"an image is {given}: give a PIL image, or an array uint8 [H, W, 3]")
+        raise ValueError(f"an image is {given}: give a PIL image, or an array uint8 or uint16 [H, W, C]")
     return np.ascontiguousarray(image)

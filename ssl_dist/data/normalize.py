@@ -8,7 +8,8 @@ from torch import Tensor
 from ssl_dist.config import Normalize, validate
 from ssl_dist.errors import UserError, quoted
 
-Channels = tuple[float, float, float]
+Channels = tuple[float, ...]
+LEVELS = {torch.uint8: 255, torch.uint16: 65535}  # the highest
 
 
 def of_channels(given: Normalize | tuple[Channels, Channels]) -> Normalize:
@@ -16,23 +17,24 @@ def of_channels(given: Normalize | tuple[Channels, Channels]) -> Normalize:
     if isinstance(given, Normalize):
         return given
     if not isinstance(given, Sequence) or len(given) != 2:
-        raise UserError(f"normalize = {quoted(given)}: give (mean, std), each of three channels")
+        raise UserError(f"normalize = {quoted(given)}: give (mean, std), each a number a channel")
     return validate(Normalize, {"mean": given[0], "std": given[1]}, "normalize.")
 
 
 def normalized(constants: Normalize, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A function from uint8 [..., 3, S, S] to (x / 255 - mean) / std as `dtype`, in channels-last memory order.
+    """A function from uint8 or uint16 [..., C, S, S] to (x / 255 - mean) / std as `dtype`, 65535 in the place of 255
+    for uint16, in channels-last memory order.
 
     The constants are rounded once, from float64, so that every rank and precision sees the same map.
     """
     mean = torch.tensor(constants.mean, dtype=torch.float64)
     std = torch.tensor(constants.std, dtype=torch.float64)
-    scale = (1 / (255 * std)).to(device, dtype).view(3, 1, 1)
-    offset = (-mean / std).to(device, dtype).view(3, 1, 1)
+    scales = {kind: (1 / (highest * std)).to(device, dtype).view(-1, 1, 1) for kind, highest in LEVELS.items()}
+    offset = (-mean / std).to(device, dtype).view(-1, 1, 1)
 
     def apply(pixels: Tensor) -> Tensor:
         flat = pixels.flatten(0, -4)
         images = flat.to(dtype, memory_format=torch.channels_last)
-        return images.mul_(scale).add_(offset).unflatten(0, pixels.shape[:-3])
+        return images.mul_(scales[pixels.dtype]).add_(offset).unflatten(0, pixels.shape[:-3])
 
     return apply

@@ -55,9 +55,15 @@ def open_picture(file: Path | BytesIO) -> Image.Image:
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         samples, shown = image.tag_v2.get(TiffImagePlugin.SAMPLESPERPIXEL, 1), len(image.getbands())
         if samples > shown:
-            raise UnfitImage(f"has {samples} samples a pixel, not the {shown} of {image.mode}; save it as an RGB image")
+            raise UnfitImage(
+                f"has {samples} samples a pixel, not the {shown} of {image.mode}; convert's --channels {samples} takes "
+                "them, or save it as an RGB image"
+            )
         if (pages := _num_pages(image)) > 1:
-            raise UnfitImage(f"has {pages} pages; save each as an image")
+            channels = pages * samples
+            raise UnfitImage(
+                f"has {pages} pages; convert's --channels {channels} takes them for channels, or save each as an image"
+            )
     return image
 
 
@@ -65,13 +71,16 @@ def _refuse_deep(image: Image.Image) -> None:
     """Raises `UnfitImage` for a picture whose 16 bits a channel Pillow cuts to 8. Of one that is decoded only TIFF
     tells."""
     arguments = [tile.args if isinstance(tile.args, tuple) else (tile.args,) for tile in getattr(image, "tile", ())]
-    depth = max((bits for each in arguments for bits in each[1:2] if image.format == "PPM"), default=0).bit_length()
+    highest = [level for each in arguments for level in each[1:2] if image.format == "PPM"]
+    channels, depth = 1, max(highest, default=0).bit_length()
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         depth = max(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (8,)))
+        channels = image.tag_v2.get(TiffImagePlugin.SAMPLESPERPIXEL, 1)
     elif any(str(each[0]).endswith((";16B", ";16")) for each in arguments):
-        depth = 16
+        depth, channels = 16, len(str(arguments[0][0]).partition(";")[0])
     if depth > 8:
-        raise UnfitImage(f"has {depth} bits a channel; save it with 8 bits a channel")
+        takes = f"convert's --channels {channels} keeps them, or " if depth == 16 and image.format != "PPM" else ""
+        raise UnfitImage(f"has {depth} bits a channel; {takes}save it with 8 bits a channel")
 
 
 def _num_pages(image: TiffImagePlugin.TiffImageFile) -> int:

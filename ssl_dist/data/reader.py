@@ -13,12 +13,13 @@ import numpy as np
 from ssl_dist.data.beton import Beton
 from ssl_dist.errors import UserError
 from ssl_dist.thread_team import ALONE, ThreadTeam
-from ssl_dist.views import Images
+from ssl_dist.views import RGB, Images, PixelFormat
 
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """A converted split. name: of the data set; split: of the split; mean, std: per channel, pixels in [0, 1]."""
+    """A converted split. name: of the data set; split: of the split; mean, std: per channel, pixels in [0, 1]; pixels:
+    what those of every image are."""
 
     name: str
     split: str
@@ -27,9 +28,10 @@ class SplitInfo:
     max_height: int
     max_width: int
     labelled: bool
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     sha256: str  # of every sample, see `beton.Digest`
+    pixels: PixelFormat = RGB
 
 
 class Reader:
@@ -41,7 +43,7 @@ class Reader:
         self._labels: np.ndarray | None = None
 
     def _decode(self, ids: np.ndarray, pixels: np.ndarray) -> None:
-        """Write images `ids` (int64 [n]) into the top left of pixels[:n], uint8 [n, Hmax, Wmax, 3]. Called from
+        """Write images `ids` (int64 [n]) into the top left of pixels[:n], [n, Hmax, Wmax, C]. Called from
         several threads at once, each with its own part of a batch."""
         raise NotImplementedError
 
@@ -66,7 +68,8 @@ class Reader:
 
     def _batch(self, ids: np.ndarray, team: ThreadTeam) -> Images:
         beton, ids = self._open_file(), self._checked(ids).copy()
-        pixels = np.zeros((len(ids), self.info.max_height, self.info.max_width, 3), np.uint8)
+        shape = (len(ids), self.info.max_height, self.info.max_width, self.info.pixels.channels)
+        pixels = np.zeros(shape, self.info.pixels.dtype)
         team.run(lambda low, high: self._decode(ids[low:high], pixels[low:high]), len(ids))
         return Images(pixels, beton.heights[ids], beton.widths[ids], ids)
 

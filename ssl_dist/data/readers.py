@@ -9,6 +9,7 @@ from ssl_dist.data import catalog, file_names, manifest
 from ssl_dist.data.beton import Beton
 from ssl_dist.data.reader import Reader, SplitInfo
 from ssl_dist.errors import UserError
+from ssl_dist.views import PixelFormat
 
 
 class Dataset:
@@ -36,6 +37,11 @@ class Dataset:
     @property
     def splits(self) -> tuple[str, ...]:
         return tuple(self._manifest.splits)
+
+    @property
+    def pixels(self) -> PixelFormat:
+        """What those of every image are, as dataset.json says."""
+        return self._manifest.encoding.pixels
 
     @property
     def labelled(self) -> dict[str, bool]:
@@ -69,7 +75,7 @@ class Dataset:
         """The reader of a split; a context manager.
 
         Raises `UserError` for a missing, truncated or foreign file, an unknown split, a file that is not the one
-        dataset.json tells of, and for the reader ffcv where FFCV can not be imported.
+        dataset.json tells of, and for the reader ffcv where FFCV can not be imported or the images are not RGB.
         """
         info, beton = self._open(split)
         if self.reader == "arrays":
@@ -78,6 +84,11 @@ class Dataset:
             return ArraysReader(info, beton)
         if self.reader != "ffcv":
             raise UserError(f"data.reader = {self.reader!r}: must be ffcv or arrays")
+        if not info.pixels.is_rgb:
+            raise UserError(
+                f"data.reader = 'ffcv': reads RGB with 8 bits, and the images of {self.root} have {info.pixels}; set "
+                "data.reader=arrays"
+            )
         from ssl_dist.data.ffcv_reader import FfcvReader
 
         return FfcvReader(info, beton)
@@ -103,6 +114,7 @@ class Dataset:
             mean=self._manifest.mean,
             std=self._manifest.std,
             sha256=facts.sha256,
+            pixels=beton.pixels,
         )
         self._opened[split] = info, beton
         return info, beton

@@ -17,7 +17,7 @@ from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.distributed.signals import STOPPED
 from ssl_dist.distributed.watchdog import Watchdog
 from ssl_dist.distributed.world import World, join_world
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, quoted
 from ssl_dist.evaluate import search
 from ssl_dist.evaluate import splits as split_choice
 from ssl_dist.evaluators import Evaluator, FeatureEvaluator, ImageEvaluator
@@ -105,11 +105,17 @@ def dataset_of(encoder: Encoder, overrides: dict[str, str]) -> Dataset:
     `data.root` alone whatever lies there."""
     data = encoder.config.data
     name = overrides.get("data.name", None if "data.root" in overrides else data.name)
-    return Dataset(
+    dataset = Dataset(
         overrides.get("data.root", data.root),
         None if name == "null" else name,
         overrides.get("data.reader", data.reader),
     )
+    if dataset.pixels.channels != encoder.channels:
+        raise UserError(
+            f"data.root = {quoted(dataset.root)}: its images have {dataset.pixels}, and the network of {encoder.file} "
+            f"takes {encoder.channels}; give images of as many channels"
+        )
+    return dataset
 
 
 def transform_of(data: dict[str, str]) -> list[str]:

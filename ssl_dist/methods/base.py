@@ -38,6 +38,7 @@ class Info:
     stages: dict[str, int] = field(default_factory=dict)  # the backbone's feature maps: name -> channels; filled in too
     steps_per_epoch: int = 1
     seed: int = 0  # of the run, for a method's own draws: see keys.py
+    channels: int = 3  # C, of an image
 
     def views_of_one_group(self, method: str) -> int:
         """K of a method that takes views of one recipe. Raises `UserError` when there are several groups."""
@@ -53,7 +54,7 @@ class Batch:
     """This rank's part of the global batch, on the device; the ids, of which draws are made, on the host: to ask the
     device for a number makes the host wait for it."""
 
-    views: list[Tensor]  # one tensor a group, [V_local, B_local, 3, S, S], normalised
+    views: list[Tensor]  # one tensor a group, [V_local, B_local, C, S, S], normalised
     view_ids: list[Tensor]  # one int64 [V_local] a group, on the host, counted over all groups
     image_ids: Tensor  # int64 [B_local], on the host: rows of the data set's split
     labels: Tensor  # int64 [B_local], -1 where unknown
@@ -109,7 +110,7 @@ class Extract(Protocol):
     """A network's outputs for all training images, spread over the ranks."""
 
     def __call__(self, network: nn.Module, augmented: bool = False, training: bool = False) -> Rows:
-        """network: images [N, 3, S, S] -> [N, D], without gradient. augmented: of a random view by the first group's
+        """network: images [N, C, S, S] -> [N, D], without gradient. augmented: of a random view by the first group's
         recipe, instead of the test transform. training: in the network's training mode."""
 
 
@@ -172,11 +173,11 @@ class SSLMethod(nn.Module, Generic[OptionsT]):
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
 
     def encoder(self) -> nn.Module:
-        """The network whose output evaluation reads: images [N, 3, S, S] -> features [N, D]."""
+        """The network whose output evaluation reads: images [N, C, S, S] -> features [N, D]."""
         return self.backbone
 
     def logits(self, images: Tensor) -> dict[str, Tensor]:
-        """Scores [N, C] of every classifier of a method that has some, from images [N, 3, S, S]."""
+        """Scores [N, C] of every classifier of a method that has some, from images [N, C, S, S]."""
         raise NotImplementedError(f"{type(self).__module__} does not classify")
 
     # ------------------------------------------------------------------ passing views
@@ -184,7 +185,7 @@ class SSLMethod(nn.Module, Generic[OptionsT]):
     def represent(self, batch: Batch, network: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
         """Representations [V_local, B_local, D] of every group's views, at least float32.
 
-        network: images [N, 3, S, S] -> [N, D], the backbone by default. Views of one size pass it together, whatever
+        network: images [N, C, S, S] -> [N, D], the backbone by default. Views of one size pass it together, whatever
         group they are of, or each view in a pass of its own (`views_together`).
         """
         network = network or self.backbone

@@ -39,7 +39,7 @@ class Method(SSLMethod[Options]):
         return [backbone, {"params": list(self.classifier.parameters()), "lr_factor": self.options.head_lr}]
 
     def logits(self, images: Tensor) -> dict[str, Tensor]:
-        """[N, C] of the classifier, at least float32, from images [N, 3, S, S]."""
+        """[N, C] of the classifier, at least float32, from images [N, C, S, S]."""
         return {OUTPUT: at_least_float32(self.classifier(self.backbone(images)))}
 
     def forward(self, batch: Batch, world: World) -> Output:

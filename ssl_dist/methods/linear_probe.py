@@ -71,7 +71,7 @@ class Method(SSLMethod[Options]):
         self.backbone.eval()
         parameter = next(self.backbone.parameters())
         with torch.no_grad():
-            _, maps = self.backbone.forward_stages(parameter.new_zeros(1, 3, size, size))
+            _, maps = self.backbone.forward_stages(parameter.new_zeros(1, self.backbone.in_channels, size, size))
         self.backbone.train(mode)
         return {name: stage_map.shape[1:] for name, stage_map in maps.items()}
 
@@ -82,7 +82,7 @@ class Method(SSLMethod[Options]):
         return self
 
     def logits(self, images: Tensor) -> dict[str, Tensor]:
-        """[N, C] of every probe, at least float32, from images [N, 3, S, S]."""
+        """[N, C] of every probe, at least float32, from images [N, C, S, S]."""
         with torch.no_grad():
             if self.options.stages is None:
                 inputs = [self.backbone(images)]

@@ -9,12 +9,14 @@ Step = tuple[str, Callable[[Tensor], Tensor]]
 
 
 class Backbone(nn.Module):
-    """Images [N, 3, S, S] -> features [N, D].
+    """Images [N, C, S, S] -> features [N, D].
 
-    feature_dim: D. stages: name -> channels of each stage's map, in order of depth; the first one is the map after the
-    first non-linearity. A subclass gives the `steps` from stage to stage, and `pooled` where it is not the mean.
+    in_channels: C, 3 unless `backbones.build` was asked for others. feature_dim: D. stages: name -> channels of each
+    stage's map, in order of depth; the first one is the map after the first non-linearity. A subclass gives the `steps`
+    from stage to stage, and `pooled` where it is not the mean.
     """
 
+    in_channels: int = 3
     feature_dim: int
     stages: dict[str, int]
 

@@ -20,6 +20,7 @@ from ssl_dist.errors import UserError
 from ssl_dist.storage import durable
 from ssl_dist.storage.durable import atomic_write_or_refuse
 from ssl_dist.storage.features import Features
+from ssl_dist.views import shown
 from ssl_dist.views.make import test_views
 
 if TYPE_CHECKING:
@@ -83,9 +84,11 @@ class FigureWriter:
         self._list_files, self._files = list_files, dict[str, list[str] | None]()
         self._metadata, self._open_split, self._data, self._evaluator = test.metadata, open_split, data, evaluator
         self._readers: dict[str, Reader] = {}
+        self._choice = ""  # what pictures show of the images, in words
 
     def images(self, part: Features, rows: np.ndarray) -> np.ndarray:
-        """The images of these rows of `part`, int64 [n], by the test transform and not normalised: uint8 [n, S, S, 3].
+        """The images of these rows of `part`, int64 [n], by the test transform and not normalised: uint8 [n, S, S, 3],
+        of other images than RGB what `views.shown` makes of them.
 
         `part` may be a piece of a split, named split[...]: its image ids are those of the split. Raises `UserError`
         for a damaged image, and when the split is not the one that the features are of.
@@ -93,12 +96,15 @@ class FigureWriter:
         ids, inverse = np.unique(part.image_ids[rows], return_inverse=True)
         reader = self._reader_of(part)
         size = self._data.image_size
-        out = np.empty((len(ids), size, size, 3), np.uint8)
-        step = max(1, _BLOCK_BYTES // (3 * reader.info.max_height * reader.info.max_width))
+        out, info = np.empty((len(ids), size, size, 3), np.uint8), reader.info
+        step = max(1, _BLOCK_BYTES // (info.pixels.num_bytes * info.max_height * info.max_width))
+        self._choice = shown.words(info.pixels)
         blocks = [ids[start : start + step] for start in range(0, len(ids), step)]
         done = 0
         for images in reader.batches(blocks):
-            views = test_views(images, size, self._data.eval_resize, self._data.eval_interpolation)  # [n, 3, S, S]
+            views = test_views(images, size, self._data.eval_resize, self._data.eval_interpolation)  # [n, C, S, S]
+            if not info.pixels.is_rgb:
+                views = shown.shown(views, info.mean, info.std)
             out[done : done + len(views)] = views.transpose(0, 2, 3, 1)
             done += len(views)
         return out[inverse]
@@ -117,6 +123,7 @@ class FigureWriter:
     def add(self, name: str, figure: "Figure", title: str, caption: str, part: Features | None = None) -> Path:
         """Write the figure, see `add_picture`. part: the split that it shows, where that is not the measured one."""
         metadata = self._metadata if part is None else part.metadata
+        caption += f" ({self._choice})" if self._choice else ""
         return add_picture(self.folder, metadata, self._evaluator, name, figure, title, caption)
 
     def add_page(self, name: str, parts: Iterable[str], part: Features) -> str:

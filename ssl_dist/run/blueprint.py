@@ -24,6 +24,7 @@ from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.errors import UserError, quoted
 from ssl_dist.methods.base import Info, SSLMethod
 from ssl_dist.nn import batchnorm, recompute
+from ssl_dist.nn.backbone import Backbone
 from ssl_dist.nn.shapes import without_values
 from ssl_dist.run import network, plugged
 from ssl_dist.storage import weights
@@ -66,7 +67,8 @@ class RunPlan:
 
     @cached_property
     def specs(self) -> list[views.ViewSpec]:
-        return views.view_specs(self.config.views.groups, self.num_views, self.config.data.image_size)
+        config, pixels = self.config, self.split.pixels
+        return views.view_specs(config.views.groups, self.num_views, config.data.image_size, pixels)
 
     @cached_property
     def grid(self) -> grid.Grid:
@@ -116,7 +118,7 @@ class RunPlan:
         if self.config.backbone.weights is None:
             return None
         with without_values():
-            backbone = backbones.build(self.config.backbone.name)
+            backbone = backbones.build(self.config.backbone.name, in_channels=self.split.pixels.channels)
         return replace(network.initial_weights(backbone, self.config.backbone), tensors={})
 
     def clock(self, step: int = 0) -> Clock:
@@ -160,6 +162,7 @@ class RunPlan:
             total_epochs=self.clock().total_epochs,
             steps_per_epoch=self.order.steps_per_epoch,
             seed=self.config.seed,
+            channels=self.split.pixels.channels,
         )
 
     def build(self) -> SSLMethod:
@@ -250,16 +253,16 @@ class Statistics(Protocol):
     """Of images, per channel, of pixels in [0, 1]: a converted split has them."""
 
     @property
-    def mean(self) -> tuple[float, float, float]: ...
+    def mean(self) -> tuple[float, ...]: ...
 
     @property
-    def std(self) -> tuple[float, float, float]: ...
+    def std(self) -> tuple[float, ...]: ...
 
 
 def normalization(config: Config, images: Statistics) -> Normalize:
     """What `views.normalize` means for `images`. Raises `UserError` for values that pixels of 0 to 1 can not
-    have, as those of 0 to 255 are: the images would be all but constant."""
-    normalize = config.views.normalize
+    have, as those of 0 to 255 are: the images would be all but constant; and for another number of channels."""
+    normalize, channels = config.views.normalize, len(images.mean)
     if normalize == "dataset":
         return Normalize(mean=images.mean, std=images.std)
     if isinstance(normalize, Normalize) and max(*map(abs, normalize.mean), *normalize.std) > 1:
@@ -268,14 +271,19 @@ def normalization(config: Config, images: Statistics) -> Normalize:
             f"views.normalize = {{mean: {list(normalize.mean)}, std: {list(normalize.std)}}}: is of pixels in 0..1, "
             f"where none of these is above 1; of pixels in 0..255 it is {{mean: {mean}, std: {std}}}"
         )
-    return Normalize(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)) if normalize == "none" else normalize
+    if isinstance(normalize, Normalize) and len(normalize.mean) != channels:
+        raise UserError(
+            f"views.normalize: is of {len(normalize.mean)} channels, and the images have {channels}; give a value of "
+            "each, or views.normalize=dataset"
+        )
+    return Normalize(mean=(0.0,) * channels, std=(1.0,) * channels) if normalize == "none" else normalize
 
 
 # Sides of images that networks are made for, as a remedy where another one does not fit.
 _USUAL_SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 288, 336, 384, 448, 512)
 
 
-def try_size(backbone: nn.Module, size: int, name: str, what: str) -> None:
+def try_size(backbone: Backbone, size: int, name: str, what: str) -> None:
     """Raises `UserError` when the backbone, on the meta device and called `name`, takes no images of `size` px. what:
     the images of that size."""
     if reason := _misfit(backbone, size):
@@ -284,10 +292,12 @@ def try_size(backbone: nn.Module, size: int, name: str, what: str) -> None:
         raise UserError(f"data.image_size: {what} of {size} px do not fit backbone {name}: {reason}{remedy}")
 
 
-def _misfit(backbone: nn.Module, size: int) -> str:
+def _misfit(backbone: Backbone, size: int) -> str:
     """Why the backbone takes no images of that size; empty when it does."""
     try:
-        backbone(torch.empty(1, 3, size, size, dtype=next(backbone.parameters()).dtype, device="meta"))
+        backbone(
+            torch.empty(1, backbone.in_channels, size, size, dtype=next(backbone.parameters()).dtype, device="meta")
+        )
     except (RuntimeError, AssertionError, ValueError) as error:
         return str(error).splitlines()[0].rstrip(".")
     return ""
@@ -308,4 +318,4 @@ def _refuse_one_row(method: SSLMethod, size: int) -> None:
 
     for layer in layers:
         layer.register_forward_pre_hook(check)
-    method.backbone(torch.empty(1, 3, size, size, dtype=next(method.parameters()).dtype))
+    method.backbone(torch.empty(1, method.info.channels, size, size, dtype=next(method.parameters()).dtype))

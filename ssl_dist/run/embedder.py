@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ssl_dist import config, views
 from ssl_dist.config import Normalize
-from ssl_dist.convert.encode import decoded
+from ssl_dist.convert.channels import SUFFIX, read_channels
+from ssl_dist.convert.encode import MAX_PIXELS, decoded
 from ssl_dist.convert.walk import EXTENSIONS
 from ssl_dist.data.normalize import Channels, normalized, of_channels
 from ssl_dist.data.pillow import UnfitImage, upright_pixels
@@ -36,10 +37,11 @@ Pictures = Image.Image | np.ndarray | Tensor | Sequence[Image.Image | np.ndarray
 class Embedder(nn.Module):
     """A frozen network in evaluation mode with the transform of its images, whose settings are attributes.
 
-    It takes a picture or several: PIL images; pixels uint8, arrays [H, W, 3] or [N, H, W, 3] and tensors [3, H, W] or
-    [N, 3, H, W]. They are set upright by their EXIF orientation, the short side is resized to `resize`, and the centre
-    of `size` x `size` pixels is normalised by `mean` and `std`. A tensor in floating point, [N, 3, S, S], counts as
-    normalised and goes into the network as it is. The result is float32 [N, dim], on the network's device.
+    It takes a picture or several: PIL images; pixels uint8 or uint16, arrays [H, W, C] or [N, H, W, C] and tensors
+    [C, H, W] or [N, C, H, W], where C is 3 unless it was trained on images of others. PIL images are set upright by
+    their EXIF orientation, the short side is resized to `resize`, and the centre of `size` x `size` pixels is
+    normalised by `mean` and `std`. A tensor in floating point, [N, 3, S, S], counts as normalised and goes into the
+    network as it is. The result is float32 [N, dim], on the network's device.
     """
 
     def __init__(self, encoder: Encoder, layer: str = LAYER):
@@ -66,6 +68,11 @@ class Embedder(nn.Module):
         )
 
     @property
+    def channels(self) -> int:
+        """C of the images."""
+        return len(self.mean)
+
+    @property
     def device(self) -> torch.device:
         """That of the network."""
         return next(self.network.parameters()).device
@@ -74,24 +81,28 @@ class Embedder(nn.Module):
         """Features float32 [N, dim] of these images, N = 1 of a single one. Raises `ValueError` where it is none."""
         allow_tf32(self.tf32)
         x = images if isinstance(images, Tensor) and images.is_floating_point() else self.transform(images)
-        if x.ndim != 4 or x.shape[1] != 3:
-            raise ValueError(f"images {list(x.shape)} in floating point: give normalised ones, [N, 3, S, S]")
+        if x.ndim != 4 or x.shape[1] != self.channels:
+            raise ValueError(
+                f"images {list(x.shape)} in floating point: give normalised ones, [N, {self.channels}, S, S]"
+            )
         x = x.to(self.device, next(self.network.parameters()).dtype, memory_format=torch.channels_last)
         if self.layer == LAYER:
             return self.network(x).flatten(1).float()
         return self.network.forward_stages(x)[1][self.layer].mean((2, 3)).float()
 
     def transform(self, images: Pictures) -> Tensor:
-        """What `forward` passes to the network for images that are not normalised: float32 [N, 3, size, size]."""
+        """What `forward` passes to the network for images that are not normalised: float32 [N, C, size, size]."""
         to_input = normalized(Normalize(mean=self.mean, std=self.std), torch.float32, self.device)
         with ThreadPoolExecutor(available_cores()) as threads:
             made = [*threads.map(self._view, _single(images))]
-        pixels = np.concatenate(made) if made else np.empty((0, 3, self.size, self.size), np.uint8)
+        if len({part.dtype for part in made}) > 1:
+            raise ValueError("images of uint8 and of uint16 in one call: give each by themselves")
+        pixels = np.concatenate(made) if made else np.empty((0, self.channels, self.size, self.size), np.uint8)
         return to_input(torch.from_numpy(pixels).to(self.device))
 
     def _view(self, picture: Any) -> np.ndarray:
-        """The view uint8 [1, 3, size, size] of a picture, or of what gives one."""
-        pixels = _pixels(picture)
+        """The view [1, C, size, size] of a picture, or of what gives one."""
+        pixels = _pixels(picture, self.channels)
         height, width = (np.array([side]) for side in pixels.shape[:2])
         image = views.Images(pixels[None], height, width, np.zeros(1, np.int64))
         return views.test_views(image, self.size, self.resize, self.interpolation)
@@ -110,7 +121,7 @@ class Embedder(nn.Module):
         that look as if they were not normalised. Raises `UserError` that names a file which cannot be read.
         """
         if isinstance(images, str | os.PathLike):
-            files = files_of(images)
+            files = files_of(images, EXTENSIONS if self.channels == 3 else (*EXTENSIONS, SUFFIX))
             batches: Iterable[Any] = _batches([*map(_File, files)], batch_size)
             total = len(files)
         elif isinstance(images, torch.utils.data.DataLoader):
@@ -183,15 +194,20 @@ def load(
         of_backbone = {"name": backbone, "weights_prefix": weights_prefix, "resize_pos_embed": resize_pos_embed}
         tree = {"run_dir": str(path.parent), "method": {"name": path.name}, "backbone": of_backbone}
         settings = config.overridden(tree | {"data": {"root": str(path.parent)}}, changed)
-        encoder, _ = load_others(path, settings, IMAGENET)
+        encoder, _ = load_others(path, settings, IMAGENET if normalize is None else of_channels(normalize))
     embedder = Embedder(encoder, layer)
     if normalize is not None:
         constants = of_channels(normalize)
+        if len(constants.mean) != embedder.channels:
+            raise UserError(
+                f"normalize: is of {len(constants.mean)} channels, and the network takes {embedder.channels}; give a "
+                "value of each"
+            )
         embedder.mean, embedder.std = constants.mean, constants.std
     return embedder.to(computing)
 
 
-def files_of(folder: str | os.PathLike[str]) -> list[Path]:
+def files_of(folder: str | os.PathLike[str], extensions: tuple[str, ...] = EXTENSIONS) -> list[Path]:
     """The pictures in a folder and below it by their suffixes, sorted. Raises `UserError` when there is none."""
     if not os.path.isdir(folder):
         raise UserError(f"{os.fspath(folder)}: not a folder; give one that holds pictures")
@@ -199,10 +215,10 @@ def files_of(folder: str | os.PathLike[str]) -> list[Path]:
         Path(parent, name)
         for parent, _, names in os.walk(folder)
         for name in names
-        if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+        if name.lower().endswith(extensions) and not name.startswith(".")
     )
     if not found:
-        raise UserError(f"{os.fspath(folder)}: holds no picture ({', '.join(EXTENSIONS)})")
+        raise UserError(f"{os.fspath(folder)}: holds no picture ({', '.join(extensions)})")
     return found
 
 
@@ -212,8 +228,10 @@ class _File:
     def __init__(self, path: Path):
         self.path = path
 
-    def pixels(self) -> np.ndarray:
+    def pixels(self, channels: int) -> np.ndarray:
         try:
+            if channels != 3:
+                return read_channels(self.path.read_bytes(), channels, MAX_PIXELS)
             return upright_pixels(decoded(self.path.read_bytes()))
         except UnfitImage as error:
             raise UserError(f"{self.path}: {error}") from None
@@ -236,16 +254,23 @@ def _single(images: Any) -> Iterator[Any]:
         yield images
 
 
-def _pixels(image: Any) -> np.ndarray:
-    """Of one image: uint8 [H, W, 3]."""
+def _pixels(image: Any, channels: int) -> np.ndarray:
+    """Of one image: uint8 or uint16 [H, W, C]."""
     if isinstance(image, _File):
-        return image.pixels()
-    if isinstance(image, Image.Image):
+        return image.pixels(channels)
+    if isinstance(image, Image.Image) and channels == 3:
         return upright_pixels(image)
     is_tensor = isinstance(image, Tensor)
     pixels = image.cpu().movedim(-3, -1).numpy() if is_tensor and image.ndim == 3 else np.asarray(image)
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3 or not pixels.size:
-        expected = "[3, H, W] or [N, 3, H, W]" if is_tensor else "[H, W, 3] or [N, H, W, 3]"
+    if (
+        pixels.dtype not in (np.uint8, np.uint16)
+        or pixels.ndim != 3
+        or pixels.shape[-1] != channels
+        or not pixels.size
+        or isinstance(image, Image.Image)
+    ):
+        expected = "[{0}, H, W] or [N, {0}, H, W]" if is_tensor else "[H, W, {0}] or [N, H, W, {0}]"
+        expected = expected.format(channels)
         given = f"{list(image.shape)} of {image.dtype}" if hasattr(image, "dtype") else type(image).__name__
-        raise ValueError(f"an image is {given}: give PIL images, or uint8 {expected}")
+        raise ValueError(f"an image is {given}: give {'PIL images, or ' * (channels == 3)}uint8 or uint16 {expected}")
     return np.ascontiguousarray(pixels)

@@ -65,6 +65,11 @@ class Encoder:
         return f"short side to {resize}{cubic}, centre crop {size}, mean ({mean}), std ({std}){tf32}"
 
     @property
+    def channels(self) -> int:
+        """Of an image."""
+        return len(self.normalize.mean)
+
+    @property
     def size_note(self) -> str | None:
         """A line for the user where images are not evaluated at the size of any view; else None."""
         size, groups = self.config.data.image_size, self.config.views.groups
@@ -83,7 +88,7 @@ class Encoder:
             return self
         config = overridden(to_tree(self.config), changed)
         with without_values():
-            backbone = backbones.build(config.backbone.name).eval()
+            backbone = backbones.build(config.backbone.name, in_channels=self.channels).eval()
             blueprint.try_size(backbone, config.data.image_size, config.backbone.name, "images")
         return replace(self, config=config, changed=tuple(changed))
 
@@ -131,19 +136,25 @@ def load_others(path: Path, settings: Config, images: blueprint.Statistics) -> t
     """
     name = settings.backbone.name
     path = hub.located(str(path)) if hub.is_name(str(path)) else hub.file_in(path)
-    backbone = backbones.build(name)
+    normalize, channels, facts = blueprint.normalization(settings, images), len(images.mean), weights_file.facts(path)
+    backbone = backbones.build(name, in_channels=channels)
     fitted = network.fitted(path, backbone, settings.backbone)
     with without_values():
-        blueprint.try_size(backbones.build(name).eval(), settings.data.image_size, name, "images")
+        blueprint.try_size(backbones.build(name, in_channels=channels).eval(), settings.data.image_size, name, "images")
     backbone.load_state_dict(fitted.tensors)
-    module = backbone.float().eval().requires_grad_(False)
-    normalize, note, facts = blueprint.normalization(settings, images), fitted.note, weights_file.facts(path)
+    module, note = backbone.float().eval().requires_grad_(False), fitted.note
     if facts and "normalize" not in settings.views.model_fields_set:
         try:
             tree = parse_json(facts["normalize"])
         except ValueError:
             raise UserError(f"{path}: damaged metadata (normalize); export it again") from None
-        normalize = validate(Normalize, tree, f"{path}: normalize.")
+        stated = validate(Normalize, tree, f"{path}: normalize.")
+        if len(stated.mean) != channels:
+            raise UserError(
+                f"{path}: is of images of {len(stated.mean)} channels, and these have {channels}; give others, or "
+                "views.normalize=dataset, for which weights of 3 are adapted"
+            )
+        normalize = stated
         note += "; images are normalised as its metadata says"
     sha256, given = fitted.sha256, settings.backbone
     if given.weights_prefix is not None or fitted.adapted:  # another network of the same file has other features
@@ -257,8 +268,9 @@ def outputs(
     crops: Literal[1, 10] = 1,
 ) -> Iterator[np.ndarray]:
     """The network's outputs, float32 [n, D], for the images `ids` under the test transform of `data`, uint8
-    [n, 3, S, S] on the world's device, batch by batch and without gradient; of no ids one batch of none. crops: 10:
-    the mean of the outputs for ten crops of an image, see `views.ten_crops`, in place of the output for its centre."""
+    or uint16 [n, C, S, S] on the world's device, batch by batch and without gradient; of no ids one batch of none.
+    crops: 10: the mean of the outputs for ten crops of an image, see `views.ten_crops`, in place of the output for its
+    centre."""
     make = views.test_views if crops == 1 else views.ten_crops
     size = BATCH_SIZE if crops == 1 else TEN_CROPS_BATCH_SIZE
 

@@ -9,12 +9,14 @@ MAGNIFIED = 4  # times, without smoothing
 
 
 def first_convolution(network: nn.Module) -> Tensor | None:
-    """The weights [N, 3, h, w] of the first layer that has weights, where it is a convolution of colour images and its
-    filters have more than one pixel; else None."""
+    """The weights [N, 3, h, w] of the first layer that has weights, where it is a convolution of images and its filters
+    have more than one pixel; else None. Of more than three channels those of the first three, of fewer those of the
+    first, as pictures show the images."""
     for layer in network.modules():
         if any(True for _ in layer.parameters(recurse=False)):
-            if isinstance(layer, nn.Conv2d) and layer.in_channels == 3 and layer.weight[0, 0].numel() > 1:
-                return layer.weight.detach()
+            if isinstance(layer, nn.Conv2d) and layer.weight[0, 0].numel() > 1:
+                weights = layer.weight.detach()
+                return weights[:, :3] if weights.shape[1] >= 3 else weights[:, :1].expand(-1, 3, -1, -1)
             return None
     return None
 

@@ -34,7 +34,7 @@ def build_method(
     """The method on its backbone. file: that `backbone.weights` stands for, from which the backbone begins; on the meta
     device it is not read."""
     torch.manual_seed(int(hash64(config.seed, INIT)) & 0x7FFFFFFFFFFFFFFF)
-    backbone = backbones.build(config.backbone.name, config.backbone.zero_init_residual)
+    backbone = backbones.build(config.backbone.name, config.backbone.zero_init_residual, info.channels)
     key_dropout(backbone)
     refuse_random_layers(backbone, config.backbone.name)
     if file is not None and not next(backbone.parameters()).is_meta:

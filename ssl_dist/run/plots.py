@@ -1,5 +1,6 @@
 """Pictures of a run as PNG files: its views, its loss, its relation scores. Nothing here touches a display."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,8 +19,9 @@ _LOSS, _BOTH, _POSITIVE, _NEGATIVE = "#1f4e79", "#444444", "#2a8f4c", "#c0504d"
 _GREY = "#666666"
 
 
-def views_grid(path: str | Path, groups: Sequence[np.ndarray]) -> None:
-    """The views of each image side by side: of every group uint8 [V, B, 3, S, S], see `mosaic.of_views`.
+def views_grid(path: str | Path, groups: Sequence[np.ndarray], note: str = "") -> None:
+    """The views of each image side by side: of every group uint8 [V, B, 3, S, S], see `mosaic.of_views`. note: a line
+    below the picture.
 
     Small views are magnified without smoothing.
     """
@@ -36,6 +38,8 @@ def views_grid(path: str | Path, groups: Sequence[np.ndarray]) -> None:
     axes.set_frame_on(False)
     sizes = ", then ".join(f"{len(group)} of {group.shape[-1]} px" for group in groups)
     axes.set_xlabel("view" if len(groups) == 1 else f"view: {sizes}", fontsize=8, color=_GREY)
+    if note:
+        figure.supxlabel(textwrap.fill(note, int(14 * figure.get_figwidth())), fontsize=8, color=_GREY)
     axes.xaxis.set_label_position("top")
     _save(figure, path)
 

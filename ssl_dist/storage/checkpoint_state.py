@@ -10,8 +10,8 @@ from ssl_dist.errors import quoted
 MAX_INT = 10**12
 Count = Annotated[int, Field(ge=1, le=MAX_INT)]
 CountOrNone = Annotated[int, Field(ge=0, le=MAX_INT)]
-Constants = Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=3, max_length=3)]
-Deviations = Annotated[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=3, max_length=3)]
+Constants = Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=1, max_length=32)]
+Deviations = Annotated[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=1, max_length=32)]
 
 
 class _Strict(BaseModel):
@@ -44,6 +44,7 @@ class RunInfo(_Strict):
     stages: dict[str, Count] = {}
     steps_per_epoch: Count = 1
     seed: Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)] = 0
+    channels: Annotated[int, Field(ge=1, le=32)] = 3
 
 
 class Optimizer(_Strict):
@@ -100,4 +101,8 @@ def fault_of(state: dict[str, Any]) -> str:
         message, value = fault["msg"].removeprefix("Value error, "), fault["input"]
         shown = quoted(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
         return f"{key} = {shown}: {message[0].lower()}{message[1:]}"
+    channels = state["info"].get("channels", 3)
+    for key, values in state["normalize"].items():
+        if state["info"] and len(values) != channels:
+            return f"normalize.{key} = a list: has {len(values)} values, and images {channels} channels"
     return ""

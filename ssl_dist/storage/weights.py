@@ -68,7 +68,7 @@ def match(there: Content, backbone: nn.Module, name: str, prefix: str | None = N
     """What `fit` returns, of a file that is read."""
     path, own = there.path, backbone.state_dict()
     layout, whole = _layout(there, own, name, prefix)
-    stored, theirs, tensors, resized = there.tensors, layout.theirs, dict[str, Tensor](), list[str]()
+    stored, theirs, tensors, changed = there.tensors, layout.theirs, dict[str, Tensor](), list[str]()
     missing = [key for own_name, key in theirs.items() if key not in stored and not own_name.endswith(_COUNT)]
     if missing:
         raise NoFit(
@@ -84,9 +84,13 @@ def match(there: Content, backbone: nn.Module, name: str, prefix: str | None = N
                     f"backbone {name} {expected.shape[1]}; backbone.resize_pos_embed=true interpolates it as timm "
                     "does, or give the backbone.name of that size"
                 )
-            resized.append(f"{theirs[tensor]} interpolated from {found.shape[1]} places to {expected.shape[1]}")
+            changed.append(f"{theirs[tensor]} interpolated from {found.shape[1]} places to {expected.shape[1]}")
             _check(path, theirs[tensor], found, expected)
             found = _resized(found, expected)
+        if _is_of_other_channels(found, expected, getattr(backbone, "in_channels", 3)):
+            _check(path, theirs[tensor], found, expected)
+            found = _of_channels(found, expected.shape[1], f"{path}: {theirs[tensor]}")
+            changed.append(f"{theirs[tensor]} of 3 channels adapted to {expected.shape[1]} as timm does")
         if found.shape != expected.shape:
             raise NoFit(
                 f"{path}: {theirs[tensor]} has shape {list(found.shape)}, in backbone {name} {list(expected.shape)}; "
@@ -99,7 +103,7 @@ def match(there: Content, backbone: nn.Module, name: str, prefix: str | None = N
     homes = {there.homes[key] for key in used & stored.keys()}
     beside = {key: key.removeprefix(home) for key, home in there.homes.items() if home in homes and key not in used}
     left = sorted(short for key, short in beside.items() if not key.startswith(tuple(whole)))
-    adapted = "; ".join(resized)
+    adapted = "; ".join(changed)
     return Weights(
         path, layout.words, tensors, sorted(beside.values()), there.sha256, whole, left, there.stubs, adapted
     )
@@ -215,7 +219,27 @@ def _check(path: Path, name: str, tensor: Tensor, own: Tensor) -> None:
     raise UserError(f"{path}: {name} {fault}; {REMEDY}")
 
 
-# ------------------------------------------------------------------------------------------------- positions
+# ------------------------------------------------------------------------------------------------- adapted
+
+
+def _is_of_other_channels(found: Tensor, own: Tensor, in_channels: int) -> bool:
+    """Whether the two are a network's first layer, a convolution [O, C, h, w], for images of different channels."""
+    alike = found.ndim == own.ndim == 4 and (found.shape[0], found.shape[2:]) == (own.shape[0], own.shape[2:])
+    return alike and found.shape[1] != own.shape[1] == in_channels
+
+
+def _of_channels(weights: Tensor, channels: int, where: str) -> Tensor:
+    """The first layer [O, 3, h, w] for images of so many channels, as timm's `adapt_input_conv` makes it: the three in
+    turn, times 3 / channels, so that the sums keep their size; for one channel their sum. Raises `UserError` for one of
+    other channels."""
+    if weights.shape[1] != 3:
+        raise UserError(
+            f"{where} is of images of {weights.shape[1]} channels, and these have {channels}; only weights of 3 are "
+            "adapted, give such"
+        )
+    if channels == 1:
+        return weights.float().sum(1, keepdim=True)
+    return weights.float()[:, [c % 3 for c in range(channels)]] * (3 / channels)
 
 
 def _is_of_places(name: str, found: Tensor, own: Tensor) -> bool:

@@ -9,6 +9,7 @@ from ssl_dist.run.blueprint import RunPlan
 from ssl_dist.run.folder import can_be_prolonged
 from ssl_dist.train import advice
 from ssl_dist.train.state import TrainState
+from ssl_dist.views import shown
 
 
 def beginning(run: TrainState) -> str:
@@ -31,6 +32,9 @@ def beginning(run: TrainState) -> str:
         "length": "the weights are written as they are drawn",
         "folder": f"{plan.run}: {f'resumes after step {clock.step}' if clock.step else 'new'}",
     }
+    if not split.pixels.is_rgb:
+        normalize = "those of dataset.json" if config.views.normalize == "dataset" else str(config.views.normalize)
+        lines["pixels"] = f"{split.pixels}, normalised by mean and std: {normalize}; {shown.words(split.pixels)}"
     if config.plugins:
         lines["plugins"] = ", ".join(plugin.file for plugin in config.plugins.values())
     if clock.total_steps:

@@ -81,7 +81,8 @@ def _data(plan: RunPlan) -> dict[str, str]:
     mean, std = (" ".join(f"{v:.4g}" for v in values) for values in (plan.normalize.mean, plan.normalize.std))
     return {
         "data": f"{plan.config.data.name}, split {split.split}: {split.count} images{part}, {classes}, "
-        f"stored with at most {split.max_height}x{split.max_width} px{enlarged}",
+        f"stored with at most {split.max_height}x{split.max_width} px{enlarged}"
+        + (f", {split.pixels}" if not split.pixels.is_rgb else ""),
         "normalisation": f"mean {mean}, std {std}",
         "reader": f"{plan.config.data.reader}, {plan.threads} view thread(s) a rank",
     }
@@ -185,7 +186,7 @@ class Memory:
     parameters: int  # numbers in the backbone
     feature_dim: int
     weights: int  # those trained with gradients, optimizer state and, on several ranks, buckets that average gradients
-    waiting: int  # uint8 views: of the batches made ahead or in the making, and of this step's batch
+    waiting: int  # views as pixels: of the batches made ahead or in the making, and of this step's batch
     inputs: int  # this step's views as numbers
     activations: int  # of the backbone, with the gradients in flight, at their largest
     representations: int  # of all ranks, and their gradient
@@ -199,14 +200,15 @@ class Memory:
         name = plan.config.optim.name
         copies = 4 if name in ("adam", "adamw") else 3 if name == "lars" or plan.config.optim.momentum else 2
         copies += plan.rank_info.world_size > 1
-        pixels = sum(images * spec.num * 3 * spec.size**2 for spec in plan.specs) // plan.rank_info.world_size
+        levels = plan.split.pixels.channels * sum(images * spec.num * spec.size**2 for spec in plan.specs)
+        levels //= plan.rank_info.world_size
         return Memory(
             plan=plan,
             parameters=sum(p.numel() for p in method.backbone.parameters()),
             feature_dim=method.info.feature_dim,
             weights=(everything + (copies - 1) * trained * trainable) * element,
-            waiting=(AHEAD + 1) * pixels if trainable else 0,
-            inputs=pixels * element if trainable else 0,
+            waiting=(AHEAD + 1) * levels * plan.split.pixels.bits // 8 if trainable else 0,
+            inputs=levels * element if trainable else 0,
             activations=_peak(plan, method) if trainable else 0,
             representations=2 * images * plan.num_views * method.info.feature_dim * element if trainable else 0,
         )
@@ -215,7 +217,7 @@ class Memory:
         """Two batches of images as the reader hands them over, padded to the largest: one is replaced by the next."""
         plan = self.plan
         images = plan.config.optim.batch_size // grid.images if plan.method_class.trainable else 0
-        return 2 * images * plan.split.max_height * plan.split.max_width * 3
+        return 2 * images * plan.split.max_height * plan.split.max_width * plan.split.pixels.num_bytes
 
     def parts(self, grid: Grid) -> dict[str, int]:
         return {
@@ -248,7 +250,10 @@ def _peak(plan: RunPlan, method: SSLMethod[Any]) -> int:
     num_images = plan.config.optim.batch_size // plan.grid.images
     if not method.views_together or min(spec.num for spec in plan.specs) == plan.grid.views:
         num_images = max(2, num_images)  # a BatchNorm that knows of no other rank refuses a single value
-    shapes = [(spec.num // plan.grid.views, num_images, 3, spec.size, spec.size) for spec in plan.specs]
+    shapes = [
+        (spec.num // plan.grid.views, num_images, plan.split.pixels.channels, spec.size, spec.size)
+        for spec in plan.specs
+    ]
     views = [torch.empty(shape, dtype=plan.dtype, device="meta") for shape in shapes]
     view_ids = [
         torch.from_numpy(spec.view_ids[: shape[0]].copy()) for spec, shape in zip(plan.specs, shapes, strict=True)

@@ -33,7 +33,7 @@ def train(config: Config, listener: Listener = SILENT) -> int:
     rank_info = RankInfo.from_environment()
     plan = derive(config, rank_info)
     for spec in plan.specs:
-        views.warm_up(spec)  # compile before the rendezvous, or the ranks wait for one another
+        views.warm_up(spec, plan.split.pixels)  # compile before the rendezvous, or the ranks wait for one another
     plan.method_class.warm_up(plan.options, plan.dtype)
     if not torch.cuda.is_available():
         moments.warm_up(plan.dtype)

@@ -46,6 +46,11 @@ def take_over(file: Path, config: Config, epoch: int | None) -> Path:
         )
     run = TrainState(plan, world)
     fitted = weights.fit(run.method.backbone, config.backbone.name, file)
+    if fitted.adapted:
+        raise UserError(
+            f"{file}: goes on with the images that it was trained on; give their data.root, or begin a new run by "
+            f"backbone.weights={file}"
+        )
     run.method.backbone.load_state_dict(fitted.tensors)
     for part, key in SEED_PARTS.items():
         if hasattr(run.method, part):

@@ -122,13 +122,17 @@ def count_network(network: nn.Module, images: Tensor) -> Step:
 def _batch(plan: RunPlan) -> tuple[list[Tensor], Callable[[list[Tensor]], Batch]]:
     """Pixels of this rank's views, and what makes a batch of them."""
     num_images = plan.config.optim.batch_size // plan.grid.images
-    shapes = [(spec.num // plan.grid.views, num_images, 3, spec.size, spec.size) for spec in plan.specs]
+    shapes = [
+        (spec.num // plan.grid.views, num_images, plan.split.pixels.channels, spec.size, spec.size)
+        for spec in plan.specs
+    ]
     view_ids = [
         torch.from_numpy(spec.view_ids[: shape[0]].copy()) for spec, shape in zip(plan.specs, shapes, strict=True)
     ]
     ids, rows = torch.arange(num_images), torch.empty(num_images, dtype=torch.int64, device=META)
     normalize = normalized(plan.normalize, plan.dtype, META)
-    pixels = [torch.empty(shape, dtype=torch.uint8, device=META) for shape in shapes]
+    pixel_dtype = torch.uint8 if plan.split.pixels.bits == 8 else torch.uint16
+    pixels = [torch.empty(shape, dtype=pixel_dtype, device=META) for shape in shapes]
     return pixels, lambda host: Batch([normalize(group) for group in host], view_ids, ids, rows, rows)
 
 

@@ -30,6 +30,7 @@ from ssl_dist.storage import checkpoint
 from ssl_dist.train import collapse, online_knn, optim, relabel
 from ssl_dist.train.listener import SILENT, Listener
 from ssl_dist.train.online_knn import OnlineKNN
+from ssl_dist.views import shown
 
 ANEW = "begin anew in another run_dir with a lower optim.lr or precision=fp32"
 
@@ -213,8 +214,10 @@ class TrainState:
             [images] = reader.batches([order.global_ids(step)[:num_images]])
         epoch = step // order.steps_per_epoch
         groups = [views.make_views(images, spec, spec.view_ids, order.seed, epoch) for spec in self.plan.specs]
+        if not (split := self.plan.split).pixels.is_rgb:
+            groups = [shown.shown(group, split.mean, split.std) for group in groups]
         log.pictures("views", clock, groups)
-        plots.views_grid(self.folder / "views.png", groups)
+        plots.views_grid(self.folder / "views.png", groups, shown.words(split.pixels))
 
     def show_filters(self, log: RunLog | None, clock: Clock) -> None:
         """The filters of the backbone's first convolution in TensorBoard. Every rank takes part."""

@@ -136,7 +136,8 @@ def _mirrored(i: int, size: int) -> int:
 
 @njit(cache=True, nogil=True)
 def blur_as_torchvision(view: np.ndarray, sigma: float, kernel: int, buffers: Buffers) -> None:
-    """gaussian_blur(view, [kernel, kernel], sigma) of view uint8 [3, S, S], in place. kernel: odd, kernel // 2 < S."""
+    """gaussian_blur(view, [kernel, kernel], sigma) of view uint8 [3, S, S], or another number of channels and uint16,
+    in place. kernel: odd, kernel // 2 < S."""
     size, half, levels = view.shape[1], kernel // 2, view.reshape(view.size)
     weights, smooth, sums, source = buffers.weights, buffers.smooth, buffers.levels, buffers.first
     total = F(0)
@@ -167,4 +168,4 @@ def blur_as_torchvision(view: np.ndarray, sigma: float, kernel: int, buffers: Bu
                     sums[x] += weight * smooth[x + k]
             to = U(first + y * size)
             for x in range(U(size)):
-                levels[to + x] = np.uint8(np.rint(sums[x]))
+                levels[to + x] = levels.dtype.type(np.rint(sums[x]))

@@ -35,17 +35,25 @@ def turn(view: np.ndarray, quarters: int, source: np.ndarray) -> None:
                 view[c, y, x] = before[c, row, column]
 
 
-@njit(cache=True, nogil=True)
-def move(view: np.ndarray, affine: AffineParameters, source: np.ndarray) -> None:
-    """The affine step (degrees clockwise, right, down, scale, shear in degrees) about the middle; black outside."""
+@njit(cache=True, inline="always")
+def inverse(affine: AffineParameters, size: int) -> tuple[float, float, float, float, float, float]:
+    """What takes a place (x, y) of the result back to the source: xx, xy, x_shift and yx, yy, y_shift."""
     angle, right, down, scale, shear = affine
-    size, middle = view.shape[1], view.shape[1] * 0.5
+    middle = size * 0.5
     turned, tangent = math.radians(angle), math.tan(math.radians(shear))
-    xx = (-math.sin(turned) * tangent + math.cos(turned)) / scale  # the inverse: from the result to the source
+    xx = (-math.sin(turned) * tangent + math.cos(turned)) / scale
     xy = -(-math.cos(turned) * tangent - math.sin(turned)) / scale
     yx, yy = -math.sin(turned) / scale, math.cos(turned) / scale
     x_shift = xx * (-middle - right) + xy * (-middle - down) + middle
     y_shift = yx * (-middle - right) + yy * (-middle - down) + middle
+    return xx, xy, x_shift, yx, yy, y_shift
+
+
+@njit(cache=True, nogil=True)
+def move(view: np.ndarray, affine: AffineParameters, source: np.ndarray) -> None:
+    """The affine step (degrees clockwise, right, down, scale, shear in degrees) about the middle; black outside."""
+    size = view.shape[1]
+    xx, xy, x_shift, yx, yy, y_shift = inverse(affine, size)
     before = _copy(view, source)
     for y in range(size):
         for x in range(size):

@@ -1,4 +1,5 @@
-"""K views of decoded images: one compiled function, uint8 in and uint8 out, that runs without the GIL.
+"""K views of decoded images: one compiled function, uint8 in and uint8 out, that runs without the GIL. Images of other
+channels than RGB, and uint16 ones, have a kernel of their own (planes.py).
 
 Every parameter of a view is a function of keys.hash64(seed, VIEWS, epoch, image id, view id) and the image's size, so
 no thread, batch, shard or reader can change a pixel. The steps and their order are those of `config.ViewGroup`;
@@ -9,14 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from ssl_dist.config.recipe import Interpolation, Resize, ViewGroup
 from ssl_dist.errors import UserError
 from ssl_dist.keys import VIEWS, hash64, row_keys
 from ssl_dist.thread_team import ALONE, ThreadTeam
-from ssl_dist.views import render, resample
+from ssl_dist.views import planes, render, resample
 from ssl_dist.views.draw import PATCH, SIZE, ViewParameters, draw_parameters, draw_patch, numeric_recipe
+from ssl_dist.views.pixels import MAX_CHANNELS, RGB, PixelFormat, refuse_steps_of_colour
 from ssl_dist.views.render import Images
 from ssl_dist.views.resample import Pair
 
@@ -50,8 +52,12 @@ class ViewSpec:
         return np.arange(self.first_view, self.first_view + self.num, dtype=np.int64)
 
 
-def view_specs(groups: Sequence[ViewGroup], num_views: int, image_size: int) -> list[ViewSpec]:
-    """One spec a group, view ids counted through all of them. Raises `UserError` unless the nums make `num_views`."""
+def view_specs(
+    groups: Sequence[ViewGroup], num_views: int, image_size: int, pixels: PixelFormat = RGB
+) -> list[ViewSpec]:
+    """One spec a group, view ids counted through all of them. Raises `UserError` unless the nums make `num_views`, and
+    for steps of colour where the images' pixels are not RGB."""
+    refuse_steps_of_colour(groups, pixels)
     specs: list[ViewSpec] = []
     first = 0
     for n, group in enumerate(groups):
@@ -92,7 +98,7 @@ def _check_sizes(group: ViewGroup, num: int, size: int, name: str) -> None:
         )
 
 
-def _read_only(array: ArrayLike, dtype: type) -> np.ndarray:
+def _read_only(array: ArrayLike, dtype: DTypeLike) -> np.ndarray:
     """A contiguous read-only view: writable and read-only arrays are two types to numba, each its own compilation."""
     view: np.ndarray = np.ascontiguousarray(array, dtype).view()
     view.flags.writeable = False
@@ -108,22 +114,23 @@ def make_views(
     team: ThreadTeam = ALONE,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Views uint8 [V, B, 3, S, S] of the images. view_ids: int64 [V], any of the spec's; they and the images' ids name
-    the draws. The team's threads share the images. out: where the views are written; None: into an array of their own.
+    """Views uint8 [V, B, 3, S, S] of the images; [V, B, C, S, S] of C channels, uint16 of uint16. view_ids: int64 [V],
+    any of the spec's; they and the images' ids name the draws. The team's threads share the images. out: where the
+    views are written; None: into an array of their own.
     """
     pixels, heights, widths, ids = images
     num_images = len(pixels)
-    assert pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[3] == 3, (pixels.dtype, pixels.shape)
+    assert pixels.ndim == 4 and _has_a_kernel(pixels), (pixels.dtype, pixels.shape)
     assert len(heights) == len(widths) == len(ids) == num_images
-    shape = (len(view_ids), num_images, 3, spec.size, spec.size)
-    out = np.empty(shape, np.uint8) if out is None else out
-    assert out.shape == shape and out.dtype == np.uint8 and out.flags.c_contiguous, (out.shape, out.dtype)
+    shape = (len(view_ids), num_images, pixels.shape[3], spec.size, spec.size)
+    out = np.empty(shape, pixels.dtype) if out is None else out
+    assert out.shape == shape and out.dtype == pixels.dtype and out.flags.c_contiguous, (out.shape, out.dtype)
     if out.size == 0:
         return out
     # the kernel does not check its indices
     assert np.min(heights) >= 1 and np.max(heights) <= pixels.shape[1], (heights, pixels.shape)
     assert np.min(widths) >= 1 and np.max(widths) <= pixels.shape[2], (widths, pixels.shape)
-    images = Images(_read_only(pixels, np.uint8), *(_read_only(a, np.int64) for a in (heights, widths, ids)))
+    images = Images(_read_only(pixels, pixels.dtype), *(_read_only(a, np.int64) for a in (heights, widths, ids)))
     view_ids, epoch_key = _read_only(view_ids, np.int64), hash64(seed, VIEWS, epoch)
 
     def make(lo: int, hi: int) -> None:
@@ -133,12 +140,22 @@ def make_views(
     return out
 
 
+def _has_a_kernel(pixels: np.ndarray) -> bool:
+    return pixels.dtype in (np.uint8, np.uint16) and 1 <= pixels.shape[-1] <= MAX_CHANNELS
+
+
+def _is_rgb(pixels: np.ndarray) -> bool:
+    """Of images [..., C]: whether they have the kernel of RGB with 8 bits."""
+    return PixelFormat.of(pixels).is_rgb
+
+
 def _make_slice(
     spec: ViewSpec, images: Images, view_ids: np.ndarray, epoch_key: np.uint64, out: np.ndarray, first: int
 ) -> None:
     """The views of n images into out[:, first : first + n]."""
+    kernel, channels = render if _is_rgb(images.pixels) else planes, images.pixels.shape[3]
     if spec.resize is None and not spec.patches:
-        render.make_range(images, view_ids, spec.params, epoch_key, out, first)
+        kernel.make_range(images, view_ids, spec.params, epoch_key, out, first)
         return
     first_view = _read_only([spec.first_view], np.int64)
     for b in range(len(images.ids)):  # image by image, because one that is very long becomes large
@@ -148,10 +165,10 @@ def _make_slice(
             height, width = (_read_only([side], np.int64) for side in pixels.shape[:2])
             image = Images(pixels[None], height, width, image.ids)
         if not spec.patches:
-            render.make_range(image, view_ids, spec.params, epoch_key, out, first + b)
+            kernel.make_range(image, view_ids, spec.params, epoch_key, out, first + b)
             continue
-        whole = np.empty((1, 1, 3, spec.side, spec.side), np.uint8)
-        render.make_range(image, first_view, spec.params, epoch_key, whole, 0)
+        whole = np.empty((1, 1, channels, spec.side, spec.side), out.dtype)
+        kernel.make_range(image, first_view, spec.params, epoch_key, whole, 0)
         [[key]] = row_keys(epoch_key, image.ids, first_view)
         for v, view_id in enumerate(view_ids):
             out[v, first + b] = _cut(whole[0, 0], spec, draw_patch(spec.params, key, view_id - spec.first_view))
@@ -164,10 +181,11 @@ def _cut(image: np.ndarray, spec: ViewSpec, corner: Pair) -> np.ndarray:
 
 
 def _resized(image: np.ndarray, height: int, width: int, resize: Resize) -> np.ndarray:
-    """The first height x width pixels of image uint8 [H, W, 3] resized, uint8 [H', W', 3]."""
+    """The first height x width pixels of image [H, W, C] resized, [H', W', C]."""
+    resize_image = resample.resize_image if _is_rgb(image) else planes.resize_image
     sides = resample.proportional(resize.short_side, int(height), int(width))
-    planes = resample.resize_image(image, int(height), int(width), sides, resize.interpolation == "bicubic")
-    return _read_only(np.stack(list(planes), -1), np.uint8)
+    resized = resize_image(image, int(height), int(width), sides, resize.interpolation == "bicubic")
+    return _read_only(np.stack(list(resized), -1), image.dtype)
 
 
 def test_views(
@@ -177,7 +195,8 @@ def test_views(
     interpolation: Interpolation = "bilinear",
     team: ThreadTeam = ALONE,
 ) -> np.ndarray:
-    """The one view for evaluation, uint8 [B, 3, S, S]: short side to `resize` (null: size), then the centre crop.
+    """The one view for evaluation, [B, C, S, S] of the images' own type: short side to `resize` (null: size), then the
+    centre crop.
 
     Equals torchvision's Resize(resize, interpolation) and CenterCrop(size) on a PIL image; an image of size x size
     stays as it is. Raises `UserError` when resize < size.
@@ -195,15 +214,15 @@ def ten_crops(
     interpolation: Interpolation = "bilinear",
     team: ThreadTeam = ALONE,
 ) -> np.ndarray:
-    """Ten views for evaluation, uint8 [B, 10, 3, S, S]: short side to `resize` (null: size), then its corners (top
-    left, top right, bottom left, bottom right) and its centre, and those of the mirrored image.
+    """Ten views for evaluation, [B, 10, C, S, S] of the images' own type: short side to `resize` (null: size), then its
+    corners (top left, top right, bottom left, bottom right) and its centre, and those of the mirrored image.
 
     Equals torchvision's Resize(resize, interpolation) and TenCrop(size) on a PIL image. Raises `UserError` when
     resize < size.
     """
     how = Resize(short_side=_checked_resize(size, resize), interpolation=interpolation)
-    pixels = _read_only(images.pixels, np.uint8)
-    out = np.empty((len(pixels), 10, 3, size, size), np.uint8)
+    pixels = _read_only(images.pixels, images.pixels.dtype)
+    out = np.empty((len(pixels), 10, pixels.shape[3], size, size), pixels.dtype)
 
     def make(low: int, high: int) -> None:
         for b in range(low, high):
@@ -237,20 +256,20 @@ def draw_view(
 
 
 def render_view(image: np.ndarray, spec: ViewSpec, parameters: ViewParameters) -> np.ndarray:
-    """The view uint8 [3, S, S] of image uint8 [H, W, 3] with these parameters, by the kernel's own code."""
-    assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, (image.dtype, image.shape)
-    image = _read_only(image, np.uint8)
+    """The view [C, S, S] of image [H, W, C] with these parameters, by the kernel's own code."""
+    assert image.ndim == 3 and _has_a_kernel(image), (image.dtype, image.shape)
+    image = _read_only(image, image.dtype)
     if spec.resize is not None:
         image = _resized(image, image.shape[0], image.shape[1], spec.resize)
     top, left, height, width = parameters.crop
     assert top >= 0 and height > 0 and top + height <= image.shape[0], (parameters.crop, image.shape)
     assert left >= 0 and width > 0 and left + width <= image.shape[1], (parameters.crop, image.shape)
-    out = np.empty((3, spec.side, spec.side), np.uint8)
-    render.make_one(image, spec.params, parameters, out)
+    out = np.empty((image.shape[2], spec.side, spec.side), image.dtype)
+    (render if _is_rgb(image) else planes).make_one(image, spec.params, parameters, out)
     return _cut(out, spec, parameters.patch)
 
 
-def warm_up(spec: ViewSpec) -> None:
+def warm_up(spec: ViewSpec, pixels: PixelFormat = RGB) -> None:
     """Compile the kernel, or load it from numba's cache, in the calling thread (15 s of CPU, once on a machine)."""
     one = np.ones(1, np.int64)
-    make_views(Images(np.zeros((1, 1, 1, 3), np.uint8), one, one, one), spec, spec.view_ids[:1], 0, 0)
+    make_views(Images(np.zeros((1, 1, 1, pixels.channels), pixels.dtype), one, one, one), spec, spec.view_ids[:1], 0, 0)

@@ -50,6 +50,8 @@ def load(path: Path, overrides: Sequence[str]) -> Pretrained:
                 f"override {quoted(overrides[0])}: is for files of weights, and needs backbone.name=... too"
             )
         encoder = run_encoder.load_encoder(path)
+        if encoder.channels != 3:
+            raise UserError(f"{path}: its network takes images of {encoder.channels} channels, and VOC's are RGB")
         settings = encoder.config
         backbone = _filled(settings.backbone.name, encoder.module.state_dict())
         return Pretrained(
