@@ -133,6 +133,8 @@ class Net(nn.Module):
 
     feature_dim, stages = 5, ()
 
+    in_channels = 3
+
     def __init__(self):
         super().__init__()
         self.conv, self.bn, self.relu = nn.Conv2d(3, 5, 3, padding=1, bias=False), nn.BatchNorm2d(5), nn.ReLU(True)

@@ -12,12 +12,13 @@ import sys
 import traceback
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ssl_dist import cli, command_line, config
 from tests import make_shards
 from tests.browser import Browser, unavailable_reason
-from tests.make_images import jpeg, picture, save
+from tests.make_images import jpeg, picture, save, tiff
 from tests.test_public_names import PUBLIC
 
 ROOT = Path(__file__).parents[1]
@@ -60,6 +61,11 @@ def workplace(tmp_path, monkeypatch):
     for i in range(40):
         save(tmp_path / "photos" / f"{i}.jpg", picture(60, 80, seed=i))
         save(tmp_path / "flowers" / ("train", "test")[i % 2] / "ab"[i // 20] / f"{i}.jpg", picture(40, 40, seed=i))
+    for i in range(16):
+        cell = np.random.default_rng(i).integers(0, 4096, (5, 100, 100), dtype=np.uint16)
+        path = tmp_path / "cells" / ("train", "test")[i % 2] / "ab"[i // 8] / f"{i}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(tiff(cell, photometric="minisblack"))
     flowers = {
         split: [(jpeg(picture(40, 40, seed=start + i)), "jpg", i // 5) for i in range(10)]
         for split, start in (("train", 0), ("test", 10))

@@ -150,7 +150,8 @@ def _loading(trained: Trained) -> str:
         plain = ["import safetensors.torch", "import timm", "", *timm(trained, file)[1].split("; ")]
     else:
         plain = ["import safetensors.torch", "", "from ssl_dist import backbones", ""]
-        plain += [f"model = backbones.build({name!r})  # its code; the tensors are by its names"]
+        other = "" if trained.encoder.channels == 3 else f", in_channels={trained.encoder.channels}"
+        plain += [f"model = backbones.build({name!r}{other})  # its code; the tensors are by its names"]
         plain += [f"model.load_state_dict(safetensors.torch.load_file({file!r}))"]
     plain += ["features = model.eval()(images)  # normalised, [N, 3, S, S]"]
     parts.append(f"With torch:\n\n{_python(plain)}")
