@@ -305,7 +305,7 @@ def test_what_a_training_says_and_shows(trained, tmp_path, capsys):
     assert (run_dir / "views.png").stat().st_size > 1000
     encoder = load_encoder(run_dir)
     assert encoder.normalize.mean == manifest.load(data).mean and encoder.module.in_channels == 5
-    evaluate(run_dir, ["retrieval"], [])
+    evaluate(run_dir, ["retrieval", "probe"], ["probe.epochs=1", "probe.batch_size=32"])
     picture = Image.open(next((run_dir / "figures").glob("*nearest.png")))
     assert "pictures show channels 0, 1 and 2 of 5" in picture.text["Description"]
 

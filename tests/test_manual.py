@@ -61,9 +61,9 @@ def workplace(tmp_path, monkeypatch):
     for i in range(40):
         save(tmp_path / "photos" / f"{i}.jpg", picture(60, 80, seed=i))
         save(tmp_path / "flowers" / ("train", "test")[i % 2] / "ab"[i // 20] / f"{i}.jpg", picture(40, 40, seed=i))
-    for i in range(16):
-        cell = np.random.default_rng(i).integers(0, 4096, (5, 100, 100), dtype=np.uint16)
-        path = tmp_path / "cells" / ("train", "test")[i % 2] / "ab"[i // 8] / f"{i}.tif"
+    for i in range(40):
+        cell = np.random.default_rng(i).integers(0, 4096, (5, 60, 60), dtype=np.uint16)
+        path = tmp_path / "cells" / ("train", "test")[i % 2] / "ab"[i // 20] / f"{i}.tif"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(tiff(cell, photometric="minisblack"))
     flowers = {

@@ -129,7 +129,7 @@ def classifiers(method: SSLMethod, encoder: Encoder) -> tuple[list[str], int]:
     """The names of a method's classifiers, and how many classes they tell apart."""
     size = encoder.config.data.image_size
     with torch.no_grad():
-        scores = method.logits(next(method.parameters()).new_zeros(1, 3, size, size))
+        scores = method.logits(next(method.parameters()).new_zeros(1, method.info.channels, size, size))
     return list(scores), next(iter(scores.values())).shape[1]
 
 
