@@ -4,10 +4,12 @@ import functools
 import json
 import re
 import shutil
+import sys
 
 import huggingface_hub
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image, ImageOps
 from torchvision import transforms
@@ -15,6 +17,7 @@ from torchvision import transforms
 import ssl_dist
 from ssl_dist import backbones, cli, config, results
 from ssl_dist.errors import UserError
+from ssl_dist.export import graphs
 from ssl_dist.storage.features import read_features
 from ssl_dist.train.loop import train
 from tests import golden_fill
@@ -172,11 +175,12 @@ def test_a_folder_for_the_hub(trained, photos, tmp_path, capsys, name, size):
     assert card.data.to_dict() == {
         "library_name": "timm" if name == "resnet18" else "ssl_dist",
         "pipeline_tag": "image-feature-extraction",
-        "tags": ["image-feature-extraction", "self-supervised-learning"],
+        "tags": ["image-feature-extraction"],  # of a file that could be anybody's
     }
     for fact in (
         f"# {name}, random_weights on photos", f"makes {expected.shape[1]} features", "photos: 5 images", "seed | 0 ",
-        "weights of filled.pth, SHA-256 ", f"torch {torch.__version__}", f"SHA-256 {records[0]['checkpoint']}",
+        "Its weights are those of filled.pth (SHA-256 ", f"torch {torch.__version__}",
+        f"SHA-256 {records[0]['checkpoint']}",
         f"| {records[0]['name']} | {records[0]['value']:.2f} | photos, test | [1] |", f"1. {records[0]['protocol']}",
     ):  # fmt: skip
         assert fact in card.text, fact
@@ -200,6 +204,54 @@ def test_a_folder_for_the_hub(trained, photos, tmp_path, capsys, name, size):
     assert results.read(tmp_path / "again" / "results.json")[0]["value"] == records[0]["value"]
 
 
+@pytest.mark.slow
+def test_images_of_other_channels(tmp_path, capsys):
+    """timm, ONNX, torch.export and what we read take them; the others have no such network, and say so."""
+    timm, onnxruntime = pytest.importorskip("timm"), pytest.importorskip("onnxruntime")
+    pixels = np.random.default_rng(0).integers(0, 65536, (4, 40, 40, 5), np.uint16)
+    for split, rows in (("train", pixels), ("test", pixels)):
+        for number, row in enumerate(rows):
+            file = tmp_path / "files" / split / "ab"[number % 2] / f"{number}.npy"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            np.save(file, row)
+    words = ["convert", "folder", "--root", tmp_path / "files", "--out", tmp_path / "data", "--channels", "5"]
+    assert cli.main([*map(str, words), "--name", "planes"]) == 0
+    torch.save(backbones.build("resnet18", in_channels=5).state_dict(), tmp_path / "filled.pth")
+    run = tmp_path / "run"
+    overrides = [
+        f"data.root={tmp_path / 'data'}", "data.name=planes", "data.reader=arrays", f"run_dir={run}",
+        "backbone.name=resnet18", f"backbone.weights={tmp_path / 'filled.pth'}", "data.image_size=32",
+        "data.eval_resize=40", "optim.batch_size=4", "views.groups=[{random_resized_crop: {}}]",
+    ]  # fmt: skip
+    assert train(config.load("configs/digits/random_weights-conv4.yaml", overrides)) == 0
+    assert cli.main(["extract", str(run), "--split", "test", "--out", str(tmp_path)]) == 0
+    expected = read_features(tmp_path / "planes-test.safetensors").features
+    hub, folder = export(run, "huggingface", tmp_path / "hub"), export(run, "timm-folder", tmp_path / "timm")
+    model = ssl_dist.load(hub, device="cpu")
+    images = list(pixels[[0, 2, 1, 3]])  # by their classes
+    np.testing.assert_array_equal(model.embed(images, progress=False), expected)
+    x = model.transform(images)
+    session = onnxruntime.InferenceSession(export(run, "onnx", tmp_path / "m.onnx"))
+    assert_equal(session.run(None, {"images": x.numpy()})[0], expected)
+    assert_equal(torch.export.load(export(run, "pt2", tmp_path / "m.pt2")).module()(x).detach(), expected)
+    with torch.no_grad():
+        for path in (hub, folder):
+            theirs = timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0).eval()
+            assert_equal(theirs(x), expected)
+    card = (hub / "README.md").read_text()
+    assert "5 channels, upright" in card and "torchvision" not in card and "in_chans=5" in card
+    for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        exec(block.replace("FOLDER", str(hub)), scope := {"images": images if "ssl_dist.load" in block else x})
+        assert_equal(torch.as_tensor(scope["features"]).detach(), expected)
+    for form in ("torchvision", "detectron2", "mmdet"):
+        capsys.readouterr()
+        assert cli.main(["export", str(run), str(tmp_path / "x.pth"), "--format", form]) == 2
+        assert capsys.readouterr().err == (
+            f"error: --format {form}: {form} has no resnet18 for images of 5 channels; use --format timm, "
+            "timm-folder, huggingface, onnx, pt2, seed\n"
+        )
+
+
 def test_a_folder_whose_metadata_is_damaged(trained, tmp_path):
     run, _, _ = trained("conv4", 32)
     folder = export(run, "huggingface", tmp_path / "hub")
@@ -213,9 +265,23 @@ def test_a_folder_whose_metadata_is_damaged(trained, tmp_path):
         file.write_bytes(content.replace(old, new))
         with pytest.raises(UserError, match=message):
             ssl_dist.load(folder)
+    safetensors.torch.save_file({"weight": torch.zeros(2)}, file)  # of others
+    for path in (folder, file):
+        with pytest.raises(UserError, match=r"holds no checkpoint|a safetensors file, .* backbone\.name="):
+            ssl_dist.load(path)
     shutil.rmtree(folder)
     with pytest.raises(UserError, match="not found"):
         ssl_dist.load(folder)
+
+
+def test_what_onnx_needs(trained, tmp_path, capsys, monkeypatch):
+    run, _, _ = trained("conv4", 32)
+    monkeypatch.setattr(graphs, "MAX_BYTES", 1000)
+    assert cli.main(["export", str(run), str(tmp_path / "m.onnx"), "--format", "onnx"]) == 2
+    assert "take more than the 2 GiB of one ONNX file; use --format pt2" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert cli.main(["export", str(run), str(tmp_path / "m.onnx"), "--format", "onnx"]) == 2
+    assert "onnxscript is not installed; pip install onnx onnxscript" in capsys.readouterr().err
 
 
 def test_a_network_of_which_torch_makes_no_graph(trained, tmp_path, capsys, monkeypatch):

@@ -13,6 +13,7 @@ from ssl_dist.export.folders import WEIGHTS, is_of_timm
 from ssl_dist.export.libraries import OF_TORCHVISION, timm, torchvision
 from ssl_dist.export.preprocessing import preprocessing
 from ssl_dist.export.trained import Trained
+from ssl_dist.storage import hub
 
 HERE = "FOLDER"  # in the lines that load it: wherever the folder lies
 
@@ -24,13 +25,12 @@ def card(trained: Trained) -> bytes:
     front = {
         "library_name": "timm" if is_of_timm(trained.backbone) else "ssl_dist",
         "pipeline_tag": "image-feature-extraction",
-        "tags": ["image-feature-extraction", *([] if _saw_labels(trained) else ["self-supervised-learning"])],
+        "tags": ["image-feature-extraction", *(["self-supervised-learning"] if _is_unlabelled(trained) else [])],
     }
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {title}",
-        f"A network that makes {trained.feature_dim} features of an image, without a classifier. "
-        f"It was trained {'with' if _saw_labels(trained) else 'without'} labels.",
+        f"A network that makes {trained.feature_dim} features of an image, without a classifier. {_origin(trained)}",
         "## Training",
         _table(("", ""), _training(trained)),
         "## Results",
@@ -43,8 +43,27 @@ def card(trained: Trained) -> bytes:
     return ("\n\n".join(parts) + "\n").encode()
 
 
-def _saw_labels(trained: Trained) -> bool:
-    return methods.find(trained.config.method.name).needs_labels
+def _is_unlabelled(trained: Trained) -> bool:
+    """Whether it is known that no label was ever used."""
+    method = methods.find(trained.config.method.name)
+    return method.trainable and not method.needs_labels and trained.config.backbone.weights is None
+
+
+def _origin(trained: Trained) -> str:
+    """A sentence on what made the weights."""
+    method = methods.find(trained.config.method.name)
+    if not method.trainable:
+        return f"Its weights are {_start(trained).replace('weights of', 'those of')}; nothing was trained after that."
+    return f"It was trained {'with' if method.needs_labels else 'without'} labels, from {_start(trained)}."
+
+
+def _start(trained: Trained) -> str:
+    """What the training began from; of a file its name, not where it lay."""
+    given = trained.config.backbone.weights
+    if given is None:
+        return "random weights"
+    name = given if hub.is_name(given) else Path(given).name
+    return f"weights of {name} (SHA-256 {trained.state['data'].get('weights', 'not recorded')})"
 
 
 def _training(trained: Trained) -> list[tuple[str, str]]:
@@ -53,9 +72,6 @@ def _training(trained: Trained) -> list[tuple[str, str]]:
     optim, data = config.optim, state["data"]
     options = to_tree(methods.build_options(methods.find(config.method.name), config.method.options))
     views = ", ".join(f"{number} of {size} px" for number, size in info["view_groups"])
-    start = "random weights"
-    if config.backbone.weights is not None:
-        start = f"weights of {Path(config.backbone.weights).name}, SHA-256 {data.get('weights', 'not recorded')}"
     split = "" if config.data.split is None else f", split {config.data.split}"
     epochs = state["step"] / info["steps_per_epoch"]
     rows = [
@@ -71,7 +87,7 @@ def _training(trained: Trained) -> list[tuple[str, str]]:
                       f"weight decay {optim.weight_decay:g}"),
         ("precision", config.precision),
         ("seed", str(config.seed)),
-        ("began from", start),
+        ("began from", _start(trained)),
         ("processes", str(state["world_size"])),
         ("versions", ", ".join(f"{name} {version}" for name, version in state["versions"].items())),
         ("checkpoint", f"SHA-256 {trained.encoder.sha256}"),
@@ -118,32 +134,37 @@ def _value(record: dict) -> str:
 
 
 def _images(trained: Trained) -> str:
-    steps = preprocessing(trained.encoder)
-    code = ["from torchvision import transforms", "", f"transform = {steps['torchvision']}"]
-    return (
-        f"8 bits, upright by their EXIF orientation; the short side resized to {steps['resize']} px "
-        f"({steps['interpolation']}, antialiased), the centre of {steps['crop']} px, then (pixel / 255 - mean) / std "
-        f"with mean {steps['mean']} and std {steps['std']}. `preprocessing.json` has the same. With torchvision, of "
-        f"PIL images in RGB:\n\n{_python(code)}"
+    steps, channels = preprocessing(trained.encoder), trained.encoder.channels
+    text = (
+        f"{'RGB' if channels == 3 else f'{channels} channels'}, upright by their EXIF orientation; the short side "
+        f"resized to {steps['resize']} px ({steps['interpolation']}, antialiased), the centre of {steps['crop']} px, "
+        f"then (pixel / 255 - mean) / std (of 16 bits pixel / 65535) with mean {steps['mean']} and std {steps['std']}. "
+        "`preprocessing.json` has the same."
     )
+    if channels != 3:
+        return text
+    code = ["from torchvision import transforms", "", f"transform = {steps['torchvision']}"]
+    return f"{text} With torchvision, of PIL images in RGB:\n\n{_python(code)}"
 
 
 def _loading(trained: Trained) -> str:
     """Code for ssl_dist, for timm where it has the network, and for plain torch."""
-    name, file = trained.backbone, f"{HERE}/{WEIGHTS}"
+    name, channels, file = trained.backbone, trained.encoder.channels, f"{HERE}/{WEIGHTS}"
     ours = ["import ssl_dist", "", f'model = ssl_dist.load("{HERE}")', "features = model.embed(images)"]
-    ours[-1] += "  # a folder of pictures, PIL images, ...; they are prepared as above"
+    ours[-1] += f"  # {'PIL images, ' * (channels == 3)}a folder or arrays, which are prepared as above"
     parts = [f"With ssl_dist:\n\n{_python(ours)}"]
     if is_of_timm(name):
         lines = [
             "import timm", "",
             f'model = timm.create_model("local-dir:{HERE}", pretrained=True, num_classes=0).eval()',
+        ]  # fmt: skip
+        lines += [
             "settings = timm.data.resolve_model_data_config(model)",
             "transform = timm.data.create_transform(**settings, is_training=False)",
             "features = model(transform(image)[None])",
-        ]  # fmt: skip
+        ] if channels == 3 else [f"features = model(images)  # normalised, [N, {channels}, S, S]"]  # fmt: skip
         parts.append(f"With timm:\n\n{_python(lines)}")
-    if name in OF_TORCHVISION:
+    if name in OF_TORCHVISION and channels == 3:
         plain = ["import safetensors.torch", "import torch", "import torchvision", ""]
         plain += torchvision(trained, file)[1].split("; ")
     elif is_of_timm(name):
@@ -153,7 +174,7 @@ def _loading(trained: Trained) -> str:
         other = "" if trained.encoder.channels == 3 else f", in_channels={trained.encoder.channels}"
         plain += [f"model = backbones.build({name!r}{other})  # its code; the tensors are by its names"]
         plain += [f"model.load_state_dict(safetensors.torch.load_file({file!r}))"]
-    plain += ["features = model.eval()(images)  # normalised, [N, 3, S, S]"]
+    plain += [f"features = model.eval()(images)  # normalised, [N, {channels}, S, S]"]
     parts.append(f"With torch:\n\n{_python(plain)}")
     return "\n\n".join(parts)
 

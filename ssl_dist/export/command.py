@@ -19,12 +19,14 @@ class Format:
     """What a format's file holds and how it is loaded, as a function of a run and of its name; or the files of a
     folder, by their names.
 
-    takes: whether there is one for a backbone; backbones: those, in words. suffix: that its reader asks for.
+    takes: whether there is one for a backbone; backbones: those, in words. suffix: that its reader asks for. channels:
+    of images, where it has one number alone.
     """
 
     takes: Callable[[str], bool] = lambda backbone: True
     backbones: str = ""
     suffix: str = ""
+    channels: int | None = None
     file: Callable[[Trained, str], tuple[bytes, str]] | None = None
     folder: Callable[[Trained], dict[str, bytes]] = folders.folder
 
@@ -35,12 +37,12 @@ def _listed(names: tuple[str, ...]) -> tuple[Callable[[str], bool], str]:
 
 _OF_TIMM = is_of_timm, ", ".join(libraries.OF_TIMM) + " and timm/<name>"
 FORMATS = {
-    "torchvision": Format(*_listed(libraries.OF_TORCHVISION), file=libraries.torchvision),
+    "torchvision": Format(*_listed(libraries.OF_TORCHVISION), channels=3, file=libraries.torchvision),
     "timm": Format(*_OF_TIMM, file=libraries.timm),
     "timm-folder": Format(*_OF_TIMM),
     "huggingface": Format(folder=lambda run: {**folders.folder(run), "README.md": card(run)}),
-    "detectron2": Format(*_listed(libraries.OF_DETECTORS), ".pth", libraries.detectron2),
-    "mmdet": Format(*_listed(libraries.OF_DETECTORS), ".pth", libraries.mmdet),
+    "detectron2": Format(*_listed(libraries.OF_DETECTORS), ".pth", 3, libraries.detectron2),
+    "mmdet": Format(*_listed(libraries.OF_DETECTORS), ".pth", 3, libraries.mmdet),
     "onnx": Format(file=graphs.onnx),
     "pt2": Format(suffix=".pt2", file=graphs.pt2),
     "seed": Format(file=libraries.seed),
@@ -101,13 +103,12 @@ def _refuse_existing(out: Path, paths: list[Path], is_folder: bool, overwrite: b
 
 
 def _refuse_backbone(form: str, subject: Trained) -> None:
-    channels = len(subject.encoder.normalize.mean)
-    name = subject.backbone
-    if FORMATS[form].takes(name) and (channels == 3 or not FORMATS[form].backbones):
+    name, channels = subject.backbone, subject.encoder.channels
+    fitting = [other for other, of in FORMATS.items() if of.takes(name) and of.channels in (None, channels)]
+    if form in fitting:
         return
-    others = ", ".join(other for other, of in FORMATS.items() if of.takes(name) and (channels == 3 or not of.backbones))
     program = form.removesuffix("-folder")
-    what = f"backbone {name}, but of {FORMATS[form].backbones}"
-    if FORMATS[form].takes(name):
-        what = f"a {name} for images of {channels} channels"
-    raise UserError(f"--format {form}: {program} has no network with the tensors of {what}; use --format {others}")
+    what = f"{name} for images of {channels} channels"
+    if not FORMATS[form].takes(name):
+        what = f"network with the tensors of backbone {name}, but of {FORMATS[form].backbones}"
+    raise UserError(f"--format {form}: {program} has no {what}; use --format {', '.join(fitting)}")

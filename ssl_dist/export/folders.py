@@ -38,7 +38,9 @@ def _timm_config(trained: Trained) -> dict[str, Any]:
         own: dict[str, Any] = trained.encoder.module.model.pretrained_cfg  # type: ignore[assignment, union-attr]
         names = {key: own[key] for key in ("first_conv", "classifier", "fixed_input_size") if own.get(key) is not None}
     settings = {**timm_settings(trained.encoder), **names, "num_classes": 0}
-    return {"architecture": name, "num_classes": 0, "pretrained_cfg": settings}
+    channels = trained.encoder.channels
+    arguments = {} if channels == 3 else {"model_args": {"in_chans": channels}}
+    return {"architecture": name, "num_classes": 0, **arguments, "pretrained_cfg": settings}
 
 
 def as_json(tree: dict[str, Any]) -> bytes:

@@ -60,8 +60,6 @@ def onnx(trained: Trained, out: str) -> tuple[bytes, str]:
         raise _refusal("onnx", trained.backbone, error) from None
     assert written is not None, "dynamo gives a program"
     model: Any = written.model_proto
-    for node in model.graph.node:
-        del node.metadata_props[:]  # lines of code, by their paths on this machine
     for key, value in trained.facts.items():
         model.metadata_props.add(key=key, value=value)
     model.doc_string = "normalised images [batch, channels, size, size] to features; metadata: preprocessing (JSON)"
@@ -70,7 +68,7 @@ def onnx(trained: Trained, out: str) -> tuple[bytes, str]:
 
 def _program(trained: Trained, form: str) -> torch.export.ExportedProgram:
     steps = preprocessing(trained.encoder)
-    example = torch.zeros(2, len(steps["mean"]), steps["crop"], steps["crop"])
+    example = torch.zeros(2, trained.encoder.channels, steps["crop"], steps["crop"])
     batch = torch.export.Dim("batch", min=1)
     try:
         with redirect_stderr(io.StringIO()):  # where torch prints half a graph
@@ -78,7 +76,7 @@ def _program(trained: Trained, form: str) -> torch.export.ExportedProgram:
     except _UNFIT as error:
         raise _refusal(form, trained.backbone, error) from None
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths on this machine
+        node.meta.pop("stack_trace", None)  # lines of code, by their paths on this machine
     return program
 
 

@@ -39,8 +39,9 @@ def torchvision(trained: Trained, out: str) -> tuple[bytes, str]:
 
 def timm(trained: Trained, out: str) -> tuple[bytes, str]:
     """A safetensors file; and Python that loads it from `out`."""
-    model = trained.backbone.removeprefix("timm/")
-    return trained.safetensors(), f"model = timm.create_model({model!r}, num_classes=0); {_load(out)}"
+    model, channels = trained.backbone.removeprefix("timm/"), trained.encoder.channels
+    more = "" if channels == 3 else f", in_chans={channels}"
+    return trained.safetensors(), f"model = timm.create_model({model!r}, num_classes=0{more}); {_load(out)}"
 
 
 def _load(out: str) -> str:

@@ -9,11 +9,11 @@ FILE = "preprocessing.json"
 
 
 def preprocessing(encoder: Encoder) -> dict[str, Any]:
-    """The test transform of the run, in the order of its steps, for images of 8 bits that are upright by their EXIF
-    orientation.
+    """The test transform of the run, in the order of its steps, for images that are upright by their EXIF orientation.
 
     resize: the short side in pixels, antialiased as Pillow does it; crop: side of the square in the centre; then
-    (pixel / 255 - mean) / std. torchvision: the same as an expression, for PIL images.
+    (pixel / 255 - mean) / std, of 16 bits with 65535 in the place of 255. torchvision: the same as an expression for
+    PIL images, where they have three channels.
     """
     data, normalize = encoder.config.data, encoder.normalize
     size, resize = data.image_size, data.eval_resize or data.image_size
@@ -24,14 +24,15 @@ def preprocessing(encoder: Encoder) -> dict[str, Any]:
         "transforms.ToTensor()",
         f"transforms.Normalize({mean}, {std})",
     )
+    channels = encoder.channels
     return {
-        "input": f"float32 [N, {len(mean)}, {size}, {size}]" + (", RGB" if len(mean) == 3 else ""),
+        "input": f"float32 [N, {channels}, {size}, {size}]" + (", RGB" if channels == 3 else ""),
         "resize": resize,
         "interpolation": data.eval_interpolation,
         "crop": size,
         "mean": mean,
         "std": std,
-        "torchvision": f"transforms.Compose([{', '.join(steps)}])",
+        **({"torchvision": f"transforms.Compose([{', '.join(steps)}])"} if channels == 3 else {}),
     }
 
 
@@ -39,7 +40,7 @@ def timm_settings(encoder: Encoder) -> dict[str, Any]:
     """The same as timm's `pretrained_cfg` has it, for `timm.data.create_transform`."""
     steps = preprocessing(encoder)
     return {
-        "input_size": [len(steps["mean"]), steps["crop"], steps["crop"]],
+        "input_size": [encoder.channels, steps["crop"], steps["crop"]],
         "interpolation": steps["interpolation"],
         "crop_pct": _crop_share(steps["crop"], steps["resize"]),
         "crop_mode": "center",

@@ -298,6 +298,9 @@ def _opened(path: Path) -> BufferedReader:
 
 
 def _load(path: Path, file: BufferedReader) -> dict[str, Any]:
+    file.seek(0)
+    if file.peek(9)[8:9] == b"{":  # after the length of its header
+        raise UserError(f"checkpoint {path}: a safetensors file, of weights alone; say backbone.name=... too")
     try:
         state = torch_file.load(file)
     except pickle.UnpicklingError:  # torch's text advises to run whatever the file holds
