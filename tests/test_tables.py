@@ -101,6 +101,21 @@ def test_columns_that_do_not_fit(tmp_path, columns, options, words):
     assert words in message and not (tmp_path / "out").exists()
 
 
+def test_names_of_columns_that_are_odd(tmp_path):
+    table = pa.Table.from_arrays([pa.array(PHOTOS), pa.array(PHOTOS)], names=["image", "image"])
+    (tmp_path / "in").mkdir()
+    pyarrow.parquet.write_table(table, tmp_path / "in" / "train.parquet")
+    message = refusal("parquet", tmp_path / "in", tmp_path / "out")
+    assert "train.parquet: two columns have the name 'image'" in message
+    write(tmp_path / "dots" / "train.parquet", {"image": pa.array(PHOTOS), "image.path": pa.array([0] * 6)})
+    source = opened(tmp_path / "dots", label_key="image.path")
+    assert labels(source) == [0] * 6 and next(source.splits["train"].loaders(1))[0]() == PHOTOS[0]
+    root = make_shards.saved(tmp_path / "saved", {"train": [(PHOTOS[0], "jpg", 0)] * 2})
+    for path in root.glob("*/*.arrow"):
+        path.write_bytes(path.read_bytes().replace(b"label", b"lab\xa0l"))
+    assert "can not be read (" in refusal("huggingface", root, tmp_path / "out")
+
+
 def test_which_of_several_columns(tmp_path):
     """`image` before others, and with --image-key any; `label` before a ClassLabel, and of several of these one."""
     rows = {"mask": hub(PHOTOS[:2]), "image": hub(PHOTOS[2:4]), "label": pa.array([0, 1]), "x": pa.array(["a", "b"])}

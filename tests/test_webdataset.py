@@ -309,6 +309,23 @@ def test_labels_of_json(tmp_path):
     )
 
 
+def test_a_key_of_json_that_is_not_there(tmp_path):
+    make_shards.tar(tmp_path / "in" / "train.tar", members(2))
+    message = refusal("webdataset", tmp_path / "in", tmp_path / "out", label_key="kind")
+    assert "train.tar/000.jpg: has no .json, as 2 of 2 samples of its split" in message
+
+
+def test_a_tar_of_class_folders(tmp_path):
+    """As data sets are packed: the images are taken, and where the labels are is said."""
+    save(tmp_path / "flat" / "train" / "cat" / "1.jpg", picture(9, 9))
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+        archive.add(tmp_path / "flat", ".")
+    source = open_source("webdataset", tmp_path / "images.tar")
+    assert source.splits["unlabeled"].names == ["images.tar/./train/cat/1.jpg"]
+    assert "samples lie in folders, train/cat/ for one; where these are classes, unpack" in source.notes[0]
+    assert any("links, folders or sparse files: 3 in all" in line for line in source.left_out)
+
+
 @pytest.mark.parametrize("value", [1.5, True, [1], {"a": 1}, -7, 10**30])
 def test_json_that_is_no_label(tmp_path, value):
     make_shards.tar(tmp_path / "train.tar", with_json([0, value]))
@@ -338,7 +355,7 @@ def test_without_labels_all_is_the_split_unlabeled(tmp_path, capsys):
     assert "train: its images have no labels, so it is the split unlabeled" in capsys.readouterr().err
     make_shards.tar(tmp_path / "in" / "cc3m-train-001.tar", members(2))
     message = refusal("webdataset", tmp_path / "in", tmp_path / "none")
-    assert "cc3m-train-000.tar/000.jpg: has no label, as 4 of 6 samples of train" in message
+    assert "cc3m-train-000.tar/000.jpg: has no .cls, as 4 of 6 samples of its split" in message
     assert run("webdataset", tmp_path / "in", tmp_path / "none", unlabeled=True).splits["unlabeled"].count == 6
 
 
@@ -366,7 +383,7 @@ def test_other_members_are_counted_and_nothing_is_unpickled(tmp_path, monkeypatc
     )
     make_shards.tar(tmp_path / "in" / "val.tar", [("__meta__/info.pkl", data), *members(2)])
     message = refusal("webdataset", tmp_path / "in", tmp_path / "out")
-    assert "train.tar/002.jpg: has no label" in message
+    assert "train.tar/002.jpg: has no .cls, as 1 of 3" in message
     run("webdataset", tmp_path / "in", tmp_path / "out", unlabeled=True, progress=True)
     said = capsys.readouterr().err
     assert "members with pickled objects, which are never opened: 1 .pyd, 1 .emb.pth" in said
@@ -435,7 +452,7 @@ def test_a_tar_that_was_cut_at_any_byte(tmp_path):
         try:
             source = open_source("webdataset", tmp_path / "in")
         except UserError as error:
-            assert str(error).startswith(str(path)) and ("fetch it again" in str(error) or "has no label" in str(error))
+            assert str(error).startswith(str(path)) and ("fetch it again" in str(error) or "has no .cls" in str(error))
             outcomes["refused"] += 1
             continue
         number = len(source.splits["train"].names if "train" in source.splits else source.splits["unlabeled"].names)
@@ -464,6 +481,17 @@ def test_tars_that_are_none(tmp_path):
             message = refusal("webdataset", tmp_path / "in", tmp_path / "out")
             assert words in message and "train.tar" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_a_size_that_leads_back_is_no_circle(tmp_path):
+    """A folder of -1024 bytes, in the binary form of GNU tar: the next header would be the one before it."""
+    header = bytearray(tarfile.TarInfo("a/").tobuf())
+    header[124:136], header[156:157] = (2**96 - 1024).to_bytes(12, "big"), b"0"
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    (tmp_path / "train.tar").write_bytes(tarfile.TarInfo("b/").tobuf() + header + bytes(10240))
+    message = refusal("webdataset", tmp_path, tmp_path / "out")
+    assert "train.tar: no whole tar: a size below 0, at a" in message
 
 
 def test_what_follows_the_end_of_a_tar_is_said(tmp_path):
@@ -505,6 +533,13 @@ def test_a_shard_that_is_cut_during_the_conversion(tmp_path):
     os.truncate(path, 1024)
     with pytest.raises(ValueError, match="the shard was cut"):
         images.load(2)
+
+
+def test_an_empty_shard_among_others(tmp_path):
+    make_shards.tar(tmp_path / "in" / "train-0.tar", [("0.input.jpg", jpeg(picture(9, 9)))])
+    make_shards.tar(tmp_path / "in" / "train-1.tar", [])
+    assert "--image-key input.jpg" in refusal("webdataset", tmp_path / "in", tmp_path / "out")
+    assert len(listed(tmp_path / "in", image_key="input.jpg")["unlabeled"]) == 1
 
 
 def test_many_shards_in_order(tmp_path):

@@ -23,6 +23,7 @@ import resource
 import shutil
 import signal
 import sys
+import tarfile
 import tempfile
 import time
 import traceback
@@ -211,6 +212,24 @@ def changed_safetensors(data: bytes, rng: random.Random) -> bytes:
     return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
+def changed_tar(data: bytes, rng: random.Random) -> bytes:
+    """A field of a member's header is another, with the checksum that belongs to it; or its contents are others."""
+    data = bytearray(data)
+    at = 512 * rng.choice([block for block in range(len(data) // 512) if data[512 * block + 257 :][:5] == b"ustar"])
+    if rng.random() < 0.3:
+        data[at + 512 : at + 512 + 16] = rng.choice(ODD_TEXTS)[:16].ljust(16, b"\0")
+        return bytes(data)
+    start, end = rng.choice([(0, 100), (124, 136), (124, 136), (136, 148), (156, 157), (157, 257), (345, 500)])
+    texts = [b"8" * 500, b"7" * 500, b"\xff" * 500, b"\x80" + b"\x7f" * 500, *b"xgLKS1235", *ODD_TEXTS]
+    text = rng.choice(texts)
+    data[at + start : at + end] = (bytes([text]) if isinstance(text, int) else text)[: end - start].ljust(
+        end - start, b"\0"
+    )
+    data[at + 148 : at + 156] = b" " * 8
+    data[at + 148 : at + 156] = f"{sum(data[at : at + 512]):06o}\0 ".encode()
+    return bytes(data)
+
+
 # ------------------------------------------------------------------------------------------ readers
 
 
@@ -277,6 +296,35 @@ def pictures(root: Path) -> Path:
     return root
 
 
+def shards(root: Path, source: Path) -> Path:
+    """The pictures of a folder, also as a tar shard, parquet, and as datasets saves them: <root>/wds, pq, saved."""
+    import pyarrow
+    import pyarrow.parquet
+
+    files = [path for path in sorted(source.rglob("*.*")) if path.suffix in (".png", ".jpg")]
+    for folder in ("wds", "pq", "saved/train"):
+        (root / folder).mkdir(parents=True)
+    rows = [
+        {"image": {"bytes": f.read_bytes(), "path": f.name}, "label": i % 2, "x": str(i)} for i, f in enumerate(files)
+    ]
+    with tarfile.open(root / "wds" / "train-000.tar", "w") as archive:
+        for i, (file, row) in enumerate(zip(files, rows, strict=True)):
+            members = {file.suffix: row["image"]["bytes"], ".cls": b"%d" % row["label"], ".json": b'{"a": "x"}'}
+            for suffix, data in members.items():
+                member = tarfile.TarInfo(f"{i}{suffix}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["cat", "dog"]}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    table = pyarrow.Table.from_pylist(rows).replace_schema_metadata(metadata)
+    pyarrow.parquet.write_table(table, root / "pq" / "train.parquet", row_group_size=3)
+    with pyarrow.ipc.new_stream(root / "saved" / "train" / "data-0.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=3)
+    (root / "saved" / "train" / "state.json").write_text('{"_data_files": [{"filename": "data-0.arrow"}]}')
+    (root / "saved" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    return root
+
+
 def make_template(here: Path) -> list[Reader]:
     """A small data set, a run on it that is evaluated, and what else commands read; the readers of these files."""
     import torch
@@ -298,6 +346,7 @@ def make_template(here: Path) -> list[Reader]:
     shutil.copy(ROOT / "slurm" / "site.yaml", here)
     (here / "rates.json").write_text(roofline.named("a100").model_dump_json())
     voc(here / "voc")
+    shards(here, source)
     torch.save(backbones.build("resnet18").state_dict(), here / "resnet18.pth")
 
     [checkpoint] = (path.relative_to(here) for path in run.glob("checkpoints/step-*.pt"))
@@ -308,6 +357,9 @@ def make_template(here: Path) -> list[Reader]:
     knn = "evaluate {0}/run data.root={0}/data knn knn.k=[1]"
     report = "report {0}/run --out {0}/report.html"
     convert = "convert folder --root {0}/source --out {0}/new --name pets --workers 1"
+    webdataset = "convert webdataset --root {0}/wds --out {0}/new --name pets --workers 1"
+    parquet = "convert parquet --root {0}/pq --out {0}/new --name pets --workers 1"
+    saved = "convert huggingface --root {0}/saved --out {0}/new --name pets --workers 1"
     detect = (
         "voc detection {0}/resnet18.pth --root {0}/voc --out {0}/new backbone.name=resnet18 train_split=train "
         "test_split=val steps=1 batch_size=1 min_sizes=[48] test_size=48 boxes_per_image=8 statistics_steps=0"
@@ -336,6 +388,12 @@ def make_template(here: Path) -> list[Reader]:
         Reader("picture", "source/train/cat/1.png", convert),
         Reader("photo", "source/train/dog/2.jpg", convert),
         *(Reader(suffix, f"source/train/cat/a.{suffix}", convert) for suffix in FORMATS),
+        Reader("tar", "wds/train-000.tar", webdataset, [changed_tar]),
+        Reader("tar with .json", "wds/train-000.tar", f"{webdataset} --label-key a --skip-damaged", [changed_tar]),
+        Reader("parquet", "pq/train.parquet", f"{parquet} --skip-damaged"),
+        Reader("arrow", "saved/train/data-0.arrow", f"{saved} --skip-damaged"),
+        Reader("state of datasets", "saved/train/state.json", saved, [changed_json]),
+        Reader("splits of datasets", "saved/dataset_dict.json", saved, [changed_json]),
         Reader("annotation", "voc/Annotations/a.xml", detect),
         Reader("site of Slurm", "site.yaml", f"{SUBMIT} train {{0}}/config.yaml data.root={{0}}/data run_dir={{0}}/new "
                "optim.batch_size=8 --site {0}/site.yaml --cpus-per-task 2 --dry-run", [changed_yaml]),

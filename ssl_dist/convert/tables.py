@@ -2,9 +2,7 @@
 
 import os
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,17 +12,15 @@ import numpy as np
 
 from ssl_dist.convert.classes import Label, source_of
 from ssl_dist.convert.images import Images, Loader, Source, stamps_of
-from ssl_dist.convert.shards import SPLIT_OF_WORD, NoShards, find, refuse_unfetched
+from ssl_dist.convert.shards import SPLIT_OF_WORD, NoShards, find
+from ssl_dist.convert.table_files import FETCH_AGAIN, ArrowStream, Format, Parquet, import_pyarrow
 from ssl_dist.convert.walk import LeftOut
 from ssl_dist.errors import UserError, quoted, refuse_unreadable
-from ssl_dist.reading import open_regular, parse_json, read_text
+from ssl_dist.reading import parse_json, read_text
 
-END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow's streaming format
-STREAM_BYTES = 1 << 20  # of a column that are read ahead; without it, all of a row group
 ROWS_OF_LABELS = 4096
 OTHER_COLUMNS = "columns that are not read"
 IMAGE_NAMES, LABEL_NAMES = ("image", "img"), ("label",)  # of a column that is taken before others of its kind
-FETCH_AGAIN = "fetch or write it again"
 
 
 def parquet(root: Path, unlabeled: bool = False, image_key: str | None = None, label_key: str | None = None) -> Source:
@@ -36,7 +32,7 @@ def parquet(root: Path, unlabeled: bool = False, image_key: str | None = None, l
     groups. Raises `UserError` for a file that can not be read, and columns that are missing, ambiguous or of other
     types.
     """
-    format = _Parquet(_pyarrow("parquet"))
+    format = Parquet(import_pyarrow("parquet"))
     shards = find(root, ".parquet", unlabeled)
     return _source(format, root, shards.folder, shards.splits, shards.left_out, unlabeled, image_key, label_key)
 
@@ -46,7 +42,7 @@ def huggingface(
 ) -> Source:
     """The rows of a Dataset or DatasetDict that `save_to_disk` has written; a Dataset is the split train. Columns and
     refusals: see `parquet`."""
-    format = _ArrowStream(_pyarrow("huggingface"))
+    format = ArrowStream(import_pyarrow("huggingface"))
     if (root / "dataset_dict.json").is_file():
         path = root / "dataset_dict.json"
         names = _json(path).get("splits")
@@ -74,7 +70,7 @@ class TableImages(Images):
     """The images of a column. They are read in order, by `loaders`; stamps: of the files, before they were read."""
 
     def __init__(
-        self, format: "_Format", folder: Path, files: Sequence[str], column: str, names: Sequence[str], stamps: str
+        self, format: Format, folder: Path, files: Sequence[str], column: str, names: Sequence[str], stamps: str
     ):
         super().__init__(names, np.full(len(names), -1, np.int64))
         self.folder, self._format, self._files, self._column, self._stamps = folder, format, files, column, stamps
@@ -88,14 +84,15 @@ class TableImages(Images):
     def loaders(self, count: int) -> Iterator[list[Loader]]:
         for file in self._files:
             for batch in self._format.batches(self.folder / file, [self._column], count):
-                yield [partial(_image, batch.column(0), i, self.folder) for i in range(batch.num_rows)]
+                images = batch.column(self._column)
+                yield [partial(_image, images, i, self.folder) for i in range(batch.num_rows)]
 
     def stamps(self) -> str:
         return self._stamps
 
 
 def _source(
-    format: "_Format",
+    format: Format,
     root: Path,
     folder: Path,
     files_of: Mapping[str, list[str]],
@@ -159,6 +156,9 @@ def _columns(
     """The column of the images: image_key, else the only one of the type, else `image` or `img`; that of the labels:
     label_key, else `label`, else the only ClassLabel."""
     types = {field.name: field.type for field in schema}
+    if len(types) < len(schema):
+        twice = next(name for name in types if schema.names.count(name) > 1)
+        raise UserError(f"{path}: two columns have the name {quoted(twice)}; write it with one of them")
     features = _features(path, schema)
     listed = ", ".join(f"{name} ({kind})" for name, kind in types.items())
     images = [name for name, kind in types.items() if _holds_images(pa, kind)]
@@ -232,7 +232,7 @@ def _features(path: Path, schema: Any) -> dict[str, dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------------- rows, images
 
 
-def _rows(format: "_Format", path: Path, columns: _Columns) -> Iterator[tuple[int, str, Label]]:
+def _rows(format: Format, path: Path, columns: _Columns) -> Iterator[tuple[int, str, Label]]:
     """Row, the path of the image's file or "", and label of every row."""
     pa = format.pa
     is_struct = pa.types.is_struct(columns.types[columns.image])
@@ -288,77 +288,7 @@ def _image(column: Any, i: int, folder: Path) -> bytes:
     return (folder / path).read_bytes()
 
 
-# ------------------------------------------------------------------------------------------------------------- files
-
-
-def _pyarrow(source: str) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"convert {source}: pyarrow is not installed; pip install pyarrow") from None
-    return pyarrow
-
-
-class _Format(ABC):
-    """Files of a format. Every method raises `UserError` for a file that can not be read."""
-
-    def __init__(self, pa: Any):
-        self.pa = pa
-
-    @abstractmethod
-    def schema(self, path: Path) -> Any:
-        """The names and types of the columns."""
-
-    @abstractmethod
-    def batches(self, path: Path, columns: Sequence[str], count: int) -> Iterator[Any]:
-        """Record batches of at most `count` rows, in order. A column STRUCT.FIELD is a struct with this field at
-        least."""
-
-    @contextmanager
-    def _opened(self, path: Path, open_file: Callable[[], Any]) -> Iterator[Any]:
-        with refuse_unreadable(path, FETCH_AGAIN), open_regular(path) as file:
-            refuse_unfetched(path, file.read(64))
-        try:
-            with open_file() as file:
-                yield file
-        except (OSError, self.pa.ArrowException) as error:
-            reason = " ".join(str(error).split())[:120] or type(error).__name__
-            raise UserError(f"{path}: can not be read ({reason}); {FETCH_AGAIN}") from None
-
-
-class _Parquet(_Format):
-    def schema(self, path: Path) -> Any:
-        with self._opened(path, lambda: self.pa.parquet.ParquetFile(path)) as file:
-            return file.schema_arrow
-
-    def batches(self, path: Path, columns: Sequence[str], count: int) -> Iterator[Any]:
-        def open_file() -> Any:
-            return self.pa.parquet.ParquetFile(path, buffer_size=STREAM_BYTES, pre_buffer=False)
-
-        with self._opened(path, open_file) as file:
-            # One thread: files are read in order anyway, and Arrow's threads do not outlive a fork.
-            yield from file.iter_batches(count, columns=list(columns), use_threads=False)
-
-
-class _ArrowStream(_Format):
-    """The files are mapped, so what is not looked at is not read."""
-
-    def schema(self, path: Path) -> Any:
-        with self._opened(path, lambda: self.pa.memory_map(str(path))) as file:
-            return self.pa.ipc.open_stream(file).schema
-
-    def batches(self, path: Path, columns: Sequence[str], count: int) -> Iterator[Any]:
-        with self._opened(path, lambda: self.pa.memory_map(str(path))) as file:
-            stream = self.pa.ipc.open_stream(file)
-            names = [name if name in stream.schema.names else name.rpartition(".")[0] for name in columns]
-            for batch in stream:
-                batch.validate(full=True)
-                for start in range(0, batch.num_rows, count):
-                    yield batch.slice(start, count).select(names)
-            end = file.size() - len(END_OF_STREAM)
-            if end < 0 or file.read_at(len(END_OF_STREAM), end) != END_OF_STREAM:
-                raise UserError(f"{path}: has no mark of its end, as a file that was cut; {FETCH_AGAIN}")
+# ------------------------------------------------------------------------------------------------ what datasets wrote
 
 
 def _is_plain(name: object) -> bool:

@@ -118,40 +118,48 @@ def webdataset(
     labels: dict[str, list[Label]] = {}
     notes, hints = list[str](), list[str]()
     for split, files in shards.splits.items():
-        stamps = stamps_of(shards.folder, files)
-        names, place, missing, own = list[str](), list[tuple[int, int, int]](), dict[int, str](), list[Label]()
-        for number, file in enumerate(files):
-            samples, note = _scan(shards.folder / file, ignored)
-            notes += note
-            hints = hints or [line for sample in samples[:1] for line in _hint(shards.folder / file, sample)]
-            for sample in samples:
-                chosen = _image(shards.folder / file, sample, image_key)
-                if chosen is None:
-                    missing[len(names)] = f"the sample holds no image, only .{', .'.join(sample.members)}"
-                name, offset, size = chosen or (sample.key, 0, 0)
-                ignored.rest(sample, name, label_key)
-                names.append(f"{file}/{name}")
-                place.append((number, offset, size))
-            own += [None] * len(samples) if unlabeled else _labels(shards.folder / file, samples, label_key)
-        if not names:
-            found = "".join(f" ({line})" for line in ignored.lines())
-            raise UserError(f"{shards.folder / files[0]}: holds no sample{found}; give tars of images and their labels")
-        if len(missing) == len(names):
-            raise UserError(f"{shards.folder / names[0]}: {missing[0]}; {_remedy(samples[0])}")
-        labels[split] = own
-        splits[split] = ShardImages(
-            shards.folder, files, stamps, names, np.array(place, np.int64), missing, np.full(len(names), -1)
-        )
-        if (lacking := own.count(None)) and lacking < len(own):
-            name = names[own.index(None)]
-            raise UserError(
-                f"{shards.folder / name}: has no label, as {lacking} of {len(own)} samples of {split}; give them one, "
-                "or leave all labels with --unlabeled"
-            )
-    if not unlabeled and not any(label is not None for own in labels.values() for label in own):
+        images, samples = _images(shards.folder, files, image_key, label_key, ignored, notes)
+        splits[split] = images
+        labels[split] = [None] * len(samples)
+        if not unlabeled:
+            labels[split] = _labels(images, samples, label_key)
+            hints = hints or _hints(images, samples)
+    if not any(label is not None for own in labels.values() for label in own):
         notes += hints
     class_names = None if unlabeled else _class_names(shards.folder / CLASS_NAMES)
     return source_of(splits, labels, class_names, root, [*ignored.lines(), *shards.left_out.lines()], notes)
+
+
+def _images(
+    folder: Path,
+    files: Sequence[str],
+    image_key: str | None,
+    label_key: str | None,
+    ignored: _Ignored,
+    notes: list[str],
+) -> tuple[ShardImages, list[_Sample]]:
+    """The images of a split, and the samples that they belong to."""
+    stamps = stamps_of(folder, files)
+    everything, names, place, missing = list[_Sample](), list[str](), list[tuple[int, int, int]](), dict[int, str]()
+    for number, file in enumerate(files):
+        samples, more_notes = _scan(folder / file, ignored)
+        notes += more_notes
+        for sample in samples:
+            chosen = _image(folder / file, sample, image_key)
+            if chosen is None:
+                missing[len(names)] = f"the sample holds no image, only .{', .'.join(sample.members)}"
+            name, offset, size = chosen or (sample.key, 0, 0)
+            ignored.rest(sample, name, label_key)
+            names.append(f"{file}/{name}")
+            place.append((number, offset, size))
+        everything += samples
+    if not names:
+        found = "".join(f" ({line})" for line in ignored.lines())
+        raise UserError(f"{folder / files[0]}: holds no sample{found}; give tars of images and their labels")
+    if len(missing) == len(names):
+        raise UserError(f"{folder / names[0]}: {missing[0]}; {_remedy(everything[0])}")
+    unknown = np.full(len(names), -1)
+    return ShardImages(folder, files, stamps, names, np.array(place, np.int64), missing, unknown), everything
 
 
 def _scan(path: Path, ignored: _Ignored) -> tuple[list[_Sample], list[str]]:
@@ -180,7 +188,7 @@ def _members(path: Path, ignored: _Ignored, notes: list[str]) -> Iterator[tuple[
     """Name, offset and size of the contents of every file in a plain tar that is whole."""
     last = "its begin"
     with refuse_unreadable(path, "make it readable or remove it"), open_regular(path) as file:
-        start, size = file.read(BLOCK), os.fstat(file.fileno()).st_size
+        start = file.read(BLOCK)
         refuse_unfetched(path, start)
         if start.startswith(COMPRESSIONS):
             raise compressed(path)
@@ -190,8 +198,8 @@ def _members(path: Path, ignored: _Ignored, notes: list[str]) -> Iterator[tuple[
             while (member := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined] # of all in a large tar, gigabytes
                 last = member.name
-                if member.offset_data + member.size > size:
-                    raise tarfile.ReadError("unexpected end of data")
+                if member.size < 0:
+                    raise tarfile.ReadError("a size below 0")  # which would lead back to what was read
                 if member.isreg() and not member.issparse():
                     yield last, member.offset_data, member.size
                 else:
@@ -231,24 +239,28 @@ def _remedy(sample: _Sample) -> str:
     return f"name the one to take: --image-key {like}" if like else "give shards of images"
 
 
-def _labels(path: Path, samples: Sequence[_Sample], label_key: str | None) -> list[Label]:
-    """The label of every sample; None: it has none."""
+def _labels(images: ShardImages, samples: Sequence[_Sample], label_key: str | None) -> list[Label]:
+    """The label of every sample, or None for all: they have none."""
     labels = list[Label]()
-    with refuse_unreadable(path), open_regular(path) as file:
-        for sample in samples:
-            member = sample.members.get("cls" if label_key is None else "json")
-            if member is None:
-                labels.append(None)
-                continue
-            name, offset, size = member
-            data = os.pread(file.fileno(), min(size, MAX_LABEL_BYTES), offset)
-            labels.append(
-                _whole_number(path, name, data) if label_key is None else _of_json(path, name, data, label_key)
-            )
+    for shard, file in enumerate(images.shards):
+        path, rows = images.folder / file, np.flatnonzero(images.place[:, 0] == shard).tolist()
+        with refuse_unreadable(path), open_regular(path) as opened:
+            for sample in (samples[row] for row in rows):
+                member = sample.members.get("cls" if label_key is None else "json")
+                if member is None:
+                    labels.append(None)
+                    continue
+                name, offset, size = member
+                data = os.pread(opened.fileno(), min(size, MAX_LABEL_BYTES), offset)
+                labels.append(_number(path, name, data) if label_key is None else _of_json(path, name, data, label_key))
+    if (lacking := labels.count(None)) and (lacking < len(labels) or label_key is not None):
+        first = images.describe(labels.index(None))
+        what = f"has no {'.cls' if label_key is None else '.json'}, as {lacking} of {len(labels)} samples of its split"
+        raise UserError(f"{first}: {what}; give them one, or leave all labels with --unlabeled")
     return labels
 
 
-def _whole_number(path: Path, name: str, data: bytes) -> int:
+def _number(path: Path, name: str, data: bytes) -> int:
     text = data[:64].decode("ascii", "replace").strip()
     if not re.fullmatch(r"-1|\d{1,18}", text, re.ASCII):
         raise UserError(
@@ -281,14 +293,17 @@ def _parsed(path: Path, name: str, data: bytes) -> dict[str, Any]:
     return tree
 
 
-def _hint(path: Path, sample: _Sample) -> list[str]:
-    """That a sample without .cls has a .json, with its keys."""
-    if "json" not in sample.members:
-        return []
-    name, offset, size = sample.members["json"]
-    with refuse_unreadable(path), open_regular(path) as file:
-        keys = ", ".join(_parsed(path, name, os.pread(file.fileno(), min(size, MAX_LABEL_BYTES), offset)))
-    return [f"no sample has a label in .cls; --label-key takes one of the keys of the .json: {keys}"]
+def _hints(images: ShardImages, samples: Sequence[_Sample]) -> list[str]:
+    """Where labels may be that samples do not have in a .cls: by the first of them."""
+    path, sample, hints = images.folder / images.shards[images.place[0, 0]], samples[0], []
+    if "json" in sample.members:
+        name, offset, size = sample.members["json"]
+        with refuse_unreadable(path), open_regular(path) as file:
+            keys = ", ".join(_parsed(path, name, os.pread(file.fileno(), min(size, MAX_LABEL_BYTES), offset)))
+        hints.append(f"no sample has a label in .cls; --label-key takes one of the keys of the .json: {keys}")
+    if folder := os.path.dirname(sample.key.removeprefix("./")):
+        hints.append(f"samples lie in folders, {folder}/ for one; where these are classes, unpack for `convert folder`")
+    return hints
 
 
 def _class_names(path: Path) -> list[str] | None:
