@@ -66,7 +66,7 @@ def _plugged(args: argparse.Namespace) -> list[str]:
     argument("--skip-damaged", "leave out unreadable images, and name them in dataset.json", action="store_true"),
     argument("--unlabeled", "all images below ROOT are one split without labels", action="store_true"),
     argument("--ignore-orientation", "leave images of your own on their side where EXIF says so", action="store_true"),
-    argument("--channels", "of a folder's images, 1 to 32 of 8 or 16 bits: npy, TIFF, PNG (default: RGB)", type=int),
+    argument("--channels", "of images of your own, 1 to 32 of 8 or 16 bits: npy, TIFF, PNG (default: RGB)", type=int),
     argument("--recheck", "compare the bytes of the source's images with those of before", action="store_true"),
 )
 def _convert(args: argparse.Namespace) -> None:

@@ -216,7 +216,7 @@ def test_refusals(tmp_path):
     )
     assert "--channels 0: must be 1..32" in refusal("folder", source, out, channels=0)
     assert "--channels 33: must be 1..32" in refusal("folder", source, out, channels=33)
-    assert "only a folder of images" in refusal("digits", None, out, channels=4)
+    assert "only images of one's own" in refusal("digits", None, out, channels=4)
     assert "2 .npy (--channels N reads arrays of images)" in refusal("folder", source / "train" / "c0", out)
     assert not out.exists()
     photos = write_folder(tmp_path / "deep", lambda *_: (".png", png16(PIXELS[..., :3])), (2, 1))

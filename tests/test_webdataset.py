@@ -134,6 +134,22 @@ def test_killed_at_any_change(kind, tmp_path):
         assert [(out / name).read_bytes() for name in names] == [(whole / name).read_bytes() for name in names]
 
 
+def test_images_of_other_channels_from_every_source_are_the_same_files(tmp_path):
+    """Arrays of 16 bits, under .npy in the tars and as bytes in the tables."""
+    images, checksums = {"train": []}, set()
+    for i in range(6):
+        file = io.BytesIO()
+        np.save(file, np.random.default_rng(i).integers(0, 60_000, (8, 9, 5), np.uint16))
+        images["train"].append((file.getvalue(), "npy", i // 3))
+    for kind, write in KINDS.items():
+        converted = run(kind, write(tmp_path / kind, images), tmp_path / "out" / kind, channels=5)
+        assert (converted.encoding.channels, converted.encoding.bits) == (5, 16)
+        checksums.add(converted.splits["train"].sha256)
+    assert len(checksums) == 1
+    message = refusal("webdataset", tmp_path / "webdataset", tmp_path / "none")
+    assert message.endswith("the sample holds no image, only .cls, .json, .npy; --channels N reads arrays of images")
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "folder"])
 def test_damaged_images_are_named_and_can_be_left_out(kind, tmp_path):
     images = some_images(count=6)

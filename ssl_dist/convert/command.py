@@ -6,6 +6,7 @@ resume: it is complete under its name or not there at all.
 """
 
 import hashlib
+import itertools
 import os
 import re
 import shlex
@@ -72,7 +73,7 @@ def convert(
     can not be read are left out, and named in dataset.json. unlabeled: all images of one's own are one split without
     labels. image_key, label_key: of shards and tables, see `webdataset` and `parquet`. ignore_orientation: store images
     of one's own as their files hold them, where EXIF says that they lie on their side; those of the catalog always are,
-    as their papers read them. channels: of the images of a folder, which then may be npy and of 8 or 16 bits
+    as their papers read them. channels: of images of one's own, which then may be npy and of 8 or 16 bits
     (`convert.channels`), and are stored as they are; None: RGB. recheck: see below. progress: shown on standard error.
 
     Run again, it verifies the splits that are complete (SHA-256 over every sample) and makes those that are missing,
@@ -101,8 +102,8 @@ def convert(
     for option, key in (("--image-key", image_key), ("--label-key", label_key)):
         if key is not None and dataset not in SHARDS:
             raise UserError(f"{option} {quoted(key)}: only of {', '.join(SHARDS)}, not of {dataset}; leave it out")
-    if channels is not None and entry.source != "folder":
-        raise UserError(f"--channels {channels}: only a folder of images is taken with other channels, not {dataset}")
+    if channels is not None and dataset not in OWN_SOURCES and entry.source != "folder":
+        raise UserError(f"--channels {channels}: only images of one's own are taken with other channels, not {dataset}")
     extensions = EXTENSIONS if channels is None else (*EXTENSIONS, SUFFIX)
     source = _source(dataset, root, out, name, unlabeled, image_key, label_key, extensions)
     for line in source.left_out:
@@ -219,9 +220,9 @@ def _repeated(splits: dict[str, Images], digests: dict[str, np.ndarray], roles: 
 
 def _bits_of_first(images: Images, channels: int) -> int:
     """Bits of a channel of the first image that can be read."""
-    for i in range(len(images.names)):
+    for load in itertools.chain.from_iterable(images.loaders(1)):
         try:
-            item = images.load(i)
+            item = load()
             return 8 * (read_channels(item, channels, pixel_limit()) if isinstance(item, bytes) else item).itemsize
         except (UnfitImage, *UNREADABLE):
             continue

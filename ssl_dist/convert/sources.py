@@ -17,7 +17,8 @@ from ssl_dist.data.catalog import CATALOG, OWN_FOLDER, OWN_SOURCES
 from ssl_dist.errors import UserError
 
 Opened = TypeVar("Opened")
-SHARDS = {"webdataset": webdataset, "parquet": parquet, "huggingface": huggingface}
+TABLES = {"parquet": parquet, "huggingface": huggingface}
+SHARDS = ("webdataset", *TABLES)
 
 
 def open_source(
@@ -48,8 +49,10 @@ def open_source(
         return transfer_set(dataset, root)
     if kind == "tiny-imagenet":
         return tiny_imagenet(root)
-    if kind in SHARDS:
-        return SHARDS[kind](root, unlabeled, image_key, label_key)
+    if kind == "webdataset":
+        return webdataset(root, unlabeled, image_key, label_key, extensions)
+    if kind in TABLES:
+        return TABLES[kind](root, unlabeled, image_key, label_key)
     if out is not None and out.resolve().is_relative_to(root.resolve()):
         raise UserError(f"--out {out}: lies in the source, --root {root}; choose a folder outside of it")
     return image_folder(root, unlabeled, extensions)

@@ -18,7 +18,6 @@ from ssl_dist.convert.walk import EXTENSIONS
 from ssl_dist.errors import UserError, quoted, refuse_unreadable
 from ssl_dist.reading import open_regular, parse_json, read_text
 
-IMAGES = tuple(suffix[1:] for suffix in EXTENSIONS)
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # key and what follows the first dot of the file's name
 META = re.compile(r"__[^/]*__(/|$)")  # of the shard, not of a sample
 PICKLED = ("pyd", "pkl", "pickle", "pth", "pt")
@@ -104,11 +103,15 @@ class ShardImages(Images):
 
 
 def webdataset(
-    root: Path, unlabeled: bool = False, image_key: str | None = None, label_key: str | None = None
+    root: Path,
+    unlabeled: bool = False,
+    image_key: str | None = None,
+    label_key: str | None = None,
+    extensions: tuple[str, ...] = EXTENSIONS,
 ) -> Source:
     """Every sample of the shards that `shards.find` finds, in the order of the shards' names and then of the tar.
 
-    The image is the member with one of the extensions `IMAGES`, or image_key; the label the whole number in .cls, or
+    The image is the member with one of the extensions, or image_key; the label the whole number in .cls, or
     the number or name under label_key in .json; without either the images have none. classnames.txt beside the
     shards, one a line, names the classes. Nothing is unpickled. Raises `UserError` for a shard that is no whole plain
     tar, a key that comes twice in one, two images in a sample, and a label that is none.
@@ -117,8 +120,9 @@ def webdataset(
     splits: dict[str, Images] = {}
     labels: dict[str, list[Label]] = {}
     notes, hints = list[str](), list[str]()
+    image_keys = [key.removeprefix(".") for key in (extensions if image_key is None else (image_key.lower(),))]
     for split, files in shards.splits.items():
-        images, samples = _images(shards.folder, files, image_key, label_key, ignored, notes)
+        images, samples = _images(shards.folder, files, image_keys, label_key, ignored, notes)
         splits[split] = images
         labels[split] = [None] * len(samples)
         if not unlabeled:
@@ -133,7 +137,7 @@ def webdataset(
 def _images(
     folder: Path,
     files: Sequence[str],
-    image_key: str | None,
+    image_keys: Sequence[str],
     label_key: str | None,
     ignored: _Ignored,
     notes: list[str],
@@ -145,7 +149,7 @@ def _images(
         samples, more_notes = _scan(folder / file, ignored)
         notes += more_notes
         for sample in samples:
-            chosen = _image(folder / file, sample, image_key)
+            chosen = _image(folder / file, sample, image_keys)
             if chosen is None:
                 missing[len(names)] = f"the sample holds no image, only .{', .'.join(sample.members)}"
             name, offset, size = chosen or (sample.key, 0, 0)
@@ -218,14 +222,12 @@ def _members(path: Path, ignored: _Ignored, notes: list[str]) -> Iterator[tuple[
                 break
 
 
-def _image(path: Path, sample: _Sample, image_key: str | None) -> tuple[str, int, int] | None:
+def _image(path: Path, sample: _Sample, image_keys: Sequence[str]) -> tuple[str, int, int] | None:
     """Name, offset and size of the image; None: the sample has none."""
-    if image_key is not None:
-        return sample.members.get(image_key.lower().removeprefix("."))
-    found = [extension for extension in sample.members if extension in IMAGES]
+    found = [extension for extension in sample.members if extension in image_keys]
     if len(found) > 1:
         raise UserError(
-            f"{path}: the sample {sample.key!r} holds {len(found)} images, .{' and .'.join(found)}; name one: "
+            f"{path}: the sample {quoted(sample.key)} holds {len(found)} images, .{' and .'.join(found)}; name one: "
             f"--image-key {found[0]}"
         )
     return sample.members[found[0]] if found else None
@@ -235,7 +237,9 @@ def _remedy(sample: _Sample) -> str:
     """For shards without images."""
     if "tar" in sample.members:
         return "unpack these tars, too, for example to <class>/ for `ssl-dist convert folder`"
-    like = next((extension for extension in sample.members if extension.endswith(IMAGES)), None)
+    if "npy" in sample.members:
+        return "--channels N reads arrays of images"
+    like = next((extension for extension in sample.members if f".{extension}".endswith(EXTENSIONS)), None)
     return f"name the one to take: --image-key {like}" if like else "give shards of images"
 
 
