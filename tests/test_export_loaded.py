@@ -136,7 +136,14 @@ def test_graphs_run_without_the_code(trained, tmp_path, name, size):
         assert b"/ssl_dist/" not in path.read_bytes() and str(tmp_path).encode() not in path.read_bytes()
 
 
-@pytest.mark.parametrize(("name", "size"), [("resnet18", 48), ("timm/test_vit", 160)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("resnet18", 48),
+        ("timm/test_vit", 160),
+        pytest.param("timm/crossvit_9_240", 64, marks=pytest.mark.slow),  # takes other sizes than its own 240 px
+    ],
+)
 def test_timm_reads_the_folder(trained, tmp_path, name, size):
     """By its name with local-dir:, with timm's own transform of it; with another classifier, and by what we read."""
     timm = pytest.importorskip("timm")

@@ -30,17 +30,21 @@ def folder(trained: Trained) -> dict[str, bytes]:
 
 
 def _timm_config(trained: Trained) -> dict[str, Any]:
-    """What `timm.create_model("local-dir:...")` reads: the architecture, and in pretrained_cfg what its loader and
-    `timm.data.resolve_model_data_config` ask for."""
-    name = trained.backbone.removeprefix("timm/")
-    names = {"first_conv": "conv1", "classifier": "fc"}
-    if trained.backbone.startswith("timm/"):
+    """What `timm.create_model("local-dir:...")` reads: the architecture and its arguments, and in pretrained_cfg what
+    its loader and `timm.data.resolve_model_data_config` ask for."""
+    name, settings = trained.backbone.removeprefix("timm/"), timm_settings(trained.encoder)
+    arguments: dict[str, Any] = {} if trained.encoder.channels == 3 else {"in_chans": trained.encoder.channels}
+    if name == trained.backbone:
+        settings |= {"first_conv": "conv1", "classifier": "fc"}
+    else:
         own: dict[str, Any] = trained.encoder.module.model.pretrained_cfg  # type: ignore[assignment, union-attr]
-        names = {key: own[key] for key in ("first_conv", "classifier", "fixed_input_size") if own.get(key) is not None}
-    settings = {**timm_settings(trained.encoder), **names, "num_classes": 0}
-    channels = trained.encoder.channels
-    arguments = {} if channels == 3 else {"model_args": {"in_chans": channels}}
-    return {"architecture": name, "num_classes": 0, **arguments, "pretrained_cfg": settings}
+        settings |= {key: own[key] for key in ("first_conv", "classifier") if own.get(key) is not None}
+        size = list(own["input_size"][1:])
+        settings["fixed_input_size"] = bool(own.get("fixed_input_size")) and size == settings["input_size"][1:]
+        if own.get("fixed_input_size") and not settings["fixed_input_size"]:
+            arguments["img_size"] = size  # else timm would make another network, for images of input_size
+    more = {"model_args": arguments} if arguments else {}
+    return {"architecture": name, "num_classes": 0, **more, "pretrained_cfg": {**settings, "num_classes": 0}}
 
 
 def as_json(tree: dict[str, Any]) -> bytes:
