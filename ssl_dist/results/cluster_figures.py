@@ -152,4 +152,6 @@ def _page(writer: FigureWriter, clusters: Clusters, per_cluster: int, seed: int)
         f"{clusters.what}. Up to {per_cluster} images of each, drawn by key (seed {seed})."
         f"{classes if names else ' The pointer names the file of an image.'}"
     )
+    if choice := writer.choice(part):
+        caption += f" The {choice}."
     return html("All clusters", caption, articles(), "largest" if names is None else "purest", names)

@@ -98,7 +98,7 @@ class FigureWriter:
         size = self._data.image_size
         out, info = np.empty((len(ids), size, size, 3), np.uint8), reader.info
         step = max(1, _BLOCK_BYTES // (info.pixels.num_bytes * info.max_height * info.max_width))
-        self._choice = shown.words(info.pixels)
+        self._choice = self.choice(part)
         blocks = [ids[start : start + step] for start in range(0, len(ids), step)]
         done = 0
         for images in reader.batches(blocks):
@@ -108,6 +108,10 @@ class FigureWriter:
             out[done : done + len(views)] = views.transpose(0, 2, 3, 1)
             done += len(views)
         return out[inverse]
+
+    def choice(self, part: Features) -> str:
+        """What pictures show of the images of `part`, in words; empty: the images are RGB."""
+        return shown.words(self._reader_of(part).info.pixels)
 
     def _reader_of(self, part: Features) -> Reader:
         split = part.metadata["split"].partition("[")[0]
