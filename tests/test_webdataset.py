@@ -419,7 +419,7 @@ def test_which_image_of_a_sample(tmp_path):
     row = [("0.input.jpg", jpeg(picture(9, 9, 1))), ("0.mask.png", png(picture(9, 9, 2))), ("0.cls", b"0")]
     make_shards.tar(tmp_path / "in" / "train.tar", row)
     message = refusal("webdataset", tmp_path / "in", tmp_path / "out")
-    assert "train.tar/0: the sample holds no image, only .input.jpg, .mask.png, .cls; name the one" in message
+    assert "train.tar/0: the sample holds no image, only .input.jpg, .mask.png, .cls; a name ends at" in message
     assert message.endswith("--image-key input.jpg")
     run("webdataset", tmp_path / "in", tmp_path / "out", image_key="input.jpg")
     assert Dataset(tmp_path / "out").files("train") == ["train.tar/0.input.jpg"]

@@ -105,6 +105,8 @@ def convert(
     if channels is not None and dataset not in OWN_SOURCES and entry.source != "folder":
         raise UserError(f"--channels {channels}: only images of one's own are taken with other channels, not {dataset}")
     extensions = EXTENSIONS if channels is None else (*EXTENSIONS, SUFFIX)
+    if dataset in SHARDS:
+        options.report(f"--root {root}: reading the names and labels of its images")
     source = _source(dataset, root, out, name, unlabeled, image_key, label_key, extensions)
     for line in source.left_out:
         options.report(f"--root {root}: ignored: {line}")

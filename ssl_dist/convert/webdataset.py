@@ -3,6 +3,7 @@
 import os
 import re
 import tarfile
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -116,54 +117,68 @@ def webdataset(
     shards, one a line, names the classes. Nothing is unpickled. Raises `UserError` for a shard that is no whole plain
     tar, a key that comes twice in one, two images in a sample, and a label that is none.
     """
-    shards, ignored = find(root, ".tar", unlabeled), _Ignored()
+    shards = find(root, ".tar", unlabeled)
+    image_keys = [key.removeprefix(".") for key in (extensions if image_key is None else (image_key.lower(),))]
+    reader = _Reader(shards.folder, image_keys, unlabeled, label_key)
     splits: dict[str, Images] = {}
     labels: dict[str, list[Label]] = {}
-    notes, hints = list[str](), list[str]()
-    image_keys = [key.removeprefix(".") for key in (extensions if image_key is None else (image_key.lower(),))]
     for split, files in shards.splits.items():
-        images, samples = _images(shards.folder, files, image_keys, label_key, ignored, notes)
-        splits[split] = images
-        labels[split] = [None] * len(samples)
-        if not unlabeled:
-            labels[split] = _labels(images, samples, label_key)
-            hints = hints or _hints(images, samples)
+        splits[split], labels[split] = reader.read(files)
     if not any(label is not None for own in labels.values() for label in own):
-        notes += hints
+        reader.notes += reader.hints
     class_names = None if unlabeled else _class_names(shards.folder / CLASS_NAMES)
-    return source_of(splits, labels, class_names, root, [*ignored.lines(), *shards.left_out.lines()], notes)
+    left_out = [*reader.ignored.lines(), *shards.left_out.lines()]
+    return source_of(splits, labels, class_names, root, left_out, reader.notes)
 
 
-def _images(
-    folder: Path,
-    files: Sequence[str],
-    image_keys: Sequence[str],
-    label_key: str | None,
-    ignored: _Ignored,
-    notes: list[str],
-) -> tuple[ShardImages, list[_Sample]]:
-    """The images of a split, and the samples that they belong to."""
-    stamps = stamps_of(folder, files)
-    everything, names, place, missing = list[_Sample](), list[str](), list[tuple[int, int, int]](), dict[int, str]()
-    for number, file in enumerate(files):
-        samples, more_notes = _scan(folder / file, ignored)
-        notes += more_notes
-        for sample in samples:
-            chosen = _image(folder / file, sample, image_keys)
-            if chosen is None:
-                missing[len(names)] = f"the sample holds no image, only .{', .'.join(sample.members)}"
-            name, offset, size = chosen or (sample.key, 0, 0)
-            ignored.rest(sample, name, label_key)
-            names.append(f"{file}/{name}")
-            place.append((number, offset, size))
-        everything += samples
-    if not names:
-        found = "".join(f" ({line})" for line in ignored.lines())
-        raise UserError(f"{folder / files[0]}: holds no sample{found}; give tars of images and their labels")
-    if len(missing) == len(names):
-        raise UserError(f"{folder / names[0]}: {missing[0]}; {_remedy(everything[0])}")
-    unknown = np.full(len(names), -1)
-    return ShardImages(folder, files, stamps, names, np.array(place, np.int64), missing, unknown), everything
+class _Reader:
+    """Reads the splits of a source. image_keys: extensions of images. ignored, notes: what is not read, and what is
+    odd; hints: where labels may be that no sample has in a .cls."""
+
+    def __init__(self, folder: Path, image_keys: Sequence[str], unlabeled: bool, label_key: str | None):
+        self.folder, self.image_keys, self.unlabeled, self.label_key = folder, image_keys, unlabeled, label_key
+        self.ignored, self.notes, self.hints = _Ignored(), list[str](), list[str]()
+
+    def read(self, files: Sequence[str]) -> tuple[ShardImages, list[Label]]:
+        """The images of these shards and their labels, or None for all."""
+        stamps = stamps_of(self.folder, files)
+        names, place, missing, labels = list[str](), array("q"), dict[int, str](), list[Label]()
+        remedy = ""
+        for number, file in enumerate(files):
+            path = self.folder / file
+            samples, notes = _scan(path, self.ignored)
+            self.notes += notes
+            if samples and not names:  # the first of them stands for all
+                remedy = _remedy(samples[0])
+                self.hints = self.hints if self.unlabeled or self.hints else _hints(path, samples[0])
+            for sample in samples:
+                chosen = _image(path, sample, self.image_keys)
+                if chosen is None:
+                    missing[len(names)] = f"the sample holds no image, only .{', .'.join([*sample.members][:8])}"
+                name, offset, size = chosen or (sample.key, 0, 0)
+                self.ignored.rest(sample, name, self.label_key)
+                names.append(f"{file}/{name}")
+                place.extend((number, offset, size))
+            labels += [None] * len(samples) if self.unlabeled else _labels(path, samples, self.label_key)
+        if not names:
+            found = "".join(f" ({line})" for line in self.ignored.lines())
+            raise UserError(f"{self.folder / files[0]}: holds no sample{found}; give tars of images and their labels")
+        if len(missing) == len(names):
+            raise UserError(f"{self.folder / names[0]}: {missing[0]}; {remedy}")
+        if not self.unlabeled:
+            self._require_all_or_no_labels(names, labels)
+        places = np.frombuffer(place, np.int64).reshape(-1, 3)
+        unknown = np.full(len(names), -1)
+        return ShardImages(self.folder, files, stamps, names, places, missing, unknown), labels
+
+    def _require_all_or_no_labels(self, names: Sequence[str], labels: list[Label]) -> None:
+        lacking = labels.count(None)
+        if lacking and (lacking < len(labels) or self.label_key is not None):
+            first, kind = self.folder / names[labels.index(None)], ".cls" if self.label_key is None else ".json"
+            raise UserError(
+                f"{first}: has no {kind}, as {lacking} of {len(labels)} samples of its split; give them one, or leave "
+                "all labels with --unlabeled"
+            )
 
 
 def _scan(path: Path, ignored: _Ignored) -> tuple[list[_Sample], list[str]]:
@@ -240,27 +255,23 @@ def _remedy(sample: _Sample) -> str:
     if "npy" in sample.members:
         return "--channels N reads arrays of images"
     like = next((extension for extension in sample.members if f".{extension}".endswith(EXTENSIONS)), None)
-    return f"name the one to take: --image-key {like}" if like else "give shards of images"
+    if like is None:
+        return "give shards of images"
+    return f"a name ends at its first dot: rename the members, or take --image-key {like}"
 
 
-def _labels(images: ShardImages, samples: Sequence[_Sample], label_key: str | None) -> list[Label]:
-    """The label of every sample, or None for all: they have none."""
+def _labels(path: Path, samples: Sequence[_Sample], label_key: str | None) -> list[Label]:
+    """The label of every sample; None: it has none."""
     labels = list[Label]()
-    for shard, file in enumerate(images.shards):
-        path, rows = images.folder / file, np.flatnonzero(images.place[:, 0] == shard).tolist()
-        with refuse_unreadable(path), open_regular(path) as opened:
-            for sample in (samples[row] for row in rows):
-                member = sample.members.get("cls" if label_key is None else "json")
-                if member is None:
-                    labels.append(None)
-                    continue
-                name, offset, size = member
-                data = os.pread(opened.fileno(), min(size, MAX_LABEL_BYTES), offset)
-                labels.append(_number(path, name, data) if label_key is None else _of_json(path, name, data, label_key))
-    if (lacking := labels.count(None)) and (lacking < len(labels) or label_key is not None):
-        first = images.describe(labels.index(None))
-        what = f"has no {'.cls' if label_key is None else '.json'}, as {lacking} of {len(labels)} samples of its split"
-        raise UserError(f"{first}: {what}; give them one, or leave all labels with --unlabeled")
+    with refuse_unreadable(path), open_regular(path) as file:
+        for sample in samples:
+            member = sample.members.get("cls" if label_key is None else "json")
+            if member is None:
+                labels.append(None)
+                continue
+            name, offset, size = member
+            data = os.pread(file.fileno(), min(size, MAX_LABEL_BYTES), offset)
+            labels.append(_number(path, name, data) if label_key is None else _of_json(path, name, data, label_key))
     return labels
 
 
@@ -297,9 +308,9 @@ def _parsed(path: Path, name: str, data: bytes) -> dict[str, Any]:
     return tree
 
 
-def _hints(images: ShardImages, samples: Sequence[_Sample]) -> list[str]:
-    """Where labels may be that samples do not have in a .cls: by the first of them."""
-    path, sample, hints = images.folder / images.shards[images.place[0, 0]], samples[0], []
+def _hints(path: Path, sample: _Sample) -> list[str]:
+    """Where labels may be that samples do not have in a .cls: by the first of a shard."""
+    hints = []
     if "json" in sample.members:
         name, offset, size = sample.members["json"]
         with refuse_unreadable(path), open_regular(path) as file:
