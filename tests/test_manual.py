@@ -117,7 +117,7 @@ def parse(words):
         arguments = rest[1 if "single" in program else 4 :]
         parse(["ssl-dist", *([] if arguments[0] in command_line.names() else ["train"]), *arguments])
     else:
-        assert program in ("tensorboard",), words
+        assert program in ("tensorboard", "docker", "apptainer"), words
 
 
 def submit(words, perform):
