@@ -55,7 +55,9 @@ def _plugged(args: argparse.Namespace) -> list[str]:
         "pets, aircraft, cars, dtd, eurosat, digits; of your own: folder (<split>/<class>/), webdataset (tar shards), "
         "parquet, huggingface (what datasets saved)",
     ),
-    argument("--root", "where the images are; of shards also a pattern: 'train-{000..127}.tar'", type=home_path),
+    argument(
+        "--root", "where the images are (CIFAR, STL-10, SVHN: downloaded to), or 'train-{000..127}.tar'", type=home_path
+    ),
     argument("--out", "where to write; becomes data.root (default data/<dataset>)", type=home_path),
     argument("--name", "name of images of your own (default: of ROOT); a catalog name brings its facts along"),
     argument("--image-key", "suffix of the images in webdataset; their column in parquet and huggingface"),

@@ -305,11 +305,21 @@ def test_damage_within_is_found_by_the_checksums_where_there_are_some(tmp_path):
     assert not (tmp_path / "out").exists() or os.listdir(tmp_path / "out") == []
 
 
+@pytest.mark.parametrize("rows", [4, 7])
+def test_a_file_that_is_replaced_during_the_conversion(tmp_path, rows):
+    """By one with other rows: no image gets the label of another."""
+    root = write(tmp_path / "in" / "train.parquet", {"image": pa.array(PHOTOS), "label": pa.array([0] * 6)})
+    images = opened(root).splits["train"]
+    write(root / "train.parquet", {"image": pa.array([*PHOTOS, *PHOTOS][:rows]), "label": pa.array([0] * rows)})
+    with pytest.raises(UserError, match="another number of rows than before"):
+        list(images.loaders(2))
+
+
 def test_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     for kind in ("parquet", "huggingface"):
         message = refusal(kind, tmp_path, tmp_path / "out")
-        assert message == f"convert {kind}: pyarrow is not installed; pip install pyarrow"
+        assert message == f"convert {kind}: pyarrow is not installed; pip install pyarrow (our extra `parquet`)"
 
 
 def test_the_command_line(tmp_path, capsys):

@@ -325,6 +325,18 @@ def test_labels_of_json(tmp_path):
     )
 
 
+@pytest.mark.parametrize("text", [b"[1, 2]", b"{", b"\xff", b'"x"'])
+def test_json_without_keys(tmp_path, text):
+    """Boxes, say: refused where a label is to be in it, and else of no interest."""
+    rows = [("0.jpg", jpeg(picture(9, 9))), ("0.json", text)]
+    make_shards.tar(tmp_path / "in" / "train.tar", rows)
+    message = refusal("webdataset", tmp_path / "in", tmp_path / "out", label_key="kind")
+    assert "train.tar: 0.json: no JSON with keys; leave all labels with --unlabeled" in message
+    assert run("webdataset", tmp_path / "in", tmp_path / "out").splits["unlabeled"].count == 1
+    make_shards.tar(tmp_path / "in" / "train.tar", [*rows, ("0.cls", b"0")])
+    assert run("webdataset", tmp_path / "in", tmp_path / "out").splits["train"].labelled
+
+
 def test_a_key_of_json_that_is_not_there(tmp_path):
     make_shards.tar(tmp_path / "in" / "train.tar", members(2))
     message = refusal("webdataset", tmp_path / "in", tmp_path / "out", label_key="kind")

@@ -22,7 +22,9 @@ def import_pyarrow(source: str) -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"convert {source}: pyarrow is not installed; pip install pyarrow") from None
+        raise UserError(
+            f"convert {source}: pyarrow is not installed; pip install pyarrow (our extra `parquet`)"
+        ) from None
     return pyarrow
 
 

@@ -82,10 +82,17 @@ class TableImages(Images):
         return str(self.folder / self.names[i])
 
     def loaders(self, count: int) -> Iterator[list[Loader]]:
+        left = len(self.names)
         for file in self._files:
             for batch in self._format.batches(self.folder / file, [self._column], count):
                 images = batch.column(self._column)
+                left -= len(images)
+                if left < 0:
+                    break
                 yield [partial(_image, images, i, self.folder) for i in range(batch.num_rows)]
+
+        if left:
+            raise UserError(f"{self.folder}: has another number of rows than before; let no one write to it meanwhile")
 
     def stamps(self) -> str:
         return self._stamps

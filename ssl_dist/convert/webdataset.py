@@ -286,7 +286,9 @@ def _number(path: Path, name: str, data: bytes) -> int:
 
 
 def _of_json(path: Path, name: str, data: bytes, label_key: str) -> Label:
-    tree = _parsed(path, name, data)
+    tree = _tree(data)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: {name}: no JSON with keys; leave all labels with --unlabeled")
     if label_key not in tree:
         raise UserError(f"{path}: {name}: has no --label-key {quoted(label_key)}, but {', '.join(tree) or 'nothing'}")
     value = tree[label_key]
@@ -296,26 +298,24 @@ def _of_json(path: Path, name: str, data: bytes, label_key: str) -> Label:
     return value
 
 
-def _parsed(path: Path, name: str, data: bytes) -> dict[str, Any]:
+def _tree(data: bytes) -> Any:
+    """The value of a .json; None: it is none."""
     try:
-        tree = parse_json(data.decode("utf-8-sig"))
-    except ValueError as error:
-        raise UserError(
-            f"{path}: {name}: can not be read as JSON ({error}); leave all labels with --unlabeled"
-        ) from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: {name}: no object of JSON with keys; leave all labels with --unlabeled")
-    return tree
+        return parse_json(data.decode("utf-8-sig"))
+    except ValueError:
+        return None
 
 
 def _hints(path: Path, sample: _Sample) -> list[str]:
     """Where labels may be that samples do not have in a .cls: by the first of a shard."""
     hints = []
     if "json" in sample.members:
-        name, offset, size = sample.members["json"]
+        _, offset, size = sample.members["json"]
         with refuse_unreadable(path), open_regular(path) as file:
-            keys = ", ".join(_parsed(path, name, os.pread(file.fileno(), min(size, MAX_LABEL_BYTES), offset)))
-        hints.append(f"no sample has a label in .cls; --label-key takes one of the keys of the .json: {keys}")
+            tree = _tree(os.pread(file.fileno(), min(size, MAX_LABEL_BYTES), offset))
+        if isinstance(tree, dict):
+            keys = ", ".join(tree)
+            hints.append(f"no sample has a label in .cls; --label-key takes one of the keys of the .json: {keys}")
     if folder := os.path.dirname(sample.key.removeprefix("./")):
         hints.append(f"samples lie in folders, {folder}/ for one; where these are classes, unpack for `convert folder`")
     return hints
