@@ -31,7 +31,7 @@ def quickstart(args: argparse.Namespace) -> int:
     is left. A few minutes on 2 cores."""
     with importing():
         from ssl_dist import config, results
-        from ssl_dist.convert.command import convert
+        from ssl_dist.convert.command import convert, usage
         from ssl_dist.distributed.world import ranks_here
         from ssl_dist.evaluate.command import evaluate
         from ssl_dist.report import report
@@ -44,7 +44,7 @@ def quickstart(args: argparse.Namespace) -> int:
     for file in CONFIGS:
         config.load(file, overrides)  # a mistake shows before anything is written
     _step("1 of 4: the digits as 32x32 images, one .beton file a split")
-    print(convert("digits", None, DIGITS))
+    print(usage(DIGITS, convert("digits", None, DIGITS)))
     ranks = ranks_here(2)
     _step(f"2 of 4: relational reasoning without labels under torchrun, ranks: {ranks}")
     if code := torchrun.run(ranks, ["train", CONFIGS[0], *overrides]):

@@ -23,6 +23,7 @@ def test_from_nothing_to_a_table(tmp_path, monkeypatch, capsys):
     for what in quickstart.LOOK_AT:
         assert str(what) in first and (tmp_path / what).is_file()
     assert "\ntensorboard --logdir runs" in first
+    assert "\ndata/digits: done: train (1442 images), test (355 images)" in first
     monkeypatch.setattr("sys.prefix", str(tmp_path / ".venv"))
     assert quickstart._tensorboard() == ".venv/bin/tensorboard --logdir runs"
     assert cli.main(words) == 0
