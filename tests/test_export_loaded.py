@@ -18,6 +18,7 @@ import ssl_dist
 from ssl_dist import backbones, cli, config, results
 from ssl_dist.errors import UserError
 from ssl_dist.export import graphs
+from ssl_dist.storage import hub
 from ssl_dist.storage.features import read_features
 from ssl_dist.train.loop import train
 from tests import golden_fill
@@ -171,7 +172,7 @@ def test_the_share_of_the_crop_gives_timm_the_same_resize():
 
 
 @pytest.mark.parametrize(("name", "size"), [("conv4", 32), pytest.param("resnet18", 48, marks=pytest.mark.slow)])
-def test_a_folder_for_the_hub(trained, photos, tmp_path, capsys, name, size):
+def test_a_folder_for_the_hub(trained, photos, tmp_path, monkeypatch, name, size):
     """Its card is what the run knows; its code gives the features; the commands and `ssl_dist.load` read it."""
     run, expected, files = trained(name, size)
     assert cli.main(["evaluate", str(run), "knn", "knn.k=[1]"]) == 0
@@ -209,6 +210,9 @@ def test_a_folder_for_the_hub(trained, photos, tmp_path, capsys, name, size):
     words = ["evaluate", folder, "knn", "knn.k=[1]", "--out", tmp_path / "again", f"data.root={photos / 'data'}"]
     assert cli.main([*map(str, words), "data.reader=arrays"]) == 0
     assert results.read(tmp_path / "again" / "results.json")[0]["value"] == records[0]["value"]
+    monkeypatch.setattr(hub, "located", lambda text: {"hf:/me/mine": folder / "model.safetensors"}[text])
+    loaded = ssl_dist.load("hf://me/mine", device="cpu")  # uploaded, it needs no backbone=
+    np.testing.assert_array_equal(loaded.embed(images, progress=False), expected)
 
 
 @pytest.mark.slow

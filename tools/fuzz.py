@@ -212,6 +212,18 @@ def changed_safetensors(data: bytes, rng: random.Random) -> bytes:
     return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
+def changed_metadata(data: bytes, rng: random.Random) -> bytes:
+    """Another metadata in the header before the same tensors: also inside its values that are JSON."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    key = rng.choice([*header["__metadata__"]])
+    value = header["__metadata__"][key].encode()
+    changed = changed_json(value, rng) if value[:1] == b"{" else changed_bytes(value, rng)
+    header["__metadata__"][key] = changed.decode(errors="replace")
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
 def changed_tar(data: bytes, rng: random.Random) -> bytes:
     """A field of a member's header is another, with the checksum that belongs to it; or its contents are others."""
     data = bytearray(data)
@@ -339,7 +351,8 @@ def make_template(here: Path) -> list[Reader]:
         f"data.workers=1 optim.batch_size=4 optim.epochs=null optim.steps=3 log.every_steps=1 run_dir={run}"
     )
     quietly(f"evaluate {run} knn probe knn.k=[1] probe.epochs=1 probe.batch_size=4")
-    quietly(f"export {run} --out {here}/weights.pth --format seed")
+    quietly(f"export {run} {here}/weights.pth --format seed")
+    quietly(f"export {run} {here}/hub --format huggingface")
     shutil.copy(run / "config.yaml", here / "config.yaml")
     (here / "ids.txt").write_text("# ids\n0\n1\n\n2\n3\n5\n")
     (here / "labels.csv").write_text("image_id,label\n" + "".join(f"{i},{i % 2}\n" for i in range(8 + len(FORMATS))))
@@ -385,6 +398,9 @@ def make_template(here: Path) -> list[Reader]:
         Reader("head", str(head), f"evaluate {{0}}/run data.root={{0}}/data classify classify.head={{0}}/"
                f"{head.parent.parent}", [changed_state], sign),
         Reader("weights", "weights.pth", f"{explain} backbone.weights={{0}}/weights.pth", [changed_state]),
+        Reader("export", "hub/model.safetensors", "extract {0}/hub data.root={0}/data data.reader=arrays --out {0}/new",
+               [changed_safetensors, changed_metadata]),
+        Reader("results for a card", "run/results.json", "export {0}/run {0}/new --format huggingface", [changed_json]),
         Reader("picture", "source/train/cat/1.png", convert),
         Reader("photo", "source/train/dog/2.jpg", convert),
         *(Reader(suffix, f"source/train/cat/a.{suffix}", convert) for suffix in FORMATS),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ssl_dist.export.trained import Trained, plain
-from ssl_dist.train.official import SEED_PARTS
+from ssl_dist.storage.formats import SEED_PARTS
 
 # Backbones of ours that are those of the library, tensor by tensor and under the same name.
 OF_TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "efficientnet_b0", "efficientnet_v2_s")

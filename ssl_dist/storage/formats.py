@@ -60,6 +60,9 @@ TIMM = {"model.": ""}
 SELA = {"conv1.": "features.0.", "bn1.": "features.1."} | {f"layer{i}.": f"features.{i + 3}." for i in (1, 2, 3, 4)}
 RELIC = {"conv1.": "0.", "bn1.": "1."} | {f"layer{i}.": f"{i + 3}." for i in (1, 2, 3, 4)} | {"features.": "0."}
 
+# Parts of a method that relational reasoning's official code saves beside the backbone, and the keys it gives them.
+SEED_PARTS = {"relation_module": "relation", "classifier": "classifier"}
+
 
 def renamed(name: str, prefixes: Mapping[str, str]) -> str:
     """`name` with the first of the prefixes that it starts with replaced."""

@@ -14,11 +14,9 @@ from ssl_dist.distributed.world import one_process
 from ssl_dist.errors import UserError
 from ssl_dist.run.blueprint import derive
 from ssl_dist.storage import checkpoint, weights, weights_file
+from ssl_dist.storage.formats import SEED_PARTS
 from ssl_dist.train.loop import claimed
 from ssl_dist.train.state import TrainState
-
-# Parts of a method that the official code saves beside the backbone, and the keys that it gives them.
-SEED_PARTS = {"relation_module": "relation", "classifier": "classifier"}
 
 
 def take_over(file: Path, config: Config, epoch: int | None) -> Path:
