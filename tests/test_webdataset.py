@@ -1,13 +1,17 @@
 """Images in tar shards: their order, splits and labels, what is refused, and that they equal those of other sources."""
 
+import bz2
 import gzip
 import io
 import itertools
 import json
+import lzma
 import os
 import pickle
 import re
 import shlex
+import shutil
+import subprocess
 import tarfile
 
 import numpy as np
@@ -224,8 +228,6 @@ def test_names_tell_the_splits(tmp_path, names, splits):
         ("a/train.tar b/train.tar", "the split train lies in a/ and in b/", "--root {}/b"),
         ("t-00000-of-00003.tar t-00002-of-00003.tar", "1 of 3 files are missing, t-00001-of-00003", "--root '{}/t*'"),
         ("t-00000-of-00002.tar t-00001-of-00002.tar t-00000-of-00001.tar", "two versions of one data set", None),
-        ("a.tar.gz", "a.tar.gz: a compressed tar, of which no image can be read alone; `gunzip ", None),
-        ("a.tgz b.tar", "a.tgz: a compressed tar", None),
         ("a.txt", "holds no .tar file", None),
     ],
 )
@@ -238,6 +240,29 @@ def test_files_that_make_no_splits(tmp_path, names, words, remedy):
     if remedy is not None:
         assert remedy.format(tmp_path) in str(caught.value)
         shards.find(tmp_path / remedy.format(tmp_path).split()[1].strip("'"), ".tar")
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [
+        ("x.tar.gz", gzip.compress),
+        ("x.tgz", gzip.compress),
+        ("x.tar", gzip.compress),
+        ("x.tar.bz2", bz2.compress),
+        ("x.tar", bz2.compress),
+        ("x.tar.xz", lzma.compress),
+    ],
+)
+def test_a_compressed_tar_is_refused_and_the_command_helps(tmp_path, name, pack):
+    plain = make_shards.tar(tmp_path / "plain.tar", members(2))
+    (tmp_path / "in dir").mkdir()
+    (tmp_path / "in dir" / name).write_bytes(pack(plain.read_bytes()))
+    message = refusal("webdataset", tmp_path / "in dir", tmp_path / "out")
+    assert f"{name}: a compressed tar, of which no image can be read alone; unpack it: `" in message
+    command = message.split("`")[1]
+    if shutil.which(command.split()[0 if "&&" not in command else command.split().index("&&") + 1]):
+        subprocess.run(command, shell=True, check=True)
+        assert len(listed(tmp_path / "in dir")["train"]) == 2
 
 
 def test_an_unpacked_tar_may_lie_beside_the_compressed_one(tmp_path):
@@ -494,7 +519,6 @@ def test_tars_that_are_none(tmp_path):
     good = make_shards.tar(tmp_path / "good.tar", members(3)).read_bytes()
     cases = {
         "no whole tar": [b"", b"hello", good[:512].replace(b"000.jpg", b"000.jpx"), os.urandom(4096)],
-        "a compressed tar": [gzip.compress(good)],
         "a pointer of git-lfs, not the file; fetch the files with `git lfs pull`": [
             shards.LFS_POINTER + b"v1\noid x\n"
         ],

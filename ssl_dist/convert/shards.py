@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ssl_dist.convert.walk import EXTENSIONS, HIDDEN, NO_SPLIT, LeftOut, is_hidden
 from ssl_dist.errors import UserError, quoted, refuse_unreadable
@@ -23,7 +24,6 @@ SPLIT_OF_WORD = {
 ORDER = ("unlabeled", "train", "val", "test")
 PART = re.compile(r"(?P<head>.*?)[-_.]?(?P<number>\d+)-of-(?P<total>\d+)(?P<tail>\D.*)?", re.DOTALL)
 MAX_NUMBERS = 1_000_000  # that a range in a pattern may have
-COMPRESSED = re.compile(r"(?P<tar>.*)(\.tar\.(gz|bz2|xz|zst|lz4)|\.tgz|\.tbz2?|\.txz)", re.DOTALL | re.IGNORECASE)
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 CLASS_NAMES = "classnames.txt"  # beside tars, as clip_benchmark has it: a name a line
 OTHER_FILES = "files of other kinds"
@@ -37,13 +37,29 @@ class NoShards(UserError):
     """None of the files that a source is made of is there."""
 
 
+class Compression(NamedTuple):
+    """suffixes: of tars; magic: how a file begins; unpack: what puts the tar in its place."""
+
+    suffixes: tuple[str, ...]
+    magic: bytes
+    unpack: str
+
+
+COMPRESSIONS = (
+    Compression((".tar.gz", ".tgz"), b"\x1f\x8b", "gunzip"),
+    Compression((".tar.bz2", ".tbz2", ".tbz"), b"BZh", "bunzip2"),
+    Compression((".tar.xz", ".txz"), b"\xfd7zXZ\0", "unxz"),
+    Compression((".tar.zst", ".tzst"), b"\x28\xb5\x2f\xfd", "unzstd --rm"),
+    Compression((".tar.lz4",), b"\x04\x22\x4d\x18", "unlz4 --rm"),
+)
+
+
 @dataclass(frozen=True)
 class Shards:
-    """splits: split -> its files, sorted, relative to `folder`; is_named: whether their names told the splits."""
+    """splits: split -> its files, sorted, relative to `folder`."""
 
     folder: Path
     splits: dict[str, list[str]]
-    is_named: bool
     left_out: LeftOut
 
 
@@ -58,12 +74,12 @@ def find(root: Path, suffix: str, unlabeled: bool = False) -> Shards:
     """
     folder, names, left_out, is_pattern = _files(root, suffix)
     if unlabeled:
-        return Shards(folder, {"unlabeled": names}, False, left_out)
+        return Shards(folder, {"unlabeled": names}, left_out)
     if not is_pattern:
         _require_all_parts(folder, names)
     places = {name: _split_named(folder, name) for name in names}
     if not any(places.values()):
-        return Shards(folder, {"train": names}, False, left_out)
+        return Shards(folder, {"train": names}, left_out)
     splits, homes = defaultdict[str, list[str]](list), defaultdict[str, set[str]](set)
     for name, place in places.items():
         if place is None and (part := PART.fullmatch(os.path.basename(name))) and part["head"]:
@@ -81,7 +97,7 @@ def find(root: Path, suffix: str, unlabeled: bool = False) -> Shards:
                 f"would; name one, for example --root {folder / second}"
             )
     order = sorted(splits, key=lambda split: (ORDER.index(split) if split in ORDER else len(ORDER), split))
-    return Shards(folder, {split: splits[split] for split in order}, True, left_out)
+    return Shards(folder, {split: splits[split] for split in order}, left_out)
 
 
 def default_name(root: Path) -> str:
@@ -97,13 +113,19 @@ def refuse_unfetched(path: Path, start: bytes) -> None:
         raise UserError(f"{path}: a pointer of git-lfs, not the file; fetch the files with `git lfs pull` there")
 
 
-def compressed(path: Path) -> UserError:
-    """That of a compressed tar no image can be read by itself."""
-    unpack = {".gz": "gunzip", ".tgz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd --rm"}
-    command = unpack.get(path.suffix.lower(), "gunzip")
-    return UserError(
-        f"{path}: a compressed tar, of which no image can be read alone; `{command} {shlex.quote(str(path))}` first"
+def refuse_compressed(path: Path, start: bytes = b"") -> None:
+    """Raises `UserError` for a tar of which no image can be read alone, by its name or its first bytes; not where it
+    lies unpacked beside."""
+    by_content = next((kind for kind in COMPRESSIONS if start.startswith(kind.magic)), None)
+    by_name, suffix = next(
+        ((kind, end) for kind in COMPRESSIONS for end in kind.suffixes if path.name.lower().endswith(end)), (None, "")
     )
+    kind = by_content or by_name
+    if kind is None or (by_name and path.with_name(f"{path.name.removesuffix(suffix)}.tar").exists()):
+        return
+    name, renamed = shlex.quote(str(path)), shlex.quote(f"{path}{kind.suffixes[0].removeprefix('.tar')}")
+    unpack = f"{kind.unpack} {name}" if by_name == kind else f"mv {name} {renamed} && {kind.unpack} {renamed}"
+    raise UserError(f"{path}: a compressed tar, of which no image can be read alone; unpack it: `{unpack}`")
 
 
 def other_source(root: Path) -> tuple[str, str] | None:
@@ -114,7 +136,7 @@ def other_source(root: Path) -> tuple[str, str] | None:
     if any((root / name).is_file() for name in SAVED):
         return "holds a data set that datasets saved (save_to_disk)", "huggingface"
     left_out = LeftOut()
-    names = [name for name in _walk(root, left_out)] if root.is_dir() else []
+    names = list(_walk(root, left_out)) if root.is_dir() else []
     for suffix, source in SOURCE_OF.items():
         if number := sum(name.endswith(suffix) for name in names):
             return f"holds {number} {suffix} {'file' if number == 1 else 'files'}", source
@@ -133,16 +155,16 @@ def _files(root: Path, suffix: str) -> tuple[Path, list[str], LeftOut, bool]:
         names = list(_walk(root, left_out))
         found = [name for name in names if name.endswith(suffix)]
         for name in names:
-            if suffix == ".tar" and (packed := COMPRESSED.fullmatch(name)) and f"{packed['tar']}.tar" not in found:
-                raise compressed(root / name)
+            if suffix == ".tar":
+                refuse_compressed(root / name)
             if not name.endswith(suffix) and name != CLASS_NAMES:
                 left_out.add(OTHER_FILES, name)
         if not found:
             raise NoShards(f"--root {root}: holds no {suffix} file")
         return root, sorted(found), left_out, False
     if root.is_file():
-        if suffix == ".tar" and COMPRESSED.fullmatch(root.name):
-            raise compressed(root)
+        if suffix == ".tar":
+            refuse_compressed(root)
         if root.suffix != suffix:
             raise NoShards(f"--root {root}: no {suffix} file")
         return root.parent, [root.name], left_out, True

@@ -14,7 +14,7 @@ import numpy as np
 
 from ssl_dist.convert.classes import Label, source_of
 from ssl_dist.convert.images import Images, Labels, Source, stamps_of
-from ssl_dist.convert.shards import CLASS_NAMES, compressed, find, refuse_unfetched
+from ssl_dist.convert.shards import CLASS_NAMES, find, refuse_compressed, refuse_unfetched
 from ssl_dist.convert.walk import EXTENSIONS
 from ssl_dist.errors import UserError, quoted, refuse_unreadable
 from ssl_dist.reading import open_regular, parse_json, read_text
@@ -24,7 +24,6 @@ META = re.compile(r"__[^/]*__(/|$)")  # of the shard, not of a sample
 PICKLED = ("pyd", "pkl", "pickle", "pth", "pt")
 MAX_LABEL_BYTES = 1 << 24  # of a member that holds a label
 BLOCK = tarfile.BLOCKSIZE
-COMPRESSIONS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
 DAMAGED = (tarfile.TarError, ValueError, OverflowError, EOFError)  # what tarfile raises
 LINKS = "members that are links, folders or sparse files"
 NO_SAMPLE = "members whose names make no sample"
@@ -209,8 +208,7 @@ def _members(path: Path, ignored: _Ignored, notes: list[str]) -> Iterator[tuple[
     with refuse_unreadable(path, "make it readable or remove it"), open_regular(path) as file:
         start = file.read(BLOCK)
         refuse_unfetched(path, start)
-        if start.startswith(COMPRESSIONS):
-            raise compressed(path)
+        refuse_compressed(path, start)
         file.seek(0)
         try:
             tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - the file is closed here
