@@ -101,7 +101,7 @@ def test_files_are_read_as_they_are(data, expected):
         "version": (b"\x93NUMPY\x09\x00" + bytes(200), "version"),
         "pages": (tiff(PIXELS, **BLACK), "has 5 channels, not the 4"),  # [H, W, C] taken for five pages of 7 x 4
         "tiff of floats": (tiff(PLANES.astype(np.float32), **BLACK), "holds float32"),
-        "tiff that is cut": (tiff(PLANES, compression="zlib", **BLACK)[:300], "can not be read"),
+        "tiff that is cut": (tiff(PIXELS, planarconfig="contig", compression="zlib", **BLACK)[:-40], "can not be read"),
         "large": (tiff(levels(4, 2000, 2000, bits=8), compression="zlib", **BLACK), "--max-pixels 4000000 reads it"),
         "large png": (png16(levels(1001, 1000)), "--max-pixels 1001000 reads it"),
         "cut png": (png16(PIXELS)[:90], "is a damaged PNG"),
@@ -143,6 +143,16 @@ def test_every_filter_of_a_png(filter_type):
     damaged[60] ^= 1
     with pytest.raises(UnfitImage, match="is a damaged PNG"):
         read_channels(bytes(damaged), 3, LIMIT)
+
+
+def test_pages_that_lead_in_a_circle_come_to_an_end():
+    data = bytearray(tiff(PLANES, **BLACK))
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        first, last = file.pages[0].offset, file.pages[3].offset
+    at = last + 2 + 12 * int.from_bytes(data[last : last + 2], "little")  # where the last page names the next
+    data[at : at + 4] = first.to_bytes(4, "little")
+    with pytest.raises(UnfitImage, match="has more than 256 pages"):
+        read_channels(bytes(data), 4, LIMIT)
 
 
 def test_without_tifffile_its_extra_is_named(monkeypatch):

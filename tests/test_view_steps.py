@@ -458,12 +458,13 @@ for recipe in RECIPES.values():
         for height, width in ((1, 1), (1, 150), (150, 1), (2, 90), (64, 64), (97, 31)):
             pixels, sides = noise(0, height, width)[None], (np.array([height]), np.array([width]))
             for seed in range(6):
-                views.make_views((pixels, *sides, np.array([7])), spec, spec.view_ids, seed, 3)
+                for images in (pixels, pixels[..., :2].astype(np.uint16)):
+                    views.make_views((images, *sides, np.array([7])), spec, spec.view_ids, seed, 3)
 """
 
 
 @pytest.mark.slow
 def test_no_index_of_the_kernel_leaves_its_array(tmp_path):
-    """Compiled with checks of all indices, which the kernel lacks otherwise."""
+    """Compiled with checks of all indices, which the kernels lack otherwise."""
     environment = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", EVERYWHERE], check=True, env=environment)

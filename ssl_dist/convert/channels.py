@@ -5,7 +5,9 @@ Nothing is unpickled, and no value is scaled.
 """
 
 import io
+import itertools
 import logging
+import tokenize
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,12 @@ from ssl_dist.data.beton import MAX_SIDE
 from ssl_dist.data.pillow import DAMAGED_IMAGE_ERRORS, UnfitImage, open_picture, reason_of
 from ssl_dist.errors import UserError
 
+# What numpy and tifffile raise of damaged files besides.
+_ALSO_DAMAGED = (RuntimeError, MemoryError, ArithmeticError, tokenize.TokenError)
 SUFFIX = ".npy"  # beside those of pictures
 _NPY, _TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _SMALL_OR_MASK = 5  # bits of a TIFF page's subfile type: a copy of another page, a mask
+_MAX_PAGES = 256  # with small copies and masks
 _PALETTE = 3  # of a TIFF page's photometric interpretation
 
 
@@ -29,7 +34,7 @@ def read_channels(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
         if data.startswith(_NPY):
             pixels = _of_npy(data, channels)
         elif data.startswith(_TIFF):
-            pixels = _of_tiff(data, max_pixels)
+            pixels = _of_tiff(data, channels, max_pixels)
         elif is_deep_png(data):
             pixels = read_deep_png(data, max_pixels)
         else:
@@ -38,10 +43,10 @@ def read_channels(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
         raise
     except Image.DecompressionBombError:
         raise _over_limit("more") from None
-    except (*DAMAGED_IMAGE_ERRORS, RuntimeError, MemoryError) as error:
+    except (*DAMAGED_IMAGE_ERRORS, *_ALSO_DAMAGED) as error:
         raise UnfitImage(f"can not be read ({reason_of(error)})") from None
     if pixels.shape[2] != channels:
-        raise UnfitImage(f"has {pixels.shape[2]} channels, not the {channels} of --channels")
+        raise _of_others(pixels.shape[2], channels)
     if max(pixels.shape[:2]) > MAX_SIDE or not pixels.size:
         raise UnfitImage(f"{pixels.shape[1]}x{pixels.shape[0]} pixels, 1 to {MAX_SIDE} a side can be stored")
     return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
@@ -68,7 +73,7 @@ def _of_npy(data: bytes, channels: int) -> np.ndarray:
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def _of_tiff(data: bytes, max_pixels: int) -> np.ndarray:
+def _of_tiff(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
     try:
         import tifffile
     except ImportError:
@@ -77,8 +82,12 @@ def _of_tiff(data: bytes, max_pixels: int) -> np.ndarray:
         ) from None
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what matters is raised
     with tifffile.TiffFile(io.BytesIO(data)) as file:
-        pages = [page.aspage() for page in file.pages]
+        pages = [page.aspage() for page in itertools.islice(file.pages, _MAX_PAGES + 1)]
+        if len(pages) > _MAX_PAGES:  # or endless, as those of a damaged file that lead in a circle
+            raise UnfitImage(f"has more than {_MAX_PAGES} pages")
         whole = [page for page in pages if not int(page.subfiletype) & _SMALL_OR_MASK]
+        if (number := sum(page.samplesperpixel for page in whole)) != channels:
+            raise _of_others(number, channels)  # before anything is decoded
         parts = [_of_page(page, max_pixels) for page in whole]
     if len({part.shape[:2] for part in parts}) != 1:
         raise UnfitImage("has pages of several sizes")
@@ -88,10 +97,10 @@ def _of_tiff(data: bytes, max_pixels: int) -> np.ndarray:
 def _of_page(page: Any, max_pixels: int) -> np.ndarray:
     """uint8 or uint16 [H, W, samples]."""
     if page.axes not in ("YX", "YXS", "SYX") or page.photometric == _PALETTE:
-        raise UnfitImage(f"has pages of axes {page.axes}, {page.photometric.name}; save images of Y, X and samples")
+        raise UnfitImage(f"has pages of axes {page.axes}, of photometry {int(page.photometric)}; save Y, X and samples")
     _require_levels(np.dtype(page.dtype))
-    if page.size > max_pixels:
-        raise _over_limit(str(page.size))
+    if (number := page.imagewidth * page.imagelength) > max_pixels:
+        raise _over_limit(str(number))
     pixels = page.asarray()
     return {"YX": pixels[..., None], "YXS": pixels, "SYX": np.moveaxis(pixels, 0, -1)}[page.axes]
 
@@ -109,6 +118,10 @@ def _of_pillow(data: bytes) -> np.ndarray:
 def _require_levels(dtype: np.dtype) -> None:
     if dtype.newbyteorder("=") not in (np.uint8, np.uint16):
         raise UnfitImage(f"holds {dtype}; save it as uint8 or uint16")
+
+
+def _of_others(number: int, channels: int) -> UnfitImage:
+    return UnfitImage(f"has {number} channels, not the {channels} of --channels")
 
 
 def _over_limit(number: str) -> UnfitImage:
