@@ -305,3 +305,12 @@ def test_a_network_of_which_torch_makes_no_graph(trained, tmp_path, capsys, monk
         error = capsys.readouterr().err
         assert error.startswith(f"error: --format {form}: torch cannot make a graph of backbone conv4: ")
         assert error.count("\n") == 1 and not (tmp_path / file).exists()
+    monkeypatch.undo()
+
+    def without_operator(*_, **__):
+        raise RuntimeError("Failed to convert\nNext steps: ...") from NotImplementedError("only 4D queries")
+
+    monkeypatch.setattr(torch.onnx, "export", without_operator)
+    assert cli.main(["export", str(run), str(tmp_path / "m.onnx"), "--format", "onnx"]) == 2
+    assert "of backbone conv4: only 4D queries; use --format pt2, which torch can make\n" in capsys.readouterr().err
+    assert cli.main(["export", str(run), str(tmp_path / "m.pt2"), "--format", "pt2"]) == 0

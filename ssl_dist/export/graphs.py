@@ -57,7 +57,7 @@ def onnx(trained: Trained, out: str) -> tuple[bytes, str]:
             dynamic_shapes=({0: "batch"},),
         )  # fmt: skip
     except _UNFIT as error:
-        raise _refusal("onnx", trained.backbone, error) from None
+        raise _refusal("onnx", trained.backbone, error, "; use --format pt2, which torch can make") from None
     assert written is not None, "dynamo gives a program"
     model: Any = written.model_proto
     for key, value in trained.facts.items():
@@ -80,8 +80,10 @@ def _program(trained: Trained, form: str) -> torch.export.ExportedProgram:
     return program
 
 
-def _refusal(form: str, backbone: str, error: Exception) -> UserError:
+def _refusal(form: str, backbone: str, error: BaseException, remedy: str = "") -> UserError:
+    while error.__cause__ is not None:  # what torch says last is the same for all
+        error = error.__cause__
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if "Constraints violated" in reason:
         reason = "its code computes another thing for batches of another size"
-    return UserError(f"--format {form}: torch cannot make a graph of backbone {backbone}: {reason}")
+    return UserError(f"--format {form}: torch cannot make a graph of backbone {backbone}: {reason}{remedy}")
