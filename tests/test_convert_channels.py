@@ -23,6 +23,7 @@ from ssl_dist.evaluate.command import evaluate
 from ssl_dist.run.encoder import load_encoder
 from ssl_dist.storage import weights
 from ssl_dist.train.loop import train
+from ssl_dist.voc import pretrained
 from tests.conversions import refusal, run
 from tests.make_images import jpeg, png16, tiff
 
@@ -355,6 +356,11 @@ def test_mistakes_are_named_before_anything_is_written(trained, tmp_path, overri
     with pytest.raises(UserError, match=message):
         train(chosen)
     assert not (tmp_path / "run").exists()
+
+
+def test_voc_is_for_rgb(trained):
+    with pytest.raises(UserError, match="takes images of 13 channels, and VOC's are RGB"):
+        pretrained.load(trained["satellite"][1], [])
 
 
 def test_the_command_that_convert_ends_with_is_taken(trained, capsys):

@@ -51,7 +51,9 @@ def load(path: Path, overrides: Sequence[str]) -> Pretrained:
             )
         encoder = run_encoder.load_encoder(path)
         if encoder.channels != 3:
-            raise UserError(f"{path}: its network takes images of {encoder.channels} channels, and VOC's are RGB")
+            raise UserError(
+                f"{path}: its network takes images of {encoder.channels} channels, and VOC's are RGB; give another run"
+            )
         settings = encoder.config
         backbone = _filled(settings.backbone.name, encoder.module.state_dict())
         return Pretrained(
