@@ -3,7 +3,7 @@
 A channel becomes what Pillow and torchvision make of it as a picture of its own (mode L), rounded to its own 8 or 16
 bits after each step: of uint8 the same as in render.py, bit for bit, but for contrast, which blends each channel with
 its own mean and not with that of the luminance. Levels that a recipe names (solarize) are of 8 bits and count as 257
-each of 16. A channel takes two to four times as long as one of the three there: sums are of 64 bits, none packed in
+each of 16. A channel takes two to five times as long as one of the three there: sums are of 64 bits, none packed in
 pairs.
 """
 
