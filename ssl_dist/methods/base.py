@@ -169,7 +169,8 @@ class SSLMethod(nn.Module, Generic[OptionsT]):
         """Called after every optimizer step (EMA of a target network)."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What learns, in groups as torch's optimizers take them. "lr_factor" of a group multiplies its rate."""
+        """What learns, in groups as torch's optimizers take them. "lr_factor" of a group multiplies its rate,
+        and with "constant_lr" that is the highest one at every step."""
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
 
     def encoder(self) -> nn.Module:

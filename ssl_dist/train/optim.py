@@ -66,10 +66,10 @@ def milestones(options: Optim, clock: Clock) -> list[int]:
     return [math.ceil(round(step, 6)) for step in steps]
 
 
-def set_lr(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The learning rate of every group, times its factor where it has one."""
+def set_lr(optimizer: torch.optim.Optimizer, rate: float, peak: float | None = None) -> None:
+    """The learning rate of every group: `rate`, or `peak` in groups that keep it, times its factor where it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("lr_factor", 1.0)
+        group["lr"] = (peak if group.get("constant_lr") else rate) * group.get("lr_factor", 1.0)
 
 
 def reset_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
