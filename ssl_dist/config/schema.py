@@ -170,6 +170,9 @@ class Optim(Section):
     lr_batch: PositiveInt | None = Field(
         None, description="the rate is lr * batch_size / lr_batch (LARS recipes: 256); null: lr as it stands"
     )
+    bias_lr: PositiveFloat | None = Field(
+        None, le=MAX_RATE, description="lars: `lr` of biases and BatchNorm; null: that of the weights"
+    )
     batch_size: PositiveInt = Field(64, description="M, images of the global batch over all ranks")
     accumulate: PositiveInt = Field(
         1,

@@ -58,7 +58,7 @@ class Method(SSLMethod[Options]):
             raise UserError("optim.batch_size = 1: nnclr tells an image from others of the batch; give 2 or more")
         dim = options.projector[-1]
         self.projector = nn.Sequential(mlp([info.feature_dim, *options.projector]), nn.BatchNorm1d(dim))
-        # The predictor's BatchNorm takes what this would add away again: its gradient is 0, computed rounding noise, which
+        # The predictor's BatchNorm takes away what this would add. Its gradient is 0, computed rounding noise, which
         # Adam makes as large as the learning rate and different for every number of ranks.
         self.projector[-1].bias.requires_grad_(False)
         self.predictor = mlp([dim, options.predictor, dim], last_bias=True)

@@ -22,7 +22,7 @@ def build(options: Optim, groups: list[Group], device: torch.device) -> torch.op
     nor adaptation.
     """
     if options.name == "lars":
-        groups = [half for group in groups for half in _with_and_without_decay(group, options.weight_decay)]
+        groups = [half for group in groups for half in _with_and_without_decay(group, options)]
         return LARS(groups, lr=options.lr, momentum=options.momentum)
     common: dict[str, Any] = {"lr": options.lr, "weight_decay": options.weight_decay, "fused": device.type == "cuda"}
     if options.name == "adam":
@@ -32,9 +32,13 @@ def build(options: Optim, groups: list[Group], device: torch.device) -> torch.op
     return torch.optim.SGD(groups, momentum=options.momentum, **common)
 
 
-def _with_and_without_decay(group: Group, weight_decay: float) -> list[Group]:
+def _with_and_without_decay(group: Group, options: Optim) -> list[Group]:
     matrices, vectors = ([p for p in group["params"] if (p.ndim > 1) is decays] for decays in (True, False))
-    return [group | {"params": matrices, "weight_decay": weight_decay}, group | {"params": vectors, "adapt": False}]
+    factor = 1.0 if options.bias_lr is None else options.bias_lr / options.lr
+    return [
+        group | {"params": matrices, "weight_decay": options.weight_decay},
+        group | {"params": vectors, "adapt": False, "lr_factor": factor * group.get("lr_factor", 1.0)},
+    ]
 
 
 def lr(options: Optim, clock: Clock) -> float:
