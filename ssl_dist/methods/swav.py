@@ -104,9 +104,9 @@ class Method(SSLMethod[Options]):
 
     @torch.no_grad()
     def before_step(self, clock: Clock, extract: Extract, world: World) -> list[nn.Parameter]:
-        """The prototypes become unit vectors again."""
+        """The prototypes become unit vectors again; what weight decay would do to frozen ones is forgotten."""
         self.prototypes.copy_(F.normalize(self.prototypes, dim=1))
-        return []
+        return [self.prototypes] if clock.step <= self.options.freeze_steps else []
 
     def forward(self, batch: Batch, world: World) -> Output:
         """Metrics: the entropy of the mean assignment, 1 when all prototypes are used equally, and that of the mean
