@@ -13,13 +13,18 @@ process that holds the whole batch. The mean over the ranks of the loss is its l
 
 from ssl_dist.losses.functional import (
     align_uniform,
+    barlow_twins,
+    byol,
     deepcluster,
+    mocov2,
+    mocov3,
     nt_xent,
     relational,
     relic,
     sela,
     sela_labels,
     sfrik,
+    simsiam,
     vicreg,
 )
 from ssl_dist.losses.modules import SFRIK, AlignUniform, DeepInfoMax, NTXent, Relational, ReLIC, VICReg
@@ -35,12 +40,17 @@ __all__ = [
     "Relational",
     "VICReg",
     "align_uniform",
+    "barlow_twins",
+    "byol",
     "deepcluster",
+    "mocov2",
+    "mocov3",
     "nt_xent",
     "relational",
     "relic",
     "sela",
     "sela_labels",
     "sfrik",
+    "simsiam",
     "vicreg",
 ]  # fmt: skip

@@ -4,19 +4,24 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_dist.config import validate
 from ssl_dist.config.section import AnySection
 from ssl_dist.distributed.world import World, joined
 from ssl_dist.kernels import relation, sinkhorn
 from ssl_dist.methods import align_uniform as _align_uniform
+from ssl_dist.methods import barlow_twins as _barlow_twins
+from ssl_dist.methods import byol as _byol
 from ssl_dist.methods import deepcluster as _deepcluster
+from ssl_dist.methods import mocov2 as _mocov2
+from ssl_dist.methods import mocov3 as _mocov3
 from ssl_dist.methods import relational as _relational
 from ssl_dist.methods import relic as _relic
 from ssl_dist.methods import sela as _sela
 from ssl_dist.methods import sfrik as _sfrik
 from ssl_dist.methods import simclr as _simclr
+from ssl_dist.methods import simsiam as _simsiam
 from ssl_dist.methods import vicreg as _vicreg
 from ssl_dist.methods.relational import RelationModule
 from ssl_dist.nn.layers import at_least_float32, full_precision
@@ -51,6 +56,54 @@ def vicreg(
     z_KMD, world = _gathered((z1, z2), world, 2)
     with full_precision(z_KMD.device):
         return _vicreg.regularized(z_KMD, options, world)[0]
+
+
+def barlow_twins(z1: Tensor, z2: Tensor, lambd: float = 0.0051, world: World | None = None) -> Tensor:
+    """Barlow Twins (Zbontar et al. 2021, equation 1): the sum over the cross-correlation matrix, as in the official
+    code. lambd: weight of the entries beside the diagonal."""
+    options = _options(_barlow_twins.Options, lambd=lambd)
+    z_KMD, world = _gathered((z1, z2), world, 2)
+    with full_precision(z_KMD.device):
+        return _barlow_twins.decorrelated(z_KMD, options, world)[0]
+
+
+def byol(predicted: Views, target: Views) -> Tensor:
+    """BYOL (Grill et al. 2020, equation 2): squared distances of the unit vectors of both views' predictions [2, B, D]
+    and the target's embeddings [2, B, D], which have no gradient; each prediction is of the other view."""
+    predicted_VBD, target_VBD = _predictions(predicted, target)
+    with full_precision(predicted_VBD.device):
+        return _byol.symmetric(predicted_VBD, target_VBD)
+
+
+def simsiam(predicted: Views, embedded: Views) -> Tensor:
+    """SimSiam (Chen & He 2021, equations 1 to 3): minus the cosine of both views' predictions [2, B, D] and embeddings
+    [2, B, D], which have no gradient; each prediction is of the other view."""
+    predicted_VBD, z_VBD = _predictions(predicted, embedded)
+    with full_precision(predicted_VBD.device):
+        return _simsiam.negative_cosine(predicted_VBD, z_VBD)
+
+
+def mocov2(query: Tensor, key: Tensor, queue: Tensor, temperature: float = 0.2) -> Tensor:
+    """MoCo v2 (Chen et al. 2020): each query [B, D] picks its key [B, D] out of that and a queue of unit vectors [Q, D].
+    Only queries have a gradient."""
+    options = _options(_mocov2.Options, temperature=temperature)
+    query_BD, key_BD = _predictions(query, key, num_views=None)
+    if not isinstance(queue, Tensor) or queue.ndim != 2 or queue.shape[1] != query_BD.shape[1]:
+        raise ValueError(f"queue is {_given(queue)}: give [Q, {query_BD.shape[1]}]")
+    with full_precision(query_BD.device):
+        z = _mocov2.logits(query_BD, key_BD, queue.detach().to(query_BD.dtype), options.temperature)
+        return nn.functional.cross_entropy(z, torch.zeros(len(z), dtype=torch.int64, device=z.device))
+
+
+def mocov3(query: Views, key: Views, temperature: float = 1.0, world: World | None = None) -> Tensor:
+    """MoCo v3 (Chen, Xie & He 2021, equation 1): both views' predictions [2, B, D] pick the target's embeddings of the
+    other view [2, B, D], which have no gradient, out of those of the batch; times 2 temperature, both ways added."""
+    options = _options(_mocov3.Options, temperature=temperature)
+    _predictions(query, key)
+    query_KMD, world = _gathered(query, world, 2)
+    key_KMD, _ = _gathered(key, world, 2)
+    with full_precision(query_KMD.device):
+        return _mocov3.contrast(query_KMD, key_KMD.detach(), options.temperature, world)[0]
 
 
 def align_uniform(
@@ -230,6 +283,20 @@ def _labelled(logits: Views, labels: Views) -> list[tuple[Tensor, Tensor]]:
         if len(y) and not 0 <= int(y.min()) <= int(y.max()) < z.shape[1]:
             raise ValueError(f"labels go from {int(y.min())} to {int(y.max())}: give 0 to {z.shape[1] - 1}")
     return [(at_least_float32(z), y) for z, y in zip(logits, labels, strict=True)]
+
+
+def _predictions(predicted: Views, target: Views, num_views: int | None = 2) -> tuple[Tensor, Tensor]:
+    """Both as tensors of one shape, at least float32, the second without gradient. Raises `ValueError`."""
+    both = []
+    for views in (predicted, target):
+        if not all(isinstance(view, Tensor) and view.is_floating_point() for view in views):
+            raise ValueError(f"views are {', '.join(map(_given, views))}: give tensors [B, D] in floating point")
+        both.append(at_least_float32(views if isinstance(views, Tensor) else torch.stack([*views])))
+    shape = both[0].shape
+    wanted = "[B, D]" if num_views is None else f"[{num_views}, B, D]"
+    if both[1].shape != shape or len(shape) != (2 if num_views is None else 3) or num_views not in (None, shape[0]):
+        raise ValueError(f"views {_text(predicted)} and {_text(target)}: give two of one shape {wanted}")
+    return both[0], both[1].detach()
 
 
 def _options(section: type[AnySection], **given: Any) -> AnySection:
