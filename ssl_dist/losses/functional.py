@@ -84,8 +84,8 @@ def simsiam(predicted: Views, embedded: Views) -> Tensor:
 
 
 def mocov2(query: Tensor, key: Tensor, queue: Tensor, temperature: float = 0.2) -> Tensor:
-    """MoCo v2 (Chen et al. 2020): each query [B, D] picks its key [B, D] out of that and a queue of unit vectors [Q, D].
-    Only queries have a gradient."""
+    """MoCo v2 (Chen et al. 2020): queries [B, D] pick their keys [B, D] out of those and of a queue of unit vectors
+    [Q, D]. Only queries have a gradient."""
     options = _options(_mocov2.Options, temperature=temperature)
     query_BD, key_BD = _predictions(query, key, num_views=None)
     if not isinstance(queue, Tensor) or queue.ndim != 2 or queue.shape[1] != query_BD.shape[1]:
