@@ -30,6 +30,16 @@ def test_every_methods_paper_is_cited():
     assert cited == papers and len(papers) >= 10
 
 
+def test_the_page_of_methods_has_every_method():
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (?:\[(\w+)\]\((\S+)\)|(\w+)) \|", page, re.MULTILINE)
+    assert sorted({linked or plain for linked, _, plain in rows} - {"method"}) == methods.names()
+    for name, link, _ in rows:
+        if name:
+            paper = link.removeprefix("https://arxiv.org/abs/")
+            assert f"arXiv:{paper}" in importlib.import_module(f"ssl_dist.methods.{name}").__doc__, name
+
+
 def test_the_picture_of_the_packages_is_current():
     done = subprocess.run([sys.executable, ROOT / "tools" / "draw_packages.py", "--check"], check=False)
     assert done.returncode == 0, "run: python tools/draw_packages.py"
