@@ -67,11 +67,14 @@ def test_they_equal_slow_references():
         torch.testing.assert_close(module(views(3), labels), slow_relational(views(3), module.head, labels))
 
 
-def test_they_equal_lightlys():
-    """Its NTXentLoss and VICRegLoss (e8d317fc) on these views, defaults but for the temperature."""
+def test_they_equal_those_of_other_libraries():
+    """Of lightly 1.6.0 and, the first two, of pytorch-metric-learning 2.9.0 on these views, defaults but for the
+    temperature."""
     z1, z2, _ = views(3)
     assert losses.nt_xent(z1, z2, 0.2).item() == pytest.approx(3.080122347967526, rel=1e-15)
     assert losses.vicreg(z1, z2).item() == pytest.approx(56.03621507428187, rel=1e-15)
+    assert losses.barlow_twins(z1, z2, 0.0051).item() == pytest.approx(2.0576938074640996, rel=1e-15)
+    assert losses.simsiam([z1, z2], [z1, z2]).item() == pytest.approx(-0.23905918461328302, rel=1e-15)
 
 
 def test_two_views_of_sfrik_are_mean_kernels():
