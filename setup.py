@@ -59,6 +59,7 @@ EXTRAS = {
         "datasets>=3,<6",  # writes tables as the Hugging Face hub has them, to be converted; brings pyarrow
         "webdataset>=0.2.100,<2",  # writes shards, to be converted
         "tifffile>=2024.8.30",  # writes the TIFF files of the tests
+        "imagecodecs>=2024.6.1",  # packs them as LZW
         "wandb>=0.19,<1",  # tools/to_wandb.py; what it writes offline is read back
         "mlflow-skinny>=3,<4",  # tools/to_mlflow.py, with runs in files and without a server
         "ruff>=0.9,<1",  # linter and formatter; part of the test command

@@ -59,7 +59,7 @@ def test_simsiam_has_no_gradient_on_the_side_of_the_target():
     predicted, z = embeddings().requires_grad_(), embeddings(seed=1).requires_grad_()
     loss = simsiam.negative_cosine(predicted, z)
     expected = -sum(cosine(predicted[v, m], z[1 - v, m]) for v in range(2) for m in range(NUM_IMAGES))
-    assert float(loss) == pytest.approx(expected / (2 * NUM_IMAGES), rel=1e-12)
+    assert loss.item() == pytest.approx(expected / (2 * NUM_IMAGES), rel=1e-12)
     loss.backward()
     assert z.grad is None and predicted.grad.abs().max() > 0
 
