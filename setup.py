@@ -39,8 +39,8 @@ EXTRAS = {
     # Backbones by the name timm/<name>, and weights by the names hf:// and timm:; timm brings huggingface_hub.
     "timm": ["timm>=1.0.9,<2", "huggingface_hub>=0.26,<3"],
     "triton": ["triton>=3.2,<4"],  # the relation head on GPUs; torch's CUDA builds bring it, in the version that fits
-    # Images of C channels in TIFF, of which Pillow reads one page of RGB; imagecodecs unpacks LZW and the like there.
-    # An extra: the other formats (npy, PNG, JPEG) need neither.
+    # Images of C channels in TIFF, of which Pillow reads one page of RGB; imagecodecs unpacks LZW and the like there,
+    # and reads PNG of 16 bits. An extra: npy, JPEG and PNG of 8 bits need neither.
     "tiff": ["tifffile>=2024.8.30", "imagecodecs>=2024.6.1"],
     "parquet": ["pyarrow>=16,<27"],  # `convert parquet` and `convert huggingface`: reads both kinds of tables
     # `ssl-dist export --format onnx`. torch writes ONNX through onnxscript.
@@ -59,7 +59,7 @@ EXTRAS = {
         "datasets>=3,<6",  # writes tables as the Hugging Face hub has them, to be converted; brings pyarrow
         "webdataset>=0.2.100,<2",  # writes shards, to be converted
         "tifffile>=2024.8.30",  # writes the TIFF files of the tests
-        "imagecodecs>=2024.6.1",  # packs them as LZW
+        "imagecodecs>=2024.6.1",  # packs them as LZW, and reads PNG of 16 bits
         "wandb>=0.19,<1",  # tools/to_wandb.py; what it writes offline is read back
         "mlflow-skinny>=3,<4",  # tools/to_mlflow.py, with runs in files and without a server
         "ruff>=0.9,<1",  # linter and formatter; part of the test command

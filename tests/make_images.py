@@ -131,12 +131,11 @@ def stl10_files(root):
     return splits
 
 
-def png16(pixels, filter_type=0):
-    """A PNG file of uint16 [H, W] or [H, W, C], which Pillow writes of gray only; its bytes are those behind the
-    filter."""
+def png16(pixels):
+    """A PNG file of uint16 [H, W] or [H, W, C], which Pillow writes of gray only."""
     height, width = pixels.shape[:2]
     color = {1: 0, 2: 4, 3: 2, 4: 6}[pixels[0, 0].size]
-    rows = b"".join(bytes([filter_type]) + row.astype(">u2").tobytes() for row in pixels)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     header = struct.pack(">IIBBBBB", width, height, 16, color, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
     written = (struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in chunks)

@@ -7,13 +7,13 @@ Nothing is unpickled, and no value is scaled.
 import io
 import itertools
 import logging
+import struct
 import tokenize
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ssl_dist.convert.deep_png import is_deep_png, read_deep_png
 from ssl_dist.data.beton import MAX_SIDE
 from ssl_dist.data.pillow import DAMAGED_IMAGE_ERRORS, UnfitImage, open_picture, reason_of
 from ssl_dist.errors import UserError
@@ -21,7 +21,7 @@ from ssl_dist.errors import UserError
 # What numpy and tifffile raise of damaged files besides.
 _ALSO_DAMAGED = (RuntimeError, MemoryError, ArithmeticError, tokenize.TokenError)
 SUFFIX = ".npy"  # beside those of pictures
-_NPY, _TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_NPY, _PNG, _TIFF = b"\x93NUMPY", b"\x89PNG\r\n\x1a\n", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _SMALL_OR_MASK = 5  # bits of a TIFF page's subfile type: a copy of another page, a mask
 _MAX_PAGES = 256  # with small copies and masks
 _PALETTE = 3  # of a TIFF page's photometric interpretation
@@ -35,8 +35,8 @@ def read_channels(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
             pixels = _of_npy(data, channels)
         elif data.startswith(_TIFF):
             pixels = _of_tiff(data, channels, max_pixels)
-        elif is_deep_png(data):
-            pixels = read_deep_png(data, max_pixels)
+        elif data.startswith(_PNG) and data[24:25] == b"\x10":
+            pixels = _of_deep_png(data, max_pixels)
         else:
             pixels = _of_pillow(data)
     except (UnfitImage, UserError):
@@ -103,6 +103,21 @@ def _of_page(page: Any, max_pixels: int) -> np.ndarray:
         raise _over_limit(str(number))
     pixels = page.asarray()
     return {"YX": pixels[..., None], "YXS": pixels, "SYX": np.moveaxis(pixels, 0, -1)}[page.axes]
+
+
+def _of_deep_png(data: bytes, max_pixels: int) -> np.ndarray:
+    """Of 16 bits, which Pillow reads of gray alone."""
+    try:
+        import imagecodecs
+    except ImportError:
+        raise UserError(
+            "--channels: PNG of 16 bits needs imagecodecs, which is not installed; pip install 'ssl_dist[tiff]'"
+        ) from None
+    width, height = struct.unpack(">II", data[16:24])
+    if width * height > max_pixels:
+        raise _over_limit(str(width * height))
+    pixels = imagecodecs.png_decode(data)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def _of_pillow(data: bytes) -> np.ndarray:
