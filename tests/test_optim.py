@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from ssl_dist.clock import Clock
-from ssl_dist.config import Optim
+from ssl_dist.config import Optim, validate
+from ssl_dist.errors import UserError
 from ssl_dist.train import optim
 
 CPU = torch.device("cpu")
@@ -157,3 +158,13 @@ def test_lars_resumes_exactly():
         step(*second, seed)
     for name, tensor in whole[0].state_dict().items():
         assert torch.equal(tensor, second[0].state_dict()[name]), name
+
+
+def test_a_rate_of_biases_is_of_lars_alone():
+    with pytest.raises(UserError, match=r"bias_lr: of lars alone, not of adam; set it to null"):
+        validate(Optim, {"bias_lr": 0.1})
+    optimizer = optim.build(
+        Optim(name="lars", lr=0.2, bias_lr=0.05), [{"params": [*nn.Linear(3, 2).parameters()]}], CPU
+    )
+    optim.set_lr(optimizer, 0.4)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.4, 0.1]

@@ -1,6 +1,8 @@
 """Barlow Twins, BYOL, SimSiam, MoCo v2, MoCo v3 and NNCLR against references written from the papers; the queue."""
 
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +17,12 @@ from ssl_dist.distributed.world import one_process
 from ssl_dist.errors import UserError
 from ssl_dist.methods import barlow_twins, byol, mocov2, mocov3, nnclr, simsiam
 from ssl_dist.methods.base import Batch, Info
+from ssl_dist.nn.layers import rising_decay
 from ssl_dist.nn.queue import Queue
 
 NUM_IMAGES, DIM = 6, 5
 WORLD = one_process(torch.device("cpu"))
+FFCV = dict(np.load(Path(os.environ.get("SSL_DIST_GOLDEN", Path(__file__).parent / "golden"), "ffcvssl.npz")))
 
 
 def embeddings(number=2, seed=0):
@@ -99,12 +103,31 @@ def test_nnclr_asks_neighbours():
     assert float(sum(part for part, _ in parts)) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize(("function", "base"), [(byol.cosine_tau, 0.996), (None, 0.99)])
-def test_the_share_that_an_average_keeps_rises_to_one(function, base):
-    total = 50
-    of = [function(k, total, base) if function else mocov3.cosine_momentum(k / total, base) for k in range(total + 1)]
-    expected = 1 - (1 - base) * (np.cos(np.pi * np.arange(total + 1) / total) + 1) / 2
-    assert of == pytest.approx(expected, rel=1e-12) and of[0] == base and of[-1] == 1
+def test_the_share_that_an_average_keeps_rises_to_one():
+    """Half of the way in the middle, and as much before it as after."""
+    of = [rising_decay(k / 50, 0.9) for k in range(51)]
+    assert of[0] == 0.9 and of[25] == pytest.approx(0.95) and of[50] == 1 and of == sorted(of)
+    assert [a + b for a, b in zip(of, reversed(of), strict=True)] == pytest.approx([1.9] * 51)
+    assert of[10] == pytest.approx(0.9 + 0.1 * 0.09549150281252627)  # (1 - cos 36 degrees) / 2
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("f64", 1e-9), ("f32", 1e-5)])
+@pytest.mark.parametrize("name", ["barlow_0.0051", "byol"])
+def test_losses_of_ffcv_ssl(name, dtype, tolerance):
+    """tests/golden/ffcvssl.npz: what its README says of the inputs."""
+    x, y = (torch.from_numpy(FFCV[key]).to({"f32": torch.float32, "f64": torch.float64}[dtype]) for key in "xy")
+    x.requires_grad_(), y.requires_grad_()
+    if name == "byol":
+        student, teacher = torch.stack([x, 1.1 * x.flip(0)]), torch.stack([y, 0.9 * y.flip(0) + 0.1])
+        loss = byol.symmetric(student, teacher.detach())
+    else:
+        loss, _ = barlow_twins.decorrelated(torch.stack([x, y]), barlow_twins.Options(), WORLD)
+    loss.backward()
+    zero = torch.zeros_like(y)
+    for ours, key in ((loss, "loss"), (x.grad, "grad_x"), (zero if y.grad is None else y.grad, "grad_y")):
+        expected = torch.from_numpy(np.asarray(FFCV[f"{name}/{dtype}/{key}"]))
+        limit = tolerance * float(expected.abs().max())
+        assert float((ours.detach() - expected).abs().max()) <= limit, key
 
 
 # ---------------------------------------------------------------------------------------------------- queue
@@ -174,7 +197,7 @@ def batch_of(groups):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_two_recipes_of_a_view_each_are_two_views_of_one(name):
     together, apart = (build(name)(batch_of(groups), WORLD) for groups in (1, 2))
-    assert float(together.loss) == pytest.approx(float(apart.loss), rel=1e-12)
+    assert together.loss.item() == pytest.approx(apart.loss.item(), rel=1e-12)
     assert torch.isfinite(together.representations).all()
     assert all(math.isfinite(float(value)) for value in together.metrics.values())
 
@@ -188,7 +211,7 @@ def test_the_target_is_an_average_of_the_online_network(name):
             p.add_(1)
     before = [p.clone() for p in method.target_backbone.parameters()]
     method.after_step(Clock(1, 1, 10))
-    share = {"byol": byol.cosine_tau(0, 10, 0.5), "mocov2": 0.5, "mocov3": mocov3.cosine_momentum(0.1, 0.5)}[name]
+    share = {"byol": 0.5, "mocov2": 0.5, "mocov3": rising_decay(0.1, 0.5)}[name]
     for old, online, target in zip(
         before, method.backbone.parameters(), method.target_backbone.parameters(), strict=True
     ):

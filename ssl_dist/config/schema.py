@@ -217,6 +217,8 @@ class Optim(Section):
     def _length(self) -> Self:
         if self.peak_lr > MAX_RATE:
             raise ValueError(f"lr: {self.peak_lr:g} for a batch of {self.batch_size} is above {MAX_RATE:g}; lower it")
+        if self.bias_lr is not None and self.name != "lars":
+            raise ValueError(f"bias_lr: of lars alone, not of {self.name}; set it to null")
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("epochs: exactly one of epochs and steps must be given; set the other to null")
         return self

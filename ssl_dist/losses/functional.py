@@ -188,7 +188,7 @@ def relational(
     labels: int64 [B], -1 where unknown; pairs of two images with equal labels count as positive.
     """
     if labels is not None and (not isinstance(labels, Tensor) or labels.is_floating_point()):
-        raise ValueError(f"labels are {_kind(labels)}: give a tensor of whole numbers, -1 where unknown")
+        raise ValueError(f"labels are {_given(labels)}: give a tensor of whole numbers, -1 where unknown")
     options = _options(_relational.Options, gamma=gamma, alpha=alpha)
     z_KMD, world = _gathered(views, world)
     num_views, num_images, _ = z_KMD.shape
@@ -253,7 +253,7 @@ def _gathered(views: Views, world: World | None, number: int | None = None, leas
         or (isinstance(views, Tensor) and not views.ndim)
         or not all(isinstance(view, Tensor) for view in views)
     ):
-        given = ", ".join(map(_kind, views)) if isinstance(views, Sequence) else _kind(views)
+        given = ", ".join(map(_given, views)) if isinstance(views, Sequence) else _given(views)
         raise ValueError(f"views are {given}: give tensors [B, D], or one [K, B, D]")
     shapes = {tuple(view.shape) for view in views}
     if len(shapes) != 1 or len(next(iter(shapes))) != 2:
@@ -307,10 +307,6 @@ def _options(section: type[AnySection], **given: Any) -> AnySection:
 def _listed(numbers: Any) -> Any:
     """As options have it, where it is one."""
     return [*numbers] if isinstance(numbers, Iterable) else numbers
-
-
-def _kind(given: object) -> str:
-    return str(given.dtype) if isinstance(given, Tensor) else type(given).__name__
 
 
 def _text(views: Views) -> str:

@@ -12,7 +12,6 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_dist.config import NonNegativeFloat, PositiveFloat, PositiveInt, Section
-from ssl_dist.errors import UserError
 from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
 from ssl_dist.nn.layers import full_precision, mlp
 
@@ -54,8 +53,7 @@ class Method(SSLMethod[Options]):
 
     def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone, info, options)
-        if info.batch_size < 2:
-            raise UserError("optim.batch_size = 1: uniformity needs another image; give 2 or more")
+        info.require_two_images("uniformity needs another image")
         self.projector = mlp([info.feature_dim, *options.projector])
 
     def forward(self, batch: Batch, world: World) -> Output:

@@ -5,7 +5,7 @@ defines `num_views` and `forward`, and what else it needs of the hooks below.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, get_args, get_origin
@@ -39,6 +39,24 @@ class Info:
     steps_per_epoch: int = 1
     seed: int = 0  # of the run, for a method's own draws: see keys.py
     channels: int = 3  # C, of an image
+
+    @property
+    def num_views(self) -> int:
+        """Of an image, of all groups."""
+        return sum(num for num, _ in self.view_groups)
+
+    def require_two_images(self, why: str) -> None:
+        """Raises `UserError` for batches of one image; `why`: what the method would do with another."""
+        if self.batch_size < 2:
+            raise UserError(f"optim.batch_size = 1: {why}; give 2 or more")
+
+    def require_views(self, option: str, chosen: Sequence[int]) -> None:
+        """Raises `UserError` unless an option's numbers are different ones of the views."""
+        if max(chosen) >= self.num_views or len(set(chosen)) < len(chosen):
+            raise UserError(
+                f"method.options.{option} = {chosen}: give different numbers of the views, which are 0 to "
+                f"{self.num_views - 1}"
+            )
 
     def views_of_one_group(self, method: str) -> int:
         """K of a method that takes views of one recipe. Raises `UserError` when there are several groups."""

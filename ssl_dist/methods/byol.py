@@ -5,7 +5,6 @@ predicts the target's embedding of the other. The target is a moving average of 
 """
 
 import copy
-import math
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +12,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_dist.config import PositiveInt, Probability, Section
-from ssl_dist.errors import UserError
 from ssl_dist.methods.base import Backbone, Batch, Clock, Info, Output, SSLMethod, World
-from ssl_dist.nn.layers import ema_update, full_precision, mlp
+from ssl_dist.nn.layers import ema_update, full_precision, mlp, rising_decay
 
 
 class Options(Section):
@@ -38,11 +36,6 @@ def symmetric(predicted_VBD: Tensor, target_VBD: Tensor) -> Tensor:
     return regression(predicted_VBD[0], target_VBD[1]) + regression(predicted_VBD[1], target_VBD[0])
 
 
-def cosine_tau(step: int, total: int, base: float) -> float:
-    """1 - (1 - base)(cos(pi step / total) + 1) / 2: the share that the average after step number `step` keeps."""
-    return 1 - (1 - base) * (math.cos(math.pi * step / total) + 1) / 2
-
-
 class Method(SSLMethod[Options]):
     num_views = 2
     views_together = False
@@ -50,8 +43,7 @@ class Method(SSLMethod[Options]):
 
     def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone, info, options)
-        if info.batch_size < 2:
-            raise UserError("optim.batch_size = 1: the projector's BatchNorm needs another image; give 2 or more")
+        info.require_two_images("the projector's BatchNorm needs another image")
         dim = options.projector[-1]
         self.projector = mlp([info.feature_dim, *options.projector])
         self.predictor = mlp([dim, options.predictor, dim])
@@ -74,8 +66,9 @@ class Method(SSLMethod[Options]):
         return Output(loss, metrics, representations=world.gather_views(target_VBD))
 
     def _tau(self, step: int) -> float:
+        """Of the average after step number `step`."""
         total = round(self.info.steps_per_epoch * self.info.total_epochs)
-        return cosine_tau(step, total, self.options.tau)
+        return rising_decay(step / total, self.options.tau)
 
     def after_step(self, clock: Clock) -> None:
         """The target follows the online network (step: clock.step - 1)."""

@@ -60,8 +60,7 @@ class Method(SSLMethod[Options]):
                 f"method.options.clusters = {self.num_clusters}: give 2 or more, and no more than the images, "
                 f"{info.num_images}"
             )
-        if info.batch_size < 2:
-            raise UserError("optim.batch_size = 1: the head's BatchNorm needs another image; give 2 or more")
+        info.require_two_images("the head's BatchNorm needs another image")
         wide = info.feature_dim >= WIDE_FEATURES
         self.components = options.components or (info.feature_dim // 2 if wide else info.feature_dim)
         if self.components > info.feature_dim:

@@ -162,8 +162,7 @@ class Method(SSLMethod[Options]):
             raise UserError(
                 "backbone.name: infomax needs maps of an early layer and this backbone gives none; try conv4"
             )
-        if info.batch_size < 2:
-            raise UserError("optim.batch_size = 1: infomax pairs an image with another one; give 2 or more")
+        info.require_two_images("infomax pairs an image with another one")
         if not (options.alpha or options.beta or options.gamma):
             raise UserError("method.options.beta = 0: every term is left out; give alpha, beta or gamma a weight")
         # The first map, as in the official code of relational reasoning.

@@ -8,7 +8,6 @@ As in the official code the loss is multiplied by twice the temperature.
 """
 
 import copy
-import math
 from typing import Literal
 
 import torch
@@ -17,9 +16,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_dist.config import PositiveFloat, PositiveInt, Probability, Section
-from ssl_dist.errors import UserError
 from ssl_dist.methods.base import Backbone, Batch, Clock, Info, Output, SSLMethod, World
-from ssl_dist.nn.layers import ema_update, full_precision, mlp
+from ssl_dist.nn.layers import ema_update, full_precision, mlp, rising_decay
 
 
 class Options(Section):
@@ -58,11 +56,6 @@ def contrast(query_KMD: Tensor, key_KMD: Tensor, temperature: float, world: Worl
     return world.scale_for_ddp_mean(2 * temperature * share), accuracy
 
 
-def cosine_momentum(progress: float, base: float) -> float:
-    """1 - (1 - base)(cos(pi progress) + 1) / 2, progress 0 .. 1 of the training."""
-    return 1 - (1 - base) * (math.cos(math.pi * progress) + 1) / 2
-
-
 class Method(SSLMethod[Options]):
     num_views = 2
     views_together = False
@@ -70,8 +63,7 @@ class Method(SSLMethod[Options]):
 
     def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone, info, options)
-        if info.batch_size < 2:
-            raise UserError("optim.batch_size = 1: mocov3 tells an image from others of the batch; give 2 or more")
+        info.require_two_images("mocov3 tells an image from others of the batch")
         dim = options.projector[-1]
         self.projector = nn.Sequential(mlp([info.feature_dim, *options.projector]), nn.BatchNorm1d(dim, affine=False))
         predictor: list[nn.Module] = [mlp([dim, options.predictor, dim])]
@@ -104,9 +96,7 @@ class Method(SSLMethod[Options]):
         """Of the average that the official code makes at the start of step number `step`, after the update before."""
         total = self.info.steps_per_epoch * self.info.total_epochs
         return (
-            cosine_momentum(step / total, self.options.momentum)
-            if self.options.momentum_cosine
-            else self.options.momentum
+            rising_decay(step / total, self.options.momentum) if self.options.momentum_cosine else self.options.momentum
         )
 
     def after_step(self, clock: Clock) -> None:

@@ -12,9 +12,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_dist.config import PositiveFloat, PositiveInt, Section
-from ssl_dist.errors import UserError
 from ssl_dist.methods.base import Backbone, Batch, Clock, Info, Output, SSLMethod, World
-from ssl_dist.nn.layers import full_precision, mlp
+from ssl_dist.nn.layers import beside_prediction, full_precision, mlp
 from ssl_dist.nn.queue import Queue
 
 
@@ -54,8 +53,7 @@ class Method(SSLMethod[Options]):
 
     def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone, info, options)
-        if info.batch_size < 2:
-            raise UserError("optim.batch_size = 1: nnclr tells an image from others of the batch; give 2 or more")
+        info.require_two_images("nnclr tells an image from others of the batch")
         dim = options.projector[-1]
         self.projector = nn.Sequential(mlp([info.feature_dim, *options.projector]), nn.BatchNorm1d(dim))
         # The predictor's BatchNorm takes away what this would add. Its gradient is 0, computed rounding noise, which
@@ -74,8 +72,11 @@ class Method(SSLMethod[Options]):
     def forward(self, batch: Batch, world: World) -> Output:
         """Metrics: how often a neighbour picks its image, in percent, and the mean cosine of an embedding and its
         neighbour."""
-        both_KMD = self.gathered(batch, world, self._embedded_and_predicted)
-        z_KMD, predicted_KMD = both_KMD.detach().chunk(2, -1)[0], both_KMD.chunk(2, -1)[1]
+        both_KMD = self.gathered(
+            batch, world, lambda x: beside_prediction(self.projector(self.backbone(x)), self.predictor)
+        )
+        z_KMD, predicted_KMD = both_KMD.chunk(2, dim=-1)
+        z_KMD = z_KMD.detach()
         num_images = z_KMD.shape[1]
         lo, hi = world.share(num_images)
         with full_precision(z_KMD.device):
@@ -87,11 +88,6 @@ class Method(SSLMethod[Options]):
         self._new = z_KMD[0]
         metrics = {"accuracy": 100 * sums[0], "neighbour_cosine": sums[1]}
         return Output(world.scale_for_ddp_mean(total / num_images), metrics, representations=z_KMD)
-
-    def _embedded_and_predicted(self, images: Tensor) -> Tensor:
-        """[N, 2D], in one pass of a view: BatchNorm of either part runs over that view alone."""
-        z_ND = self.projector(self.backbone(images))
-        return torch.cat([z_ND, self.predictor(z_ND)], 1)
 
     def after_step(self, clock: Clock) -> None:
         self.support.push(self._new, clock.step - 1)

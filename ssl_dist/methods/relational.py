@@ -227,8 +227,7 @@ class Method(SSLMethod[Options]):
         self.num_views = info.views_of_one_group("relational")
         if self.num_views < 2:
             raise UserError(f"views.num = {self.num_views}: relational compares views of an image; give 2 or more")
-        if info.batch_size < 2:
-            raise UserError("optim.batch_size = 1: a negative pair needs another image; give 2 or more")
+        info.require_two_images("a negative pair needs another image")
         if options.labelled and not info.num_classes:
             raise UserError(
                 f"method.options.labelled = {options.labelled:g}: some images of this split have no label; set "

@@ -165,9 +165,8 @@ class Method(SSLMethod[Options]):
             )
         if info.view_groups[0][0] < 2:
             raise UserError("views.groups[0].num = 1: relic compares global views of an image; give 2")
-        if info.batch_size < 2:
-            raise UserError("optim.batch_size = 1: relic tells an image from others of the batch; give 2 or more")
-        self.num_views = sum(num for num, _ in info.view_groups)
+        info.require_two_images("relic tells an image from others of the batch")
+        self.num_views = info.num_views
         self.head = nn.Sequential(
             nn.Linear(info.feature_dim, options.hidden, bias=False),
             nn.ReLU(),

@@ -120,14 +120,10 @@ class Method(SSLMethod[Options]):
 
     def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone, info, options)
-        self.num_views = sum(num for num, _ in info.view_groups)
+        self.num_views = info.num_views
         if self.num_views < 2:
             raise UserError(f"views.num = {self.num_views}: sfrik compares views of an image; give 2 or more")
-        if max(options.general) >= self.num_views or len(set(options.general)) < len(options.general):
-            raise UserError(
-                f"method.options.general = {options.general}: give different numbers of the views, "
-                f"which are 0 to {self.num_views - 1}"
-            )
+        info.require_views("general", options.general)
         if options.projector[-1] < 2:
             raise UserError(
                 "method.options.projector: the last width is 1, and there is no such sphere; give 2 or more"

@@ -13,7 +13,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_dist.config import PositiveFloat, PositiveInt, Section
-from ssl_dist.errors import UserError
 from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
 from ssl_dist.nn.layers import full_precision, mlp
 
@@ -80,8 +79,7 @@ class Method(SSLMethod[Options]):
 
     def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone, info, options)
-        if info.batch_size < 2:
-            raise UserError("optim.batch_size = 1: simclr compares a view with those of other images; give 2 or more")
+        info.require_two_images("simclr compares a view with those of other images")
         self.views_together = options.batchnorm == "both_views"
         self.projector = mlp([info.feature_dim, *options.projector], options.last_bias, ACTIVATIONS[options.activation])
 

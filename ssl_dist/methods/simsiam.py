@@ -12,9 +12,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_dist.config import PositiveInt, Section
-from ssl_dist.errors import UserError
 from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
-from ssl_dist.nn.layers import full_precision, mlp
+from ssl_dist.nn.layers import beside_prediction, full_precision, mlp
 
 
 class Options(Section):
@@ -43,8 +42,7 @@ class Method(SSLMethod[Options]):
 
     def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone, info, options)
-        if info.batch_size < 2:
-            raise UserError("optim.batch_size = 1: the projector's BatchNorm needs another image; give 2 or more")
+        info.require_two_images("the projector's BatchNorm needs another image")
         dim = options.projector[-1]
         self.projector = nn.Sequential(mlp([info.feature_dim, *options.projector]), nn.BatchNorm1d(dim, affine=False))
         self.predictor = mlp([dim, options.predictor, dim], last_bias=True)
@@ -57,7 +55,9 @@ class Method(SSLMethod[Options]):
     def forward(self, batch: Batch, world: World) -> Output:
         """Metrics: the mean over dimensions of the standard deviation of unit embeddings, times sqrt(D): 1 where they
         spread over the sphere, 0 where they have collapsed (section 4.1)."""
-        both = torch.cat(self.represent(batch, self._embedded_and_predicted))
+        both = torch.cat(
+            self.represent(batch, lambda x: beside_prediction(self.projector(self.backbone(x)), self.predictor))
+        )
         z_VBD, predicted_VBD = both.chunk(2, dim=-1)
         with full_precision(z_VBD.device):
             # Ranks hold equally many images, so the mean of their means is that of the global batch.
@@ -65,8 +65,3 @@ class Method(SSLMethod[Options]):
         z_KMD = world.gather_views(z_VBD.detach())
         spread = F.normalize(z_KMD.flatten(0, 1), dim=1).std(0).mean() * z_KMD.shape[-1] ** 0.5
         return Output(loss, {"spread": spread}, representations=z_KMD)
-
-    def _embedded_and_predicted(self, images: Tensor) -> Tensor:
-        """[N, 2D], in one pass of a view: BatchNorm of either part runs over that view alone."""
-        z_ND = self.projector(self.backbone(images))
-        return torch.cat([z_ND, self.predictor(z_ND)], 1)

@@ -75,16 +75,11 @@ class Method(SSLMethod[Options]):
 
     def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone, info, options)
-        self.num_views = sum(num for num, _ in info.view_groups)
+        self.num_views = info.num_views
         if self.num_views < 2:
             raise UserError(f"views.num = {self.num_views}: swav compares views of an image; give 2 or more")
-        if max(options.assign) >= self.num_views or len(set(options.assign)) < len(options.assign):
-            raise UserError(
-                f"method.options.assign = {options.assign}: give different numbers of the views, "
-                f"which are 0 to {self.num_views - 1}"
-            )
-        if info.batch_size < 2:
-            raise UserError("optim.batch_size = 1: the projector's BatchNorm needs another image; give 2 or more")
+        info.require_views("assign", options.assign)
+        info.require_two_images("the projector's BatchNorm needs another image")
         self.projector = mlp([info.feature_dim, options.hidden, options.dim], last_bias=True)
         self.prototypes = nn.Parameter(nn.Linear(options.dim, options.prototypes, bias=False).weight.detach())
         queues = [Queue(options.queue, options.dim, info.seed) for _ in options.assign] if options.queue else []

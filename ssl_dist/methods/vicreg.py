@@ -13,7 +13,6 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_dist.config import NonNegativeFloat, PositiveInt, Section
-from ssl_dist.errors import UserError
 from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
 from ssl_dist.nn.layers import full_precision, mlp
 
@@ -66,8 +65,7 @@ class Method(SSLMethod[Options]):
 
     def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone, info, options)
-        if info.batch_size < 2:
-            raise UserError("optim.batch_size = 1: one image has no variance; give 2 or more")
+        info.require_two_images("one image has no variance")
         self.projector = mlp([info.feature_dim, *options.projector])
 
     def explain(self, world_size: int, device: str) -> dict[str, str]:

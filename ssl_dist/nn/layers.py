@@ -1,6 +1,7 @@
 """Pieces of networks that several methods share."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from itertools import pairwise
@@ -42,6 +43,17 @@ def ema_update(target: nn.Module, online: nn.Module, decay: float) -> None:
     values = [*online.parameters(), *online.buffers()]
     pairs = [pair for pair in zip(means, values, strict=True) if pair[0].is_floating_point()]
     torch._foreach_lerp_([mean for mean, _ in pairs], [value for _, value in pairs], 1 - decay)
+
+
+def rising_decay(progress: float, first: float) -> float:
+    """The decay of an average that rises from `first` to 1 by half a cosine; progress: 0 to 1."""
+    return 1 - (1 - first) * (math.cos(math.pi * progress) + 1) / 2
+
+
+def beside_prediction(z_ND: Tensor, predictor: nn.Module) -> Tensor:
+    """Embeddings and what the predictor makes of them, [N, 2D]: one pass of a view, over which alone BatchNorm of
+    either runs."""
+    return torch.cat([z_ND, predictor(z_ND)], 1)
 
 
 # ---------------------------------------------------------------------------------------------------- dropout
