@@ -39,7 +39,7 @@ def _outside() -> dict[str, plugins.Plugin]:
     return plugins.found(plugins.BACKBONES, _FILE_OF)
 
 
-def check(name: str, zero_init_residual: bool = False) -> None:
+def check(name: str, zero_init_residual: bool = False, patch_size: int | None = None, drop_path: float = 0.0) -> None:
     """Raises `UserError` with the nearest name when there is no backbone `name`, or when it lacks the option; builds
     nothing."""
     if name.startswith(_TIMM):
@@ -61,6 +61,12 @@ def check(name: str, zero_init_residual: bool = False) -> None:
             f"backbone.zero_init_residual = true: backbone {name} has no such option (resnet18 to resnet200 have); "
             "set it to false"
         )
+    for key, value, usual in (("patch_size", patch_size, "null"), ("drop_path", drop_path, "0")):
+        if value and not name.startswith(_TIMM):
+            raise UserError(
+                f"backbone.{key} = {value:g}: backbone {name} has no such option (timm's transformers have); set it to "
+                f"{usual}"
+            )
 
 
 def _hint_of_timm(name: str, own: list[str]) -> str:
@@ -72,16 +78,24 @@ def _hint_of_timm(name: str, own: list[str]) -> str:
     return f"did you mean '{_TIMM}{near[0]}'? " if near else ""
 
 
-def build(name: str, zero_init_residual: bool = False, in_channels: int = 3) -> Backbone:
-    """The backbone `name` for images of so many channels, with initial weights. Raises `UserError` when there is
-    none."""
-    check(name, zero_init_residual)
+def build(
+    name: str,
+    zero_init_residual: bool = False,
+    in_channels: int = 3,
+    image_size: int | None = None,
+    patch_size: int | None = None,
+    drop_path: float = 0.0,
+) -> Backbone:
+    """The backbone `name` for images of so many channels, with initial weights. image_size: side in pixels of images
+    for which a transformer learns positions, others get theirs from these; None: as timm has it. Raises `UserError`
+    when there is none, or when it lacks an option."""
+    check(name, zero_init_residual, patch_size, drop_path)
     options: dict[str, int] = {"zero_init_residual": True} if zero_init_residual else {}
     options |= {} if in_channels == 3 else {"in_channels": in_channels}
     if (plugin := _outside().get(name)) is not None:
         backbone = _of_plugin(name, plugin, options)
     elif name.startswith(_TIMM):
-        backbone = timm_model.build(name, in_channels)
+        backbone = timm_model.build(name, in_channels, image_size, patch_size, drop_path)
     else:
         builders: dict[str, Callable[..., Backbone]] = importlib.import_module(
             f"ssl_dist.backbones.{_FILE_OF[name]}"

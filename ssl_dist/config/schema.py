@@ -137,6 +137,14 @@ class Backbone(Section):
     zero_init_residual: bool = Field(
         False, description="residual blocks of resnet18 to resnet200 begin as the identity (SFRIK and VICReg do it)"
     )
+    patch_size: PositiveInt | None = Field(
+        None, description="side in pixels of the patches of a transformer of timm; null: as its name says"
+    )
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="networks of timm: stochastic depth, how often a residual branch of the last block is left out; "
+        "those before it in proportion",
+    )
     recompute: bool = Field(
         False, description="keep only the maps between blocks and compute what is in them again for the gradient"
     )

@@ -33,7 +33,7 @@ def _timm_config(trained: Trained) -> dict[str, Any]:
     """What `timm.create_model("local-dir:...")` reads: the architecture and its arguments, and in pretrained_cfg what
     its loader and `timm.data.resolve_model_data_config` ask for."""
     name, settings = trained.backbone.removeprefix("timm/"), timm_settings(trained.encoder)
-    arguments: dict[str, Any] = {} if trained.encoder.channels == 3 else {"in_chans": trained.encoder.channels}
+    arguments = trained.timm_arguments
     if name == trained.backbone:
         settings |= {"first_conv": "conv1", "classifier": "fc"}
     else:
@@ -42,7 +42,8 @@ def _timm_config(trained: Trained) -> dict[str, Any]:
         size = list(own["input_size"][1:])
         settings["fixed_input_size"] = bool(own.get("fixed_input_size")) and size == settings["input_size"][1:]
         if own.get("fixed_input_size") and not settings["fixed_input_size"]:
-            arguments["img_size"] = size  # else timm would make another network, for images of input_size
+            # else timm would make another network, for images of input_size
+            arguments = {"img_size": size} | arguments
     more = {"model_args": arguments} if arguments else {}
     return {"architecture": name, "num_classes": 0, **more, "pretrained_cfg": {**settings, "num_classes": 0}}
 

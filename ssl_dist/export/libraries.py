@@ -39,8 +39,8 @@ def torchvision(trained: Trained, out: str) -> tuple[bytes, str]:
 
 def timm(trained: Trained, out: str) -> tuple[bytes, str]:
     """A safetensors file; and Python that loads it from `out`."""
-    model, channels = trained.backbone.removeprefix("timm/"), trained.encoder.channels
-    more = "" if channels == 3 else f", in_chans={channels}"
+    model = trained.backbone.removeprefix("timm/")
+    more = "".join(f", {key}={value!r}" for key, value in trained.timm_arguments.items())
     return trained.safetensors(), f"model = timm.create_model({model!r}, num_classes=0{more}); {_load(out)}"
 
 

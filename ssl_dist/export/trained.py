@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ssl_dist.backbones.timm_model import TimmModel
 from ssl_dist.config import Config, to_tree
 from ssl_dist.errors import UserError
 from ssl_dist.export.preprocessing import preprocessing
@@ -44,6 +45,13 @@ class Trained:
         module = self.encoder.module
         assert isinstance(module, Backbone), "what a method evaluates is a backbone"
         return module.feature_dim
+
+    @property
+    def timm_arguments(self) -> dict[str, Any]:
+        """What `timm.create_model` must be told of a network of timm's beside its name, for these tensors to fit."""
+        if isinstance(self.encoder.module, TimmModel):
+            return self.encoder.module.arguments
+        return {} if self.encoder.channels == 3 else {"in_chans": self.encoder.channels}
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:

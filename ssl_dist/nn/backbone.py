@@ -1,6 +1,7 @@
 """What a backbone is: images to features, through stages whose maps a method or a probe may ask for."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,10 @@ class Backbone(nn.Module):
     from stage to stage, and `pooled` where it is not the mean.
     """
 
+    passes: ClassVar[tuple[str, ...]] = (
+        "forward",
+        "forward_stages",
+    )  # methods that take images, then others of a row each
     in_channels: int = 3
     feature_dim: int
     stages: dict[str, int]
@@ -43,6 +48,53 @@ class Backbone(nn.Module):
         for name, step in self.steps():
             maps[name] = x = step(x)
         return self.pooled(x), maps
+
+
+class TokenBackbone(Backbone):
+    """A vision transformer: images [N, C, S, S] -> tokens [N, P + n, D], P of no patch (the class token first, where
+    there is one) and one of each of n patches, row by row; features are made of these.
+
+    Its stages: every block's patches as a map, `blocks.3`; its class token after the last normalisation as a map of one
+    pixel, `blocks.3.class`; and those of all blocks together after it, `patches` and `class`.
+    """
+
+    passes = (*Backbone.passes, "tokens")
+    patch_size: int  # side of a patch in pixels
+    token_dim: int  # D of a token
+    num_prefix_tokens: int  # P
+    has_class_token: bool
+    num_heads: int  # of the last block's attention
+    grid: tuple[int, int]  # rows and columns of patches of the images whose positions it holds
+
+    def tokens(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+        """All tokens after the last normalisation [N, P + n, D]. kept: int64 [N, n], the patches that go in, each image
+        its own; None: all of them, in their order."""
+        raise NotImplementedError(f"{type(self).__module__} must define tokens")
+
+    def last_attention(self, images: Tensor) -> Tensor:
+        """Of the last block [N, heads, P + n, P + n]: what each token takes of each, which sums to 1 over the last
+        dimension."""
+        raise NotImplementedError(f"{type(self).__module__} must define last_attention")
+
+    def token_stages(self, num_blocks: int) -> dict[str, int]:
+        """`stages` of a network of so many blocks."""
+        names = [f"blocks.{number}" for number in range(num_blocks)]
+        of_class = [f"{name}.class" for name in names] if self.has_class_token else []
+        last = ["class"] if self.has_class_token else []
+        return dict.fromkeys([*names, *of_class, "patches", *last], self.token_dim)
+
+    def token_maps(self, outputs: list[Tensor], norm: Callable[[Tensor], Tensor], images: Tensor) -> dict[str, Tensor]:
+        """The map of every stage, from the tokens [N, P + n, D] that leave each block. norm: the last normalisation."""
+        sides = [side // self.patch_size for side in images.shape[2:]]
+        maps = {f"blocks.{number}": self._as_map(x, sides) for number, x in enumerate(outputs)}
+        normalized = [norm(x) for x in (outputs if self.has_class_token else outputs[-1:])]
+        if self.has_class_token:
+            of_class = [x[:, 0, :, None, None] for x in normalized]
+            maps |= {f"blocks.{number}.class": x for number, x in enumerate(of_class)} | {"class": of_class[-1]}
+        return maps | {"patches": self._as_map(normalized[-1], sides)}
+
+    def _as_map(self, x: Tensor, sides: list[int]) -> Tensor:
+        return x[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, sides)
 
 
 def outermost_blocks(module: nn.Module) -> list[nn.Module]:

@@ -43,22 +43,26 @@ def in_parts(backbone: Backbone, name: str, num_parts: int) -> None:
             "set it to 1, and backbone.recompute=true to hold less, train on more ranks, or choose one without "
             "BatchNorm (timm/vit_small_patch16_224)"
         )
-    for method in ("forward", "forward_stages"):
+    for method in backbone.passes:
         whole = _again(getattr(type(backbone), method))
         setattr(backbone, method, MethodType(_parted(whole, num_parts), backbone))
 
 
 def _parted(whole: Callable[..., Any], num_parts: int) -> Callable[..., Any]:
-    """`whole` of a backbone and images as that of parts of the images, put together."""
+    """`whole` of a backbone and images, and of what else has a row an image, as that of parts of the images, put
+    together."""
 
-    def call(backbone: Backbone, images: Tensor) -> Any:
+    def call(backbone: Backbone, *rows: Tensor | None) -> Any:
         if not torch.is_grad_enabled():
-            return whole(backbone, images)
-        parts, keys = images.chunk(num_parts), keys_of_rows()
+            return whole(backbone, *rows)
+        images, keys = rows[0], keys_of_rows()
+        assert images is not None, "a pass begins with images"
+        num = len(images.chunk(num_parts))
+        parts = zip(*([None] * num if of_row is None else of_row.chunk(num_parts) for of_row in rows), strict=True)
         outputs = []
-        for part, of_part in zip(parts, [None] * len(parts) if keys is None else keys.chunk(num_parts), strict=True):
+        for part, of_part in zip(parts, [None] * num if keys is None else keys.chunk(num_parts), strict=True):
             with keyed_rows(of_part):
-                outputs.append(whole(backbone, part))
+                outputs.append(whole(backbone, *part))
         return tree_map(lambda *tensors: torch.cat(tensors), *outputs)
 
     return call

@@ -118,7 +118,7 @@ class RunPlan:
         if self.config.backbone.weights is None:
             return None
         with without_values():
-            backbone = backbones.build(self.config.backbone.name, in_channels=self.split.pixels.channels)
+            backbone = network.build_backbone(self.config, self.split.pixels.channels)
         return replace(network.initial_weights(backbone, self.config.backbone), tensors={})
 
     def clock(self, step: int = 0) -> Clock:
@@ -184,7 +184,8 @@ def derive(config: Config, rank_info: RankInfo, dataset: Dataset | None = None) 
     config = plugged.pinned(config)
     method_class = methods.find(config.method.name)
     options = methods.build_options(method_class, config.method.options, _reset(config, method_class))
-    backbones.check(config.backbone.name, config.backbone.zero_init_residual)
+    own = config.backbone
+    backbones.check(own.name, own.zero_init_residual, own.patch_size, own.drop_path)
     if dataset is None:
         dataset = Dataset(config.data.root, config.data.name, config.data.reader)
     if config.data.name is None:

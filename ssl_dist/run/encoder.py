@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ssl_dist import backbones, views
+from ssl_dist import views
 from ssl_dist.config import Config, Data, Normalize, overridden, to_tree, validate
 from ssl_dist.data import file_names
 from ssl_dist.data.loader import view_batches
@@ -88,7 +88,7 @@ class Encoder:
             return self
         config = overridden(to_tree(self.config), changed)
         with without_values():
-            backbone = backbones.build(config.backbone.name, in_channels=self.channels).eval()
+            backbone = network.build_backbone(self.config, self.channels).eval()
             blueprint.try_size(backbone, config.data.image_size, config.backbone.name, "images")
         return replace(self, config=config, changed=tuple(changed))
 
@@ -137,10 +137,10 @@ def load_others(path: Path, settings: Config, images: blueprint.Statistics) -> t
     name = settings.backbone.name
     path = hub.located(str(path)) if hub.is_name(str(path)) else hub.file_in(path)
     normalize, channels, facts = blueprint.normalization(settings, images), len(images.mean), weights_file.facts(path)
-    backbone = backbones.build(name, in_channels=channels)
-    fitted = network.fitted(path, backbone, settings.backbone)
     with without_values():
-        blueprint.try_size(backbones.build(name, in_channels=channels).eval(), settings.data.image_size, name, "images")
+        blueprint.try_size(network.build_backbone(settings, channels).eval(), settings.data.image_size, name, "images")
+    backbone = network.build_backbone(settings, channels)
+    fitted = network.fitted(path, backbone, settings.backbone)
     backbone.load_state_dict(fitted.tensors)
     module, note = backbone.float().eval().requires_grad_(False), fitted.note
     if facts and "normalize" not in settings.views.model_fields_set:

@@ -13,6 +13,7 @@ from ssl_dist.config.schema import Backbone as BackboneSection
 from ssl_dist.errors import UserError, quoted
 from ssl_dist.keys import INIT, hash64
 from ssl_dist.methods.base import Info, SSLMethod
+from ssl_dist.nn.backbone import Backbone
 from ssl_dist.nn.layers import key_dropout
 from ssl_dist.nn.shapes import without_values
 from ssl_dist.run import plugged
@@ -34,12 +35,20 @@ def build_method(
     """The method on its backbone. file: that `backbone.weights` stands for, from which the backbone begins; on the meta
     device it is not read."""
     torch.manual_seed(int(hash64(config.seed, INIT)) & 0x7FFFFFFFFFFFFFFF)
-    backbone = backbones.build(config.backbone.name, config.backbone.zero_init_residual, info.channels)
+    backbone = build_backbone(config, info.channels)
     key_dropout(backbone)
     refuse_random_layers(backbone, config.backbone.name)
     if file is not None and not next(backbone.parameters()).is_meta:
         backbone.load_state_dict(initial_weights(backbone, config.backbone, file).tensors)
     return method_class(backbone, replace(info, feature_dim=backbone.feature_dim, stages=backbone.stages), options)
+
+
+def build_backbone(config: Config, channels: int) -> Backbone:
+    """The backbone of a config for images of so many channels, with weights of torch's global generator."""
+    own = config.backbone
+    return backbones.build(
+        own.name, own.zero_init_residual, channels, config.data.image_size, own.patch_size, own.drop_path
+    )
 
 
 @dataclass(frozen=True)
@@ -111,7 +120,7 @@ def _suggestion(there: weights_file.Content, settings: BackboneSection) -> str:
         try:
             with without_values():
                 backbone = backbones.build(name)
-            weights.match(there, backbone, name, settings.weights_prefix, settings.resize_pos_embed)
+            weights.match(there, backbone, name, settings.weights_prefix, resize=True)
         except UserError:
             continue
         return f"give backbone.name={name}, whose shapes it has"

@@ -55,7 +55,7 @@ def load(path: Path, overrides: Sequence[str]) -> Pretrained:
                 f"{path}: its network takes images of {encoder.channels} channels, and VOC's are RGB; give another run"
             )
         settings = encoder.config
-        backbone = _filled(settings.backbone.name, encoder.module.state_dict())
+        backbone = _filled(network.build_backbone(settings, 3), encoder.module.state_dict())
         return Pretrained(
             backbone, settings.backbone.name, settings.method.name, encoder.normalize, encoder.sha256, encoder.step,
             settings.seed,
@@ -66,12 +66,11 @@ def load(path: Path, overrides: Sequence[str]) -> Pretrained:
     section = BackboneSection(name=name, weights_prefix=values.get("backbone.weights_prefix"))
     fitted = network.fitted(path, backbones.build(name), section)
     print(fitted.note, file=sys.stderr, flush=True)
-    backbone = _filled(name, fitted.tensors)
+    backbone = _filled(backbones.build(name), fitted.tensors)
     return Pretrained(backbone, name, metadata.get("method", path.name), normalize, fitted.sha256, step, None)
 
 
-def _filled(name: str, tensors: dict[str, torch.Tensor]) -> Backbone:
-    backbone = backbones.build(name)
+def _filled(backbone: Backbone, tensors: dict[str, torch.Tensor]) -> Backbone:
     backbone.load_state_dict(tensors)
     return backbone.float().eval()
 
