@@ -6,6 +6,10 @@ import pickle
 
 import pytest
 import torch
+from timm import create_model
+from timm.layers import BatchNormAct2d, EvoNorm2dB0, FrozenBatchNormAct2d, GroupNormAct
+from timm.layers.inplace_abn import InplaceAbn
+from timm.layers.split_batchnorm import SplitBatchNorm2d
 from torch import nn
 
 from ssl_dist.distributed.world import one_process
@@ -13,6 +17,8 @@ from ssl_dist.errors import UserError
 from ssl_dist.grid import Grid
 from ssl_dist.nn.batchnorm import SyncBatchNorm, global_moments, refuse_others, synchronize, update_running
 from ssl_dist.nn.batchnorm_cuda import CudaSyncBatchNorm
+from ssl_dist.nn.layers import KeyedDropout, key_dropout, keyed_rows
+from ssl_dist.nn.shapes import without_values
 from tests import thread_world
 from tests.pretended_cuda import CUDA_ONLY
 
@@ -222,11 +228,14 @@ def test_layers_without_a_twin_stay_and_are_refused_for_many_ranks():
         def forward(self, x):
             return super().forward(x).sigmoid()
 
-    for layer in (Gated(4), nn.BatchNorm2d(4, track_running_stats=False)):
+    untracked = BatchNormAct2d(4, track_running_stats=False)
+    others = [EvoNorm2dB0(4), InplaceAbn(4), nn.InstanceNorm2d(4, track_running_stats=True), nn.SyncBatchNorm(4)]
+    for layer in (Gated(4), nn.BatchNorm2d(4, track_running_stats=False), untracked, SplitBatchNorm2d(4), *others):
         net = nn.Sequential(layer)
         assert synchronize(net, twin_of(alone))[0] is layer
-        with pytest.raises(UserError, match="cannot be synchronised"):
+        with pytest.raises(UserError, match=rf"its layer 0 \({type(layer).__name__}\) cannot be synchronised"):
             refuse_others(net)
+    refuse_others(nn.Sequential(FrozenBatchNormAct2d(4), GroupNormAct(4, 2), nn.InstanceNorm2d(4)))
     assert isinstance(synchronize(nn.BatchNorm2d(4), twin_of(alone)), SyncBatchNorm)
 
 
@@ -253,6 +262,96 @@ def test_an_empty_share_adds_nothing():
     assert torch.isfinite(mean).all() and torch.isfinite(var).all() and count == 2
 
 
+# ---------------------------------------------------------------------------------------------------- of timm
+
+TIMM = {
+    "relu": lambda: BatchNormAct2d(4),  # in place
+    "silu": lambda: BatchNormAct2d(4, act_layer="silu", momentum=None),
+    "prelu": lambda: BatchNormAct2d(4, act_layer=nn.PReLU),  # which has a parameter
+    "none": lambda: BatchNormAct2d(4, apply_act=False, affine=False),
+}
+
+
+@pytest.mark.parametrize("kind", TIMM)
+def test_an_activation_inside_is_kept(kind):
+    torch.manual_seed(0)
+    theirs = TIMM[kind]().double()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    ours = synchronize(copy.deepcopy(theirs), twin_of(alone))
+    assert isinstance(ours, SyncBatchNorm)
+    for mode in (True, True, False):
+        a = torch.randn(6, 4, 5, 5, dtype=torch.float64).requires_grad_()
+        b = a.detach().clone().requires_grad_()
+        expected, actual = theirs.train(mode)(a), ours.train(mode)(b)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+        (expected**3).sum().backward(), (actual**3).sum().backward()
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-9, atol=1e-10)
+        for p, q in zip(theirs.parameters(), ours.parameters(), strict=True):
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-10)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-12, atol=0)
+
+
+def test_dropout_inside_is_keyed():
+    layer = BatchNormAct2d(4, drop_layer=lambda: nn.Dropout(0.5))
+    net = nn.Sequential(layer)
+    key_dropout(net)
+    twin = synchronize(net, twin_of(alone))[0]
+    assert isinstance(twin.drop, KeyedDropout)
+    with keyed_rows(torch.arange(3)):
+        x = torch.randn(3, 4, 5, 5)
+        assert torch.equal(twin(x.clone()), torch.relu(twin.drop(twin._normalize(x))))
+
+
+# The smallest network of every family of timm 1.0.31 in which there is one of them.
+OF_FAMILIES = [
+    "halonet_h1", "test_byobnet", "cs3darknet_focus_s", "cspnext_tiny", "densenet121", "dpn48b",
+    "efficientformerv2_s0", "test_efficientnet", "fastvit_t8", "ghostnet_050", "hardcorenas_b",
+    "inception_resnet_v2", "inception_v3", "inception_v4", "lcnetv2_small", "test_coatnet", "lcnet_035",
+    "mobilevit_xxs", "nasnetalarge", "pnasnet5large", "regnetx_002", "repghostnet_050", "resnetv2_18", "rexnet_100",
+    "skresnet18", "tresnet_m", "ese_vovnet19b_slim_dw", "xception41p",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_FAMILIES)
+def test_every_family_is_synchronised(name):
+    with without_values():
+        net = create_model(name, num_classes=0)
+    keys, count = list(net.state_dict()), sum(isinstance(layer, nn.BatchNorm2d) for layer in net.modules())
+    assert any(isinstance(layer, BatchNormAct2d) for layer in net.modules())
+    refuse_others(net)
+    synchronize(net, twin_of(alone))
+    assert list(net.state_dict()) == keys
+    assert sum(isinstance(layer, SyncBatchNorm) for layer in net.modules()) == count
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in net.modules())
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_a_network_on_several_ranks_is_that_of_one(num_ranks):
+    torch.manual_seed(0)
+    net = create_model("test_efficientnet", num_classes=0).double().train()
+    x = torch.randn(8, 3, 32, 32, dtype=torch.float64)
+
+    def results(net, x):
+        (net(x) ** 2).sum().backward()
+        return [p.grad for p in net.parameters()], [b.double() for b in net.buffers()]
+
+    def rank(world):
+        own = synchronize(copy.deepcopy(net), twin_of(world.all_reduce_sum))
+        return results(own, x.chunk(num_ranks)[world.rank_info.rank])
+
+    everything = thread_world.run(rank, Grid(num_ranks, 1))
+    gradients, buffers = results(net, x)
+    largest = max(float(gradient.abs().max()) for gradient in gradients)  # that of a bias before another one is 0
+    for expected, *shares in zip(gradients, *(of_rank[0] for of_rank in everything), strict=True):
+        torch.testing.assert_close(sum(shares), expected, rtol=1e-9, atol=1e-13 * largest)
+    for _, of_rank in everything:
+        torch.testing.assert_close(of_rank, buffers, rtol=1e-12, atol=1e-12)
+
+
 # ---------------------------------------------------------------------------------------------------- on GPUs
 
 
@@ -264,10 +363,11 @@ def cuda_kernels(monkeypatch):
 
 
 @pytest.mark.parametrize(("momentum", "affine"), [(0.1, True), (None, True), (0.3, False)])
-@pytest.mark.parametrize("shape", [(12, 4), (12, 4, 5, 5)])
-def test_the_twin_for_gpus_equals_that_of_the_cpu(shape, momentum, affine, cuda_kernels):
+@pytest.mark.parametrize(
+    ("kind", "shape"), [(nn.BatchNorm1d, (12, 4)), (nn.BatchNorm2d, (12, 4, 5, 5)), (BatchNormAct2d, (12, 4, 5, 5))]
+)
+def test_the_twin_for_gpus_equals_that_of_the_cpu(kind, shape, momentum, affine, cuda_kernels):
     torch.manual_seed(0)
-    kind = nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d
     layer = kind(4, momentum=momentum, affine=affine).double()
     if affine:
         nn.init.normal_(layer.weight)
@@ -308,6 +408,7 @@ def test_a_graph_does_not_end_at_a_twin(number, affine, momentum, cuda_kernels):
     net = nn.Sequential(
         nn.Conv2d(3, 4, 3), twins(nn.BatchNorm2d(4, affine=affine, momentum=momentum))[number], nn.ReLU(inplace=True),
         nn.Conv2d(4, 4, 3), twins(nn.BatchNorm2d(4))[number], nn.ReLU(inplace=True),
+        nn.Conv2d(4, 4, 3), twins(BatchNormAct2d(4))[number],
     ).to(memory_format=torch.channels_last)  # fmt: skip
     traced, x = copy.deepcopy(net), torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last)
     compiled = torch.compile(traced, backend="aot_eager", fullgraph=True)

@@ -185,7 +185,6 @@ def test_a_vision_transformer_is_tried_at_the_size_of_evaluation(run):
     ("world", "overrides", "message"),
     [
         (1, ["optim.batch_size=1"], r"optim\.batch_size = 1: .* give 2 or more"),  # maps of one pixel at 32 px
-        (2, ["backbone.name=timm/efficientnet_b0"], r"BatchNormAct2d\) cannot be synchronised .* train on one rank"),
     ],
 )
 def test_what_the_ranks_would_refuse_is_refused_before_they_start(run, world, overrides, message):

@@ -109,10 +109,11 @@ def test_every_dropout_is_replaced(network):
     assert numbers == list(range(len(numbers))) and numbers
 
 
-def test_what_has_no_twin_is_refused():
-    network = nn.Sequential(nn.Dropout2d(0.5))
+@pytest.mark.parametrize("layer", [nn.Dropout2d, timm.layers.DropBlock2d])
+def test_what_has_no_twin_is_refused(layer):
+    network = nn.Sequential(layer(0.5))
     key_dropout(network)
-    with pytest.raises(UserError, match="Dropout2d"):
+    with pytest.raises(UserError, match=layer.__name__):
         refuse_random_layers(network, "it")
 
 

@@ -145,11 +145,15 @@ class Recorded(thread_world.ThreadWorld):
 
 
 @pytest.mark.parametrize(
-    ("method", "grid"), [("relational", Grid(2, 1)), ("relational", Grid(1, 2)), ("simclr", Grid(2, 1)),
-                         ("vicreg", Grid(2, 1)), ("infomax", Grid(2, 1))]
+    ("method", "grid", "more"),
+    [
+        ("relational", Grid(2, 1), []), ("relational", Grid(1, 2), []), ("simclr", Grid(2, 1), []),
+        ("vicreg", Grid(2, 1), []), ("infomax", Grid(2, 1), []),
+        ("simclr", Grid(2, 1), ["backbone.name=timm/test_efficientnet"]),
+    ],
 )  # fmt: skip
-def test_collectives_are_those_of_a_real_step(plan_of, monkeypatch, method, grid):
-    plan = plan_of(method, 2, f"data.view_shards={grid.views}")
+def test_collectives_are_those_of_a_real_step(plan_of, monkeypatch, method, grid, more):
+    plan = plan_of(method, 2, f"data.view_shards={grid.views}", *more)
     real = plan.build()
     monkeypatch.setattr(Recorded, "seen", [])
     monkeypatch.setattr(thread_world, "ThreadWorld", Recorded)

@@ -102,10 +102,11 @@ def test_selas_scores_in_the_hosts_memory(monkeypatch):
     ("name", "more"),
     [
         ("supervised", ["backbone.name=efficientnet_b0", "optim.batch_size=8"]),
+        ("simclr", ["backbone.name=timm/test_byobnet"]),
         ("sfrik", MULTICROP),
         ("relational", [*FEW["relational"], "method.options.labelled=0.5"]),
     ],
-    ids=["keyed dropout", "multicrop", "labels of pairs"],
+    ids=["keyed dropout", "an activation in BatchNorm", "multicrop", "labels of pairs"],
 )
 def test_what_verify_leaves_out(name, more, cases, monkeypatch):
     [config, *_] = cases[name]
@@ -126,6 +127,15 @@ def test_one_of_eight_ranks(name, cases, monkeypatch):
         assert dict(notes.waits) == ONE_WAIT, config.method
         assert not notes.half, config.method
         assert {place for _, place in notes.wide} <= meant, config.method
+
+
+def test_timms_batchnorm_on_one_of_eight_ranks(cases, monkeypatch):
+    [config, *_] = cases["simclr"]
+    words = ["precision=bf16", "optim.batch_size=16", "backbone.name=timm/test_byobnet"]
+    training = train_on_gpu(monkeypatch, config, words, 8)
+    assert training.notes.kernels["batch_norm_elemt"] >= 14, "of the twin"
+    assert dict(training.notes.waits) == ONE_WAIT and not training.notes.half
+    assert {place for _, place in training.notes.wide} <= MEANT_IN_FLOAT64
 
 
 def test_triton_scores_pairs_where_it_can(cases, monkeypatch):

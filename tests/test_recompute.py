@@ -40,7 +40,15 @@ def gradients(backbone, images):
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("conv4", 16), ("resnet8", 16), ("resnet18", 32), ("resnetv2_50", 32), ("efficientnet_b0", 32), (VIT, 160)],
+    [
+        ("conv4", 16),
+        ("resnet8", 16),
+        ("resnet18", 32),
+        ("resnetv2_50", 32),
+        ("efficientnet_b0", 32),
+        (VIT, 160),
+        ("timm/test_efficientnet", 32),
+    ],
 )
 def test_blocks_computed_again_change_no_bit(name, size):
     images = torch.randn(4, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -206,6 +206,44 @@ def test_views_that_pass_alone_or_together_may_be_sharded(tmp_path, monkeypatch)
     assert alone != together
 
 
+@pytest.mark.slow
+def test_timms_batchnorm_is_synchronised(tmp_path):
+    """With the activation inside, also where each view passes alone and the views are sharded."""
+    case = next(verify.cases(tmp_path, names=["sfrik"], overrides=["backbone.name=timm/test_byobnet"], steps=3))
+    rows = verify.certify([case], tmp_path)
+    assert {str(row.grid) for row in rows} == ALL and all(row.holds for row in rows), verify.table(rows)
+
+
+EVONORM = """
+from torch import nn
+from timm.layers import EvoNorm2dB0
+from ssl_dist.nn.backbone import Backbone
+
+
+class Evo(Backbone):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), EvoNorm2dB0(8))
+        self.stages, self.feature_dim = {"body": 8}, 8
+
+    def steps(self):
+        return [("body", self.body)]
+
+
+BACKBONES = {"evo": Evo}
+"""
+
+
+@pytest.mark.parametrize("command", [["explain", CONFIG, "--world", "2"], ["verify", CONFIG]])
+def test_a_layer_that_sees_a_rank_alone_is_refused_before_ranks_start(digits, tmp_path, capsys, command):
+    (tmp_path / "evo.py").write_text(EVONORM)
+    words = [f"data.root={digits}", "data.reader=arrays", "backbone.name=evo", f"plugins=[{tmp_path / 'evo.py'}]"]
+    assert cli.main([*command, *words]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "its layer body.1 (EvoNorm2dB0) cannot be synchronised over several ranks; train on one rank" in line
+    assert cli.main(["explain", CONFIG, "--world", "1", *words]) == 0
+
+
 # ---------------------------------------------------------------------------------------------------- the measure
 
 

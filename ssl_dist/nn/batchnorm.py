@@ -61,7 +61,8 @@ def global_moments(x: Tensor, reduce: Callable[[Tensor], Tensor]) -> tuple[Tenso
 class SyncBatchNorm(_BatchNorm):
     """A BatchNorm whose moments are summed over the ranks by `reduce` (an all-reduced sum without gradient).
 
-    y = weight xhat + bias with xhat = (x - mean) rstd (Ioffe & Szegedy, 2015); the moments are float64 [C].
+    y = weight xhat + bias with xhat = (x - mean) rstd (Ioffe & Szegedy, 2015); the moments are float64 [C]. What the
+    original has inside, such as an activation, is applied to y, in its order.
     """
 
     collectives: ClassVar[tuple[str, ...]] = ("reduce",)  # attributes that another group of ranks may take the place of
@@ -72,6 +73,7 @@ class SyncBatchNorm(_BatchNorm):
         super().__init__(original.num_features, original.eps, original.momentum, original.affine, device="meta")
         self._parameters = original._parameters
         self._buffers = original._buffers
+        self._modules = original._modules
         self.training = original.training
         self.reduce = reduce
         self.number = batchnorm_ops.register(self)
@@ -91,8 +93,12 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError(f"expected {self.num_features} channels, got {x.shape[1]}")
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
+        y = self._by_moments(x) if self.training else super().forward(x)
+        for module in self.children():
+            y = module(y)
+        return y
+
+    def _by_moments(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
         if torch.compiler.is_compiling() and self.traceable:
             return batchnorm_ops.normalize(self.number, x, self.weight, self.bias, statistics(self))
@@ -170,14 +176,25 @@ TORCH_BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def has_twin(layer: nn.Module) -> TypeGuard[_BatchNorm]:
-    """Whether the twin does all that `layer` does: it drops what others than torch's own add, and keeps statistics."""
-    return isinstance(layer, _BatchNorm) and type(layer) in TORCH_BATCHNORMS and layer.track_running_stats
+    """Whether the twin does all that `layer` does: it drops what others than torch's own and timm's add, and keeps
+    statistics."""
+    kind = type(layer)
+    # timm's has dropout and an activation inside. It is not imported: seconds for who has nothing of it.
+    is_timms = kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm.")
+    return isinstance(layer, _BatchNorm) and (kind in TORCH_BATCHNORMS or is_timms) and layer.track_running_stats
+
+
+def is_of_batches(layer: nn.Module) -> bool:
+    """Whether `layer` normalises by the moments of a batch or keeps their mean: any BatchNorm, and what other layers
+    with running statistics there are (InplaceAbn, EvoNorm's B series, InstanceNorm that tracks them), unless frozen."""
+    running = {"running_mean", "running_var"} & dict(layer.named_buffers(recurse=False)).keys()
+    return isinstance(layer, _BatchNorm) or (bool(running) and not type(layer).__name__.startswith("Frozen"))
 
 
 def refuse_others(module: nn.Module) -> None:
-    """Raises `UserError` for a BatchNorm without a twin: its statistics would be those of each rank alone."""
+    """Raises `UserError` for a layer of batches without a twin: its statistics would be those of each rank alone."""
     for name, layer in module.named_modules():
-        if isinstance(layer, _BatchNorm) and not has_twin(layer):
+        if is_of_batches(layer) and not has_twin(layer):
             raise UserError(
                 f"backbone.name: its layer {name.removeprefix('backbone.')} ({type(layer).__name__}) cannot be "
                 "synchronised over several ranks; train on one rank, or choose another backbone"

@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from ssl_dist.errors import UserError
 from ssl_dist.nn.backbone import Backbone
-from ssl_dist.nn.batchnorm import kept_statistics
+from ssl_dist.nn.batchnorm import is_of_batches, kept_statistics
 from ssl_dist.nn.layers import keyed_rows, keys_of_rows
 
 
@@ -36,7 +35,7 @@ def by_blocks(backbone: Backbone, name: str) -> None:
 
 def in_parts(backbone: Backbone, name: str, num_parts: int) -> None:
     """Let the images of a pass go through in parts. Raises `UserError` where images do not pass independently."""
-    layers = [layer for layer in backbone.modules() if isinstance(layer, _BatchNorm)]
+    layers = [layer for layer in backbone.modules() if is_of_batches(layer)]
     if layers:
         raise UserError(
             f"optim.accumulate = {num_parts}: the {len(layers)} BatchNorm layers of {name} need all images at once; "

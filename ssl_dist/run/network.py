@@ -143,7 +143,7 @@ def refuse_random_layers(module: nn.Module, name: str) -> None:
     """Layers that draw from torch's generator would make a resume inexact and the world size matter."""
     for path, layer in module.named_modules():
         rate = getattr(layer, "p", getattr(layer, "drop_prob", 0.0))
-        if type(layer).__name__.startswith(("Dropout", "DropPath", "StochasticDepth", "RReLU")) and rate:
+        if type(layer).__name__.startswith(("Drop", "StochasticDepth", "RReLU")) and rate:
             raise UserError(
                 f"backbone.name = {quoted(name)}: its layer {path} ({type(layer).__name__}) draws random numbers of "
                 "its own; choose a backbone without it"
