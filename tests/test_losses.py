@@ -77,6 +77,26 @@ def test_they_equal_those_of_other_libraries():
     assert losses.simsiam([z1, z2], [z1, z2]).item() == pytest.approx(-0.23905918461328302, rel=1e-15)
 
 
+def slow_decoupled(z1, z2, temperature, sigma=None):
+    """The other views of other images alone are the rivals; with sigma, partners that are less alike weigh more."""
+    z = [[row / row.norm() for row in view] for view in (z1, z2)]
+    likeness = [(a @ b / (sigma or 1)).exp() for a, b in zip(*z, strict=True)]
+    total = 0.0
+    for i in range(NUM_IMAGES):
+        weight = 2 - NUM_IMAGES * likeness[i] / sum(likeness) if sigma else 1
+        for v in range(2):
+            rivals = sum((z[v][i] @ z[w][j] / temperature).exp() for w in range(2) for j in range(NUM_IMAGES) if j != i)
+            total += math.log(rivals) - weight * z[0][i] @ z[1][i] / temperature
+    return float(total / (2 * NUM_IMAGES))
+
+
+def test_decoupled_losses():
+    z1, z2 = views(2)
+    assert losses.dcl(z1, z2, 0.2).item() == pytest.approx(slow_decoupled(z1, z2, 0.2), rel=1e-12)
+    weighted = losses.dcl(z1, z2, 0.2, sigma=0.3)
+    assert weighted.item() == pytest.approx(slow_decoupled(z1, z2, 0.2, 0.3), rel=1e-12)
+
+
 def test_two_views_of_sfrik_are_mean_kernels():
     """psi(t) = t: the discrepancy is the squared mean embedding."""
     z = F.normalize(views(2), dim=-1)
@@ -179,6 +199,8 @@ ALL = {  # of views and labels
     "simsiam": lambda z, _: losses.simsiam(z[:2], z[1:]),
     "mocov2": lambda z, _: losses.mocov2(z[0], z[1], F.normalize(views(1, seed=4)[0], dim=1)),
     "mocov3": lambda z, _: losses.mocov3(z[:2], z[1:], 0.2),
+    "dcl": lambda z, _: losses.dcl(z[0], z[1]),
+    "dclw": lambda z, _: losses.dcl(z[0], z[1], sigma=0.5),
     "infomax": lambda z, labels: infomax()(z[0], z[1][:, :4, None, None].expand(-1, -1, 18, 18), z[2].detach()),
     "deepcluster": lambda z, labels: losses.deepcluster(z[0], labels.clamp(min=0), torch.arange(1, DIM + 1)),
     "sela": lambda z, labels: losses.sela(z, labels.clamp(min=0).expand(3, -1)),
@@ -241,6 +263,7 @@ def test_ranks_compute_the_loss_of_their_common_batch(tmp_path):
         (lambda z: losses.mocov2(z[0], z[1], z[0, :, :2]), r"queue is torch.float64 \[6, 2\]: give \[Q, 5\]"),
         (lambda z: losses.mocov3(z[:2], z[:1]), "give two of one shape"),
         (lambda z: losses.barlow_twins(z[0], z[1], lambd=-1.0), "lambd = -1.0"),
+        (lambda z: losses.dcl(z[0], z[1], sigma=0.0), "sigma = 0.0"),
         (lambda z: infomax()(z[0], MAPS[:2]), r"features \[6, 5\] and maps \[2, 4, 18, 18\]: give \[B, D\]"),
         (lambda z: infomax()(z[0, :1], MAPS[:1]), "one image has no other"),
         (lambda z: losses.DeepInfoMax(5, 4, beta=-1.0), "beta = -1.0"),

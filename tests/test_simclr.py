@@ -1,11 +1,14 @@
-"""SimCLR's two losses against loops written from the paper, on one rank and on several."""
+"""SimCLR's losses against loops written from the papers, on one rank and on several, and those of decoupled contrastive
+learning against another implementation: tests/golden/dcl.npz."""
 
 import copy
 import math
+import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +21,7 @@ from ssl_dist.methods.base import Info
 from tests import grids
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
+GOLDEN = dict(np.load(Path(os.environ.get("SSL_DIST_GOLDEN", Path(__file__).parent / "golden"), "dcl.npz")))
 
 
 def make(dtype=torch.float64, batch_size=6, **options):
@@ -46,8 +50,26 @@ def slow_probabilities(z_ND, temperature):
 
 
 def slow_loss(z_ND, kind, temperature):
+    if kind.startswith("dcl"):
+        return slow_decoupled(z_ND, temperature, weighted=kind == "dclw")
     p, _ = slow_probabilities(z_ND, temperature)
     return -sum(x.log() for x in p) / len(p) if kind == "nt_xent" else -(sum(p) / len(p)).log()
+
+
+def slow_decoupled(z_ND, temperature, weighted, sigma=0.5):
+    """The mean over both views of every image of minus w cosine / t, plus the log of the sum over the views of the
+    other images."""
+    num_images = len(z_ND) // 2
+    z = [[row / row.norm() for row in half] for half in (z_ND[:num_images], z_ND[num_images:])]
+    likeness = [(z[0][i] @ z[1][i] / sigma).exp() for i in range(num_images)]
+    total = 0.0
+    for i in range(num_images):
+        w = 2 - likeness[i] / (sum(likeness) / num_images) if weighted else 1.0
+        for k in range(2):
+            others = [z[k][i] @ z[v][j] for v in range(2) for j in range(num_images) if j != i]
+            total = total - w * (z[k][i] @ z[1 - k][i]) / temperature
+            total = total + sum((cosine / temperature).exp() for cosine in others).log()
+    return total / (2 * num_images)
 
 
 def reference(method, both):
@@ -95,12 +117,27 @@ def test_shares_of_anchors_join(num_images, data):
 def test_extreme_temperatures_are_finite(loss, temperature):
     """exp(1 / temperature) is infinite in either precision."""
     z = torch.randn(12, 5, requires_grad=True)
-    logits, partner = simclr.candidates(z, temperature)
-    value = simclr.LOSSES[loss](-F.cross_entropy(logits, partner, reduction="none"))
+    value, _ = simclr.contrast(z, simclr.Options(loss=loss, temperature=temperature), one_process())
     value.backward()
     assert value.isfinite() and z.grad.isfinite().all()
     if temperature == 1e3:
-        assert value.item() == pytest.approx(math.log(11), abs=1e-2)
+        assert value.item() == pytest.approx(math.log(10 if loss.startswith("dcl") else 11), abs=1e-2)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("case", sorted({key.rsplit("/", 2)[0] for key in GOLDEN if key.startswith("dcl")}))
+def test_decoupled_losses_of_another_implementation(case, dtype, tolerance):
+    """It adds the means of both directions."""
+    kind, numbers = case.split("/")
+    temperature, sigma = (float(word[1:]) for word in numbers.split("_"))
+    z = torch.from_numpy(GOLDEN["z"]).to(dtype).requires_grad_()
+    options = simclr.Options(loss=kind, temperature=temperature, sigma=sigma)
+    loss, _ = simclr.contrast(z.flatten(0, 1), options, one_process())
+    (2 * loss).backward()
+    part = f"{case}/{'f64' if dtype == torch.float64 else 'f32'}"
+    assert 2 * loss.item() == pytest.approx(float(GOLDEN[f"{part}/loss"]), rel=tolerance)
+    expected = torch.from_numpy(GOLDEN[f"{part}/grad"])
+    assert float((z.grad - expected).abs().max() / expected.abs().max()) <= tolerance
 
 
 def test_half_precision_is_scored_in_float32():

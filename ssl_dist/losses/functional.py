@@ -39,7 +39,19 @@ def nt_xent(
     options = _options(_simclr.Options, temperature=temperature, loss=kind)
     z_KMD, world = _gathered((z1, z2), world, 2)
     with full_precision(z_KMD.device):
-        return _simclr.contrast(z_KMD.flatten(0, 1), options.loss, options.temperature, world)[0]
+        return _simclr.contrast(z_KMD.flatten(0, 1), options, world)[0]
+
+
+def dcl(
+    z1: Tensor, z2: Tensor, temperature: float = 0.1, sigma: float | None = None, world: World | None = None
+) -> Tensor:
+    """Decoupled contrastive learning (Yeh et al. 2022): `nt_xent` without the partner among the others. sigma: partners
+    that are less alike weigh more, by cosine / sigma, which is 0.5 in DCLW; None: all weigh the same."""
+    weights = {"loss": "dcl"} if sigma is None else {"loss": "dclw", "sigma": sigma}
+    options = _options(_simclr.Options, temperature=temperature, **weights)
+    z_KMD, world = _gathered((z1, z2), world, 2)
+    with full_precision(z_KMD.device):
+        return _simclr.contrast(z_KMD.flatten(0, 1), options, world)[0]
 
 
 def vicreg(
