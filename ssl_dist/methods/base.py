@@ -230,6 +230,15 @@ class SSLMethod(nn.Module, Generic[OptionsT]):
         """Representations [K, M, D] of the global batch, views in the order of their ids; see `represent`."""
         return torch.cat([world.gather_views(z) for z in self.represent(batch, network)])
 
+    def projected(self, batch: Batch, world: World, projector: nn.Module) -> Tensor:
+        """Embeddings [K, M, D] of the global batch, at least float32: what the backbone makes of views of one size at a
+        time passes the projector together, of all sizes."""
+        features = self.represent(batch)
+        rows = [z.flatten(0, 1) for z in features]
+        embedded = at_least_float32(projector(torch.cat(rows))).split([len(z) for z in rows])
+        parts = [world.gather_views(z.view(*of.shape[:2], -1)) for z, of in zip(embedded, features, strict=True)]
+        return torch.cat(parts)
+
     @contextlib.contextmanager
     def keyed(self, batch: Batch, view_ids: Tensor) -> Iterator[None]:
         """A context for a pass of rows (view, image), view-major: each row gets its key, from which dropout draws."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ssl_dist.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
 from ssl_dist.methods.base import Backbone, Batch, Clock, Extract, Info, Output, SSLMethod, World
-from ssl_dist.nn.layers import at_least_float32, full_precision, mlp
+from ssl_dist.nn.layers import full_precision, mlp
 from ssl_dist.nn.queue import Queue
 
 
@@ -107,13 +107,7 @@ class Method(SSLMethod[Options]):
         """Metrics: the entropy of the mean assignment, 1 when all prototypes are used equally, and that of the mean
         prediction of a prototype."""
         options = self.options
-        features = self.represent(batch)
-        rows = [z.flatten(0, 1) for z in features]
-        embedded = at_least_float32(self.projector(torch.cat(rows))).split(
-            [len(z) for z in rows]
-        )  # of all sizes at once
-        parts = [world.gather_views(z.view(*of.shape[:2], -1)) for z, of in zip(embedded, features, strict=True)]
-        z_VMD = F.normalize(torch.cat(parts), dim=-1)
+        z_VMD = F.normalize(self.projected(batch, world, self.projector), dim=-1)
         prototypes: Tensor = self.prototypes
         if batch.step < options.freeze_steps:
             prototypes = prototypes.detach() + 0 * prototypes  # has a gradient, which is 0: DDP waits for it
