@@ -75,9 +75,8 @@ def uniforms(key: np.uint64, count: int) -> np.ndarray:
 
 
 def normals(key: np.uint64, count: int) -> np.ndarray:
-    """Draws of the standard normal distribution, float64 [count] (Box & Muller, 1958)."""
-    first, second = uniforms(key, 2 * count).reshape(2, count)
-    return np.sqrt(-2 * np.log1p(-first)) * np.cos(2 * np.pi * second)
+    """Draws of the standard normal distribution, float64 [count]."""
+    return _normal(uniforms(key, 2 * count))
 
 
 def row_keys(key: np.uint64, firsts: np.ndarray, seconds: np.ndarray) -> np.ndarray:
@@ -90,3 +89,15 @@ def uniform_rows(key: np.uint64, ids: np.ndarray, width: int) -> np.ndarray:
     """float64 [len(ids), width] in [0, 1): row i is a function of `key` and ids[i] alone."""
     keys = _folds(np.array([key], np.uint64), np.ascontiguousarray(ids, np.int64))[0]
     return (_draws(keys, width) >> np.uint64(11)) * 2.0**-53
+
+
+def normal_rows(key: np.uint64, ids: np.ndarray, width: int) -> np.ndarray:
+    """Draws of the standard normal distribution, float64 [len(ids), width]: row i is a function of `key` and ids[i]
+    alone."""
+    return _normal(uniform_rows(key, ids, 2 * width))
+
+
+def _normal(uniform: np.ndarray) -> np.ndarray:
+    """[..., n] of the standard normal distribution from [..., 2n] in [0, 1) (Box & Muller, 1958)."""
+    first, second = np.split(uniform, 2, axis=-1)
+    return np.sqrt(-2 * np.log1p(-first)) * np.cos(2 * np.pi * second)

@@ -3,12 +3,14 @@
 None of them changes a run of one process, which is the reference for the ranks.
 """
 
+import os
 from unittest import mock
 
 from ssl_dist import methods
 from ssl_dist.data.loader import TrainLoader
 from ssl_dist.distributed import world as world_module
-from ssl_dist.distributed.world import World
+from ssl_dist.distributed.world import World, one_process
+from ssl_dist.methods import lejepa
 
 
 def lose_the_backward_sum():
@@ -50,6 +52,32 @@ def reuse_a_view_id():
                 ids[-1] = spec.first_view
 
     TrainLoader.__init__ = reusing
+
+
+def be_normal_locally():
+    """LeJEPA's characteristic functions are means over the images of a rank's share."""
+    regularized = lejepa.regularized
+
+    def of_own_images(z_KMD, chosen, seed, step, options, world):
+        lo, hi = world.share(z_KMD.shape[1])
+        return regularized(z_KMD[:, lo:hi], chosen, seed, step, options, one_process())
+
+    lejepa.regularized = of_own_images
+
+
+def draw_slices_of_the_rank():
+    """LeJEPA's slices are others on every rank."""
+    drawn_slices = lejepa.drawn_slices
+
+    def of_rank(seed, step, dim, lo, hi):
+        return drawn_slices(seed + int(os.environ["RANK"]), step, dim, lo, hi)
+
+    lejepa.drawn_slices = of_rank
+
+
+def average_a_sum():
+    """A share of a sum is not multiplied by the number of ranks, over which DDP averages: wrong by 1 / W."""
+    World.scale_for_ddp_mean = lambda self, loss_share: loss_share
 
 
 def add_methods(folder):

@@ -54,6 +54,14 @@ def test_normals_are_normal():
     assert np.array_equal(keys.normals(keys.hash64(4), 4000), draws) and keys.normals(keys.hash64(4), 0).shape == (0,)
 
 
+def test_rows_of_normals_are_functions_of_their_ids():
+    key, ids = keys.hash64(5), np.array([7, 0, 3, 10**12])
+    rows = keys.normal_rows(key, ids, 1000)
+    assert stats.kstest(rows.ravel(), "norm").pvalue > 0.01
+    assert np.abs(np.corrcoef(rows) - np.eye(4)).max() < 0.1
+    assert np.array_equal(keys.normal_rows(key, ids[2:], 1000), rows[2:])
+
+
 @pytest.mark.parametrize("n", [0, 1, 2, 1000])
 def test_permutation_is_one(n):
     order = keys.permutation(keys.hash64(1), n)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import ssl_dist
 from ssl_dist import losses
-from ssl_dist.methods import relational
+from ssl_dist.methods import lejepa, relational
 from tests import ranks
 
 NUM_IMAGES, DIM = 6, 5
@@ -95,6 +95,31 @@ def test_decoupled_losses():
     assert losses.dcl(z1, z2, 0.2).item() == pytest.approx(slow_decoupled(z1, z2, 0.2), rel=1e-12)
     weighted = losses.dcl(z1, z2, 0.2, sigma=0.3)
     assert weighted.item() == pytest.approx(slow_decoupled(z1, z2, 0.2, 0.3), rel=1e-12)
+
+
+def slow_sigreg(z_KMD, step, seed, slices, knots, t_max):
+    """As of the paper's algorithm 1: complex numbers and a trapezoidal rule over all knots."""
+    t = torch.linspace(-t_max, t_max, knots, dtype=torch.float64)
+    normal = torch.exp(-t.square() / 2)
+    directions = torch.from_numpy(lejepa.drawn_slices(seed, step, DIM, 0, slices))
+    statistics = []
+    for z_MD in z_KMD:
+        for direction in directions:
+            empirical = torch.exp(1j * (z_MD @ direction)[:, None] * t).mean(0)
+            statistics.append(NUM_IMAGES * torch.trapezoid((empirical - normal).abs().square() * normal, t))
+    return torch.stack(statistics).mean()
+
+
+def test_lejepa_is_a_distance_and_sigreg():
+    z = views(3)
+    sigreg = slow_sigreg(z, 4, 9, 20, 17, 3.0)
+    torch.testing.assert_close(losses.sigreg(z, 4, 9, 20, t_max=3.0), sigreg)
+    for chosen, centre in ((None, z.mean(0)), ([0, 2], (z[0] + z[2]) / 2)):
+        expected = 0.9 * (z - centre).square().mean() + 0.1 * sigreg
+        ours = losses.lejepa(z, 4, 9, lambd=0.1, slices=20, t_max=3.0, global_views=chosen)
+        torch.testing.assert_close(ours, expected)
+    assert losses.sigreg([z[0]], 4).item() == pytest.approx(losses.sigreg(z[:1], 4).item(), rel=1e-12)
+    assert losses.sigreg(z, 4) != losses.sigreg(z, 5)
 
 
 def test_two_views_of_sfrik_are_mean_kernels():
@@ -201,6 +226,8 @@ ALL = {  # of views and labels
     "mocov3": lambda z, _: losses.mocov3(z[:2], z[1:], 0.2),
     "dcl": lambda z, _: losses.dcl(z[0], z[1]),
     "dclw": lambda z, _: losses.dcl(z[0], z[1], sigma=0.5),
+    "lejepa": lambda z, _: losses.lejepa(z, 7, slices=9, lambd=0.5),
+    "sigreg": lambda z, _: losses.sigreg(z[:1], 7, slices=9),
     "infomax": lambda z, labels: infomax()(z[0], z[1][:, :4, None, None].expand(-1, -1, 18, 18), z[2].detach()),
     "deepcluster": lambda z, labels: losses.deepcluster(z[0], labels.clamp(min=0), torch.arange(1, DIM + 1)),
     "sela": lambda z, labels: losses.sela(z, labels.clamp(min=0).expand(3, -1)),
@@ -263,6 +290,10 @@ def test_ranks_compute_the_loss_of_their_common_batch(tmp_path):
         (lambda z: losses.mocov2(z[0], z[1], z[0, :, :2]), r"queue is torch.float64 \[6, 2\]: give \[Q, 5\]"),
         (lambda z: losses.mocov3(z[:2], z[:1]), "give two of one shape"),
         (lambda z: losses.barlow_twins(z[0], z[1], lambd=-1.0), "lambd = -1.0"),
+        (lambda z: losses.lejepa(z, 0, lambd=2.0), "lambd = 2.0"),
+        (lambda z: losses.lejepa(z, 0, global_views=[0, 3]), r"global_views = \[0, 3\]: give different numbers of 3"),
+        (lambda z: losses.lejepa(z[:1], 0), r"\[1, 6, 5\]: give 2 or more"),
+        (lambda z: losses.sigreg(z[0], 0), "give each as"),
         (lambda z: losses.dcl(z[0], z[1], sigma=0.0), "sigma = 0.0"),
         (lambda z: infomax()(z[0], MAPS[:2]), r"features \[6, 5\] and maps \[2, 4, 18, 18\]: give \[B, D\]"),
         (lambda z: infomax()(z[0, :1], MAPS[:1]), "one image has no other"),

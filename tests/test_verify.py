@@ -96,6 +96,23 @@ def test_a_mutated_program_fails_the_certificate(relational, tmp_path, mutation,
     assert failing_grids(rows) == grids, verify.table(rows)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mutation",
+    [
+        mutations.lose_the_backward_sum,
+        mutations.average_a_sum,
+        mutations.be_normal_locally,
+        mutations.draw_slices_of_the_rank,
+    ],
+)
+def test_a_mutated_lejepa_fails_on_every_grid(tmp_path, mutation):
+    case = next(verify.cases(tmp_path, names=["lejepa"], steps=1))
+    rows = verify.certify([case], tmp_path, mutation)
+    print(verify.table(rows))
+    assert failing_grids(rows) == ALL - {"1x4"}, verify.table(rows)
+
+
 TOY = '''
 from typing import Literal
 

@@ -17,6 +17,7 @@ from ssl_dist.losses.functional import (
     byol,
     dcl,
     deepcluster,
+    lejepa,
     mocov2,
     mocov3,
     nt_xent,
@@ -25,6 +26,7 @@ from ssl_dist.losses.functional import (
     sela,
     sela_labels,
     sfrik,
+    sigreg,
     simsiam,
     vicreg,
 )
@@ -45,6 +47,7 @@ __all__ = [
     "byol",
     "dcl",
     "deepcluster",
+    "lejepa",
     "mocov2",
     "mocov3",
     "nt_xent",
@@ -53,6 +56,7 @@ __all__ = [
     "sela",
     "sela_labels",
     "sfrik",
+    "sigreg",
     "simsiam",
     "vicreg",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from ssl_dist.methods import align_uniform as _align_uniform
 from ssl_dist.methods import barlow_twins as _barlow_twins
 from ssl_dist.methods import byol as _byol
 from ssl_dist.methods import deepcluster as _deepcluster
+from ssl_dist.methods import lejepa as _lejepa
 from ssl_dist.methods import mocov2 as _mocov2
 from ssl_dist.methods import mocov3 as _mocov3
 from ssl_dist.methods import relational as _relational
@@ -116,6 +117,47 @@ def mocov3(query: Views, key: Views, temperature: float = 1.0, world: World | No
     key_KMD, _ = _gathered(key, world, 2)
     with full_precision(query_KMD.device):
         return _mocov3.contrast(query_KMD, key_KMD.detach(), options.temperature, world)[0]
+
+
+def lejepa(
+    views: Views,
+    step: int,
+    seed: int = 0,
+    lambd: float = 0.05,
+    slices: int = 1024,
+    knots: int = 17,
+    t_max: float = 5.0,
+    global_views: Sequence[int] | None = None,
+    world: World | None = None,
+) -> Tensor:
+    """LeJEPA (Balestriero & LeCun 2025) of K views [K, B, D]: (1 - lambd) times the mean squared distance to the mean
+    of the global views (None: of all), plus lambd times `sigreg`."""
+    numbers = {"lambd": lambd, "slices": slices, "knots": knots, "t_max": t_max}
+    options = _options(_lejepa.Options, **numbers, global_views=_listed(global_views))
+    z_KMD, world = _gathered(views, world)
+    chosen = [*range(len(z_KMD))] if options.global_views is None else options.global_views
+    if max(chosen) >= len(z_KMD) or len(set(chosen)) < len(chosen):
+        raise ValueError(f"global_views = {chosen}: give different numbers of {len(z_KMD)} views, from 0 on")
+    with full_precision(z_KMD.device):
+        return _lejepa.regularized(z_KMD, chosen, seed, step, options, world)[0]
+
+
+def sigreg(
+    views: Views,
+    step: int,
+    seed: int = 0,
+    slices: int = 1024,
+    knots: int = 17,
+    t_max: float = 5.0,
+    world: World | None = None,
+) -> Tensor:
+    """Sketched isotropic Gaussian regularisation (Balestriero & LeCun 2025) of K views [K, B, D], one or more: how far
+    each is from a standard normal distribution along random directions, which are a function of seed and step. Give
+    every training step another number, the same on all ranks."""
+    options = _options(_lejepa.Options, slices=slices, knots=knots, t_max=t_max)
+    z_KMD, world = _gathered(views, world, least=1)
+    with full_precision(z_KMD.device):
+        return _lejepa.sigreg(z_KMD, seed, step, options, world)
 
 
 def align_uniform(
