@@ -82,6 +82,8 @@ def test_steps(case, dtype):
         losses.append(loss.detach())
         optimizer.zero_grad()
         loss.backward()
+        for parameter in method.frozen(clock):
+            parameter.grad = None
         optimizer.step()
         clock = clock.after_step()
         method.after_step(clock)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from ssl_dist import backbones
 from ssl_dist.clock import Clock
 from ssl_dist.config import Optim, validate
 from ssl_dist.errors import UserError
@@ -168,3 +169,97 @@ def test_a_rate_of_biases_is_of_lars_alone():
     )
     optim.set_lr(optimizer, 0.4)
     assert [group["lr"] for group in optimizer.param_groups] == [0.4, 0.1]
+
+
+# ---------------------------------------------------------------------------------------------------- of transformers
+
+
+def test_weight_decay_follows_half_a_cosine():
+    options = Optim(weight_decay=0.04, weight_decay_final=0.4)
+    decays = [optim.weight_decay(options, Clock(step, 10, 100)) for step in range(101)]
+    assert decays[0] == pytest.approx(0.04) and decays[50] == pytest.approx(0.22) and decays[100] == pytest.approx(0.4)
+    assert decays[25] == pytest.approx(0.4 - 0.36 * (1 + math.cos(math.pi / 4)) / 2)
+    assert optim.weight_decay(Optim(weight_decay=0.04), Clock(50, 10, 100)) == 0.04
+
+
+def network():
+    return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "lars"])
+def test_vectors_decay_unless_told(name):
+    net = network()
+    for decay_vectors in (True, False):
+        options = Optim(name=name, weight_decay=0.5, weight_decay_final=1.0, decay_vectors=decay_vectors)
+        optimizer = optim.build(options, [{"params": list(net.parameters())}], CPU)
+        optim.set_rates(optimizer, options, Clock(50, 10, 100))
+        decays = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+        of_vectors = 0.75 if decay_vectors and name != "lars" else 0.0
+        assert len(decays) == 4  # every parameter in one group
+        assert [decays[p] for p in net.parameters()] == pytest.approx([0.75, of_vectors, of_vectors, of_vectors])
+
+
+def test_blocks_learn_more_slowly_the_deeper_they_lie():
+    pytest.importorskip("timm")
+    backbone = backbones.build("timm/vit_tiny_patch16_224", image_size=32)
+    head = nn.Linear(192, 3)
+    options = Optim(name="adamw", lr=0.5, layer_decay=0.75, decay_vectors=False)
+    groups = [{"params": [*backbone.parameters(), *head.parameters()]}]
+    optimizer = optim.build(options, groups, CPU, backbone)
+    optim.set_rates(optimizer, options, Clock(0, 10, 100))
+    rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len([*backbone.parameters(), *head.parameters()])
+    # the official fine-tuning of MAE, util/lr_decay.py: 12 blocks, so 13 layers below the head
+    for name, p in backbone.named_parameters():
+        part = name.removeprefix("model.").split(".")
+        depth = 0 if part[0] in ("cls_token", "pos_embed", "patch_embed") else 13
+        depth = int(part[1]) + 1 if part[0] == "blocks" else depth
+        assert rates[p] == pytest.approx(0.5 * 0.75 ** (13 - depth)), name
+    assert rates[head.weight] == rates[head.bias] == 0.5
+
+
+def test_clipping_is_torchs():
+    options = Optim(clip_norm=0.7)
+    for scale in (0.01, 100.0):
+        ours, theirs = network(), network()
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            p.grad = torch.randn_like(p) * scale
+            q.grad = p.grad.clone()
+        optimizer = optim.build(options, [{"params": list(ours.parameters())}], CPU)
+        norm = optim.clip(optimizer, options)
+        torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(theirs.parameters(), 0.7))
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+    assert optim.clip(optimizer, Optim()) is None
+
+
+def test_each_tensor_is_clipped_by_itself():
+    long, short, without = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))
+    long.grad, short.grad = torch.tensor([3.0, 0.0, 4.0]), torch.full((2, 2), 0.25)
+    options = Optim(clip_norm=1.0, clip_of="each_tensor")
+    norm = optim.clip(optim.build(options, [{"params": [long, short, without]}], CPU), options)
+    assert norm.item() == pytest.approx(math.sqrt(25 + 0.25)) and without.grad is None
+    assert long.grad.tolist() == pytest.approx([0.6, 0.0, 0.8], rel=1e-5) and torch.all(short.grad == 0.25)
+
+
+def test_betas_reach_adam():
+    for name in ("adam", "adamw"):
+        optimizer = optim.build(
+            validate(Optim, {"name": name, "betas": [0.9, 0.95]}), [{"params": [nn.Parameter(torch.ones(2))]}], CPU
+        )
+        assert optimizer.param_groups[0]["betas"] == (0.9, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"name": "sgd", "betas": [0.9, 0.95]}, "betas: of adam and adamw, not of sgd; leave them out"),
+        ({"clip_of": "each_tensor"}, "clip_of: each_tensor has no clip_norm; give one"),
+        ({"betas": [0.9, 1.0]}, "betas.1 = 1.0"),
+        ({"layer_decay": 0.0}, "layer_decay = 0.0"),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(given, message):
+    with pytest.raises(UserError) as caught:
+        validate(Optim, given, "optim.")
+    assert message in str(caught.value)

@@ -6,10 +6,11 @@ import re
 import pytest
 import torch
 
-from ssl_dist import backbones
+from ssl_dist import backbones, methods
 from ssl_dist.errors import UserError
+from ssl_dist.methods.base import Info
 from ssl_dist.nn import recompute
-from ssl_dist.nn.backbone import TokenBackbone
+from ssl_dist.nn.backbone import TokenBackbone, freeze_offset
 from ssl_dist.nn.layers import KeyedDropPath, key_dropout
 
 timm = pytest.importorskip("timm")
@@ -71,6 +72,15 @@ def test_positions_of_another_size_learn_as_timms_do():
         (network(images) * weights).sum().backward()
     gradient = theirs.pos_embed.grad
     torch.testing.assert_close(ours.model.pos_embed.grad, gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+
+
+def test_the_bias_of_keys_does_not_learn():
+    """Also after what the training does to a network: another type, which torch puts into the same parameter."""
+    backbone = tiny().double().to(memory_format=torch.channels_last)
+    (backbone(torch.randn(2, 3, 32, 32, dtype=torch.float64)) * torch.randn(2, 192)).sum().backward()
+    for block in backbone.model.blocks:
+        query, key, value = block.attn.qkv.bias.grad.unflatten(0, (3, 192))
+        assert key.abs().max() == 0 < min(query.abs().max(), value.abs().max())
 
 
 def test_some_of_the_patches_pass():
@@ -147,3 +157,37 @@ def test_accumulation_passes_tokens_in_parts():
 def test_what_a_backbone_cannot_have_is_refused(name, options, message):
     with pytest.raises(UserError, match=re.escape(message)):
         backbones.build(name, **options)
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "convnext_atto", "vit_base_patch16_gap_224", "resnet18", "mobilenetv3_small_050"]
+)
+def test_an_offset_is_added_to_all_features(name):
+    backbone = backbones.build(f"timm/{name}", image_size=32 if "vit" in name else None).eval()
+    offset, images = backbone.offset(), torch.randn(2, 3, 32, 32)
+    assert (offset is None) == (name in ("resnet18", "mobilenetv3_small_050"))
+    with torch.no_grad():
+        if offset is not None:
+            before = backbone(images)
+            offset += torch.arange(len(offset))
+            torch.testing.assert_close(backbone(images) - before, torch.arange(len(offset)).float().expand(2, -1))
+            freeze_offset(backbone)
+    assert [p for p in backbone.parameters() if not p.requires_grad] == ([] if offset is None else [offset])
+    freeze_offset(torch.nn.Linear(2, 2))  # of which nothing is known
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "learns"),
+    [
+        ("simclr", {}, False),
+        ("simclr", {"projector": [8]}, True),  # no BatchNorm
+        ("relational", {}, False),
+        ("relational", {"head": "dot_product"}, True),
+        ("mocov2", {}, True),
+    ],
+)
+def test_what_batchnorm_takes_away_does_not_learn(name, options, learns):
+    method_class = methods.find(name)
+    info = Info(64, 0, ((2, 32),), 8, 1.0, feature_dim=192)
+    method = method_class(tiny(), info, methods.build_options(method_class, options))
+    assert method.backbone.offset().requires_grad is learns

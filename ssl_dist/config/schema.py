@@ -168,6 +168,7 @@ class MethodSection(Section):
 
 
 MAX_RATE = 1e38  # a float32
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optim(Section):
@@ -192,7 +193,27 @@ class Optim(Section):
     weight_decay: NonNegativeFloat = Field(
         0.0, le=MAX_RATE, description="lars: of weights only, not of biases and BatchNorm"
     )
+    weight_decay_final: NonNegativeFloat | None = Field(
+        None, le=MAX_RATE, description="where it ends, by half a cosine over the training; null: it is constant"
+    )
+    decay_vectors: bool = Field(
+        True, description="whether it is also of biases, normalisation and other vectors; of lars it never is"
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0,
+        description="a block of the backbone has the rate of the one after it times this; what follows the last block "
+        "has `lr`",
+    )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of sgd and lars")
+    betas: tuple[Beta, Beta] = Field(
+        (0.9, 0.999), strict=False, description="adam, adamw: shares that the averages of gradient and square keep"
+    )
+    clip_norm: PositiveFloat | None = Field(
+        None, description="a longer gradient of the global batch is shortened to this norm; null: none is"
+    )
+    clip_of: Literal["all", "each_tensor"] = Field(
+        "all", description="what has that norm: the gradient of all parameters, or that of each tensor (DINO)"
+    )
     warmup_epochs: NonNegativeFloat = Field(0.0, description="linear rise of the rate from 0, in (fractional) epochs")
     schedule: Literal["constant", "cosine", "epoch_cosine", "step"] = Field(
         "constant", description="of the rate, after the warm-up; epoch_cosine: a cosine, constant within an epoch"
@@ -227,6 +248,10 @@ class Optim(Section):
             raise ValueError(f"lr: {self.peak_lr:g} for a batch of {self.batch_size} is above {MAX_RATE:g}; lower it")
         if self.bias_lr is not None and self.name != "lars":
             raise ValueError(f"bias_lr: of lars alone, not of {self.name}; set it to null")
+        if self.name not in ("adam", "adamw") and self.betas != (0.9, 0.999):
+            raise ValueError(f"betas: of adam and adamw, not of {self.name}; leave them out")
+        if self.clip_norm is None and self.clip_of != "all":
+            raise ValueError(f"clip_of: {self.clip_of} has no clip_norm; give one, 3.0 say, or leave it out")
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("epochs: exactly one of epochs and steps must be given; set the other to null")
         return self

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssl_dist.config import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
-from ssl_dist.nn.layers import full_precision, mlp
+from ssl_dist.nn.layers import full_precision
 
 
 class Options(Section):
@@ -54,7 +54,7 @@ class Method(SSLMethod[Options]):
     def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone, info, options)
         info.require_two_images("uniformity needs another image")
-        self.projector = mlp([info.feature_dim, *options.projector])
+        self.projector = self.mlp_on_features(options.projector)
 
     def forward(self, batch: Batch, world: World) -> Output:
         """Metrics: the unweighted terms."""

@@ -20,9 +20,9 @@ from ssl_dist.device import to_device
 from ssl_dist.errors import UserError
 from ssl_dist.kernels.ranks import Ranks
 from ssl_dist.keys import DROPOUT, hash64, row_keys
-from ssl_dist.nn.backbone import Backbone
+from ssl_dist.nn.backbone import Backbone, freeze_offset
 from ssl_dist.nn.batchnorm import one_view
-from ssl_dist.nn.layers import KeyedDropout, at_least_float32, keyed_rows
+from ssl_dist.nn.layers import KeyedDropout, at_least_float32, keyed_rows, mlp
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,15 @@ class SSLMethod(nn.Module, Generic[OptionsT]):
         self.info = info
         self.options = options
 
+    def mlp_on_features(
+        self, widths: Sequence[int], last_bias: bool = False, activation: type[nn.Module] = nn.ReLU
+    ) -> nn.Sequential:
+        """A projector of the backbone's features, see `nn.layers.mlp`. The BatchNorm of its first layer takes away what
+        is added to the features of all images alike, so that does not learn."""
+        if len(widths) > 1:
+            freeze_offset(self.backbone)
+        return mlp([self.info.feature_dim, *widths], last_bias, activation)
+
     def explain(self, world_size: int, device: str) -> dict[str, str]:
         """Lines of `ssl-dist explain`, name -> text; for example the pairs of a step and those of a rank. device: cpu
         or cuda, on which the ranks would train."""
@@ -182,6 +191,11 @@ class SSLMethod(nn.Module, Generic[OptionsT]):
     def before_step(self, clock: Clock, extract: Extract, world: World) -> list[nn.Parameter]:
         """Called before every step. Returns the parameters it re-drew; their optimizer state is reset."""
         return []
+
+    def frozen(self, clock: Clock) -> Sequence[nn.Parameter]:
+        """What does not learn in the step that follows `clock.step` completed ones: it has no gradient, no weight
+        decay, and no state of the optimizer that changes. A function of the clock."""
+        return ()
 
     def after_step(self, clock: Clock) -> None:
         """Called after every optimizer step (EMA of a target network)."""

@@ -45,7 +45,7 @@ class Method(SSLMethod[Options]):
         super().__init__(backbone, info, options)
         info.require_two_images("the projector's BatchNorm needs another image")
         dim = options.projector[-1]
-        self.projector = mlp([info.feature_dim, *options.projector])
+        self.projector = self.mlp_on_features(options.projector)
         self.predictor = mlp([dim, options.predictor, dim])
         self.target_backbone = copy.deepcopy(backbone).requires_grad_(False)
         self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)

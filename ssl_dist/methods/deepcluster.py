@@ -18,7 +18,7 @@ from ssl_dist.errors import UserError
 from ssl_dist.kernels.kmeans import kmeans, whiten
 from ssl_dist.keys import INIT, METHOD, RELABEL, hash64, normals
 from ssl_dist.methods.base import Backbone, Batch, Clock, Extract, Info, Output, Rows, SSLMethod, World, accuracy
-from ssl_dist.nn.layers import at_least_float32, mlp
+from ssl_dist.nn.layers import at_least_float32
 from ssl_dist.nn.pseudolabels import PseudoLabels
 
 LAST_LAYER_STD = 0.01  # of the weights that are drawn anew
@@ -73,7 +73,7 @@ class Method(SSLMethod[Options]):
                 f"method.options.components = {self.components}: whitened, {info.num_images} images would all be "
                 "equally far from one another; give fewer components than images"
             )
-        self.head = mlp([info.feature_dim, options.hidden, self.num_clusters], last_bias=True, activation=nn.LeakyReLU)
+        self.head = self.mlp_on_features([options.hidden, self.num_clusters], last_bias=True, activation=nn.LeakyReLU)
         self.labels = PseudoLabels(1, info.num_images, self.num_clusters, info.seed)
         self.register_buffer("weight", torch.ones(self.num_clusters))
         self.register_buffer("distance", torch.zeros(()))

@@ -101,7 +101,7 @@ class Method(SSLMethod[Options]):
         if options.global_views is not None:
             info.require_views("global_views", options.global_views)
         self.global_views = options.global_views or self._largest()
-        self.projector = mlp([info.feature_dim, *options.projector], last_bias=True)
+        self.projector = self.mlp_on_features(options.projector, last_bias=True)
 
     def _largest(self) -> list[int]:
         """The views of the largest size."""

@@ -65,7 +65,7 @@ class Method(SSLMethod[Options]):
         super().__init__(backbone, info, options)
         info.require_two_images("mocov3 tells an image from others of the batch")
         dim = options.projector[-1]
-        self.projector = nn.Sequential(mlp([info.feature_dim, *options.projector]), nn.BatchNorm1d(dim, affine=False))
+        self.projector = nn.Sequential(self.mlp_on_features(options.projector), nn.BatchNorm1d(dim, affine=False))
         predictor: list[nn.Module] = [mlp([dim, options.predictor, dim])]
         if options.predictor_end == "batchnorm":
             predictor.append(nn.BatchNorm1d(dim, affine=False))

@@ -55,7 +55,7 @@ class Method(SSLMethod[Options]):
         super().__init__(backbone, info, options)
         info.require_two_images("nnclr tells an image from others of the batch")
         dim = options.projector[-1]
-        self.projector = nn.Sequential(mlp([info.feature_dim, *options.projector]), nn.BatchNorm1d(dim))
+        self.projector = nn.Sequential(self.mlp_on_features(options.projector), nn.BatchNorm1d(dim))
         # The predictor's BatchNorm takes away what this would add. Its gradient is 0, computed rounding noise, which
         # Adam makes as large as the learning rate and different for every number of ranks.
         self.projector[-1].bias.requires_grad_(False)

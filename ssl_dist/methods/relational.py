@@ -23,8 +23,9 @@ from ssl_dist.kernels import relation, relation_cuda
 from ssl_dist.kernels.ranks import Ranks
 from ssl_dist.keys import LABELLED, METHOD, hash64, uniform_rows
 from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
+from ssl_dist.nn.backbone import freeze_offset
 from ssl_dist.nn.batchnorm import update_running
-from ssl_dist.nn.layers import full_precision, mlp
+from ssl_dist.nn.layers import full_precision
 
 ENCODING_DIM = 64  # of the encoder's output, as of the SimCLR baseline's head in the same paper
 
@@ -236,10 +237,11 @@ class Method(SSLMethod[Options]):
         self.relation_module: RelationModule | DotProduct
         if options.head == "relation":
             self.relation_module = RelationModule(info.feature_dim, options.hidden, options.aggregation)
+            freeze_offset(backbone)  # as in `mlp_on_features`
         else:
             self.relation_module = DotProduct()
         if options.head == "encoder":
-            self.encoding = mlp([info.feature_dim, options.hidden, ENCODING_DIM], activation=nn.LeakyReLU)
+            self.encoding = self.mlp_on_features([options.hidden, ENCODING_DIM], activation=nn.LeakyReLU)
         self.fused = True  # False: torch operations everywhere (slower; the two are held together by tests)
 
     def explain(self, world_size: int, device: str) -> dict[str, str]:

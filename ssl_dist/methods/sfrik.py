@@ -24,7 +24,7 @@ from torch import Tensor
 from ssl_dist.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Section
 from ssl_dist.errors import UserError
 from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
-from ssl_dist.nn.layers import full_precision, mlp
+from ssl_dist.nn.layers import full_precision
 
 
 class Options(Section):
@@ -130,7 +130,7 @@ class Method(SSLMethod[Options]):
             )
         # As in the official code: two views pass one after the other, of multicrop all of one size together.
         self.views_together = self.num_views > 2
-        self.projector = mlp([info.feature_dim, *options.projector])
+        self.projector = self.mlp_on_features(options.projector)
 
     def explain(self, world_size: int, device: str) -> dict[str, str]:
         num_views, batch_size, options = self.num_views, self.info.batch_size, self.options

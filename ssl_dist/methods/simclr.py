@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ssl_dist.config import PositiveFloat, PositiveInt, Section
 from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
-from ssl_dist.nn.layers import full_precision, mlp
+from ssl_dist.nn.layers import full_precision
 
 
 class Options(Section):
@@ -111,7 +111,7 @@ class Method(SSLMethod[Options]):
         super().__init__(backbone, info, options)
         info.require_two_images("simclr compares a view with those of other images")
         self.views_together = options.batchnorm == "both_views"
-        self.projector = mlp([info.feature_dim, *options.projector], options.last_bias, ACTIVATIONS[options.activation])
+        self.projector = self.mlp_on_features(options.projector, options.last_bias, ACTIVATIONS[options.activation])
 
     def explain(self, world_size: int, device: str) -> dict[str, str]:
         rows = self.num_views * self.info.batch_size

@@ -44,7 +44,7 @@ class Method(SSLMethod[Options]):
         super().__init__(backbone, info, options)
         info.require_two_images("the projector's BatchNorm needs another image")
         dim = options.projector[-1]
-        self.projector = nn.Sequential(mlp([info.feature_dim, *options.projector]), nn.BatchNorm1d(dim, affine=False))
+        self.projector = nn.Sequential(self.mlp_on_features(options.projector), nn.BatchNorm1d(dim, affine=False))
         self.predictor = mlp([dim, options.predictor, dim], last_bias=True)
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ssl_dist.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
 from ssl_dist.methods.base import Backbone, Batch, Clock, Extract, Info, Output, SSLMethod, World
-from ssl_dist.nn.layers import full_precision, mlp
+from ssl_dist.nn.layers import full_precision
 from ssl_dist.nn.queue import Queue
 
 
@@ -80,7 +80,7 @@ class Method(SSLMethod[Options]):
             raise UserError(f"views.num = {self.num_views}: swav compares views of an image; give 2 or more")
         info.require_views("assign", options.assign)
         info.require_two_images("the projector's BatchNorm needs another image")
-        self.projector = mlp([info.feature_dim, options.hidden, options.dim], last_bias=True)
+        self.projector = self.mlp_on_features([options.hidden, options.dim], last_bias=True)
         self.prototypes = nn.Parameter(nn.Linear(options.dim, options.prototypes, bias=False).weight.detach())
         queues = [Queue(options.queue, options.dim, info.seed) for _ in options.assign] if options.queue else []
         self.queues: list[Queue] = queues
@@ -99,24 +99,24 @@ class Method(SSLMethod[Options]):
 
     @torch.no_grad()
     def before_step(self, clock: Clock, extract: Extract, world: World) -> list[nn.Parameter]:
-        """The prototypes become unit vectors again; what weight decay would do to frozen ones is forgotten."""
+        """The prototypes become unit vectors again."""
         self.prototypes.copy_(F.normalize(self.prototypes, dim=1))
-        return [self.prototypes] if clock.step <= self.options.freeze_steps else []
+        return []
+
+    def frozen(self, clock: Clock) -> list[nn.Parameter]:
+        return [self.prototypes] if clock.step < self.options.freeze_steps else []
 
     def forward(self, batch: Batch, world: World) -> Output:
         """Metrics: the entropy of the mean assignment, 1 when all prototypes are used equally, and that of the mean
         prediction of a prototype."""
         options = self.options
         z_VMD = F.normalize(self.projected(batch, world, self.projector), dim=-1)
-        prototypes: Tensor = self.prototypes
-        if batch.step < options.freeze_steps:
-            prototypes = prototypes.detach() + 0 * prototypes  # has a gradient, which is 0: DDP waits for it
         with full_precision(z_VMD.device):
             target_AMK = torch.stack(
                 [self._assigned(z_VMD[v].detach(), a, batch) for a, v in enumerate(options.assign)]
             )
             lo, hi = world.share(z_VMD.shape[0] * z_VMD.shape[1])
-            scores = z_VMD.flatten(0, 1)[lo:hi] @ prototypes.to(z_VMD.dtype).T
+            scores = z_VMD.flatten(0, 1)[lo:hi] @ self.prototypes.to(z_VMD.dtype).T
             share = swapped(scores, target_AMK, options.assign, options.temperature, self.num_views, lo)
         self._new = [z_VMD[v].detach() for v in options.assign]
         usage = target_AMK.flatten(0, 1).mean(0)

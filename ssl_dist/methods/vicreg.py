@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssl_dist.config import NonNegativeFloat, PositiveInt, Section
 from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
-from ssl_dist.nn.layers import full_precision, mlp
+from ssl_dist.nn.layers import full_precision
 
 
 class Options(Section):
@@ -66,7 +66,7 @@ class Method(SSLMethod[Options]):
     def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone, info, options)
         info.require_two_images("one image has no variance")
-        self.projector = mlp([info.feature_dim, *options.projector])
+        self.projector = self.mlp_on_features(options.projector)
 
     def explain(self, world_size: int, device: str) -> dict[str, str]:
         dim = self.options.projector[-1]

@@ -37,6 +37,11 @@ class Backbone(nn.Module):
         """What `backbone.recompute` computes again, in order: modules that keep nothing for one another."""
         return outermost_blocks(self)
 
+    def offset(self) -> nn.Parameter | None:
+        """What is added to the features of all images alike, as the bias of a normalisation with which the network ends
+        is; None: nothing is."""
+        return None
+
     def forward(self, x: Tensor) -> Tensor:
         for _, step in self.steps():
             x = step(x)
@@ -95,6 +100,13 @@ class TokenBackbone(Backbone):
 
     def _as_map(self, x: Tensor, sides: list[int]) -> Tensor:
         return x[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, sides)
+
+
+def freeze_offset(network: nn.Module) -> None:
+    """Let the offset of a backbone keep its value, for a method whose loss does not depend on it: its gradient is 0, of
+    which rounding makes noise that Adam would make as large as any gradient, and another on each number of ranks."""
+    if isinstance(network, Backbone) and (offset := network.offset()) is not None:
+        offset.requires_grad_(False)
 
 
 def outermost_blocks(module: nn.Module) -> list[nn.Module]:

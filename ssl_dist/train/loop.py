@@ -117,7 +117,7 @@ def fit(run: TrainState, stop: StopRequest) -> int:
             batch = run.to_device(host)
             redrawn = method.before_step(clock, run.extract_at(clock), world)
             optim.reset_state(run.optimizer, redrawn)
-            optim.set_lr(run.optimizer, optim.lr(settings.optim, clock), settings.optim.peak_lr)
+            optim.set_rates(run.optimizer, settings.optim, clock)
 
             output = run.forward(batch)
             flags = world.any_rank(stop.requested, ~torch.isfinite(output.loss.detach()))
@@ -126,7 +126,7 @@ def fit(run: TrainState, stop: StopRequest) -> int:
             stopping, broken = flags()
             if broken:
                 raise Fault(run.diagnosis(clock, output), RaisedOn.EVERY_RANK)
-            run.update()
+            run.update(method.frozen(clock))
 
             clock = clock.after_step()
             method.after_step(clock)

@@ -91,7 +91,7 @@ def count(plan: RunPlan, device: str) -> Step:
     method.to(META).train()
     world = _Uncommunicative(plan, step)
     batchnorm.synchronize(method, lambda layer: _UnsentBatchNorm(layer, world, device))
-    optimizer = optim.build(plan.config.optim, method.parameter_groups(), CPU)
+    optimizer = optim.build(plan.config.optim, method.parameter_groups(), CPU, method.backbone)
     host, batch_of = _batch(plan)
     step.pixel_bytes = sum(map(_bytes, host))
     with _Counter(step.operations), _MetaAutocast(), counting.counted_by(_kernels_into(step.operations)):
@@ -140,6 +140,7 @@ def _update(config: Config, optimizer: torch.optim.Optimizer, step: Step, device
     """The optimizer's second step: the first one makes its state."""
     optimizer.step()
     del step.operations[step.update :]
+    optim.clip(optimizer, config.optim)
     if device == "cpu" or config.optim.name == "lars":
         optimizer.step()
         return

@@ -9,36 +9,65 @@ from torch import Tensor, nn
 
 from ssl_dist.clock import Clock
 from ssl_dist.config import Optim
+from ssl_dist.nn.backbone import Backbone
 
 Group = dict[str, Any]  # "params" and what is set for them alone
 LEAST_LOSS_SCALE = 2.0**-16  # it begins at 2^16: so far down it is not the scale that makes gradients infinite
 
 
-def build(options: Optim, groups: list[Group], device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer named by the config over groups of parameters; the rates are set before every step. On a GPU each
-    step of torch's is a handful of launches.
+def build(
+    options: Optim, groups: list[Group], device: torch.device, backbone: Backbone | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer named by the config over groups of parameters; rates and weight decay are set before every step. On
+    a GPU each step of torch's is a handful of launches. backbone: for `layer_decay`.
 
-    lars makes two groups of one: biases, BatchNorm and scalars such as a learnt temperature have neither weight decay
-    nor adaptation.
+    Groups are parted where their parameters differ: biases, normalisation and scalars such as a learnt temperature do
+    not decay under lars, which does not adapt them either, nor without `decay_vectors`; and by depth.
     """
-    if options.name == "lars":
+    if options.layer_decay < 1 and backbone is not None:
+        factors = layer_factors(backbone, options.layer_decay)
+        groups = [part for group in groups for part in _by_depth(group, factors)]
+    if options.name == "lars" or not options.decay_vectors:
         groups = [half for group in groups for half in _with_and_without_decay(group, options)]
-        return LARS(groups, lr=options.lr, momentum=options.momentum)
+    if options.name == "lars":
+        return LARS(groups, lr=options.lr, weight_decay=options.weight_decay, momentum=options.momentum)
     common: dict[str, Any] = {"lr": options.lr, "weight_decay": options.weight_decay, "fused": device.type == "cuda"}
-    if options.name == "adam":
-        return torch.optim.Adam(groups, **common)
-    if options.name == "adamw":
-        return torch.optim.AdamW(groups, **common)
+    if options.name in ("adam", "adamw"):
+        kind = torch.optim.Adam if options.name == "adam" else torch.optim.AdamW
+        return kind(groups, betas=options.betas, **common)
     return torch.optim.SGD(groups, momentum=options.momentum, **common)
 
 
 def _with_and_without_decay(group: Group, options: Optim) -> list[Group]:
     matrices, vectors = ([p for p in group["params"] if (p.ndim > 1) is decays] for decays in (True, False))
-    factor = 1.0 if options.bias_lr is None else options.bias_lr / options.lr
-    return [
-        group | {"params": matrices, "weight_decay": options.weight_decay},
-        group | {"params": vectors, "adapt": False, "lr_factor": factor * group.get("lr_factor", 1.0)},
-    ]
+    without: Group = {"params": vectors, "weight_decay": 0.0, "constant_decay": True}
+    if options.name == "lars":
+        factor = 1.0 if options.bias_lr is None else options.bias_lr / options.lr
+        without |= {"adapt": False, "lr_factor": factor * group.get("lr_factor", 1.0)}
+    return [group | {"params": matrices}, group | without]
+
+
+def layer_factors(backbone: Backbone, decay: float) -> dict[nn.Parameter, float]:
+    """What the rates of the backbone's parameters are multiplied by (Clark et al., ICLR 2020; BEiT, appendix H): of L
+    blocks, decay^(L + 1 - l) in block l, where what comes before the first is block 0 and what comes after the last is
+    not slowed."""
+    blocks = backbone.blocks()
+    depths = {p: number for number, block in enumerate(blocks, 1) for p in block.parameters()}
+    depth, factors = 0, {}
+    for p in backbone.parameters():
+        if p in depths:
+            depth = len(blocks) + 1
+        factors[p] = decay ** (len(blocks) + 1 - depths.get(p, depth))
+    return factors
+
+
+def _by_depth(group: Group, factors: Mapping[nn.Parameter, float]) -> list[Group]:
+    """The group in parts whose parameters have one factor."""
+    parts: dict[float, list[nn.Parameter]] = {}
+    for p in group["params"]:
+        parts.setdefault(factors.get(p, 1.0), []).append(p)
+    rate = group.get("lr_factor", 1.0)
+    return [group | {"params": params, "lr_factor": rate * factor} for factor, params in parts.items()]
 
 
 def lr(options: Optim, clock: Clock) -> float:
@@ -70,10 +99,44 @@ def milestones(options: Optim, clock: Clock) -> list[int]:
     return [math.ceil(round(step, 6)) for step in steps]
 
 
+def weight_decay(options: Optim, clock: Clock) -> float:
+    """The weight decay of the step that follows `clock.step` completed steps: half a cosine from `weight_decay` to
+    `weight_decay_final` where that is given (DINO, section 3.2)."""
+    first, last = options.weight_decay, options.weight_decay_final
+    if last is None:
+        return first
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * clock.step / clock.total_steps))
+
+
+def set_rates(optimizer: torch.optim.Optimizer, options: Optim, clock: Clock) -> None:
+    """Learning rate and weight decay of the coming step, in every group."""
+    set_lr(optimizer, lr(options, clock), options.peak_lr)
+    if options.weight_decay_final is not None:
+        decay = weight_decay(options, clock)
+        for group in optimizer.param_groups:
+            if not group.get("constant_decay"):
+                group["weight_decay"] = decay
+
+
 def set_lr(optimizer: torch.optim.Optimizer, rate: float, peak: float | None = None) -> None:
     """The learning rate of every group: `rate`, or `peak` in groups that keep it, times its factor where it has one."""
     for group in optimizer.param_groups:
         group["lr"] = (peak if group.get("constant_lr") else rate) * group.get("lr_factor", 1.0)
+
+
+def clip(optimizer: torch.optim.Optimizer, options: Optim) -> Tensor | None:
+    """Shorten the gradients, which are equal on all ranks, as the config asks for. Returns the norm that all of them
+    together had; None where there is nothing to clip."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if options.clip_norm is None or not gradients:
+        return None
+    norms = torch._foreach_norm(gradients)
+    total = torch.stack([norm.to(torch.float32) for norm in norms]).norm()
+    lengths = norms if options.clip_of == "each_tensor" else [total] * len(gradients)
+    # as torch.nn.utils.clip_grad_norm_ does it, and as DINO's own function
+    factors = [(options.clip_norm / (length + 1e-6)).clamp(max=1.0) for length in lengths]
+    torch._foreach_mul_(gradients, factors)
+    return total
 
 
 def reset_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:

@@ -6,7 +6,7 @@ import inspect
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class TrainState:
         world.synchronize_batchnorm(method)
         self.method = method.to(world.device).train()
         self.columns = None if method.views_together else world.view_columns(self.method)
-        self.optimizer = optim.build(self.config.optim, method.parameter_groups(), world.device)
+        self.optimizer = optim.build(self.config.optim, method.parameter_groups(), world.device, method.backbone)
         self.scaler = optim.LossScaler(world.device.type, enabled=self.config.precision == "fp16")
         self.clock = plan.clock(self._resume())
         if self.config.compile:
@@ -67,6 +67,7 @@ class TrainState:
         self.wrapped = world.wrap(self.method)
         self._knn = None if self.config.log.knn_every_epochs is None else OnlineKNN(plan, world)
         self._unwritten: Callable[[], None] | None = None
+        self.grad_norm: Tensor | None = None  # of the last step, before it was clipped
         self._upload = Uploads(world.device)
         self._normalize = normalized(plan.normalize, plan.dtype, world.device)
 
@@ -152,9 +153,12 @@ class TrainState:
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
 
-    def update(self) -> None:
-        """One step of the optimizer; in fp16 see `optim.LossScaler`."""
+    def update(self, frozen: Iterable[nn.Parameter] = ()) -> None:
+        """One step of the optimizer, which passes over `frozen` parameters; in fp16 see `optim.LossScaler`."""
         self.scaler.unscale_(self.optimizer)
+        for parameter in frozen:
+            parameter.grad = None
+        self.grad_norm = optim.clip(self.optimizer, self.config.optim)
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
@@ -180,6 +184,8 @@ class TrainState:
     def _line(self, log: RunLog, clock: Clock, loss: Tensor, output: Output) -> Callable[[], None]:
         """What writes the line of a step."""
         metrics = {"loss": loss, "lr": self.optimizer.param_groups[0]["lr"], **output.metrics}
+        if self.grad_norm is not None:
+            metrics["grad_norm"] = self.grad_norm
         if self.scaler.is_enabled():
             metrics["loss_scale"] = self.scaler.on_device()
         on_device = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
