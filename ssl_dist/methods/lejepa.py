@@ -19,7 +19,7 @@ from ssl_dist.device import to_device
 from ssl_dist.errors import UserError
 from ssl_dist.keys import METHOD, hash64, normal_rows
 from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
-from ssl_dist.nn.layers import full_precision, mlp
+from ssl_dist.nn.layers import full_precision
 
 
 class Options(Section):
