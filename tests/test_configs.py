@@ -34,7 +34,7 @@ def test_config_says_how_it_is_run(path):
     settings, text = config.load(path), path.read_text(encoding="utf-8")
     assert re.match(rf"# (bash launch/torchrun_single\.sh \d+|ssl-dist train) {path}\b", text), text.splitlines()[0]
     method, backbone = path.stem.split("-")[:2]
-    assert (settings.method.name, settings.backbone.name) == (method, backbone)
+    assert (settings.method.name, settings.backbone.name.removeprefix("timm/")) == (method, backbone)
     assert settings.run_dir == "runs/" + "-".join([path.parent.name, path.stem])
 
 

@@ -97,6 +97,17 @@ def test_decoupled_losses():
     assert weighted.item() == pytest.approx(slow_decoupled(z1, z2, 0.2, 0.3), rel=1e-12)
 
 
+def test_dino_pair_by_pair():
+    z, center = views(3), torch.linspace(-1, 1, DIM).double()
+    q = ((z[:2] - center) / 0.2).softmax(-1)
+    pairs = [(g, v) for g in range(2) for v in range(3) if g != v]
+    log_p = (z / 0.5).log_softmax(-1)
+    expected = sum(-(q[g] * log_p[v]).sum(-1).mean() for g, v in pairs) / len(pairs)
+    torch.testing.assert_close(losses.dino(z, z[:2], center, 0.5, 0.2), expected)
+    mean = torch.stack([row for view in z[:2] for row in view]).mean(0)
+    torch.testing.assert_close(losses.dino_center(z[:2], center, 0.9), 0.9 * center + 0.1 * mean)
+
+
 def slow_sigreg(z_KMD, step, seed, slices, knots, t_max):
     """As of the paper's algorithm 1: complex numbers and a trapezoidal rule over all knots."""
     t = torch.linspace(-t_max, t_max, knots, dtype=torch.float64)
@@ -225,6 +236,7 @@ ALL = {  # of views and labels
     "mocov2": lambda z, _: losses.mocov2(z[0], z[1], F.normalize(views(1, seed=4)[0], dim=1)),
     "mocov3": lambda z, _: losses.mocov3(z[:2], z[1:], 0.2),
     "dcl": lambda z, _: losses.dcl(z[0], z[1]),
+    "dino": lambda z, _: losses.dino(z, z[:2], losses.dino_center(z[:2], torch.ones(DIM).double(), 0.3)),
     "dclw": lambda z, _: losses.dcl(z[0], z[1], sigma=0.5),
     "lejepa": lambda z, _: losses.lejepa(z, 7, slices=9, lambd=0.5),
     "sigreg": lambda z, _: losses.sigreg(z[:1], 7, slices=9),
@@ -295,6 +307,10 @@ def test_ranks_compute_the_loss_of_their_common_batch(tmp_path):
         (lambda z: losses.lejepa(z[:1], 0), r"\[1, 6, 5\]: give 2 or more"),
         (lambda z: losses.sigreg(z[0], 0), "give each as"),
         (lambda z: losses.dcl(z[0], z[1], sigma=0.0), "sigma = 0.0"),
+        (lambda z: losses.dino(z[:2], z, z[0, 0]), r"targets \[3, 6, 5\]: give 2 views or more, and no more targets"),
+        (lambda z: losses.dino(z, z[:2], z[0]), r"center \[6, 5\] are not those of \[3, 6, 5\]"),
+        (lambda z: losses.dino(z, z[0], z[0, 0]), "give each as"),
+        (lambda z: losses.dino(z, z[:2], z[0, 0], temperature=0.0), "temperature = 0.0"),
         (lambda z: infomax()(z[0], MAPS[:2]), r"features \[6, 5\] and maps \[2, 4, 18, 18\]: give \[B, D\]"),
         (lambda z: infomax()(z[0, :1], MAPS[:1]), "one image has no other"),
         (lambda z: losses.DeepInfoMax(5, 4, beta=-1.0), "beta = -1.0"),

@@ -12,8 +12,9 @@ PUBLIC = {
     "Features": ["classes", "dim", "features", "read", "rows", "subset", "take", "write"],
     "losses": [
         "AlignUniform", "DeepInfoMax", "NTXent", "ReLIC", "RelationModule", "Relational", "SFRIK", "VICReg",
-        "align_uniform", "barlow_twins", "byol", "dcl", "deepcluster", "lejepa", "mocov2", "mocov3", "nt_xent",
-        "relational", "relic", "sela", "sela_labels", "sfrik", "sigreg", "simsiam", "vicreg",
+        "align_uniform", "barlow_twins", "byol", "dcl", "deepcluster", "dino", "dino_center", "lejepa",
+        "mocov2", "mocov3", "nt_xent", "relational", "relic", "sela", "sela_labels", "sfrik", "sigreg", "simsiam",
+        "vicreg",
     ],
     "MultiView": ["batch", "over", "set_epoch"],
     "Run": ["evaluate", "metrics", "plot", "report", "results", "step"],

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from ssl_dist.config import validate
 from ssl_dist.distributed.world import joined
-from ssl_dist.losses.functional import Kind, Views, align_uniform, nt_xent, relational, relic, sfrik, vicreg
+from ssl_dist.losses.arguments import Views
+from ssl_dist.losses.functional import Kind, align_uniform, nt_xent, relational, relic, sfrik, vicreg
 from ssl_dist.methods import infomax as _infomax
 from ssl_dist.methods import relational as _relational
 from ssl_dist.methods import relic as _relic

@@ -244,10 +244,12 @@ class SSLMethod(nn.Module, Generic[OptionsT]):
         """Representations [K, M, D] of the global batch, views in the order of their ids; see `represent`."""
         return torch.cat([world.gather_views(z) for z in self.represent(batch, network)])
 
-    def projected(self, batch: Batch, world: World, projector: nn.Module) -> Tensor:
-        """Embeddings [K, M, D] of the global batch, at least float32: what the backbone makes of views of one size at a
-        time passes the projector together, of all sizes."""
-        features = self.represent(batch)
+    def projected(
+        self, batch: Batch, world: World, projector: nn.Module, network: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Embeddings [K, M, D] of the global batch, at least float32: what the network makes of views of one size at a
+        time, see `represent`, passes the projector together, of all sizes."""
+        features = self.represent(batch, network)
         rows = [z.flatten(0, 1) for z in features]
         embedded = at_least_float32(projector(torch.cat(rows))).split([len(z) for z in rows])
         parts = [world.gather_views(z.view(*of.shape[:2], -1)) for z, of in zip(embedded, features, strict=True)]

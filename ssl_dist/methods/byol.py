@@ -4,8 +4,6 @@ Two views of every image pass an online and a target network. From its embedding
 predicts the target's embedding of the other. The target is a moving average of the online network and has no gradient.
 """
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -13,7 +11,7 @@ from torch import Tensor
 
 from ssl_dist.config import PositiveInt, Probability, Section
 from ssl_dist.methods.base import Backbone, Batch, Clock, Info, Output, SSLMethod, World
-from ssl_dist.nn.layers import ema_update, full_precision, mlp, rising_decay
+from ssl_dist.nn.layers import ema_update, full_precision, mlp, rising_decay, target_network
 
 
 class Options(Section):
@@ -47,8 +45,8 @@ class Method(SSLMethod[Options]):
         dim = options.projector[-1]
         self.projector = self.mlp_on_features(options.projector)
         self.predictor = mlp([dim, options.predictor, dim])
-        self.target_backbone = copy.deepcopy(backbone).requires_grad_(False)
-        self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
+        self.target_backbone = target_network(backbone)
+        self.target_projector = target_network(self.projector)
 
     def explain(self, world_size: int, device: str) -> dict[str, str]:
         return {"target": f"a moving average from tau {self.options.tau:g} on"}

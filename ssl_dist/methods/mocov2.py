@@ -8,7 +8,6 @@ The official code shuffles images over the GPUs, so that no batch statistics of 
 they are those of the whole batch, on any number of GPUs.
 """
 
-import copy
 from dataclasses import replace
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from ssl_dist.config import PositiveFloat, PositiveInt, Probability, Section
 from ssl_dist.methods.base import Backbone, Batch, Clock, Info, Output, SSLMethod, World
-from ssl_dist.nn.layers import ema_update, full_precision
+from ssl_dist.nn.layers import ema_update, full_precision, target_network
 from ssl_dist.nn.queue import Queue
 
 
@@ -46,8 +45,8 @@ class Method(SSLMethod[Options]):
         self.projector = nn.Sequential(
             nn.Linear(info.feature_dim, options.hidden), nn.ReLU(), nn.Linear(options.hidden, options.dim)
         )
-        self.target_backbone = copy.deepcopy(backbone).requires_grad_(False)
-        self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
+        self.target_backbone = target_network(backbone)
+        self.target_projector = target_network(self.projector)
         self.queue = Queue(options.queue, options.dim, info.seed)
 
     def explain(self, world_size: int, device: str) -> dict[str, str]:

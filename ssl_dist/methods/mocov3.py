@@ -7,7 +7,6 @@ same image out of those of the whole batch.
 As in the official code the loss is multiplied by twice the temperature.
 """
 
-import copy
 from typing import Literal
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from ssl_dist.config import PositiveFloat, PositiveInt, Probability, Section
 from ssl_dist.methods.base import Backbone, Batch, Clock, Info, Output, SSLMethod, World
-from ssl_dist.nn.layers import ema_update, full_precision, mlp, rising_decay
+from ssl_dist.nn.layers import ema_update, full_precision, mlp, rising_decay, target_network
 
 
 class Options(Section):
@@ -70,8 +69,8 @@ class Method(SSLMethod[Options]):
         if options.predictor_end == "batchnorm":
             predictor.append(nn.BatchNorm1d(dim, affine=False))
         self.predictor = nn.Sequential(*predictor)
-        self.target_backbone = copy.deepcopy(backbone).requires_grad_(False)
-        self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
+        self.target_backbone = target_network(backbone)
+        self.target_projector = target_network(self.projector)
 
     def explain(self, world_size: int, device: str) -> dict[str, str]:
         rows = self.info.batch_size

@@ -7,7 +7,6 @@ both networks and smaller local views the online one; the learnt temperature and
 (Zhai et al., 2023, arXiv:2303.15343).
 """
 
-import copy
 import math
 from dataclasses import replace
 from typing import Literal
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from ssl_dist.config import FiniteFloat, NonNegativeFloat, PositiveFloat, PositiveInt, Probability, Section
 from ssl_dist.errors import UserError
 from ssl_dist.methods.base import Backbone, Batch, Clock, Info, Output, SSLMethod, World
-from ssl_dist.nn.layers import ema_update, full_precision
+from ssl_dist.nn.layers import ema_update, full_precision, target_network
 
 DEFAULTS = {"softmax": (0.0, 5.0, 0.0), "sigmoid": (math.log(10), 15.0, -10.0)}  # log_tau, max_tau, bias
 
@@ -172,8 +171,8 @@ class Method(SSLMethod[Options]):
             nn.ReLU(),
             nn.Linear(options.hidden, options.dim, bias=False),
         )
-        self.target_backbone = copy.deepcopy(backbone).requires_grad_(False)
-        self.target_head = copy.deepcopy(self.head).requires_grad_(False)
+        self.target_backbone = target_network(backbone)
+        self.target_head = target_network(self.head)
         log_tau, self.max_tau, bias = initial_logits(options)
         learnt = options.learn_temperature
         self.log_tau = nn.Parameter(torch.tensor(log_tau), requires_grad=learnt)

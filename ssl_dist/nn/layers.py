@@ -1,13 +1,17 @@
 """Pieces of networks that several methods share."""
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def mlp(dims: Sequence[int], last_bias: bool = False, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
@@ -43,6 +47,15 @@ def ema_update(target: nn.Module, online: nn.Module, decay: float) -> None:
     values = [*online.parameters(), *online.buffers()]
     pairs = [pair for pair in zip(means, values, strict=True) if pair[0].is_floating_point()]
     torch._foreach_lerp_([mean for mean, _ in pairs], [value for _, value in pairs], 1 - decay)
+
+
+def target_network(network: Module) -> Module:
+    """A copy without gradient and without dropout, for a moving average to begin from."""
+    target = copy.deepcopy(network).requires_grad_(False)
+    for layer in target.modules():
+        if isinstance(layer, KeyedDropout):
+            layer.p = 0.0
+    return target
 
 
 def rising_decay(progress: float, first: float) -> float:
