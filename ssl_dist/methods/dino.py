@@ -10,6 +10,7 @@ that not all win alike. What is evaluated is the target.
 import math
 from dataclasses import replace
 from functools import reduce
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ssl_dist.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Section
 from ssl_dist.errors import UserError
 from ssl_dist.methods.base import Backbone, Batch, Clock, Info, Output, SSLMethod, World
+from ssl_dist.nn.backbone import freeze_offset
 from ssl_dist.nn.layers import ema_update, full_precision, rising_decay, target_network
 
 
@@ -26,6 +28,7 @@ class Options(Section):
     outputs: PositiveInt = Field(65536, description="K, of the head")
     hidden: PositiveInt = Field(2048, description="hidden units of the head's two layers")
     bottleneck: PositiveInt = Field(256, description="width of the embeddings before the last layer")
+    batchnorm: bool = Field(False, description="whether hidden layers of the head have BatchNorm; convolutions need it")
     norm_last_layer: bool = Field(True, description="the last layer's weights have length 1; false: it is learnt")
     freeze_last_layer_epochs: NonNegativeFloat = Field(1.0, description="first epochs in which it does not learn")
     temperature: PositiveFloat = Field(0.1, description="of the online network's distribution")
@@ -41,15 +44,17 @@ class Head(nn.Module):
 
     def __init__(self, feature_dim: int, options: Options):
         super().__init__()
-        hidden, width = options.hidden, options.bottleneck
-        self.mlp = nn.Sequential(
-            nn.Linear(feature_dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, width)
-        )
+        layers: list[nn.Module] = []
+        for dim_in, dim_out in pairwise([feature_dim, options.hidden, options.hidden]):
+            layers.append(nn.Linear(dim_in, dim_out, bias=not options.batchnorm))
+            layers += [nn.BatchNorm1d(dim_out), nn.GELU()] if options.batchnorm else [nn.GELU()]
+        self.mlp = nn.Sequential(*layers, nn.Linear(options.hidden, options.bottleneck))
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
-        self.direction = nn.Parameter(nn.Linear(width, options.outputs, bias=False).weight.detach())
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        self.direction = nn.Parameter(nn.Linear(options.bottleneck, options.outputs, bias=False).weight.detach())
         self.length = nn.Parameter(torch.ones(options.outputs, 1), requires_grad=not options.norm_last_layer)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,6 +93,8 @@ class Method(SSLMethod[Options]):
         group_of = [group for group, (num, _) in enumerate(info.view_groups) for _ in range(num)]
         self.large = [view for view, group in enumerate(group_of) if group in self.large_groups]
         self.head = Head(info.feature_dim, options)
+        if options.batchnorm:
+            freeze_offset(backbone)  # as in `mlp_on_features`
         self.target_backbone, self.target_head = target_network(backbone), target_network(self.head)
         self.center: Tensor
         self.register_buffer("center", torch.zeros(options.outputs))
