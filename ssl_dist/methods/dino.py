@@ -116,8 +116,8 @@ class Method(SSLMethod[Options]):
         return [self.head.direction, self.head.length] if clock.step < steps else []
 
     def forward(self, batch: Batch, world: World) -> Output:
-        """Metrics: the mean entropy of a target and that of the mean target, 1 when all outputs are used equally; the
-        target's temperature and momentum of the coming average."""
+        """Metrics: the mean entropy of a target, which at 1 is all outputs alike: a collapse; and that of the mean
+        target, 1 when all outputs are used equally; the target's temperature and momentum of the coming average."""
         options, temperature = self.options, self._target_temperature(batch.step)
         views, ids = ([of[group] for group in self.large_groups] for of in (batch.views, batch.view_ids))
         with torch.no_grad():

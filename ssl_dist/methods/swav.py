@@ -107,8 +107,8 @@ class Method(SSLMethod[Options]):
         return [self.prototypes] if clock.step < self.options.freeze_steps else []
 
     def forward(self, batch: Batch, world: World) -> Output:
-        """Metrics: the entropy of the mean assignment, 1 when all prototypes are used equally, and that of the mean
-        prediction of a prototype."""
+        """Metrics: the entropy of the mean assignment, 1 when all prototypes are used equally, and the mean entropy of
+        an assignment, which at 1 is to all of them alike: a collapse, against which a lower epsilon helps."""
         options = self.options
         z_VMD = F.normalize(self.projected(batch, world, self.projector), dim=-1)
         with full_precision(z_VMD.device):
@@ -119,8 +119,11 @@ class Method(SSLMethod[Options]):
             scores = z_VMD.flatten(0, 1)[lo:hi] @ self.prototypes.to(z_VMD.dtype).T
             share = swapped(scores, target_AMK, options.assign, options.temperature, self.num_views, lo)
         self._new = [z_VMD[v].detach() for v in options.assign]
-        usage = target_AMK.flatten(0, 1).mean(0)
-        metrics = {"prototype_entropy": -torch.xlogy(usage, usage).sum() / math.log(max(2, len(usage)))}
+        usage_K, unit = target_AMK.flatten(0, 1).mean(0), math.log(max(2, options.prototypes))
+        metrics: dict[str, float | Tensor] = {
+            "prototype_entropy": -torch.xlogy(usage_K, usage_K).sum() / unit,
+            "assignment_entropy": -torch.xlogy(target_AMK, target_AMK).sum(-1).mean() / unit,
+        }
         return Output(world.scale_for_ddp_mean(share), metrics, representations=z_VMD.detach())
 
     def _assigned(self, z_MD: Tensor, queue: int, batch: Batch) -> Tensor:
