@@ -11,7 +11,6 @@ from ssl_dist import config
 from ssl_dist.convert.command import convert
 from ssl_dist.data.readers import Dataset
 from ssl_dist.distributed.rank import RankInfo
-from ssl_dist.distributed.world import one_process
 from ssl_dist.errors import UserError
 from ssl_dist.run.blueprint import derive
 from ssl_dist.run.encoder import load_encoder
@@ -57,7 +56,7 @@ def test_it_is_the_knn_of_the_encoder_on_held_out_images(run, digits):
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (encoder.normalize.mean, encoder.normalize.std))
         h = encoder.module((torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - mean) / std).double()
     h = (h / h.norm(dim=1, keepdim=True)).numpy()
-    used = online_knn.OnlineKNN(derive(settings(digits, run), RankInfo()), one_process())
+    used = online_knn.chosen_images(derive(settings(digits, run), RankInfo()))
     queries, bank = used.ids[-used.num_queries :], used.ids[: -used.num_queries]
     assert sorted(used.ids) == list(range(count)) and not set(queries) & set(bank)
     assert used.num_queries == pytest.approx(count / 11, rel=0.05)
@@ -99,13 +98,21 @@ def test_a_resume_logs_each_value_once(run, digits, tmp_path):
     assert logged(other) == logged(run)
 
 
-def test_labels_are_needed(tmp_path):
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "holds no labelled split train"),  # the split that it would work on
+        (["log.knn_every_epochs=null", "log.probe_every_epochs=1"], "split unlabeled of .*, which is trained on"),
+    ],
+)
+def test_labels_are_needed(tmp_path, words, says):
     for i in range(4):
         save(tmp_path / f"images/unlabeled/{i}.jpg", picture(24, 24, i))
     convert("folder", tmp_path / "images", tmp_path / "data", name="plain", workers=1, progress=False)
-    chosen = settings(tmp_path / "data", tmp_path / "run", "data.name=plain", "data.limit=null", "optim.batch_size=2")
+    given = ["data.name=plain", "data.limit=null", "optim.batch_size=2", *words]
+    chosen = settings(tmp_path / "data", tmp_path / "run", *given)
     for action in (lambda: explain(chosen, 1), lambda: train(chosen)):
-        with pytest.raises(UserError, match="train"):  # the split that it would work on
+        with pytest.raises(UserError, match=says):
             action()
 
 
@@ -132,8 +139,8 @@ def test_classes_of_which_one_image_is_taken_are_left_out(tmp_path, num_pairs):
     convert("folder", tmp_path / "source", tmp_path / "data", name="many", workers=1, progress=False)
     plan = derive(settings(tmp_path / "data", tmp_path / "run", "data.name=many", method="relational"), RankInfo())
     if num_pairs:
-        used = online_knn.OnlineKNN(plan, one_process())
+        used = online_knn.chosen_images(plan)
         assert used.num_queries == num_pairs and sorted(used.labels) == [0, 0, 1, 1]
         return
     with pytest.raises(UserError, match=r"log.knn_every_epochs = 1: no two of the 20 images .* set it to null"):
-        online_knn.OnlineKNN(plan, one_process())
+        online_knn.chosen_images(plan)

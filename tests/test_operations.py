@@ -168,6 +168,21 @@ def test_collectives_are_those_of_a_real_step(plan_of, monkeypatch, method, grid
     assert sorted(counted) == sorted(Recorded.seen)
 
 
+def test_the_online_probe_is_a_forward_pass_of_one_view(plan_of):
+    plain, probed = (
+        operations.count(plan_of("relational", 2, "precision=bf16", f"log.probe_every_epochs={every}"), "cpu")
+        for every in ("null", "1")
+    )
+    network = plan_of().build().backbone
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.empty(8, 3, 32, 32))
+    more, products = probed.flops - plain.flops, 2 * 2 * 8 * 64 * 10  # scores of 8 images, and the gradient
+    assert probed.backward > plain.backward and more == counter.get_total_flops() + products
+    sums = [c.num_bytes for c in probed.collectives if c.purpose == "the online probe"]
+    assert sums == [4 * 64, 4 * 64, 4 * (10 * 64 + 10 + 1)]
+    assert len(probed.collectives) == len(plain.collectives) + 3
+
+
 def test_gradients_go_in_buckets(plan_of):
     """simclr on resnet18: 11.3 million numbers are 45 MB, two buckets of 25 MiB at most."""
     step = operations.count(plan_of("simclr", 2, "backbone.name=resnet18"), "cuda")

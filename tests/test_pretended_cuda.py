@@ -103,10 +103,11 @@ def test_selas_scores_in_the_hosts_memory(monkeypatch):
     [
         ("supervised", ["backbone.name=efficientnet_b0", "optim.batch_size=8"]),
         ("simclr", ["backbone.name=timm/test_byobnet"]),
+        ("relational", [*FEW["relational"], "log.probe_every_epochs=9"]),
         ("sfrik", MULTICROP),
         ("relational", [*FEW["relational"], "method.options.labelled=0.5"]),
     ],
-    ids=["keyed dropout", "an activation in BatchNorm", "multicrop", "labels of pairs"],
+    ids=["keyed dropout", "an activation in BatchNorm", "online probe", "multicrop", "labels of pairs"],
 )
 def test_what_verify_leaves_out(name, more, cases, monkeypatch):
     [config, *_] = cases[name]
@@ -136,6 +137,17 @@ def test_timms_batchnorm_on_one_of_eight_ranks(cases, monkeypatch):
     assert training.notes.kernels["batch_norm_elemt"] >= 14, "of the twin"
     assert dict(training.notes.waits) == ONE_WAIT and not training.notes.half
     assert {place for _, place in training.notes.wide} <= MEANT_IN_FLOAT64
+
+
+def test_the_online_probe_on_one_of_eight_ranks(cases, monkeypatch):
+    [config, *_] = cases["simclr"]
+    words = ["precision=bf16", "optim.batch_size=16", "log.probe_every_epochs=9"]
+    without, training = (train_on_gpu(monkeypatch, config, words[:count], 8) for count in (2, 3))
+    assert dict(training.notes.waits) == ONE_WAIT and not training.notes.half
+    assert {place for _, place in training.notes.wide} <= MEANT_IN_FLOAT64
+    names = "c10d.allreduce_", "optimizer _fused_adamw_"
+    more = [training.notes.kernels[name] - without.notes.kernels[name] for name in names]
+    assert more == [3, 1], "sums of moments and gradients, and a step"
 
 
 def test_triton_scores_pairs_where_it_can(cases, monkeypatch):
@@ -199,6 +211,7 @@ def test_commands_on_one_gpu(digits, tmp_path, monkeypatch, capsys):
     words = [
         f"data.root={digits}", "data.reader=arrays", "data.workers=1", "data.limit=40", "optim.batch_size=16",
         "optim.epochs=null", "views.num=2", "precision=fp64", "log.every_steps=1", "log.knn_every_epochs=1",
+        "log.probe_every_epochs=1",
         "checkpoint.every_steps=2", "checkpoint.every_epochs=null",
     ]  # fmt: skip
 

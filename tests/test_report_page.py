@@ -21,7 +21,7 @@ from ssl_dist.errors import UserError
 from ssl_dist.report import comparison, page
 from ssl_dist.report import run as runs
 from ssl_dist.storage import checkpoint
-from ssl_dist.train import online_knn
+from ssl_dist.train import online_knn, online_probe
 from tests import kills
 from tests.make_images import save
 from tests.test_verdicts import healthy
@@ -225,15 +225,16 @@ def test_verdicts_have_badges_and_are_counted(tmp_path):
     assert ">slow above</text>" in text and ">collapsed below</text>" in text  # the limits in the charts
 
 
-def test_the_knn_that_is_measured_now_and_then(tmp_path):
+@pytest.mark.parametrize(("name", "words"), [(online_knn.NAME, "online knn20"), (online_probe.NAME, "online probe")])
+def test_what_is_measured_now_and_then(tmp_path, name, words):
     run = make_run(tmp_path / "run")
     lines = (run / "metrics.jsonl").read_text().splitlines()
     for step in (390, 780):
-        line = {"step": step, "epoch": step / 390, online_knn.NAME: 40.0 + step / 390}
+        line = {"step": step, "epoch": step / 390, name: 40.0 + step / 390}
         lines.insert(step // 20 + 1, json.dumps(line))
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     shown = page_of(run)
-    assert "online knn20 (% of held-out images)" in shown.text and "no illness" in shown.text
+    assert f"{words} (% of held-out images)" in shown.text and "no illness" in shown.text
     [svg] = [svg for svg in shown.all("svg") if svg["aria-label"].startswith("online")]
     [curve] = json.loads(svg["data-curves"])
     assert (curve["x"], curve["y"]) == ([1.0, 2.0], [41.0, 42.0])

@@ -17,8 +17,8 @@ from ssl_dist.errors import UserError
 from ssl_dist.results import suggestion
 from ssl_dist.run.blueprint import derive
 from ssl_dist.storage.features import read_features
+from ssl_dist.train import online_knn, online_probe
 from ssl_dist.train.loop import train
-from ssl_dist.train.online_knn import labelled_split
 from tests.make_images import save
 
 COUNTS = {"train/blue": 20, "train/red": 20, "test/blue": 18, "test/red": 18, "unlabeled": 36}
@@ -215,6 +215,7 @@ def test_a_training_without_labels_ends_with_the_command_that_measures_it(data, 
         (["unlabeled"], ["data.subset={per_class: 3}"], "per_class needs labels", 2, False),
         (["unlabeled"], ["method.options={labelled: 0.5}"], "no label; set method.options.labelled=0", 1, True),
         (["unlabeled"], ["log.knn_every_epochs=1"], "holds no labelled split train", 1, True),
+        (["unlabeled"], ["log.probe_every_epochs=1"], "unlabeled of .*, which is trained on, has none", 1, True),
     ],
 )
 def test_a_training_is_told_what_can_be_trained_on(data, tmp_path, splits, words, says, number, alternatives):
@@ -223,7 +224,9 @@ def test_a_training_is_told_what_can_be_trained_on(data, tmp_path, splits, words
     def plan(*more):
         plan = derive(config.load("configs/digits/relational-conv4.yaml", [*fixed, *words, *more]), RankInfo())
         if plan.config.log.knn_every_epochs is not None:
-            labelled_split(plan)
+            online_knn.chosen_images(plan)
+        if plan.config.log.probe_every_epochs is not None:
+            online_probe.chosen_images(plan)
 
     with pytest.raises(UserError, match=says) as caught:
         plan()

@@ -186,6 +186,11 @@ class Log(Section):
         description="epochs between two kNN classifications (k = 20) of held-out images of the labelled training split "
         "by the other ones; null: never",
     )
+    probe_every_epochs: PositiveInt | None = Field(
+        None,
+        description="epochs between two measurements, on held-out images of the split that is trained on, of a linear "
+        "classifier that learns in every step, at the cost of one more forward pass of one view; null: none",
+    )
 
 
 class PluginFile(Section):

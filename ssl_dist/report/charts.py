@@ -7,10 +7,11 @@ from markupsafe import Markup
 from ssl_dist.report import verdicts
 from ssl_dist.report.curves import Curve, chart
 from ssl_dist.report.run import Run
-from ssl_dist.train import online_knn
+from ssl_dist.train import online_knn, online_probe
 
 # These come first, in this order; what else a method logs follows.
-FIRST = ("loss", "accuracy", online_knn.NAME, "feature_std", "effective_rank", "lr", "images_per_s", "data_wait")
+ONLINE = (online_knn.NAME, online_probe.NAME)
+FIRST = ("loss", "accuracy", *ONLINE, "feature_std", "effective_rank", "lr", "images_per_s", "data_wait")
 _COMMON = FIRST[2:]  # mean the same whatever the method; the others are drawn method by method
 _UNPLOTTED = {"step", "epoch", "views_per_s", "seconds_per_step"}  # the axis, and multiples of images_per_s
 # Of metrics whose axis begins at 0: title, unit, and the value and name of a limit.
@@ -67,7 +68,7 @@ def _chart(key: str, curves: Sequence[Curve], suffix: str, named: bool) -> Marku
     if key in _FROM_ZERO:
         title, unit, limit = _FROM_ZERO[key]
         return chart(title, unit, curves, named, True, limit)
-    unit = "%" if key.startswith("accuracy") else "% of held-out images" if key == online_knn.NAME else ""
+    unit = "%" if key.startswith("accuracy") else "% of held-out images" if key in ONLINE else ""
     return chart(_words(key) + suffix, unit, curves, named)
 
 

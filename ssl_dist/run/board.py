@@ -33,6 +33,8 @@ MEANINGS = {
     "loss_scale": "The loss is multiplied by it before the backward pass, so that gradients do not vanish in fp16.",
     "feature_std": "The spread of the normalised representations: 1 for isotropic ones, 0 when they have collapsed.",
     "effective_rank": "The number of directions in which the representations vary.",
+    "online_knn20": "Percent of held-out images of the training split that a kNN of the other ones classifies right.",
+    "online_probe": "Percent of the same held-out images that the linear probe, which learns beside, classifies right.",
     "images_per_s": "Images of the global batch a second, since the line before.",
     "views_per_s": "Views of the global batch a second, since the line before.",
     "data_wait": "The share of the time, from 0 to 1, in which the loop waited for images.",

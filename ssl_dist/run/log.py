@@ -43,6 +43,7 @@ class RunLog:
         self._board = board.EventFile(run / "tensorboard", clock.step + 1, others=about)
         self._board.add(clock.step, *board.settings(settings))
         self._bar = Progress(title, clock.total_steps, "step", done=clock.step)
+        self._online: dict[str, float] = {}
         self._since = (clock.step, time.perf_counter())
         self._waited = 0.0
 
@@ -92,13 +93,14 @@ class RunLog:
             if len(values := values[~np.isnan(values)]):
                 self._board.add(clock.step, summary.histogram(name, values, bins))
         shown = {name: metrics[name] for name in ("loss", "accuracy") if name in metrics}
-        self._bar.describe(shown | {"images/s": speed["images_per_s"], "views/s": speed["views_per_s"]})
+        self._bar.describe(shown | self._online | {"images/s": speed["images_per_s"], "views/s": speed["views_per_s"]})
 
     def measured(self, clock: Clock, values: dict[str, float], seconds: float) -> None:
         """Log values measured between two steps; the time that this took does not count as training time."""
         step, start = self._since
         self._since = step, start + seconds
         self._write_line(clock, {"online": values})
+        self._online |= values
 
     def _write_line(self, clock: Clock, groups: dict[str, dict[str, float]]) -> None:
         from torch.utils.tensorboard import summary

@@ -23,7 +23,7 @@ FORMAT = 1
 CHANGED = "it was changed: give another checkpoint, or train anew"
 NO_CHECKSUM = "has no checksum beside it"
 KEYS = ("format", "step", "config", "method", "optimizer", "world_size", "versions", "normalize", "info", "data")
-LATER_KEYS = ("classes", "loss_scale")  # see `checkpoint_state.State`; absent in a file of before, and in VOC's
+LATER_KEYS = ("classes", "loss_scale", "probe")  # see `checkpoint_state.State`; absent in files of before and in VOC's
 _NAME = re.compile(r"step-(\d{8,})\.pt")
 
 

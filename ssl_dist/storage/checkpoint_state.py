@@ -61,6 +61,13 @@ class LossScale(_Strict):
     growth_tracker: CountOrNone
 
 
+class Probe(_Strict):
+    """As `train.online_probe.OnlineProbe` gives it."""
+
+    classifier: dict[str, Dense]
+    optimizer: Optimizer
+
+
 class State(_Strict):
     """The keys that every checkpoint has, VOC's too, which has no `info`; more are passed over."""
 
@@ -76,6 +83,7 @@ class State(_Strict):
     info: dict[str, Any]
     optimizer: dict[str, Any]
     loss_scale: dict[str, float] = {}  # of a run in fp16
+    probe: dict[str, Any] = {}  # of a run with an online one
     classes: list[str] | None = None  # that a classifier tells apart; None: numbers, or written before there was this
 
 
@@ -84,6 +92,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "info": RunInfo,
     "optimizer": Optimizer,
     "loss_scale": LossScale,
+    "probe": Probe,
 }
 
 

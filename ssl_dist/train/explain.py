@@ -29,7 +29,8 @@ from ssl_dist.nn.shapes import without_values
 from ssl_dist.run import folder as run_folder
 from ssl_dist.run.blueprint import RunPlan, derive
 from ssl_dist.storage import checkpoint
-from ssl_dist.train import advice, online_knn, operations, optim, roofline
+from ssl_dist.train import advice, online_knn, online_probe, operations, optim, roofline
+from ssl_dist.train.held_out import HeldOutImages
 from ssl_dist.train.operations import Step
 from ssl_dist.train.roofline import Device
 
@@ -168,11 +169,18 @@ def _training(plan: RunPlan) -> dict[str, str]:
         "optimizer": f"{options.name}, {options.schedule}, rate {rates}",
         "precision": plan.config.precision,
     }
-    every = plan.config.log.knn_every_epochs
-    if every is not None:
-        of = f"on images held out of split {online_knn.labelled_split(plan)}"
-        lines["online kNN"] = f"every {every} epochs, {of}"
+    settings = plan.config.log
+    if (every := settings.knn_every_epochs) is not None:
+        lines["online kNN"] = f"every {every} epochs, {_held_out(online_knn.chosen_images(plan))}"
+    if (every := settings.probe_every_epochs) is not None:
+        of = _held_out(online_probe.chosen_images(plan))
+        cost = f"in every step the network passes one view of the {plan.num_views} once more, forward alone"
+        lines["online probe"] = f"every {every} epochs, {of}; {cost}"
     return lines
+
+
+def _held_out(images: HeldOutImages) -> str:
+    return f"on {images.num_queries} images held out of split {images.split}"
 
 
 @dataclass(frozen=True)
@@ -200,13 +208,14 @@ class Memory:
         name = plan.config.optim.name
         copies = 4 if name in ("adam", "adamw") else 3 if name == "lars" or plan.config.optim.momentum else 2
         copies += plan.rank_info.world_size > 1
+        probe = 4 * plan.info.num_classes * method.info.feature_dim * (plan.config.log.probe_every_epochs is not None)
         levels = plan.split.pixels.channels * sum(images * spec.num * spec.size**2 for spec in plan.specs)
         levels //= plan.rank_info.world_size
         return Memory(
             plan=plan,
             parameters=sum(p.numel() for p in method.backbone.parameters()),
             feature_dim=method.info.feature_dim,
-            weights=(everything + (copies - 1) * trained * trainable) * element,
+            weights=(everything + (copies - 1) * trained * trainable + probe * trainable) * element,
             waiting=(AHEAD + 1) * levels * plan.split.pixels.bits // 8 if trainable else 0,
             inputs=levels * element if trainable else 0,
             activations=_peak(plan, method) if trainable else 0,

@@ -130,12 +130,12 @@ def fit(run: TrainState, stop: StopRequest) -> int:
 
             clock = clock.after_step()
             method.after_step(clock)
+            run.teach_probe(batch)
             if clock.step == 1 or clock.done or clock.due(settings.log.every_steps):
                 run.write(log, clock, output)
             if clock.due(every_epochs=settings.log.filters_every_epochs):
                 run.show_filters(log, clock)
-            if clock.due(every_epochs=settings.log.knn_every_epochs):
-                run.measure_knn(log, clock)
+            run.measure(log, clock)
             if stopping or clock.done or clock.due(settings.checkpoint.every_steps, settings.checkpoint.every_epochs):
                 run.save(clock, stop)
             if log is not None:

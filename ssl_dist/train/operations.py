@@ -7,7 +7,8 @@ tensors that it reads and writes. What the ranks would exchange is noted, not se
 Left out is what does not happen in every step: labels and clusters that a method makes for itself, logs, checkpoints.
 """
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,7 @@ from ssl_dist.nn import batchnorm
 from ssl_dist.nn.shapes import without_values
 from ssl_dist.run.blueprint import RunPlan
 from ssl_dist.train import optim
+from ssl_dist.train.online_probe import OnlineProbe
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 BUCKET_BYTES = 25 * 2**20  # of gradients, which DDP averages together
@@ -92,11 +94,16 @@ def count(plan: RunPlan, device: str) -> Step:
     world = _Uncommunicative(plan, step)
     batchnorm.synchronize(method, lambda layer: _UnsentBatchNorm(layer, world, device))
     optimizer = optim.build(plan.config.optim, method.parameter_groups(), CPU, method.backbone)
+    probe = None if plan.config.log.probe_every_epochs is None else OnlineProbe(plan, world, method.info.feature_dim)
     host, batch_of = _batch(plan)
     step.pixel_bytes = sum(map(_bytes, host))
     with _Counter(step.operations), _MetaAutocast(), counting.counted_by(_kernels_into(step.operations)):
         batch = batch_of(host)
         with torch.autocast("cpu", torch.bfloat16, enabled=plan.config.precision in ("bf16", "fp16")):
+            if probe is not None:  # after the update in truth; of a forward pass nothing else depends on its place
+                with world.exchanging("the online probe"):
+                    probe.learn(method.eval().encoder(), batch)
+                method.train()
             loss = method(batch, world).loss
         step.backward = len(step.operations)
         loss.backward()
@@ -171,19 +178,26 @@ class _Uncommunicative(World):
 
     def __init__(self, plan: RunPlan, step: Step):
         super().__init__(plan.rank_info, plan.grid, META)
-        self._step, self._purpose = step, "representations"
+        self._step, self._purpose = step, "representations and loss"
+
+    @contextlib.contextmanager
+    def exchanging(self, purpose: str) -> Iterator[None]:
+        """A context in which collectives have this purpose."""
+        former, self._purpose = self._purpose, purpose
+        yield
+        self._purpose = former
 
     def note(self, name: str, purpose: str, num_bytes: int, size: int | None = None, overlapped: bool = False) -> None:
         size = size or self.grid.size
         self._step.collectives.append(Collective(name, purpose, num_bytes, size, overlapped))
 
     def _all_reduce_sum(self, x: Tensor, group: Any = None) -> Tensor:
-        self.note("all_reduce", "representations and loss", _bytes(x))
+        self.note("all_reduce", self._purpose, _bytes(x))
         return x.detach().clone()
 
     def _gather(self, x: Tensor, group: Any = None, size: int | None = None) -> Tensor:
         size = size or self.grid.size
-        self.note("all_gather", "representations and loss", size * _bytes(x), size)
+        self.note("all_gather", self._purpose, size * _bytes(x), size)
         return x.new_empty((size, *x.shape))
 
 

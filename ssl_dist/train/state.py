@@ -7,6 +7,8 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +29,9 @@ from ssl_dist.run import folder as run_folder
 from ssl_dist.run.blueprint import RunPlan
 from ssl_dist.run.log import RunLog
 from ssl_dist.storage import checkpoint
-from ssl_dist.train import collapse, online_knn, optim, relabel
+from ssl_dist.train import collapse, optim, relabel
 from ssl_dist.train.listener import SILENT, Listener
-from ssl_dist.train.online_knn import OnlineKNN
+from ssl_dist.train.online import OnlineMeasures
 from ssl_dist.views import shown
 
 ANEW = "begin anew in another run_dir with a lower optim.lr or precision=fp32"
@@ -61,11 +63,11 @@ class TrainState:
         self.columns = None if method.views_together else world.view_columns(self.method)
         self.optimizer = optim.build(self.config.optim, method.parameter_groups(), world.device, method.backbone)
         self.scaler = optim.LossScaler(world.device.type, enabled=self.config.precision == "fp16")
+        self.online = OnlineMeasures(plan, world, method.info.feature_dim)
         self.clock = plan.clock(self._resume())
         if self.config.compile:
             compiled.compile_network(method.backbone)
         self.wrapped = world.wrap(self.method)
-        self._knn = None if self.config.log.knn_every_epochs is None else OnlineKNN(plan, world)
         self._unwritten: Callable[[], None] | None = None
         self.grad_norm: Tensor | None = None  # of the last step, before it was clipped
         self._upload = Uploads(world.device)
@@ -100,7 +102,16 @@ class TrainState:
         if self.method.trainable:
             checkpoint.restore_optimizer(self.optimizer, state["optimizer"], path)
         self.scaler.restore(state.get("loss_scale", {}))
+        if self.online.probe is not None:
+            self._resume_probe(state.get("probe"), path)
         return int(state["step"])
+
+    def _resume_probe(self, state: dict[str, Any] | None, path: Path) -> None:
+        assert self.online.probe is not None
+        if state:
+            self.online.probe.restore(state, path)
+        elif self.world.is_rank0:
+            print(f"log.probe_every_epochs: {path} holds no probe; it begins anew", file=sys.stderr, flush=True)
 
     def loader(self) -> TrainLoader:
         order, specs, world = self.plan.order, self.plan.specs, self.world
@@ -239,17 +250,31 @@ class TrainState:
         with self.world.state.phase_of("the picture of the filters", watchdog.SAVE_TIMEOUT_S):
             self.world.on_rank0(show)
 
-    def measure_knn(self, log: RunLog | None, clock: Clock) -> None:
-        """Log the online kNN (online_knn.py), which the config asks for. Every rank takes part."""
-        assert self._knn is not None
-        self.flush_log()
-        start = time.perf_counter()
+    @contextlib.contextmanager
+    def _evaluated(self) -> Iterator[nn.Module]:
+        """A context with the network that evaluation reads, in evaluation mode."""
         self.method.eval()
         with self.autocast():
-            accuracy = self._knn.accuracy(self.method.encoder(), self._normalize)
+            yield self.method.encoder()
         self.method.train()
+
+    def teach_probe(self, batch: Batch) -> None:
+        """One step of the online probe (online_probe.py), where the config asks for it. Every rank takes part."""
+        if self.online.probe is not None:
+            with self._evaluated() as encoder:
+                self.online.probe.learn(encoder, batch)
+
+    def measure(self, log: RunLog | None, clock: Clock) -> None:
+        """Log the measures of online.py that are due. Every rank takes part."""
+        due = self.online.due(clock)
+        if not due:
+            return
+        self.flush_log()
+        start = time.perf_counter()
+        with self._evaluated() as encoder:
+            values = self.online.measure(due, encoder, self._normalize)
         if log is not None:
-            log.measured(clock, {online_knn.NAME: accuracy}, time.perf_counter() - start)
+            log.measured(clock, values, time.perf_counter() - start)
 
     def save(self, clock: Clock, stop: StopRequest) -> None:
         """Rank 0 writes a checkpoint; the others wait, and a failure there ends all of them.
@@ -259,6 +284,8 @@ class TrainState:
         """
         self.flush_log()
         broken = checkpoint.not_finite(self.method, self.optimizer)
+        if (probe := self.online.probe) is not None:
+            broken = broken or checkpoint.not_finite(probe, probe.optimizer)
         if self.world.any_rank(bool(broken))()[0]:
             raise Fault(
                 f"{self.world.rank_info} at step {clock.step}: {broken or 'a weight'} is not finite after this step; "
@@ -295,6 +322,7 @@ class TrainState:
             "data": self.plan.data_identity,
             "classes": self.plan.class_names,
             "loss_scale": self.scaler.state(),
+            "probe": {} if self.online.probe is None else self.online.probe.state(),
         }
         try:
             checkpoint.save(self.folder, state)

@@ -107,7 +107,11 @@ class ComparedTraining(TrainState):
 
     def finish(self, clock: Clock) -> None:
         weights = {name: parameter.detach() for name, parameter in self.method.named_parameters()}
-        self.show("end", buffers=dict(self.method.named_buffers()), weights=weights)
+        buffers = dict(self.method.named_buffers())
+        if (probe := self.online.probe) is not None:
+            weights |= {f"online_probe.{name}": parameter.detach() for name, parameter in probe.named_parameters()}
+            buffers |= {f"online_probe.{name}": buffer for name, buffer in probe.named_buffers()}
+        self.show("end", buffers=buffers, weights=weights)
 
     def show(self, page: int | str, **kinds: dict[str, Tensor]) -> None:
         path = self.pages / f"{page}.pt"
