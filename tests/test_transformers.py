@@ -2,16 +2,19 @@
 
 import copy
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
-from ssl_dist import backbones, methods
+from ssl_dist import backbones, config, methods
+from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.errors import UserError
 from ssl_dist.methods.base import Info
 from ssl_dist.nn import recompute
 from ssl_dist.nn.backbone import TokenBackbone, freeze_offset
 from ssl_dist.nn.layers import KeyedDropPath, key_dropout
+from ssl_dist.run.blueprint import derive
 
 timm = pytest.importorskip("timm")
 
@@ -191,3 +194,19 @@ def test_what_batchnorm_takes_away_does_not_learn(name, options, learns):
     info = Info(64, 0, ((2, 32),), 8, 1.0, feature_dim=192)
     method = method_class(tiny(), info, methods.build_options(method_class, options))
     assert method.backbone.offset().requires_grad is learns
+
+
+def test_patches_may_be_frozen(digits, tmp_path):
+    own = ["backbone.patch_size=4", "data.image_size=16", f"data.root={digits}", f"run_dir={tmp_path}"]
+    path = Path("configs/digits/mocov3-conv4.yaml")
+    for name in ("timm/vit_tiny_patch16_224", "conv4"):
+        of_name = own if name.startswith("timm") else own[1:]
+        settings = config.load(path, [*of_name, "backbone.freeze_patches=true", f"backbone.name={name}"])
+        if name == "conv4":
+            with pytest.raises(UserError, match="freeze_patches = true: conv4 has no patches; set it to false"):
+                derive(settings, RankInfo())
+            continue
+        method = derive(settings, RankInfo()).build()
+        frozen = {name for name, p in method.backbone.named_parameters() if not p.requires_grad}
+        # beside the offset, which the projector's BatchNorm takes away
+        assert frozen == {"model.patch_embed.proj.weight", "model.patch_embed.proj.bias", "model.norm.bias"}

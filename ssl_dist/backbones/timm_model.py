@@ -90,6 +90,9 @@ class TimmTransformer(TimmModel, TokenBackbone):
         maps = self.token_maps(outputs, self.model.norm, images)
         return self.model.forward_head(self.model.norm(x)), {name: maps[name] for name in self.stages}
 
+    def patch_projection(self) -> nn.Module:
+        return self.model.patch_embed
+
     def last_attention(self, images: Tensor) -> Tensor:
         """Of the last block [N, heads, P + n, P + n]: what each token takes of each, which sums to 1 over the last
         dimension."""

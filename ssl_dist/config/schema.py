@@ -144,6 +144,9 @@ class Backbone(Section):
         description="networks of timm: stochastic depth, how often a residual branch of the last block is left out; "
         "those before it in proportion",
     )
+    freeze_patches: bool = Field(
+        False, description="transformers of timm: the projection of patches keeps its first weights (MoCo v3)"
+    )
     recompute: bool = Field(
         False, description="keep only the maps between blocks and compute what is in them again for the gradient"
     )

@@ -76,6 +76,10 @@ class TokenBackbone(Backbone):
         its own; None: all of them, in their order."""
         raise NotImplementedError(f"{type(self).__module__} must define tokens")
 
+    def patch_projection(self) -> nn.Module:
+        """What turns the pixels of a patch into a token."""
+        raise NotImplementedError(f"{type(self).__module__} must define patch_projection")
+
     def last_attention(self, images: Tensor) -> Tensor:
         """Of the last block [N, heads, P + n, P + n]: what each token takes of each, which sums to 1 over the last
         dimension."""

@@ -13,7 +13,7 @@ from ssl_dist.config.schema import Backbone as BackboneSection
 from ssl_dist.errors import UserError, quoted
 from ssl_dist.keys import INIT, hash64
 from ssl_dist.methods.base import Info, SSLMethod
-from ssl_dist.nn.backbone import Backbone
+from ssl_dist.nn.backbone import Backbone, TokenBackbone
 from ssl_dist.nn.layers import key_dropout
 from ssl_dist.nn.shapes import without_values
 from ssl_dist.run import plugged
@@ -40,6 +40,13 @@ def build_method(
     refuse_random_layers(backbone, config.backbone.name)
     if file is not None and not next(backbone.parameters()).is_meta:
         backbone.load_state_dict(initial_weights(backbone, config.backbone, file).tensors)
+    if config.backbone.freeze_patches:
+        if not isinstance(backbone, TokenBackbone):
+            raise UserError(
+                f"backbone.freeze_patches = true: {config.backbone.name} has no patches; set it to false, or give a "
+                "transformer (timm/vit_small_patch16_224)"
+            )
+        backbone.patch_projection().requires_grad_(False)
     return method_class(backbone, replace(info, feature_dim=backbone.feature_dim, stages=backbone.stages), options)
 
 
