@@ -46,6 +46,10 @@ class UserError(ValueError):
         self.raised_on = raised_on
 
 
+class NotInstalled(UserError):
+    """An optional package is needed and missing."""
+
+
 class Fault(RuntimeError):
     """Something that ends the run. The message names the rank, its host, the step and the cause, on one line.
 

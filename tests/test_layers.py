@@ -1,19 +1,21 @@
 """Projectors, the moving average of a network, and dropout that is a function of what it drops."""
 
 import copy
-from functools import partialmethod
+from functools import partial
 
 import numpy as np
 import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torchvision import models
 from torchvision.ops import StochasticDepth
 
 from ssl_dist.errors import UserError
 from ssl_dist.keys import mix64
 from ssl_dist.methods.base import Batch, Info, SSLMethod
+from ssl_dist.nn import backbone as nn_backbone
 from ssl_dist.nn.compiled import compile_network
 from ssl_dist.nn.layers import KeyedDropout, KeyedDropPath, _mix64, ema_update, key_dropout, keyed_rows, mlp
 from ssl_dist.run.network import refuse_random_layers
@@ -80,16 +82,46 @@ def test_a_pass_without_keys_is_an_error_of_the_program():
         KeyedDropout(0.5, 0)(torch.ones(2, 3))
 
 
+class Stages(nn_backbone.Backbone):
+    """Vectors, through two layers with `between` between them."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.first, self.between, self.second = nn.Linear(64, 64), between, nn.Linear(64, 64)
+
+    def steps(self):
+        return [("first", lambda x: self.between(self.first(x))), ("second", self.second)]
+
+    def pooled(self, last_map):
+        return last_map
+
+
 @pytest.mark.parametrize("layer", [KeyedDropout, KeyedDropPath])
 def test_a_compiled_network_reads_the_keys_of_each_pass(layer, monkeypatch):
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
-    plain = nn.Sequential(nn.Linear(64, 64), layer(0.5, 0), nn.Linear(64, 64))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    plain = Stages(layer(0.5, 0))
     compiled = copy.deepcopy(plain)
     compile_network(compiled)
     for keys in (KEYS, KEYS.flip(0), KEYS + 1):
         with keyed_rows(keys):
             x = torch.randn(4, 64)
             assert torch.equal(compiled(x), plain(x))
+
+
+def test_every_pass_of_a_network_is_compiled(monkeypatch):
+    graphs = []
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda graph, _: graphs.append(1) or graph))
+    plain = Stages(nn.ReLU())
+    compiled, x = copy.deepcopy(plain), torch.randn(4, 64)
+    compile_network(compiled)
+    assert not graphs, "the first call does it"
+    for number, name in enumerate(plain.passes, start=1):
+        for _ in range(2):
+            for ours, expected in zip(
+                tree_leaves(getattr(compiled, name)(x)), tree_leaves(getattr(plain, name)(x)), strict=True
+            ):
+                assert torch.equal(ours, expected)
+        assert len(graphs) == number, name
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from ssl_dist.errors import UserError
 from ssl_dist.methods.base import Info
 from ssl_dist.nn import recompute
 from ssl_dist.nn.backbone import TokenBackbone, freeze_offset
+from ssl_dist.nn.compiled import compile_network
 from ssl_dist.nn.layers import KeyedDropPath, key_dropout
 from ssl_dist.run.blueprint import derive
 
@@ -142,6 +144,24 @@ def test_accumulation_passes_tokens_in_parts():
     sizes.clear()
     torch.testing.assert_close(parted(images), whole(images))
     assert sizes == [2, 2, 1]
+
+
+def test_tokens_pass_in_a_graph(monkeypatch):
+    graphs = []
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda graph, _: graphs.append(1) or graph))
+    plain, kept = tiny(), torch.randint(16, (2, 4))
+    compiled, images = copy.deepcopy(plain), torch.randn(2, 3, 32, 32)
+    compile_network(compiled)
+    assert torch.equal(compiled.tokens(images, kept), plain.tokens(images, kept))
+    assert len(graphs) == 1
+
+
+def test_fixed_positions():
+    backbone = tiny()
+    backbone.fix_positions(torch.ones(16, 192))
+    assert not backbone.model.pos_embed.requires_grad
+    assert torch.equal(backbone.model.pos_embed[:, 1:], torch.ones(1, 16, 192))
+    assert not backbone.model.pos_embed[:, 0].any()
 
 
 @pytest.mark.parametrize(

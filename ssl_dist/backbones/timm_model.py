@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssl_dist.errors import UserError
+from ssl_dist.errors import NotInstalled, UserError
 from ssl_dist.nn.backbone import Backbone, TokenBackbone, outermost_blocks
 from ssl_dist.nn.shapes import without_values
 
@@ -92,6 +92,14 @@ class TimmTransformer(TimmModel, TokenBackbone):
 
     def patch_projection(self) -> nn.Module:
         return self.model.patch_embed
+
+    @torch.no_grad()
+    def fix_positions(self, places: Tensor) -> None:
+        embedding = self.model.pos_embed
+        assert embedding is not None, "timm names no transformer of this class without positions"
+        embedding[:, : embedding.shape[1] - len(places)] = 0
+        embedding[:, embedding.shape[1] - len(places) :] = places
+        embedding.requires_grad_(False)
 
     def last_attention(self, images: Tensor) -> Tensor:
         """Of the last block [N, heads, P + n, P + n]: what each token takes of each, which sums to 1 over the last
@@ -212,9 +220,9 @@ def _feature_info(model: Any) -> list[dict[str, Any]]:
 
 
 def timm_package() -> ModuleType:
-    """timm. Raises `UserError` when it is not installed."""
+    """timm. Raises `NotInstalled`."""
     try:
         import timm
     except ImportError:
-        raise UserError("backbone.name = timm/...: timm is not installed; pip install timm") from None
+        raise NotInstalled("backbone.name = timm/...: timm is not installed; pip install timm") from None
     return timm

@@ -80,6 +80,10 @@ class TokenBackbone(Backbone):
         """What turns the pixels of a patch into a token."""
         raise NotImplementedError(f"{type(self).__module__} must define patch_projection")
 
+    def fix_positions(self, places: Tensor) -> None:
+        """Give the patches of `grid` these positions [n, D], and tokens of no patch none. They do not learn."""
+        raise NotImplementedError(f"{type(self).__module__} must define fix_positions")
+
     def last_attention(self, images: Tensor) -> Tensor:
         """Of the last block [N, heads, P + n, P + n]: what each token takes of each, which sums to 1 over the last
         dimension."""

@@ -3,8 +3,8 @@
 import functools
 
 import torch
-from torch import nn
 
+from ssl_dist.nn.backbone import Backbone
 from ssl_dist.nn.batchnorm import SyncBatchNorm
 from ssl_dist.nn.layers import KeyedDropout
 
@@ -12,10 +12,11 @@ from ssl_dist.nn.layers import KeyedDropout
 _OUTSIDE = ((SyncBatchNorm, "_normalize"), (KeyedDropout, "forward"))
 
 
-def compile_network(network: nn.Module) -> None:
-    """Let torch.compile make graphs of the network at its next pass."""
+def compile_network(network: Backbone) -> None:
+    """Let torch.compile make graphs of the network, of each of its `passes` that is called, at the first call."""
     _mark_outside()
-    network.compile()
+    for name in network.passes:
+        setattr(network, name, torch.compile(getattr(network, name)))
 
 
 @functools.cache
