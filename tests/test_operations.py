@@ -1,6 +1,7 @@
 """The operations and collectives that are counted for a step, beside those of real steps."""
 
 import copy
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_dist import config, methods
+from ssl_dist.config import shipped
 from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.distributed.world import one_process
 from ssl_dist.grid import Grid
@@ -25,7 +27,7 @@ def plan_of(digits, tmp_path):
     def make(method="relational", ranks=1, *overrides):
         few = ["optim.batch_size=8", *(["views.num=4"] if method in ("relational", "sfrik") else []), *overrides]
         base = [f"data.root={digits}", f"run_dir={tmp_path / 'run'}", "data.reader=arrays", *few]
-        settings = config.load(f"configs/digits/{method}-conv4.yaml", base)
+        settings = config.load(shipped.of_method(method, Path("configs/digits")), base)
         return derive(settings, RankInfo(0, ranks, 0, ranks))
 
     return make

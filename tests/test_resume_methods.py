@@ -1,5 +1,5 @@
 """Every method, stopped and resumed: weights, buffers, optimizer and metrics are bit for bit those of an uninterrupted
-run. A new file in ssl_dist/methods is tested here by its configs/digits/<name>-conv4.yaml, without an edit."""
+run. A new file in ssl_dist/methods is tested here by its configs/digits/<name>-*.yaml, without an edit."""
 
 import json
 from itertools import pairwise
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ssl_dist import config, methods
+from ssl_dist.config import shipped
 from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.distributed.signals import STOPPED
 from ssl_dist.distributed.world import one_process
@@ -18,6 +19,7 @@ from ssl_dist.storage import checkpoint
 from ssl_dist.train.loop import claimed, fit
 from ssl_dist.train.state import TrainState
 
+DIGITS = Path("configs/digits")
 TRAINABLE = [name for name in methods.names() if methods.find(name).trainable]
 STEPS = 11  # two epochs of four steps and a part of the third
 # In a short training more of them would leave no room for a stop between two.
@@ -56,7 +58,7 @@ class RecordingTrainState(TrainState):
 
 def settings(name, digits, run, precision):
     return config.load(
-        f"configs/digits/{name}-conv4.yaml",
+        shipped.of_method(name, DIGITS),
         [
             f"data.root={digits}", f"run_dir={run}", "data.limit=72", "data.reader=arrays", "data.workers=1",
             "optim.batch_size=16", "optim.epochs=null", f"optim.steps={STEPS}", f"precision={precision}",
@@ -136,5 +138,5 @@ def test_at_which_steps_a_run_is_stopped():
 
 
 def test_every_method_has_its_config():
-    missing = [name for name in methods.names() if not Path(f"configs/digits/{name}-conv4.yaml").exists()]
+    missing = [name for name in methods.names() if shipped.of_method(name, DIGITS) is None]
     assert not missing

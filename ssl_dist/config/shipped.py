@@ -14,3 +14,8 @@ def found(path: str | Path) -> Path:
         own = CONFIGS.joinpath(*path.parts[1:])
         return own if own.is_file() else path
     return path
+
+
+def of_method(name: str, folder: Path) -> Path | None:
+    """The config of a method in a folder, <method>-<backbone>.yaml: the first by name, None where there is none."""
+    return min(folder.glob(f"{name}-*.yaml"), default=None)
