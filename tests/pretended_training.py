@@ -52,7 +52,7 @@ class _Recorded(TrainState):
     def save(self, clock, stop):
         pass
 
-    def show_views(self, log, clock):
+    def show_images(self, log, clock):
         pass
 
     def finish(self, clock):

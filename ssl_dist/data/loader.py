@@ -19,7 +19,7 @@ from ssl_dist import views
 from ssl_dist.data.plan import DataOrder
 from ssl_dist.data.reader import Reader
 from ssl_dist.grid import Grid
-from ssl_dist.thread_team import ThreadTeam, run_ahead
+from ssl_dist.thread_team import ALONE, ThreadTeam, run_ahead
 
 MakeView = Callable[[views.Images, ThreadTeam], np.ndarray]  # a view of every image, [B, C, S, S]
 
@@ -72,12 +72,15 @@ class TrainLoader:
     def _made_ahead(self, start: int, stop: int) -> Generator[HostBatch, None, None]:
         ids_per_step = (self.order.local_ids(step, self.grid, self.rank) for step in range(start, stop))
         with ThreadTeam(self.threads) as team, closing(self.reader.batches(ids_per_step, team)) as decoded:
-            calls = (partial(self._batch, step, decoded, team) for step in range(start, stop))
+            calls = (partial(self._next, step, decoded, team) for step in range(start, stop))
             with closing(run_ahead(calls, 1, AHEAD)) as batches:
                 yield from batches
 
-    def _batch(self, step: int, decoded: Iterator[views.Images], team: ThreadTeam) -> HostBatch:
-        images = next(decoded)
+    def _next(self, step: int, decoded: Iterator[views.Images], team: ThreadTeam) -> HostBatch:
+        return self.batch(step, next(decoded), team)
+
+    def batch(self, step: int, images: views.Images, team: ThreadTeam = ALONE) -> HostBatch:
+        """The batch of these images, were they those of the step."""
         epoch = step // self.order.steps_per_epoch
         groups = []
         for spec, own_ids in zip(self.specs, self.view_ids, strict=True):

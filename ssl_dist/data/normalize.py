@@ -38,3 +38,12 @@ def normalized(constants: Normalize, dtype: torch.dtype, device: torch.device) -
         return images.mul_(scales[pixels.dtype]).add_(offset).unflatten(0, pixels.shape[:-3])
 
     return apply
+
+
+def pixels_of(images: Tensor, constants: Normalize, dtype: torch.dtype) -> Tensor:
+    """What `normalized` made images [..., C, S, S] of, uint8 or uint16: the nearest level."""
+    mean, std = (
+        torch.tensor(values, dtype=torch.float64, device=images.device).view(-1, 1, 1)
+        for values in (constants.mean, constants.std)
+    )
+    return ((images.double() * std + mean).clamp(0, 1) * LEVELS[dtype]).round().to(dtype)

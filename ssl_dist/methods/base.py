@@ -209,6 +209,12 @@ class SSLMethod(nn.Module, Generic[OptionsT]):
         """The network whose output evaluation reads: images [N, C, S, S] -> features [N, D]."""
         return self.backbone
 
+    def pictures(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
+        """What is drawn of a few images beside their views (`log.images_every_epochs`): name of a picture -> title of a
+        column -> images [B, C, S, S], normalised as the views of the batch. Called on one rank, without gradient and in
+        evaluation mode; it must leave the method's state as it is."""
+        return {}
+
     def logits(self, images: Tensor) -> dict[str, Tensor]:
         """Scores [N, C] of every classifier of a method that has some, from images [N, C, S, S]."""
         raise NotImplementedError(f"{type(self).__module__} does not classify")
@@ -239,6 +245,11 @@ class SSLMethod(nn.Module, Generic[OptionsT]):
     def _alone(self, batch: Batch, network: Callable[[Tensor], Tensor], images: Tensor, view_id: Tensor) -> Tensor:
         with self.keyed(batch, view_id[None]), one_view(int(view_id)):
             return at_least_float32(network(images))
+
+    def outputs(self, batch: Batch) -> list[Tensor]:
+        """What networks make of the views for the loss, with gradient: `ssl-dist explain` counts the memory that they
+        hold. To be defined where these are not the backbone's representations."""
+        return self.represent(batch)
 
     def gathered(self, batch: Batch, world: World, network: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Representations [K, M, D] of the global batch, views in the order of their ids; see `represent`."""

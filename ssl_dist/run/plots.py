@@ -1,7 +1,7 @@
 """Pictures of a run as PNG files: its views, its loss, its relation scores. Nothing here touches a display."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +17,18 @@ from ssl_dist.storage.durable import atomic_write
 
 _LOSS, _BOTH, _POSITIVE, _NEGATIVE = "#1f4e79", "#444444", "#2a8f4c", "#c0504d"
 _GREY = "#666666"
+TRAINING = "training"  # in the place of an evaluator that draws
 
 
-def views_grid(path: str | Path, groups: Sequence[np.ndarray], note: str = "") -> None:
+def views_grid(
+    path: str | Path,
+    groups: Sequence[np.ndarray],
+    note: str = "",
+    titles: Sequence[str] = (),
+    texts: Mapping[str, str] | None = None,
+) -> None:
     """The views of each image side by side: of every group uint8 [V, B, 3, S, S], see `mosaic.of_views`. note: a line
-    below the picture.
+    below the picture; titles: of the columns, which have numbers without; texts: chunks of the PNG file.
 
     Small views are magnified without smoothing.
     """
@@ -31,17 +38,23 @@ def views_grid(path: str | Path, groups: Sequence[np.ndarray], note: str = "") -
     cell = min(1.0, 24 / shown)  # inches
     figure, axes = new_plot(cell * shown + 0.5, cell * page.shape[0] / side + 0.5)
     axes.imshow(page, interpolation="nearest" if side < 120 * cell else "antialiased")
-    axes.set_xticks(middles, [str(view) for view in range(num_views)])
+    axes.set_xticks(middles, titles or [str(view) for view in range(num_views)])
     axes.set_yticks([])
     axes.xaxis.tick_top()
     axes.tick_params(length=0, labelsize=8, labelcolor=_GREY)
     axes.set_frame_on(False)
     sizes = ", then ".join(f"{len(group)} of {group.shape[-1]} px" for group in groups)
-    axes.set_xlabel("view" if len(groups) == 1 else f"view: {sizes}", fontsize=8, color=_GREY)
+    if not titles:
+        axes.set_xlabel("view" if len(groups) == 1 else f"view: {sizes}", fontsize=8, color=_GREY)
     if note:
         figure.supxlabel(textwrap.fill(note, int(14 * figure.get_figwidth())), fontsize=8, color=_GREY)
     axes.xaxis.set_label_position("top")
-    _save(figure, path)
+    _save(figure, path, texts)
+
+
+def of_training(title: str, caption: str) -> dict[str, str]:
+    """The texts of a picture in RUN/figures that a training has drawn; `results.figures` has those of evaluations."""
+    return {"Title": title, "Description": caption, "Evaluator": TRAINING}
 
 
 def loss_curve(path: str | Path, metrics_jsonl: str | Path) -> None:
@@ -89,9 +102,9 @@ def new_plot(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def _save(figure: Figure, path: str | Path, texts: Mapping[str, str] | None = None) -> None:
     """Raises OSError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
-        FigureCanvasAgg(figure).print_png(file)
+        FigureCanvasAgg(figure).print_png(file, metadata=dict(texts or {}))

@@ -252,7 +252,7 @@ def _peak(plan: RunPlan, method: SSLMethod[Any]) -> int:
     method.train()
     half = plan.config.precision in ("bf16", "fp16")
     if half:  # under autocast the layers put out 16 bits; their float32 weights are counted elsewhere
-        method.backbone.bfloat16()
+        method.bfloat16()
     for parameter in method.parameters():  # and so are their gradients
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -270,7 +270,7 @@ def _peak(plan: RunPlan, method: SSLMethod[Any]) -> int:
     ids = torch.arange(num_images)
     with Alive([*method.parameters(), *method.buffers(), *views]) as alive:
         passed = [group.bfloat16() if half else group for group in views]
-        z = method.represent(Batch(passed, view_ids, ids, torch.full_like(ids, -1), ids))
+        z = method.outputs(Batch(passed, view_ids, ids, torch.full_like(ids, -1), ids))
         torch.autograd.backward(z, [torch.empty_like(part) for part in z])
     return alive.peak
 

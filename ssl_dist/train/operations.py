@@ -292,7 +292,7 @@ class _MetaAutocast(TorchFunctionMode):
 
     NAMES = frozenset(
         {"linear", "conv1d", "conv2d", "matmul", "mm", "bmm", "addmm", "__matmul__", "__rmatmul__"}
-        | {"scaled_dot_product_attention"}
+        | {"scaled_dot_product_attention", "multi_head_attention_forward"}  # the latter whole, as it is Python within
     )
 
     def __torch_function__(

@@ -10,18 +10,20 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ssl_dist import config, views
+from ssl_dist import config
 from ssl_dist.clock import Clock
 from ssl_dist.data.loader import HostBatch, TrainLoader
-from ssl_dist.data.normalize import normalized
+from ssl_dist.data.normalize import normalized, pixels_of
 from ssl_dist.device import HostCopy, Uploads, allow_tf32
 from ssl_dist.distributed import watchdog
 from ssl_dist.distributed import world as world_module
 from ssl_dist.distributed.signals import StopRequest
 from ssl_dist.errors import Fault, RaisedOn, UserError, quoted
+from ssl_dist.grid import Grid
 from ssl_dist.methods.base import Batch, Extract, Output, Rows
 from ssl_dist.nn import compiled
 from ssl_dist.run import board, filters
@@ -190,7 +192,7 @@ class TrainState:
             self._unwritten = self._line(log, clock, loss, output)
         if clock.step == 1 or clock.due(every_epochs=self.config.log.images_every_epochs):
             with self.world.state.phase_of("the pictures", watchdog.SAVE_TIMEOUT_S):
-                self.world.on_rank0(lambda: self.show_views(log, clock))
+                self.world.on_rank0(lambda: self.show_images(log, clock))
 
     def _line(self, log: RunLog, clock: Clock, loss: Tensor, output: Output) -> Callable[[], None]:
         """What writes the line of a step."""
@@ -221,20 +223,38 @@ class TrainState:
         if write is not None:
             write()
 
-    def show_views(self, log: RunLog | None, clock: Clock, num_images: int = 8) -> None:
-        """All views of the first images of this step, also those that other ranks hold: TensorBoard and views.png."""
+    def show_images(self, log: RunLog | None, clock: Clock, num_images: int = 8) -> None:
+        """All views of the first images of this step, also those that other ranks hold, and what the method draws of
+        them: TensorBoard, views.png and figures/. Nothing that the training depends on is changed."""
         assert log is not None, "rank 0 has the log"
         from ssl_dist.run import plots  # matplotlib takes a second, which only rank 0 need spend
 
-        step, order = clock.step - 1, self.plan.order
-        with self.plan.open_reader() as reader:
-            [images] = reader.batches([order.global_ids(step)[:num_images]])
-        epoch = step // order.steps_per_epoch
-        groups = [views.make_views(images, spec, spec.view_ids, order.seed, epoch) for spec in self.plan.specs]
-        if not (split := self.plan.split).pixels.is_rgb:
-            groups = [shown.shown(group, split.mean, split.std) for group in groups]
+        step, split = clock.step - 1, self.plan.split
+        with TrainLoader(self.plan.open_reader(), self.plan.order, self.plan.specs, Grid(1, 1), 0, 1, False) as loader:
+            [images] = loader.reader.batches([self.plan.order.global_ids(step)[:num_images]])
+            host = loader.batch(step, images)
+
+        def as_rgb(group: Tensor) -> np.ndarray:
+            return group.numpy() if split.pixels.is_rgb else shown.shown(group.numpy(), split.mean, split.std)
+
+        note, groups = shown.words(split.pixels), [as_rgb(group) for group in host.views]
         log.pictures("views", clock, groups)
-        plots.views_grid(self.folder / "views.png", groups, shown.words(split.pixels))
+        plots.views_grid(self.folder / "views.png", groups, note)
+        for name, columns in self._drawn(host).items():
+            group = pixels_of(torch.stack([*columns.values()]), self.plan.normalize, host.views[0].dtype).cpu()
+            log.pictures(name, clock, [as_rgb(group)])
+            path, about = self.folder / "figures" / f"{name}.png", f"drawn after step {clock.step}"
+            plots.views_grid(path, [as_rgb(group)], note, [*columns], plots.of_training(name, about))
+
+    def _drawn(self, host: HostBatch) -> dict[str, dict[str, Tensor]]:
+        """What the method draws of these images."""
+        self.method.eval()
+        with contextlib.ExitStack() as stack, torch.no_grad(), self.autocast():
+            if self.config.compile:  # graphs of these few images would take longer than they do
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            drawn = self.method.pictures(self.to_device(host))
+        self.method.train()
+        return drawn
 
     def show_filters(self, log: RunLog | None, clock: Clock) -> None:
         """The filters of the backbone's first convolution in TensorBoard. Every rank takes part."""
