@@ -233,6 +233,14 @@ def test_numbers_that_would_stand_in_one_spot_stand_side_by_side():
         assert [text.get_text() for text in axes.get_xticklabels()] == [f"{place:g}" for place in places]
 
 
+def test_a_star_stands_for_what_one_file_has_there(tmp_path):
+    starred, named = (
+        spec.read(write(tmp_path / "study.yaml", tree(tmp_path / "out", config=str(_root() / config))))[1]
+        for config in ("configs/digits/{method}-*.yaml", DIGITS)
+    )
+    assert [training.config for training in starred] == [training.config for training in named]
+
+
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
@@ -246,6 +254,8 @@ def test_numbers_that_would_stand_in_one_spot_stand_side_by_side():
             "table.difference_to.K: 3 is none of [1, 2]",
         ),
         ({"config": "no-{method}.yaml"}, "no-supervised.yaml is missing"),
+        ({"config": "no-{method}-*.yaml"}, "no-supervised-*.yaml is missing"),
+        ({"config": "twice-{method}-*.yaml"}, "fits twice-supervised-a.yaml, twice-supervised-b.yaml; it must fit one"),
         ({"config": "{backbone}.yaml"}, "names what is no axis; there are method, K, seed"),
         ({"overrides": {"optim.lr": -1}}, "{'method': 'supervised', 'K': 1, 'seed': 1}: optim.lr = -1"),
         ({"figure": {"column": "probe", "x": "K", "by": "method"}}, "figure.column: probe is the column of no measure"),
@@ -261,6 +271,8 @@ def test_numbers_that_would_stand_in_one_spot_stand_side_by_side():
     ],
 )
 def test_mistakes_are_one_line(tmp_path, changes, line):
+    for name in "ab":
+        write(tmp_path / f"twice-supervised-{name}.yaml", {})
     content = tree(tmp_path / "out", config=str(_root() / DIGITS)) | changes
     with pytest.raises(UserError) as caught:
         spec.read(write(tmp_path / "study.yaml", content))

@@ -81,7 +81,10 @@ class Study(Section):
     title: str
     source: str = Field(description="paper and table or figure")
     folder: PathText = Field(description="of the runs, and of what is written about them")
-    config: str = Field(description="config beside this file; {axis} stands for the value of an axis")
+    config: str = Field(
+        description="config beside this file; {axis} stands for the value of an axis, * in its name for what only one "
+        "file has there"
+    )
     axes: Annotated[dict[str, Values | KeyAxis | dict[str, Overrides]], Field(min_length=1)] = Field(
         description="values; {key: k, values: [...]} of a config key; or value: {key: value, ...}"
     )
@@ -228,6 +231,12 @@ def _training(study: Study, path: Path, labels: Labels, further: Sequence[str]) 
             f"study {path}: config = {quoted(study.config)}: names what is no axis; there are {', '.join(study.axes)}"
         ) from None
     file = path.parent / name
+    if "*" in file.name:
+        fitting = sorted(file.parent.glob(file.name))
+        if len(fitting) > 1:
+            names = ", ".join(one.name for one in fitting)
+            raise UserError(f"study {path}: config = {quoted(study.config)}: {labels} fits {names}; it must fit one")
+        file = next(iter(fitting), file)
     if not file.is_file():
         raise UserError(f"study {path}: {file} is missing, which {labels} needs; write it, or exclude the combination")
     run = Path(study.folder, "-".join(map(_in_names, labels.values())))
