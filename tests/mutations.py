@@ -1,16 +1,19 @@
 """Ways to break the program that the equality certificate must detect. Each is called first in every rank (`prepare`).
 
-None of them changes a run of one process, which is the reference for the ranks.
+None of them changes what is right or wrong of a run of one process, which is the reference for the ranks.
 """
 
 import os
 from unittest import mock
 
+import numpy as np
+
 from ssl_dist import methods
 from ssl_dist.data.loader import TrainLoader
 from ssl_dist.distributed import world as world_module
 from ssl_dist.distributed.world import World, one_process
-from ssl_dist.methods import lejepa
+from ssl_dist.keys import fold
+from ssl_dist.methods import lejepa, mae
 
 
 def lose_the_backward_sum():
@@ -83,3 +86,21 @@ def average_a_sum():
 def add_methods(folder):
     """Find the methods in `folder` as if their files were in ssl_dist/methods."""
     methods.__path__.append(str(folder))
+
+
+def mask_by_place_in_the_batch():
+    """The patches that are hidden are drawn by an image's place among those of its rank."""
+    seen = mae.seen_patches
+    mae.seen_patches = lambda key, image_ids, *sizes: seen(key, np.arange(len(image_ids)), *sizes)
+
+
+def mask_by_rank():
+    """The patches that are hidden are drawn by the rank, too."""
+    seen, rank = mae.seen_patches, int(os.environ["RANK"])
+    mae.seen_patches = lambda key, *rest: seen(fold(key, rank) if rank else key, *rest)
+
+
+def add_up_errors_of_a_rank():
+    """The error is a sum over the patches of a rank, not a mean over them."""
+    error = mae.hidden_error
+    mae.hidden_error = lambda predicted, patches, hidden, *rest: error(predicted, patches, hidden, *rest) * hidden.sum()

@@ -133,6 +133,19 @@ def test_lejepa_is_a_distance_and_sigreg():
     assert losses.sigreg(z, 4) != losses.sigreg(z, 5)
 
 
+def squares(z_BD):
+    """Images of one patch of 2 x 2 pixels [B, 1, 2, 2]."""
+    return z_BD[:, None, :4].unflatten(2, (2, 2)).detach()
+
+
+def test_mae_of_patches_of_one_channel():
+    z = views(2)
+    error = (z[0, :, :4] - z[1, :, :4]).square().mean(1)
+    hidden = torch.tensor([1, 0, 1, 1, 0, 0])[:, None] > 0
+    ours = losses.mae(z[0][:, None, :4], squares(z[1]), hidden, 2, norm_pix_loss=False)
+    torch.testing.assert_close(ours, error[[0, 2, 3]].mean())
+
+
 def test_two_views_of_sfrik_are_mean_kernels():
     """psi(t) = t: the discrepancy is the squared mean embedding."""
     z = F.normalize(views(2), dim=-1)
@@ -240,6 +253,7 @@ ALL = {  # of views and labels
     "dclw": lambda z, _: losses.dcl(z[0], z[1], sigma=0.5),
     "lejepa": lambda z, _: losses.lejepa(z, 7, slices=9, lambd=0.5),
     "sigreg": lambda z, _: losses.sigreg(z[:1], 7, slices=9),
+    "mae": lambda z, _: losses.mae(z[0][:, None, :4], squares(z[1]), torch.ones(len(z[0]), 1), 2),
     "infomax": lambda z, labels: infomax()(z[0], z[1][:, :4, None, None].expand(-1, -1, 18, 18), z[2].detach()),
     "deepcluster": lambda z, labels: losses.deepcluster(z[0], labels.clamp(min=0), torch.arange(1, DIM + 1)),
     "sela": lambda z, labels: losses.sela(z, labels.clamp(min=0).expand(3, -1)),
@@ -306,6 +320,11 @@ def test_ranks_compute_the_loss_of_their_common_batch(tmp_path):
         (lambda z: losses.lejepa(z, 0, global_views=[0, 3]), r"global_views = \[0, 3\]: give different numbers of 3"),
         (lambda z: losses.lejepa(z[:1], 0), r"\[1, 6, 5\]: give 2 or more"),
         (lambda z: losses.sigreg(z[0], 0), "give each as"),
+        (
+            lambda z: losses.mae(z[0], squares(z[1]), z[0], 3),
+            r"\[6, 1, 2, 2\]: give \[B, C, S, S\] of whole patches of 3",
+        ),
+        (lambda z: losses.mae(z[0], squares(z[1]), z[0], 2), r"predicted is torch.float64 \[6, 5\]: give \[6, 1, 4\]"),
         (lambda z: losses.dcl(z[0], z[1], sigma=0.0), "sigma = 0.0"),
         (lambda z: losses.dino(z[:2], z, z[0, 0]), r"targets \[3, 6, 5\]: give 2 views or more, and no more targets"),
         (lambda z: losses.dino(z, z[:2], z[0]), r"center \[6, 5\] are not those of \[3, 6, 5\]"),

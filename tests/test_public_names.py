@@ -12,7 +12,7 @@ PUBLIC = {
     "Features": ["classes", "dim", "features", "read", "rows", "subset", "take", "write"],
     "losses": [
         "AlignUniform", "DeepInfoMax", "NTXent", "ReLIC", "RelationModule", "Relational", "SFRIK", "VICReg",
-        "align_uniform", "barlow_twins", "byol", "dcl", "deepcluster", "dino", "dino_center", "lejepa",
+        "align_uniform", "barlow_twins", "byol", "dcl", "deepcluster", "dino", "dino_center", "lejepa", "mae",
         "mocov2", "mocov3", "nt_xent", "relational", "relic", "sela", "sela_labels", "sfrik", "sigreg", "simsiam",
         "vicreg",
     ],

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ssl_dist.errors import NotInstalled, UserError
 from ssl_dist.nn.backbone import Backbone, TokenBackbone, outermost_blocks
+from ssl_dist.nn.layers import freeze_bias_of_keys
 from ssl_dist.nn.shapes import without_values
 
 _PREFIX = "timm/"
@@ -64,8 +65,9 @@ class TimmTransformer(TimmModel, TokenBackbone):
         self.num_heads = self.model.blocks[0].attn.num_heads
         self.grid = tuple(self.model.patch_embed.grid_size)
         self.stages = self.token_stages(len(self.model.blocks))
-        for block in self.model.blocks:
-            _freeze_bias_of_keys(block.attn)
+        for attention in (block.attn for block in self.model.blocks):
+            if attention.qkv.bias is not None and isinstance(attention.k_norm, nn.Identity):
+                freeze_bias_of_keys(attention.qkv.bias)
 
     def blocks(self) -> list[nn.Module]:
         return [*self.model.blocks]
@@ -138,20 +140,6 @@ class TimmTransformer(TimmModel, TokenBackbone):
             rows, columns = (_interpolation(*sides, places) for sides in zip(self.grid, grid, strict=True))
             places = torch.einsum("hi,wj,bijd->bhwd", rows, columns, places.unflatten(1, self.grid)).flatten(1, 2)
         return places, of_prefix if num_prefix else 0.0
-
-
-def _freeze_bias_of_keys(attention: Any) -> None:
-    """It adds one number to all scores of a query, which the softmax takes away. So its gradient is 0; rounding makes
-    noise of that, which Adam would make as large as any gradient, and another on each number of ranks."""
-    bias = attention.qkv.bias
-    if bias is None or not isinstance(attention.k_norm, nn.Identity):
-        return
-    width = len(bias) // 3
-
-    def without_keys(gradient: Tensor) -> Tensor:
-        return torch.cat([gradient[:width], torch.zeros_like(gradient[:width]), gradient[2 * width :]])
-
-    bias.register_hook(without_keys)
 
 
 def _interpolation(old: int, new: int, like: Tensor) -> Tensor:

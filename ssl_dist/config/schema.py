@@ -178,7 +178,9 @@ class Checkpoint(Section):
 
 class Log(Section):
     every_steps: PositiveInt = Field(20, description="steps between two lines of metrics.jsonl and TensorBoard")
-    images_every_epochs: PositiveInt = Field(10, description="epochs between two grids of views in TensorBoard")
+    images_every_epochs: PositiveInt = Field(
+        10, description="epochs between two grids of views in TensorBoard, and of what the method draws of them"
+    )
     filters_every_epochs: PositiveInt | None = Field(
         None,
         description="epochs between two pictures, in TensorBoard, of the filters of the backbone's first layer, where "

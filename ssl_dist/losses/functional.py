@@ -25,6 +25,7 @@ from ssl_dist.methods import byol as _byol
 from ssl_dist.methods import deepcluster as _deepcluster
 from ssl_dist.methods import dino as _dino
 from ssl_dist.methods import lejepa as _lejepa
+from ssl_dist.methods import mae as _mae
 from ssl_dist.methods import mocov2 as _mocov2
 from ssl_dist.methods import mocov3 as _mocov3
 from ssl_dist.methods import relational as _relational
@@ -35,7 +36,8 @@ from ssl_dist.methods import simclr as _simclr
 from ssl_dist.methods import simsiam as _simsiam
 from ssl_dist.methods import vicreg as _vicreg
 from ssl_dist.methods.relational import RelationModule
-from ssl_dist.nn.layers import full_precision
+from ssl_dist.nn.layers import at_least_float32, full_precision
+from ssl_dist.nn.patches import patchified
 
 Kind = Literal["nt_xent", "log_of_mean"]
 
@@ -126,6 +128,19 @@ def mocov3(query: Views, key: Views, temperature: float = 1.0, world: World | No
     key_KMD, _ = gathered(key, world, 2)
     with full_precision(query_KMD.device):
         return _mocov3.contrast(query_KMD, key_KMD.detach(), options.temperature, world)[0]
+
+
+def mae(predicted: Tensor, images: Tensor, hidden: Tensor, patch_size: int = 16, norm_pix_loss: bool = True) -> Tensor:
+    """MAE (He et al. 2022, section 3): the mean squared error of predicted patches [B, n, patch_size^2 C], row by
+    row, channels last within, over those of images [B, C, S, S] that are hidden: [B, n], true or 1, as many of each."""
+    if not isinstance(images, Tensor) or images.ndim != 4 or any(side % patch_size for side in images.shape[2:]):
+        raise ValueError(f"images are {described(images)}: give [B, C, S, S] of whole patches of {patch_size} pixels")
+    patches = patchified(at_least_float32(images), patch_size)
+    for name, x, shape in (("predicted", predicted, patches.shape), ("hidden", hidden, patches.shape[:2])):
+        if not isinstance(x, Tensor) or x.shape != shape:
+            raise ValueError(f"{name} is {described(x)}: give {list(shape)}")
+    with full_precision(patches.device):
+        return _mae.hidden_error(at_least_float32(predicted), patches, hidden.to(patches.dtype), norm_pix_loss)
 
 
 def lejepa(

@@ -69,6 +69,18 @@ def beside_prediction(z_ND: Tensor, predictor: nn.Module) -> Tensor:
     return torch.cat([z_ND, predictor(z_ND)], 1)
 
 
+def freeze_bias_of_keys(bias: nn.Parameter) -> None:
+    """Let the middle third of a bias of queries, keys and values keep its value. It adds one number to all scores of a
+    query, which the softmax takes away. So its gradient is 0; rounding makes noise of that, which Adam would make as
+    large as any gradient, and another on each number of ranks."""
+    width = len(bias) // 3
+
+    def without_keys(gradient: Tensor) -> Tensor:
+        return torch.cat([gradient[:width], torch.zeros_like(gradient[:width]), gradient[2 * width :]])
+
+    bias.register_hook(without_keys)
+
+
 # ---------------------------------------------------------------------------------------------------- dropout
 
 _rows: ContextVar[Tensor | None] = ContextVar("rows", default=None)
