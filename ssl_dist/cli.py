@@ -119,6 +119,7 @@ def _explain(args: argparse.Namespace) -> None:
     argument("weights", "a run's folder, or one checkpoint file", type=home_path, metavar="RUN|WEIGHTS"),
     _overrides(
         "data.root, data.name, data.reader of another set; data.image_size, data.eval_resize, data.eval_interpolation; "
+        "layer=layer3, or class+patches: features of stages of the backbone in its output's place; "
         "for weights of others also backbone.name, views.normalize"
     ),
     argument("--out", "folder to write to (default RUN/features)", type=home_path),
@@ -145,7 +146,7 @@ def _extract(args: argparse.Namespace) -> None:
     argument(
         "overrides",
         "knn, logistic, probe, finetune, classify, ...; knn.k=[20,200] sets an option; data.root=... another data set; "
-        "data.image_size=... another size of images; "
+        "data.image_size=... another size of images; layer=class+patches in the output's place; "
         "data.subset={per_class: 260} or a list of ids: what to learn from; of others also backbone.name",
         nargs="+",
         metavar="EVALUATOR|key=value",
@@ -186,7 +187,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     _plugged(args)
     validation = None if args.validation is None else search.validation(args.validation)
     code, records = evaluate(args.run, evaluators, overrides, validation, args.search, args.split, args.out)
-    if outcome.rank_info().is_rank0:
+    if records and outcome.rank_info().is_rank0:
         print(table(records))
     return code
 

@@ -175,8 +175,8 @@ def test_a_size_that_no_view_had_is_said(run, capsys):
 
 def test_a_vision_transformer_is_tried_at_the_size_of_evaluation(run):
     vit = ["backbone.name=timm/vit_tiny_patch16_224", "method.name=supervised", "views.groups=[{size: 224}]"]
-    settings = config.load(run / "config.yaml", [*vit, "data.image_size=32"])
-    with pytest.raises(UserError, match=r"data\.image_size: images in evaluation of 32 px do not fit"):
+    settings = config.load(run / "config.yaml", [*vit, "data.image_size=40"])
+    with pytest.raises(UserError, match=r"data\.image_size: images in evaluation of 40 px do not fit"):
         derive(settings, RankInfo())
     assert derive(config.load(run / "config.yaml", [*vit, "data.image_size=224"]), RankInfo())
 

@@ -46,6 +46,7 @@ def test_a_record_says_what_the_number_means():
         "data": "cd" * 32,
         "train_data": "ef" * 32,
         "transform": "centre crop",
+        "layer": "output",
         "seed": 3,
         "method": "relational",
         "backbone": "conv4",

@@ -22,6 +22,7 @@ from mlflow.entities import Metric
 
 import ssl_dist
 from ssl_dist import config, outcome
+from ssl_dist.nn import features
 
 FOLDER = "ssl_dist.folder"  # the tag by which a run is found again
 MAX_METRICS = 1000  # in a request, by MLflow's interface
@@ -62,7 +63,8 @@ def send(run: ssl_dist.Run, experiment: str) -> int:
         if math.isfinite(column[row])
     ]
     for record in sorted(results, key=lambda record: (record["step"], record["time"])):  # the last of a name is shown
-        name = f"{record['dataset']}/{record['split']}/{record['name']}"
+        name = f"{record['dataset']}/{record['split']}/{features.named(record['name'], record['layer'])}"
+        name = name.replace("+", " ")  # which the name of a metric must not have
         sent = [(point.step, point.value) for point in client.get_metric_history(number, name)]
         if (record["step"], record["value"]) not in sent:
             metrics.append(Metric(name, record["value"], now, record["step"]))

@@ -18,6 +18,7 @@ import wandb
 
 import ssl_dist
 from ssl_dist import config, outcome
+from ssl_dist.nn import features
 
 
 def main() -> None:
@@ -46,7 +47,8 @@ def send(run: ssl_dist.Run, project: str) -> int:
                 there.log(line, step=int(line["step"]))
                 num_sent += 1
         for record in sorted(results, key=lambda record: (record["step"], record["time"])):  # the last of a name counts
-            there.summary[f"{record['dataset']}/{record['split']}/{record['name']}"] = record["value"]
+            name = features.named(record["name"], record["layer"])
+            there.summary[f"{record['dataset']}/{record['split']}/{name}"] = record["value"]
         if results:  # with the protocol of each number
             there.save(str(folder / "results.json"), base_path=str(folder), policy="now")
         pictures = sorted([*folder.glob("views*.png"), *folder.glob("figures/*.png")])

@@ -22,6 +22,7 @@ from ssl_dist.evaluate import search
 from ssl_dist.evaluate import splits as split_choice
 from ssl_dist.evaluators import Evaluator, FeatureEvaluator, ImageEvaluator
 from ssl_dist.grid import Grid
+from ssl_dist.nn.features import OUTPUT
 from ssl_dist.results.figures import FigureWriter, has_pictures
 from ssl_dist.run import board, exported, plugged
 from ssl_dist.run import folder as run_folder
@@ -44,12 +45,13 @@ EVALUATOR_TIMEOUT_S = 7 * 24 * 3600.0  # on rank 0; if its process dies, the oth
 
 DATA_KEYS = ("data.name", "data.root", "data.reader")
 TRANSFORM_KEYS = ("data.image_size", "data.eval_resize", "data.eval_interpolation", "tf32")
-EVAL_KEYS = (*DATA_KEYS, *TRANSFORM_KEYS)
+LAYER_KEY = "layer"  # whose features are extracted
+EVAL_KEYS = (*DATA_KEYS, *TRANSFORM_KEYS, LAYER_KEY)
 SUBSET_KEY = "data.subset"
 # What can be set for weights of other programs, whose files do not say it.
-BACKBONE_KEYS = ("backbone.name", "backbone.weights_prefix", "backbone.resize_pos_embed")
+BACKBONE_KEYS = ("backbone.name", "backbone.patch_size", "backbone.weights_prefix", "backbone.resize_pos_embed")
 OF_FOREIGN = ("backbone.", "views.")  # what the overrides begin with by which such weights are known
-FOREIGN_KEYS = (*DATA_KEYS, *TRANSFORM_KEYS, "views.normalize", *BACKBONE_KEYS)
+FOREIGN_KEYS = (*EVAL_KEYS, "views.normalize", *BACKBONE_KEYS)
 
 
 # -------------------------------------------------------------------------------------------------- extract
@@ -72,7 +74,7 @@ def extract(weights: Path, splits: Sequence[str], overrides: Sequence[str], out:
         data, rest = split_overrides(overrides)
         if rest:
             raise UserError(f"override {rest[0]!r}: only of the data, {', '.join(EVAL_KEYS)}, can be set here")
-        encoder = load_encoder(weights).with_transform(transform_of(data))
+        encoder = load_encoder(weights).with_transform(transform_of(data)).with_layer(data.get(LAYER_KEY, OUTPUT))
         dataset = dataset_of(encoder, data)
     chosen = split_choice.extracted(dataset, splits)
     with (
@@ -81,7 +83,7 @@ def extract(weights: Path, splits: Sequence[str], overrides: Sequence[str], out:
         watchdog.reporting(),
     ):
         if encoder.ids:  # of a run, which may have saved another checkpoint since
-            encoder = load_together(weights, world)[1].with_transform(encoder.changed)
+            encoder = load_together(weights, world)[1].like(encoder)
             _note(world, encoder)
         else:
             plugged.require_same(world)
@@ -94,10 +96,12 @@ def _foreign_encoder(path: Path, overrides: Sequence[str]) -> tuple[Encoder, Dat
     for override in overrides:
         if override.partition("=")[0] not in FOREIGN_KEYS:
             raise UserError(f"override {override!r}: of weights of others, {', '.join(FOREIGN_KEYS)} can be set")
+    layers = [override for override in overrides if override.startswith(f"{LAYER_KEY}=")]
+    overrides = [override for override in overrides if override not in layers]
     settings = config.overridden({"run_dir": str(path.parent), "method": {"name": path.name}, "data": {}}, overrides)
     dataset = Dataset(settings.data.root, settings.data.name, settings.data.reader)
     encoder, note = load_others(path, settings, dataset.info(split_choice.extracted(dataset, [])[0]))
-    return encoder, dataset, note
+    return encoder.with_layer(split_overrides(layers)[0].get(LAYER_KEY, OUTPUT)), dataset, note
 
 
 def dataset_of(encoder: Encoder, overrides: dict[str, str]) -> Dataset:
@@ -176,6 +180,9 @@ def parse(
 ) -> EvalRequest:
     """The words of `ssl-dist evaluate`, checked as far as they can be without the run. Raises `UserError`."""
     data, rest = split_overrides(overrides, (*EVAL_KEYS, SUBSET_KEY))
+    for name in chosen:
+        if data.get(LAYER_KEY, OUTPUT) != OUTPUT and not evaluators.reads_layers(evaluators.find(name)):
+            raise UserError(f"{LAYER_KEY} = {quoted(data[LAYER_KEY])}: {name} reads no layer by name; leave it out")
     options = evaluators.parse_options(chosen, rest)
     spaces = search.search_spaces(chosen, rest, searched)
     if isinstance(validation, float):
@@ -209,8 +216,8 @@ def evaluate(
     """
     foreign = [override for override in overrides if override.startswith(OF_FOREIGN)]
     if exported.is_exported(run) and not any(override.startswith("backbone.") for override in foreign):
-        [name, *transform] = exported.overrides(run)
-        foreign, overrides = [name, *foreign], [*transform, *overrides]
+        overrides = [*exported.overrides(run), *overrides]
+        foreign = [override for override in overrides if override.startswith(OF_FOREIGN)]
     if foreign:
         request = parse(chosen, [word for word in overrides if word not in foreign], validation, searched)
         if out is None:
@@ -232,6 +239,7 @@ def evaluate(
                 f"{run}: not a run's folder; train first, or, for weights of others, say backbone.name=... and --out"
             )
         encoder = load_encoder(run).with_transform(transform_of(request.data))
+        encoder = encoder.with_layer(request.data.get(LAYER_KEY, OUTPUT))
         dataset = dataset_of(encoder, request.data)
     parts = [SUBSET_KEY] * (request.subset is not None) + ["--search"] * bool(request.spaces)
     only_held_out = request.validation and not request.spaces
@@ -244,7 +252,7 @@ def evaluate(
         watchdog.reporting(),
     ):
         if not foreign:
-            encoder = load_together(run, world)[1].with_transform(encoder.changed)
+            encoder = load_together(run, world)[1].like(encoder)
             _note(world, encoder)
         if train == test and not only_held_out:
             _print_on_rank0(world, f"split {test} of {dataset.name} stands alone: nothing is learned from another one")
@@ -299,6 +307,8 @@ def _measure(context: EvalContext, name: str, options: Section, remark: str | No
     start = time.perf_counter()
     values = _values(context, name, evaluator, options)
     _print_on_rank0(world, f"{title}: {time.perf_counter() - start:.1f} s")
+    if not values:  # it draws, and measures nothing
+        return []
     seed = context.encoder.config.seed
     records = results.make_records(values, protocol, metadata, seed, options=tree, version=evaluator.VERSION)
     world.on_rank0(lambda: results.add(path, records))
@@ -317,6 +327,8 @@ def _show(run: Path, records: list[dict]) -> None:
 def _protocol(context: EvalContext, evaluator: Evaluator, options: Section, remarks: Sequence[str]) -> str:
     """The evaluator's protocol with what this evaluation adds to it."""
     parts = [evaluators.protocol(evaluator, options)]
+    if (layer := context.encoder.layer) != OUTPUT:
+        remarks = [f"layer {layer} in the output's place", *remarks]
     if context.alone:
         alone = f"within split {context.test} alone"
         if lack := lack_of_classes(context.dataset.labels(context.test)):
@@ -334,7 +346,7 @@ def _lacks_pictures(context: EvalContext, name: str, evaluator: Evaluator) -> bo
     """Whether the evaluator would draw pictures that are not there: removed, or not drawn by an earlier version."""
     if context.held_out is not None or not evaluators.draws(evaluator):
         return False
-    return not has_pictures(context.run / "figures", name, context.encoder.sha256)
+    return not has_pictures(context.run / "figures", name, context.encoder.sha256, context.encoder.layer)
 
 
 def _values(context: EvalContext, name: str, evaluator: Evaluator, options: Section) -> dict[str, float]:
@@ -370,7 +382,7 @@ def _from_features(context: EvalContext, name: str, evaluator: FeatureEvaluator,
 def _fresh_features(context: EvalContext, split: str) -> Path:
     """The features file of a split by the run's newest checkpoint; it is extracted when it is missing or stale."""
     world, encoder, dataset = context.world, context.encoder, context.dataset
-    path = features_path(context.run / "features", dataset, split)
+    path = features_path(context.run / "features", dataset, split, encoder.layer)
     if world.on_rank0(lambda: is_fresh(path, encoder, dataset, split)):
         _print_on_rank0(world, f"{path}: fresh")
         return path

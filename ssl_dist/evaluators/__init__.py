@@ -70,7 +70,8 @@ class FeatureEvaluator(Protocol[OptionsT]):
 
 @runtime_checkable
 class ImageEvaluator(Protocol[OptionsT]):
-    """A module that works on images, on all ranks together. VERSION, Options: as those of a `FeatureEvaluator`."""
+    """A module that works on images, on all ranks together. VERSION, Options: as those of a `FeatureEvaluator`.
+    READS_LAYERS = True: it reads `context.encoder.layer`, which users choose by layer=NAME."""
 
     VERSION: int
     Options: type[OptionsT]
@@ -168,6 +169,11 @@ def build_options(name: str, tree: dict) -> Section:
 def draws(evaluator: Evaluator) -> bool:
     """Whether an evaluator of features writes pictures."""
     return getattr(evaluator, "DRAWS", False)
+
+
+def reads_layers(evaluator: Evaluator) -> bool:
+    """Whether the evaluator reads features of another layer than the output: those of features do."""
+    return not isinstance(evaluator, ImageEvaluator) or getattr(evaluator, "READS_LAYERS", False)
 
 
 def works_without_labels(name: str) -> bool:

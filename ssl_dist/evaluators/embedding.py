@@ -4,8 +4,8 @@ Both are scikit-learn's, of test images that are chosen by key, evenly over the 
 the variance that principal components explain, in percent, and trustworthiness (Venna & Kaski, 2001; 1 where every
 neighbour on the map is one among the features). One thread and a seed, so that a map can be made again.
 
-With a writer the same images go to TensorBoard's projector, RUN/tensorboard/embedding: their first 128 principal
-components, classes, files and thumbnails.
+With a writer the same images go to TensorBoard's projector, RUN/tensorboard/embedding (-<layer>): their first
+128 principal components, classes, files and thumbnails.
 
 Of a split alone without classes the images are drawn by key, and the maps have one colour.
 """
@@ -24,6 +24,7 @@ from threadpoolctl import threadpool_limits
 from ssl_dist.config import NonNegativeInt, PositiveFloat, PositiveInt, Section
 from ssl_dist.errors import UserError
 from ssl_dist.keys import EVALUATION, hash64
+from ssl_dist.nn import features
 from ssl_dist.results.confusion import class_names
 from ssl_dist.results.figures import FigureWriter
 from ssl_dist.results.sampling import evenly
@@ -111,7 +112,8 @@ def run(
         thumbnails = _thumbnails(writer, test, rows)
         names = class_names(test) if with_classes else None
         _draw(writer, test, rows, names, maps, thumbnails, pca.explained_variance_ratio_, options)
-        folder = writer.folder.parent / "tensorboard" / "embedding"
+        name = features.named("embedding", test.metadata.get("layer", features.OUTPUT))
+        folder = writer.folder.parent / "tensorboard" / name
         columns = {"class": [names[label] for label in test.labels[rows]]} if names else {}
         columns |= {"image": test.image_ids[rows].astype(str).tolist(), "file": writer.files(test, rows)}
         write_projector(folder, components_NE[:, :_PROJECTOR_DIMS], thumbnails, test, columns)

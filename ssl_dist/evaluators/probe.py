@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from ssl_dist.nn.features import OUTPUT
 from ssl_dist.transfer.classification import CROPS, Crops
 from ssl_dist.transfer.recipe import CROP_AND_FLIP, Overrides, Recipe, tested, train_and_classify
 from ssl_dist.transfer.subject import EvalContext
@@ -40,6 +41,7 @@ RECIPES = {
     ),
 }  # fmt: skip
 VERSION = 1
+READS_LAYERS = True
 
 
 class Options(Overrides):
@@ -70,7 +72,10 @@ def protocol(options: Options) -> str:
 
 def measure(context: EvalContext, options: Options) -> dict[str, float]:
     """`probe_top1` and `probe_top5` in percent; `probe_<stage>_top1` and `_top5` for every stage."""
-    return train_and_classify(context, "probe", *training(options), options.epoch).values("probe")
+    method, recipe = training(options)
+    if (layer := context.encoder.layer) != OUTPUT:
+        recipe = recipe.replaced(options, layer=layer)
+    return train_and_classify(context, "probe", method, recipe, options.epoch).values("probe")
 
 
 def training(options: Options) -> tuple[str, Recipe]:

@@ -118,7 +118,7 @@ def _results(trained: Trained) -> str:
     protocols = [*dict.fromkeys(record["protocol"] for record in shown)]
     rows = [
         (
-            record["name"],
+            results.label(record),
             _value(record),
             f"{record['dataset']}, {record['split']}",
             f"[{protocols.index(record['protocol']) + 1}]",

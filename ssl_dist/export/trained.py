@@ -64,7 +64,9 @@ class Trained:
         encoder = self.encoder
         normalize = json.dumps(to_tree(encoder.normalize))
         facts = (self.backbone, encoder.config.method.name, encoder.sha256, str(encoder.step), normalize)
-        return {**dict(zip(FACTS, facts, strict=True)), PREPROCESSING: json.dumps(preprocessing(encoder))}
+        patch_size = encoder.config.backbone.patch_size
+        more = {} if patch_size is None else {"patch_size": str(patch_size)}
+        return {**dict(zip(FACTS, facts, strict=True)), PREPROCESSING: json.dumps(preprocessing(encoder)), **more}
 
     def safetensors(self) -> bytes:
         """A safetensors file of the encoder, without a classifier."""

@@ -15,20 +15,25 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_dist.config import PositiveFloat, Section
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, did_you_mean, quoted
 from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World, accuracy
+from ssl_dist.nn import features
+from ssl_dist.nn.features import OUTPUT
 from ssl_dist.nn.layers import at_least_float32
 
 # Kernel, stride and padding of SeLa's max-pooling on the maps of its AlexNet.
 ALEXNET_POOLING = {"conv1": (6, 6, 3), "conv2": (4, 4, 0), "conv3": (3, 3, 1), "conv4": (3, 3, 1), "conv5": (2, 2, 0)}
 MAX_POOLED_VALUES = 9000  # of another map, after pooling to an even grid of means
 
-OUTPUT = "output"
-
 
 class Options(Section):
+    layer: str = Field(
+        OUTPUT,
+        description="of the one probe where stages is null: output, or stages joined by +, each averaged over its "
+        "places, as blocks.10.class+blocks.11.class",
+    )
     stages: Literal["all"] | list[str] | None = Field(
-        None, description="null: on the backbone's output; all, or a list of stages: one probe on the map of each"
+        None, description="null: on the output, or on `layer`; all, or a list of stages: one probe on the map of each"
     )
     batchnorm: Literal["frozen", "batch"] = Field(
         "frozen",
@@ -50,8 +55,14 @@ class Method(SSLMethod[Options]):
         if info.num_classes < 1:
             raise UserError("data.split: a linear probe needs labels and there are none; choose a labelled split")
         if options.stages is None:
-            heads: dict[str, nn.Module] = {OUTPUT: nn.Linear(info.feature_dim, info.num_classes)}
+            dim = features.width(options.layer, info.stages, info.feature_dim, "method.options.layer")
+            heads: dict[str, nn.Module] = {OUTPUT: nn.Linear(dim, info.num_classes)}
         else:
+            if options.layer != OUTPUT:
+                raise UserError(
+                    f"method.options.layer = {quoted(options.layer)}: is of one probe, and stages = {options.stages} "
+                    "asks for one on each; leave one of the two out"
+                )
             names = _stages(options.stages, info.stages)
             shapes = self._map_shapes(info.view_groups[0][1])
             is_alexnet = info.stages.keys() == ALEXNET_POOLING.keys()
@@ -85,7 +96,7 @@ class Method(SSLMethod[Options]):
         """[N, C] of every probe, at least float32, from images [N, C, S, S]."""
         with torch.no_grad():
             if self.options.stages is None:
-                inputs = [self.backbone(images)]
+                inputs = [features.of_layer(self.backbone, self.options.layer, images)]
             else:
                 _, maps = self.backbone.forward_stages(images)
                 inputs = [maps[name] for name in self.names]
@@ -133,7 +144,9 @@ def _stages(chosen: list[str] | str, available: dict[str, int]) -> list[str]:
     if chosen == "all":
         return list(available)
     if not chosen or not available.keys() >= set(chosen):
+        unknown = next((name for name in chosen if name not in available), "")
         raise UserError(
-            f"method.options.stages = {chosen}: the backbone has {', '.join(available)}; name some of them, or all"
+            f"method.options.stages = {chosen}: the backbone has {', '.join(available)}; "
+            f"{did_you_mean(unknown, available)}name some of them, or all"
         )
     return list(dict.fromkeys(chosen))

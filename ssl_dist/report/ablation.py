@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from ssl_dist import text_table
+from ssl_dist import results, text_table
 from ssl_dist.report.varied import MAX_KEYS, head, shown
 from ssl_dist.results.means import Mean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_RESULT = ("dataset", "split", "name", "protocol", "data", "train_data", "version")
+_RESULT = ("dataset", "split", "name", "layer", "protocol", "data", "train_data", "version")
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ class Ablation:
     def result_head(self, result: dict) -> str:
         """Its name; with data set and split where those differ, and a number where several have one name."""
         where = f" ({result['dataset']}, {result['split']})" if self._several_splits else ""
-        alike = [self._result(other) for other in self.results if self._result(other)[:3] == self._result(result)[:3]]
-        return result["name"] + where + (f" #{alike.index(self._result(result)) + 1}" if len(alike) > 1 else "")
+        alike = [self._result(other) for other in self.results if self._result(other)[:4] == self._result(result)[:4]]
+        return results.label(result) + where + (f" #{alike.index(self._result(result)) + 1}" if len(alike) > 1 else "")
 
     def as_latex(self) -> str:
         """The table of all groups and results, with the protocols as comments."""
@@ -137,7 +137,7 @@ class Ablation:
 
     def as_csv(self) -> str:
         """A line for every mean, with the seeds that it is of and their values."""
-        columns = ["method", "backbone", "step", "dataset", "split", "name", "mean", "std"]
+        columns = ["method", "backbone", "step", "dataset", "split", "name", "layer", "mean", "std"]
         rows = []
         for record in self.records:
             values = [" ".join(map(str, record[column])) for column in ("seeds", "values")]

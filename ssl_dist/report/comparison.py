@@ -17,7 +17,7 @@ from ssl_dist.report.verdicts import Verdict
 
 MAX_BESIDE = 4  # runs whose verdicts stand in columns; of more, runs with the same verdict stand together
 PLOT_INCHES = (4.6, 3.0)
-ROW_KEYS = ("dataset", "split", "name", "protocol", "data", "train_data", "version", "size")
+ROW_KEYS = ("dataset", "split", "name", "protocol", "layer", "data", "train_data", "version", "size")
 
 
 def names(runs: Sequence[Run]) -> list[Markup]:
@@ -45,8 +45,8 @@ def alike(verdicts: Sequence[Verdict | None]) -> list[tuple[Verdict, list[int]]]
 
 
 def result_rows(runs: Sequence[Run]) -> list[dict]:
-    """A row for each number that was measured alike (dataset, split, name, protocol, the images of both splits, their
-    size and the evaluator's version): the `records` of the runs, None for one that has none; the `best` value of
+    """A row for each number that was measured alike (dataset, split, name, protocol, layer, the images of both splits,
+    their size and the evaluator's version): the `records` of the runs, None for one that has none; the `best` value of
     several, where it is an accuracy; and a `remark` that tells rows apart which differ in images, size or version
     alone, else empty."""
     by_run = [
@@ -54,14 +54,14 @@ def result_rows(runs: Sequence[Run]) -> list[dict]:
         for run in runs
     ]
     keys = sorted(dict.fromkeys(key for records in by_run for key in records), key=lambda key: key[:2])
-    number_alike = Counter(key[:4] for key in keys)
+    number_alike = Counter(key[:5] for key in keys)
     rows = []
     for key in keys:
         records = [records.get(key) for records in by_run]
         values = [record["value"] for record in records if record is not None]
         best = max(values) if len(values) > 1 and key[2].endswith(("_top1", "_top5")) else None
         row = dict(zip(ROW_KEYS, key, strict=True)) | {"records": records, "best": best, "remark": ""}
-        if number_alike[key[:4]] > 1:
+        if number_alike[key[:5]] > 1:
             train_data = "unknown ones" if row["train_data"] is None else row["train_data"][:8]
             row["remark"] = (
                 f"on images {row['data'][:8]}, learned from {train_data}, {row['size'] or 'size not recorded'}, "

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Sequence
 
+from ssl_dist import results
 from ssl_dist.report import verdicts
 from ssl_dist.report.markup import number
 from ssl_dist.report.run import Run, seconds
@@ -21,7 +22,8 @@ def key_numbers(run: Run) -> list[tuple[str, str]]:
     """Up to four accuracies, the time and the throughput: their names and values."""
     best = [record for record in run.results if record["name"].endswith("_top1")]
     numbers = [
-        (f"{record['name']}, {record['dataset']} {record['split']}", f"{record['value']:.2f}") for record in best[:4]
+        (f"{results.label(record)}, {record['dataset']} {record['split']}", f"{record['value']:.2f}")
+        for record in best[:4]
     ]
     if seconds(run):
         numbers.append(("time in steps", duration(seconds(run))))

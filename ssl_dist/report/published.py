@@ -19,6 +19,7 @@ from ssl_dist import methods, results
 from ssl_dist.config import Config, FiniteFloat, NonNegativeFloat, PositiveInt, Section, validate
 from ssl_dist.config.section import parse_yaml
 from ssl_dist.data.catalog import CATALOG
+from ssl_dist.nn.features import OUTPUT
 
 Scalar = str | int | float | bool | None
 
@@ -163,6 +164,7 @@ def agrees(row: Published, record: dict) -> bool:
         and (record["dataset"], record["split"]) == (row.measured_on or row.dataset, row.split)
         and any(fnmatchcase(record["name"], name) for name in row.protocol.results)
         and _agree(row.protocol.options, record["options"])
+        and results.layer_of(record) == OUTPUT
         and results.learned_from_all_images(record)
     )
 

@@ -18,6 +18,7 @@ GROUP_KEYS = (
     "data",
     "train_data",
     "transform",
+    "layer",
     "name",
     "protocol",
     "version",
@@ -87,7 +88,7 @@ def newest(records: Sequence[dict]) -> list[dict]:
     result."""
     latest: dict[tuple, dict] = {}
     for record in sorted(records, key=lambda record: record["time"]):
-        number = record["name"], record["dataset"], record["split"], record["protocol"]
+        number = record["name"], record["dataset"], record["split"], record["protocol"], record["layer"]
         latest.pop((*number, ""), None)  # of a size that was not recorded: the later one takes its place
         latest[(*number, results.size_of(record))] = record
     return [record for record in latest.values() if not record["name"].endswith("_converged") or not record["value"]]
@@ -101,13 +102,13 @@ def table(records: list[dict]) -> str:
     if keys:
         order = list(dict.fromkeys((record["dataset"], record["split"], record["name"]) for record in records))
         records = sorted(records, key=lambda r: order.index((r["dataset"], r["split"], r["name"])))
-    columns = ["method", "backbone", "step", "dataset", "split", "name"]
+    columns = ["method", "backbone", "step", "dataset", "split"]
     named = [key for key in keys if key not in ("method.name", "backbone.name")]  # those have a column
     heads = ["method", "backbone", "step", "data set", "split", "result", "mean ± std", "seeds"]
     rows = []
     for record in records:
         cells = [shown(record["varied"][key]) for key in named] if keys else [record["run"]]
         cells += [str(record[column]) for column in columns]
-        cells += [results.number(record["mean"], record["std"]), str(len(record["seeds"]))]
+        cells += [results.label(record), results.number(record["mean"], record["std"]), str(len(record["seeds"]))]
         rows.append((cells, record["protocol"]))
     return text_table.with_protocols([*(map(head, named) if keys else ["run"]), *heads], rows)

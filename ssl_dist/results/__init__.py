@@ -5,6 +5,8 @@ from ssl_dist.results.records import (
     IDENTITY,
     add,
     is_of_a_whole_split,
+    label,
+    layer_of,
     learned_from_all_images,
     make_records,
     number,
@@ -16,5 +18,6 @@ from ssl_dist.results.records import (
 
 __all__ = [
     "FITTED_ON", "IDENTITY", "accuracy", "add", "charts", "confusion", "figures", "is_of_a_whole_split",
-    "learned_from_all_images", "make_records", "number", "read", "require_writable", "sampling", "size_of", "table",
+    "label", "layer_of", "learned_from_all_images", "make_records", "number", "read", "require_writable", "sampling",
+    "size_of", "table",
 ]  # fmt: skip

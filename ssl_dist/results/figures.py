@@ -1,7 +1,7 @@
 """The pictures of an evaluation: read images of a data set as the encoder sees them, and write figures as PNG files.
 
-A picture is RUN/figures/<dataset>-<split>-<name>.png. Its own text chunks hold Title, Description (the caption),
-Evaluator and Checkpoint (SHA-256), so that showing it takes nothing but the file.
+A picture is RUN/figures/<dataset>-<split>-<name>[-<layer>].png. Its own text chunks hold Title, Description (the
+caption), Evaluator, Layer, and Checkpoint (SHA-256) or Step, so that showing it takes nothing but the file.
 """
 
 import csv
@@ -17,6 +17,8 @@ from PIL import Image
 from ssl_dist.config import Data
 from ssl_dist.data.reader import Reader
 from ssl_dist.errors import UserError
+from ssl_dist.nn import features
+from ssl_dist.nn.features import OUTPUT
 from ssl_dist.storage import durable
 from ssl_dist.storage.durable import atomic_write_or_refuse
 from ssl_dist.storage.features import Features
@@ -26,18 +28,22 @@ from ssl_dist.views.make import test_views
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_MARKS = ("checkpoint", "step")  # by which a picture is found to be of the newest weights
 _BLOCK_BYTES = 64 * 2**20  # of decoded images that are held at once
 
 
 def add_picture(
     folder: Path, metadata: Mapping[str, str], evaluator: str, name: str, figure: "Figure", title: str, caption: str
 ) -> Path:
-    """Write a figure, whole or not at all, in place of an older one of its name. metadata: the dataset, split and
-    checkpoint that it shows. Raises `UserError` when the folder cannot be written."""
+    """Write a figure, whole or not at all, in place of an older one of its name. metadata: the dataset and split that
+    it shows; of an evaluation the checkpoint, and the layer where that is not the output; of a training the step.
+    Raises `UserError` when the folder cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # matplotlib takes a second
 
     path = _path(folder, metadata, name, "png")
-    texts = {"Title": title, "Description": caption, "Evaluator": evaluator, "Checkpoint": metadata["checkpoint"]}
+    layer = metadata.get("layer", OUTPUT)
+    texts = {"Title": title, "Description": caption + (f" (layer {layer})" if layer != OUTPUT else ""), "Layer": layer}
+    texts |= {"Evaluator": evaluator} | {key.title(): metadata[key] for key in _MARKS if key in metadata}
     with atomic_write_or_refuse(path) as file:
         durable.remove_dead(path.parent)
         FigureCanvasAgg(figure).print_png(file, metadata=texts)
@@ -46,18 +52,23 @@ def add_picture(
 
 def _path(folder: Path, metadata: Mapping[str, str], name: str, suffix: str) -> Path:
     file_name = "-".join([metadata["dataset"], metadata["split"], name])
-    return folder / (re.sub(r"[^\w.]+", "-", file_name).strip("-") + f".{suffix}")
+    name = re.sub(r"[^\w.]+", "-", file_name).strip("-")
+    return folder / f"{features.named(name, metadata.get('layer', OUTPUT))}.{suffix}"
 
 
-def has_pictures(folder: Path, evaluator: str, checkpoint: str) -> bool:
-    """Whether the folder holds a picture by this evaluator of this checkpoint (SHA-256)."""
+def has_pictures(folder: Path, evaluator: str, checkpoint: str, layer: str = OUTPUT) -> bool:
+    """Whether the folder holds a picture by this evaluator of this checkpoint (SHA-256) and layer."""
     for path in sorted(folder.glob("*.png")):
         try:
             with Image.open(path, formats=["PNG"]) as picture:
                 texts = picture.info
         except (OSError, SyntaxError):  # a damaged one, which the next run replaces
             continue
-        if (texts.get("Evaluator"), texts.get("Checkpoint")) == (evaluator, checkpoint):
+        if (texts.get("Evaluator"), texts.get("Checkpoint"), texts.get("Layer", OUTPUT)) == (
+            evaluator,
+            checkpoint,
+            layer,
+        ):
             return True
     return False
 

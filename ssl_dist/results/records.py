@@ -9,21 +9,23 @@ from pathlib import Path
 
 from ssl_dist import text_table
 from ssl_dist.errors import UserError
+from ssl_dist.nn.features import OUTPUT
 from ssl_dist.reading import parse_json, read_text
 from ssl_dist.storage import durable
 from ssl_dist.storage.durable import atomic_write_or_refuse
 
 # checkpoint is the SHA-256 of the checkpoint's file, data and train_data those of the measured split's and the training
 # split's samples and labels, transform the test transform in words, version that of the evaluator, options its options,
-# time the moment of measuring (ISO 8601, UTC).
+# layer the one whose features were read, time the moment of measuring (ISO 8601, UTC).
 FIELDS = (
-    "name", "value", "protocol", "options", "version", "dataset", "split", "data", "train_data", "transform", "seed",
-    "method", "backbone", "checkpoint", "step", "time",
+    "name", "value", "protocol", "options", "version", "dataset", "split", "data", "train_data", "transform", "layer",
+    "seed", "method", "backbone", "checkpoint", "step", "time",
 )  # fmt: skip
 LATER_FIELDS = ("version", "train_data", "transform")  # None in a record of before there were any
 # What a number depends on: a record that differs in one of these is of another measurement.
 IDENTITY = (
-    "name", "dataset", "split", "data", "train_data", "transform", "protocol", "options", "version", "checkpoint",
+    "name", "dataset", "split", "data", "train_data", "transform", "layer", "protocol", "options", "version",
+    "checkpoint",
 )  # fmt: skip
 FITTED_ON = "fitted on"  # begins what a protocol says of a part of the training split
 _TYPES = {
@@ -41,9 +43,10 @@ def make_records(
     version: int,
 ) -> list[dict]:
     """One record for each of an evaluator's values. metadata: the other fields that say what was measured on which
-    images; seed: the run's, None when it is not known; version: the evaluator's."""
+    images, of the output where it names no layer; seed: the run's, None when it is not known; version: the
+    evaluator's."""
     common = {
-        **metadata, "protocol": protocol, "options": options, "version": version, "seed": seed,
+        "layer": OUTPUT, **metadata, "protocol": protocol, "options": options, "version": version, "seed": seed,
         "step": int(metadata["step"]), "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     records = [common | {"name": name, "value": float(value)} for name, value in values.items()]
@@ -64,7 +67,9 @@ def read(path: str | Path) -> list[dict]:
         raise UserError(f"{path}: cannot be read: {reason}; move it away and evaluate again") from None
     if isinstance(records, list):
         absent = dict.fromkeys(LATER_FIELDS)
-        records = [absent | record if isinstance(record, dict) else record for record in records]
+        records = [
+            absent | record | {"layer": layer_of(record)} if isinstance(record, dict) else record for record in records
+        ]
     if not isinstance(records, list) or not all(_is_record(record) for record in records):
         raise UserError(f"{path}: not a list of results; move it away and evaluate again")
     return records
@@ -74,8 +79,10 @@ def add(path: str | Path, new: Sequence[dict]) -> list[dict]:
     """Merge records into the file (whole or not at all) and return all of them.
 
     A measurement made again (equal in all of `IDENTITY`) takes the old one's place, and also that of a record which
-    lacks the fields that came later. Raises `UserError` when the file is damaged or cannot be written.
+    lacks the fields that came later. One that names no layer is of the output. Raises `UserError` when the file is
+    damaged or cannot be written.
     """
+    new = [record | {"layer": layer_of(record)} for record in new]
     if not all(_is_record(record) for record in new):
         raise ValueError(f"a record needs the fields {', '.join(FIELDS)}")
     path = Path(path)
@@ -114,6 +121,16 @@ def learned_from_all_images(record: dict) -> bool:
     return f"; {FITTED_ON} " not in record["protocol"]
 
 
+def layer_of(record: Mapping) -> str:
+    """The layer whose features were read: the output in a record of before others could be chosen."""
+    return record.get("layer", OUTPUT)
+
+
+def label(record: Mapping) -> str:
+    """The name of a number as people read it: with the layer, where that is not the output."""
+    return record["name"] if layer_of(record) == OUTPUT else f"{record['name']} ({record['layer']})"
+
+
 def size_of(record: dict) -> str:
     """The size at which the images were measured, in words: the test transform without the constants of the
     normalisation. Empty where it was not recorded."""
@@ -135,7 +152,8 @@ def table(records: Sequence[dict]) -> str:
     head = ("method", "backbone", "step", "data set", "split", "result", "value")
     rows = []
     for record in shown:
-        cells = [str(record[column]) for column in ("method", "backbone", "step", "dataset", "split", "name")]
+        cells = [str(record[column]) for column in ("method", "backbone", "step", "dataset", "split")]
+        cells.append(label(record))
         value = "NOT CONVERGED" if record["name"].endswith("_converged") else number(record["value"])
         rows.append(([*cells, value], record["protocol"]))
     return text_table.with_protocols(head, rows, right_aligned=(2, 6))

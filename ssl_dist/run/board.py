@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ssl_dist.nn import features
 from ssl_dist.run.folder import is_free
 from ssl_dist.storage import durable
 
@@ -41,6 +42,8 @@ MEANINGS = {
     "seconds_per_step": "The mean time of a step since the line before.",
     "views": "Views of some images of this step, as the network sees them: a row for each image, group beside group.",
     "filters": "The filters of the backbone's first convolution.",
+    "attention": "What the class token takes of each patch in the last block: image, mean over the heads, each head.",
+    "patch_pca": "The first three principal components of the patches' features as red, green and blue, by the image.",
     "config": "The config of the run, as its folder has it.",
 }
 
@@ -160,8 +163,8 @@ def write_results(run: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """
     from torch.utils.tensorboard import summary
 
-    meanings = {record["name"]: record["protocol"] for record in records}
+    meanings = {features.named(record["name"], record["layer"]): record["protocol"] for record in records}
     file = EventFile(run / "tensorboard" / "results", None, meanings)
     for record in records:
-        tag = f"{record['dataset']}-{record['split']}/{record['name']}"
+        tag = f"{record['dataset']}-{record['split']}/{features.named(record['name'], record['layer'])}"
         file.add(record["step"], summary.scalar(tag, record["value"]))

@@ -21,11 +21,12 @@ from ssl_dist.data.normalize import Channels, normalized, of_channels
 from ssl_dist.data.pillow import UnfitImage, upright_pixels
 from ssl_dist.device import allow_tf32, chosen
 from ssl_dist.distributed.rank import available_cores
-from ssl_dist.errors import UserError, did_you_mean
-from ssl_dist.nn.backbone import Backbone
+from ssl_dist.errors import UserError
+from ssl_dist.nn import features
+from ssl_dist.nn.features import OUTPUT
 from ssl_dist.progress import Progress
 from ssl_dist.run import exported
-from ssl_dist.run.encoder import BATCH_SIZE, LAYER, Encoder, load_encoder, load_others
+from ssl_dist.run.encoder import BATCH_SIZE, Encoder, load_encoder, load_others
 from ssl_dist.storage import hub
 
 # Of the weights that are published, unless they say otherwise.
@@ -44,17 +45,11 @@ class Embedder(nn.Module):
     network as it is. The result is float32 [N, dim], on the network's device.
     """
 
-    def __init__(self, encoder: Encoder, layer: str = LAYER):
+    def __init__(self, encoder: Encoder, layer: str = OUTPUT):
         super().__init__()
-        network = encoder.module
-        assert isinstance(network, Backbone), "what a method evaluates is a backbone"
-        if layer not in (LAYER, *network.stages):
-            known = [LAYER, *network.stages]
-            hint = did_you_mean(str(layer), known)
-            raise UserError(f"layer = {layer!r}: no such layer; {hint}layers: {', '.join(known)}")
-        data = encoder.config.data
+        network, data = encoder.backbone, encoder.config.data
         self.network, self.layer = network.to(memory_format=torch.channels_last), layer
-        self.dim = network.feature_dim if layer == LAYER else network.stages[layer]
+        self.dim = features.width(layer, network.stages, network.feature_dim)
         self.size, self.resize, self.interpolation = data.image_size, data.eval_resize, data.eval_interpolation
         self.mean, self.std = encoder.normalize.mean, encoder.normalize.std
         self.source, self.tf32 = encoder.file, encoder.config.tf32
@@ -86,9 +81,7 @@ class Embedder(nn.Module):
                 f"images {list(x.shape)} in floating point: give normalised ones, [N, {self.channels}, S, S]"
             )
         x = x.to(self.device, next(self.network.parameters()).dtype, memory_format=torch.channels_last)
-        if self.layer == LAYER:
-            return self.network(x).flatten(1).float()
-        return self.network.forward_stages(x)[1][self.layer].mean((2, 3)).float()
+        return features.of_layer(self.network, self.layer, x).float()
 
     def transform(self, images: Pictures) -> Tensor:
         """What `forward` passes to the network for images that are not normalised: float32 [N, C, size, size]."""
@@ -158,7 +151,7 @@ class Embedder(nn.Module):
 
 def load(
     source: str | os.PathLike[str],
-    layer: str = LAYER,
+    layer: str = OUTPUT,
     device: str | torch.device | None = None,
     *,
     backbone: str | None = None,
@@ -171,11 +164,11 @@ def load(
     """The network of a run's folder (its newest checkpoint), of a checkpoint, of what `ssl-dist export` wrote with
     safetensors, or of a file of another program, also as hf://ORG/NAME or timm:NAME.
 
-    layer: output, or a stage of the backbone, whose map is averaged over its places. device: by default a GPU where
-    there is one. backbone: of a file of another program, as in a config; then images are of 224 px, resized to 256, and
-    normalised as ImageNet's unless the file says otherwise. image_size, resize, normalize (mean, std): in
-    place of the run's own. weights_prefix, resize_pos_embed: of a file of another program, as `backbone.*` of a config.
-    Raises `UserError`.
+    layer: output, or a stage of the backbone, whose map is averaged over its places, or several of these joined by +,
+    one behind the other. device: by default a GPU where there is one. backbone: of a file of another program, as in a
+    config; then images are of 224 px, resized to 256, and normalised as ImageNet's unless the file says otherwise.
+    image_size, resize, normalize (mean, std): in place of the run's own. weights_prefix, resize_pos_embed: of a file
+    of another program, as `backbone.*` of a config. Raises `UserError`.
     """
     path, computing = Path(source), chosen(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if backbone is None and hub.is_name(str(path)):

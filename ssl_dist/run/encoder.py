@@ -23,6 +23,8 @@ from ssl_dist.device import allow_tf32
 from ssl_dist.distributed.world import World
 from ssl_dist.errors import RaisedOn, UserError
 from ssl_dist.methods.base import SSLMethod
+from ssl_dist.nn import features
+from ssl_dist.nn.backbone import Backbone
 from ssl_dist.nn.shapes import without_values
 from ssl_dist.progress import Progress
 from ssl_dist.reading import parse_json
@@ -34,7 +36,6 @@ from ssl_dist.thread_team import ThreadTeam
 
 BATCH_SIZE = 256  # images in a forward pass in evaluation mode; another size rounds differently
 TEN_CROPS_BATCH_SIZE = 16  # images of ten crops each; it divides the other, at whose multiples ranks part
-LAYER = "output"
 BATCH_TIMEOUT_S = 600.0  # without a batch, after which a rank of an extraction ends
 PARTS_TIMEOUT_S = 4 * 3600.0  # that a rank which is done waits for the others; one that dies is noticed at once
 
@@ -52,6 +53,7 @@ class Encoder:
     ids: str = ""  # SHA-256 of the ids that it was trained on; empty for a file of another program
     classes: tuple[str, ...] | None = None  # that it was trained on, by name; None: they are not known
     changed: tuple[str, ...] = ()  # settings of the test transform that are not the run's, as key=value
+    layer: str = features.OUTPUT  # whose features are extracted, see nn/features.py
 
     @property
     def transform(self) -> str:
@@ -63,6 +65,12 @@ class Encoder:
         tf32 = ", in TensorFloat-32" if self.config.tf32 else ""
         cubic = " bicubic" if self.config.data.eval_interpolation == "bicubic" else ""
         return f"short side to {resize}{cubic}, centre crop {size}, mean ({mean}), std ({std}){tf32}"
+
+    @property
+    def backbone(self) -> Backbone:
+        """The network as what it is."""
+        assert isinstance(self.module, Backbone), "what a method evaluates is a backbone"
+        return self.module
 
     @property
     def channels(self) -> int:
@@ -91,6 +99,17 @@ class Encoder:
             backbone = network.build_backbone(self.config, self.channels).eval()
             blueprint.try_size(backbone, config.data.image_size, config.backbone.name, "images")
         return replace(self, config=config, changed=tuple(changed))
+
+    def with_layer(self, layer: str) -> "Encoder":
+        """The encoder with the features of another layer. Raises `UserError` where the backbone has no such one."""
+        if layer == self.layer:
+            return self
+        features.width(layer, self.backbone.stages, self.backbone.feature_dim)
+        return replace(self, layer=layer)
+
+    def like(self, other: "Encoder") -> "Encoder":
+        """The encoder with the test transform and the layer of another one."""
+        return self.with_transform(other.changed).with_layer(other.layer)
 
 
 def load_encoder(path: Path) -> Encoder:
@@ -162,8 +181,8 @@ def load_others(path: Path, settings: Config, images: blueprint.Statistics) -> t
     return Encoder(module, settings, normalize, sha256, 0, path), note
 
 
-def features_path(folder: Path, dataset: Dataset, split: str) -> Path:
-    return folder / f"{dataset.name}-{split}.safetensors"
+def features_path(folder: Path, dataset: Dataset, split: str, layer: str = features.OUTPUT) -> Path:
+    return folder / f"{features.named(f'{dataset.name}-{split}', layer)}.safetensors"
 
 
 def is_fresh(path: Path, encoder: Encoder, dataset: Dataset, split: str) -> bool:
@@ -175,8 +194,8 @@ def is_fresh(path: Path, encoder: Encoder, dataset: Dataset, split: str) -> bool
     except UserError:
         return False
     info = dataset.info(split)
-    current = (encoder.sha256, encoder.transform, info.sha256, json.dumps(list(info.classes)))
-    return tuple(metadata[key] for key in ("checkpoint", "transform", "data", "classes")) == current
+    current = (encoder.sha256, encoder.layer, encoder.transform, info.sha256, json.dumps(list(info.classes)))
+    return tuple(metadata[key] for key in ("checkpoint", "layer", "transform", "data", "classes")) == current
 
 
 def extract_features(encoder: Encoder, dataset: Dataset, split: str, folder: Path, world: World, threads: int) -> Path:
@@ -186,7 +205,7 @@ def extract_features(encoder: Encoder, dataset: Dataset, split: str, folder: Pat
     Every rank passes a range of ids and writes it beside the file; rank 0 joins the parts. The file is the same, to the
     bit, on any number of ranks with as many threads.
     """
-    path = features_path(folder, dataset, split)
+    path = features_path(folder, dataset, split, encoder.layer)
     token = world.on_rank0(lambda: _prepare(folder))
     with dataset.open(split) as reader:
         info = reader.info
@@ -197,12 +216,15 @@ def extract_features(encoder: Encoder, dataset: Dataset, split: str, folder: Pat
             world.state.phase_of(f"the extraction of {split}", BATCH_TIMEOUT_S),
         ):
             ids = np.arange(low, high, dtype=np.int64)
-            module = encoder.module.to(world.device).to(memory_format=torch.channels_last)
+            backbone = encoder.backbone.to(world.device).to(memory_format=torch.channels_last)
             to_input = normalized(encoder.normalize, torch.float32, world.device)
             allow_tf32(encoder.config.tf32)
             data = encoder.config.data
-            rows = outputs(lambda pixels: module(to_input(pixels)), reader, ids, data, threads, world, progress)
-            part = np.concatenate(list(rows))
+
+            def embed(pixels: Tensor) -> Tensor:
+                return features.of_layer(backbone, encoder.layer, to_input(pixels))
+
+            part = np.concatenate(list(outputs(embed, reader, ids, data, threads, world, progress)))
     metadata = {
         "classes": json.dumps(list(info.classes)),
         "dataset": dataset.name,
@@ -211,7 +233,7 @@ def extract_features(encoder: Encoder, dataset: Dataset, split: str, folder: Pat
         "transform": encoder.transform,
         "checkpoint": encoder.sha256,
         "step": str(encoder.step),
-        "layer": LAYER,
+        "layer": encoder.layer,
         "method": encoder.config.method.name,
         "backbone": encoder.config.backbone.name,
     }

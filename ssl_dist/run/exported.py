@@ -35,6 +35,7 @@ def overrides(path: Path) -> list[str]:
     chosen = validate(_Steps, {key: steps.get(key) for key in _Steps.model_fields}, f"{path}: {PREPROCESSING}.")
     return [
         f"backbone.name={facts['backbone']}",
+        *([f"backbone.patch_size={facts['patch_size']}"] if "patch_size" in facts else []),
         f"data.image_size={chosen.crop}",
         f"data.eval_resize={chosen.resize}",
         f"data.eval_interpolation={chosen.interpolation}",

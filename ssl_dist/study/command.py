@@ -12,7 +12,8 @@ from ssl_dist import results, torchrun
 from ssl_dist.data.readers import Dataset
 from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.errors import UserError
-from ssl_dist.evaluate.command import evaluate
+from ssl_dist.evaluate.command import LAYER_KEY, evaluate
+from ssl_dist.nn.features import OUTPUT
 from ssl_dist.run.blueprint import RunPlan, derive
 from ssl_dist.storage import checkpoint
 from ssl_dist.study import page, spec
@@ -84,13 +85,12 @@ def is_over(training: Training) -> bool:
 
 
 def is_recorded(training: Training, measure: Measure) -> bool:
-    """Whether results.json has a number of this name, of the newest checkpoint and of the measure's data set. Which
+    """Whether results.json has a number of this name, of the newest checkpoint, the measure's data set and layer. Which
     options it was measured with, `evaluate` compares."""
-    dataset, newest = _measured_on(training, measure), checkpoint.steps(training.run)[-1:]
+    newest = checkpoint.steps(training.run)[-1:]
+    wanted = (measure.result, _measured_on(training, measure), measure.overrides.get(LAYER_KEY, OUTPUT), newest)
     records = results.read(training.run / "results.json")
-    return any(
-        (record["name"], record["dataset"], [record["step"]]) == (measure.result, dataset, newest) for record in records
-    )
+    return any((record["name"], record["dataset"], record["layer"], [record["step"]]) == wanted for record in records)
 
 
 def _measured_on(training: Training, measure: Measure) -> str:

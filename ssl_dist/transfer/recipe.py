@@ -187,7 +187,7 @@ def config_tree(run: Config, images: dict, folder: Path, method: str, recipe: Re
             "eval_interpolation": data.eval_interpolation,
         },
         "views": {"groups": [view]},
-        "backbone": {"name": run.backbone.name},
+        "backbone": {"name": run.backbone.name, "patch_size": run.backbone.patch_size, "resize_pos_embed": True},
         "method": {"name": method, "options": recipe.options},
         "optim": recipe.optim,
         "precision": run.precision,

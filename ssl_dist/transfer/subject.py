@@ -52,6 +52,7 @@ class EvalContext:
             "split": self.held_out or self.test,
             "data": self.dataset.info(self.test).sha256,
             "train_data": self.dataset.info(self.train).sha256,
+            "layer": self.encoder.layer,
             "transform": self.encoder.transform,
             "checkpoint": self.encoder.sha256,
             "step": str(self.encoder.step),
