@@ -186,6 +186,11 @@ class Log(Section):
         description="epochs between two pictures, in TensorBoard, of the filters of the backbone's first layer, where "
         "that is a convolution; null: never",
     )
+    attention_every_epochs: PositiveInt | None = Field(
+        None,
+        description="transformers: epochs between two pictures, in TensorBoard and RUN/figures, of the attention of "
+        "the class token and of the principal components of the patches, of eight images; null: never",
+    )
     knn_every_epochs: PositiveInt | None = Field(
         None,
         description="epochs between two kNN classifications (k = 20) of held-out images of the labelled training split "

@@ -1,7 +1,7 @@
 """The pictures of an evaluation: read images of a data set as the encoder sees them, and write figures as PNG files.
 
 A picture is RUN/figures/<dataset>-<split>-<name>[-<layer>].png. Its own text chunks hold Title, Description (the
-caption), Evaluator, Layer, and Checkpoint (SHA-256) or Step, so that showing it takes nothing but the file.
+caption), Evaluator, Checkpoint (SHA-256) and Layer, so that showing it takes nothing but the file.
 """
 
 import csv
@@ -28,7 +28,6 @@ from ssl_dist.views.make import test_views
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_MARKS = ("checkpoint", "step")  # by which a picture is found to be of the newest weights
 _BLOCK_BYTES = 64 * 2**20  # of decoded images that are held at once
 
 
@@ -36,14 +35,13 @@ def add_picture(
     folder: Path, metadata: Mapping[str, str], evaluator: str, name: str, figure: "Figure", title: str, caption: str
 ) -> Path:
     """Write a figure, whole or not at all, in place of an older one of its name. metadata: the dataset and split that
-    it shows; of an evaluation the checkpoint, and the layer where that is not the output; of a training the step.
-    Raises `UserError` when the folder cannot be written."""
+    it shows, and of an evaluation the checkpoint and layer. Raises `UserError` when the folder cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # matplotlib takes a second
 
     path = _path(folder, metadata, name, "png")
     layer = metadata.get("layer", OUTPUT)
     texts = {"Title": title, "Description": caption + (f" (layer {layer})" if layer != OUTPUT else ""), "Layer": layer}
-    texts |= {"Evaluator": evaluator} | {key.title(): metadata[key] for key in _MARKS if key in metadata}
+    texts |= {"Evaluator": evaluator} | ({"Checkpoint": metadata["checkpoint"]} if "checkpoint" in metadata else {})
     with atomic_write_or_refuse(path) as file:
         durable.remove_dead(path.parent)
         FigureCanvasAgg(figure).print_png(file, metadata=texts)

@@ -24,7 +24,7 @@ from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.errors import UserError, quoted
 from ssl_dist.methods.base import Info, SSLMethod
 from ssl_dist.nn import batchnorm, recompute
-from ssl_dist.nn.backbone import Backbone
+from ssl_dist.nn.backbone import Backbone, TokenBackbone
 from ssl_dist.nn.shapes import without_values
 from ssl_dist.run import network, plugged
 from ssl_dist.storage import weights
@@ -223,6 +223,7 @@ def derive(config: Config, rank_info: RankInfo, dataset: Dataset | None = None) 
         for size in dict.fromkeys(spec.size for spec in plan.specs):
             try_size(method.backbone, size, config.backbone.name, "views")
         try_size(method.backbone, config.data.image_size, config.backbone.name, "images in evaluation")
+        _require_patches(config, method)
         if config.optim.batch_size == 1 and method_class.trainable and plan.num_views == 1:
             _refuse_one_row(method, config.data.image_size)
     return plan
@@ -238,6 +239,16 @@ def _require_labels(config: Config, dataset: Dataset, split: str) -> None:
         remedy = "convert a folder of classes, or train without labels: `method={name: simclr}` views.num=null"
     what = "this split has none" if split in dataset.splits else f"{dataset.root} holds no such split"
     raise UserError(f"data.split = {quoted(split)}: method {config.method.name} needs labels, and {what}; {remedy}")
+
+
+def _require_patches(config: Config, method: SSLMethod) -> None:
+    """Raises `UserError` where attention shall be shown of a backbone that has none."""
+    every, name = config.log.attention_every_epochs, config.backbone.name
+    if every is not None and not isinstance(method.encoder(), TokenBackbone):
+        raise UserError(
+            f"log.attention_every_epochs = {every}: backbone {name} has no patches to show; set it to null, or "
+            "backbone.name to a vision transformer, as timm/vit_tiny_patch16_224"
+        )
 
 
 def _reset(config: Config, method_class: type[SSLMethod]) -> str:

@@ -32,17 +32,7 @@ def views_grid(
 
     Small views are magnified without smoothing.
     """
-    page, middles = mosaic.of_views(groups)
-    side, num_views = max(group.shape[-1] for group in groups), len(middles)
-    shown = page.shape[1] / side  # columns of the largest views in the width
-    cell = min(1.0, 24 / shown)  # inches
-    figure, axes = new_plot(cell * shown + 0.5, cell * page.shape[0] / side + 0.5)
-    axes.imshow(page, interpolation="nearest" if side < 120 * cell else "antialiased")
-    axes.set_xticks(middles, titles or [str(view) for view in range(num_views)])
-    axes.set_yticks([])
-    axes.xaxis.tick_top()
-    axes.tick_params(length=0, labelsize=8, labelcolor=_GREY)
-    axes.set_frame_on(False)
+    figure, axes = columns(groups, titles or [str(view) for view in range(sum(map(len, groups)))])
     sizes = ", then ".join(f"{len(group)} of {group.shape[-1]} px" for group in groups)
     if not titles:
         axes.set_xlabel("view" if len(groups) == 1 else f"view: {sizes}", fontsize=8, color=_GREY)
@@ -55,6 +45,23 @@ def views_grid(
 def of_training(title: str, caption: str) -> dict[str, str]:
     """The texts of a picture in RUN/figures that a training has drawn; `results.figures` has those of evaluations."""
     return {"Title": title, "Description": caption, "Evaluator": TRAINING}
+
+
+def columns(groups: Sequence[np.ndarray], labels: Sequence[str], inches: float = 1.0) -> tuple[Figure, Axes]:
+    """`mosaic.of_views` as a figure with a label above each column. inches: the width of the largest column, less where
+    there are many."""
+    page, middles = mosaic.of_views(groups)
+    side = max(group.shape[-1] for group in groups)
+    shown = page.shape[1] / side  # columns of the largest views in the width
+    cell = min(inches, 24 / shown)
+    figure, axes = new_plot(cell * shown + 0.5, cell * page.shape[0] / side + 0.5)
+    axes.imshow(page, interpolation="nearest" if side < 120 * cell else "antialiased")
+    axes.set_xticks(middles, labels)
+    axes.set_yticks([])
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0, labelsize=8, labelcolor=_GREY)
+    axes.set_frame_on(False)
+    return figure, axes
 
 
 def loss_curve(path: str | Path, metrics_jsonl: str | Path) -> None:

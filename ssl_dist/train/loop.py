@@ -135,6 +135,8 @@ def fit(run: TrainState, stop: StopRequest) -> int:
                 run.write(log, clock, output)
             if clock.due(every_epochs=settings.log.filters_every_epochs):
                 run.show_filters(log, clock)
+            if clock.due(every_epochs=settings.log.attention_every_epochs):
+                run.show_attention(log, clock)
             run.measure(log, clock)
             if stopping or clock.done or clock.due(settings.checkpoint.every_steps, settings.checkpoint.every_epochs):
                 run.save(clock, stop)

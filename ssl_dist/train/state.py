@@ -32,6 +32,7 @@ from ssl_dist.run.blueprint import RunPlan
 from ssl_dist.run.log import RunLog
 from ssl_dist.storage import checkpoint
 from ssl_dist.train import collapse, optim, relabel
+from ssl_dist.train.attention import AttentionPictures
 from ssl_dist.train.listener import SILENT, Listener
 from ssl_dist.train.online import OnlineMeasures
 from ssl_dist.views import shown
@@ -66,6 +67,7 @@ class TrainState:
         self.optimizer = optim.build(self.config.optim, method.parameter_groups(), world.device, method.backbone)
         self.scaler = optim.LossScaler(world.device.type, enabled=self.config.precision == "fp16")
         self.online = OnlineMeasures(plan, world, method.info.feature_dim)
+        self._attention = AttentionPictures(plan)
         self.clock = plan.clock(self._resume())
         if self.config.compile:
             compiled.compile_network(method.backbone)
@@ -268,6 +270,18 @@ class TrainState:
             log.picture("filters", clock, filters.grid(weights).numpy())
 
         with self.world.state.phase_of("the picture of the filters", watchdog.SAVE_TIMEOUT_S):
+            self.world.on_rank0(show)
+
+    def show_attention(self, log: RunLog | None, clock: Clock) -> None:
+        """What the encoder makes of some images (attention.py). Every rank takes part; rank 0 draws."""
+
+        def show() -> None:
+            assert log is not None, "rank 0 has the log"
+            self._require_lock()
+            with self._evaluated() as encoder:
+                self._attention.draw(encoder, self._normalize, log, clock)
+
+        with self.world.state.phase_of("the pictures of attention", watchdog.SAVE_TIMEOUT_S):
             self.world.on_rank0(show)
 
     @contextlib.contextmanager
