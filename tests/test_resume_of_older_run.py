@@ -27,6 +27,8 @@ def test_it_goes_on_with_the_same_numbers(digits, tmp_path):
     lines = [json.loads(line) for line in text[len(before) :].splitlines()]
     assert [line["step"] for line in lines] == [line["step"] for line in after["metrics"]] == [5, 6, 7, 8]
     for line, expected in zip(lines, after["metrics"], strict=True):
+        # Of the smallest singular values, which processors with other instructions round otherwise.
+        assert line.pop("effective_rank") == pytest.approx(expected.pop("effective_rank"), rel=1e-6)
         assert {key: value for key, value in line.items() if key not in TIMES} == pytest.approx(expected, rel=1e-8)
 
     state = checkpoint.load(checkpoint.newest(run))
