@@ -106,7 +106,7 @@ class Method(SSLMethod[Options]):
 
     def forward(self, batch: Batch, world: World) -> Output:
         """Pictures: `reconstruction`, what the encoder sees of some images, the prediction in the place of what it
-        does not see, and the images."""
+        does not see, and the images. With norm_pix_loss a predicted patch has the image's own mean and deviation."""
         seen = self._seen(batch)
         tokens = self._encoded(batch, seen)
         predicted = at_least_float32(self.decoder(tokens, seen))
