@@ -46,7 +46,7 @@ EVALUATOR_TIMEOUT_S = 7 * 24 * 3600.0  # on rank 0; if its process dies, the oth
 DATA_KEYS = ("data.name", "data.root", "data.reader")
 TRANSFORM_KEYS = ("data.image_size", "data.eval_resize", "data.eval_interpolation", "tf32")
 LAYER_KEY = "layer"  # whose features are extracted
-EVAL_KEYS = (*DATA_KEYS, *TRANSFORM_KEYS, LAYER_KEY)
+EVAL_KEYS = (*DATA_KEYS, LAYER_KEY, *TRANSFORM_KEYS)
 SUBSET_KEY = "data.subset"
 # What can be set for weights of other programs, whose files do not say it.
 BACKBONE_KEYS = ("backbone.name", "backbone.patch_size", "backbone.weights_prefix", "backbone.resize_pos_embed")

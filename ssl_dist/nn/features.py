@@ -22,14 +22,15 @@ def width(layer: str, stages: Mapping[str, int], feature_dim: int, setting: str 
     """D of a layer of a backbone with these stages and features. Raises `UserError`, which names the setting, where it
     has no such layer."""
     dims = {OUTPUT: feature_dim, **stages}
-    for name in layer.split("+"):
+    names = str(layer).split("+")  # of a program, which may give anything
+    for name in names:
         if name not in dims:
-            of = f"{quoted(name)} of it is" if "+" in layer else "is"
+            of = f"{quoted(name)} of it is" if len(names) > 1 else "is"
             raise UserError(
                 f"{setting} = {quoted(layer)}: {of} no layer here; {did_you_mean(name, dims)}layers, or several joined "
                 f"by +: {', '.join(dims)}"
             )
-    return sum(dims[name] for name in layer.split("+"))
+    return sum(dims[name] for name in names)
 
 
 def of_layer(backbone: Backbone, layer: str, images: Tensor) -> Tensor:
