@@ -90,7 +90,7 @@ def not_finite(folder):
 def loader_exception(folder):
     from ssl_dist.data.loader import TrainLoader
 
-    batch = TrainLoader._batch
+    batch = TrainLoader._next
 
     def faulty(self, step, *arguments):
         if is_rank_1() and step == AT_STEP - 1:
@@ -98,7 +98,7 @@ def loader_exception(folder):
             raise ValueError("planned failure in the loader")
         return batch(self, step, *arguments)
 
-    TrainLoader._batch = faulty
+    TrainLoader._next = faulty
 
 
 def stuck_in_the_save(folder):

@@ -148,14 +148,14 @@ def work(config: str, *settings: str) -> None:
 
     method.after_step = note
     if KEPT in os.environ:
-        make, kept = TrainLoader._batch, []
+        make, kept = TrainLoader._next, []
 
         def again(loader, step, *others):
             if not kept:
                 kept.append(make(loader, step, *others))
             return replace(kept[0], step=step)
 
-        TrainLoader._batch = again
+        TrainLoader._next = again
     if train(settings_) != 0:
         sys.exit(1)
     if os.environ["RANK"] == "0":

@@ -62,23 +62,23 @@ def rank_main(folder: Path, plan: dict, arguments: list[str]) -> int:
     def is_planned(when: str, step: int) -> bool:
         return plan.get("when") == when and plan["rank"] == rank and step - first_step[0] == plan["after"]
 
-    to_device, save = TrainState.to_device, TrainState._save
+    forward, save = TrainState.forward, TrainState._save
 
-    def recording(self, host):
-        first_step.append(host.step)
-        line = {"step": host.step, "images": host.image_ids.tolist(), "views": host.view_ids[0].tolist()}
+    def recording(self, batch):
+        first_step.append(batch.step)
+        line = {"step": batch.step, "images": batch.image_ids.tolist(), "views": batch.view_ids[0].tolist()}
         record.write(json.dumps(line) + "\n")
         record.flush()
-        if is_planned("step", host.step):
+        if is_planned("step", batch.step):
             kill_after(plan["delay"])
-        return to_device(self, host)
+        return forward(self, batch)
 
     def saving(self, clock):
         if is_planned("save", clock.step - 1):
             kill_after(plan["delay"])
         save(self, clock)
 
-    TrainState.to_device, TrainState._save = recording, saving
+    TrainState.forward, TrainState._save = recording, saving
     return cli.main(arguments)
 
 

@@ -126,7 +126,7 @@ class TimmTransformer(TimmModel, TokenBackbone):
         prefix = [token for token in (model.cls_token, model.reg_token) if token is not None]
         if prefix:
             first = torch.cat(prefix, 1) + of_prefix
-            x = torch.cat([first.expand(len(x), -1, -1).to(x.dtype), x], 1)
+            x = torch.cat([first.expand(x.shape[0], -1, -1).to(x.dtype), x], 1)
         return model.norm_pre(model.patch_drop(model.pos_drop(x)))
 
     def _positions(self, grid: tuple[int, int]) -> tuple[Tensor | float, Tensor | float]:
@@ -178,7 +178,7 @@ def build(
     ):
         if key in {**arguments, **more} and key not in accepted:
             raise UserError(f"backbone.name = {name!r}: {remedy}")
-    if image_size is not None and "img_size" in accepted and plain.pretrained_cfg["input_size"][-1] != image_size:
+    if image_size is not None and "img_size" in accepted and not _takes(plain, image_size):
         arguments["img_size"] = image_size
     more |= {"dynamic_img_size": True} if "dynamic_img_size" in accepted else {}
     made = create(model, pretrained=False, num_classes=0, **arguments, **more)
@@ -189,6 +189,16 @@ def _arguments(model: type[nn.Module]) -> set[str]:
     """What may be said of a model when it is made: by its class, or by one that this hands its own arguments to."""
     constructors: list[Callable[..., Any]] = [vars(base).get("__init__", object) for base in model.__mro__]
     return {name for constructor in constructors for name in inspect.signature(constructor).parameters}
+
+
+def _takes(model: nn.Module, image_size: int) -> bool:
+    """Whether a model on the meta device passes images of this size as it is: some resize them within."""
+    parameter = next(model.parameters())
+    try:
+        model.eval()(parameter.new_empty(1, 3, image_size, image_size))
+    except (RuntimeError, AssertionError, ValueError):
+        return False
+    return True
 
 
 def _is_transformer(model: nn.Module) -> bool:

@@ -40,7 +40,8 @@ class Options(Section):
 
 
 class Head(nn.Module):
-    """Features [N, D] -> unit vectors [N, bottleneck]; their products with the rows of `last_layer` are its outputs."""
+    """Features [N, D] -> embeddings [N, bottleneck]; products of these, at length 1, with the rows of `last_layer` are
+    its outputs."""
 
     def __init__(self, feature_dim: int, options: Options):
         super().__init__()
@@ -58,7 +59,7 @@ class Head(nn.Module):
         self.length = nn.Parameter(torch.ones(options.outputs, 1), requires_grad=not options.norm_last_layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(self.mlp(x), dim=-1)
+        return self.mlp(x)
 
     @property
     def last_layer(self) -> Tensor:
@@ -122,8 +123,8 @@ class Method(SSLMethod[Options]):
         views, ids = ([of[group] for group in self.large_groups] for of in (batch.views, batch.view_ids))
         with torch.no_grad():
             large = replace(batch, views=views, view_ids=ids)
-            target_GMD = self.projected(large, world, self.target_head, self.target_backbone)
-        z_VMD = self.projected(batch, world, self.head)
+            target_GMD = F.normalize(self.projected(large, world, self.target_head, self.target_backbone), dim=-1)
+        z_VMD = F.normalize(self.projected(batch, world, self.head), dim=-1)
         lo, hi = world.share(z_VMD.shape[1])
         with full_precision(z_VMD.device):
             with torch.no_grad():
