@@ -115,7 +115,7 @@ def test_any_grid_of_ranks_equals_the_loops(grid, groups, options, large, monkey
 def _and_keep_center(entropies, centers):
     def kept(self, *arguments):
         momentum = self.options.center_momentum
-        centers.append(self.center * momentum + self._new_center * (1 - momentum))
+        centers.append(self.center * momentum + self._mean_output * (1 - momentum))
         return entropies(self, *arguments)
 
     return kept

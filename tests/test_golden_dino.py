@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from ssl_dist.clock import Clock
 from ssl_dist.config import Optim, validate
@@ -19,24 +18,17 @@ from ssl_dist.distributed.world import one_process
 from ssl_dist.methods import dino
 from ssl_dist.methods.base import Batch, Info
 from ssl_dist.train import optim
+from tests.official_steps import Encoder, close
 
 FOLDER = Path(os.environ.get("SSL_DIST_GOLDEN", Path(__file__).parent / "golden"))
 GOLDEN = dict(np.load(FOLDER / "dino.npz"))
 META = json.loads(str(GOLDEN["_meta"]))
 OFFICIAL = META["options"]
 TYPES = {"f32": torch.float32, "f64": torch.float64}
-TOLERANCES = {"f32": 1e-4, "f64": 1e-9}  # relative to the largest magnitude of the array; f32: after 9 steps of Adam
+# relative to the largest magnitude of the array; after nine steps of Adam in float32 the official weights are up to
+# 8e-6 from its own in float64, and so are ours
+TOLERANCES = {"f32": 3e-5, "f64": 1e-9}
 NAMES = {"head.last_layer.weight_v": "head.direction", "head.last_layer.weight_g": "head.length"}
-
-
-class Encoder(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.l0 = nn.Linear(3, width, bias=False)
-        self.bn = nn.BatchNorm1d(width)
-
-    def forward(self, x):
-        return torch.relu(self.bn(self.l0(x.mean((2, 3)))))
 
 
 def tensors(part):
@@ -45,13 +37,6 @@ def tensors(part):
     if part.startswith("batchnorm/"):
         found = {key: value for key, value in found.items() if key not in ("head.mlp.0.bias", "head.mlp.3.bias")}
     return {NAMES.get(key, key): torch.from_numpy(np.asarray(value)) for key, value in found.items()}
-
-
-def close(ours, expected, tolerance, name):
-    expected, ours = expected.double(), ours.detach().double()
-    assert ours.shape == expected.shape, name
-    distance = float((ours - expected).abs().max() / expected.abs().max().clamp_min(1e-300))
-    assert distance <= tolerance, f"{name}: relative error {distance:.2e}"
 
 
 def built(case):

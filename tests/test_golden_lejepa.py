@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from ssl_dist.clock import Clock
 from ssl_dist.config import Optim, validate
@@ -27,6 +26,7 @@ from ssl_dist.distributed.world import one_process
 from ssl_dist.methods import lejepa
 from ssl_dist.methods.base import Batch, Info
 from ssl_dist.train import optim
+from tests.official_steps import Encoder, close
 
 FOLDER = Path(os.environ.get("SSL_DIST_GOLDEN", Path(__file__).parent / "golden"))
 GOLDEN = dict(np.load(FOLDER / "lejepa.npz"))
@@ -35,23 +35,6 @@ TYPES = {"f32": torch.float32, "f64": torch.float64}
 TOLERANCES = {"f32": 1e-5, "f64": 1e-9}  # relative to the largest magnitude of the array
 KNOTS, WORLD = 2 * META["n_points"] - 1, one_process(torch.device("cpu"))
 CASES = sorted({key.split("/")[1] for key in GOLDEN if re.match("statistic/t", key)})
-
-
-class Encoder(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.l0 = nn.Linear(3, width, bias=False)
-        self.bn = nn.BatchNorm1d(width)
-
-    def forward(self, x):
-        return torch.relu(self.bn(self.l0(x.mean((2, 3)))))
-
-
-def close(ours, expected, tolerance, name):
-    expected, ours = torch.from_numpy(np.asarray(expected)).double(), ours.detach().double()
-    assert ours.shape == expected.shape, name
-    distance = float((ours - expected).abs().max() / expected.abs().max().clamp_min(1e-300))
-    assert distance <= tolerance, f"{name}: relative error {distance:.2e}"
 
 
 def by_our_names(part):

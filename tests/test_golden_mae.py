@@ -21,6 +21,7 @@ from ssl_dist.distributed.world import one_process
 from ssl_dist.methods import mae
 from ssl_dist.methods.base import Batch, Info
 from ssl_dist.train import optim
+from tests.official_steps import close
 
 timm = pytest.importorskip("timm")
 
@@ -53,13 +54,6 @@ def ours(official):
 def tensors(part):
     """By our names."""
     return {ours(key.removeprefix(f"{part}/")): x for key, x in GOLDEN.items() if key.startswith(f"{part}/")}
-
-
-def close(found, expected, tolerance, name):
-    expected, found = expected.double(), found.detach().double()
-    assert found.shape == expected.shape, name
-    distance = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-300))
-    assert distance <= tolerance, f"{name}: relative error {distance:.2e}"
 
 
 def made(case, dtype):

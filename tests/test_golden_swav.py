@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from ssl_dist.clock import Clock
 from ssl_dist.config import Optim, validate
@@ -15,6 +14,7 @@ from ssl_dist.distributed.world import one_process
 from ssl_dist.methods import swav
 from ssl_dist.methods.base import Batch, Info
 from ssl_dist.train import optim
+from tests.official_steps import Encoder, close
 
 FOLDER = Path(os.environ.get("SSL_DIST_GOLDEN", Path(__file__).parent / "golden"))
 GOLDEN = dict(np.load(FOLDER / "swav.npz"))
@@ -22,16 +22,6 @@ META = json.loads(str(GOLDEN["_meta"]))
 TYPES = {"f32": torch.float32, "f64": torch.float64}
 TOLERANCES = {"f32": 1e-5, "f64": 1e-9}  # relative to the largest magnitude of the array
 PREFIXES = {"enc.": "backbone.", "projection_head.": "projector.", "prototypes.weight": "prototypes"}
-
-
-class Encoder(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.l0 = nn.Linear(3, width, bias=False)
-        self.bn = nn.BatchNorm1d(width)
-
-    def forward(self, x):
-        return torch.relu(self.bn(self.l0(x.mean((2, 3)))))
 
 
 def tensors(part):
@@ -44,13 +34,6 @@ def tensors(part):
             found[PREFIXES[prefix] + official.removeprefix(prefix)] = torch.from_numpy(np.asarray(array))
     del found["projector.0.bias"]
     return found
-
-
-def close(ours, expected, tolerance, name):
-    expected, ours = expected.double(), ours.detach().double()
-    assert ours.shape == expected.shape, name
-    distance = float((ours - expected).abs().max() / expected.abs().max().clamp_min(1e-300))
-    assert distance <= tolerance, f"{name}: relative error {distance:.2e}"
 
 
 def test_assignments():

@@ -47,6 +47,15 @@ def test_it_computes_what_timm_does(name):
             torch.testing.assert_close(maps[f"blocks.{number}"], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_positions_are_of_the_size_it_is_built_for():
+    """Also of a network that timm lets take any size; one that resizes images within stays as it is."""
+    for name in ("vit_tiny_patch16_224", "test_vit"):
+        assert backbones.build(f"timm/{name}", image_size=48).grid == (3, 3)
+        assert backbones.build(f"timm/{name}", image_size=48, patch_size=8).grid == (6, 6)
+    tensors = backbones.build("timm/crossvit_9_240").state_dict()
+    backbones.build("timm/crossvit_9_240", image_size=64).load_state_dict(tensors)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_tokens_by_name(name):
     patch = int(re.search(r"patch(\d+)", name)[1])

@@ -62,7 +62,6 @@ class TimmTransformer(TimmModel, TokenBackbone):
         self.token_dim = self.model.embed_dim
         self.num_prefix_tokens = self.model.num_prefix_tokens
         self.has_class_token = self.model.cls_token is not None
-        self.num_heads = self.model.blocks[0].attn.num_heads
         self.grid = tuple(self.model.patch_embed.grid_size)
         self.stages = self.token_stages(len(self.model.blocks))
         for attention in (block.attn for block in self.model.blocks):
@@ -76,7 +75,7 @@ class TimmTransformer(TimmModel, TokenBackbone):
         return self.model.forward_head(self._normalized(x))
 
     def tokens(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
-        return self._normalized(images, kept)
+        return self._normalized(images, kept)  # apart: accumulation passes `forward` and `tokens` in parts
 
     def _normalized(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
         x = self._embedded(images, kept)
@@ -104,8 +103,6 @@ class TimmTransformer(TimmModel, TokenBackbone):
         embedding.requires_grad_(False)
 
     def last_attention(self, images: Tensor) -> Tensor:
-        """Of the last block [N, heads, P + n, P + n]: what each token takes of each, which sums to 1 over the last
-        dimension."""
         x = self._embedded(images)
         *before, last = self.model.blocks
         for block in before:
@@ -178,9 +175,12 @@ def build(
     ):
         if key in {**arguments, **more} and key not in accepted:
             raise UserError(f"backbone.name = {name!r}: {remedy}")
-    if image_size is not None and "img_size" in accepted and not _takes(plain, image_size):
-        arguments["img_size"] = image_size
-    more |= {"dynamic_img_size": True} if "dynamic_img_size" in accepted else {}
+    any_size = "dynamic_img_size" in accepted  # by interpolating positions
+    size = image_size or plain.pretrained_cfg["input_size"][-1]
+    is_other = size != plain.pretrained_cfg["input_size"][-1]
+    if is_other and "img_size" in accepted and (any_size or not _takes(plain, size)):
+        arguments["img_size"] = size
+    more |= {"dynamic_img_size": True} if any_size else {}
     made = create(model, pretrained=False, num_classes=0, **arguments, **more)
     return (TimmTransformer if _is_transformer(made) else TimmModel)(made, arguments)
 

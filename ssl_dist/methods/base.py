@@ -50,6 +50,12 @@ class Info:
         if self.batch_size < 2:
             raise UserError(f"optim.batch_size = 1: {why}; give 2 or more")
 
+    def views_compared(self, method: str) -> int:
+        """K of a method that compares views, of any number of recipes. Raises `UserError` for a single view."""
+        if self.num_views < 2:
+            raise UserError(f"views.num = {self.num_views}: {method} compares views of an image; give 2 or more")
+        return self.num_views
+
     def require_views(self, option: str, chosen: Sequence[int]) -> None:
         """Raises `UserError` unless an option's numbers are different ones of the views."""
         if max(chosen) >= self.num_views or len(set(chosen)) < len(chosen):

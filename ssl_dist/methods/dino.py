@@ -18,7 +18,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_dist.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability, Section
-from ssl_dist.errors import UserError
 from ssl_dist.methods.base import Backbone, Batch, Clock, Info, Output, SSLMethod, World
 from ssl_dist.nn.backbone import freeze_offset
 from ssl_dist.nn.layers import ema_update, full_precision, rising_decay, target_network
@@ -28,7 +27,9 @@ class Options(Section):
     outputs: PositiveInt = Field(65536, description="K, of the head")
     hidden: PositiveInt = Field(2048, description="hidden units of the head's two layers")
     bottleneck: PositiveInt = Field(256, description="width of the embeddings before the last layer")
-    batchnorm: bool = Field(False, description="whether hidden layers of the head have BatchNorm; convolutions need it")
+    batchnorm: bool = Field(
+        False, description="whether hidden layers of the head have BatchNorm; conv4 collapses without"
+    )
     norm_last_layer: bool = Field(True, description="the last layer's weights have length 1; false: it is learnt")
     freeze_last_layer_epochs: NonNegativeFloat = Field(1.0, description="first epochs in which it does not learn")
     temperature: PositiveFloat = Field(0.1, description="of the online network's distribution")
@@ -86,9 +87,7 @@ class Method(SSLMethod[Options]):
 
     def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone, info, options)
-        self.num_views = info.num_views
-        if self.num_views < 2:
-            raise UserError(f"views.num = {self.num_views}: dino compares views of an image; give 2 or more")
+        self.num_views = info.views_compared("dino")
         sizes = [size for _, size in info.view_groups]
         self.large_groups = [group for group, size in enumerate(sizes) if size == max(sizes)]
         group_of = [group for group, (num, _) in enumerate(info.view_groups) for _ in range(num)]
@@ -128,10 +127,9 @@ class Method(SSLMethod[Options]):
         lo, hi = world.share(z_VMD.shape[1])
         with full_precision(z_VMD.device):
             with torch.no_grad():
-                outputs_GNK = target_GMD[:, lo:hi] @ self.target_head.last_layer.T
-                q_GNK = ((outputs_GNK - self.center) / temperature).softmax(-1)
-                # The mean output is that of the mean embedding.
-                self._new_center = target_GMD.flatten(0, 1).mean(0) @ self.target_head.last_layer.T
+                last_layer = self.target_head.last_layer
+                q_GNK = ((target_GMD[:, lo:hi] @ last_layer.T - self.center) / temperature).softmax(-1)
+                self._mean_output = target_GMD.flatten(0, 1).mean(0) @ last_layer.T  # that of the mean embedding
             last_layer = self.head.last_layer
             logits = [z_MD[lo:hi] @ last_layer.T for z_MD in z_VMD]
             share = distillation(logits, q_GNK, self.large, options.temperature) / z_VMD.shape[1]
@@ -151,12 +149,9 @@ class Method(SSLMethod[Options]):
 
     def _target_temperature(self, step: int) -> float:
         options, epoch = self.options, step // self.info.steps_per_epoch
-        first, last, epochs = (
-            options.target_temperature_first,
-            options.target_temperature,
-            options.target_temperature_epochs,
-        )
-        return last if epoch >= epochs else first + (last - first) * epoch / max(1, epochs - 1)
+        first, last = options.target_temperature_first, options.target_temperature
+        steps = options.target_temperature_epochs - 1  # between epochs
+        return first + (last - first) * epoch / steps if epoch < steps else last
 
     def _momentum(self, step: int) -> float:
         """Of the average after step number `step`."""
@@ -165,7 +160,7 @@ class Method(SSLMethod[Options]):
 
     def after_step(self, clock: Clock) -> None:
         """The centre and the target follow (step: clock.step - 1)."""
-        self.center.lerp_(self._new_center.to(self.center.dtype), 1 - self.options.center_momentum)
+        self.center.lerp_(self._mean_output.to(self.center.dtype), 1 - self.options.center_momentum)
         momentum = self._momentum(clock.step - 1)
         ema_update(self.target_backbone, self.backbone, momentum)
         ema_update(self.target_head, self.head, momentum)

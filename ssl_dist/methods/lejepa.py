@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ssl_dist.config import NonNegativeInt, PositiveFloat, PositiveInt, Section
 from ssl_dist.device import to_device
-from ssl_dist.errors import UserError
 from ssl_dist.keys import METHOD, hash64, normal_rows
 from ssl_dist.methods.base import Backbone, Batch, Info, Output, SSLMethod, World
 from ssl_dist.nn.layers import full_precision
@@ -94,9 +93,7 @@ class Method(SSLMethod[Options]):
 
     def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone, info, options)
-        self.num_views = info.num_views
-        if self.num_views < 2:
-            raise UserError(f"views.num = {self.num_views}: lejepa compares views of an image; give 2 or more")
+        self.num_views = info.views_compared("lejepa")
         info.require_two_images("one image has no distribution")
         if options.global_views is not None:
             info.require_views("global_views", options.global_views)

@@ -225,9 +225,8 @@ class Method(SSLMethod[Options]):
 
     def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone, info, options)
-        self.num_views = info.views_of_one_group("relational")
-        if self.num_views < 2:
-            raise UserError(f"views.num = {self.num_views}: relational compares views of an image; give 2 or more")
+        info.views_of_one_group("relational")
+        self.num_views = info.views_compared("relational")
         info.require_two_images("a negative pair needs another image")
         if options.labelled and not info.num_classes:
             raise UserError(

@@ -120,9 +120,7 @@ class Method(SSLMethod[Options]):
 
     def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone, info, options)
-        self.num_views = info.num_views
-        if self.num_views < 2:
-            raise UserError(f"views.num = {self.num_views}: sfrik compares views of an image; give 2 or more")
+        self.num_views = info.views_compared("sfrik")
         info.require_views("general", options.general)
         if options.projector[-1] < 2:
             raise UserError(

@@ -14,7 +14,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_dist.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
-from ssl_dist.errors import UserError
 from ssl_dist.methods.base import Backbone, Batch, Clock, Extract, Info, Output, SSLMethod, World
 from ssl_dist.nn.layers import full_precision
 from ssl_dist.nn.queue import Queue
@@ -75,9 +74,7 @@ class Method(SSLMethod[Options]):
 
     def __init__(self, backbone: Backbone, info: Info, options: Options):
         super().__init__(backbone, info, options)
-        self.num_views = info.num_views
-        if self.num_views < 2:
-            raise UserError(f"views.num = {self.num_views}: swav compares views of an image; give 2 or more")
+        self.num_views = info.views_compared("swav")
         info.require_views("assign", options.assign)
         info.require_two_images("the projector's BatchNorm needs another image")
         self.projector = self.mlp_on_features([options.hidden, options.dim], last_bias=True)

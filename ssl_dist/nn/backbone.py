@@ -17,10 +17,8 @@ class Backbone(nn.Module):
     from stage to stage, and `pooled` where it is not the mean.
     """
 
-    passes: ClassVar[tuple[str, ...]] = (
-        "forward",
-        "forward_stages",
-    )  # methods that take images, then others of a row each
+    # What takes images, and then, if anything, what has a row an image.
+    passes: ClassVar[tuple[str, ...]] = ("forward", "forward_stages")
     in_channels: int = 3
     feature_dim: int
     stages: dict[str, int]
@@ -68,7 +66,6 @@ class TokenBackbone(Backbone):
     token_dim: int  # D of a token
     num_prefix_tokens: int  # P
     has_class_token: bool
-    num_heads: int  # of the last block's attention
     grid: tuple[int, int]  # rows and columns of patches of the images whose positions it holds
 
     def tokens(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -98,16 +95,17 @@ class TokenBackbone(Backbone):
 
     def token_maps(self, outputs: list[Tensor], norm: Callable[[Tensor], Tensor], images: Tensor) -> dict[str, Tensor]:
         """The map of every stage, from the tokens [N, P + n, D] that leave each block. norm: the last normalisation."""
-        sides = [side // self.patch_size for side in images.shape[2:]]
-        maps = {f"blocks.{number}": self._as_map(x, sides) for number, x in enumerate(outputs)}
+        maps = {f"blocks.{number}": self.patch_map(x, images) for number, x in enumerate(outputs)}
         normalized = [norm(x) for x in (outputs if self.has_class_token else outputs[-1:])]
         if self.has_class_token:
             of_class = [x[:, 0, :, None, None] for x in normalized]
             maps |= {f"blocks.{number}.class": x for number, x in enumerate(of_class)} | {"class": of_class[-1]}
-        return maps | {"patches": self._as_map(normalized[-1], sides)}
+        return maps | {"patches": self.patch_map(normalized[-1], images)}
 
-    def _as_map(self, x: Tensor, sides: list[int]) -> Tensor:
-        return x[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, sides)
+    def patch_map(self, tokens: Tensor, images: Tensor) -> Tensor:
+        """The tokens [N, P + n, D] of images that are of patches, each at its place: [N, D, h, w]."""
+        sides = [side // self.patch_size for side in images.shape[2:]]
+        return tokens[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, sides)
 
 
 def freeze_offset(network: nn.Module) -> None:

@@ -70,7 +70,7 @@ def pictures(
     device = next(backbone.parameters()).device
     images_N3SS = shown.shown(pixels_NCSS, *statistics)
     x = to_input(torch.from_numpy(pixels_NCSS).to(device))
-    components_N3hw = principal_components(patches(backbone, x))
+    components_N3hw = principal_components(backbone.patch_map(backbone.tokens(x), x))
     colours_N3SS = enlarged(components_N3hw, x.shape[-1])
     found = []
     if backbone.has_class_token:
@@ -106,12 +106,6 @@ def class_attention(backbone: TokenBackbone, images: Tensor) -> Tensor:
     sides = [side // backbone.patch_size for side in images.shape[2:]]
     one_by_one = [backbone.last_attention(image)[0, :, 0, backbone.num_prefix_tokens :] for image in images.split(1)]
     return torch.stack(one_by_one).float().cpu().unflatten(2, sides)
-
-
-def patches(backbone: TokenBackbone, images: Tensor) -> Tensor:
-    """The features of the patches after the last normalisation, [N, D, h, w]: the stage `patches`."""
-    sides = [side // backbone.patch_size for side in images.shape[2:]]
-    return backbone.tokens(images)[:, backbone.num_prefix_tokens :].transpose(1, 2).unflatten(2, sides)
 
 
 def principal_components(maps_NDhw: Tensor) -> Tensor:
