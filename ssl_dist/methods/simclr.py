@@ -64,24 +64,26 @@ def decoupled(logits: Tensor, partner: Tensor) -> Tensor:
     return of_partner[:, 0] - logits.scatter(1, partner[:, None], -torch.inf).logsumexp(1)
 
 
-def minus_mean(score_N: Tensor, cosine_N: Tensor, options: Options) -> Tensor:
+def minus_mean(score_N: Tensor, z_ND: Tensor, options: Options) -> Tensor:
     """Of `log_probability` the normalised temperature-scaled cross-entropy (equation 1), of `decoupled` DCL."""
     return -score_N.mean()
 
 
-def log_of_mean(score_N: Tensor, cosine_N: Tensor, options: Options) -> Tensor:
+def log_of_mean(score_N: Tensor, z_ND: Tensor, options: Options) -> Tensor:
     """Minus the log of the mean probability; anchors that find their partner weigh more than in `minus_mean`."""
     return math.log(len(score_N)) - torch.logsumexp(score_N, 0)
 
 
-def weighted(score_N: Tensor, cosine_N: Tensor, options: Options) -> Tensor:
+def weighted(score_N: Tensor, z_ND: Tensor, options: Options) -> Tensor:
     """DCL whose logit of the partner is multiplied by w = 2 - exp(cosine / sigma) / mean exp(cosine / sigma)
     (DCLW)."""
+    unit = F.normalize(z_ND, dim=1)
+    cosine_N = (unit * unit.roll(len(unit) // 2, 0)).sum(1)
     weight_N = 2 - len(cosine_N) * (cosine_N / options.sigma).softmax(0)
     return -(score_N + (weight_N - 1) * cosine_N / options.temperature).mean()
 
 
-# A loss: the score of every anchor, and what it makes of all scores and of the anchors' cosines with their partners.
+# A loss: the score of every anchor, and what it makes of all scores and embeddings.
 LOSSES = {
     "nt_xent": (log_probability, minus_mean),
     "log_of_mean": (log_probability, log_of_mean),
@@ -98,10 +100,8 @@ def contrast(z_ND: Tensor, options: Options, world: World) -> tuple[Tensor, Tens
     logits, partner = candidates(z_ND, options.temperature, lo, hi)
     share = score(logits, partner)
     score_N = world.all_reduce_sum_with_grad(F.pad(share, (lo, len(z_ND) - hi)))  # one number an anchor
-    unit = F.normalize(z_ND, dim=1)
-    cosine_N = (unit * unit.roll(len(unit) // 2, 0)).sum(1)
     correct = world.all_reduce_sum((logits.detach().argmax(1) == partner).sum())
-    return loss(score_N, cosine_N, options), 100 * correct / len(z_ND)
+    return loss(score_N, z_ND, options), 100 * correct / len(z_ND)
 
 
 class Method(SSLMethod[Options]):

@@ -34,7 +34,7 @@ from ssl_dist.storage import checkpoint
 from ssl_dist.train import collapse, optim, relabel
 from ssl_dist.train.attention import AttentionPictures
 from ssl_dist.train.listener import SILENT, Listener
-from ssl_dist.train.online import OnlineMeasures
+from ssl_dist.train.online_measures import OnlineMeasures
 from ssl_dist.views import shown
 
 ANEW = "begin anew in another run_dir with a lower optim.lr or precision=fp32"
@@ -299,7 +299,7 @@ class TrainState:
                 self.online.probe.learn(encoder, batch)
 
     def measure(self, log: RunLog | None, clock: Clock) -> None:
-        """Log the measures of online.py that are due. Every rank takes part."""
+        """Log the measures of online_measures.py that are due. Every rank takes part."""
         due = self.online.due(clock)
         if not due:
             return
