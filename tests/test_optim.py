@@ -1,14 +1,22 @@
+import json
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from ssl_dist import backbones
+from ssl_dist import backbones, config
 from ssl_dist.clock import Clock
 from ssl_dist.config import Optim, validate
+from ssl_dist.distributed.rank import RankInfo
+from ssl_dist.distributed.signals import StopRequest
+from ssl_dist.distributed.world import one_process
 from ssl_dist.errors import UserError
+from ssl_dist.run.blueprint import derive
+from ssl_dist.storage import checkpoint
 from ssl_dist.train import optim
+from ssl_dist.train.loop import claimed, fit
+from ssl_dist.train.state import TrainState
 
 CPU = torch.device("cpu")
 
@@ -263,3 +271,58 @@ def test_keys_that_do_not_go_together_are_refused(given, message):
     with pytest.raises(UserError) as caught:
         validate(Optim, given, "optim.")
     assert message in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------- in a training
+
+
+def trained(digits, folder, name, *overrides):
+    """The method before and after three steps of its digits config, and the lines of the log."""
+    settings = config.load(
+        f"configs/digits/{name}-conv4.yaml",
+        [
+            f"data.root={digits}", f"run_dir={folder}", "data.limit=72", "data.reader=arrays", "data.workers=1",
+            "optim.batch_size=16", "optim.epochs=null", "optim.steps=3", "optim.warmup_epochs=0", "log.every_steps=1",
+            *overrides,
+        ],
+    )  # fmt: skip
+    plan = derive(settings, RankInfo())
+    code, run = train_in_one_process(plan)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert code == 0
+    return dict(plan.build().named_parameters()), dict(run.method.named_parameters()), lines
+
+
+def train_in_one_process(plan):
+    world = one_process()
+    with claimed(plan, world):
+        run = TrainState(plan, world)
+        return fit(run, StopRequest()), run
+
+
+def test_what_is_frozen_does_not_move(digits, tmp_path):
+    """Not by weight decay either; epochs have four steps."""
+    for epochs in (1, 0.5):
+        options = f"method.options.freeze_last_layer_epochs={epochs}"
+        before, after, _ = trained(digits, tmp_path / str(epochs), "dino", options, "optim.weight_decay=0.5")
+        assert torch.equal(before["head.direction"], after["head.direction"]) is (epochs == 1)
+        assert not torch.equal(before["head.mlp.0.weight"], after["head.mlp.0.weight"])
+
+
+def test_a_step_is_as_long_as_its_clipped_gradient(digits, tmp_path):
+    """SGD without momentum, in three steps of rate 2: no farther than 3 times 2 times the norm that is left."""
+    words = "optim.name=sgd", "optim.momentum=0", "optim.lr=2", "optim.clip_norm=1e-3", "precision=fp64"
+    before, after, lines = trained(digits, tmp_path / "run", "simclr", *words)
+    moved = torch.cat([(after[name] - before[name]).flatten() for name in before]).norm().item()
+    assert 1e-3 < moved <= 6e-3 * (1 + 1e-9)
+    assert all(line["grad_norm"] > 1e-2 for line in lines), "before it is clipped"
+
+
+def test_weight_decay_and_rates_by_depth_reach_the_optimizer(digits, tmp_path):
+    words = "optim.name=adamw", "optim.weight_decay=0.1", "optim.weight_decay_final=0.3", "optim.layer_decay=0.5"
+    trained(digits, tmp_path / "run", "simclr", *words)
+    groups = checkpoint.load(checkpoint.newest(tmp_path / "run"))["optimizer"]["param_groups"]
+    rates = sorted({group["lr"] for group in groups})
+    assert rates[-1] == 1e-3 and rates[-2] == 5e-4 and len(rates) > 2
+    last = 0.3 + (0.1 - 0.3) * 0.5 * (1 + math.cos(math.pi * 2 / 3))
+    assert [group["weight_decay"] for group in groups] == pytest.approx([last] * len(groups))
