@@ -41,8 +41,8 @@ def lines_of(load):
     return run
 
 
-def memory(settings, world=1):
-    return explain.Memory.of(derive(settings, RankInfo(0, world, 0, world)))
+def memory(settings, world=1, device="cpu"):
+    return explain.Memory.of(derive(settings, RankInfo(0, world, 0, world)), device)
 
 
 # ---------------------------------------------------------------------------------------------------- text
@@ -193,6 +193,18 @@ def test_memory_falls_with_the_ranks_but_not_with_their_split(load):
         assert (four.inputs, four.waiting) == (one.inputs / 4, one.waiting / 4)
     sizes = [four.decoded(explain.Grid(4 // wv, wv)) for wv in (1, 2, 4)]
     assert sizes[2] == 4 * sizes[0] == 2 * sizes[1] == one.decoded(explain.Grid(1, 1))
+
+
+def test_a_cpu_keeps_no_map_between_batchnorm_and_pooling(load):
+    """Of conv4 the outputs of its convolutions, their pooled maps, and what ReLU leaves of the last."""
+    settings = load("backbone.name=conv4", "data.image_size=32")
+    cpu, cuda = (memory(settings, device=device).activations for device in ("cpu", "cuda"))
+    images = settings.optim.batch_size * settings.views.num
+    maps = {8: 32, 16: 16, 32: 8, 64: 4}
+    kept = sum(channels * side**2 for channels, side in maps.items())
+    pooled = sum(channels * (side // 2) ** 2 for channels, side in maps.items() if side > 4)
+    assert 1 < cpu / (4 * images * (kept + pooled)) < 1.4  # beside what the backward pass makes
+    assert cuda > 1.4 * cpu
 
 
 def test_half_precision_takes_half(load):

@@ -183,7 +183,7 @@ def test_the_remedy_for_another_backbone_works(plan_of):
 def test_the_memory_of_the_decoder_is_counted(plan_of, precision):
     """Its tokens are many and those of the encoder few: 8 blocks more hold at least 8 times what goes through one."""
     few, many = (
-        explain.Memory.of(plan_of(f"precision={precision}", f"method.options.decoder_depth={depth}"))
+        explain.Memory.of(plan_of(f"precision={precision}", f"method.options.decoder_depth={depth}"), "cpu")
         for depth in (2, 10)
     )
     size = 2 if precision == "bf16" else 4
@@ -192,7 +192,7 @@ def test_the_memory_of_the_decoder_is_counted(plan_of, precision):
     )  # what is normalised, its q, k and v, the value, the two layers
     assert many.activations - few.activations > 8 * of_a_block
     seen = plan_of(f"precision={precision}", "method.options.mask_ratio=0.05")
-    assert explain.Memory.of(seen).activations > 2 * few.activations
+    assert explain.Memory.of(seen, "cpu").activations > 2 * few.activations
 
 
 def test_products_under_autocast_are_counted_in_half_precision(plan_of):

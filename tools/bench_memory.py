@@ -40,7 +40,7 @@ if wanted.data.reader == "ffcv":
     import ssl_dist.data.ffcv_reader
 size = int(sys.argv[2])
 b = derive(wanted, RankInfo(0, size, 0, size))
-estimate = explain.Memory.of(b).total(b.grid)
+estimate = explain.Memory.of(b, "cpu").total(b.grid)
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 print(json.dumps([int(status["VmHWM"].split()[0]) / 1024, estimate / 2**20]))
 """

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from ssl_dist.nn.backbone import Backbone, Step
+from ssl_dist.nn.batchnorm_relu import batchnorm_relu
 
 WIDTHS = (8, 16, 32, 64)
 
@@ -12,10 +13,9 @@ class Block(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(out_channels)
-        self.relu = nn.ReLU(inplace=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self.bn(self.conv(x)))
+    def forward(self, x: Tensor, pooled: bool = False) -> Tensor:
+        return batchnorm_relu(self.bn, self.conv(x), pooled=pooled)
 
 
 class Conv4(Backbone):
@@ -43,6 +43,11 @@ class Conv4(Backbone):
             ("layer3", lambda x: self.layer3(self.pool(x))),
             ("layer4", lambda x: self.layer4(self.pool(x))),
         ]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.layer1, self.layer2, self.layer3):
+            x = layer(x, True)  # nothing has the maps as they are before the pooling, unlike in `steps`
+        return self.pooled(self.layer4(x))
 
 
 BACKBONES = {"conv4": Conv4}

@@ -5,13 +5,34 @@ SFRIK, VICReg, relational reasoning's resnet34, ReLIC and SeLa's ResNetV1 all co
 
 from functools import partial
 
-from torch import nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
+from torch import Tensor, nn
+from torchvision.models import resnet
 
 from ssl_dist.backbones.conv4 import initialize
 from ssl_dist.nn.backbone import Backbone, Step
+from ssl_dist.nn.batchnorm_relu import batchnorm_relu
 
-LAYERS = {
+
+class BasicBlock(resnet.BasicBlock):
+    """torchvision's, with each BatchNorm and what follows as one operation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        y = batchnorm_relu(self.bn1, self.conv1(x))
+        return batchnorm_relu(self.bn2, self.conv2(y), shortcut)
+
+
+class Bottleneck(resnet.Bottleneck):
+    """torchvision's, with each BatchNorm and what follows as one operation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        y = batchnorm_relu(self.bn1, self.conv1(x))
+        y = batchnorm_relu(self.bn2, self.conv2(y))
+        return batchnorm_relu(self.bn3, self.conv3(y), shortcut)
+
+
+LAYERS: dict[int, tuple[type[BasicBlock | Bottleneck], tuple[int, ...]]] = {
     18: (BasicBlock, (2, 2, 2, 2)),
     34: (BasicBlock, (3, 4, 6, 3)),
     50: (Bottleneck, (3, 4, 6, 3)),
@@ -44,7 +65,6 @@ class ResNet(Backbone):
         else:
             self.conv1 = nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(3, stride=2, padding=1)
         self.stages = {"stem": channels}
         layers = []
@@ -62,7 +82,7 @@ class ResNet(Backbone):
 
     def steps(self) -> list[Step]:
         return [
-            ("stem", lambda x: self.relu(self.bn1(self.conv1(x)))),
+            ("stem", lambda x: batchnorm_relu(self.bn1, self.conv1(x))),
             ("layer1", lambda x: self.layer1(self.maxpool(x))),
             ("layer2", self.layer2),
             ("layer3", self.layer3),

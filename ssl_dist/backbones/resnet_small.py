@@ -7,11 +7,11 @@ the official code of Patacchiola & Storkey (2020).
 from functools import partial
 
 from torch import nn
-from torchvision.models.resnet import BasicBlock
 
 from ssl_dist.backbones.conv4 import initialize
-from ssl_dist.backbones.resnet import stage
+from ssl_dist.backbones.resnet import BasicBlock, stage
 from ssl_dist.nn.backbone import Backbone, Step
+from ssl_dist.nn.batchnorm_relu import batchnorm_relu
 
 
 class SmallResNet(Backbone):
@@ -27,7 +27,6 @@ class SmallResNet(Backbone):
         self.stages = {"stem": 16, "layer1": 16, "layer2": 32, "layer3": 64}
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        self.relu = nn.ReLU(inplace=True)
         self.layer1 = stage(BasicBlock, 16, 16, num_blocks, stride=1)
         self.layer2 = stage(BasicBlock, 16, 32, num_blocks, stride=2)
         self.layer3 = stage(BasicBlock, 32, 64, num_blocks, stride=2)
@@ -35,7 +34,7 @@ class SmallResNet(Backbone):
 
     def steps(self) -> list[Step]:
         return [
-            ("stem", lambda x: self.relu(self.bn1(self.conv1(x)))),
+            ("stem", lambda x: batchnorm_relu(self.bn1, self.conv1(x))),
             ("layer1", self.layer1),
             ("layer2", self.layer2),
             ("layer3", self.layer3),

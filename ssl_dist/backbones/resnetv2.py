@@ -3,10 +3,10 @@
 Unlike He et al. there is no BatchNorm and no ReLU after the stem and none before the final pooling.
 """
 
-import torch
 from torch import Tensor, nn
 
 from ssl_dist.nn.backbone import Backbone, Step
+from ssl_dist.nn.batchnorm_relu import batchnorm_relu
 
 NUM_BLOCKS = (3, 4, 6, 3)
 
@@ -27,10 +27,10 @@ class Block(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(in_channels, 4 * planes, 1, stride, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        activated = torch.relu(self.bn1(x))
+        activated = batchnorm_relu(self.bn1, x)
         shortcut = x if self.shortcut is None else self.shortcut(activated)
-        x = self.conv2(torch.relu(self.bn2(self.conv1(activated))))
-        return self.conv3(torch.relu(self.bn3(x))) + shortcut
+        x = self.conv2(batchnorm_relu(self.bn2, self.conv1(activated)))
+        return self.conv3(batchnorm_relu(self.bn3, x)) + shortcut
 
 
 class ResNetV2(Backbone):

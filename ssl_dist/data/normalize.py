@@ -1,5 +1,6 @@
 """Pixels to network input, on the device that computes."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from ssl_dist.config import Normalize, validate
 from ssl_dist.errors import UserError, quoted
+from ssl_dist.kernels.pixels import look_up
 
 Channels = tuple[float, ...]
 LEVELS = {torch.uint8: 255, torch.uint16: 65535}  # the highest
@@ -37,7 +39,16 @@ def normalized(constants: Normalize, dtype: torch.dtype, device: torch.device) -
         images = flat.to(dtype, memory_format=torch.channels_last)
         return images.mul_(scales[pixels.dtype]).add_(offset).unflatten(0, pixels.shape[:-3])
 
-    return apply
+    @functools.cache
+    def table(kind: torch.dtype) -> Tensor:
+        """What becomes of every level [C, levels]."""
+        levels = torch.arange(LEVELS[kind] + 1, dtype=torch.int32).to(kind)
+        return apply(levels.expand(1, len(offset), 1, -1))[0, :, 0]
+
+    def apply_by_table(pixels: Tensor) -> Tensor:
+        return look_up(pixels.flatten(0, -4), table(pixels.dtype)).unflatten(0, pixels.shape[:-3])
+
+    return apply_by_table if device.type == "cpu" else apply
 
 
 def pixels_of(images: Tensor, constants: Normalize, dtype: torch.dtype) -> Tensor:

@@ -4,12 +4,15 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
-_counter: ContextVar[Callable[[str, float], None] | None] = ContextVar("counter", default=None)
+Counter = Callable[[str, float, int], None]
+
+_counter: ContextVar[Counter | None] = ContextVar("counter", default=None)
 
 
 @contextlib.contextmanager
-def counted_by(counter: Callable[[str, float], None]) -> Iterator[None]:
-    """A context in which `counter` is told the name and the floating-point operations of every kernel."""
+def counted_by(counter: Counter) -> Iterator[None]:
+    """A context in which `counter` is told the name of every kernel, its floating-point operations, and the bytes that
+    it reads and writes, where these count."""
     token = _counter.set(counter)
     try:
         yield
@@ -17,7 +20,7 @@ def counted_by(counter: Callable[[str, float], None]) -> Iterator[None]:
         _counter.reset(token)
 
 
-def note(kernel: str, flops: float) -> None:
+def note(kernel: str, flops: float, num_bytes: int = 0) -> None:
     counter = _counter.get()
     if counter is not None:
-        counter(kernel, flops)
+        counter(kernel, flops, num_bytes)

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssl_dist.errors import UserError
+from ssl_dist.kernels.batchnorm_relu import Sweeps
 from ssl_dist.kernels.moments import Elements
 from ssl_dist.nn import batchnorm_ops
 from ssl_dist.nn.batchnorm_ops import Moments
@@ -66,6 +67,7 @@ class SyncBatchNorm(_BatchNorm):
     """
 
     collectives: ClassVar[tuple[str, ...]] = ("reduce",)  # attributes that another group of ranks may take the place of
+    relu_sweeps: type[Sweeps] | None = Sweeps  # of nn/batchnorm_relu.py; None where it has none
     traceable = True  # False where `collectives` change from pass to pass
 
     def __init__(self, original: _BatchNorm, reduce: Callable[[Tensor], Tensor]):
@@ -92,22 +94,24 @@ class SyncBatchNorm(_BatchNorm):
         if x.shape[1] != self.num_features:
             raise ValueError(f"expected {self.num_features} channels, got {x.shape[1]}")
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self._by_moments(x) if self.training else super().forward(x)
+    def forward(self, x: Tensor, normalize: Callable[..., Tensor] | None = None) -> Tensor:
+        """normalize: in a training, in the place of the function that normalises x [N, C, ...] and has the gradients.
+        It gets the layer, x, weight, bias and the moments."""
+        y = self._by_moments(x, normalize) if self.training else super().forward(x)
         for module in self.children():
             y = module(y)
         return y
 
-    def _by_moments(self, x: Tensor) -> Tensor:
+    def _by_moments(self, x: Tensor, normalize: Callable[..., Tensor] | None) -> Tensor:
         self._check_input_dim(x)
         if torch.compiler.is_compiling() and self.traceable:
             return batchnorm_ops.normalize(self.number, x, self.weight, self.bias, statistics(self))
-        return self._normalize(x)
+        return self._normalize(x, normalize)
 
-    def _normalize(self, x: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor, normalize: Callable[..., Tensor] | None = None) -> Tensor:
         with torch.no_grad():
             moments = self.moments(x, *statistics(self))
-        return _Normalize.apply(self, x, self.weight, self.bias, *moments)
+        return (normalize or _Normalize.apply)(self, x, self.weight, self.bias, *moments)
 
     def moments(self, x: Tensor, running_mean: Tensor, running_var: Tensor, number: Tensor) -> Moments:
         """Mean, 1 / standard deviation and number of elements of the batch of all ranks, which the running statistics
@@ -134,17 +138,29 @@ class SyncBatchNorm(_BatchNorm):
         reduce: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Of x, weight and bias (where there are none: of 1 and 0). reduce: in the place of the layer's own."""
-        mean, rstd, count = moments
+        mean = moments[0]
         elements = Elements(x)
         grad_bias, products = elements.products(grad, mean)
-        grad_weight = products * rstd
-        # The moments depend on every x: grad_x = weight rstd (grad - mean(grad) - xhat mean(grad xhat)).
-        mean_grad, mean_product = (reduce or self.reduce)(torch.stack([grad_bias, grad_weight])) / count
-        scale = rstd if weight is None else rstd * weight
-        grad_x = elements.affine2(grad, mean, -scale * rstd * mean_product, -scale * mean_grad, scale)
+        grad_weight, maps = gradient_map(grad_bias, products, weight, moments, reduce or self.reduce)
+        grad_x = elements.affine2(grad, mean, *maps)
         if weight is None:
             return grad_x, grad_weight, grad_bias
         return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+
+
+def gradient_map(
+    grad_bias: Tensor, products: Tensor, weight: Tensor | None, moments: Moments, reduce: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """The gradient of the weight, and the map from x and y's gradient to x's: a, b and c of (x - mean) a + b + grad c.
+
+    grad_bias, products: the sums of grad and of grad (x - mean) over this rank's elements.
+    """
+    _, rstd, count = moments
+    grad_weight = products * rstd
+    # The moments depend on every x: grad_x = weight rstd (grad - mean(grad) - xhat mean(grad xhat)).
+    mean_grad, mean_product = reduce(torch.stack([grad_bias, grad_weight])) / count
+    scale = rstd if weight is None else rstd * weight
+    return grad_weight, (-scale * rstd * mean_product, -scale * mean_grad, scale)
 
 
 def update_running(layer: _BatchNorm, mean: Tensor, var: Tensor, count: Tensor | int) -> None:

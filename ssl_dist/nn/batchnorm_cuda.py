@@ -21,6 +21,7 @@ class CudaSyncBatchNorm(SyncBatchNorm):
     """
 
     collectives = ("reduce", "gather")
+    relu_sweeps = None
 
     def __init__(self, original: _BatchNorm, reduce: Callable[[Tensor], Tensor], gather: Callable[[Tensor], Tensor]):
         super().__init__(original, reduce)

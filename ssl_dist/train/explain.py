@@ -57,7 +57,7 @@ def explain(
     rank_info = RankInfo(0, world_size, 0, ranks_per_node or world_size)
     plan = derive(config, rank_info)
     run_folder.check(plan.run, plan.config)
-    memory = Memory.of(plan)
+    memory = Memory.of(plan, device)
     of_method = _on_meta(plan).explain(world_size, device)
     lines = _data(plan) | _grid(plan, memory) | of_method | _training(plan) | _memory(memory)
     if plan.method_class.trainable:
@@ -200,7 +200,8 @@ class Memory:
     representations: int  # of all ranks, and their gradient
 
     @staticmethod
-    def of(plan: RunPlan) -> "Memory":
+    def of(plan: RunPlan, device: str) -> "Memory":
+        """device: cpu or cuda, which keep different maps for the backward pass."""
         element, images, trainable = plan.dtype.itemsize, plan.config.optim.batch_size, plan.method_class.trainable
         method = _on_meta(plan)
         everything = sum(p.numel() for p in method.parameters())
@@ -218,7 +219,7 @@ class Memory:
             weights=(everything + (copies - 1) * trained * trainable + probe * trainable) * element,
             waiting=(AHEAD + 1) * levels * plan.split.pixels.bits // 8 if trainable else 0,
             inputs=levels * element if trainable else 0,
-            activations=_peak(plan, method) if trainable else 0,
+            activations=_peak(plan, method, device) if trainable else 0,
             representations=2 * images * plan.num_views * method.info.feature_dim * element if trainable else 0,
         )
 
@@ -247,9 +248,11 @@ def _on_meta(plan: RunPlan) -> SSLMethod[Any]:
         return plan.build()
 
 
-def _peak(plan: RunPlan, method: SSLMethod[Any]) -> int:
+def _peak(plan: RunPlan, method: SSLMethod[Any], device: str) -> int:
     """The most that forward and backward of the backbone hold at once on this rank, beside weights and input."""
     method.train()
+    if device == "cpu":
+        operations.with_stand_ins(method, device)
     half = plan.config.precision in ("bf16", "fp16")
     if half:  # under autocast the layers put out 16 bits; their float32 weights are counted elsewhere
         method.bfloat16()
@@ -263,7 +266,12 @@ def _peak(plan: RunPlan, method: SSLMethod[Any]) -> int:
         (spec.num // plan.grid.views, num_images, plan.split.pixels.channels, spec.size, spec.size)
         for spec in plan.specs
     ]
-    views = [torch.empty(shape, dtype=plan.dtype, device="meta") for shape in shapes]
+    views = [
+        torch.empty((k * m, *pixels), dtype=plan.dtype, device="meta", memory_format=torch.channels_last).unflatten(
+            0, (k, m)
+        )
+        for k, m, *pixels in shapes
+    ]
     view_ids = [
         torch.from_numpy(spec.view_ids[: shape[0]].copy()) for spec, shape in zip(plan.specs, shapes, strict=True)
     ]

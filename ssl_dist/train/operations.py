@@ -24,6 +24,7 @@ from ssl_dist.config import Config
 from ssl_dist.data.normalize import normalized
 from ssl_dist.distributed.world import World
 from ssl_dist.kernels import counting
+from ssl_dist.kernels.batchnorm_relu import CountedSweeps
 from ssl_dist.methods.base import Batch, SSLMethod
 from ssl_dist.nn import batchnorm
 from ssl_dist.nn.shapes import without_values
@@ -92,7 +93,7 @@ def count(plan: RunPlan, device: str) -> Step:
         method = plan.build()
     method.to(META).train()
     world = _Uncommunicative(plan, step)
-    batchnorm.synchronize(method, lambda layer: _UnsentBatchNorm(layer, world, device))
+    with_stand_ins(method, device, None if world.alone else world)
     optimizer = optim.build(plan.config.optim, method.parameter_groups(), CPU, method.backbone)
     probe = None if plan.config.log.probe_every_epochs is None else OnlineProbe(plan, world, method.info.feature_dim)
     host, batch_of = _batch(plan)
@@ -201,13 +202,18 @@ class _Uncommunicative(World):
         return x.new_empty((size, *x.shape))
 
 
-class _UnsentBatchNorm(batchnorm.SyncBatchNorm):
+def with_stand_ins(method: nn.Module, device: str, world: _Uncommunicative | None = None) -> None:
+    """Put what computes without numbers in the place of every BatchNorm. world: hears of exchanges; None: nobody."""
+    batchnorm.synchronize(method, lambda layer: _BatchNormStandIn(layer, device, world))
+
+
+class _BatchNormStandIn(batchnorm.SyncBatchNorm):
     """Torch's BatchNorm in the place of both twins, whose kernels know no meta tensors. It notes what they exchange:
     the CPU's in float64, that of GPUs in float32 (nn/batchnorm.py, nn/batchnorm_cuda.py)."""
 
-    def __init__(self, original: _BatchNorm, world: _Uncommunicative, device: str):
+    def __init__(self, original: _BatchNorm, device: str, world: _Uncommunicative | None):
         super().__init__(original, lambda x: x)
-        channels, ranks = original.num_features, world.grid.size
+        channels, ranks = original.num_features, 1 if world is None else world.grid.size
         if device == "cpu":
             forward = [("all_reduce", 8 * (channels + 1)), ("all_reduce", 8 * channels)]
             backward = [("all_reduce", 8 * 2 * channels)]
@@ -217,15 +223,18 @@ class _UnsentBatchNorm(batchnorm.SyncBatchNorm):
 
         def note(collectives: Iterable[tuple[str, int]]) -> None:
             for name, num_bytes in collectives:
-                world.note(name, "BatchNorm", num_bytes)
+                if world is not None:
+                    world.note(name, "BatchNorm", num_bytes)
 
-        self._note = (lambda *_: None) if world.alone else note
-        self._forward, self._backward = forward, backward
+        self._note, self._forward, self._backward = note, forward, backward
+        self.relu_sweeps = CountedSweeps if device == "cpu" else None
 
-    def _normalize(self, x: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor, normalize: Callable[..., Tensor] | None = None) -> Tensor:
         self._note(self._forward)
         if torch.is_grad_enabled() and x.requires_grad:
             self._note(self._backward)
+        if normalize is not None:
+            return normalize(self, x, self.weight, self.bias, *self.moments_like(x))
         mean, var, _ = batchnorm.statistics(self)
         return nn.functional.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum or 0.0, self.eps)
 
@@ -282,8 +291,8 @@ def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
 
-def _kernels_into(operations: list[Operation]) -> Callable[[str, float], None]:
-    return lambda name, flops: operations.append(Operation(name, flops, 0, in_float32=True))
+def _kernels_into(operations: list[Operation]) -> counting.Counter:
+    return lambda name, flops, num_bytes: operations.append(Operation(name, flops, num_bytes, in_float32=True))
 
 
 class _MetaAutocast(TorchFunctionMode):

@@ -1,0 +1,29 @@
+"""Pixels to network input on a CPU, by a table of what becomes of every level: one pass over memory, where torch's
+operations make three, one of them with planes of pixels side by side."""
+
+import numpy as np
+import torch
+from numpy import ndarray
+from torch import Tensor
+
+from ssl_dist.kernels.compiled import run_parallel
+from ssl_dist.numba_cache import njit
+
+
+@njit(cache=True, nogil=True)  # no sums: none of njit_sums' liberties
+def _look_up(first: int, last: int, pixels: ndarray, table: ndarray, out: ndarray) -> None:
+    channels = table.shape[0]
+    for n in range(first, last):
+        for row in range(pixels.shape[2]):
+            for column in range(pixels.shape[3]):
+                for c in range(channels):
+                    out[n, row, column, c] = table[c, pixels[n, c, row, column]]
+
+
+def look_up(pixels: Tensor, table: Tensor) -> Tensor:
+    """pixels: uint8 or uint16 [N, C, H, W]; table: float32 or float64 [C, levels], the value of every level ->
+    [N, C, H, W] with channels innermost in memory."""
+    num, channels, height, width = pixels.shape
+    out = np.empty((num, height, width, channels), table.numpy().dtype)
+    run_parallel(_look_up, num, pixels.numpy(), table.numpy(), out)
+    return torch.from_numpy(np.moveaxis(out, -1, 1))
