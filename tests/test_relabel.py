@@ -29,9 +29,7 @@ def make(data, run, rank_info):
     ]
     blueprint = derive(config.load(CONFIG, overrides), rank_info)
     run = TrainState(blueprint, World(rank_info, blueprint.grid, torch.device("cpu")))
-    run.method.backbone.layer4.add_module("drop", KeyedDropout(0.5, 0))
-    relu = run.method.backbone.layer4.relu
-    run.method.backbone.layer4.relu = nn.Sequential(relu, run.method.backbone.layer4.drop)
+    run.method.backbone.layer4 = nn.Sequential(run.method.backbone.layer4, KeyedDropout(0.5, 0))
     return run
 
 

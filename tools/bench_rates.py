@@ -200,7 +200,7 @@ def arithmetic(clock: Stopwatch, rounds: int) -> dict:
         "flop_per_s": {"fp32": 2 * 384**3 / clock(lambda: a @ b)},
         "byte_per_s": found["add"]["byte_per_s"],
         "start_s": found["add"]["start_s"],
-        "operations": found | {"relation": pairs(clock)},
+        "operations": found | {"relation": pairs(clock), "batchnorm_relu": batchnorm_relus(clock)},
         "convolutions": convolutions(timed),
     }
 
@@ -267,7 +267,8 @@ class Seen(TorchDispatchMode):
                 start = time.process_time()
                 outputs = call(*arguments)
                 seconds = time.process_time() - start
-            num_bytes = passes * 4 * arguments[-1].numel()
+            map_ = next(argument for argument in arguments if hasattr(argument, "numel"))
+            num_bytes = passes * 4 * map_.numel()
             self.calls.append((operations.Operation(name, 0.0, num_bytes), seconds))
             return outputs
 
@@ -320,6 +321,26 @@ def launch(clock: Stopwatch, start_s: float) -> float:
     seconds = clock(step, 0.02)
     count = len(operations.count_network(network.to("meta"), x.to("meta")).operations)
     return max(0.0, seconds / count - start_s)
+
+
+def batchnorm_relus(clock: Stopwatch) -> dict:
+    """Of BatchNorm with its ReLU and pooling; explain counts three operations of it, one forward and two backward."""
+    import torch
+    from torch import nn
+
+    from ssl_dist.nn.batchnorm import SyncBatchNorm
+    from ssl_dist.nn.batchnorm_relu import batchnorm_relu
+
+    layer = SyncBatchNorm(nn.BatchNorm2d(16), lambda x: x)
+
+    def seconds(*shape: int) -> float:
+        x = torch.randn(shape).to(memory_format=torch.channels_last).requires_grad_()
+        grad = torch.ones_like(batchnorm_relu(layer, x, pooled=True))
+        return clock(lambda: batchnorm_relu(layer, x, pooled=True).backward(grad))
+
+    small, large, images = seconds(2, 16, 4, 4), seconds(256, 16, 48, 48), 256
+    maps = 5.75  # read and written: x five times, and three times what is a quarter of it
+    return {"start_s": small / 3, "byte_per_s": maps * 4 * images * 16 * 48**2 / (large - small)}
 
 
 def pairs(clock: Stopwatch) -> dict:

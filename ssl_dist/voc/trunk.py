@@ -66,8 +66,14 @@ class Layers(nn.Sequential):
     """The stem and layer1 to layer`last` of a ResNet, by their own names; out_channels: those of its map."""
 
     def __init__(self, backbone: ResNet, last: int):
-        names = ("conv1", "bn1", "relu", "maxpool", *(f"layer{number}" for number in range(1, last + 1)))
-        super().__init__(OrderedDict((name, backbone.get_submodule(name)) for name in names))
+        stem = {
+            "conv1": backbone.conv1,
+            "bn1": backbone.bn1,
+            "relu": nn.ReLU(inplace=True),
+            "maxpool": backbone.maxpool,
+        }
+        layers = {f"layer{number}": backbone.get_submodule(f"layer{number}") for number in range(1, last + 1)}
+        super().__init__(OrderedDict(stem | layers))
         self.out_channels: int = backbone.stages[f"layer{last}"]
 
 
