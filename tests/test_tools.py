@@ -28,8 +28,15 @@ SMALLEST_INPUTS = {  # arguments, and how a line of the table begins that must h
         ["--data", "DIGITS", "--config", "CONFIG", "--grids", "1x1", "--steps", "2", "backbone.name=conv4",
          "views.num=2", "data.reader=arrays"], "tuned"
     ),
+    "bench_neighbours": (
+        ["--images", "300", "--queries", "20", "--features", "8", "--rounds", "1", "--threads", "1"], "ssl_dist"
+    ),
     "bench_prediction": (
         ["--data", "DIGITS", "--ranks", "1", "--rounds", "1", "--steps", "1", "--cases", "vicreg"], "vicreg, conv4"
+    ),
+    "bench_ranks": (
+        ["--data", "DIGITS", "--config", "CONFIG", "--rounds", "1", "--steps", "5", "data.reader=arrays",
+         "backbone.name=conv4", "views.num=2"], "of the limit"
     ),
     "bench_relation": (["--views", "2", "4", "--features", "16", "--rounds", "1"], "  16   4      768"),
     "bench_sinkhorn": (

@@ -19,8 +19,12 @@ import torch
 from torch import Tensor
 
 from ssl_dist.device import CPU
+from ssl_dist.kernels.compiled import run_parallel
 from ssl_dist.kernels.exact_cosines import cosines, lengths, slices
 from ssl_dist.numba_cache import njit
+
+MULTIPLIED = 1024  # rows: their cosines with some thousand queries are read again while they are in the cache
+SCANNED = 64  # rows that are compared at once: a number that is known makes vectors of the loop
 
 
 class RowBlocks(Protocol):
@@ -67,44 +71,57 @@ def _rounded_neighbours(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """By cosines of `dtype` on the CPU."""
     num_queries, num_rows = _block_sizes(train.dim, k, dtype.itemsize, memory, num_classes)
+    num_rows = min(num_rows, MULTIPLIED)
+    products = torch.empty(min(num_queries, len(test)) * min(num_rows, len(train)), dtype=dtype)
     for start in range(0, len(test), num_queries):
         queries_QD = unit_rows(test, start, min(start + num_queries, len(test)), dtype)
         best_QK = torch.full((len(queries_QD), k), -torch.inf, dtype=dtype)
         row_QK = torch.zeros(len(queries_QD), k, dtype=torch.int64)
         for first in range(0, len(train), num_rows):
             bank_RD = unit_rows(train, first, min(first + num_rows, len(train)), dtype)
-            _keep_best((queries_QD @ bank_RD.T).numpy(), first, best_QK.numpy(), row_QK.numpy())
+            out = products[: len(queries_QD) * len(bank_RD)].view(-1, len(bank_RD))
+            cosine_QR = torch.mm(queries_QD, bank_RD.T, out=out)
+            run_parallel(_keep_best, len(queries_QD), cosine_QR.numpy(), first, best_QK.numpy(), row_QK.numpy())
         row_QK, order_QK = row_QK.sort(dim=1)
         best_QK, order_QK = best_QK.gather(1, order_QK).sort(dim=1, descending=True, stable=True)
         yield start, best_QK, row_QK.gather(1, order_QK)
 
 
 @njit(cache=True, nogil=True)
-def _keep_best(cosine_QR: np.ndarray, first: int, best_QK: np.ndarray, row_QK: np.ndarray) -> None:
-    """Bring rows first, first+1, ... into each query's k best, a heap with the farthest neighbour at its root.
+def _keep_best(low: int, high: int, cosine_QR: np.ndarray, first: int, best_QK: np.ndarray, row_QK: np.ndarray) -> None:
+    """Bring rows first, first+1, ... into the k best of queries low .. high-1, each a heap with the farthest neighbour
+    at its root.
 
-    One comparison for most rows, unlike a top-k of every block. Rows come in rising order, so a row that only equals
-    the root is the farther one and stays out; of equal cosines in the heap the highest row is the farthest.
+    One comparison for most rows, `SCANNED` of them at once, unlike a top-k of every block. Rows come in rising order,
+    so a row that only equals the root is the farther one and stays out; of equal cosines in the heap the highest row
+    is the farthest.
     """
-    k = best_QK.shape[1]
-    for q in range(cosine_QR.shape[0]):
-        best, row = best_QK[q], row_QK[q]
-        for column in range(cosine_QR.shape[1]):
-            cosine = cosine_QR[q, column]
-            if cosine <= best[0]:
-                continue
-            here, child = 0, 1
-            while child < k:
-                other = child + 1
-                if other < k and (
-                    best[other] < best[child] or (best[other] == best[child] and row[other] > row[child])
-                ):
-                    child = other
-                if cosine <= best[child]:  # the new row is the highest of all, so the farthest of its equals
-                    break
-                best[here], row[here] = best[child], row[child]
-                here, child = child, 2 * child + 1
-            best[here], row[here] = cosine, first + column
+    for q in range(low, high):
+        best, cosines_R, start = best_QK[q], cosine_QR[q], 0
+        while start < len(cosines_R):
+            scanned, root, num_nearer = cosines_R[start : start + SCANNED], best[0], np.int32(0)
+            if len(scanned) == SCANNED:
+                for i in range(SCANNED):
+                    num_nearer = np.int32(num_nearer + np.int32(scanned[i] > root))
+            if num_nearer or len(scanned) < SCANNED:
+                for i in range(len(scanned)):
+                    if scanned[i] > best[0]:
+                        _replace_root(best, row_QK[q], scanned[i], first + start + i)
+            start += SCANNED
+
+
+@njit(cache=True, nogil=True)
+def _replace_root(best: np.ndarray, row: np.ndarray, cosine: float, new_row: int) -> None:
+    k, here, child = len(best), 0, 1
+    while child < k:
+        other = child + 1
+        if other < k and (best[other] < best[child] or (best[other] == best[child] and row[other] > row[child])):
+            child = other
+        if cosine <= best[child]:  # the new row is the highest of all, so the farthest of its equals
+            break
+        best[here], row[here] = best[child], row[child]
+        here, child = child, 2 * child + 1
+    best[here], row[here] = cosine, new_row
 
 
 def unit_rows(part: RowBlocks, start: int, stop: int, dtype: torch.dtype) -> Tensor:
