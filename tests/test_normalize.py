@@ -1,5 +1,8 @@
 """Pixels to network input: on a CPU by a table, on a GPU by torch's operations, to the same bits."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -41,3 +44,26 @@ def test_a_gpu_gets_the_same_shape_and_order():
     images = normalized(THREE, torch.float32, torch.device("meta"))(pixels)
     assert images.shape == pixels.shape and images.dtype == torch.float32
     assert images.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_another_number_of_channels_is_refused(channels):
+    with pytest.raises(ValueError, match=f"images of {channels} channels, and mean and std of 3"):
+        normalized(THREE, torch.float32, torch.device("cpu"))(draw(torch.uint8, 5, channels, 8, 8))
+
+
+def test_a_forked_process_has_threads_of_its_own():
+    """Those of its parent do not run there, and the child would wait for them."""
+    script = """
+import os, torch
+from ssl_dist.config import Normalize
+from ssl_dist.data.normalize import normalized
+torch.set_num_threads(2)
+to_input = normalized(Normalize(mean=(0.5,), std=(0.5,)), torch.float32, torch.device("cpu"))
+pixels = torch.zeros(8, 1, 4, 4, dtype=torch.uint8)
+to_input(pixels)
+if (child := os.fork()) == 0:
+    os._exit(int(not (to_input(pixels) == -1).all()))
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

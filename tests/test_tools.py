@@ -103,6 +103,7 @@ def test_the_fuzzer_sees_every_broken_rule():
     ("name", "words", "line"),
     [
         ("bench_memory", ["--data", "nowhere"], "data.root = 'nowhere': there is no dataset.json in it"),
+        ("bench_ranks", ["--data", "nowhere"], "data.root = 'nowhere': there is no dataset.json in it"),
         ("bench_prediction", ["--data", "nowhere"], "data.root = 'nowhere': there is no dataset.json in it"),
         ("bench_views", ["--images", "nowhere"], "--images nowhere: no image files"),
         ("list_ids", ["x", "--root", "nowhere", "--out", "x"], "--root nowhere: there is no such folder"),

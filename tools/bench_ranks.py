@@ -2,7 +2,7 @@
 
     python tools/bench_ranks.py --data data/cifar10 [--rounds 5] [--steps 30] [key=value ...]
 
-Of the same config, interleaved in one run, each process with one thread on a core of its own:
+Of the same config, interleaved in one run, as the launch scripts start them, with one thread a rank:
     alone         one rank
     side by side  two trainings that know nothing of one another, one a core: they share memory, caches and clock, and
                   what a pair of them reaches is the machine's own limit
@@ -25,7 +25,6 @@ from ssl_dist import config, outcome
 from ssl_dist.data import manifest
 
 ROOT = Path(__file__).resolve().parent.parent
-TUNABLES = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
 EVERY, SKIPPED = 5, 2  # steps between two lines of the log; lines at the start that live on batches made ahead
 
 
@@ -63,8 +62,7 @@ def main() -> None:
 
 def train(file: str, settings: list[str], trainings: list[tuple[list[int], int]]) -> list[float]:
     """Seconds a step of each of the trainings, which run at the same time: (cores, ranks)."""
-    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    environment |= {"GLIBC_TUNABLES": TUNABLES}
+    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         processes = []
@@ -73,10 +71,15 @@ def train(file: str, settings: list[str], trainings: list[tuple[list[int], int]]
             command = ["taskset", "-c", ",".join(map(str, cores)), ROOT / "launch/torchrun_single.sh", str(num_ranks)]
             command += [file, *settings, f"run_dir={folder}/run-{number}"]
             processes.append((subprocess.Popen(command, env=environment, stdout=output, stderr=output), output))
-        for process, output in processes:
-            if code := process.wait():
-                output.seek(0)
-                sys.exit(f"{output.read()[-3000:]}\na training ended with exit code {code}")
+        try:
+            for process, output in processes:
+                if code := process.wait():
+                    output.seek(0)
+                    sys.exit(f"{output.read()[-3000:]}\na training ended with exit code {code}")
+        finally:
+            for process, _ in processes:
+                process.terminate()  # where another one failed, or this script is interrupted
+                process.wait()
         return [of_run(folder / f"run-{number}") for number in range(len(trainings))]
 
 

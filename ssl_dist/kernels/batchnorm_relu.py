@@ -170,13 +170,16 @@ class Sweeps:
         self._tensor_x, self._mean, self._scale = x, mean, scale
         self._map = tuple(self._tiled(vector) for vector in (mean, scale, offset))
 
-    @staticmethod
-    def take(x: Tensor, pooled: bool) -> bool:
+    @classmethod
+    def take(cls, x: Tensor, pooled: bool) -> bool:
         """Whether there are sweeps for x [N, C, H, W]: numbers of 32 or 64 bits, channels innermost, pixels to pool."""
         if x.dim() != 4 or x.dtype not in (torch.float32, torch.float64) or not x.numel():
             return False
-        # A convolution of meta tensors forgets their order, which is channels innermost in a training.
-        return (x.is_meta or x.movedim(1, -1).is_contiguous()) and (not pooled or min(x.shape[2:]) >= 2)
+        return cls._in_rows(x) and (not pooled or min(x.shape[2:]) >= 2)
+
+    @staticmethod
+    def _in_rows(x: Tensor) -> bool:
+        return x.movedim(1, -1).is_contiguous()
 
     def forward(self, added: Tensor | None) -> Tensor:
         """pool(relu((x - mean) scale + offset + added)). added: of x's shape, where nothing is pooled."""
@@ -247,6 +250,10 @@ class CountedSweeps(Sweeps):
 
     def __init__(self, x: Tensor, pooled: bool, mean: Tensor, scale: Tensor, offset: Tensor):
         self._tensor_x, self._pooled, self._mean = x, pooled, mean
+
+    @staticmethod
+    def _in_rows(x: Tensor) -> bool:
+        return True  # in a training; convolutions of meta tensors forget the order in memory
 
     def forward(self, added: Tensor | None) -> Tensor:
         x = self._tensor_x

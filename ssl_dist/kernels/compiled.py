@@ -1,5 +1,6 @@
 """How loops that add up are compiled, and how they run on as many threads as torch uses."""
 
+import os
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
@@ -22,3 +23,4 @@ def run_parallel(kernel: Callable[..., None], count: int, *arguments: Any) -> No
 
 
 _team = lru_cache(maxsize=1)(ThreadTeam)
+os.register_at_fork(after_in_child=_team.cache_clear)  # threads do not live on there: the next call would wait for them

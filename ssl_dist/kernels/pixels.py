@@ -22,8 +22,10 @@ def _look_up(first: int, last: int, pixels: ndarray, table: ndarray, out: ndarra
 
 def look_up(pixels: Tensor, table: Tensor) -> Tensor:
     """pixels: uint8 or uint16 [N, C, H, W]; table: float32 or float64 [C, levels], the value of every level ->
-    [N, C, H, W] with channels innermost in memory."""
+    [N, C, H, W] with channels innermost in memory. Raises `ValueError` for another number of channels."""
     num, channels, height, width = pixels.shape
+    if channels != len(table):  # the kernel would read and leave out what is not there
+        raise ValueError(f"images of {channels} channels, and mean and std of {len(table)}")
     out = np.empty((num, height, width, channels), table.numpy().dtype)
     run_parallel(_look_up, num, pixels.numpy(), table.numpy(), out)
     return torch.from_numpy(np.moveaxis(out, -1, 1))
