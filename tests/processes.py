@@ -37,6 +37,18 @@ def processes(**environment):
     return [pid for _, pid in sorted(starts_and_pids)]
 
 
+def running(pids):
+    """The command lines, by pid, of those of the processes that run; a zombie has ended."""
+    lines = {}
+    for pid in pids:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
+                lines[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return lines
+
+
 def send(pids, *numbers):
     """Send each signal to all processes before the next signal."""
     for number in numbers:

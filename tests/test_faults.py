@@ -21,7 +21,7 @@ from ssl_dist.storage import checkpoint
 from tests import faulty_rank
 from tests.forked_torchrun import ForkedTorchrun
 from tests.messages import naming
-from tests.processes import kill, send
+from tests.processes import kill, running, send
 from tests.ranks import free_port, launch
 from tests.test_train import CONFIG, fingerprint, in_ranks, metrics, overrides, run_training
 
@@ -62,13 +62,6 @@ def _torchrun(mark, folder, fault, arguments, restarts=0, ranks=2, forked=True):
     return subprocess.Popen(command, env=os.environ | environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
-def is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
-
-
 def wait_for(condition, seconds=150.0):
     end = time.monotonic() + seconds
     while not condition():
@@ -80,7 +73,7 @@ def seconds_until_all_ended(folder, fault_at=None):
     """From the fault until no process of a rank is alive."""
     wait_for(lambda: fault_at or ((folder / "fault").exists() and (folder / "fault").read_text()))
     pids = [int(path.read_text()) for path in folder.glob("pid-*")]
-    wait_for(lambda: not any(map(is_alive, pids)))
+    wait_for(lambda: not running(pids))
     return time.time() - (fault_at or float((folder / "fault").read_text()))
 
 

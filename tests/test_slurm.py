@@ -20,7 +20,7 @@ from ssl_dist.errors import UserError
 from ssl_dist.slurm.script import read_site
 from ssl_dist.storage import checkpoint
 from tests import ranks
-from tests.processes import send, until
+from tests.processes import running, send, until
 from tests.test_train import CONFIG, fingerprint, in_ranks, metrics, overrides, run_training, weights
 
 ROOT = Path(__file__).parent.parent
@@ -340,7 +340,12 @@ def test_a_cut_link_ends_both_ranks_and_only_the_next_start_writes(network_clust
     ranks = [pid for task in range(2) for pid in cluster.pids_of(job, task=task)]
     cluster.cut(cluster.nodes[1])
     cut_at = time.monotonic()
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), lambda: cluster.diagnosis(job), 60)
+
+    def what_runs():
+        logs = "".join(f"\n== {path.name}\n{path.read_text()[-2000:]}" for path in (run / "slurm").rglob("*.out"))
+        return f"the end of {running(ranks)}{logs}\n{cluster.diagnosis(job)}"
+
+    until(lambda: not running(ranks), what_runs, 60)
     assert time.monotonic() - cut_at < 15 + 10 + 10  # the run's timeout, what is allowed on top, and the polling
     before = checkpoint.steps(run)
     cluster.mend(cluster.nodes[1])

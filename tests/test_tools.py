@@ -1,10 +1,12 @@
 """The tools for measuring run on their smallest input, so that a change which breaks one is noticed."""
 
 import importlib.util
+import itertools
 import random
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -74,10 +76,24 @@ def test_the_tool_runs(name, digits, tmp_path):
     assert any(row.startswith(table_line) for row in completed.stdout.splitlines()), completed.stdout
 
 
-def test_the_fuzzer_sees_every_broken_rule():
+@pytest.fixture
+def fuzz():
     spec = importlib.util.spec_from_file_location("fuzz", TOOLS / "fuzz.py")
-    fuzz = sys.modules["fuzz"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fuzz)
+    module = sys.modules["fuzz"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_fuzzer_stops_what_computes_or_waits_too_long(fuzz, tmp_path, monkeypatch):
+    monkeypatch.setattr(fuzz, "MAX_CPU_SECONDS", 1)
+    monkeypatch.setattr(fuzz, "perform", lambda words: sum(1 for _ in itertools.count()))
+    assert "signal SIGXCPU" in fuzz.broken_rule(*fuzz.outcome_of([], tmp_path))
+    monkeypatch.setattr(fuzz, "MAX_SECONDS", 1)
+    monkeypatch.setattr(fuzz, "perform", lambda words: time.sleep(60))
+    assert fuzz.broken_rule(*fuzz.outcome_of([], tmp_path)) == "no end within 1 s"
+
+
+def test_the_fuzzer_sees_every_broken_rule(fuzz):
     line = "error: seed = -1: must be at least 0\n"
     for code, text in ((0, ""), (0, "WARNING: x\n"), (2, line), (1, "loading\n" + line), (75, "")):
         assert not fuzz.broken_rule(code, text)

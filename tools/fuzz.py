@@ -5,8 +5,8 @@
 Each input is a valid file that was changed: bytes, text, or the values that it holds (of JSON, YAML and checkpoints,
 whose checksum is made anew). A forked process runs the command on it. Four rules hold for every input: the exit code is
 0, 1, 2 or 75; standard error has one line that begins with "error:", of at most 500 characters, where the code is not
-0; there is no traceback, no signal and no run of over 20 s; memory grows by less than 2 GB. Input n of a reader is a
-function of (seed, reader, n). Ends with 1 when a rule is broken; --keep: where such inputs are kept.
+0; there is no traceback, no signal and no run of over 20 s of CPU or 120 s in all; memory grows by less than 2 GB.
+Input n of a reader is a function of (seed, reader, n). Ends with 1 when a rule is broken; --keep: where such inputs go.
 """
 
 import argparse
@@ -35,7 +35,8 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"  # a forked process waits for ever for OpenMP threads of its parent
 
 ROOT = Path(__file__).resolve().parent.parent
-MAX_SECONDS, MAX_BYTES, MAX_LINE = 20, 2 * 10**9, 500
+MAX_CPU_SECONDS, MAX_SECONDS = 20, 120  # the latter for a run that waits: others may use the machine too
+MAX_BYTES, MAX_LINE = 2 * 10**9, 500
 CODES = (0, 1, 2, 75)
 FORMATS = ("ppm", "bmp", "tiff", "webp")  # beside JPEG and PNG
 SUBMIT = "slurm/submit.py"
@@ -452,6 +453,7 @@ def outcome_of(words: list[str], folder: Path) -> tuple[int | None, str]:
             faulthandler.enable(2)
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + MAX_BYTES, used + MAX_BYTES))
+            resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_SECONDS, MAX_CPU_SECONDS + 5))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             try:
                 code = perform(words)
@@ -481,7 +483,7 @@ def broken_rule(code: int | None, text: str) -> str:
     if "Traceback (most recent call last)" in text:
         return f"traceback: {text.strip().splitlines()[-1][:300]}"
     if code < 0:
-        return f"signal {-code}"
+        return f"signal {signal.Signals(-code).name}"  # SIGXCPU: over MAX_CPU_SECONDS
     if code not in CODES:
         return f"exit code {code}"
     lines = [line for line in text.splitlines() if line.startswith("error: ")]
