@@ -33,6 +33,7 @@ def warned(digits, tmp_path):
         ("optim.schedule=step optim.milestone_epochs=[4,8]", r"optim\.milestone_epochs = \[4\.0, 8\.0\]: the"),
         ("optim.schedule=epoch_cosine optim.epochs=1", r"optim\.schedule = 'epoch_cosine': .*the run has 1;"),
         ("precision=bf16", r"precision = 'bf16': this CPU takes 3 times"),
+        ("compile=true", r"compile = true: on a CPU, .* a step of conv4 takes as long or longer"),
     ],
 )  # fmt: skip
 def test_a_remedy_ends_its_warning(warned, monkeypatch, overrides, begins):
@@ -86,6 +87,11 @@ def _with_classes(info, classes):
     from dataclasses import replace
 
     return replace(info, classes=tuple(classes))
+
+
+@pytest.mark.parametrize("name", ["alexnet", "timm/resnet18", "timm/vit_tiny_patch16_224"])
+def test_compiling_is_left_to_networks_without_the_one_kernel(warned, name):
+    assert warned("compile=true", f"backbone.name={name}", "data.image_size=224", cpu=True) == []
 
 
 def test_a_probe_measures_and_is_short():

@@ -4,13 +4,16 @@ import time
 
 import torch
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from ssl_dist import backbones
 from ssl_dist.config import usual
 from ssl_dist.run.blueprint import RunPlan
 from ssl_dist.train import optim
 
 PROBE_S = 0.02  # for each precision
 SLOWER = 1.1  # times as long in 16 bits as in float32 is worth a line
+OWN = f"{backbones.__name__}."  # the networks that call nn/batchnorm_relu.py
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -21,7 +24,7 @@ def warnings(plan: RunPlan, on_this_cpu: bool) -> list[str]:
     if plan.method_class.trainable:
         found += [_rate(plan), _warmup(plan), _schedule(plan)]
         if on_this_cpu:
-            found.append(_half_precision(plan.config.precision))
+            found += [_half_precision(plan.config.precision), _compile(plan)]
     return [sentence for sentence in found if sentence]
 
 
@@ -100,6 +103,19 @@ def _half_precision(precision: str) -> str:
     return (
         f"precision = {precision!r}: this CPU takes {ratio:.2g} times as long for a convolution as in fp32 (measured "
         "just now); precision=fp32"
+    )
+
+
+def _compile(plan: RunPlan) -> str:
+    if not plan.config.compile:
+        return ""
+    with torch.device("meta"):
+        blocks = [part for part in plan.build().backbone.modules() if type(part).__module__.startswith(OWN)]
+    if not any(isinstance(layer, _BatchNorm) for block in blocks for layer in block.children()):
+        return ""  # which torch.compile may make faster
+    return (
+        "compile = true: on a CPU, BatchNorm and ReLU are one kernel, which torch.compile takes apart: a step of "
+        f"{plan.config.backbone.name} takes as long or longer, after a minute of compiling; compile=false"
     )
 
 
