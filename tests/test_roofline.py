@@ -1,9 +1,6 @@
 """The time of a step on a device of made-up rates, by hand; the table of GPUs; what explain says of it."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +13,8 @@ from ssl_dist.errors import UserError
 from ssl_dist.run.blueprint import derive
 from ssl_dist.train import operations, roofline
 from ssl_dist.train.operations import Collective, Operation, Step
+from tests.tool_module import tool_module
 
-TOOLS = Path(__file__).parents[1] / "tools"
 ROW = {
     "name": "made-up", "kind": "cuda", "sources": ["none"], "flop_per_s": {"fp32": 1e12, "bf16": 4e12},
     "byte_per_s": 1e11, "efficiency": {"fp32": 0.5, "memory": 0.5, "network": 0.5}, "start_s": 1e-6, "launch_s": 1e-5,
@@ -140,7 +137,7 @@ def test_the_table_of_gpus_names_its_sources():
 
 def test_efficiencies_give_what_nvidia_publishes():
     """Within 15 %, where its ResNet-50 was published; tools/bench_prediction.py names the source."""
-    for (name, precision), published in tool("bench_prediction").PUBLISHED.items():
+    for (name, precision), published in tool_module("bench_prediction").PUBLISHED.items():
         dtype = torch.float32 if precision in ("fp32", "tf32") else torch.bfloat16
         with torch.device("meta"):
             network = nn.Sequential(backbones.build("resnet50"), nn.Linear(2048, 1000)).to(dtype).train()
@@ -148,17 +145,6 @@ def test_efficiencies_give_what_nvidia_publishes():
         gpu = roofline.named(name)
         seconds = sum(max(gpu.seconds(operation, precision)) for operation in step.operations)
         assert 256 / seconds == pytest.approx(published, rel=0.15), (name, precision)
-
-
-def tool(name):
-    sys.path.insert(0, str(TOOLS))
-    try:
-        spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(TOOLS))
 
 
 # ---------------------------------------------------------------------------------------------------- explain
