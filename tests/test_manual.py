@@ -29,8 +29,8 @@ RUN_PAGES = [
     "docs/evaluate.md", "docs/weights.md", "docs/voc.md", "docs/measured.md",
 ]  # fmt: skip
 TESTED_ELSEWHERE = {"CONTRIBUTING.md": "test_plugins.py"}
-WITHOUT_BLOCKS = ["docs/acceptance.md", "docs/methods.md", "docs/architecture.md", "docs/catalog.md", "docs/config.md",
-                  "docs/guarantees.md", "docs/python.md"]  # fmt: skip
+WITHOUT_BLOCKS = ["docs/acceptance.md", "docs/methods.md", "docs/architecture.md", "docs/benchmarks.md",
+                  "docs/catalog.md", "docs/config.md", "docs/guarantees.md", "docs/python.md"]  # fmt: skip
 PARSED_PAGES = ["docs/gpu.md", "docs/sela.md", "docs/scaling.md"]
 SMALLER = {  # of the configs that the blocks name and the files that the pages show: less of the same
     "runs/vit\ndata: {root: data/photos, image_size: 224": "runs/vit\ndata: {root: data/photos, image_size: 160",

@@ -11,69 +11,51 @@ from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).parents[1] / "tools"
+from tests.tool_module import TOOLS, tool_module
+
+bench_all = tool_module("bench_all")
+BENCHES = bench_all.BENCHES
 TESTED_ELSEWHERE = {
+    "bench_all": "test_bench_all.py",
     "bench_rates": "test_tools.py",  # by bench_prediction
     "docs_pages": "test_manual.py",  # by the build of the manual
     "draw_packages": "test_imports.py",
     "list_ids": "test_list_ids.py",
     "paper_row": "test_paper_row.py",
+    "rows": "test_bench_all.py",
     "scaling": "test_project_files.py",
     "to_mlflow": "test_trackers.py",
     "to_wandb": "test_trackers.py",
 }
 SMALLEST_INPUTS = {  # arguments, and how a line of the table begins that must hold figures above 0
-    "bench_knn": (
-        ["--images", "500", "--queries", "20", "--features", "8", "--classes", "5", "--threads", "1"], "MiB at the peak"
-    ),
-    "bench_memory": (
-        ["--data", "DIGITS", "--config", "CONFIG", "--grids", "1x1", "--steps", "2", "backbone.name=conv4",
-         "views.num=2", "data.reader=arrays"], "tuned"
-    ),
-    "bench_neighbours": (
-        ["--images", "300", "--queries", "20", "--features", "8", "--rounds", "1", "--threads", "1"], "ssl_dist"
-    ),
-    "bench_prediction": (
-        ["--data", "DIGITS", "--ranks", "1", "--rounds", "1", "--steps", "1", "--cases", "vicreg"], "vicreg, conv4"
-    ),
-    "bench_ranks": (
-        ["--data", "DIGITS", "--config", "CONFIG", "--rounds", "1", "--steps", "5", "data.reader=arrays",
-         "backbone.name=conv4", "views.num=2"], "of the limit"
-    ),
-    "bench_relation": (["--views", "2", "4", "--features", "16", "--rounds", "1"], "  16   4      768"),
-    "bench_sinkhorn": (
-        ["--images", "300", "--clusters", "10", "--features", "8", "--processes", "2", "--rounds", "1"], "ours, 2"
-    ),
-    "bench_step": (
-        ["--data", "DIGITS", "--reader", "arrays", "--views", "2", "--images", "8", "--rounds", "1", "--steps", "1",
-         "--environments", "tuned"],
-        "tuned environment"
-    ),
-    "bench_multi_view": (
-        ["--count", "8", "--size", "32", "--rounds", "1", "--workers", "1"], "ssl_dist.MultiView"
-    ),
-    "bench_views": (["--rounds", "1"], "ReLIC, 32 px"),
     "fuzz": (["--inputs", "1", "--minutes", "2"], "all "),
     "gpu_check": (["--device", "pretended"], "failed: none"),
     "kill_series": (["--seed", "0", "--kills", "1", "--series", "1"], "series-1: passed"),
-}  # fmt: skip
+}
 
 
 def test_every_tool_is_run_by_a_test():
-    assert {path.stem for path in TOOLS.glob("*.py")} == SMALLEST_INPUTS.keys() | TESTED_ELSEWHERE.keys()
+    tested = SMALLEST_INPUTS.keys() | BENCHES.keys() | TESTED_ELSEWHERE.keys()
+    assert {path.stem for path in TOOLS.glob("*.py")} == tested
     for name, file in TESTED_ELSEWHERE.items():
         assert name in Path(__file__).with_name(file).read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALLEST_INPUTS)
-def test_the_tool_runs(name, digits, tmp_path):
+def test_the_tool_runs(name):
     arguments, table_line = SMALLEST_INPUTS[name]
-    words = {"DIGITS": str(digits), "CONFIG": "configs/digits/relational-conv4.yaml"}
-    command = [sys.executable, str(TOOLS / f"{name}.py"), *(words.get(word, word) for word in arguments)]
+    command = [sys.executable, str(TOOLS / f"{name}.py"), *arguments]
     completed = subprocess.run(command, cwd=TOOLS.parent, capture_output=True, text=True)
     assert completed.returncode == 0, completed.stdout + completed.stderr
     assert any(row.startswith(table_line) for row in completed.stdout.splitlines()), completed.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BENCHES)
+def test_the_benchmark_prints_rows(name, digits):
+    found, flaw = bench_all.measured(name, BENCHES[name].quick, digits)
+    assert found and not flaw, flaw
 
 
 @pytest.fixture

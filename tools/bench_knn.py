@@ -24,10 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import rows  # beside this file
 
 from ssl_dist import outcome
 from ssl_dist.storage.features import METADATA, write_features
 
+NAMES = {"knn": "kNN", "retrieval": "retrieval"}
 OPTIONS = {"knn": {"k": [20, 200]}, "retrieval": {}}
 WORKER = """
 import json, sys, time
@@ -93,6 +95,15 @@ def main() -> None:
         f"MiB at the peak: resident {peaks['VmHWM']:.0f}, anonymous {peaks['RssAnon']:.0f}, mapped"
         f" {peaks['RssFile']:.0f}; imports {imports:.0f}"
     )
+    what = (
+        f"{NAMES[arguments.evaluator]} of {arguments.queries:,} queries on {arguments.images:,} x {arguments.features}"
+        f" random features in a file of {size / 2**20:,.0f} MiB, {arguments.threads} thread(s)"
+    )
+    result = (
+        f"{rows.figure(cpu)} s of CPU time, {rows.figure(wall)} s wall; peak resident {peaks['VmHWM']:,.0f} MiB"
+        f" (anonymous {peaks['RssAnon']:,.0f}, mapped {peaks['RssFile']:,.0f}), of which imports {imports:,.0f}"
+    )
+    rows.show([(what, result)])
 
 
 def write(path: Path, count: int, arguments, seed: int) -> int:

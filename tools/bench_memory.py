@@ -18,6 +18,8 @@ import time
 import uuid
 from pathlib import Path
 
+import rows  # beside this file
+
 from ssl_dist import config, outcome
 from ssl_dist.data import manifest
 
@@ -63,14 +65,15 @@ def main() -> None:
         f"data.root={arguments.data.resolve()}", f"data.name={name}", "optim.epochs=null",
         f"optim.steps={arguments.steps}", "checkpoint.every_epochs=null", *SETTINGS, *overrides,
     ]  # fmt: skip
-    config.load(arguments.config, settings)  # a mistake in it shows here, in one line
+    wanted = config.load(arguments.config, settings)  # a mistake in it shows here, in one line
     allocators = [a for a in ALLOCATORS if getattr(arguments, a)] or ["tuned"]
     print(f"{arguments.config} {' '.join([*SETTINGS, *overrides])}, {arguments.steps} steps; MiB", flush=True)
     row = "{:<9} {:>7} {:>8} {:>8} {:>8} {:>12} {:>8} {:>9} {:>8} {:>8}"
     columns = "allocator", "grid", "largest", "mean", "imports", "largest-imp.", "ratio", "explain", "ratio", "meas/exp"
     print(row.format(*columns), flush=True)
+    found = []
     for allocator in allocators:
-        first = None
+        first, results = None, []
         for images, views in arguments.grids:
             rank_settings = [*settings, f"data.view_shards={views}"]
             imports, estimate = imports_and_estimate(arguments.config, images * views, rank_settings)
@@ -83,6 +86,12 @@ def main() -> None:
                 f"{own:.0f}", f"{own / first[0]:.3f}", f"{estimate:.0f}", f"{estimate / first[1]:.3f}",
                 f"{own / estimate:.2f}",
             ), flush=True)  # fmt: skip
+            less = f": {rows.ratio(first[:1], [own])} less" if results else ""
+            results.append(f"{own:,.0f} MiB on {images}x{views} (explain counts {estimate:,.0f}){less}")
+        sizes = f"{wanted.backbone.name}, M = {wanted.optim.batch_size}, K = {wanted.views.num}, {wanted.precision}"
+        what = f"peak memory of a rank of image shards x view shards, {sizes}, without imports, {allocator} allocator"
+        found.append((what, ", ".join(results)))
+    rows.show(found)
 
 
 def grid(text: str) -> tuple[int, int]:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import rows  # beside this file
 import torch
 from bench_views import smooth_noise  # beside this file
 from PIL import Image, ImageFilter
@@ -110,6 +111,10 @@ def main() -> int:
         print(f"{name:20} {middle:8.1f} images/s  {middle / base:5.2f} x")
     if "lightly" not in sides:
         print("lightly is not installed")
+    what = f"images a second of a DataLoader, {len(files):,} images, {options.views} views of SimCLR, {options.size} px"
+    ours = rates.pop("ssl_dist.MultiView")
+    result = rows.beside(ours, {f"of {name}": values for name, values in rates.items()}, is_rate=True)
+    rows.show([(f"{what}, {options.workers} worker(s)", result)])
     return 0
 
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import rows  # beside this file
 import torch
 from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional
@@ -111,6 +112,12 @@ def main() -> None:
         print(f"{name:<13} {middle:8.3f} s {middle / base:6.2f} x as long; alike {100 * alike[name]:.2f} %")
     if "faiss" not in sides:
         print("faiss is not installed")
+    what = (
+        f"{K} neighbours of {len(test):,} queries among {len(train):,} x {arguments.features},"
+        f" {arguments.threads} thread(s)"
+    )
+    ours_s = seconds.pop("ssl_dist")
+    rows.show([(what, rows.beside(ours_s, {f"of {name}": values for name, values in seconds.items()}, " s"))])
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import bench_rates
+import bench_rates  # beside this file
+import rows
 
 from ssl_dist import outcome
 from ssl_dist.distributed.rank import available_cores
@@ -45,7 +46,7 @@ PUBLISHED = {("v100", "fp32"): 367, ("v100", "fp16"): 1200, ("a100", "tf32"): 93
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder that `ssl-dist convert digits` wrote")
+    parser.add_argument("--data", type=Path, help="folder that `ssl-dist convert` wrote")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a training")
@@ -71,6 +72,7 @@ def compare(arguments: argparse.Namespace) -> None:
     row = "{:34} {:>5} {:>10} {:>9} {:>6} {:>10} {:>9} {:>6}  {}"
     columns = ("", "ranks", "wall, ms", "measured", "ratio", "CPU, ms", "measured", "ratio", "bound by")
     print(row.format(*columns), flush=True)
+    found = []
     for ranks in arguments.ranks:
         rounds = []
         for _ in range(arguments.rounds):
@@ -81,17 +83,25 @@ def compare(arguments: argparse.Namespace) -> None:
             wall, measured_wall, cpu, measured_cpu = (f"{1e3 * seconds:.1f}" for seconds in figures)
             ratios = (f"{statistics.median(t[i] / t[i + 1] for t, _ in tries):.2f}" for i in (0, 2))
             wall_ratio, cpu_ratio = ratios
+            of_wall, of_cpu = (rows.ratio([t[i] for t, _ in tries], [t[i + 1] for t, _ in tries]) for i in (0, 2))
+            result = f"{wall} ms beside {measured_wall} ms measured: {of_wall}"
+            result += f"; of CPU time {cpu} ms beside {measured_cpu} ms: {of_cpu}"
+            found.append((f"a step as explain predicts it, {name}, {ranks} rank(s)", result))
             cells = (name, ranks, wall, measured_wall, wall_ratio, cpu, measured_cpu, cpu_ratio, tries[0][1])
             print(row.format(*cells), flush=True)
+    rows.show(found)
 
 
 def compare_case(name: str, ranks: int, rates: dict, arguments: argparse.Namespace) -> tuple[list[float], str]:
     """Seconds of a step: wall time predicted and measured, CPU time predicted and measured; what bounds it."""
+    from ssl_dist.data import manifest
+
     file, overrides = CASES[name]
     config = ROOT / "configs" / "digits" / file
     with tempfile.TemporaryDirectory() as folder:
         settings = [
-            f"run_dir={folder}/run", f"data.root={arguments.data.resolve()}", "data.reader=arrays", "optim.epochs=null",
+            f"run_dir={folder}/run", f"data.root={arguments.data.resolve()}",
+            f"data.name={manifest.load(arguments.data).name}", "data.reader=arrays", "optim.epochs=null",
             f"optim.steps={SKIPPED + arguments.steps + 1}", "checkpoint.every_epochs=null", "log.every_steps=1000",
             *overrides,
         ]  # fmt: skip
@@ -174,6 +184,7 @@ def compare_published() -> None:
     from ssl_dist.train import operations, roofline
 
     print("ResNet-50, 224 px, batches of 256: images a second of one GPU")
+    found = []
     for (name, precision), published in PUBLISHED.items():
         device = roofline.named(name)
         dtype = torch.bfloat16 if precision in ("bf16", "fp16") else torch.float32
@@ -183,6 +194,10 @@ def compare_published() -> None:
         seconds = sum(max(device.seconds(operation, precision)) for operation in step.operations)
         rate = 256 / seconds
         print(f"{name} {precision}: predicted {rate:,.0f}, published {published:,}, ratio {rate / published:.2f}")
+        result = f"{rate:,.0f} beside {published:,} published: {rows.ratio([rate], [published])}"
+        what = "images a second as explain predicts them, ResNet-50, 224 px, batches of 256"
+        found.append((f"{what}, one {name.upper()}, {precision}", result))
+    rows.show(found)
 
 
 if __name__ == "__main__":

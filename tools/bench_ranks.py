@@ -21,6 +21,8 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
+import rows  # beside this file
+
 from ssl_dist import config, outcome
 from ssl_dist.data import manifest
 
@@ -43,21 +45,26 @@ def main() -> None:
         "optim.epochs=null", f"optim.steps={EVERY * SKIPPED + arguments.steps}", "checkpoint.every_epochs=null",
         f"log.every_steps={EVERY}", "data.workers=1", *overrides,
     ]  # fmt: skip
-    config.load(arguments.config, settings)  # a mistake in it shows here, in one line
+    wanted = config.load(arguments.config, settings)  # a mistake in it shows here, in one line
     one, two = arguments.cores
     kinds = {"alone": [([one], 1)], "side by side": [([one], 1), ([two], 1)], "two ranks": [([one, two], 2)]}
-    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}  # ms of every round
     for _ in range(arguments.rounds):
         for kind, trainings in kinds.items():
             each = train(arguments.config, settings, trainings)
-            seconds[kind].append(statistics.mean(each) / len(each))  # two trainings make two steps in that time
+            times[kind].append(1000 * statistics.mean(each) / len(each))  # two trainings make two steps in that time
     print(f"{arguments.config} {' '.join(overrides)}; ms per step of the global batch, medians")
-    alone = statistics.median(seconds["alone"])
-    for kind, values in seconds.items():
+    alone = statistics.median(times["alone"])
+    for kind, values in times.items():
         middle = statistics.median(values)
-        print(f"{kind:<13} {1000 * middle:8.1f} {alone / middle:6.2f} x")
-    reached = [a / b for a, b in zip(seconds["side by side"], seconds["two ranks"], strict=True)]
+        print(f"{kind:<13} {middle:8.1f} {alone / middle:6.2f} x")
+    reached = [a / b for a, b in zip(times["side by side"], times["two ranks"], strict=True)]
     print(f"of the limit  {100 * statistics.median(reached):.0f} % ({100 * min(reached):.0f}-{100 * max(reached):.0f})")
+    sizes = f"{wanted.backbone.name}, M = {wanted.optim.batch_size}, K = {wanted.views.num}, {wanted.precision}"
+    result = rows.beside(times["two ranks"], {"of one rank": times["alone"]}, " ms")
+    limit = rows.ratio(times["alone"], times["side by side"])
+    result += f"; two trainings side by side, which is what the machine allows: {limit}"
+    rows.show([(f"a training step of two ranks on two cores, {sizes}", result)])
 
 
 def train(file: str, settings: list[str], trainings: list[tuple[list[int], int]]) -> list[float]:

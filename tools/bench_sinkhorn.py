@@ -19,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+import rows  # beside this file
+
 from ssl_dist import outcome
 
 ITERATIONS = 11  # of a turn
@@ -36,17 +38,27 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ |= dict.fromkeys(THREADS, "1")
     sides = {"plain": (plain, 1)} | {f"ours, {size} process(es)": (ours, size) for size in arguments.processes}
-    turns = {name: [] for name in sides}
+    turns: dict[str, list[list[float]]] = {name: [] for name in sides}  # wall ms, CPU ms and peak MiB of every round
     for _ in range(arguments.rounds):
         for name, (side, size) in sides.items():
-            turns[name].append(in_processes(side, size, arguments))
+            wall, cpu, mib = (max(of_ranks) for of_ranks in zip(*in_processes(side, size, arguments), strict=True))
+            turns[name].append([1000 * wall, 1000 * cpu, mib])
     print(f"N = {arguments.images}, K = {arguments.clusters}, D = {arguments.features}, {arguments.rounds} rounds")
     print(f"{'':<22} {'wall ms':>8} {'CPU ms':>8} {'peak MiB':>9} {'counted':>8}")
     score_bytes = {"fp64": 8, "fp32": 4}[arguments.dtype]
     counted = arguments.images * (4 * arguments.features + score_bytes * arguments.clusters) / 2**20
+    columns = {name: list(zip(*of_side, strict=True)) for name, of_side in turns.items()}
+    plain_ms, _, plain_mib = columns["plain"]
+    found = []
     for name, (_, size) in sides.items():
-        wall, cpu, peak = (statistics.median(max(rank[i] for rank in turn) for turn in turns[name]) for i in range(3))
-        print(f"{name:<22} {1000 * wall:>8.0f} {1000 * cpu:>8.0f} {peak:>9.0f} {counted / size:>8.0f}", flush=True)
+        wall, cpu, mib = (statistics.median(column) for column in columns[name])
+        print(f"{name:<22} {wall:>8.0f} {cpu:>8.0f} {mib:>9.0f} {counted / size:>8.0f}", flush=True)
+        if name != "plain":
+            what = f"an iteration of Sinkhorn-Knopp, N = {arguments.images:,}, K = {arguments.clusters:,}"
+            result = rows.beside(columns[name][0], {"of numpy in one process": plain_ms}, " ms")
+            result += f"; peak memory of a process {mib:,.0f} MiB beside {statistics.median(plain_mib):,.0f} MiB"
+            found.append((f"{what}, {arguments.dtype}, {name}", result))
+    rows.show(found)
 
 
 def in_processes(side, size: int, arguments) -> list[tuple[float, float, float]]:

@@ -19,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+import rows  # beside this file
+
 from ssl_dist import outcome
 
 TUNED = {
@@ -45,6 +47,7 @@ def main() -> None:
         serve({"port": Port, "ours": Ours}[arguments.worker](arguments))
         return
     print(f"{arguments.backbone}, M = {arguments.images}, K = {arguments.views}, fp32, eager; ms per step, medians")
+    found = []
     for name in arguments.environments:
         environment = {k: v for k, v in os.environ.items() if k not in TUNED} | ENVIRONMENTS[name]
         sides = {side: start(side, environment) for side in ("port", "ours")}
@@ -53,14 +56,18 @@ def main() -> None:
             for side, process in sides.items():
                 process.stdin.write("turn\n")
                 process.stdin.flush()
-                times[side].append(statistics.median(json.loads(process.stdout.readline())))
+                times[side].append(1000 * statistics.median(json.loads(process.stdout.readline())))
         for process in sides.values():
             process.stdin.close()
             process.wait()
-        port, ours = (1000 * statistics.median(times[side]) for side in ("port", "ours"))
+        port, ours = (statistics.median(times[side]) for side in ("port", "ours"))
         ratios = [p / o for p, o in zip(times["port"], times["ours"], strict=True)]
         spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
         print(f"{name} environment: port {port:.0f}, ours {ours:.0f}, ratio {statistics.median(ratios):.2f} ({spread})")
+        what = f"training step, {arguments.backbone}, M = {arguments.images}, K = {arguments.views}, fp32"
+        result = rows.beside(times["ours"], {"of a port of the official loop": times["port"]}, " ms")
+        found.append((f"{what}, {name} environment", result))
+    rows.show(found)
 
 
 def start(side: str, environment: dict[str, str]) -> subprocess.Popen:

@@ -1,7 +1,7 @@
 """Views per CPU-second: the view kernel beside torchvision's transforms on PIL images, interleaved in one process.
 
-    OMP_NUM_THREADS=1 python tools/bench_views.py
-    OMP_NUM_THREADS=1 python tools/bench_views.py --images FOLDER --rounds 15
+    python tools/bench_views.py
+    python tools/bench_views.py --images FOLDER --rounds 15
 
 Both sides get the same decoded images and the same recipe and give uint8 CHW pixels; reading, decoding and normalising
 are left out. Each round times both, one after the other, by the CPU time of this one thread; the table holds the
@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import rows  # beside this file
 import torch
 from PIL import Image, ImageFilter
 from torchvision import transforms
@@ -98,8 +99,8 @@ def seconds(function) -> float:
     return time.thread_time() - begin
 
 
-def compare(pixels, name: str, size: int, num_views: int, pil_images: int, rounds: int) -> tuple[float, float, float]:
-    """Views per CPU-second of torchvision and of the kernel, and the median ratio of the rounds.
+def compare(pixels, name: str, size: int, num_views: int, pil_images: int, rounds: int) -> list[list[float]]:
+    """Views per CPU-second of torchvision and of the kernel, of every round.
 
     pixels uint8 [N, H, W, 3]. The groups of the recipe `name` share the `num_views` views of an image.
     """
@@ -127,8 +128,7 @@ def compare(pixels, name: str, size: int, num_views: int, pil_images: int, round
         random.seed(epoch)
         torchvision_rates.append(len(sources) * len(pipelines) / seconds(by_torchvision))
         kernel_rates.append(count * num_views / seconds(lambda epoch=epoch: by_kernel(epoch)))
-    ratios = [kernel / pil for kernel, pil in zip(kernel_rates, torchvision_rates, strict=True)]
-    return statistics.median(torchvision_rates), statistics.median(kernel_rates), statistics.median(ratios)
+    return [torchvision_rates, kernel_rates]
 
 
 def main() -> None:
@@ -138,17 +138,23 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
-    print(f"{'views':32s} {'torchvision PIL':>16s} {'kernel':>10s} {'ratio':>7s}   (views per CPU-second, medians)")
+    print(f"{'views':32s} {'torchvision PIL':>16s} {'kernel':>10s} ratio   (views per CPU-second, medians)")
     # recipe, source height and width, view size, images, views of each, images of torchvision's side
     small, large = (32, 32, 32, 128, 32, 512), (400, 500, 224, 16, 4, 16)
+    found = []
     for name, case in (("default", small), ("default", large), ("VICReg", large), ("ReLIC", small)):
         height, width, size, count, num_views, pil_images = case
         if arguments.images:
             pixels = read_folder(arguments.images, count, height, width)
         else:
             pixels = smooth_noise(count, height, width)
-        pil, kernel, ratio = compare(pixels, name, size, num_views, pil_images, arguments.rounds)
-        print(f"{f'{name}, {size} px of {width} x {height}':32s} {pil:16,.0f} {kernel:10,.0f} {ratio:6.1f}x")
+        pil, kernel = compare(pixels, name, size, num_views, pil_images, arguments.rounds)
+        label = f"{name}, {size} px of {width} x {height}"
+        middles = (statistics.median(rates) for rates in (pil, kernel))
+        print("{:32s} {:16,.0f} {:10,.0f} {}".format(label, *middles, rows.ratio(kernel, pil)))
+        result = rows.beside(kernel, {"of torchvision on PIL images": pil}, is_rate=True)
+        found.append((f"views per CPU-second, recipe {label}", result))
+    rows.show(found)
 
 
 if __name__ == "__main__":
