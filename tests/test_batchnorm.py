@@ -21,14 +21,11 @@ from ssl_dist.nn.layers import KeyedDropout, key_dropout, keyed_rows
 from ssl_dist.nn.shapes import without_values
 from tests import thread_world
 from tests.pretended_cuda import CUDA_ONLY
+from tests.thread_world import ALONE, among
 
 
-def alone(x):
-    return x.clone()
-
-
-def twin_of(reduce):
-    return lambda layer: SyncBatchNorm(layer, reduce)
+def twin_of(reduce, gather):
+    return lambda layer: SyncBatchNorm(layer, reduce, gather)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +39,7 @@ def test_one_rank_equals_torch(shape, channels_last):
     nn.init.normal_(theirs.bias)
     copy = kind(4).double()
     copy.load_state_dict(theirs.state_dict())
-    ours = SyncBatchNorm(copy, alone)
+    ours = SyncBatchNorm(copy, *ALONE)
     x = torch.randn(shape, dtype=torch.float64) * 3 + 100
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
@@ -95,7 +92,7 @@ def step(layer, x, grad):
 def test_float32_is_float64_rounded(layout, centre):
     """Torch's own is up to 1e-3 off for channels_last, and for a mean of 1e4 std in every layout."""
     x, grad, layer = make(layout, torch.float32, centre)
-    ours = step(SyncBatchNorm(copy.deepcopy(layer), alone), x, grad)
+    ours = step(SyncBatchNorm(copy.deepcopy(layer), *ALONE), x, grad)
     theirs = step(copy.deepcopy(layer).double(), x.double(), grad.double())
     for actual, expected in zip(ours, theirs, strict=True):
         assert actual.dtype == torch.float32
@@ -108,14 +105,14 @@ def test_float32_is_float64_rounded(layout, centre):
 @pytest.mark.parametrize("centre", [0.0, 1e4])
 def test_the_split_over_ranks_does_not_show(layout, dtype, accuracy, centre):
     x, grad, layer = make(layout, dtype, centre)
-    moments = global_moments(x, alone)
-    y, grad_x, grad_weight, grad_bias, *running = step(SyncBatchNorm(copy.deepcopy(layer), alone), x, grad)
+    moments = global_moments(x, ALONE[1])
+    y, grad_x, grad_weight, grad_bias, *running = step(SyncBatchNorm(copy.deepcopy(layer), *ALONE), x, grad)
     for bounds in ([0, 20, len(x)], [0, 0, 1, 33, len(x)]):
 
         def rank(world, bounds=bounds):
             mine = slice(*bounds[world.rank_info.rank :][:2])
-            twin = SyncBatchNorm(copy.deepcopy(layer), world.all_reduce_sum)
-            return global_moments(x[mine], world.all_reduce_sum), step(twin, x[mine], grad[mine])
+            twin = SyncBatchNorm(copy.deepcopy(layer), *among(world))
+            return global_moments(x[mine], world.gather), step(twin, x[mine], grad[mine])
 
         everything = thread_world.run(rank, Grid(len(bounds) - 1, 1))
         for theirs, _ in everything:
@@ -134,17 +131,16 @@ def test_the_split_over_ranks_does_not_show(layout, dtype, accuracy, centre):
                 torch.testing.assert_close(actual, expected, rtol=accuracy, atol=accuracy)
 
 
-def test_what_is_reduced_is_float64_and_a_step_is_reproducible():
+def test_what_is_exchanged_is_float64_and_a_step_is_reproducible():
     x, grad, layer = make("channels_last", torch.float32, 1.0)
     dtypes = []
 
-    def reduce(sums):
-        dtypes.append(sums.dtype)
-        return sums.clone()
+    def noting(collective):
+        return lambda sums: [dtypes.append(sums.dtype), collective(sums)][1]
 
-    twin = SyncBatchNorm(layer, reduce)
+    twin = SyncBatchNorm(layer, *map(noting, ALONE))
     first = step(twin, x, grad)
-    assert dtypes == [torch.float64] * 3
+    assert dtypes == [torch.float64] * 2  # one exchange forward, one backward
     for num_threads in (1, 2):
         torch.set_num_threads(num_threads)
         assert all(torch.equal(a, b) for a, b in zip(step(twin, x, grad), first, strict=True))
@@ -153,7 +149,7 @@ def test_what_is_reduced_is_float64_and_a_step_is_reproducible():
 @pytest.mark.parametrize("layout", SHAPES)
 def test_the_output_may_be_changed_in_place(layout):
     x, grad, layer = make(layout, torch.float64, 0.0)
-    twin = SyncBatchNorm(layer, alone)
+    twin = SyncBatchNorm(layer, *ALONE)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     torch.relu_(twin(a)).backward(grad)
     torch.relu(twin(b)).backward(grad)
@@ -163,7 +159,7 @@ def test_the_output_may_be_changed_in_place(layout):
 @pytest.mark.parametrize(("momentum", "affine"), [(None, True), (0.3, False)])
 def test_options_of_torch(momentum, affine):
     theirs = nn.BatchNorm2d(4, eps=0.1, momentum=momentum, affine=affine).double()
-    ours = SyncBatchNorm(copy.deepcopy(theirs), alone)
+    ours = SyncBatchNorm(copy.deepcopy(theirs), *ALONE)
     for _ in range(3):
         a = (torch.randn(6, 4, 3, 3, dtype=torch.float64) * 2 + 1).requires_grad_()
         b = a.detach().clone().requires_grad_()
@@ -192,7 +188,7 @@ def test_a_copy_is_independent(clone):
             torch.save(module, file)
             return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
 
-    net = synchronize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), twin_of(one_process().all_reduce_sum))
+    net = synchronize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), twin_of(*among(one_process())))
     other = clone(net).double().to(memory_format=torch.channels_last)
     before = copy.deepcopy(net.state_dict())
     other(torch.randn(2, 3, 8, 8, dtype=torch.float64)).sum().backward()
@@ -207,7 +203,7 @@ def test_a_deep_copy_uses_the_same_ranks():
     """Copying a bound method copies its object; a world of threads cannot even be copied."""
 
     def rank(world):
-        net = synchronize(nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2)), twin_of(world.all_reduce_sum))
+        net = synchronize(nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2)), twin_of(*among(world)))
         other = copy.deepcopy(net)
         other(torch.full((1, 2), float(world.rank_info.rank)))
         return other[0].reduce.__self__ is world, other[0].running_mean.tolist()
@@ -216,7 +212,7 @@ def test_a_deep_copy_uses_the_same_ranks():
 
 
 def test_wrong_inputs_are_refused_as_torch_does():
-    ours = SyncBatchNorm(nn.BatchNorm1d(4), alone)
+    ours = SyncBatchNorm(nn.BatchNorm1d(4), *ALONE)
     for shape, message in (((4,), "dimensions"), ((5, 1), "channels"), ((1, 4), "more than 1 value")):
         with pytest.raises(ValueError, match=message):
             ours(torch.randn(shape))
@@ -232,24 +228,24 @@ def test_layers_without_a_twin_stay_and_are_refused_for_many_ranks():
     others = [EvoNorm2dB0(4), InplaceAbn(4), nn.InstanceNorm2d(4, track_running_stats=True), nn.SyncBatchNorm(4)]
     for layer in (Gated(4), nn.BatchNorm2d(4, track_running_stats=False), untracked, SplitBatchNorm2d(4), *others):
         net = nn.Sequential(layer)
-        assert synchronize(net, twin_of(alone))[0] is layer
+        assert synchronize(net, twin_of(*ALONE))[0] is layer
         with pytest.raises(UserError, match=rf"its layer 0 \({type(layer).__name__}\) cannot be synchronised"):
             refuse_others(net)
     refuse_others(nn.Sequential(FrozenBatchNormAct2d(4), GroupNormAct(4, 2), nn.InstanceNorm2d(4)))
-    assert isinstance(synchronize(nn.BatchNorm2d(4), twin_of(alone)), SyncBatchNorm)
+    assert isinstance(synchronize(nn.BatchNorm2d(4), twin_of(*ALONE)), SyncBatchNorm)
 
 
 def test_synchronize_replaces_every_batchnorm_and_keeps_the_keys():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), nn.BatchNorm2d(4))
     keys, parameters = list(net.state_dict()), list(net.parameters())
-    synchronize(net, twin_of(alone))
+    synchronize(net, twin_of(*ALONE))
     assert list(net.state_dict()) == keys
     assert all(p is q for p, q in zip(net.parameters(), parameters, strict=True))
     assert [type(m).__name__ for m in net.modules()].count("SyncBatchNorm") == 2
 
 
 def test_bf16_input_keeps_float32_statistics():
-    ours = SyncBatchNorm(nn.BatchNorm2d(4), alone)
+    ours = SyncBatchNorm(nn.BatchNorm2d(4), *ALONE)
     x = (torch.randn(8, 4, 3, 3) + 5).bfloat16().requires_grad_()
     out = ours(x)
     out.float().square().sum().backward()
@@ -258,7 +254,7 @@ def test_bf16_input_keeps_float32_statistics():
 
 
 def test_an_empty_share_adds_nothing():
-    mean, var, count = global_moments(torch.empty(0, 3), lambda x: x + torch.full_like(x, 2.0))
+    mean, var, count = global_moments(torch.empty(0, 3), lambda x: torch.stack([x, torch.full_like(x, 2.0)]))
     assert torch.isfinite(mean).all() and torch.isfinite(var).all() and count == 2
 
 
@@ -279,7 +275,7 @@ def test_an_activation_inside_is_kept(kind):
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.copy_(torch.randn_like(parameter))
-    ours = synchronize(copy.deepcopy(theirs), twin_of(alone))
+    ours = synchronize(copy.deepcopy(theirs), twin_of(*ALONE))
     assert isinstance(ours, SyncBatchNorm)
     for mode in (True, True, False):
         a = torch.randn(6, 4, 5, 5, dtype=torch.float64).requires_grad_()
@@ -299,7 +295,7 @@ def test_dropout_inside_is_keyed():
     layer = BatchNormAct2d(4, drop_layer=lambda: nn.Dropout(0.5))
     net = nn.Sequential(layer)
     key_dropout(net)
-    twin = synchronize(net, twin_of(alone))[0]
+    twin = synchronize(net, twin_of(*ALONE))[0]
     assert isinstance(twin.drop, KeyedDropout)
     with keyed_rows(torch.arange(3)):
         x = torch.randn(3, 4, 5, 5)
@@ -323,7 +319,7 @@ def test_every_family_is_synchronised(name):
     keys, count = list(net.state_dict()), sum(isinstance(layer, nn.BatchNorm2d) for layer in net.modules())
     assert any(isinstance(layer, BatchNormAct2d) for layer in net.modules())
     refuse_others(net)
-    synchronize(net, twin_of(alone))
+    synchronize(net, twin_of(*ALONE))
     assert list(net.state_dict()) == keys
     assert sum(isinstance(layer, SyncBatchNorm) for layer in net.modules()) == count
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in net.modules())
@@ -340,7 +336,7 @@ def test_a_network_on_several_ranks_is_that_of_one(num_ranks):
         return [p.grad for p in net.parameters()], [b.double() for b in net.buffers()]
 
     def rank(world):
-        own = synchronize(copy.deepcopy(net), twin_of(world.all_reduce_sum))
+        own = synchronize(copy.deepcopy(net), twin_of(*among(world)))
         return results(own, x.chunk(num_ranks)[world.rank_info.rank])
 
     everything = thread_world.run(rank, Grid(num_ranks, 1))
@@ -383,11 +379,7 @@ def test_the_twin_for_gpus_equals_that_of_the_cpu(kind, shape, momentum, affine,
 
     def rank(world):
         mine = slice(4 * world.rank_info.rank, 4 * world.rank_info.rank + 4)
-        gather = lambda x: torch.stack(world._all_gather(x))  # noqa: E731
-        twins = (
-            CudaSyncBatchNorm(copy.deepcopy(layer), world.all_reduce_sum, gather),
-            SyncBatchNorm(copy.deepcopy(layer), world.all_reduce_sum),
-        )
+        twins = [kind(copy.deepcopy(layer), *among(world)) for kind in (CudaSyncBatchNorm, SyncBatchNorm)]
         return [results(copy.deepcopy(twin), x[mine], grad[mine]) for twin in twins]
 
     for ours, cpus in thread_world.run(rank, Grid(3, 1)):
@@ -398,7 +390,7 @@ def test_the_twin_for_gpus_equals_that_of_the_cpu(kind, shape, momentum, affine,
 
 
 def twins(layer):
-    return [SyncBatchNorm(layer, alone), CudaSyncBatchNorm(layer, alone, lambda x: x[None].clone())]
+    return [SyncBatchNorm(layer, *ALONE), CudaSyncBatchNorm(layer, *ALONE)]
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=["cpu", "cuda"])

@@ -14,6 +14,7 @@ from ssl_dist.nn.batchnorm import SyncBatchNorm, ViewColumns, one_view, synchron
 from ssl_dist.nn.batchnorm_cuda import CudaSyncBatchNorm
 from ssl_dist.nn.batchnorm_relu import batchnorm_relu
 from tests import thread_world
+from tests.thread_world import ALONE, among
 
 F32, F64 = torch.float32, torch.float64
 SHAPES = [(6, 8, 32, 32), (3, 5, 7, 9), (2, 3, 2, 2), (4, 300, 5, 4), (2, 8, 33, 64), (700, 16, 16, 16), (5, 1, 3, 2)]
@@ -39,9 +40,9 @@ def make(shape, tail, dtype):
     return layer, x, added if with_sum else None, F.avg_pool2d(grad, 2) if pooled else grad
 
 
-def step(operation, layer, x, added, grad, pooled, reduce=lambda x: x):
+def step(operation, layer, x, added, grad, pooled, collectives=ALONE):
     """Output, gradients and running statistics of a step of a copy of `layer`."""
-    twin = SyncBatchNorm(copy.deepcopy(layer), reduce)
+    twin = SyncBatchNorm(copy.deepcopy(layer), *collectives)
     x, added = (None if t is None else t.detach().clone().requires_grad_() for t in (x, added))
     out = operation(twin, x, added, pooled)
     out.backward(grad)
@@ -86,7 +87,7 @@ def test_the_split_over_ranks_does_not_show(tail):
     def rank(world):
         mine = slice(*bounds[world.rank_info.rank :][:2])
         of_mine = (None if t is None else t[mine] for t in (x, added, grad))
-        return step(batchnorm_relu, layer, *of_mine, pooled, world.all_reduce_sum)
+        return step(batchnorm_relu, layer, *of_mine, pooled, among(world))
 
     parts = list(zip(*thread_world.run(rank, Grid(3, 1)), strict=True))
     close = {"rtol": 1e-12, "atol": 1e-12}
@@ -112,7 +113,7 @@ def test_the_gradient_is_that_of_finite_differences():
     layer, x, added, _ = make((3, 2, 4, 5), "sum", F64)
     for tail in TAILS:
         with_sum, pooled = TAILS[tail]
-        twin = SyncBatchNorm(copy.deepcopy(layer), lambda x: x)
+        twin = SyncBatchNorm(copy.deepcopy(layer), *ALONE)
         twin.momentum = 0.0
         inputs = x.clone().requires_grad_(), added.clone().requires_grad_()
         torch.autograd.gradcheck(
@@ -122,9 +123,9 @@ def test_the_gradient_is_that_of_finite_differences():
 
 OTHERS = {
     "torch's": lambda layer: layer,
-    "in evaluation": lambda layer: SyncBatchNorm(layer, lambda x: x).eval(),
-    "without weight": lambda layer: SyncBatchNorm(nn.BatchNorm2d(layer.num_features, affine=False), lambda x: x),
-    "of a GPU": lambda layer: CudaSyncBatchNorm(layer, lambda x: x, lambda x: x[None]),
+    "in evaluation": lambda layer: SyncBatchNorm(layer, *ALONE).eval(),
+    "without weight": lambda layer: SyncBatchNorm(nn.BatchNorm2d(layer.num_features, affine=False), *ALONE),
+    "of a GPU": lambda layer: CudaSyncBatchNorm(layer, *ALONE),
 }
 
 
@@ -144,7 +145,7 @@ def test_others_are_the_layers_one_after_the_other(kind, monkeypatch):
     "x", [torch.randn(3, 4, 6, 6), torch.randn(3, 4, 1, 6).to(memory_format=torch.channels_last)[:, :, :, ::2]]
 )
 def test_so_are_other_layouts(x):
-    twin = SyncBatchNorm(nn.BatchNorm2d(4), lambda x: x)
+    twin = SyncBatchNorm(nn.BatchNorm2d(4), *ALONE)
     torch.testing.assert_close(batchnorm_relu(twin, x), apart(copy.deepcopy(twin), x))
 
 
@@ -152,7 +153,7 @@ def test_so_are_other_layouts(x):
 def test_a_network_trains_as_by_its_layers(name, monkeypatch):
     torch.manual_seed(0)
     images = [torch.randn(6, 3, 33, 33, dtype=F64).to(memory_format=torch.channels_last) for _ in range(3)]
-    network = synchronize(backbones.build(name).double(), lambda layer: SyncBatchNorm(layer, lambda x: x))
+    network = synchronize(backbones.build(name).double(), lambda layer: SyncBatchNorm(layer, *ALONE))
     network = network.to(memory_format=torch.channels_last)
     others, losses = copy.deepcopy(network), {}
     for kind, trained in (("one", network), ("apart", others)):
@@ -170,7 +171,7 @@ def test_a_network_trains_as_by_its_layers(name, monkeypatch):
 
 
 def test_conv4_gives_features_and_maps_of_the_same_pass():
-    network = synchronize(backbones.build("conv4"), lambda layer: SyncBatchNorm(layer, lambda x: x))
+    network = synchronize(backbones.build("conv4"), lambda layer: SyncBatchNorm(layer, *ALONE))
     images = torch.randn(4, 3, 37, 37).to(memory_format=torch.channels_last)
     features, maps = network.forward_stages(images)
     torch.testing.assert_close(network(images), features, rtol=1e-6, atol=1e-6)
@@ -179,7 +180,7 @@ def test_conv4_gives_features_and_maps_of_the_same_pass():
 
 def test_a_view_alone_has_the_ranks_of_its_column():
     """The layer is called, so what wraps a call (`ViewColumns`) knows of it."""
-    twin = SyncBatchNorm(nn.BatchNorm2d(4), lambda x: x)
+    twin = SyncBatchNorm(nn.BatchNorm2d(4), *ALONE)
     columns = ViewColumns(twin, lambda layer: lambda: None)
     x = torch.randn(3, 4, 6, 6).to(memory_format=torch.channels_last)
     with one_view(0):
@@ -189,7 +190,7 @@ def test_a_view_alone_has_the_ranks_of_its_column():
 
 def test_memory_holds_no_map_in_between():
     """Of a training pass only x and the output live on: what `saved_tensors_hooks` sees is x and vectors."""
-    twin, saved = SyncBatchNorm(nn.BatchNorm2d(4), lambda x: x), []
+    twin, saved = SyncBatchNorm(nn.BatchNorm2d(4), *ALONE), []
     x = torch.randn(3, 4, 6, 6).to(memory_format=torch.channels_last).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         batchnorm_relu(twin, x, pooled=True)

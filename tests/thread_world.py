@@ -9,6 +9,7 @@ from ssl_dist.distributed.world import RankInfo, World
 from ssl_dist.grid import Grid
 
 TIMEOUT = 30.0
+ALONE = (lambda x: x.clone(), lambda x: x[None].clone())  # sum and gather among one rank, as a BatchNorm takes them
 
 
 class ThreadWorld(World):
@@ -29,6 +30,9 @@ class ThreadWorld(World):
 
     def all_reduce_sum(self, x):
         return sum(self._all_gather(x))
+
+    def gather(self, x):
+        return torch.stack(self._all_gather(x))
 
     def all_reduce_sum_with_grad(self, x):
         return _Sum.apply(x, self)
@@ -65,6 +69,11 @@ class _Gather(torch.autograd.Function):
         views = world.grid.view_range(world.rank_info.rank, total.shape[0])
         images = world.grid.image_range(world.rank_info.rank, total.shape[1])
         return total[views.start : views.stop, images.start : images.stop], None
+
+
+def among(world):
+    """Sum and gather among the ranks, as a BatchNorm takes them."""
+    return world.all_reduce_sum, world.gather
 
 
 def run(function, grid=None):

@@ -213,7 +213,7 @@ def networks() -> list:
     from ssl_dist.nn.batchnorm import SyncBatchNorm
 
     def layer(in_, out, kernel=3, stride=1):
-        norm = SyncBatchNorm(nn.BatchNorm2d(out), lambda x: x)
+        norm = SyncBatchNorm(nn.BatchNorm2d(out), lambda x: x, lambda x: x[None])
         return [nn.Conv2d(in_, out, kernel, stride, kernel // 2, bias=False), norm, nn.ReLU(inplace=True)]
 
     class Residual(nn.Module):
@@ -229,7 +229,7 @@ def networks() -> list:
             return self.relu(out)
 
     def end(width):
-        norm = SyncBatchNorm(nn.BatchNorm1d(96), lambda x: x)
+        norm = SyncBatchNorm(nn.BatchNorm1d(96), lambda x: x, lambda x: x[None])
         return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 96), norm, nn.ReLU(), nn.Linear(96, 48)]
 
     plain = [*layer(3, 8), *layer(8, 8), nn.AvgPool2d(2), *layer(8, 16), *layer(16, 16), nn.AvgPool2d(2)]
@@ -331,7 +331,7 @@ def batchnorm_relus(clock: Stopwatch) -> dict:
     from ssl_dist.nn.batchnorm import SyncBatchNorm
     from ssl_dist.nn.batchnorm_relu import batchnorm_relu
 
-    layer = SyncBatchNorm(nn.BatchNorm2d(16), lambda x: x)
+    layer = SyncBatchNorm(nn.BatchNorm2d(16), lambda x: x, lambda x: x[None])
 
     def seconds(*shape: int) -> float:
         x = torch.randn(shape).to(memory_format=torch.channels_last).requires_grad_()

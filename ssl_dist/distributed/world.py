@@ -63,6 +63,10 @@ class World:
         """A quantity of the images of the global batch [M, ...] from [B_local, ...]; no gradient."""
         return x_B if self.alone else self._gather(x_B)[:: self.grid.views].flatten(0, 1)
 
+    def gather(self, x: Tensor) -> Tensor:
+        """[W, ...] from every rank's [...], which have one shape; no gradient."""
+        return x[None] if self.alone else self._gather(x)
+
     def all_reduce_sum_with_grad(self, x: Tensor) -> Tensor:
         """The sum over the ranks, with gradient."""
         return x if self.alone else _Sum.apply(x, self)
@@ -107,13 +111,11 @@ class World:
         that the arithmetic is the same on any number of ranks; one GPU has torch's."""
         if not self.alone:
             batchnorm.refuse_others(module)
-        if self.device.type == "cuda":
-            if self.alone:
-                return module
-            return batchnorm.synchronize(
-                module, lambda layer: batchnorm_cuda.CudaSyncBatchNorm(layer, self.all_reduce_sum, self._gather)
-            )
-        return batchnorm.synchronize(module, lambda layer: batchnorm.SyncBatchNorm(layer, self.all_reduce_sum))
+        on_gpu = self.device.type == "cuda"
+        if on_gpu and self.alone:
+            return module
+        twin = batchnorm_cuda.CudaSyncBatchNorm if on_gpu else batchnorm.SyncBatchNorm
+        return batchnorm.synchronize(module, lambda layer: twin(layer, self.all_reduce_sum, self.gather))
 
     def view_columns(self, module: nn.Module) -> batchnorm.ViewColumns | None:
         """For a method whose views pass alone, after `synchronize_batchnorm`. None: every rank holds all views."""
@@ -157,12 +159,22 @@ class World:
                 for flag in flags
             ]
         )
+        on_gpu = self.device.type == "cuda"
+        work = None
         if not self.alone:
             with self._collective("all_reduce"):
-                dist.all_reduce(up, dist.ReduceOp.MAX)
+                work = dist.all_reduce(up, dist.ReduceOp.MAX, async_op=True)
+                if on_gpu:
+                    work.wait()  # the stream waits, not this thread
         copied = HostCopy({"up": up})
 
-        return lambda: [value > 0 for value in copied.wait()["up"].tolist()]
+        def flags_of_all() -> list[bool]:
+            if work is not None and not on_gpu:
+                with self._collective("all_reduce"):
+                    work.wait()
+            return [value > 0 for value in copied.wait()["up"].tolist()]
+
+        return flags_of_all
 
     def on_rank0(self, action: Callable[[], T]) -> T:
         """What `action` returns on rank 0, broadcast to every rank. A `UserError` or `OSError` there is raised on every

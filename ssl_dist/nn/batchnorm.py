@@ -44,40 +44,41 @@ class _Normalize(torch.autograd.Function):
         return None, grad_x, *of_parameters, *[None] * 3
 
 
-def global_moments(x: Tensor, reduce: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def global_moments(x: Tensor, gather: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and biased variance per channel (dimension 1) over all ranks, and the number of elements behind them.
 
-    All float64, as is what `reduce` gets. Sums of squares are taken about the rank's own mean and shifted to the global
-    one (Chan, Golub & LeVeque, 1983): nothing cancels, at the price of a second small all-reduce.
+    All float64, as is what `gather` gets. Sums of squares are taken about the rank's own mean and shifted to the global
+    one (Chan, Golub & LeVeque, 1983): nothing cancels, and one exchange is enough.
     """
     elements = Elements(x)
     mean, squares = elements.moments()
-    packed = reduce(nn.functional.pad(mean * elements.count, (0, 1), value=elements.count))
-    total = packed[-1]
-    global_mean = packed[:-1] / total
-    squares = reduce(squares + (mean - global_mean).square() * elements.count)
+    of_ranks = gather(torch.cat([mean, squares, mean.new_full((1,), elements.count)]))
+    mean_WC, squares_WC, count_W1 = of_ranks.tensor_split([x.shape[1], 2 * x.shape[1]], 1)
+    total = count_W1.sum()
+    global_mean = (mean_WC * count_W1).sum(0) / total
+    squares = (squares_WC + (mean_WC - global_mean).square() * count_W1).sum(0)
     return global_mean, squares / total, total
 
 
 class SyncBatchNorm(_BatchNorm):
-    """A BatchNorm whose moments are summed over the ranks by `reduce` (an all-reduced sum without gradient).
+    """A BatchNorm over all ranks. reduce: a sum over the ranks; gather: [...] -> [W, ...]; both without gradient.
 
     y = weight xhat + bias with xhat = (x - mean) rstd (Ioffe & Szegedy, 2015); the moments are float64 [C]. What the
     original has inside, such as an activation, is applied to y, in its order.
     """
 
-    collectives: ClassVar[tuple[str, ...]] = ("reduce",)  # attributes that another group of ranks may take the place of
+    collectives: ClassVar[tuple[str, ...]] = ("reduce", "gather")  # attributes; another group of ranks may have others
     relu_sweeps: type[Sweeps] | None = Sweeps  # of nn/batchnorm_relu.py; None where it has none
     traceable = True  # False where `collectives` change from pass to pass
 
-    def __init__(self, original: _BatchNorm, reduce: Callable[[Tensor], Tensor]):
+    def __init__(self, original: _BatchNorm, reduce: Callable[[Tensor], Tensor], gather: Callable[[Tensor], Tensor]):
         assert original.track_running_stats, "only BatchNorm with running statistics"
         super().__init__(original.num_features, original.eps, original.momentum, original.affine, device="meta")
         self._parameters = original._parameters
         self._buffers = original._buffers
         self._modules = original._modules
         self.training = original.training
-        self.reduce = reduce
+        self.reduce, self.gather = reduce, gather
         self.number = batchnorm_ops.register(self)
 
     def __deepcopy__(self, memo: dict) -> "SyncBatchNorm":
@@ -116,7 +117,7 @@ class SyncBatchNorm(_BatchNorm):
     def moments(self, x: Tensor, running_mean: Tensor, running_var: Tensor, number: Tensor) -> Moments:
         """Mean, 1 / standard deviation and number of elements of the batch of all ranks, which the running statistics
         follow."""
-        mean, var, count = global_moments(x, self.reduce)
+        mean, var, count = global_moments(x, self.gather)
         if count < 2:  # as torch; the same on every rank
             raise ValueError(f"expected more than 1 value per channel when training, got {int(count)} on all ranks")
         update_statistics((running_mean, running_var, number), self.momentum, mean, var, count)

@@ -8,24 +8,18 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssl_dist.nn.batchnorm import SyncBatchNorm, update_statistics
 from ssl_dist.nn.batchnorm_ops import Moments
 
 
 class CudaSyncBatchNorm(SyncBatchNorm):
-    """A BatchNorm on the GPUs of several ranks. reduce: a sum over the ranks; gather: [...] -> [W, ...]; no gradient.
+    """A BatchNorm on the GPUs of several ranks.
 
     Every rank must have elements. The moments are float32 at least.
     """
 
-    collectives = ("reduce", "gather")
     relu_sweeps = None
-
-    def __init__(self, original: _BatchNorm, reduce: Callable[[Tensor], Tensor], gather: Callable[[Tensor], Tensor]):
-        super().__init__(original, reduce)
-        self.gather = gather
 
     def moments(self, x: Tensor, running_mean: Tensor, running_var: Tensor, number: Tensor) -> Moments:
         x, channels = _dense(x), x.shape[1]

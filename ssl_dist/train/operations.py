@@ -8,7 +8,7 @@ Left out is what does not happen in every step: labels and clusters that a metho
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -212,27 +212,23 @@ class _BatchNormStandIn(batchnorm.SyncBatchNorm):
     the CPU's in float64, that of GPUs in float32 (nn/batchnorm.py, nn/batchnorm_cuda.py)."""
 
     def __init__(self, original: _BatchNorm, device: str, world: _Uncommunicative | None):
-        super().__init__(original, lambda x: x)
+        super().__init__(original, lambda x: x, lambda x: x[None])
         channels, ranks = original.num_features, 1 if world is None else world.grid.size
-        if device == "cpu":
-            forward = [("all_reduce", 8 * (channels + 1)), ("all_reduce", 8 * channels)]
-            backward = [("all_reduce", 8 * 2 * channels)]
-        else:
-            forward = [("all_gather", 4 * (2 * channels + 1) * ranks)]
-            backward = [("all_reduce", 4 * 2 * channels)]
+        width = 8 if device == "cpu" else 4
 
-        def note(collectives: Iterable[tuple[str, int]]) -> None:
-            for name, num_bytes in collectives:
-                if world is not None:
-                    world.note(name, "BatchNorm", num_bytes)
+        def note(name: str, num_bytes: int) -> None:
+            if world is not None:
+                world.note(name, "BatchNorm", num_bytes)
 
-        self._note, self._forward, self._backward = note, forward, backward
+        self._note = note
+        self._forward = "all_gather", width * (2 * channels + 1) * ranks
+        self._backward = "all_reduce", width * 2 * channels
         self.relu_sweeps = CountedSweeps if device == "cpu" else None
 
     def _normalize(self, x: Tensor, normalize: Callable[..., Tensor] | None = None) -> Tensor:
-        self._note(self._forward)
+        self._note(*self._forward)
         if torch.is_grad_enabled() and x.requires_grad:
-            self._note(self._backward)
+            self._note(*self._backward)
         if normalize is not None:
             return normalize(self, x, self.weight, self.bias, *self.moments_like(x))
         mean, var, _ = batchnorm.statistics(self)
