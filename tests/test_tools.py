@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from ssl_dist.errors import UserError
+from tests.make_images import save
 from tests.tool_module import TOOLS, tool_module
 
 bench_all = tool_module("bench_all")
@@ -56,6 +58,17 @@ def test_the_tool_runs(name):
 def test_the_benchmark_prints_rows(name, digits):
     found, flaw = bench_all.measured(name, BENCHES[name].quick, digits)
     assert found and not flaw, flaw
+
+
+def test_images_of_the_official_side(digits, tmp_path):
+    bench_step = tool_module("bench_step")
+    in_memory = bench_step.InMemory(bench_step.pixels_of(digits, "train", 3))
+    for number in range(3):
+        save(tmp_path / "train" / "some class" / f"{number}.png", in_memory[number])
+    in_files = bench_step.InFiles(tmp_path / "train")
+    assert [image.tobytes() for image in in_files] == [image.tobytes() for image in in_memory]
+    with pytest.raises(UserError, match=r"holds 3 images in train, and .* 1442"):
+        bench_step.require_same_images(tmp_path, digits, "train")
 
 
 @pytest.fixture

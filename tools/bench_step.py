@@ -16,12 +16,19 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import rows  # beside this file
 
 from ssl_dist import outcome
+from ssl_dist.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
 
 TUNED = {
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -81,10 +88,64 @@ def serve(side) -> None:
         print(json.dumps(side.turn()), flush=True)
 
 
-class Port:
-    """A straightforward port of the official training loop."""
+class InMemory:
+    """Images as torchvision's CIFAR10 has them, pixels uint8 [N, H, W, 3] in memory: each access makes one of PIL."""
 
-    def __init__(self, arguments):
+    def __init__(self, pixels: "np.ndarray"):
+        self.pixels = pixels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> "Image":
+        from PIL import Image
+
+        return Image.fromarray(self.pixels[index])
+
+
+class InFiles:
+    """Images as torchvision's ImageFolder has them, in a folder a class: each access reads a file."""
+
+    def __init__(self, folder: Path):
+        from torchvision.datasets import ImageFolder
+
+        self.folder = ImageFolder(folder)
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def __getitem__(self, index: int) -> "Image":
+        return self.folder[index][0]
+
+
+def pixels_of(data: str | Path, split: str, limit: int | None = None) -> "np.ndarray":
+    """Those of the first images of a converted split, all of one size, uint8 [N, H, W, 3]."""
+    import numpy as np
+
+    from ssl_dist.data.readers import Dataset
+
+    with Dataset(data, reader="arrays").open(split) as reader:
+        [(pixels, _, _, _)] = list(reader.batches([np.arange(reader.info.count)[:limit]]))
+    return pixels
+
+
+def require_same_images(images: Path, data: Path, split: str) -> None:
+    """Raises `UserError` unless a folder of image files has as many images of the split as the converted data set."""
+    from ssl_dist.data import manifest
+    from ssl_dist.run.embedder import files_of
+
+    found, count = len(files_of(images / split)), manifest.load(data).splits[split].count
+    if found != count:
+        raise UserError(
+            f"--images {images}: holds {found} images in {split}, and {data} {count}; give the folder that it was made "
+            "from"
+        )
+
+
+class Port:
+    """A straightforward port of the official training loop. images: None: the first ones of the training split."""
+
+    def __init__(self, arguments, images: InMemory | InFiles | None = None):
         import torch
         from torch import nn
         from torchvision import transforms
@@ -93,22 +154,17 @@ class Port:
         from ssl_dist.data.readers import Dataset
 
         self.torch, self.arguments = torch, arguments
-        with Dataset(arguments.data, reader="arrays").open("train") as reader:
-            import numpy as np
-            from PIL import Image
-
-            ids = np.arange(min(reader.info.count, 4096))
-            [(pixels, _, _, _)] = list(reader.batches([ids]))
-            self.images = [Image.fromarray(image) for image in pixels]
-            jitter = transforms.ColorJitter(0.8, 0.8, 0.8, 0.2)
-            self.transform = transforms.Compose([
-                transforms.RandomResizedCrop(32),
-                transforms.RandomHorizontalFlip(),
-                transforms.RandomApply([jitter], 0.8),
-                transforms.RandomGrayscale(0.2),
-                transforms.ToTensor(),
-                transforms.Normalize(reader.info.mean, reader.info.std),
-            ])  # fmt: skip
+        self.images = InMemory(pixels_of(arguments.data, "train", 4096)) if images is None else images
+        self.info = Dataset(arguments.data).info("train")
+        jitter = transforms.ColorJitter(0.8, 0.8, 0.8, 0.2)
+        self.transform = transforms.Compose([
+            transforms.RandomResizedCrop(32),
+            transforms.RandomHorizontalFlip(),
+            transforms.RandomApply([jitter], 0.8),
+            transforms.RandomGrayscale(0.2),
+            transforms.ToTensor(),
+            transforms.Normalize(self.info.mean, self.info.std),
+        ])  # fmt: skip
         self.backbone = backbones.build(arguments.backbone)
         width = 2 * self.backbone.feature_dim
         self.head = nn.Sequential(nn.Linear(width, 256), nn.BatchNorm1d(256), nn.LeakyReLU(), nn.Linear(256, 1))
@@ -121,7 +177,8 @@ class Port:
         return len(self.images)
 
     def __getitem__(self, index):
-        return [self.transform(self.images[index]) for _ in range(self.arguments.views)]
+        image = self.images[index]
+        return [self.transform(image) for _ in range(self.arguments.views)]
 
     def collate(self, samples):
         return [self.torch.stack(view) for view in zip(*samples, strict=True)]
@@ -162,12 +219,11 @@ class Ours:
     """`ssl_dist.train.fit` itself, stopped after the steps of a turn."""
 
     def __init__(self, arguments):
-        import tempfile
-
         from ssl_dist import config
         from ssl_dist.data.readers import Dataset
 
-        self.arguments, self.folder = arguments, Path(tempfile.mkdtemp(prefix="bench-step-"))
+        self.temporary = tempfile.TemporaryDirectory(prefix="bench-step-")  # removed when this process ends
+        self.arguments, self.folder = arguments, Path(self.temporary.name)
         tree = {
             "run_dir": str(self.folder / "run"),
             "data": {"name": Dataset(arguments.data).name, "root": arguments.data, "reader": arguments.reader},
