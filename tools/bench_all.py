@@ -47,6 +47,7 @@ BENCHES = {
         [f"--data {CIFAR10}", f"--data {CIFAR10} --backbone resnet32 --views 8 --environments tuned"],
         f"--data {CIFAR10} --reader arrays --views 2 --images 8 --rounds 1 --steps 1 --environments tuned",
     ),
+    "bench_extract": Bench([f"--data {CIFAR10}"], f"--data {CIFAR10} --reader arrays --rounds 1"),
     "bench_ranks": Bench(
         [f"--data {CIFAR10}"],
         f"--data {CIFAR10} --rounds 1 --steps 5 data.reader=arrays backbone.name=conv4 views.num=2",
