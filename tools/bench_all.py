@@ -47,6 +47,9 @@ BENCHES = {
         [f"--data {CIFAR10}", f"--data {CIFAR10} --backbone resnet32 --views 8 --environments tuned"],
         f"--data {CIFAR10} --reader arrays --views 2 --images 8 --rounds 1 --steps 1 --environments tuned",
     ),
+    "bench_minutes": Bench(
+        [f"--data {CIFAR10}"], f"--data {CIFAR10} --reader arrays --views 2 --marks 10 101 --max-minutes 0.001"
+    ),
     "bench_extract": Bench([f"--data {CIFAR10}"], f"--data {CIFAR10} --reader arrays --rounds 1"),
     "bench_ranks": Bench(
         [f"--data {CIFAR10}"],
