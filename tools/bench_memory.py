@@ -24,8 +24,9 @@ from ssl_dist import config, outcome
 from ssl_dist.data import manifest
 
 ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_CONFIG = str(ROOT / "configs/cifar10/relational-conv4.yaml")
+DEFAULT_SETTINGS = ["backbone.name=resnet32", "views.num=32", "optim.batch_size=64"]
 MARK = "SSL_DIST_BENCH_MEMORY"  # in the environment of the ranks, so that they are known among all processes
-SETTINGS = ["backbone.name=resnet32", "views.num=32", "optim.batch_size=64", "precision=fp32"]
 ALLOCATORS = {
     "tuned": {},  # the launch script sets it
     "plain": {"GLIBC_TUNABLES": "glibc.malloc.check=0"},  # a set variable is left alone, and this one changes nothing
@@ -51,7 +52,7 @@ print(json.dumps([int(status["VmHWM"].split()[0]) / 1024, estimate / 2**20]))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path, help="folder that `ssl-dist convert` wrote")
-    parser.add_argument("--config", default=str(ROOT / "configs/cifar10/relational-conv4.yaml"))
+    parser.add_argument("--config", help="default: configs/cifar10/relational-conv4.yaml with resnet32 and K = 32")
     parser.add_argument("--grids", nargs="+", default=[(1, 1), (1, 4)], type=grid, help="Wi x Wv (default 1x1 1x4)")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--plain", action="store_true", help="without the launch scripts' allocator settings")
@@ -60,14 +61,16 @@ def main() -> None:
     unknown = [text for text in overrides if text.startswith("-") or "=" not in text]
     if unknown:
         parser.error(f"not a key=value: {unknown[0]}")
+    file, chosen = arguments.config or DEFAULT_CONFIG, [] if arguments.config else DEFAULT_SETTINGS
+    chosen += ["precision=fp32", *overrides]
     name = manifest.load(arguments.data).name
     settings = [
         f"data.root={arguments.data.resolve()}", f"data.name={name}", "optim.epochs=null",
-        f"optim.steps={arguments.steps}", "checkpoint.every_epochs=null", *SETTINGS, *overrides,
+        f"optim.steps={arguments.steps}", "checkpoint.every_epochs=null", *chosen,
     ]  # fmt: skip
-    wanted = config.load(arguments.config, settings)  # a mistake in it shows here, in one line
+    wanted = config.load(file, settings)  # a mistake in it shows here, in one line
     allocators = [a for a in ALLOCATORS if getattr(arguments, a)] or ["tuned"]
-    print(f"{arguments.config} {' '.join([*SETTINGS, *overrides])}, {arguments.steps} steps; MiB", flush=True)
+    print(f"{file} {' '.join(chosen)}, {arguments.steps} steps; MiB", flush=True)
     row = "{:<9} {:>7} {:>8} {:>8} {:>8} {:>12} {:>8} {:>9} {:>8} {:>8}"
     columns = "allocator", "grid", "largest", "mean", "imports", "largest-imp.", "ratio", "explain", "ratio", "meas/exp"
     print(row.format(*columns), flush=True)
@@ -76,8 +79,8 @@ def main() -> None:
         first, results = None, []
         for images, views in arguments.grids:
             rank_settings = [*settings, f"data.view_shards={views}"]
-            imports, estimate = imports_and_estimate(arguments.config, images * views, rank_settings)
-            peaks = train(arguments.config, images * views, rank_settings, ALLOCATORS[allocator])
+            imports, estimate = imports_and_estimate(file, images * views, rank_settings)
+            peaks = train(file, images * views, rank_settings, ALLOCATORS[allocator])
             largest = max(peaks)
             own = largest - imports
             first = first or (own, estimate)
@@ -88,7 +91,7 @@ def main() -> None:
             ), flush=True)  # fmt: skip
             less = f": {rows.ratio(first[:1], [own])} less" if results else ""
             results.append(f"{own:,.0f} MiB on {images}x{views} (explain counts {estimate:,.0f}){less}")
-        sizes = f"{wanted.backbone.name}, M = {wanted.optim.batch_size}, K = {wanted.views.num}, {wanted.precision}"
+        sizes = f"{wanted.method.name}, {wanted.backbone.name}, M = {wanted.optim.batch_size}, {wanted.precision}"
         what = f"peak memory of a rank of image shards x view shards, {sizes}, without imports, {allocator} allocator"
         found.append((what, ", ".join(results)))
     rows.show(found)
