@@ -42,9 +42,13 @@ class Bench(NamedTuple):
 
 BENCHES = {
     "bench_views": Bench([""], "--rounds 1"),
-    "bench_multi_view": Bench([""], "--count 8 --size 32 --rounds 1 --workers 1"),
+    "bench_multi_view": Bench(["", "--views 8"], "--count 8 --size 32 --rounds 1 --workers 1"),
     "bench_step": Bench(
-        [f"--data {CIFAR10}", f"--data {CIFAR10} --backbone resnet32 --views 8 --environments tuned"],
+        [
+            f"--data {CIFAR10}",
+            f"--data {CIFAR10} --backbone resnet32 --views 8 --environments tuned",
+            f"--data {CIFAR10} --beside compiled --environments tuned",
+        ],
         f"--data {CIFAR10} --reader arrays --views 2 --images 8 --rounds 1 --steps 1 --environments tuned",
     ),
     "bench_minutes": Bench(
@@ -56,7 +60,13 @@ BENCHES = {
         f"--data {CIFAR10} --rounds 1 --steps 5 data.reader=arrays backbone.name=conv4 views.num=2",
     ),
     "bench_memory": Bench(
-        [f"--data {CIFAR10}"],
+        [
+            f"--data {CIFAR10}",
+            f"--data {CIFAR10} --config configs/cifar10/relational-conv4.yaml --grids 1x1",
+            f"--data {CIFAR10} --config configs/cifar10-short/mocov3-conv4.yaml --grids 1x1 backbone.name=resnet20",
+            f"--data {CIFAR10} --config configs/cifar10-short/mae-vit_tiny_patch16_224.yaml --grids 1x1",
+            f"--data {CIFAR10} --config configs/cifar10-short/supervised-conv4.yaml --grids 1x1 backbone.name=resnet50",
+        ],
         f"--data {CIFAR10} --grids 1x1 --steps 2 data.reader=arrays backbone.name=conv4 views.num=2",
     ),
     "bench_relation": Bench([""], "--views 2 4 --features 16 --rounds 1"),

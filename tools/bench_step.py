@@ -7,6 +7,7 @@ concatenation block after block, Linear-BatchNorm-LeakyReLU-Linear, focal BCE, o
 `ssl_dist train` on the same images, eager, fp32, with its own loader. Both read a data set that `ssl-dist convert`
 wrote. Each side is a process of its own; the two take turns in one run, in the default environment and in the one that
 the launch scripts set (allocator and idle threads, which help the port as well). Wall time, medians, ratios.
+--beside compiled: the same loop with `compile=true` in the port's place.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING
 import rows  # beside this file
 
 from ssl_dist import outcome
+from ssl_dist.data import manifest
 from ssl_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ TUNED = {
     "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592",
 }
 ENVIRONMENTS = {"default": {}, "tuned": TUNED}
+OTHERS = {"port": "of a port of the official loop", "compiled": "with compile=true"}
 SKIPPED = 3  # steps at the start of a turn that live on batches made ahead
 
 
@@ -48,31 +51,38 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="timed steps a turn")
     parser.add_argument("--reader", choices=["ffcv", "arrays"], default="ffcv", help="of our side")
     parser.add_argument("--environments", nargs="+", choices=list(ENVIRONMENTS), default=list(ENVIRONMENTS))
-    parser.add_argument("--worker", choices=["port", "ours"], help=argparse.SUPPRESS)
+    parser.add_argument("--beside", choices=list(OTHERS), default="port")
+    parser.add_argument("--worker", choices=list(SIDES), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        serve({"port": Port, "ours": Ours}[arguments.worker](arguments))
+        serve(SIDES[arguments.worker](arguments))
         return
+    manifest.load(Path(arguments.data))  # a mistake in it shows here, in one line
     print(f"{arguments.backbone}, M = {arguments.images}, K = {arguments.views}, fp32, eager; ms per step, medians")
     found = []
     for name in arguments.environments:
         environment = {k: v for k, v in os.environ.items() if k not in TUNED} | ENVIRONMENTS[name]
-        sides = {side: start(side, environment) for side in ("port", "ours")}
-        times: dict[str, list[float]] = {"port": [], "ours": []}
+        sides = {side: start(side, environment) for side in (arguments.beside, "ours")}
+        times: dict[str, list[float]] = {side: [] for side in sides}
         for _ in range(arguments.rounds):
             for side, process in sides.items():
                 process.stdin.write("turn\n")
                 process.stdin.flush()
-                times[side].append(1000 * statistics.median(json.loads(process.stdout.readline())))
+                if not (seconds := process.stdout.readline()):
+                    sys.exit(process.wait())  # it has said why
+                times[side].append(1000 * statistics.median(json.loads(seconds)))
         for process in sides.values():
             process.stdin.close()
             process.wait()
-        port, ours = (statistics.median(times[side]) for side in ("port", "ours"))
-        ratios = [p / o for p, o in zip(times["port"], times["ours"], strict=True)]
-        spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
-        print(f"{name} environment: port {port:.0f}, ours {ours:.0f}, ratio {statistics.median(ratios):.2f} ({spread})")
+        other = times[arguments.beside]
+        ratios = [a / b for a, b in zip(other, times["ours"], strict=True)]
+        print(
+            f"{name} environment: {arguments.beside} {statistics.median(other):.0f}, "
+            f"ours {statistics.median(times['ours']):.0f}, ratio {statistics.median(ratios):.2f} "
+            f"({min(ratios):.2f}-{max(ratios):.2f})"
+        )
         what = f"training step, {arguments.backbone}, M = {arguments.images}, K = {arguments.views}, fp32"
-        result = rows.beside(times["ours"], {"of a port of the official loop": times["port"]}, " ms")
+        result = rows.beside(times["ours"], {OTHERS[arguments.beside]: other}, " ms")
         found.append((f"{what}, {name} environment", result))
     rows.show(found)
 
@@ -218,6 +228,8 @@ class Port:
 class Ours:
     """`ssl_dist.train.fit` itself, stopped after the steps of a turn."""
 
+    compiled = False
+
     def __init__(self, arguments):
         from ssl_dist import config
         from ssl_dist.data.readers import Dataset
@@ -231,6 +243,7 @@ class Ours:
             "backbone": {"name": arguments.backbone},
             "optim": {"batch_size": arguments.images, "epochs": None, "steps": 1},
             "checkpoint": {"every_epochs": None},
+            "compile": self.compiled,
         }
         self.config = config.validate(config.Config, tree)
         self.steps = 0
@@ -269,6 +282,12 @@ class Ours:
             fit(run, stop)
         return [b - a for a, b in itertools.pairwise(ends)][SKIPPED - 1 :]
 
+
+class Compiled(Ours):
+    compiled = True
+
+
+SIDES = {"port": Port, "compiled": Compiled, "ours": Ours}
 
 if __name__ == "__main__":
     sys.exit(outcome.of_program(main))
