@@ -100,12 +100,12 @@ def compare(arguments: argparse.Namespace, case: str, seed: int) -> dict[str, Mi
 
 def result(ours: list[float], port: list[float], limit: float) -> str:
     """What was measured for one mark; infinite: not reached."""
-    of_port = "of a port of the official loop"
+    name = "a port of the official loop"
     if max(ours + port) < math.inf:
-        return rows.beside(ours, {of_port: port}, " min")
+        return rows.beside(ours, {f"of {name}": port}, " min")
     middles = map(statistics.median, (ours, port))
     words = [f"{rows.figure(m)} min" if m < math.inf else f"not reached within {limit:g} min" for m in middles]
-    return f"{words[0]} beside {of_port}: {words[1]}"
+    return f"{words[0]}; {name}: {words[1]}"
 
 
 def started(side: str, seed: int, folder: Path, stack: ExitStack) -> subprocess.Popen:
