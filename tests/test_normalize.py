@@ -39,6 +39,14 @@ def test_it_is_the_formula_to_the_bit(layout, kind, dtype, constants):
     assert torch.equal(pixels_of(actual, constants, kind).to(torch.int32), pixels.to(torch.int32))
 
 
+@pytest.mark.parametrize("layout", PIXELS)
+@pytest.mark.parametrize("kind", LEVELS, ids=str)
+def test_plane_by_plane_they_are_the_same(layout, kind):
+    pixels, cpu = PIXELS[layout](kind, 3), torch.device("cpu")
+    planes = normalized(THREE, torch.float32, cpu, channels_last=False)(pixels)
+    assert planes.is_contiguous() and torch.equal(planes, normalized(THREE, torch.float32, cpu)(pixels))
+
+
 def test_a_gpu_gets_the_same_shape_and_order():
     pixels = torch.empty(2, 5, 3, 7, 9, dtype=torch.uint8, device="meta")
     images = normalized(THREE, torch.float32, torch.device("meta"))(pixels)

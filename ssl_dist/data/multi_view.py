@@ -10,9 +10,10 @@ A view is a function of (seed, epoch, index of the image, number of the view), a
 of the workers, the batch, or the order.
 """
 
+import functools
 import hashlib
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from ssl_dist.config import Normalize, validate
 from ssl_dist.config.recipe import ViewGroup
 from ssl_dist.data.normalize import Channels, normalized, of_channels
 from ssl_dist.data.pillow import upright_pixels
+from ssl_dist.device import CPU
 from ssl_dist.errors import UserError, did_you_mean, quoted
 from ssl_dist.views import MAX_CHANNELS, Images, PixelFormat, make_views, view_specs
 from ssl_dist.views.pixels import refuse_steps_of_colour
@@ -98,9 +100,11 @@ class MultiView:
             raise UserError(
                 f"normalize: is of {len(constants.mean)} channels, and the image has {channels}; give as many"
             )
-        to_float = normalized(constants, torch.float32, torch.device("cpu"))
-        parts = [to_float(part).contiguous() for part in made]
-        return torch.cat(parts) if len({spec.size for spec in self.specs}) == 1 else parts
+        to_float = _to_float(constants.mean, constants.std)
+        parts = [to_float(part) for part in made]
+        if len({spec.size for spec in self.specs}) > 1:
+            return parts
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def batch(self, pixels: np.ndarray, indices: Sequence[int] | np.ndarray) -> list[Tensor]:
         """The views of images uint8 or uint16 [B, H, W, C] with these numbers in the data set: [K, B, C, S, S] of their
@@ -143,6 +147,12 @@ class Views(Dataset):
         if isinstance(item, tuple | list):
             return (self.views(item[0], index), *item[1:])
         return self.views(item, index)
+
+
+@functools.lru_cache(maxsize=8)
+def _to_float(mean: Channels, std: Channels) -> Callable[[Tensor], Tensor]:
+    """Kept, for the table behind it; not by a `MultiView`, which workers that are spawned get pickled."""
+    return normalized(Normalize(mean=mean, std=std), torch.float32, CPU, channels_last=False)
 
 
 def _whole(name: str, value: Any, least: int | None = None) -> int:

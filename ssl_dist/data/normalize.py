@@ -23,9 +23,11 @@ def of_channels(given: Normalize | tuple[Channels, Channels]) -> Normalize:
     return validate(Normalize, {"mean": given[0], "std": given[1]}, "normalize.")
 
 
-def normalized(constants: Normalize, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
+def normalized(
+    constants: Normalize, dtype: torch.dtype, device: torch.device, channels_last: bool = True
+) -> Callable[[Tensor], Tensor]:
     """A function from uint8 or uint16 [..., C, S, S] to (x / 255 - mean) / std as `dtype`, 65535 in the place of 255
-    for uint16, in channels-last memory order.
+    for uint16, in channels-last memory order or, on a CPU, plane by plane.
 
     The constants are rounded once, from float64, so that every rank and precision sees the same map.
     """
@@ -46,7 +48,7 @@ def normalized(constants: Normalize, dtype: torch.dtype, device: torch.device) -
         return apply(levels.expand(1, len(offset), 1, -1))[0, :, 0]
 
     def apply_by_table(pixels: Tensor) -> Tensor:
-        return look_up(pixels.flatten(0, -4), table(pixels.dtype)).unflatten(0, pixels.shape[:-3])
+        return look_up(pixels.flatten(0, -4), table(pixels.dtype), channels_last).unflatten(0, pixels.shape[:-3])
 
     return apply_by_table if device.type == "cpu" else apply
 

@@ -20,12 +20,26 @@ def _look_up(first: int, last: int, pixels: ndarray, table: ndarray, out: ndarra
                     out[n, row, column, c] = table[c, pixels[n, c, row, column]]
 
 
-def look_up(pixels: Tensor, table: Tensor) -> Tensor:
+@njit(cache=True, nogil=True)
+def _look_up_planes(first: int, last: int, pixels: ndarray, table: ndarray, out: ndarray) -> None:
+    for n in range(first, last):
+        for c in range(table.shape[0]):
+            values = table[c]
+            for row in range(pixels.shape[2]):
+                for column in range(pixels.shape[3]):
+                    out[n, c, row, column] = values[pixels[n, c, row, column]]
+
+
+def look_up(pixels: Tensor, table: Tensor, channels_last: bool = True) -> Tensor:
     """pixels: uint8 or uint16 [N, C, H, W]; table: float32 or float64 [C, levels], the value of every level ->
-    [N, C, H, W] with channels innermost in memory. Raises `ValueError` for another number of channels."""
+    [N, C, H, W], in memory with channels innermost, or plane by plane. Raises `ValueError` for another number of
+    channels."""
     num, channels, height, width = pixels.shape
     if channels != len(table):  # the kernel would read and leave out what is not there
         raise ValueError(f"images of {channels} channels, and mean and std of {len(table)}")
-    out = np.empty((num, height, width, channels), table.numpy().dtype)
-    run_parallel(_look_up, num, pixels.numpy(), table.numpy(), out)
-    return torch.from_numpy(np.moveaxis(out, -1, 1))
+    if channels_last:
+        kernel, out = _look_up, np.empty((num, height, width, channels), table.numpy().dtype)
+    else:
+        kernel, out = _look_up_planes, np.empty((num, channels, height, width), table.numpy().dtype)
+    run_parallel(kernel, num, pixels.numpy(), table.numpy(), out)
+    return torch.from_numpy(np.moveaxis(out, -1, 1) if channels_last else out)
