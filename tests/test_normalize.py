@@ -8,6 +8,7 @@ import torch
 
 from ssl_dist.config import Normalize
 from ssl_dist.data.normalize import LEVELS, normalized, pixels_of
+from ssl_dist.device import CPU
 
 THREE = Normalize(mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616))
 PIXELS = {
@@ -42,9 +43,9 @@ def test_it_is_the_formula_to_the_bit(layout, kind, dtype, constants):
 @pytest.mark.parametrize("layout", PIXELS)
 @pytest.mark.parametrize("kind", LEVELS, ids=str)
 def test_plane_by_plane_they_are_the_same(layout, kind):
-    pixels, cpu = PIXELS[layout](kind, 3), torch.device("cpu")
-    planes = normalized(THREE, torch.float32, cpu, channels_last=False)(pixels)
-    assert planes.is_contiguous() and torch.equal(planes, normalized(THREE, torch.float32, cpu)(pixels))
+    pixels = PIXELS[layout](kind, 3)
+    planes = normalized(THREE, torch.float32, CPU, torch.contiguous_format)(pixels)
+    assert planes.is_contiguous() and torch.equal(planes, normalized(THREE, torch.float32, CPU)(pixels))
 
 
 def test_a_gpu_gets_the_same_shape_and_order():
@@ -52,6 +53,8 @@ def test_a_gpu_gets_the_same_shape_and_order():
     images = normalized(THREE, torch.float32, torch.device("meta"))(pixels)
     assert images.shape == pixels.shape and images.dtype == torch.float32
     assert images.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+    planes = normalized(THREE, torch.float32, torch.device("meta"), torch.contiguous_format)(pixels)
+    assert planes.shape == pixels.shape and planes.is_contiguous()
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4])

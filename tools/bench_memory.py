@@ -91,7 +91,8 @@ def main() -> None:
             ), flush=True)  # fmt: skip
             less = f": {rows.ratio(first[:1], [own])} less" if results else ""
             results.append(f"{own:,.0f} MiB on {images}x{views} (explain counts {estimate:,.0f}){less}")
-        sizes = f"{wanted.method.name}, {wanted.backbone.name}, M = {wanted.optim.batch_size}, {wanted.precision}"
+        num_views = f"K = {wanted.num_views}, " if wanted.num_views else ""  # which some methods fix
+        sizes = f"{wanted.method.name}, {wanted.backbone.name}, M = {wanted.optim.batch_size}, {num_views}fp32"
         what = f"peak memory of a rank of image shards x view shards, {sizes}, without imports, {allocator} allocator"
         found.append((what, ", ".join(results)))
     rows.show(found)

@@ -152,7 +152,7 @@ class Views(Dataset):
 @functools.lru_cache(maxsize=8)
 def _to_float(mean: Channels, std: Channels) -> Callable[[Tensor], Tensor]:
     """Kept, for the table behind it; not by a `MultiView`, which workers that are spawned get pickled."""
-    return normalized(Normalize(mean=mean, std=std), torch.float32, CPU, channels_last=False)
+    return normalized(Normalize(mean=mean, std=std), torch.float32, CPU, torch.contiguous_format)
 
 
 def _whole(name: str, value: Any, least: int | None = None) -> int:

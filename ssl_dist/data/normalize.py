@@ -24,10 +24,13 @@ def of_channels(given: Normalize | tuple[Channels, Channels]) -> Normalize:
 
 
 def normalized(
-    constants: Normalize, dtype: torch.dtype, device: torch.device, channels_last: bool = True
+    constants: Normalize,
+    dtype: torch.dtype,
+    device: torch.device,
+    memory_format: torch.memory_format = torch.channels_last,
 ) -> Callable[[Tensor], Tensor]:
     """A function from uint8 or uint16 [..., C, S, S] to (x / 255 - mean) / std as `dtype`, 65535 in the place of 255
-    for uint16, in channels-last memory order or, on a CPU, plane by plane.
+    for uint16. memory_format: its order in memory, torch.channels_last or torch.contiguous_format (plane by plane).
 
     The constants are rounded once, from float64, so that every rank and precision sees the same map.
     """
@@ -38,7 +41,7 @@ def normalized(
 
     def apply(pixels: Tensor) -> Tensor:
         flat = pixels.flatten(0, -4)
-        images = flat.to(dtype, memory_format=torch.channels_last)
+        images = flat.to(dtype, memory_format=memory_format)
         return images.mul_(scales[pixels.dtype]).add_(offset).unflatten(0, pixels.shape[:-3])
 
     @functools.cache
@@ -48,7 +51,7 @@ def normalized(
         return apply(levels.expand(1, len(offset), 1, -1))[0, :, 0]
 
     def apply_by_table(pixels: Tensor) -> Tensor:
-        return look_up(pixels.flatten(0, -4), table(pixels.dtype), channels_last).unflatten(0, pixels.shape[:-3])
+        return look_up(pixels.flatten(0, -4), table(pixels.dtype), memory_format).unflatten(0, pixels.shape[:-3])
 
     return apply_by_table if device.type == "cpu" else apply
 

@@ -30,16 +30,16 @@ def _look_up_planes(first: int, last: int, pixels: ndarray, table: ndarray, out:
                     out[n, c, row, column] = values[pixels[n, c, row, column]]
 
 
-def look_up(pixels: Tensor, table: Tensor, channels_last: bool = True) -> Tensor:
+def look_up(pixels: Tensor, table: Tensor, memory_format: torch.memory_format) -> Tensor:
     """pixels: uint8 or uint16 [N, C, H, W]; table: float32 or float64 [C, levels], the value of every level ->
-    [N, C, H, W], in memory with channels innermost, or plane by plane. Raises `ValueError` for another number of
-    channels."""
+    [N, C, H, W] in channels-last or contiguous order. Raises `ValueError` for another number of channels."""
     num, channels, height, width = pixels.shape
     if channels != len(table):  # the kernel would read and leave out what is not there
         raise ValueError(f"images of {channels} channels, and mean and std of {len(table)}")
-    if channels_last:
+    is_channels_last = memory_format is torch.channels_last
+    if is_channels_last:
         kernel, out = _look_up, np.empty((num, height, width, channels), table.numpy().dtype)
     else:
         kernel, out = _look_up_planes, np.empty((num, channels, height, width), table.numpy().dtype)
     run_parallel(kernel, num, pixels.numpy(), table.numpy(), out)
-    return torch.from_numpy(np.moveaxis(out, -1, 1) if channels_last else out)
+    return torch.from_numpy(np.moveaxis(out, -1, 1) if is_channels_last else out)

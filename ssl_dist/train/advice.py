@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssl_dist import backbones
 from ssl_dist.config import usual
+from ssl_dist.nn.shapes import without_values
 from ssl_dist.run.blueprint import RunPlan
 from ssl_dist.train import optim
 
@@ -109,13 +110,13 @@ def _half_precision(precision: str) -> str:
 def _compile(plan: RunPlan) -> str:
     if not plan.config.compile:
         return ""
-    with torch.device("meta"):
+    with without_values():
         blocks = [part for part in plan.build().backbone.modules() if type(part).__module__.startswith(OWN)]
     if not any(isinstance(layer, _BatchNorm) for block in blocks for layer in block.children()):
         return ""  # which torch.compile may make faster
     return (
         "compile = true: on a CPU, BatchNorm and ReLU are one kernel, which torch.compile takes apart: a step of "
-        f"{plan.config.backbone.name} takes as long or longer, after a minute of compiling; compile=false"
+        f"{plan.config.backbone.name} takes as long or longer; compile=false"
     )
 
 
