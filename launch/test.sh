@@ -35,6 +35,6 @@ workers=$(($(nproc) + 2)) # half of all tests wait, for ranks, clocks and Slurm;
 printf '\n== tests: pytest, each test under a time limit\n'
 chosen=()
 [ -n "$slow_too" ] || chosen=(-m "not slow")
-python -m pytest -q -rs -n "$workers" --dist loadgroup --no-loadscope-reorder \
+python -m pytest -q -rfEs -n "$workers" --dist loadgroup --no-loadscope-reorder \
     "${chosen[@]}" ${COVERAGE:+--cov --cov-report=} "$@"
 [ -z "${COVERAGE:-}" ] || printf 'lines that the tests run: %s%%\n' "$(coverage report --format=total)"

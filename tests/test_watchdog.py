@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 HEAD = """
 import pathlib, sys, time
 from ssl_dist.errors import Fault, UserError
+from ssl_dist.distributed.heartbeat import Heartbeat
 from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.distributed.watchdog import Watchdog
 
@@ -137,6 +139,26 @@ def test_the_exit_report_is_left_for_the_others(tmp_path, body, code, cause, sho
     assert returned == 1 and shown in err
     assert (ending(tmp_path)["cause"], ending(tmp_path)["code"], ending(tmp_path)["behind"]) == (cause, code, None)
     assert cause in (tmp_path / "rank-0.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_waiting", [True, False])
+def test_a_rank_that_waits_in_a_long_phase_for_one_that_has_ended_does_not_wait_for_its_bound(tmp_path, is_waiting):
+    """Its own work, such as a save, it brings to an end."""
+    body = """
+    watchdog.rank_info = RankInfo(0, 2)
+    watchdog.publish(logs, "s1")
+    Heartbeat(logs, "s1", RankInfo(1, 2)).write_exit_report(state, "No space left on device", None, 1)
+    with state.phase_of("the save of step 3", 60.0):
+        {}
+    """
+    work = "with state.collective('broadcast'):\n            time.sleep(30)" if is_waiting else "time.sleep(6)"
+    code, _, err = ended(start(tmp_path, body.format(work)))
+    if is_waiting:
+        assert code == 1 and re.search("^error: rank 0 .* rank 1 .* ended at step 3: No space left on device$", err)
+        assert ending(tmp_path)["behind"] == 1
+    else:
+        assert (code, err) == (0, "")
 
 
 def test_ranks_notice_that_their_launcher_died(tmp_path):

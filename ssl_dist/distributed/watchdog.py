@@ -2,7 +2,8 @@
 
 A thread observes this rank's state (heartbeat.py). When the step has not moved for the timeout, a rank first looks for
 others that show no sign of life or have reported a fault, and names them. Without such evidence it ends itself when the
-others wait for it; when it waits for others, it leaves them time for their reports, then names them and ends. This is
+others wait for it; when it waits for others, it leaves them time for their reports, then names them and ends. In a
+phase with a bound of its own, it ends after the timeout too if it waits for a rank that has reported its end. This is
 the only clock: torch's collectives have no timeout in practice, as a save may take minutes, and a phase announces its
 own bound; NCCL's handling of errors by its own threads, which may end a process before it has reported, is off.
 """
@@ -122,6 +123,8 @@ class Watchdog:
                 last_progress, stalled_s, last_beats = progress, 0.0, None
             bound = max(self.state.bound, self.timeout)
             if stalled_s <= bound:
+                if stalled_s > self.timeout + GRACE_S and heartbeat is not None and self._waits_in_vain(heartbeat):
+                    self._end(*self._blame(heartbeat, self.timeout, []), [])
                 continue
             if heartbeat is None or self.rank_info.alone:
                 self._end(self._own_fault(bound), None, [])
@@ -134,6 +137,11 @@ class Watchdog:
                     self._end(self._own_fault(bound), None, [])
                 if has_evidence or stalled_s > bound + 2 * GRACE_S:
                     self._end(*self._blame(heartbeat, bound, silent), silent)
+
+    def _waits_in_vain(self, heartbeat: Heartbeat) -> bool:
+        """Whether this rank waits for one that has reported its end. In a phase, such as a save by rank 0, the bound is
+        far off; and without a connection (a cut link, NCCL) nothing else tells it."""
+        return self.state.is_waiting and bool(heartbeat.exit_reports())
 
     def _own_fault(self, bound: float) -> str:
         return f"no progress for {bound:g} s{self._during()}, at {_position()}{self._remedy()}"
