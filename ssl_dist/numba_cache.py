@@ -41,11 +41,11 @@ def _folder() -> str:
 
 
 def digest(package: Path) -> str:
-    """Hex digits of the hash of all sources below `package` that hold compiled functions."""
+    """Hex digits of the hash of all sources below `package` that hold compiled functions or steps of them."""
     sha256 = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         source = path.read_bytes()
-        if b"njit" in source:
+        if b"njit" in source or b"numba" in source:
             sha256.update(path.relative_to(package).as_posix().encode() + b"\0" + source)
     return sha256.hexdigest()[:16]
 

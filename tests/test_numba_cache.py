@@ -27,7 +27,10 @@ def test_the_digest_follows_every_source_that_compiles(tmp_path):
     assert numba_cache.digest(tmp_path) == before
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "c.py").write_text("@njit\n")
-    assert numba_cache.digest(tmp_path) != before
+    with_sub = numba_cache.digest(tmp_path)
+    assert with_sub != before
+    (tmp_path / "steps.py").write_text("from numba.extending import intrinsic\n")
+    assert numba_cache.digest(tmp_path) != with_sub
 
 
 def plus_one(x):

@@ -3,8 +3,7 @@
 A channel becomes what Pillow and torchvision make of it as a picture of its own (mode L), rounded to its own 8 or 16
 bits after each step: of uint8 the same as in render.py, bit for bit, but for contrast, which blends each channel with
 its own mean and not with that of the luminance. Levels that a recipe names (solarize) are of 8 bits and count as 257
-each of 16. A channel takes two to five times as long as one of the three there: sums are of 64 bits, none packed in
-pairs.
+each of 16. A channel takes several times as long as one of the three there: its sums are of 64 bits, pixel by pixel.
 """
 
 import math
@@ -25,8 +24,8 @@ FRACTION = 24  # bits of the weights of a box
 
 @njit(cache=True, nogil=True)
 def _for_resize(image: np.ndarray, kept: Pair, shortest: int, bicubic: bool) -> resample.Buffers:
-    """As `resample.new_buffers`; packed: the sums at one pixel, float64 [C]; rows: [C, H, S] of the image's type; sums:
-    float64 [S]."""
+    """As `resample.new_buffers`; packed: the sums at one pixel, float64 [C]; rows: [C, H, S] of the image's type; line:
+    float64 [S], sums."""
     height, width, channels = image.shape
     taps = math.ceil((4 if bicubic else 2) * max(height / shortest, width / shortest, 1.0))
     return resample.Buffers(
@@ -73,7 +72,7 @@ def _resize_crop(
 ) -> None:
     """`resample.resize_crop` of image [H, W, C] -> out [C, S, S]. Taps beyond the crop have the weight 0."""
     top, left, height, width = crop
-    (x_start, x_weights), (y_start, y_weights), sums = buffers.x_plan, buffers.y_plan, buffers.sums
+    (x_start, x_weights), (y_start, y_weights), sums = buffers.x_plan, buffers.y_plan, buffers.line
     upright = np.bool_(False)
     x_taps = resample.plan_axis(width, resized[1], corner[1], flip, bicubic, buffers.filter, buffers.x_plan)
     y_taps = resample.plan_axis(height, resized[0], corner[0], upright, bicubic, buffers.filter, buffers.y_plan)
@@ -263,7 +262,7 @@ def _render(image: np.ndarray, recipe: np.ndarray, drawn: ViewParameters, buffer
             if recipe[draw.KERNEL] > 0:
                 blur.blur_as_torchvision(out, drawn.sigma, int(recipe[draw.KERNEL]), for_blur)
             else:
-                _blur_as_pillow(out, drawn.sigma, for_blur, for_resize.sums)
+                _blur_as_pillow(out, drawn.sigma, for_blur, for_resize.line)
         elif step == draw.SOLARIZATION and drawn.solarize:
             _solarize(planes, int(recipe[draw.THRESHOLD]) * (highest // 255), highest)
     top, left, height, width = drawn.erased

@@ -8,20 +8,15 @@ these by a level or two, and bicubic ones by more at hard edges, where the filte
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from llvmlite.ir import Constant, IntType
-from numba import types
-from numba.extending import intrinsic
 
 from ssl_dist.numba_cache import njit
+from ssl_dist.views.vectors import BITS, PACKED, PIXELS, ROWS, SPAN, filter_column, filter_span, interleave
 
-BITS = 22
 HALF = 1 << (BITS - 1)
-U, I = np.uint64, np.int32  # noqa: E741 - unsigned indices spare the test for negative ones
-
+U = np.uint64  # unsigned indices spare the test for negative ones
 
 Bool = bool | np.bool_
 Pair = tuple[int, int]  # down, right: a height and a width, or a top and a left
@@ -35,9 +30,9 @@ class Buffers(NamedTuple):
     filter: np.ndarray  # float64 [max taps], the filter at one result pixel
     x_plan: AxisPlan
     y_plan: AxisPlan
-    packed: np.ndarray  # uint64 [Wmax + max taps, 2], flat: a row of pixels as (red and green, blue)
-    rows: np.ndarray  # uint8 [3, Hmax + max taps, S], flat: the result of the horizontal pass
-    sums: np.ndarray  # int32 [S]
+    packed: np.ndarray  # uint8 [Wmax + max taps, 16], flat: the columns of a block of four rows
+    rows: np.ndarray  # uint8 [Hmax + max taps, P], flat: the result of the horizontal pass, S pixels in a row
+    line: np.ndarray  # uint8 [P], P > 3 S: a row of the result of both passes
 
 
 @njit(cache=True, inline="always")
@@ -48,53 +43,15 @@ def new_buffers(max_height: int, max_width: int, kept: Pair, shortest: int, bicu
     """
     height, width = kept
     taps = math.ceil((4 if bicubic else 2) * max(max_height / shortest, max_width / shortest, 1.0))
+    pitch = 3 * width // SPAN * SPAN + SPAN
     return Buffers(
         np.empty(taps),
         (np.empty(width, np.uint64), np.empty(width * taps, np.uint64)),
         (np.empty(height, np.uint64), np.empty(height * taps, np.uint64)),
-        np.empty((max_width + taps) * 2, np.uint64),
-        np.empty(3 * (max_height + taps) * width, np.uint8),
-        np.empty(width, np.int32),
+        np.empty((max_width + taps) * PACKED, np.uint8),
+        np.empty((max_height + taps + ROWS) * pitch, np.uint8),
+        np.empty(pitch, np.uint8),
     )
-
-
-def _intrinsic(define: Callable[..., Any]) -> Any:
-    """numba's `intrinsic`, by whose type a caller would pass the typing context, too."""
-    return intrinsic(define)
-
-
-@_intrinsic
-def _multiply_add(typingctx: Any, total: Any, pixel: Any, weight: Any) -> Any:
-    """total + pixel * weight in 32 bits; numba widens int32 arithmetic to 64 bits, which halves the speed of SIMD."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.add(arguments[0], builder.mul(arguments[1], arguments[2]))
-
-    return types.int32(types.int32, types.int32, types.int32), generate
-
-
-@_intrinsic
-def _level(typingctx: Any, total: Any) -> Any:
-    """The 8-bit level of a sum of weighted pixels, again in 32 bits."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.trunc(builder.lshr(arguments[0], Constant(IntType(32), BITS)), IntType(8))
-
-    return types.uint8(types.int32), generate
-
-
-@_intrinsic
-def _clipped_level(typingctx: Any, total: Any) -> Any:
-    """The 8-bit level of a sum of weighted pixels that may be out of range, in 32 bits, too."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        lowest, highest = (Constant(IntType(32), level) for level in (0, 255))
-        level = builder.ashr(arguments[0], Constant(IntType(32), BITS))
-        level = builder.select(builder.icmp_signed("<", level, lowest), lowest, level)
-        level = builder.select(builder.icmp_signed(">", level, highest), highest, level)
-        return builder.trunc(level, IntType(8))
-
-    return types.uint8(types.int32), generate
 
 
 @njit(cache=True, inline="always")
@@ -148,80 +105,54 @@ def plan_axis(
 
 @njit(cache=True, nogil=True)
 def resample_rows(
-    image: np.ndarray, stride: int, origin: int, width: int, span: Pair, taps: int, bicubic: bool, buffers: Buffers
+    image: np.ndarray, stride: int, origin: int, width: int, span: Pair, taps: int, buffers: Buffers
 ) -> None:
     """Horizontal pass over a span (first row, number of rows) of a crop, into the same rows of `buffers.rows`.
 
-    image: uint8, flat, `stride` bytes a row; the crop begins at byte `origin` and is `width` pixels wide. Two channels
-    share one 64-bit product: 8-bit pixels times weights that add up to 2**22 stay below 2**32. The sums of a bicubic
-    filter may be negative: then the low one has borrowed from the high one, and both need clipping. Indices into flat
-    arrays because slices in the loops would be counted references.
+    image: uint8, flat, `stride` bytes a row; the crop begins at byte `origin` and is `width` pixels wide. Four rows are
+    filtered side by side; where fewer are left, the last one takes the place of the others. Indices into flat arrays
+    because slices in the loops would be counted references.
     """
     (start, weights), packed, rows = buffers.x_plan, buffers.packed, buffers.rows
-    first_row, num_rows = span
-    size, plane = U(start.shape[0]), U(rows.shape[0] // 3)
-    for r in range(U(first_row), U(first_row + num_rows)):
-        byte = U(origin) + r * U(stride)
-        for j in range(U(0), U(2 * width), U(2)):
-            packed[j] = U(image[byte]) | U(image[byte + U(1)]) << U(32)
-            packed[j + U(1)] = U(image[byte + U(2)])
-            byte += U(3)
-        red = r * size
-        green, blue = red + plane, red + plane + plane
-        if taps == 2:
-            for x in range(size):
-                j, near, far = U(2) * start[x], weights[U(2) * x], weights[U(2) * x + U(1)]
-                rg = U(HALF | HALF << 32) + packed[j] * near + packed[j + U(2)] * far
-                b = U(HALF) + packed[j + U(1)] * near + packed[j + U(3)] * far
-                rows[red + x] = (rg >> U(BITS)) & U(255)
-                rows[green + x] = rg >> U(BITS + 32)
-                rows[blue + x] = b >> U(BITS)
-        else:
-            for x in range(size):
-                j, rg, b = U(2) * start[x], U(HALF | HALF << 32), U(HALF)
-                for k in range(x * U(taps), (x + U(1)) * U(taps)):
-                    rg += packed[j] * weights[k]
-                    b += packed[j + U(1)] * weights[k]
-                    j += U(2)
-                if bicubic:
-                    low = I(rg)
-                    rows[red + x] = _clipped_level(low)
-                    rows[green + x] = _clipped_level(I((rg - U(np.int64(low))) >> U(32)))
-                    rows[blue + x] = _clipped_level(I(b))
-                else:
-                    rows[red + x] = (rg >> U(BITS)) & U(255)
-                    rows[green + x] = rg >> U(BITS + 32)
-                    rows[blue + x] = b >> U(BITS)
+    first_row, last_row, pitch = U(span[0]), U(span[0] + span[1] - 1), U(buffers.line.shape[0])
+    for block in range(first_row, last_row + U(1), U(ROWS)):
+        first = U(origin) + block * U(stride)
+        second = U(origin) + min(block + U(1), last_row) * U(stride)
+        third = U(origin) + min(block + U(2), last_row) * U(stride)
+        fourth = U(origin) + min(block + U(3), last_row) * U(stride)
+        # Whole vectors are read up to the end of the image, not beyond
+        room = (image.shape[0] - int(fourth) - 4 * PIXELS) // 3 + PIXELS
+        vectors = U(max(min(width, room), 0) // PIXELS * PIXELS)
+        for x in range(U(0), vectors, U(PIXELS)):
+            at = U(3) * x
+            interleave(image, first + at, second + at, third + at, fourth + at, packed, U(PACKED) * x)
+        for x in range(vectors, U(width)):
+            for channel in range(U(3)):
+                at, to = U(3) * x + channel, U(PACKED) * x + channel
+                packed[to] = image[first + at]
+                packed[to + U(4)] = image[second + at]
+                packed[to + U(8)] = image[third + at]
+                packed[to + U(12)] = image[fourth + at]
+        to = block * pitch
+        for x in range(U(start.shape[0])):
+            filter_column(packed, start[x] * U(PACKED), weights, x * U(taps), U(taps), rows, to, pitch)
+            to += U(3)
 
 
 @njit(cache=True, nogil=True)
-def resample_columns(buffers: Buffers, taps: int, bicubic: bool, out: np.ndarray) -> None:
-    """Vertical pass: buffers.rows uint8 [3, R, W], flat -> out uint8 [3, S, W], flat; W is the length of the sums."""
-    (start, weights), rows, sums = buffers.y_plan, buffers.rows, buffers.sums
-    size, width, plane = U(start.shape[0]), U(sums.shape[0]), U(rows.shape[0] // 3)
-    for c in range(U(3)):
-        for y in range(size):
-            row = c * plane + start[y] * width
-            to = (c * size + y) * width
-            if taps == 2:
-                near, far = I(weights[U(2) * y]), I(weights[U(2) * y + U(1)])
-                for x in range(width):
-                    total = _multiply_add(I(HALF), I(rows[row + x]), near)
-                    out[to + x] = _level(_multiply_add(total, I(rows[row + width + x]), far))
-            else:
-                for x in range(width):
-                    sums[x] = I(HALF)
-                for t in range(U(taps)):
-                    weight = I(weights[y * U(taps) + t])
-                    for x in range(width):
-                        sums[x] = _multiply_add(sums[x], I(rows[row + x]), weight)
-                    row += width
-                if bicubic:
-                    for x in range(width):
-                        out[to + x] = _clipped_level(sums[x])
-                else:
-                    for x in range(width):
-                        out[to + x] = _level(sums[x])
+def resample_columns(buffers: Buffers, taps: int, out: np.ndarray) -> None:
+    """Vertical pass: buffers.rows -> out uint8 [3, S, W], flat."""
+    (start, weights), rows, line = buffers.y_plan, buffers.rows, buffers.line
+    height, width, pitch = U(start.shape[0]), U(buffers.x_plan[0].shape[0]), U(line.shape[0])
+    green, blue = height * width, U(2) * height * width
+    for y in range(height):
+        for x in range(U(0), pitch, U(SPAN)):
+            filter_span(rows, start[y] * pitch + x, pitch, weights, y * U(taps), U(taps), line, x)
+        to = y * width
+        for x in range(width):
+            out[to + x] = line[U(3) * x]
+            out[to + green + x] = line[U(3) * x + U(1)]
+            out[to + blue + x] = line[U(3) * x + U(2)]
 
 
 @njit(cache=True, inline="always")
@@ -257,8 +188,8 @@ def resize_crop(
     stride = 3 * image.shape[1]
     origin = top * stride + 3 * left
     flat = image.reshape(image.size)
-    resample_rows(flat, stride, origin, width, (first_row, num_rows), x_taps, bicubic, buffers)
-    resample_columns(buffers, y_taps, bicubic, out.reshape(out.size))
+    resample_rows(flat, stride, origin, width, (first_row, num_rows), x_taps, buffers)
+    resample_columns(buffers, y_taps, out.reshape(out.size))
 
 
 @njit(cache=True, nogil=True)
