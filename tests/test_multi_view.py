@@ -46,6 +46,30 @@ def test_they_are_the_views_of_the_trainings():
     assert plain.shape == (3, 3, 24, 24) and 0 <= plain.min() < plain.max() <= 1
 
 
+@pytest.mark.parametrize("recipe", ["simclr", [{"num": 1, "size": 24}, {"num": 2, "size": 16}]])
+def test_levels_become_the_same_floats_on_the_device_of_the_loop(recipe):
+    """In a batch of the loader's; and a MultiView of levels may have become floats in a process before."""
+    floats = ssl_dist.MultiView(recipe, size=24, normalize=(MEAN, STD))
+    levels = ssl_dist.MultiView(recipe, size=24, normalize=(MEAN, STD), dtype=torch.uint8)
+    [[expected, _]], [[made, _]] = (DataLoader(views.over(Photos()), 5) for views in (floats, levels))
+    for group, pixels in zip(*([batch] if recipe == "simclr" else batch for batch in (expected, made)), strict=True):
+        assert pixels.dtype == torch.uint8 and pixels.shape == group.shape
+        assert torch.equal(levels.to_float(pixels), group)
+    shape = (2, 3, 3, 24, 24)
+    assert levels.to_float(torch.empty(shape, dtype=torch.uint8, device="meta")).shape == shape
+
+
+def test_the_dtype_is_that_of_the_images():
+    deep = picture(40, 30).astype(np.uint16)
+    groups = [{"random_resized_crop": {}}]
+    assert ssl_dist.MultiView(groups, size=8, dtype=torch.uint16)(deep).dtype == torch.uint16
+    for dtype, image in ((torch.uint8, deep), (torch.uint16, picture(40, 30))):
+        with pytest.raises(UserError, match=f"^dtype = {dtype}: .* torch.uint.*; give this, or torch.float32$"):
+            ssl_dist.MultiView(groups, size=8, dtype=dtype)(image)
+    with pytest.raises(UserError, match=r"^dtype = torch\.float16: give torch\.float32, torch\.uint8"):
+        ssl_dist.MultiView(dtype=torch.float16)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_neither_workers_nor_order_change_a_view(workers):
     views = ssl_dist.MultiView(num=2, size=16)

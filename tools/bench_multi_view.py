@@ -1,11 +1,12 @@
 """Images a second of a DataLoader that makes SimCLR's views: ssl_dist.MultiView beside torchvision's transforms (v2) on
-PIL images, and lightly's where it is installed, interleaved in one run.
+PIL images, and lightly's where it is installed, interleaved in one run; and levels in place of floats.
 
     python tools/bench_multi_view.py
     python tools/bench_multi_view.py --images FOLDER --views 8 --workers 8
 
 Every side gets the same JPEG files, which Pillow decodes once an image; the recipe is SimCLR's with its blur, and
-tensors are normalised. A round passes all images through each side once; the table has the medians of the rounds.
+tensors are normalised: in the workers, and for `dtype=torch.uint8` by the loop (`MultiView.to_float`), which waits for
+batches otherwise. A round passes all images through each side once; the table has the medians of the rounds.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from ssl_dist import outcome
 from ssl_dist.run.embedder import IMAGENET, files_of
 
 MEAN, STD = IMAGENET.mean, IMAGENET.std
+FLOATS, LEVELS = "ssl_dist.MultiView", "the same, uint8"
 
 
 class Photos(Dataset):
@@ -90,9 +92,11 @@ def main() -> int:
                 Image.fromarray(pixels).save(Path(folder, f"{number:05d}.jpg"), quality=90)
         files = files_of(options.images or folder)
         views = ssl_dist.MultiView("simclr", options.views, options.size, (MEAN, STD))
+        levels = ssl_dist.MultiView("simclr", options.views, options.size, (MEAN, STD), dtype=torch.uint8)
         sides: dict[str, Dataset] = {
             "torchvision v2": Photos(files, by_torchvision(options.size, options.views)),
-            "ssl_dist.MultiView": views.over(Photos(files)),
+            FLOATS: views.over(Photos(files)),
+            LEVELS: levels.over(Photos(files)),
         }
         if lightly := by_lightly(options.size, options.views):
             sides["lightly"] = Photos(files, lightly)
@@ -102,7 +106,8 @@ def main() -> int:
             for name, dataset in sides.items():
                 loader = DataLoader(dataset, 32, num_workers=options.workers)
                 begin = time.perf_counter()
-                assert sum(len(batch) for batch in loader) == len(files)
+                floats = (levels.to_float(batch) if name == LEVELS else batch for batch in loader)
+                assert sum(len(batch) for batch in floats) == len(files)
                 rates[name].append(len(files) / (time.perf_counter() - begin))
     print(f"{len(files)} images, {options.views} views of {options.size} px, {options.workers} workers")
     base = statistics.median(rates["torchvision v2"])
@@ -112,9 +117,15 @@ def main() -> int:
     if "lightly" not in sides:
         print("lightly is not installed")
     what = f"images a second of a DataLoader, {len(files):,} images, {options.views} views of SimCLR, {options.size} px"
-    ours = rates.pop("ssl_dist.MultiView")
-    result = rows.beside(ours, {f"of {name}": values for name, values in rates.items()}, is_rate=True)
-    rows.show([(f"{what}, {options.workers} worker(s)", result)])
+    ours = {name: rates.pop(name) for name in (FLOATS, LEVELS)}
+    others = {f"of {name}": values for name, values in rates.items()}
+    moved = {FLOATS: "", LEVELS: ", moved as uint8"}
+    rows.show(
+        [
+            (f"{what}, {options.workers} worker(s){moved[name]}", rows.beside(ours[name], others, is_rate=True))
+            for name in ours
+        ]
+    )
     return 0
 
 

@@ -24,9 +24,8 @@ from torch.utils.data import Dataset
 
 from ssl_dist.config import Normalize, validate
 from ssl_dist.config.recipe import ViewGroup
-from ssl_dist.data.normalize import Channels, normalized, of_channels
+from ssl_dist.data.normalize import LEVELS, Channels, normalized, of_channels
 from ssl_dist.data.pillow import upright_pixels
-from ssl_dist.device import CPU
 from ssl_dist.errors import UserError, did_you_mean, quoted
 from ssl_dist.views import MAX_CHANNELS, Images, PixelFormat, make_views, view_specs
 from ssl_dist.views.pixels import refuse_steps_of_colour
@@ -52,12 +51,12 @@ RECIPES: dict[str, list[Recipe]] = {
 
 
 class MultiView:
-    """K views of an image, float32 [K, C, S, S], in [0, 1] or normalised.
+    """K views of an image, [K, C, S, S]: float32 in [0, 1] or normalised, or their levels.
 
     recipe: a name (relational, simclr, vicreg), or one or several groups as `views.groups` of a config has them; num:
     K, where the recipe leaves it open. Groups of different sizes give a list, a tensor a group. size: S of groups that
-    name none. normalize: mean and standard deviation of the channels of pixels in [0, 1]. Raises `UserError` for a
-    recipe that is none.
+    name none. normalize: mean and standard deviation of the channels of pixels in [0, 1]. dtype: float32, or that
+    of the images, uint8 or uint16, which leaves the rest to `to_float`. Raises `UserError` for a recipe that is none.
     """
 
     def __init__(
@@ -67,6 +66,7 @@ class MultiView:
         size: int = 224,
         normalize: tuple[Channels, Channels] | Normalize | None = None,
         seed: int = 0,
+        dtype: torch.dtype = torch.float32,
     ):
         if isinstance(recipe, str) and recipe not in RECIPES:
             raise UserError(
@@ -76,6 +76,9 @@ class MultiView:
         groups = [*given] if isinstance(given, Sequence) else [given]
         if not groups or not all(isinstance(group, Mapping) for group in groups):
             raise UserError(f"recipe = {quoted(recipe)}: give a name, or one or several dicts as views.groups has them")
+        if dtype != torch.float32 and dtype not in LEVELS:
+            raise UserError(f"dtype = {quoted(dtype)}: give torch.float32, torch.uint8 or torch.uint16")
+        self.dtype = dtype
         num, size, self.seed = _whole("num", num, 1), _whole("size", size, 1), _whole("seed", seed)
         parsed = [validate(ViewGroup, dict(group), f"recipe[{n}].") for n, group in enumerate(groups)]
         num_views = sum(group.num or num for group in parsed)
@@ -93,18 +96,24 @@ class MultiView:
         pixels = _pixels(image)
         if index is None:
             index = int.from_bytes(hashlib.blake2b(pixels.tobytes(), digest_size=7).digest())
-        made = [part[:, 0] for part in self.batch(pixels[None], [index])]
-        channels = pixels.shape[2]
+        parts = [part[:, 0] for part in self.batch(pixels[None], [index])]
+        if self.dtype == torch.float32:
+            parts = [self.to_float(part) for part in parts]
+        elif self.dtype != parts[0].dtype:
+            raise UserError(f"dtype = {self.dtype}: the images are of {parts[0].dtype}; give this, or torch.float32")
+        if len({spec.size for spec in self.specs}) > 1:
+            return parts
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def to_float(self, levels: Tensor) -> Tensor:
+        """float32 of views uint8 or uint16 [..., C, S, S], on their device: in [0, 1], or normalised."""
+        channels = levels.shape[-3]
         constants = self._constants or Normalize(mean=(0.0,) * channels, std=(1.0,) * channels)
         if len(constants.mean) != channels:
             raise UserError(
                 f"normalize: is of {len(constants.mean)} channels, and the image has {channels}; give as many"
             )
-        to_float = _to_float(constants.mean, constants.std)
-        parts = [to_float(part) for part in made]
-        if len({spec.size for spec in self.specs}) > 1:
-            return parts
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return _to_float(constants.mean, constants.std, levels.device)(levels)
 
     def batch(self, pixels: np.ndarray, indices: Sequence[int] | np.ndarray) -> list[Tensor]:
         """The views of images uint8 or uint16 [B, H, W, C] with these numbers in the data set: [K, B, C, S, S] of their
@@ -150,9 +159,9 @@ class Views(Dataset):
 
 
 @functools.lru_cache(maxsize=8)
-def _to_float(mean: Channels, std: Channels) -> Callable[[Tensor], Tensor]:
+def _to_float(mean: Channels, std: Channels, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Kept, for the table behind it; not by a `MultiView`, which workers that are spawned get pickled."""
-    return normalized(Normalize(mean=mean, std=std), torch.float32, CPU, torch.contiguous_format)
+    return normalized(Normalize(mean=mean, std=std), torch.float32, device, torch.contiguous_format)
 
 
 def _whole(name: str, value: Any, least: int | None = None) -> int:
