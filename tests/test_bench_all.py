@@ -23,6 +23,7 @@ FAKES = {
     "bench_failing": "import sys\nprint('| case | 3 ms |')\nsys.exit('a rank has died')",
     "bench_silent": "print('case: 3 ms')",
     "bench_empty": "print('| first | 3 ms |')\nprint('| second | nanx of 3 ms |')",
+    "bench_rival": "import sys\nprint('| beside', sys.argv[1][-3:], '| 6 ms |')",
     "bench_data": "import sys\nprint('| of', sys.argv[1][-6:], '| 4 ms |')",
 }
 
@@ -39,6 +40,7 @@ def root(tmp_path, monkeypatch):
         subprocess.run([*git, *words], check=True)
     benches = {"bench_good": Bench(["", "--more words"], "--few"), "bench_failing": Bench([""], "")}
     benches |= {"bench_silent": Bench([""], ""), "bench_empty": Bench([""], ""), "bench_data": Bench(["CIFAR10"], "")}
+    benches |= {"bench_rival": Bench(["FFCV_SSL"], "")}
     monkeypatch.setattr(bench_all, "ROOT", tmp_path)
     monkeypatch.setattr(bench_all, "BENCHES", benches)
     return tmp_path
@@ -62,8 +64,8 @@ def test_rows_of_others_are_kept_and_failures_have_none(root, digits, capfd):
     page = root / "docs" / "benchmarks.md"
     write(page, *map(old_row, bench_all.BENCHES))
     assert run("--only", "bench_good", "bench_failing", "bench_silent", "bench_empty") == 1
-    good, more, kept = bench_all.read(page)
-    assert kept == old_row("bench_data")
+    good, more, *kept = bench_all.read(page)
+    assert kept == [old_row("bench_data"), old_row("bench_rival")]
     assert good[:3] == ("case of 1 words", "2 ms", "python tools/bench_good.py")
     assert more[:3] == ("case of 3 words", "2 ms", "python tools/bench_good.py --more words")
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", good.date) and re.fullmatch(r"[0-9a-f]{7,}", good.commit)
@@ -74,10 +76,12 @@ def test_rows_of_others_are_kept_and_failures_have_none(root, digits, capfd):
     assert "no row: without a figure: | second | nanx of 3 ms |" in said
 
     (root / "tools" / "bench_good.py").write_text("print('| case | 5 ms |')\n")
-    assert run("--only", "bench_good", "bench_data", "--cifar10", digits) == 0
-    good, _, data = bench_all.read(page)
+    folders = ["--cifar10", digits, "--ffcv-ssl", root / "ssl"]
+    assert run("--only", "bench_good", "bench_data", "bench_rival", *folders) == 0
+    good, _, data, rival = bench_all.read(page)
     assert good.result == "5 ms" and good.commit == f"{more.commit} + changes"
     assert data[:3] == ("of digits", "4 ms", "python tools/bench_data.py data/cifar10")
+    assert rival[:3] == ("beside ssl", "6 ms", "python tools/bench_rival.py ffcv-ssl")
 
 
 def test_quick_figures_stay_out_of_docs(root, capfd):
@@ -91,13 +95,14 @@ def test_quick_figures_stay_out_of_docs(root, capfd):
     assert page.read_text() == before and len(bench_all.read(root / "quick.md")) == 1
 
 
-def test_a_mistake_is_one_line_before_anything_is_measured(root, capfd):
+def test_a_mistake_is_one_line_before_anything_is_measured(root, digits, capfd):
     write(root / "broken.md", old_row("bench_good"))
     (root / "broken.md").write_text((root / "broken.md").read_text().replace("machine 1 |", "machine 2 |"))
     for words, line in (
         (["--only", "bench_god"], "--only bench_god: did you mean 'bench_good'?"),
         ([], "--cifar10: bench_data needs it"),
         (["--cifar10", "nowhere"], "data.root = 'nowhere'"),
+        (["--cifar10", digits], "--ffcv-ssl: bench_rival needs it; give the folder in which pip"),
         (["--only", "bench_good", "--out", root / "broken.md"], f"{root}/broken.md line "),
     ):
         assert run(*words) == 2

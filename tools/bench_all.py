@@ -1,6 +1,6 @@
 """All benchmarks, one after the other, and docs/benchmarks.md, the page of what they found.
 
-    python tools/bench_all.py --cifar10 data/cifar10
+    python tools/bench_all.py --cifar10 data/cifar10 --photos FOLDER --ffcv-ssl FOLDER
     python tools/bench_all.py --cifar10 data/cifar10 --only bench_step bench_views
 
 --only: the rows of the other benchmarks stay as they are, each with its date, commit and machine. A command that fails
@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +32,20 @@ from ssl_dist.storage.durable import atomic_write_or_refuse
 from ssl_dist.text_table import as_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
-CIFAR10 = "CIFAR10"  # among the arguments: the folder
+CIFAR10, PHOTOS, FFCV_SSL = "CIFAR10", "PHOTOS", "FFCV_SSL"  # among the arguments: folders
+
+
+class Folder(NamedTuple):
+    option: str
+    about: str
+    shown: str  # in the page
+
+
+FOLDERS = {
+    CIFAR10: Folder("--cifar10", "that `ssl-dist convert` wrote", "data/cifar10"),
+    PHOTOS: Folder("--photos", "of JPEG photographs, as `ssl-dist convert folder` reads it", "photos"),
+    FFCV_SSL: Folder("--ffcv-ssl", "in which pip has installed FFCV-SSL (tools/bench_loader.py)", "ffcv-ssl"),
+}
 
 
 class Bench(NamedTuple):
@@ -42,7 +55,13 @@ class Bench(NamedTuple):
 
 BENCHES = {
     "bench_views": Bench([""], "--rounds 1"),
-    "bench_multi_view": Bench(["", "--views 8"], "--count 8 --size 32 --rounds 1 --workers 1"),
+    "bench_multi_view": Bench(
+        [f"--images {PHOTOS}", f"--images {PHOTOS} --views 8"], "--count 8 --size 32 --rounds 1 --workers 1"
+    ),
+    "bench_loader": Bench(
+        [f"--images {PHOTOS} --ffcv-ssl {FFCV_SSL} --views {views}" for views in (2, 8)],
+        "--count 8 --size 32 --batch 4 --rounds 1 --threads 1",
+    ),
     "bench_step": Bench(
         [
             f"--data {CIFAR10}",
@@ -89,11 +108,10 @@ WITHOUT_ROW = {
 HEAD = """\
 # Benchmarks
 
-Speed and memory beside other programs, as `python tools/bench_all.py --cifar10 data/cifar10` measured them and wrote
-this page. Times are wall time unless CPU time is named. What stands beside one another is the median of rounds in which
-the sides take turns, and the range behind a ratio is that of the rounds. Ratios depend on the processor: each row names
-its machine, which stands below. What is compared, and how, is said at the beginning of each file.
-[Measured](measured.md) has the accuracies.
+Speed and memory beside other programs, as `python tools/bench_all.py` measured them and wrote this page. Times are wall
+time unless CPU time is named. What stands beside one another is the median of rounds in which the sides take turns, and
+the range behind a ratio is that of the rounds. Ratios depend on the processor: each row names its machine, which stands
+below. What is compared, and how, is said at the beginning of each file. [Measured](measured.md) has the accuracies.
 """
 COLUMNS = ("what", "result", "command", "measured")
 HEADING = as_markdown(COLUMNS, [])[0]
@@ -119,7 +137,8 @@ class Row(NamedTuple):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cifar10", type=Path, metavar="FOLDER", help="that `ssl-dist convert` wrote")
+    for option, about, _ in FOLDERS.values():
+        parser.add_argument(option, type=Path, metavar="FOLDER", help=about)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="such as bench_step (default: all)")
     parser.add_argument("--quick", action="store_true", help="the smallest inputs")
     parser.add_argument("--out", type=Path, help="page to write (default: docs/benchmarks.md; none with --quick)")
@@ -134,8 +153,11 @@ def main() -> int:
     }
     if arguments.cifar10:
         manifest.load(arguments.cifar10)  # one that is missing shows before an hour of measuring
-    elif name := next((name for name, all_words in commands.items() if CIFAR10 in " ".join(all_words)), None):
-        raise UserError(f"--cifar10: {name} needs it; give the folder that `ssl-dist convert` wrote")
+    folders = {CIFAR10: arguments.cifar10, PHOTOS: arguments.photos, FFCV_SSL: arguments.ffcv_ssl}
+    for word, folder in folders.items():
+        name = next((name for name, all_words in commands.items() if word in " ".join(all_words).split()), None)
+        if name and folder is None:
+            raise UserError(f"{FOLDERS[word].option}: {name} needs it; give the folder {FOLDERS[word].about}")
     out = arguments.out or (None if arguments.quick else ROOT / "docs" / "benchmarks.md")
     if arguments.quick and out and out.resolve().is_relative_to(ROOT / "docs"):
         raise UserError(f"--out {out}: --quick measures nothing that docs/ could show; give a file elsewhere")
@@ -145,10 +167,11 @@ def main() -> int:
     for name, all_words in commands.items():
         rows = [row for row in rows if row.bench != name]
         for words in all_words:
-            command = f"python tools/{name}.py {words.replace(CIFAR10, 'data/cifar10')}".rstrip()
+            shown = [FOLDERS[word].shown if word in FOLDERS else word for word in words.split()]
+            command = " ".join(["python", f"tools/{name}.py", *shown])
             print(f"{command}:", end=" ", file=sys.stderr, flush=True)
             start = time.monotonic()
-            found, flaw = measured(name, words, arguments.cifar10)
+            found, flaw = measured(name, words, folders)
             print(f"{time.monotonic() - start:.0f} s{flaw}", file=sys.stderr, flush=True)
             has_failed |= bool(flaw)
             rows += [Row(what, result, command, *where_and_when) for what, result in found]
@@ -161,9 +184,9 @@ def main() -> int:
     return 1 if has_failed else 0
 
 
-def measured(name: str, arguments: str, cifar10: Path | None) -> tuple[list[tuple[str, str]], str]:
+def measured(name: str, arguments: str, folders: Mapping[str, Path | None]) -> tuple[list[tuple[str, str]], str]:
     """(what, result) of every row that a benchmark printed; or none, and why not."""
-    words = [str(cifar10.resolve()) if word == CIFAR10 and cifar10 else word for word in arguments.split()]
+    words = [str(folder.resolve()) if (folder := folders.get(word)) else word for word in arguments.split()]
     # The number of threads is the benchmark's to choose: another one would not stand in the command.
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
     command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *words]
