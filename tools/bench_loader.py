@@ -1,18 +1,22 @@
-"""Images a second of a loader that makes views of an FFCV file: ours beside FFCV-SSL's, interleaved.
+"""Images a second of a training's loader: ours on an FFCV file, beside a DataLoader of torchvision's transforms (v2) on
+the same images as files, and FFCV-SSL's loader on the same FFCV file, interleaved.
 
     python tools/bench_loader.py [--views 8] [--images FOLDER]
     pip install --no-deps --target FOLDER https://github.com/facebookresearch/FFCV-SSL/archive/refs/heads/main.zip
     python tools/bench_loader.py --ffcv-ssl FOLDER
 
-Both read one .beton file of JPEG images, in random order, and give uint8 views: a random resized crop, a flip, colour
-jitter, grayscale. No blur: FFCV-SSL's leaves its compiled code for SciPy. Ours decodes an image once; FFCV-SSL has a
-decoder for each view. A turn is a pass over all images in a process that lives on; the two take turns, after one that
-compiles. The table has medians: images by wall time, and views by the CPU time of all threads. Without --ffcv-ssl ours
-is measured alone. --images: a folder as `ssl-dist convert folder` reads it (default: smooth noise of 500 x 400 pixels).
+All give uint8 views of JPEG images in random order: a random resized crop, a flip, colour jitter, grayscale. No blur:
+FFCV-SSL's leaves its compiled code for SciPy. Ours and torchvision's side decode an image once; FFCV-SSL has a decoder
+for each view. A turn is a pass over all images, by as many threads or workers, in a process that lives on; the sides
+take turns, after one turn that compiles. The table has medians: images by wall time, and views by the CPU time of all
+threads and workers. --images: a folder as `ssl-dist convert folder` reads it, with JPEG files alone (default: smooth
+noise of 500 x 400 pixels, which decodes faster than photographs).
 """
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -45,9 +49,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-loader-") as name, ExitStack() as stack:
         file = beton(Path(name), options)
-        sides = {"ours": started("ours", file, options, stack)}
-        if options.ffcv_ssl is not None:
-            sides["FFCV-SSL"] = started("FFCV-SSL", file, options, stack)
+        names = [name for name in SIDES if name != "FFCV-SSL" or options.ffcv_ssl is not None]
+        sides = {name: started(name, file, options, stack) for name in names}
         rates: dict[str, list[float]] = {side: [] for side in sides}
         efforts: dict[str, list[float]] = {side: [] for side in sides}
         for number in range(1 + options.rounds):
@@ -57,21 +60,18 @@ def main() -> None:
                     rates[side].append(images / seconds)
                     efforts[side].append(images * options.views / cpu_seconds)
     print(f"{images} images, {options.views} views of {options.size} px, {options.threads} threads; medians")
-    print(f"{'':<10} {'images/s':>10} {'views per CPU-second':>22}")
+    print(f"{'':<14} {'images/s':>10} {'views per CPU-second':>22}")
     for side in sides:
-        print(f"{side:<10} {statistics.median(rates[side]):10.1f} {statistics.median(efforts[side]):22.0f}")
-    case = f"of a loader of a .beton file, {options.views} views of {options.size} px, {options.threads} thread(s)"
-    found = [(f"images a second {case}", against(rates)), (f"views per CPU-second {case}", against(efforts))]
-    rows.show(found)
+        print(f"{side:<14} {statistics.median(rates[side]):10.1f} {statistics.median(efforts[side]):22.0f}")
+    case = (
+        f"of a training's loader, JPEG images, {options.views} views of {options.size} px, {options.threads} thread(s)"
+    )
+    rows.show([(f"images a second {case}", against(rates)), (f"views per CPU-second {case}", against(efforts))])
 
 
 def against(values: dict[str, list[float]]) -> str:
-    ours = values.pop("ours")
-    return rows.beside(ours, {f"of {name}": v for name, v in values.items()}, is_rate=True) if values else alone(ours)
-
-
-def alone(ours: list[float]) -> str:
-    return rows.figure(statistics.median(ours))
+    others = {f"of {name}": v for name, v in values.items() if name != "ours"}
+    return rows.beside(values["ours"], others, is_rate=True)
 
 
 def beton(folder: Path, options: argparse.Namespace) -> Path:
@@ -89,7 +89,12 @@ def beton(folder: Path, options: argparse.Namespace) -> Path:
     completed = subprocess.run([sys.executable, "-m", "ssl_dist", *words], capture_output=True, text=True)
     if completed.returncode:
         sys.exit(completed.stderr[-3000:])
-    return folder / "data" / "train.beton"
+    file = folder / "data" / "train.beton"
+    listed = folder / "data" / "train-files.txt"  # of the images, below the folder of the split
+    names = [str(path.resolve()) for path in sorted((source / "train").rglob("*")) if path.is_file()]
+    assert len(names) == len(listed.read_text().splitlines()), "files that are no images"
+    file.with_name("files.txt").write_text("\n".join(names))
+    return file
 
 
 def started(side: str, file: Path, options: argparse.Namespace, stack: ExitStack) -> subprocess.Popen:
@@ -129,15 +134,22 @@ WORKER = "import sys, bench_loader; bench_loader.work(sys.argv[1], sys.argv[2], 
 
 def work(side: str, file: str, views: int, size: int, batch: int, threads: int) -> None:
     """Make a pass for every line that comes in."""
-    one_pass = (ours if side == "ours" else ffcv_ssl)(file, views, size, batch, threads)
+    one_pass = SIDES[side](file, views, size, batch, threads)
     for _ in sys.stdin:
-        begin, cpu = time.perf_counter(), time.process_time()
+        begin, cpu = time.perf_counter(), cpu_seconds()
         images = sum(one_pass())
-        print(json.dumps([images, time.perf_counter() - begin, time.process_time() - cpu]), flush=True)
+        print(json.dumps([images, time.perf_counter() - begin, cpu_seconds() - cpu]), flush=True)
+
+
+def cpu_seconds() -> float:
+    """Of this process and of its workers."""
+    stats = [Path(f"/proc/{child.pid}/stat").read_text() for child in multiprocessing.active_children()]
+    ticks = sum(int(number) for stat in stats for number in stat.rpartition(")")[2].split()[11:13])  # utime, stime
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def ours(file: str, num_views: int, size: int, batch: int, threads: int) -> Callable[[], Iterator[int]]:
-    """The loader of a training."""
+    """The loader of a training, begun anew for each pass: what it makes ahead would be made in the turn of others."""
     from ssl_dist import config, views
     from ssl_dist.data.loader import TrainLoader
     from ssl_dist.distributed.rank import RankInfo
@@ -157,10 +169,45 @@ def ours(file: str, num_views: int, size: int, batch: int, threads: int) -> Call
     plan = derive(config.load(str(CONFIG), overrides), RankInfo())
     for spec in plan.specs:
         views.warm_up(spec, plan.split.pixels)
-    steps = plan.order.steps_per_epoch
-    loader = TrainLoader(plan.open_reader(), plan.order, plan.specs, plan.grid, 0, threads, False)
-    batches = loader.batches(0, 10**9)  # endless
-    return lambda: (len(next(batches).image_ids) for _ in range(steps))
+    steps, passes = plan.order.steps_per_epoch, itertools.count()
+
+    def one_pass() -> Iterator[int]:
+        start = steps * next(passes)
+        with TrainLoader(plan.open_reader(), plan.order, plan.specs, plan.grid, 0, threads, False) as loader:
+            for made in loader.batches(start, start + steps):
+                yield len(made.image_ids)
+
+    return one_pass
+
+
+def torchvision(file: str, num_views: int, size: int, batch: int, threads: int) -> Callable[[], Iterator[int]]:
+    """A DataLoader whose workers decode with Pillow and live on."""
+    import torch
+    from PIL import Image
+    from torch.utils.data import DataLoader, Dataset
+    from torchvision.transforms import v2
+
+    one = v2.Compose(
+        [
+            v2.RandomResizedCrop(size, scale=SCALE),
+            v2.RandomHorizontalFlip(FLIP),
+            v2.RandomApply([v2.ColorJitter(*JITTER[1:])], p=JITTER[0]),
+            v2.RandomGrayscale(GRAYSCALE),
+            v2.PILToTensor(),
+        ]
+    )
+    files = Path(file).with_name("files.txt").read_text().splitlines()
+
+    class Photos(Dataset):
+        def __len__(self) -> int:
+            return len(files)
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            image = Image.open(files[index]).convert("RGB")
+            return torch.stack([one(image) for _ in range(num_views)])
+
+    loader = DataLoader(Photos(), batch, shuffle=True, drop_last=True, num_workers=threads, persistent_workers=True)
+    return lambda: (len(views) for views in loader)
 
 
 def ffcv_ssl(file: str, num_views: int, size: int, batch: int, threads: int) -> Callable[[], Iterator[int]]:
@@ -192,6 +239,8 @@ def ffcv_ssl(file: str, num_views: int, size: int, batch: int, threads: int) -> 
     )
     return lambda: (len(batch[0]) for batch in loader)
 
+
+SIDES = {"ours": ours, "torchvision v2": torchvision, "FFCV-SSL": ffcv_ssl}
 
 if __name__ == "__main__":
     sys.exit(outcome.of_program(main))
