@@ -1,7 +1,7 @@
 """All benchmarks, one after the other, and docs/benchmarks.md, the page of what they found.
 
-    python tools/bench_all.py --cifar10 data/cifar10 --photos FOLDER --ffcv-ssl FOLDER
-    python tools/bench_all.py --cifar10 data/cifar10 --only bench_step bench_views
+    python tools/bench_all.py --cifar10 data/cifar10 --photos FOLDER --ffcv-ssl FOLDER --official FOLDER
+    python tools/bench_all.py --cifar10 data/cifar10 --only bench_extract bench_views
 
 --only: the rows of the other benchmarks stay as they are, each with its date, commit and machine. A command that fails
 has no row, also none of before, and the exit code is 1. The page is written after every benchmark. --quick runs the
@@ -32,7 +32,7 @@ from ssl_dist.storage.durable import atomic_write_or_refuse
 from ssl_dist.text_table import as_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
-CIFAR10, PHOTOS, FFCV_SSL = "CIFAR10", "PHOTOS", "FFCV_SSL"  # among the arguments: folders
+CIFAR10, PHOTOS, FFCV_SSL, OFFICIAL = "CIFAR10", "PHOTOS", "FFCV_SSL", "OFFICIAL"  # among the arguments: folders
 
 
 class Folder(NamedTuple):
@@ -45,6 +45,7 @@ FOLDERS = {
     CIFAR10: Folder("--cifar10", "that `ssl-dist convert` wrote", "data/cifar10"),
     PHOTOS: Folder("--photos", "of JPEG photographs, as `ssl-dist convert folder` reads it", "photos"),
     FFCV_SSL: Folder("--ffcv-ssl", "in which pip has installed FFCV-SSL (tools/bench_loader.py)", "ffcv-ssl"),
+    OFFICIAL: Folder("--official", "that is a checkout of the official code (tools/bench_step.py)", "official"),
 }
 
 
@@ -66,6 +67,10 @@ BENCHES = {
         [
             f"--data {CIFAR10}",
             f"--data {CIFAR10} --backbone resnet32 --views 8 --environments tuned",
+            *(
+                f"--data {CIFAR10} --environments tuned --beside official --official {OFFICIAL}{case}"
+                for case in ("", " --backbone resnet32 --views 8")
+            ),
             f"--data {CIFAR10} --beside compiled --environments tuned",
         ],
         f"--data {CIFAR10} --reader arrays --views 2 --images 8 --rounds 1 --steps 1 --environments tuned",
@@ -153,7 +158,8 @@ def main() -> int:
     }
     if arguments.cifar10:
         manifest.load(arguments.cifar10)  # one that is missing shows before an hour of measuring
-    folders = {CIFAR10: arguments.cifar10, PHOTOS: arguments.photos, FFCV_SSL: arguments.ffcv_ssl}
+    given = arguments.cifar10, arguments.photos, arguments.ffcv_ssl, arguments.official
+    folders = dict(zip(FOLDERS, given, strict=True))
     for word, folder in folders.items():
         name = next((name for name, all_words in commands.items() if word in " ".join(all_words).split()), None)
         if name and folder is None:

@@ -7,10 +7,15 @@ concatenation block after block, Linear-BatchNorm-LeakyReLU-Linear, focal BCE, o
 `ssl_dist train` on the same images, eager, fp32, with its own loader. Both read a data set that `ssl-dist convert`
 wrote. Each side is a process of its own; the two take turns in one run, in the default environment and in the one that
 the launch scripts set (allocator and idle threads, which help the port as well). Wall time, medians, ratios.
---beside compiled: the same loop with `compile=true` in the port's place.
+--beside compiled: the same loop with `compile=true` in the port's place. --beside official: the official code's own
+dataset, transforms, network and training loop, out of a checkout:
+
+    git clone https://github.com/mpatacchiola/self-supervised-relational-reasoning official
+    python tools/bench_step.py --data data/cifar10 --beside official --official official
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -37,7 +42,12 @@ TUNED = {
     "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592",
 }
 ENVIRONMENTS = {"default": {}, "tuned": TUNED}
-OTHERS = {"port": "of a port of the official loop", "compiled": "with compile=true"}
+OTHERS = {
+    "port": "of a port of the official loop",
+    "official": "of the official code's own files",
+    "compiled": "with compile=true",
+}
+LOOP = "methods/relationnet.py"  # of the official code
 SKIPPED = 3  # steps at the start of a turn that live on batches made ahead
 
 
@@ -52,8 +62,12 @@ def main() -> None:
     parser.add_argument("--reader", choices=["ffcv", "arrays"], default="ffcv", help="of our side")
     parser.add_argument("--environments", nargs="+", choices=list(ENVIRONMENTS), default=list(ENVIRONMENTS))
     parser.add_argument("--beside", choices=list(OTHERS), default="port")
+    parser.add_argument("--official", type=Path, metavar="FOLDER", help="checkout of the official code")
     parser.add_argument("--worker", choices=list(SIDES), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.beside == "official" and not (arguments.official and (arguments.official / LOOP).exists()):
+        given = f" {arguments.official}" if arguments.official else ""
+        raise UserError(f"--official{given}: give a checkout of the official code, which has {LOOP}")
     if arguments.worker:
         serve(SIDES[arguments.worker](arguments))
         return
@@ -225,6 +239,50 @@ class Port:
         (torch.round(p) == target).float().mean().item()
 
 
+class Official:
+    """The official code's own files. Left out: the download of CIFAR-10, and memory pinned for a GPU."""
+
+    def __init__(self, arguments):
+        sys.path.insert(0, str(arguments.official.resolve()))
+        import torch
+        from datamanager import DataManager, MultiCIFAR10
+        from methods.relationnet import Model
+
+        self.steps = arguments.steps
+        dataset = MultiCIFAR10.__new__(MultiCIFAR10)
+        dataset.repeat_augmentations, dataset.target_transform = arguments.views, None
+        dataset.transform = DataManager(0).get_train_transforms("relationnet", "cifar10")
+        dataset.data = pixels_of(arguments.data, "train", 4096)
+        dataset.targets = [0] * len(dataset.data)
+        self.loader = torch.utils.data.DataLoader(dataset, arguments.images, shuffle=True, num_workers=2)
+        self.model = Model(self._backbone(arguments.backbone), "cpu")
+
+    @staticmethod
+    def _backbone(name: str):
+        if name == "conv4":
+            from backbones.conv4 import Conv4
+
+            return Conv4()
+        if name == "resnet32":
+            from backbones.resnet_small import BasicBlock, ResNet
+
+            return ResNet(BasicBlock, [5, 5, 5], channels=[16, 32, 64], flatten=True)
+        raise UserError(f"--backbone {name}: --beside official has conv4 and resnet32")
+
+    def turn(self) -> list[float]:
+        asked = []  # when the loop asked for a batch
+
+        def batches():
+            for batch in itertools.islice(self.loader, SKIPPED + self.steps):
+                asked.append(time.perf_counter())
+                yield batch
+            asked.append(time.perf_counter())
+
+        with contextlib.redirect_stdout(sys.stderr):
+            self.model.train(0, batches())
+        return [b - a for a, b in itertools.pairwise(asked)][SKIPPED:]
+
+
 class Ours:
     """`ssl_dist.train.fit` itself, stopped after the steps of a turn."""
 
@@ -287,7 +345,7 @@ class Compiled(Ours):
     compiled = True
 
 
-SIDES = {"port": Port, "compiled": Compiled, "ours": Ours}
+SIDES = {"port": Port, "official": Official, "compiled": Compiled, "ours": Ours}
 
 if __name__ == "__main__":
     sys.exit(outcome.of_program(main))

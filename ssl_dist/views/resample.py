@@ -146,7 +146,7 @@ def resample_columns(buffers: Buffers, taps: int, out: np.ndarray) -> None:
     height, width, pitch = U(start.shape[0]), U(buffers.x_plan[0].shape[0]), U(line.shape[0])
     green, blue = height * width, U(2) * height * width
     for y in range(height):
-        for x in range(U(0), pitch, U(SPAN)):
+        for x in range(U(0), U(3) * width, U(SPAN)):
             filter_span(rows, start[y] * pitch + x, pitch, weights, y * U(taps), U(taps), line, x)
         to = y * width
         for x in range(width):
