@@ -1,7 +1,8 @@
 """All benchmarks, one after the other, and docs/benchmarks.md, the page of what they found.
 
-    python tools/bench_all.py --cifar10 data/cifar10 --photos FOLDER --ffcv-ssl FOLDER --official FOLDER
-    python tools/bench_all.py --cifar10 data/cifar10 --only bench_extract bench_views
+    python tools/bench_all.py --cifar10 data/cifar10 --cifar10-files FOLDER --photos FOLDER --ffcv-ssl FOLDER \\
+        --official FOLDER
+    python tools/bench_all.py --cifar10 data/cifar10 --only bench_ranks bench_views
 
 --only: the rows of the other benchmarks stay as they are, each with its date, commit and machine. A command that fails
 has no row, also none of before, and the exit code is 1. The page is written after every benchmark. --quick runs the
@@ -32,7 +33,8 @@ from ssl_dist.storage.durable import atomic_write_or_refuse
 from ssl_dist.text_table import as_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
-CIFAR10, PHOTOS, FFCV_SSL, OFFICIAL = "CIFAR10", "PHOTOS", "FFCV_SSL", "OFFICIAL"  # among the arguments: folders
+# Among the arguments: folders
+CIFAR10, CIFAR10_FILES, PHOTOS, FFCV_SSL, OFFICIAL = "CIFAR10", "CIFAR10_FILES", "PHOTOS", "FFCV_SSL", "OFFICIAL"
 
 
 class Folder(NamedTuple):
@@ -43,6 +45,7 @@ class Folder(NamedTuple):
 
 FOLDERS = {
     CIFAR10: Folder("--cifar10", "that `ssl-dist convert` wrote", "data/cifar10"),
+    CIFAR10_FILES: Folder("--cifar10-files", "of its images as JPEG files, SPLIT/CLASS/*.jpg", "cifar10-files"),
     PHOTOS: Folder("--photos", "of JPEG photographs, as `ssl-dist convert folder` reads it", "photos"),
     FFCV_SSL: Folder("--ffcv-ssl", "in which pip has installed FFCV-SSL (tools/bench_loader.py)", "ffcv-ssl"),
     OFFICIAL: Folder("--official", "that is a checkout of the official code (tools/bench_step.py)", "official"),
@@ -76,9 +79,13 @@ BENCHES = {
         f"--data {CIFAR10} --reader arrays --views 2 --images 8 --rounds 1 --steps 1 --environments tuned",
     ),
     "bench_minutes": Bench(
-        [f"--data {CIFAR10}"], f"--data {CIFAR10} --reader arrays --views 2 --marks 10 101 --max-minutes 0.001"
+        [f"--data {CIFAR10} --images {CIFAR10_FILES}"],
+        f"--data {CIFAR10} --reader arrays --views 2 --marks 10 101 --max-minutes 0.001",
     ),
-    "bench_extract": Bench([f"--data {CIFAR10}"], f"--data {CIFAR10} --reader arrays --rounds 1"),
+    "bench_extract": Bench(
+        [f"--data {CIFAR10}", f"--data {CIFAR10} --images {CIFAR10_FILES}"],
+        f"--data {CIFAR10} --reader arrays --rounds 1",
+    ),
     "bench_ranks": Bench(
         [f"--data {CIFAR10}"],
         f"--data {CIFAR10} --rounds 1 --steps 5 data.reader=arrays backbone.name=conv4 views.num=2",
@@ -158,7 +165,7 @@ def main() -> int:
     }
     if arguments.cifar10:
         manifest.load(arguments.cifar10)  # one that is missing shows before an hour of measuring
-    given = arguments.cifar10, arguments.photos, arguments.ffcv_ssl, arguments.official
+    given = arguments.cifar10, arguments.cifar10_files, arguments.photos, arguments.ffcv_ssl, arguments.official
     folders = dict(zip(FOLDERS, given, strict=True))
     for word, folder in folders.items():
         name = next((name for name, all_words in commands.items() if word in " ".join(all_words).split()), None)

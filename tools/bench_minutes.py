@@ -57,6 +57,7 @@ def main() -> None:
     if arguments.images is not None:
         bench_step.require_same_images(arguments.images, arguments.data, "train")
     case = f"{name}, conv4, M = {arguments.batch}, K = {arguments.views}"
+    case += "" if arguments.images is None else ", of JPEG files on the port's side"
     runs = [compare(arguments, case, seed) for seed in arguments.seeds]
     found = []
     for mark in arguments.marks:
