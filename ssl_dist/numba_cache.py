@@ -45,7 +45,7 @@ def digest(package: Path) -> str:
     sha256 = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         source = path.read_bytes()
-        if b"njit" in source or b"numba" in source:
+        if b"njit" in source or b"numba.extending" in source:
             sha256.update(path.relative_to(package).as_posix().encode() + b"\0" + source)
     return sha256.hexdigest()[:16]
 

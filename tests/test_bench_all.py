@@ -76,6 +76,7 @@ def test_rows_of_others_are_kept_and_failures_have_none(root, digits, capfd):
     assert "no row: without a figure: | second | nanx of 3 ms |" in said
 
     (root / "tools" / "bench_good.py").write_text("print('| case | 5 ms |')\n")
+    (root / "ssl").mkdir()
     folders = ["--cifar10", digits, "--ffcv-ssl", root / "ssl"]
     assert run("--only", "bench_good", "bench_data", "bench_rival", *folders) == 0
     good, _, data, rival = bench_all.read(page)
@@ -103,6 +104,7 @@ def test_a_mistake_is_one_line_before_anything_is_measured(root, digits, capfd):
         ([], "--cifar10: bench_data needs it"),
         (["--cifar10", "nowhere"], "data.root = 'nowhere'"),
         (["--cifar10", digits], "--ffcv-ssl: bench_rival needs it; give the folder in which pip"),
+        (["--cifar10", digits, "--photos", "nowhere"], "--photos nowhere: there is no such folder"),
         (["--only", "bench_good", "--out", root / "broken.md"], f"{root}/broken.md line "),
     ):
         assert run(*words) == 2

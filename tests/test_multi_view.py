@@ -57,12 +57,18 @@ def test_levels_become_the_same_floats_on_the_device_of_the_loop(recipe):
         assert torch.equal(levels.to_float(pixels), group)
     shape = (2, 3, 3, 24, 24)
     assert levels.to_float(torch.empty(shape, dtype=torch.uint8, device="meta")).shape == shape
+    assert torch.equal(levels.to_float(pixels[0, 0]), levels.to_float(pixels)[0, 0])
+    for wrong, given in ((group, "of torch.float32"), ([pixels], "list"), (pixels[0, 0, 0], "of torch.uint8")):
+        with pytest.raises(ValueError, match=f"^levels are .*{given}: give a tensor uint8"):
+            levels.to_float(wrong)
 
 
 def test_the_dtype_is_that_of_the_images():
     deep = picture(40, 30).astype(np.uint16)
     groups = [{"random_resized_crop": {}}]
-    assert ssl_dist.MultiView(groups, size=8, dtype=torch.uint16)(deep).dtype == torch.uint16
+    views = ssl_dist.MultiView(groups, size=8, dtype=torch.uint16)
+    [batch] = DataLoader(views.over([deep] * 3), 3, num_workers=1)
+    assert batch.dtype == torch.uint16 and torch.equal(batch[1], views(deep, 1))
     for dtype, image in ((torch.uint8, deep), (torch.uint16, picture(40, 30))):
         with pytest.raises(UserError, match=f"^dtype = {dtype}: .* torch.uint.*; give this, or torch.float32$"):
             ssl_dist.MultiView(groups, size=8, dtype=dtype)(image)

@@ -6,6 +6,7 @@ import random
 import runpy
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -58,6 +59,41 @@ def test_the_tool_runs(name):
 def test_the_benchmark_prints_rows(name, digits):
     found, flaw = bench_all.measured(name, BENCHES[name].quick, {bench_all.CIFAR10: digits})
     assert found and not flaw, flaw
+
+
+OFFICIAL = {
+    "datamanager.py": """
+        import torch
+        class MultiCIFAR10(torch.utils.data.Dataset):
+            def __len__(self):
+                return len(self.data)
+            def __getitem__(self, index):
+                pixels = self.data[index]
+                return pixels, [self.transform(pixels)] * self.repeat_augmentations, self.targets[index]
+        class DataManager:
+            def __init__(self, seed): pass
+            def get_train_transforms(self, method, dataset):
+                return torch.as_tensor
+        """,
+    "backbones/conv4.py": "class Conv4: pass",
+    "methods/relationnet.py": """
+        class Model:
+            def __init__(self, network, device): pass
+            def train(self, epoch, loader):
+                print("what it says is no answer:", [len(views) for pixels, views, label in loader])
+        """,
+}
+
+
+@pytest.mark.slow
+def test_the_official_codes_own_files(digits, tmp_path):
+    """Stand-ins for them: the loop gets batches, and the time of the steps comes back."""
+    for name, text in OFFICIAL.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(textwrap.dedent(text))
+    words = f"--data {digits} --reader arrays --views 2 --images 8 --rounds 1 --steps 2 --environments tuned"
+    [(what, result)], flaw = bench_all.measured("bench_step", f"{words} --beside official --official {tmp_path}", {})
+    assert "M = 8, K = 2" in what and "of the official code's own files" in result and not flaw
 
 
 def test_images_of_the_official_side(digits, tmp_path):

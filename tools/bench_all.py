@@ -45,7 +45,7 @@ class Folder(NamedTuple):
 
 FOLDERS = {
     CIFAR10: Folder("--cifar10", "that `ssl-dist convert` wrote", "data/cifar10"),
-    CIFAR10_FILES: Folder("--cifar10-files", "of its images as JPEG files, SPLIT/CLASS/*.jpg", "cifar10-files"),
+    CIFAR10_FILES: Folder("--cifar10-files", "of CIFAR-10's images as JPEG files, SPLIT/CLASS/*.jpg", "cifar10-files"),
     PHOTOS: Folder("--photos", "of JPEG photographs, as `ssl-dist convert folder` reads it", "photos"),
     FFCV_SSL: Folder("--ffcv-ssl", "in which pip has installed FFCV-SSL (tools/bench_loader.py)", "ffcv-ssl"),
     OFFICIAL: Folder("--official", "that is a checkout of the official code (tools/bench_step.py)", "official"),
@@ -79,7 +79,7 @@ BENCHES = {
         f"--data {CIFAR10} --reader arrays --views 2 --images 8 --rounds 1 --steps 1 --environments tuned",
     ),
     "bench_minutes": Bench(
-        [f"--data {CIFAR10} --images {CIFAR10_FILES}"],
+        [f"--data {CIFAR10}"],
         f"--data {CIFAR10} --reader arrays --views 2 --marks 10 101 --max-minutes 0.001",
     ),
     "bench_extract": Bench(
@@ -171,6 +171,10 @@ def main() -> int:
         name = next((name for name, all_words in commands.items() if word in " ".join(all_words).split()), None)
         if name and folder is None:
             raise UserError(f"{FOLDERS[word].option}: {name} needs it; give the folder {FOLDERS[word].about}")
+        if folder and not folder.is_dir():
+            raise UserError(
+                f"{FOLDERS[word].option} {folder}: there is no such folder; give the one {FOLDERS[word].about}"
+            )
     out = arguments.out or (None if arguments.quick else ROOT / "docs" / "benchmarks.md")
     if arguments.quick and out and out.resolve().is_relative_to(ROOT / "docs"):
         raise UserError(f"--out {out}: --quick measures nothing that docs/ could show; give a file elsewhere")

@@ -7,10 +7,10 @@ the same images as files, and FFCV-SSL's loader on the same FFCV file, interleav
 
 All give uint8 views of JPEG images in random order: a random resized crop, a flip, colour jitter, grayscale. No blur:
 FFCV-SSL's leaves its compiled code for SciPy. Ours and torchvision's side decode an image once; FFCV-SSL has a decoder
-for each view. A turn is a pass over all images, by as many threads or workers, in a process that lives on; the sides
-take turns, after one turn that compiles. The table has medians: images by wall time, and views by the CPU time of all
-threads and workers. --images: a folder as `ssl-dist convert folder` reads it, with JPEG files alone (default: smooth
-noise of 500 x 400 pixels, which decodes faster than photographs).
+for each view. A turn is four passes over all images, by as many threads or workers, in a process that lives on; the
+sides take turns, after one turn that compiles. The table has medians: images by wall time, and views by the CPU time of
+all threads and workers. --images: a folder as `ssl-dist convert folder` reads it, of JPEG files (default: smooth noise
+of 500 x 400 pixels, which decodes faster than photographs).
 """
 
 import argparse
@@ -31,8 +31,11 @@ import rows  # beside this file
 
 from ssl_dist import outcome
 from ssl_dist.distributed.rank import available_cores
+from ssl_dist.errors import UserError
 
 CONFIG = Path(__file__).parents[1] / "configs/photos/relational-resnet18-224px.yaml"
+LARGEST = 10_000  # pixels: none is made smaller
+PASSES = 4  # in one go where a side can: what begins and ends a pass counts little then
 SCALE, JITTER, FLIP, GRAYSCALE = (0.08, 1.0), (0.8, 0.8, 0.8, 0.8, 0.2), 0.5, 0.2
 
 
@@ -59,7 +62,7 @@ def main() -> None:
                 if number:
                     rates[side].append(images / seconds)
                     efforts[side].append(images * options.views / cpu_seconds)
-    print(f"{images} images, {options.views} views of {options.size} px, {options.threads} threads; medians")
+    print(f"{images // PASSES} images, {options.views} views of {options.size} px, {options.threads} threads; medians")
     print(f"{'':<14} {'images/s':>10} {'views per CPU-second':>22}")
     for side in sides:
         print(f"{side:<14} {statistics.median(rates[side]):10.1f} {statistics.median(efforts[side]):22.0f}")
@@ -75,7 +78,7 @@ def against(values: dict[str, list[float]]) -> str:
 
 
 def beton(folder: Path, options: argparse.Namespace) -> Path:
-    """The file that both sides read."""
+    """The .beton file, and beside it files.txt, the list of the files in it as they are."""
     from bench_views import smooth_noise  # beside this file
     from PIL import Image
 
@@ -86,15 +89,16 @@ def beton(folder: Path, options: argparse.Namespace) -> Path:
         for number, pixels in enumerate(smooth_noise(options.count, 400, 500)):
             Image.fromarray(pixels).save(source / "train" / "noise" / f"{number:05d}.jpg", quality=90)
     words = ["convert", "folder", "--root", str(source), "--name", "photos", "--out", str(folder / "data")]
+    words += ["--max-side", str(LARGEST)]
     completed = subprocess.run([sys.executable, "-m", "ssl_dist", *words], capture_output=True, text=True)
     if completed.returncode:
         sys.exit(completed.stderr[-3000:])
-    file = folder / "data" / "train.beton"
-    listed = folder / "data" / "train-files.txt"  # of the images, below the folder of the split
-    names = [str(path.resolve()) for path in sorted((source / "train").rglob("*")) if path.is_file()]
-    assert len(names) == len(listed.read_text().splitlines()), "files that are no images"
-    file.with_name("files.txt").write_text("\n".join(names))
-    return file
+    listed = (folder / "data" / "train-files.txt").read_text().splitlines()
+    roots = [root for root in (source / "train", source) if (root / listed[0]).is_file()]
+    if not roots:
+        raise UserError(f"--images {source}: give a folder with the images in train/, a folder for each class")
+    (folder / "data" / "files.txt").write_text("\n".join(str((roots[0] / name).resolve()) for name in listed))
+    return folder / "data" / "train.beton"
 
 
 def started(side: str, file: Path, options: argparse.Namespace, stack: ExitStack) -> subprocess.Popen:
@@ -114,7 +118,7 @@ def started(side: str, file: Path, options: argparse.Namespace, stack: ExitStack
 
 
 def turn(process: subprocess.Popen, side: str) -> tuple[int, float, float]:
-    """Images, seconds and CPU seconds of a pass."""
+    """Images, seconds and CPU seconds of a turn."""
     assert process.stdin is not None and process.stdout is not None
     try:
         print(file=process.stdin, flush=True)
@@ -133,11 +137,11 @@ WORKER = "import sys, bench_loader; bench_loader.work(sys.argv[1], sys.argv[2], 
 
 
 def work(side: str, file: str, views: int, size: int, batch: int, threads: int) -> None:
-    """Make a pass for every line that comes in."""
-    one_pass = SIDES[side](file, views, size, batch, threads)
+    """Take a turn for every line that comes in."""
+    one_turn = SIDES[side](file, views, size, batch, threads)
     for _ in sys.stdin:
         begin, cpu = time.perf_counter(), cpu_seconds()
-        images = sum(one_pass())
+        images = sum(one_turn())
         print(json.dumps([images, time.perf_counter() - begin, cpu_seconds() - cpu]), flush=True)
 
 
@@ -149,7 +153,7 @@ def cpu_seconds() -> float:
 
 
 def ours(file: str, num_views: int, size: int, batch: int, threads: int) -> Callable[[], Iterator[int]]:
-    """The loader of a training, begun anew for each pass: what it makes ahead would be made in the turn of others."""
+    """The loader of a training, begun anew for each turn: what it makes ahead would be made in the turn of others."""
     from ssl_dist import config, views
     from ssl_dist.data.loader import TrainLoader
     from ssl_dist.distributed.rank import RankInfo
@@ -169,15 +173,15 @@ def ours(file: str, num_views: int, size: int, batch: int, threads: int) -> Call
     plan = derive(config.load(str(CONFIG), overrides), RankInfo())
     for spec in plan.specs:
         views.warm_up(spec, plan.split.pixels)
-    steps, passes = plan.order.steps_per_epoch, itertools.count()
+    steps, turns = PASSES * plan.order.steps_per_epoch, itertools.count()
 
-    def one_pass() -> Iterator[int]:
-        start = steps * next(passes)
+    def one_turn() -> Iterator[int]:
+        start = steps * next(turns)
         with TrainLoader(plan.open_reader(), plan.order, plan.specs, plan.grid, 0, threads, False) as loader:
             for made in loader.batches(start, start + steps):
                 yield len(made.image_ids)
 
-    return one_pass
+    return one_turn
 
 
 def torchvision(file: str, num_views: int, size: int, batch: int, threads: int) -> Callable[[], Iterator[int]]:
@@ -200,10 +204,10 @@ def torchvision(file: str, num_views: int, size: int, batch: int, threads: int) 
 
     class Photos(Dataset):
         def __len__(self) -> int:
-            return len(files)
+            return PASSES * len(files)
 
         def __getitem__(self, index: int) -> torch.Tensor:
-            image = Image.open(files[index]).convert("RGB")
+            image = Image.open(files[index % len(files)]).convert("RGB")
             return torch.stack([one(image) for _ in range(num_views)])
 
     loader = DataLoader(Photos(), batch, shuffle=True, drop_last=True, num_workers=threads, persistent_workers=True)
@@ -237,7 +241,7 @@ def ffcv_ssl(file: str, num_views: int, size: int, batch: int, threads: int) -> 
         pipelines={name: of_view() for name in ("image", *others)} | {"label": [IntDecoder(), transforms.ToTensor()]},
         custom_field_mapper=others,
     )
-    return lambda: (len(batch[0]) for batch in loader)
+    return lambda: (len(batch[0]) for _ in range(PASSES) for batch in loader)
 
 
 SIDES = {"ours": ours, "torchvision v2": torchvision, "FFCV-SSL": ffcv_ssl}

@@ -7,7 +7,11 @@
         for x, label in loader:                              # x: [B, 2, 3, 224, 224]
 
 A view is a function of (seed, epoch, index of the image, number of the view), as in the trainings of this package: not
-of the workers, the batch, or the order.
+of the workers, the batch, or the order. With `dtype=torch.uint8` the loader moves a fourth of the bytes, and the loop
+makes the same floats of them on its device:
+
+    views = ssl_dist.MultiView("simclr", size=224, normalize=(mean, std), dtype=torch.uint8)
+    x = views.to_float(x.to(device))                         # in the loop
 """
 
 import functools
@@ -107,13 +111,16 @@ class MultiView:
 
     def to_float(self, levels: Tensor) -> Tensor:
         """float32 of views uint8 or uint16 [..., C, S, S], on their device: in [0, 1], or normalised."""
+        if not isinstance(levels, Tensor) or levels.dtype not in LEVELS or levels.dim() < 3:
+            given = f"{list(levels.shape)} of {levels.dtype}" if isinstance(levels, Tensor) else type(levels).__name__
+            raise ValueError(f"levels are {given}: give a tensor uint8 or uint16 [..., C, S, S], one a group of views")
         channels = levels.shape[-3]
         constants = self._constants or Normalize(mean=(0.0,) * channels, std=(1.0,) * channels)
         if len(constants.mean) != channels:
             raise UserError(
                 f"normalize: is of {len(constants.mean)} channels, and the image has {channels}; give as many"
             )
-        return _to_float(constants.mean, constants.std, levels.device)(levels)
+        return _to_float(constants.mean, constants.std, levels.device)(levels[None])[0]
 
     def batch(self, pixels: np.ndarray, indices: Sequence[int] | np.ndarray) -> list[Tensor]:
         """The views of images uint8 or uint16 [B, H, W, C] with these numbers in the data set: [K, B, C, S, S] of their

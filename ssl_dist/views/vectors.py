@@ -1,7 +1,8 @@
 """Steps of a resize on vectors of pixels: loops over pixels of three bytes that numba would leave scalar.
 
 Written in the terms of LLVM, which has vectors of any length on every processor, and makes them of what the processor
-has. Arrays are flat. Indices leave their arrays unseen, except in a process with NUMBA_BOUNDSCHECK=1.
+has. Arrays are flat. Indices leave their arrays unseen, except in what numba compiled under NUMBA_BOUNDSCHECK=1, which
+needs a NUMBA_CACHE_DIR of its own.
 """
 
 from collections.abc import Callable
@@ -52,7 +53,8 @@ def _filtered(
     builder: Any, pixels: _Array, at: Any, pitch: Any, weights: _Array, first: Any, taps: Any, count: int
 ) -> Any:
     """The rounded and clipped level, uint8 [count], of the sum over t < taps of pixels[at + t * pitch + (0 .. count-1)]
-    * weights[first + t]. The sum of 8-bit levels times weights that add up to 2**22 has room in 32 bits."""
+    * weights[first + t]. 8-bit levels times weights that add up to 2**22 have room in 32 bits, also those of the cubic
+    filter, whose weights above 0 add up to less than 1.2 times as much."""
     bytes_, ints = VectorType(_BYTE, count), VectorType(_INT, count)
     total = cgutils.alloca_once_value(builder, _all(1 << (BITS - 1), count))
     place = cgutils.alloca_once_value(builder, at)
