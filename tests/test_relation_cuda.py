@@ -109,20 +109,28 @@ def test_memory_grows_as_explain_says():
     ("lacking", "words"),
     [
         (("importlib.util.find_spec", lambda name: None), "Triton is not installed"),
-        (("shutil.which", lambda name: None), "Triton finds no C compiler"),
+        (("shutil.which", lambda name, path: None), "Triton finds no C compiler"),
         (("sysconfig.get_path", lambda *names: "/nowhere"), "Triton finds no Python.h"),
         (("torch.cuda.get_device_capability", lambda: (6, 1)), "this GPU is too old for Triton"),
     ],
 )
 def test_what_is_lacking_is_named(lacking, words, monkeypatch):
-    monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 0))
     for name in ("shutil.which", "sysconfig.get_path"):  # as on a machine that lacks nothing
-        monkeypatch.setattr(name, lambda *names: str(Path(__file__).parent))
+        monkeypatch.setattr(name, lambda *names, path=None: str(Path(__file__).parent))
     monkeypatch.setattr("pathlib.Path.exists", lambda path: "nowhere" not in str(path))
     monkeypatch.setattr(*lacking)
-    assert relation_cuda.obstacle.__wrapped__() == words
+    assert relation_cuda._obstacle.__wrapped__(None, "/bin") == words
+
+
+def test_what_was_lacking_on_another_path_is_forgotten(monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    here = relation_cuda.obstacle()
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", "/nowhere")
+        assert relation_cuda.obstacle() == "Triton finds no C compiler"
+    assert relation_cuda.obstacle() == here
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ class Folder(NamedTuple):
 FOLDERS = {
     CIFAR10: Folder("--cifar10", "that `ssl-dist convert` wrote", "data/cifar10"),
     CIFAR10_FILES: Folder("--cifar10-files", "of CIFAR-10's images as JPEG files, SPLIT/CLASS/*.jpg", "cifar10-files"),
-    PHOTOS: Folder("--photos", "of JPEG photographs, as `ssl-dist convert folder` reads it", "photos"),
+    PHOTOS: Folder("--photos", "of photographs", "photos"),
     FFCV_SSL: Folder("--ffcv-ssl", "in which pip has installed FFCV-SSL (tools/bench_loader.py)", "ffcv-ssl"),
     OFFICIAL: Folder("--official", "that is a checkout of the official code (tools/bench_step.py)", "official"),
 }

@@ -9,8 +9,9 @@ All give uint8 views of JPEG images in random order: a random resized crop, a fl
 FFCV-SSL's leaves its compiled code for SciPy. Ours and torchvision's side decode an image once; FFCV-SSL has a decoder
 for each view. A turn is four passes over all images, by as many threads or workers, in a process that lives on; the
 sides take turns, after one turn that compiles. The table has medians: images by wall time, and views by the CPU time of
-all threads and workers. --images: a folder as `ssl-dist convert folder` reads it, of JPEG files (default: smooth noise
-of 500 x 400 pixels, which decodes faster than photographs).
+all threads and workers. The environment is that of the launch scripts. --images: a folder of image files, which become
+JPEG files of up to 512 pixels a side for all (default: smooth noise of 500 x 400 pixels, which decodes faster than
+photographs).
 """
 
 import argparse
@@ -28,13 +29,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import rows  # beside this file
+from bench_step import TUNED
 
 from ssl_dist import outcome
 from ssl_dist.distributed.rank import available_cores
-from ssl_dist.errors import UserError
+from ssl_dist.run.embedder import files_of
 
 CONFIG = Path(__file__).parents[1] / "configs/photos/relational-resnet18-224px.yaml"
-LARGEST = 10_000  # pixels: none is made smaller
+LARGEST = 512  # pixels of a side, as `ssl-dist convert folder` stores them
 PASSES = 4  # in one go where a side can: what begins and ends a pass counts little then
 SCALE, JITTER, FLIP, GRAYSCALE = (0.08, 1.0), (0.8, 0.8, 0.8, 0.8, 0.2), 0.5, 0.2
 
@@ -78,26 +80,24 @@ def against(values: dict[str, list[float]]) -> str:
 
 
 def beton(folder: Path, options: argparse.Namespace) -> Path:
-    """The .beton file, and beside it files.txt, the list of the files in it as they are."""
+    """The .beton file, and beside it the images in it as files, which files.txt lists."""
     from bench_views import smooth_noise  # beside this file
     from PIL import Image
 
-    source = options.images
-    if source is None:
-        source = folder / "images"
-        (source / "train" / "noise").mkdir(parents=True)
-        for number, pixels in enumerate(smooth_noise(options.count, 400, 500)):
-            Image.fromarray(pixels).save(source / "train" / "noise" / f"{number:05d}.jpg", quality=90)
-    words = ["convert", "folder", "--root", str(source), "--name", "photos", "--out", str(folder / "data")]
-    words += ["--max-side", str(LARGEST)]
+    own = folder / "images" / "train" / "all"
+    own.mkdir(parents=True)
+    if options.images is None:
+        images = map(Image.fromarray, smooth_noise(options.count, 400, 500))
+    else:
+        images = (Image.open(path).convert("RGB") for path in files_of(options.images))
+    for number, image in enumerate(images):
+        image.thumbnail((LARGEST, LARGEST))
+        image.save(own / f"{number:05d}.jpg", quality=90)
+    words = ["convert", "folder", "--root", str(folder / "images"), "--name", "photos", "--out", str(folder / "data")]
     completed = subprocess.run([sys.executable, "-m", "ssl_dist", *words], capture_output=True, text=True)
     if completed.returncode:
         sys.exit(completed.stderr[-3000:])
-    listed = (folder / "data" / "train-files.txt").read_text().splitlines()
-    roots = [root for root in (source / "train", source) if (root / listed[0]).is_file()]
-    if not roots:
-        raise UserError(f"--images {source}: give a folder with the images in train/, a folder for each class")
-    (folder / "data" / "files.txt").write_text("\n".join(str((roots[0] / name).resolve()) for name in listed))
+    (folder / "data" / "files.txt").write_text("\n".join(map(str, sorted(own.iterdir()))))
     return folder / "data" / "train.beton"
 
 
@@ -107,7 +107,7 @@ def started(side: str, file: Path, options: argparse.Namespace, stack: ExitStack
     command = [sys.executable, "-c", WORKER, side, str(file), *map(str, numbers)]
     here = [str(Path(__file__).parent), *sys.path]
     path = [str(options.ffcv_ssl.resolve()), *here] if side == "FFCV-SSL" else here
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | TUNED | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
     said = (file.parent / f"{side}.log").open("w+")
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=said, text=True, env=environment)

@@ -28,13 +28,18 @@ MIN_TILE = 32  # hidden units
 OLDEST_GPU = (7, 0)  # the first compute capability that Triton compiles for
 
 
-@lru_cache(1)
 def obstacle() -> str:
     """What the kernels lack on this machine, in words; empty where nothing is lacking. Triton compiles a part of every
     kernel's call in C."""
+    return _obstacle(os.environ.get("CC"), os.environ.get("PATH"))
+
+
+@lru_cache
+def _obstacle(compiler: str | None, path: str | None) -> str:
+    """compiler, path: of the environment, which a program may change."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+    if not (compiler or shutil.which("gcc", path=path) or shutil.which("clang", path=path)):
         return "Triton finds no C compiler"
     if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():
         return "Triton finds no Python.h"
