@@ -33,9 +33,11 @@ from bench_step import TUNED
 
 from ssl_dist import outcome
 from ssl_dist.distributed.rank import available_cores
+from ssl_dist.errors import UserError
 from ssl_dist.run.embedder import files_of
 
 CONFIG = Path(__file__).parents[1] / "configs/photos/relational-resnet18-224px.yaml"
+COLOUR = "ffcv/transforms/colorjitter.py"  # FFCV itself has none
 LARGEST = 512  # pixels of a side, as `ssl-dist convert folder` stores them
 PASSES = 4  # in one go where a side can: what begins and ends a pass counts little then
 SCALE, JITTER, FLIP, GRAYSCALE = (0.08, 1.0), (0.8, 0.8, 0.8, 0.8, 0.2), 0.5, 0.2
@@ -52,6 +54,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ffcv-ssl", type=Path, metavar="FOLDER", help="in which it is installed")
     options = parser.parse_args()
+    if options.ffcv_ssl is not None and not (options.ffcv_ssl / COLOUR).exists():
+        raise UserError(f"--ffcv-ssl {options.ffcv_ssl}: give the folder in which pip has installed it, with {COLOUR}")
     with tempfile.TemporaryDirectory(prefix="bench-loader-") as name, ExitStack() as stack:
         file = beton(Path(name), options)
         names = [name for name in SIDES if name != "FFCV-SSL" or options.ffcv_ssl is not None]
@@ -60,10 +64,10 @@ def main() -> None:
         efforts: dict[str, list[float]] = {side: [] for side in sides}
         for number in range(1 + options.rounds):
             for side, process in sides.items():
-                images, seconds, cpu_seconds = turn(process, side)
+                images, seconds, of_cpu = turn(process, file.with_name(f"{side}.log"))
                 if number:
                     rates[side].append(images / seconds)
-                    efforts[side].append(images * options.views / cpu_seconds)
+                    efforts[side].append(images * options.views / of_cpu)
     print(f"{images // PASSES} images, {options.views} views of {options.size} px, {options.threads} threads; medians")
     print(f"{'':<14} {'images/s':>10} {'views per CPU-second':>22}")
     for side in sides:
@@ -108,17 +112,15 @@ def started(side: str, file: Path, options: argparse.Namespace, stack: ExitStack
     here = [str(Path(__file__).parent), *sys.path]
     path = [str(options.ffcv_ssl.resolve()), *here] if side == "FFCV-SSL" else here
     environment = os.environ | TUNED | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
-    said = (file.parent / f"{side}.log").open("w+")
-    pipe = subprocess.PIPE
+    pipe, said = subprocess.PIPE, stack.enter_context(file.with_name(f"{side}.log").open("w"))
     process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=said, text=True, env=environment)
     stack.enter_context(process)
     stack.callback(process.terminate)
-    process.said = said  # type: ignore[attr-defined]
     return process
 
 
-def turn(process: subprocess.Popen, side: str) -> tuple[int, float, float]:
-    """Images, seconds and CPU seconds of a turn."""
+def turn(process: subprocess.Popen, log: Path) -> tuple[int, float, float]:
+    """Images, seconds and CPU seconds of a turn. log: of what the process says."""
     assert process.stdin is not None and process.stdout is not None
     try:
         print(file=process.stdin, flush=True)
@@ -126,8 +128,7 @@ def turn(process: subprocess.Popen, side: str) -> tuple[int, float, float]:
     except BrokenPipeError:
         line = ""
     if not line:
-        process.said.seek(0)  # type: ignore[attr-defined]
-        sys.exit(f"{process.said.read()[-3000:]}\n{side} ended with exit code {process.wait()}")  # type: ignore[attr-defined]
+        sys.exit(f"{log.read_text()[-3000:]}\n{log.stem} ended with exit code {process.wait()}")
     return tuple(json.loads(line))
 
 

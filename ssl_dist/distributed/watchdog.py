@@ -3,9 +3,9 @@
 A thread observes this rank's state (heartbeat.py). When the step has not moved for the timeout, a rank first looks for
 others that show no sign of life or have reported a fault, and names them. Without such evidence it ends itself when the
 others wait for it; when it waits for others, it leaves them time for their reports, then names them and ends. In a
-phase with a bound of its own, it ends then too if it waits for a rank that has reported its end. This is
-the only clock: torch's collectives have no timeout in practice, as a save may take minutes, and a phase announces its
-own bound; NCCL's handling of errors by its own threads, which may end a process before it has reported, is off.
+phase with a bound of its own, it ends then too if it waits for a rank that has reported its end. This is the only
+clock: torch's collectives have no timeout in practice, as a save may take minutes, and a phase announces its own bound;
+NCCL's handling of errors by its own threads, which may end a process before it has reported, is off.
 """
 
 import contextlib

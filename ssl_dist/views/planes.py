@@ -15,7 +15,8 @@ from ssl_dist.numba_cache import njit
 from ssl_dist.views import blur, draw, geometry, resample
 from ssl_dist.views.draw import AffineParameters, ViewParameters
 from ssl_dist.views.render import Images
-from ssl_dist.views.resample import BITS, HALF, Bool, Box, Pair
+from ssl_dist.views.resample import Bool, Box, Pair
+from ssl_dist.views.vectors import BITS, HALF
 
 Buffers = tuple[resample.Buffers, blur.Buffers]
 F, I, L, U = np.float32, np.int32, np.int64, np.uint64  # noqa: E741 - unsigned indices spare the test for negative ones

@@ -15,7 +15,6 @@ import numpy as np
 from ssl_dist.numba_cache import njit
 from ssl_dist.views.vectors import BITS, PACKED, PIXELS, ROWS, SPAN, filter_column, filter_span, interleave
 
-HALF = 1 << (BITS - 1)
 U = np.uint64  # unsigned indices spare the test for negative ones
 
 Bool = bool | np.bool_

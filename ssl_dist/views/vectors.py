@@ -14,6 +14,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 BITS = 22  # of the fraction of a weight
+HALF = 1 << (BITS - 1)
 ROWS, PIXELS = 4, 4  # of a block: `interleave` reads so many pixels of so many rows
 PACKED = 4 * ROWS  # bytes of a column of a block: (red, green, blue, any) of each row
 SPAN = 32  # bytes of a row that `filter_span` makes
@@ -56,7 +57,7 @@ def _filtered(
     * weights[first + t]. 8-bit levels times weights that add up to 2**22 have room in 32 bits, also those of the cubic
     filter, whose weights above 0 add up to less than 1.2 times as much."""
     bytes_, ints = VectorType(_BYTE, count), VectorType(_INT, count)
-    total = cgutils.alloca_once_value(builder, _all(1 << (BITS - 1), count))
+    total = cgutils.alloca_once_value(builder, _all(HALF, count))
     place = cgutils.alloca_once_value(builder, at)
     with cgutils.for_range(builder, taps) as loop:
         read = builder.load(place)
