@@ -13,6 +13,7 @@ from torch import nn
 
 from ssl_dist.kernels import relation_cuda
 from ssl_dist.train.explain import Alive
+from tests.programs import script
 from tests.test_kernels_relation import Problem, compare
 
 pytest.importorskip("triton", reason="Triton is not installed: it comes with torch's CUDA builds alone")
@@ -124,13 +125,12 @@ def test_what_is_lacking_is_named(lacking, words, monkeypatch):
     assert relation_cuda._obstacle.__wrapped__(None, "/bin") == words
 
 
-def test_what_was_lacking_on_another_path_is_forgotten(monkeypatch):
+def test_what_was_lacking_on_another_path_is_forgotten(tmp_path, monkeypatch):
     monkeypatch.delenv("CC", raising=False)
-    here = relation_cuda.obstacle()
-    with monkeypatch.context() as patch:
-        patch.setenv("PATH", "/nowhere")
-        assert relation_cuda.obstacle() == "Triton finds no C compiler"
-    assert relation_cuda.obstacle() == here
+    script(tmp_path / "gcc", "true")
+    for path, is_lacking in (("/nowhere", True), (str(tmp_path), False), ("/nowhere", True)):
+        monkeypatch.setenv("PATH", path)
+        assert (relation_cuda.obstacle() == "Triton finds no C compiler") == is_lacking
 
 
 @pytest.mark.slow

@@ -150,7 +150,7 @@ def test_the_fuzzer_sees_every_broken_rule(fuzz):
     ("name", "words", "line"),
     [
         ("bench_extract", ["--data", "nowhere"], "data.root = 'nowhere': there is no dataset.json in it"),
-        ("bench_loader", ["--ffcv-ssl", "nowhere"], "--ffcv-ssl nowhere: give the folder in which pip has installed it"),
+        ("bench_loader", ["--ffcv-ssl", "nowhere"], "--ffcv-ssl nowhere: give the folder in which pip has"),
         ("bench_step", ["--data", ".", "--beside", "official"], "--official: give a checkout of the official code"),
         ("bench_step", ["--data", "nowhere"], "data.root = 'nowhere': there is no dataset.json in it"),
         ("bench_minutes", ["--data", "nowhere"], "data.root = 'nowhere': there is no dataset.json in it"),
