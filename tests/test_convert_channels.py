@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import imagecodecs
 import numpy as np
@@ -114,6 +115,34 @@ def test_files_are_read_as_they_are(data, expected):
 def test_what_is_not_read(data, reason):
     with pytest.raises(UnfitImage, match=reason):
         read_channels(data, 4, LIMIT)
+
+
+class Finalized:
+    """Garbage in a circle whose collection runs Python: there another thread may take over."""
+
+    def __init__(self):
+        self.itself = self
+
+    def __del__(self):
+        sum(range(10))
+
+
+def test_arrays_are_read_on_several_threads():
+    # CPython 3.11.7 raises SystemError in about one of 1,000 reads that are not serialized: gh-106905.
+    interval = sys.getswitchinterval()
+    data = npy(PIXELS)
+
+    def read(_):
+        Finalized()
+        return read_channels(data, PIXELS.shape[2], LIMIT).shape
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            shapes = set(threads.map(read, range(20_000)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert shapes == {PIXELS.shape}
 
 
 def test_small_copies_and_masks_in_a_tiff_are_no_channels():

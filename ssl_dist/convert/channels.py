@@ -8,6 +8,7 @@ import io
 import itertools
 import logging
 import struct
+import threading
 import tokenize
 from typing import Any
 
@@ -25,6 +26,9 @@ _NPY, _PNG, _TIFF = b"\x93NUMPY", b"\x89PNG\r\n\x1a\n", (b"II*\0", b"MM\0*", b"I
 _SMALL_OR_MASK = 5  # bits of a TIFF page's subfile type: a copy of another page, a mask
 _MAX_PAGES = 256  # with small copies and masks
 _PALETTE = 3  # of a TIFF page's photometric interpretation
+# numpy reads a header by `ast.literal_eval`, whose depth CPython 3.11.7 counts for all threads together and then raises
+# SystemError (gh-106905; newer ones do not).
+_header_lock = threading.Lock()
 
 
 def read_channels(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
@@ -58,7 +62,8 @@ def _of_npy(data: bytes, channels: int) -> np.ndarray:
     read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in read_header:
         raise UnfitImage(f"is an array of version {version}; save it with numpy.save")
-    shape, in_columns, dtype = read_header[version](file)
+    with _header_lock:
+        shape, in_columns, dtype = read_header[version](file)
     if dtype.hasobject:
         raise UnfitImage("holds Python objects, which are never unpickled; save numbers, uint8 or uint16 [H, W, C]")
     _require_levels(dtype)
