@@ -25,9 +25,12 @@ def _child(function, rank, size, store, answers, arguments, port):
         if group:
             from datetime import timedelta
 
-            dist.init_process_group(
-                "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=20)
-            )
+            from ssl_dist.distributed import gloo_threads
+
+            with gloo_threads.unobtrusive():
+                dist.init_process_group(
+                    "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=20)
+                )
         answers.put((rank, function(rank, size, *arguments), None))
         if group:
             dist.destroy_process_group()

@@ -27,6 +27,7 @@ from pathlib import Path
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
 
 from ssl_dist import outcome
+from ssl_dist.distributed import gloo_threads
 from ssl_dist.train import operations
 
 TUNED = {
@@ -107,9 +108,10 @@ def work(arguments: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{arguments.store}", rank=arguments.worker, world_size=arguments.ranks
-    )
+    with gloo_threads.unobtrusive():
+        dist.init_process_group(
+            "gloo", init_method=f"file://{arguments.store}", rank=arguments.worker, world_size=arguments.ranks
+        )
     # The shortest try of several ranks would be one in which the others happened to wait.
     typical = min if arguments.ranks == 1 else statistics.median
     clock = Stopwatch(arguments.rounds, dist.barrier, typical)

@@ -12,6 +12,9 @@ UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"  # environment variable that torchrun set
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 BY_SRUN = "SSL_DIST_BY_SRUN"  # environment variable of ranks that srun has started, each with cores and GPUs of its own
 
+# The cores that this process was started with, in order.
+GIVEN_CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
+
 
 @dataclass(frozen=True)
 class RankInfo:
@@ -69,8 +72,9 @@ class RankInfo:
 
 
 def available_cores() -> int:
-    """The number of cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The number of cores this process may use; of a rank that `cores.bind` has bound, those of the ranks beside it
+    too."""
+    return len(GIVEN_CORES)
 
 
 def environment_number(name: str, environment: Mapping[str, str] = os.environ, default: int | None = None) -> int:

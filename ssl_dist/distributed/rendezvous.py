@@ -13,6 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from ssl_dist.distributed import cores, gloo_threads
 from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.errors import Fault, UserError
 
@@ -42,15 +43,19 @@ def join(
     # A store that survives a restart by torchrun still has the keys of dead ranks; and every rank joins as often.
     prefix = f"ssl_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_joins)}"
     store = dist.PrefixStore(prefix, _store(rank_info, end, is_stopping))
+    store.set(f"cores/{rank_info.rank}", cores.given())
     store.set(f"here/{rank_info.rank}", f"{rank_info} (pid {os.getpid()})")
     wait_for_all_ranks(store, rank_info, end, is_stopping)
+    if device.type == "cpu":
+        cores.bind(rank_info, lambda rank: store.get(f"cores/{rank}").decode())
     # Objects and barriers go by gloo, also beside GPUs: NCCL would spin on the GPU while rank 0 saves, and does not
     # notice that a peer has died. (With a `device_id` torch would send barriers to NCCL.)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # the watchdog has the only clock
-    dist.init_process_group(
-        backend, store=store, rank=rank_info.rank, world_size=rank_info.world_size, timeout=COLLECTIVE_TIMEOUT
-    )
+    with gloo_threads.unobtrusive():
+        dist.init_process_group(
+            backend, store=store, rank=rank_info.rank, world_size=rank_info.world_size, timeout=COLLECTIVE_TIMEOUT
+        )
 
 
 def _store(rank_info: RankInfo, end: float, is_stopping: Callable[[], bool]) -> dist.Store:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ssl_dist.device import HostCopy
-from ssl_dist.distributed import rendezvous
+from ssl_dist.distributed import gloo_threads, rendezvous
 from ssl_dist.distributed.heartbeat import RankState
 from ssl_dist.distributed.rank import BY_SRUN, RankInfo, environment_number
 from ssl_dist.errors import AFTER_MENDING, Fault, RaisedOn, UserError, of_system
@@ -123,7 +123,7 @@ class World:
             return None
         groups = []
         for column in range(self.grid.views):  # every rank takes part in the making of every group
-            with self._collective("new_group"):
+            with self._collective("new_group"), gloo_threads.unobtrusive():
                 ranks = list(range(column, self.rank_info.world_size, self.grid.views))
                 groups.append(dist.new_group(ranks, timeout=rendezvous.COLLECTIVE_TIMEOUT))
         group = groups[self.grid.view_shard(self.rank_info.rank)]
