@@ -72,9 +72,8 @@ def main() -> None:
     print(f"{'':<14} {'images/s':>10} {'views per CPU-second':>22}")
     for side in sides:
         print(f"{side:<14} {statistics.median(rates[side]):10.1f} {statistics.median(efforts[side]):22.0f}")
-    case = (
-        f"of a training's loader, JPEG images, {options.views} views of {options.size} px, {options.threads} thread(s)"
-    )
+    sizes = f"{images // PASSES} JPEG images of at most {LARGEST} px, {options.views} views of {options.size} px"
+    case = f"of a training's loader, {sizes}, {options.threads} thread(s)"
     rows.show([(f"images a second {case}", against(rates)), (f"views per CPU-second {case}", against(efforts))])
 
 
