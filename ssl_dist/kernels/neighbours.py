@@ -23,7 +23,7 @@ from ssl_dist.kernels.compiled import run_parallel
 from ssl_dist.kernels.exact_cosines import cosines, lengths, slices
 from ssl_dist.numba_cache import njit
 
-MULTIPLIED = 1024  # rows: their cosines with some thousand queries are read again while they are in the cache
+MULTIPLIED = 1024, 2048  # queries and rows: their cosines are read again while they are in the cache
 SCANNED = 64  # rows that are compared at once: a number that is known makes vectors of the loop
 
 
@@ -71,17 +71,19 @@ def _rounded_neighbours(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """By cosines of `dtype` on the CPU."""
     num_queries, num_rows = _block_sizes(train.dim, k, dtype.itemsize, memory, num_classes)
-    num_rows = min(num_rows, MULTIPLIED)
-    products = torch.empty(min(num_queries, len(test)) * min(num_rows, len(train)), dtype=dtype)
+    num_at_once, num_rows = min(num_queries, MULTIPLIED[0]), min(num_rows, MULTIPLIED[1])
+    products = torch.empty(min(num_at_once, len(test)) * min(num_rows, len(train)), dtype=dtype)
     for start in range(0, len(test), num_queries):
         queries_QD = unit_rows(test, start, min(start + num_queries, len(test)), dtype)
         best_QK = torch.full((len(queries_QD), k), -torch.inf, dtype=dtype)
         row_QK = torch.zeros(len(queries_QD), k, dtype=torch.int64)
         for first in range(0, len(train), num_rows):
             bank_RD = unit_rows(train, first, min(first + num_rows, len(train)), dtype)
-            out = products[: len(queries_QD) * len(bank_RD)].view(-1, len(bank_RD))
-            cosine_QR = torch.mm(queries_QD, bank_RD.T, out=out)
-            run_parallel(_keep_best, len(queries_QD), cosine_QR.numpy(), first, best_QK.numpy(), row_QK.numpy())
+            parts = (tensor.split(num_at_once) for tensor in (queries_QD, best_QK, row_QK))
+            for some_QD, best, rows in zip(*parts, strict=True):
+                out = products[: len(some_QD) * len(bank_RD)].view(-1, len(bank_RD))
+                cosine_QR = torch.mm(some_QD, bank_RD.T, out=out)
+                run_parallel(_keep_best, len(some_QD), cosine_QR.numpy(), first, best.numpy(), rows.numpy())
         row_QK, order_QK = row_QK.sort(dim=1)
         best_QK, order_QK = best_QK.gather(1, order_QK).sort(dim=1, descending=True, stable=True)
         yield start, best_QK, row_QK.gather(1, order_QK)
