@@ -102,5 +102,5 @@ setup(
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     cmdclass={"build_py": BuildWithConfigs},
-    entry_points={"console_scripts": ["ssl-dist = ssl_dist.cli:main"]},
+    entry_points={"console_scripts": ["ssl-dist = ssl_dist.__main__:program"]},
 )

@@ -81,7 +81,6 @@ def findings() -> Iterator[Finding]:
     yield _writable(os.getcwd())
     yield _shared_memory("/dev/shm")
     yield _cores()
-    yield from _environment()
 
 
 def _python() -> Finding:
@@ -192,29 +191,6 @@ def _cores() -> Finding:
     total = os.cpu_count() or 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else total
     return Finding("cores", True, f"this process may use {allowed} of {total}")
-
-
-def _environment() -> Iterator[Finding]:
-    """Settings that the launch scripts make; they count for a run started without them."""
-    remedy = "start with launch/torchrun_single.sh 1 CONFIG, which sets it"
-    waits = os.environ.get("OMP_WAIT_POLICY", "")
-    yield Finding(
-        "threads",
-        waits.upper() == "PASSIVE",
-        f"OMP_WAIT_POLICY={waits or '(unset)'}, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '(unset)')}; "
-        "idle threads should wait passively",
-        remedy,
-        required=False,
-    )
-    if platform.libc_ver()[0] == "glibc":
-        tunables = os.environ.get("GLIBC_TUNABLES", "")
-        yield Finding(
-            "allocator",
-            "glibc.malloc.mmap_threshold" in tunables,
-            f"GLIBC_TUNABLES={tunables or '(unset)'}; glibc should keep large blocks between steps",
-            remedy,
-            required=False,
-        )
 
 
 if __name__ == "__main__":

@@ -115,15 +115,6 @@ def test_shared_memory(size, good, tmp_path, monkeypatch):
     assert finding.good is good and not finding.required
 
 
-def test_environment(monkeypatch):
-    for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GLIBC_TUNABLES"):
-        monkeypatch.delenv(name, raising=False)
-    assert not any(finding.good or finding.required for finding in doctor._environment())
-    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
-    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=4294967296")
-    assert all(finding.good for finding in doctor._environment())
-
-
 @pytest.mark.slow  # imports everything
 def test_the_machine_of_the_tests_has_what_is_required():
     answer = subprocess.run([sys.executable, "-m", "ssl_dist.doctor"], capture_output=True, text=True, timeout=300)

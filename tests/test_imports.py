@@ -33,6 +33,7 @@ FLOORS = [
         "thread_team",
         "numba_cache",
         "plugins",
+        "process",
         "reading",
         "terminal",
         "torchrun",
