@@ -3,9 +3,9 @@
     python tools/bench_neighbours.py [--images 50000] [--queries 10000] [--features 64] [--rounds 5] [--threads 2]
 
 Every side gets the same float32 features of random clusters and gives the k = 20 nearest images of every query, nearest
-first. "torch" is what DINO's and others' scripts do: unit rows, a product with all images a hundred queries at a time,
-topk. Interleaved in one process; wall time, medians; "alike" is the share of neighbours that are the same image as in
-float64.
+first, in the environment that `ssl-dist` makes for itself. "torch" is what DINO's and others' scripts do: unit rows, a
+product with all images a hundred queries at a time, topk. Interleaved in one process; wall time, medians; "alike" is
+the share of neighbours that are the same image as in float64.
 """
 
 import argparse
@@ -16,12 +16,16 @@ from collections.abc import Callable
 
 import numpy as np
 import rows  # beside this file
-import torch
-from sklearn.neighbors import NearestNeighbors
-from torch.nn import functional
 
-from ssl_dist import outcome
-from ssl_dist.kernels.neighbours import neighbours
+from ssl_dist import outcome, process
+
+process.prepare()  # before the libraries whose threads read it
+
+import torch  # noqa: E402
+from sklearn.neighbors import NearestNeighbors  # noqa: E402
+from torch.nn import functional  # noqa: E402
+
+from ssl_dist.kernels.neighbours import neighbours  # noqa: E402
 
 K, MEMORY = 20, 512 * 2**20
 Search = Callable[[np.ndarray, np.ndarray], np.ndarray]
