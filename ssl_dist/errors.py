@@ -27,6 +27,11 @@ def one_line(text: str, max_length: int = MAX_MESSAGE) -> str:
     return _without_middle(escaped, max_length)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line that an error says, or its kind where it says nothing, as a bare `assert`."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def quoted(value: object) -> str:
     """A value that a user gave, as a message shows it: as Python writes it, on one line and shortened."""
     return one_line(repr(_without_middle(value, 4 * MAX_QUOTED) if isinstance(value, str) else value), MAX_QUOTED)

@@ -8,8 +8,10 @@ import torch
 import torchvision
 
 from ssl_dist import backbones
+from ssl_dist.backbones.conv4 import Conv4
 from ssl_dist.errors import UserError
 from ssl_dist.nn.layers import KeyedDropPath, key_dropout, keyed_rows
+from ssl_dist.run.blueprint import try_size
 
 LARGE = ["resnet18", "resnet34", "resnet50", "resnet101"]
 EFFICIENT = ["efficientnet_b0", "efficientnet_v2_s"]
@@ -287,3 +289,18 @@ def test_without_timm_the_message_says_how_to_get_it(monkeypatch):
         backbones.check("vit_tiny_patch16_224")
     with pytest.raises(UserError, match="pip install timm"):
         backbones.build("timm/resnet18")
+
+
+class SaysNothing(Conv4):
+    def forward(self, x):
+        if x.shape[-1] % 7:
+            raise AssertionError  # what a bare assert is where pytest does not rewrite it
+        return super().forward(x)
+
+
+def test_a_backbone_that_refuses_a_size_without_a_word_is_a_users_mistake():
+    backbone = SaysNothing().to("meta")
+    words = r"data\.image_size: views of 32 px do not fit backbone mine: AssertionError; it takes 224 px"
+    with pytest.raises(UserError, match=words):
+        try_size(backbone, 32, "mine", "views")
+    try_size(backbone, 224, "mine", "views")

@@ -27,7 +27,7 @@ _SMALL_OR_MASK = 5  # bits of a TIFF page's subfile type: a copy of another page
 _MAX_PAGES = 256  # with small copies and masks
 _PALETTE = 3  # of a TIFF page's photometric interpretation
 # numpy reads a header by `ast.literal_eval`, whose depth CPython 3.11.7 counts for all threads together and then raises
-# SystemError (gh-106905; newer ones do not).
+# SystemError (gh-106905).
 _header_lock = threading.Lock()
 
 

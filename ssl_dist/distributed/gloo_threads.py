@@ -12,8 +12,8 @@ def unobtrusive() -> Iterator[None]:
 
     gloo's network thread, woken by a message while another thread of the group still holds the lock of that pair, polls
     for the lock (gloo/transport/tcp/pair.cc, `Pair::handleEvents`). Where it has taken the holder's core, it does so to
-    the end of its time slice: 2 to 4 ms at every other exchange. Nothing changes where the policy is not the usual one
-    or may not be set.
+    the end of its time slice, which is milliseconds. Nothing changes where the policy is not the usual one or may not
+    be set.
     """
     if not hasattr(os, "sched_setscheduler") or os.sched_getscheduler(0) != os.SCHED_OTHER:
         yield

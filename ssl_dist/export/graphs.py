@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, first_line
 from ssl_dist.export.preprocessing import FILE, preprocessing
 from ssl_dist.export.trained import Trained
 
@@ -83,7 +83,7 @@ def _program(trained: Trained, form: str) -> torch.export.ExportedProgram:
 def _refusal(form: str, backbone: str, error: BaseException, remedy: str = "") -> UserError:
     while error.__cause__ is not None:  # what torch says last is the same for all
         error = error.__cause__
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    reason = first_line(error)
     if "Constraints violated" in reason:
         reason = "its code computes another thing for batches of another size"
     return UserError(f"--format {form}: torch cannot make a graph of backbone {backbone}: {reason}{remedy}")

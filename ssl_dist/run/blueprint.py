@@ -21,7 +21,7 @@ from ssl_dist.data.plan import DataOrder, from_list, limited, per_class
 from ssl_dist.data.reader import Reader, SplitInfo
 from ssl_dist.data.readers import Dataset
 from ssl_dist.distributed.rank import RankInfo
-from ssl_dist.errors import UserError, quoted
+from ssl_dist.errors import UserError, first_line, quoted
 from ssl_dist.methods.base import Info, SSLMethod
 from ssl_dist.nn import batchnorm, recompute
 from ssl_dist.nn.backbone import Backbone, TokenBackbone
@@ -311,7 +311,7 @@ def _misfit(backbone: Backbone, size: int) -> str:
             torch.empty(1, backbone.in_channels, size, size, dtype=next(backbone.parameters()).dtype, device="meta")
         )
     except (RuntimeError, AssertionError, ValueError) as error:
-        return str(error).splitlines()[0].rstrip(".")
+        return first_line(error).rstrip(".")
     return ""
 
 

@@ -22,7 +22,7 @@ from sklearn.svm import LinearSVC
 from torch import Tensor, nn
 from torchvision.transforms.functional import center_crop, resize
 
-from ssl_dist.errors import UserError, quoted
+from ssl_dist.errors import UserError, first_line, quoted
 from ssl_dist.progress import Progress
 from ssl_dist.storage.features import Features, read_features, write_features
 from ssl_dist.voc.data import CLASSES, Sample, Split, normalized
@@ -98,7 +98,7 @@ class Extractor(nn.Module):
             stage_map = self.backbone.forward_stages(images)[1][self.layer]
         except (RuntimeError, ValueError) as error:
             size = images.shape[-1]
-            raise UserError(f"size = {size}: does not fit the backbone: {str(error).splitlines()[0]}") from None
+            raise UserError(f"size = {size}: does not fit the backbone: {first_line(error)}") from None
         side = min(self.side, *stage_map.shape[-2:])
         return nn.functional.adaptive_avg_pool2d(stage_map, side).flatten(1)
 

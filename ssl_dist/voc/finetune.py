@@ -19,7 +19,7 @@ from torchvision.transforms.functional import resize, ten_crop
 from ssl_dist.backbones.alexnet import AlexNet
 from ssl_dist.config import Normalize
 from ssl_dist.config.recipe import RandomResizedCrop, ViewGroup
-from ssl_dist.errors import UserError, quoted
+from ssl_dist.errors import UserError, first_line, quoted
 from ssl_dist.keys import EVALUATION, TRANSFER, VIEWS, hash64
 from ssl_dist.progress import Progress
 from ssl_dist.views.draw import draw_parameters, numeric_recipe
@@ -77,7 +77,7 @@ def build(pretrained: Pretrained, options: Options) -> tuple[Classifier, list[nn
         with torch.no_grad():
             backbone.eval()(torch.zeros(1, 3, options.size, options.size))
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"size = {options.size}: does not fit the backbone: {str(error).splitlines()[0]}") from None
+        raise UserError(f"size = {options.size}: does not fit the backbone: {first_line(error)}") from None
     return Classifier(backbone, backbone.feature_dim), keep_statistics(backbone)
 
 

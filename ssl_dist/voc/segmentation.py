@@ -19,7 +19,7 @@ from torchvision.models.segmentation.fcn import FCN, FCNHead
 from ssl_dist.backbones.alexnet import AlexNet
 from ssl_dist.config import Normalize
 from ssl_dist.data.plan import limited
-from ssl_dist.errors import UserError, quoted
+from ssl_dist.errors import UserError, first_line, quoted
 from ssl_dist.keys import TRANSFER, VIEWS, hash64, uniforms
 from ssl_dist.nn.backbone import Backbone
 from ssl_dist.progress import Progress
@@ -90,7 +90,7 @@ def build(pretrained: Pretrained, options: Options) -> tuple[nn.Module, list[nn.
     except (NotImplementedError, RuntimeError, ValueError) as error:
         raise UserError(
             f"backbone.name = {quoted(pretrained.name)}: voc segmentation needs maps of images of any size: "
-            f"{str(error).splitlines()[0]}; choose another backbone"
+            f"{first_line(error)}; choose another backbone"
         ) from None
     seed_torch(options.seed)
     return FCN(trunk, FCNHead(last_map.shape[1], len(NAMES))), frozen, width // last_map.shape[3]
