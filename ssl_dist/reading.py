@@ -29,11 +29,21 @@ def open_regular(path: str | Path) -> BufferedReader:
     return file
 
 
+def read_at_most(file: BufferedReader, num_bytes: int) -> bytes:
+    """The first bytes of a file. Python's own `read` takes memory for all that it is asked for, however small the file
+    is. Raises OSError."""
+    blocks = []
+    while num_bytes > 0 and (block := file.read(min(num_bytes, 1 << 20))):
+        blocks.append(block)
+        num_bytes -= len(block)
+    return b"".join(blocks)
+
+
 def read_text(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
     """The text of a UTF-8 file, with or without a byte order mark. Raises OSError, also where it has more than
     `max_bytes` or is no regular file, and UnicodeDecodeError."""
     with open_regular(path) as file:
-        data = file.read(max_bytes + 1)
+        data = read_at_most(file, max_bytes + 1)
     if len(data) > max_bytes:
         raise OSError(errno.EFBIG, f"it has more than {max_bytes:,} bytes", str(path))
     return data.decode("utf-8-sig")
@@ -64,7 +74,7 @@ def json_lines(path: Path, is_valid: Callable[[dict], bool]) -> tuple[list[dict]
     """
     try:
         with open_regular(path) as file:
-            data = file.read(MAX_TEXT_BYTES)
+            data = read_at_most(file, MAX_TEXT_BYTES)
     except FileNotFoundError:
         return [], []
     valid, faulty = [], []

@@ -4,6 +4,7 @@ line."""
 import json
 import os
 import re
+from io import BufferedReader, FileIO
 
 import pytest
 
@@ -11,6 +12,7 @@ from ssl_dist import config
 from ssl_dist.config.section import MAX_CHARACTERS, MAX_DEPTH, parse_yaml, read_yaml
 from ssl_dist.errors import MAX_MESSAGE, MAX_QUOTED, Fault, UserError, one_line, quoted
 from ssl_dist.reading import json_lines, parse_json, read_text
+from ssl_dist.run import metrics
 from tests.messages import naming
 
 
@@ -128,3 +130,22 @@ def test_lines_of_json_that_is_damaged(tmp_path):
         json_lines(path, lambda line: True)
     with pytest.raises(OSError, match="not a regular file"):
         read_text(path)
+
+
+def test_a_small_file_takes_little_memory(tmp_path, monkeypatch):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"step": 1}\n' * 200_000, encoding="utf-8")
+    asked = []
+    read, fdopen = BufferedReader.read, os.fdopen
+
+    class Reader(BufferedReader):
+        def read(self, size=-1, /):
+            asked.append(size)
+            return read(self, size)
+
+    monkeypatch.setattr(os, "fdopen", lambda fd, mode: Reader(FileIO(fd, mode)) if mode == "rb" else fdopen(fd, mode))
+    assert len(json_lines(path, lambda line: True)[0]) == 200_000
+    assert len(read_text(path)) == path.stat().st_size
+    metrics.cut_after(path, 0)
+    assert path.read_text(encoding="utf-8") == ""
+    assert 0 < max(asked) <= 1 << 20 and min(asked) > 0  # a rank's heap would hold what was once asked for

@@ -98,7 +98,7 @@ BENCHES = {
             f"--data {CIFAR10} --config configs/cifar10-short/mae-vit_tiny_patch16_224.yaml --grids 1x1",
             f"--data {CIFAR10} --config configs/cifar10-short/supervised-conv4.yaml backbone.name=resnet50 --grids 1x1",
         ],
-        f"--data {CIFAR10} --grids 1x1 --steps 2 data.reader=arrays backbone.name=conv4 views.num=2",
+        f"--data {CIFAR10} --grids 1x1 --steps 3 data.reader=arrays backbone.name=conv4 views.num=2",
     ),
     "bench_relation": Bench([""], "--views 2 4 --features 16 --rounds 1"),
     "bench_sinkhorn": Bench([""], "--images 300 --clusters 10 --features 8 --processes 2 --rounds 1"),

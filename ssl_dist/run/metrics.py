@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from ssl_dist.reading import MAX_TEXT_BYTES, is_count, is_finite, json_lines, open_regular, parse_json
+from ssl_dist.reading import MAX_TEXT_BYTES, is_count, is_finite, json_lines, open_regular, parse_json, read_at_most
 from ssl_dist.storage.durable import append_line, atomic_write
 
 FILE = "metrics.jsonl"
@@ -28,7 +28,7 @@ def cut_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     with open_regular(path) as file:
-        lines = file.read(MAX_TEXT_BYTES).split(b"\n")[:-1]
+        lines = read_at_most(file, MAX_TEXT_BYTES).split(b"\n")[:-1]
     kept = [line + b"\n" for line in lines if _step_of(line) <= step]
     if len(kept) < len(lines) or path.stat().st_size > sum(map(len, kept)):
         with atomic_write(path) as file:

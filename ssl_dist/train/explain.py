@@ -1,10 +1,9 @@
 """`ssl-dist explain`: what a config will do, on any number of ranks, without starting anything.
 
 Memory is counted, not guessed: forward and backward of the backbone run on torch's meta device, where tensors have a
-size but no bytes, and the largest sum of tensors alive at once is taken. What an allocator keeps unused comes on top.
-On a CPU, resnet32 with K = 32 and M = 64 held 1.02 times what is counted on one rank and 1.10 times on each of four
-with glibc's own settings, 1.11 to 1.15 and 1.23 times with those of the launch scripts:
-tools/bench_memory.py --data data/cifar10 --plain --tuned
+size but no bytes, and the largest sum of tensors alive at once is taken. Python, libraries and what an allocator keeps
+unused come on top. On a CPU, the ranks of six trainings had 1.00 to 1.05 times in use of what is counted:
+tools/bench_all.py --only bench_memory
 """
 
 import math
