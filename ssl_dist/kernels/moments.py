@@ -22,6 +22,9 @@ from torch import Tensor
 from ssl_dist.kernels.compiled import njit_sums, run_parallel
 
 ROW_LENGTH = 256  # elements that a short row is widened to: vector registers stay full, and sums stay in the cache
+# Of sums of x alone, which are as fast as memory: several rows go into a sum before it is stored, and the reads of
+# these rows lie so close together that the processor still reads ahead.
+SUMMED_ROW_LENGTH, SUMMED_AT_ONCE = 32, 8
 PIECE_SIZE = 1 << 17  # elements
 
 
@@ -30,10 +33,19 @@ def _moments_rows(first: int, last: int, step: int, x: ndarray, shift: ndarray, 
     """sums[piece] = sums of d = x - shift and of d^2."""
     for piece in range(first, last):
         sum_d, sum_dd = sums[piece, 0], sums[piece, 1]
-        for r in range(piece * step, min((piece + 1) * step, x.shape[0])):
-            row = x[r]
+        start, stop = piece * step, min((piece + 1) * step, x.shape[0])
+        single = stop - (stop - start) % SUMMED_AT_ONCE
+        for r in range(start, single, SUMMED_AT_ONCE):
             for c in range(shift.shape[0]):
-                d = np.float64(row[c]) - shift[c]
+                own_d, own_dd = sum_d[c], sum_dd[c]
+                for k in range(SUMMED_AT_ONCE):
+                    d = np.float64(x[r + k, c]) - shift[c]
+                    own_d += d
+                    own_dd += d * d
+                sum_d[c], sum_dd[c] = own_d, own_dd
+        for r in range(single, stop):
+            for c in range(shift.shape[0]):
+                d = np.float64(x[r, c]) - shift[c]
                 sum_d[c] += d
                 sum_dd[c] += d * d
 
@@ -148,7 +160,8 @@ class Elements:
             first = self._x[0, : self._num_channels].astype(np.float64)
         else:
             first = self._x[: self._num_channels, 0].astype(np.float64)
-        sum_d, sum_dd = self._sums(_moments_rows, _moments_planes, first)
+        repeats = math.gcd(self._repeats, max(1, SUMMED_ROW_LENGTH // self._num_channels))
+        sum_d, sum_dd = self._sums(_moments_rows, _moments_planes, first, repeats=repeats)
         with np.errstate(invalid="ignore"):  # inf - inf: the loss becomes NaN, and the training loop says so
             mean, squares = first + sum_d / self.count, np.maximum(sum_dd - sum_d * sum_d / self.count, 0.0)
         return torch.from_numpy(mean), torch.from_numpy(squares)
@@ -179,12 +192,16 @@ class Elements:
             return torch.from_numpy(np.moveaxis(channels_last, -1, 1)).to(self._dtype)
         return torch.from_numpy(matrix.reshape(self._shape)).to(self._dtype)
 
-    def _sums(self, by_rows: Callable, by_planes: Callable, shift: ndarray, *others: ndarray) -> ndarray:
-        """Float64 [2, C]."""
-        shift = np.tile(shift, self._repeats)
+    def _sums(
+        self, by_rows: Callable, by_planes: Callable, shift: ndarray, *others: ndarray, repeats: int | None = None
+    ) -> ndarray:
+        """Float64 [2, C]. repeats: elements of a channel in a row, a divisor of those there are; None: all of them."""
+        parts = self._repeats // (repeats or self._repeats)  # of a row, each a row by itself
+        arrays = (array.reshape(len(array) * parts, array.shape[1] // parts) for array in (self._x, *others))
+        shift = np.tile(shift, self._repeats // parts)
         sums = np.zeros((self._num_pieces, 2, len(shift)))
-        run_parallel(by_rows if self._rows else by_planes, self._num_pieces, self._step, self._x, *others, shift, sums)
-        return sums.sum(0).reshape(2, self._repeats, self._num_channels).sum(1)
+        run_parallel(by_rows if self._rows else by_planes, self._num_pieces, self._step * parts, *arrays, shift, sums)
+        return sums.sum(0).reshape(2, len(shift) // self._num_channels, self._num_channels).sum(1)
 
     def _map(
         self, by_rows: Callable, by_planes: Callable, others: tuple[ndarray, ...], vectors: tuple[Tensor, ...]
