@@ -16,7 +16,7 @@
 # Environment, all optional:
 #   RESTARTS=0          how often torchrun starts the ranks again after a fault; they resume from the last checkpoint
 #   OMP_NUM_THREADS     threads of a rank; default: the cores that this script may use, divided by NPROC
-#   OMP_WAIT_POLICY, GLIBC_TUNABLES, TORCH_CPP_LOG_LEVEL      defaults are set below
+#   TORCH_CPP_LOG_LEVEL=ERROR   from where on messages of torch are shown
 #   LOCAL_ADDR          address of this machine, where the others cannot resolve its name
 #   RDZV_ID=ssl_dist    name of the run, where several share an endpoint
 #   PYTHON              interpreter; default: .venv/bin/python of this checkout, else python3
@@ -54,12 +54,6 @@ fi
 if [ -z "${OMP_NUM_THREADS:-}" ]; then # torchrun would set 1
     cores=$(($(nproc) / ranks))
     export OMP_NUM_THREADS=$((cores > 0 ? cores : 1))
-fi
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # idle threads sleep instead of spinning on cores that others need
-if getconf GNU_LIBC_VERSION >/dev/null 2>&1; then
-    # else glibc maps and unmaps every activation above 32 MB anew in each step
-    tunables=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592
-    export GLIBC_TUNABLES=${GLIBC_TUNABLES:-$tunables}
 fi
 # DDP's C++ warns that no parameter was unused; distributed/world.py says why it was asked to look.
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ssl_dist import cli
+from ssl_dist import cli, process
 from ssl_dist.distributed.rank import BY_SRUN, environment_number
 from ssl_dist.distributed.signals import STOPPED
 from ssl_dist.errors import UserError
@@ -35,6 +35,7 @@ class Job:
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command, whose name comes first, in this task; returns its exit code."""
+    process.prepare()
     is_training = arguments[0] in ("train", "study")
     for number in (signal.SIGTERM, signal.SIGUSR2):
         # Before the training has its handlers nothing is to be saved. Those of submitit would requeue from a task.

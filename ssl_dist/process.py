@@ -1,7 +1,4 @@
-"""What a process of `ssl-dist` sets before torch is there: how idle threads wait, and what becomes of freed memory.
-
-The launch scripts set the same for their ranks, in the environment.
-"""
+"""What a process of `ssl-dist` sets before torch is there: how idle threads wait, and what becomes of freed memory."""
 
 import ctypes
 import os

@@ -16,22 +16,22 @@ CLEAR = {
 # Whether a block of 64 MiB that was filled and given back is filled again without new pages.
 KEEPS = """
 import os, resource, sys
-from ssl_dist import __main__
+from ssl_dist import __main__, cli, job
 def fill():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     bytearray(b"x") * (64 << 20)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-def command():
+def command(*_):
     fill()
     print(os.environ["OMP_WAIT_POLICY"], "new" if fill() > 8000 else "kept")
     return 7
-__main__.main = command
-sys.exit(__main__.program())
+__main__.main = cli.main = command
+sys.exit(__main__.program() if sys.argv[1] == "program" else job.run(["train"]))
 """
 
 
-def answer(**environment):
-    command = [sys.executable, "-c", KEEPS]
+def answer(start="program", **environment):
+    command = [sys.executable, "-c", KEEPS, start]
     done = subprocess.run(command, cwd=ROOT, env=CLEAR | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 7, done.stderr
     return done.stdout.split()
@@ -43,8 +43,9 @@ needs_glibc = pytest.mark.skipif(
 
 
 @needs_glibc
-def test_idle_threads_sleep_and_freed_memory_is_kept():
-    assert answer() == ["PASSIVE", "kept"]
+@pytest.mark.parametrize("start", ["program", "a task of Slurm"])
+def test_idle_threads_sleep_and_freed_memory_is_kept(start):
+    assert answer(start) == ["PASSIVE", "kept"]
 
 
 @needs_glibc

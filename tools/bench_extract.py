@@ -8,8 +8,8 @@ own layers, in evaluation mode and without gradient, as relational reasoning's l
 stay in memory until they are saved as one array. --images: a folder with one of JPEG files for each split, which that
 side decodes (ImageFolder); without it, that side has the pixels in memory, as torchvision's CIFAR10.
 
-Both get the same random weights, cores and environment, that of the launch scripts. A turn is a process of its own,
-from its start to its end; the two take turns. Seconds, medians: wall time, CPU time with that of the workers, and
+Both get the same random weights, cores and environment, which `ssl-dist` makes for itself. A turn is a process of its
+own, from its start to its end; the two take turns. Seconds, medians: wall time, CPU time with that of the workers, and
 "start", the wall time until the first split is opened (Python, imports, the network). The ratio is one of wall times,
 start included, with the least and the greatest of a round.
 """

@@ -9,9 +9,9 @@ All give uint8 views of JPEG images in random order: a random resized crop, a fl
 FFCV-SSL's leaves its compiled code for SciPy. Ours and torchvision's side decode an image once; FFCV-SSL has a decoder
 for each view. A turn is four passes over all images, by as many threads or workers, in a process that lives on; the
 sides take turns, after one turn that compiles. The table has medians: images by wall time, and views by the CPU time of
-all threads and workers. The environment is that of the launch scripts. --images: a folder of image files, which become
-JPEG files of up to 512 pixels a side for all (default: smooth noise of 500 x 400 pixels, which decodes faster than
-photographs).
+all threads and workers. The environment is that which `ssl-dist` makes for itself. --images: a folder of image files,
+which become JPEG files of up to 512 pixels a side for all (default: smooth noise of 500 x 400 pixels, which decodes
+faster than photographs).
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python tools/bench_minutes.py --data data/cifar10 [--marks 50 52.5] [--max-minutes 30] [--seeds 1 2 3]
 
 Both train conv4 by the relational method with M images a batch and K views of each, from a seed, in the environment of
-the launch scripts. Ours: the loop of `ssl_dist train` (`fit`). The port: tools/bench_step.py's, on all training images,
+`ssl-dist`. Ours: the loop of `ssl_dist train` (`fit`). The port: tools/bench_step.py's, on all training images,
 which it holds in memory as torchvision's CIFAR10 does, or, with --images, reads from JPEG files as ImageFolder does.
 
 They take turns, a slice of an epoch each. Behind a slice its clock stands, and the accuracy on the test split of

@@ -4,7 +4,7 @@
     python tools/bench_prediction.py --published
 
 In every round the rates are measured (tools/bench_rates.py, with as many ranks), then every case is trained for a few
-steps with one thread a rank, in the environment of the launch scripts, by the arrays reader. The table has the medians
+steps with one thread a rank, in the environment that `ssl-dist` makes, by the arrays reader. The table has the medians
 of the rounds, of a training its fastest step. CPU time is that of rank 0's main thread, so without its views and
 without waiting: other work on the machine disturbs it less than wall time. Where ranks take all cores, the views are
 made once and used again: threads that make views would take turns with the ranks, which no GPU's loader does.

@@ -2,12 +2,12 @@
 
     python tools/bench_rates.py --out rates.yaml [--ranks 2] [--rounds 5]
 
-One thread a rank, float32, the environment of the launch scripts. --ranks: as many processes as will train side by side
-measure at once, each the same thing, because they share memory and caches; the file holds rank 0's times, the shortest
-of the rounds. Operators are timed in steps of small networks, where a map has left the cache when it is needed again;
-then the kernel for pairs, all-reduces over gloo, Pillow's JPEG decoding, and views. CPU time, which other work on the
-machine disturbs less, except for all-reduces. About 15 seconds. None of the networks is a backbone of the package:
-tools/bench_prediction.py holds what explain makes of these rates against trainings.
+One thread a rank, float32, the environment that `ssl-dist` makes for itself. --ranks: as many processes as will train
+side by side measure at once, each the same thing, because they share memory and caches; the file holds rank 0's times,
+the shortest of the rounds. Operators are timed in steps of small networks, where a map has left the cache when it is
+needed again; then the kernel for pairs, all-reduces over gloo, Pillow's JPEG decoding, and views. CPU time, which other
+work on the machine disturbs less, except for all-reduces. About 15 seconds. None of the networks is a backbone of the
+package: tools/bench_prediction.py holds what explain makes of these rates against trainings.
 """
 
 import argparse

@@ -3,12 +3,12 @@
     python tools/bench_step.py --data data/cifar10 [--views 32] [--images 64] [--rounds 5] [--steps 6]
 
 The port: torchvision views of PIL images made by two DataLoader workers, K tensors a batch, pairs built by
-concatenation block after block, Linear-BatchNorm-LeakyReLU-Linear, focal BCE, one Adam. Ours: the loop of
-`ssl_dist train` on the same images, eager, fp32, with its own loader. Both read a data set that `ssl-dist convert`
-wrote. Each side is a process of its own; the two take turns in one run, in the default environment and in the one that
-the launch scripts set (allocator and idle threads, which help the port as well). Wall time, medians, ratios.
---beside compiled: the same loop with `compile=true` in the port's place. --beside official: the official code's own
-dataset, transforms, network and training loop, out of a checkout:
+concatenation block after block, Linear-BatchNorm-LeakyReLU-Linear, focal BCE, one Adam. Ours: the loop of `ssl_dist
+train` on the same images, eager, fp32, with its own loader. Both read a data set that `ssl-dist convert` wrote. Each
+side is a process of its own; the two take turns in one run, in the default environment and in one that has for the
+port, too, what `ssl-dist` sets in its process (allocator and idle threads). Wall time, medians, ratios. --beside
+compiled: the same loop with `compile=true` in the port's place. --beside official: the official code's own dataset,
+transforms, network and training loop, out of a checkout:
 
     git clone https://github.com/mpatacchiola/self-supervised-relational-reasoning official
     python tools/bench_step.py --data data/cifar10 --beside official --official official
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 import rows  # beside this file
 
-from ssl_dist import outcome
+from ssl_dist import outcome, process
 from ssl_dist.data import manifest
 from ssl_dist.errors import UserError
 
@@ -69,6 +69,8 @@ def main() -> None:
         given = f" {arguments.official}" if arguments.official else ""
         raise UserError(f"--official{given}: give a checkout of the official code, which has {LOOP}")
     if arguments.worker:
+        if arguments.worker in ("ours", "compiled"):
+            process.prepare()  # as the program does
         serve(SIDES[arguments.worker](arguments))
         return
     manifest.load(Path(arguments.data))  # a mistake in it shows here, in one line
@@ -79,15 +81,15 @@ def main() -> None:
         sides = {side: start(side, environment) for side in (arguments.beside, "ours")}
         times: dict[str, list[float]] = {side: [] for side in sides}
         for _ in range(arguments.rounds):
-            for side, process in sides.items():
-                process.stdin.write("turn\n")
-                process.stdin.flush()
-                if not (seconds := process.stdout.readline()):
-                    sys.exit(process.wait())  # it has said why
+            for side, worker in sides.items():
+                worker.stdin.write("turn\n")
+                worker.stdin.flush()
+                if not (seconds := worker.stdout.readline()):
+                    sys.exit(worker.wait())  # it has said why
                 times[side].append(1000 * statistics.median(json.loads(seconds)))
-        for process in sides.values():
-            process.stdin.close()
-            process.wait()
+        for worker in sides.values():
+            worker.stdin.close()
+            worker.wait()
         other = times[arguments.beside]
         ratios = [a / b for a, b in zip(other, times["ours"], strict=True)]
         print(

@@ -94,9 +94,7 @@ def setup_lines(site: Site) -> list[str]:
         "unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE  # of where this was submitted",
         'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not take it from sbatch",
-        "export OMP_NUM_THREADS=$SRUN_CPUS_PER_TASK OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}",
-        "export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.mmap_threshold=4294967296:"
-        "glibc.malloc.trim_threshold=8589934592}",
+        "export OMP_NUM_THREADS=$SRUN_CPUS_PER_TASK",
         "export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}",
         # a port of its own for every job, where the site has set some aside
         'if scontrol show config | grep -q "^MpiParams.*ports="; then export SLURM_RESV_PORTS=1; fi',
