@@ -29,24 +29,23 @@ def open_regular(path: str | Path) -> BufferedReader:
     return file
 
 
-def read_at_most(file: BufferedReader, num_bytes: int) -> bytes:
-    """The first bytes of a file. Python's own `read` takes memory for all that it is asked for, however small the file
-    is. Raises OSError."""
-    blocks = []
-    while num_bytes > 0 and (block := file.read(min(num_bytes, 1 << 20))):
-        blocks.append(block)
-        num_bytes -= len(block)
+def read_bytes(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
+    """All of a file. Raises OSError, also where it has more than `max_bytes` or is no regular file."""
+    blocks, left = [], max_bytes + 1
+    with open_regular(path) as file:
+        # To read `left` at once would take that much memory, however small the file is.
+        while left > 0 and (block := file.read(min(left, 1 << 20))):
+            blocks.append(block)
+            left -= len(block)
+    if left == 0:
+        raise OSError(errno.EFBIG, f"it has more than {max_bytes:,} bytes", str(path))
     return b"".join(blocks)
 
 
 def read_text(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """The text of a UTF-8 file, with or without a byte order mark. Raises OSError, also where it has more than
-    `max_bytes` or is no regular file, and UnicodeDecodeError."""
-    with open_regular(path) as file:
-        data = read_at_most(file, max_bytes + 1)
-    if len(data) > max_bytes:
-        raise OSError(errno.EFBIG, f"it has more than {max_bytes:,} bytes", str(path))
-    return data.decode("utf-8-sig")
+    """The text of a UTF-8 file, with or without a byte order mark. Raises what `read_bytes` does, and
+    UnicodeDecodeError."""
+    return read_bytes(path, max_bytes).decode("utf-8-sig")
 
 
 def parse_json(text: str) -> Any:
@@ -73,8 +72,7 @@ def json_lines(path: Path, is_valid: Callable[[dict], bool]) -> tuple[list[dict]
     An unfinished last line, which a process may be writing, is neither. Raises OSError; a missing file holds nothing.
     """
     try:
-        with open_regular(path) as file:
-            data = read_at_most(file, MAX_TEXT_BYTES)
+        data = read_bytes(path)
     except FileNotFoundError:
         return [], []
     valid, faulty = [], []

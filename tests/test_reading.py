@@ -11,7 +11,7 @@ import pytest
 from ssl_dist import config
 from ssl_dist.config.section import MAX_CHARACTERS, MAX_DEPTH, parse_yaml, read_yaml
 from ssl_dist.errors import MAX_MESSAGE, MAX_QUOTED, Fault, UserError, one_line, quoted
-from ssl_dist.reading import json_lines, parse_json, read_text
+from ssl_dist.reading import json_lines, parse_json, read_bytes, read_text
 from ssl_dist.run import metrics
 from tests.messages import naming
 
@@ -130,6 +130,18 @@ def test_lines_of_json_that_is_damaged(tmp_path):
         json_lines(path, lambda line: True)
     with pytest.raises(OSError, match="not a regular file"):
         read_text(path)
+
+
+def test_lines_of_a_file_that_is_too_large_are_not_dropped(tmp_path, monkeypatch):
+    monkeypatch.setattr(read_bytes, "__defaults__", (1000,))
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"step": 1}\n' * 83, encoding="utf-8")
+    assert len(json_lines(path, lambda line: True)[0]) == 83
+    path.write_text('{"step": 1}\n' * 84, encoding="utf-8")
+    for read in (lambda: json_lines(path, lambda line: True), lambda: metrics.cut_after(path, 0)):
+        with pytest.raises(OSError, match=rf"more than 1,000 bytes: '{re.escape(str(path))}'"):
+            read()
+    assert path.stat().st_size == 1008
 
 
 def test_a_small_file_takes_little_memory(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from ssl_dist.reading import MAX_TEXT_BYTES, is_count, is_finite, json_lines, open_regular, parse_json, read_at_most
+from ssl_dist.reading import is_count, is_finite, json_lines, parse_json, read_bytes
 from ssl_dist.storage.durable import append_line, atomic_write
 
 FILE = "metrics.jsonl"
@@ -27,8 +27,7 @@ def cut_after(path: Path, step: int) -> None:
     """
     if not path.exists():
         return
-    with open_regular(path) as file:
-        lines = read_at_most(file, MAX_TEXT_BYTES).split(b"\n")[:-1]
+    lines = read_bytes(path).split(b"\n")[:-1]
     kept = [line + b"\n" for line in lines if _step_of(line) <= step]
     if len(kept) < len(lines) or path.stat().st_size > sum(map(len, kept)):
         with atomic_write(path) as file:
