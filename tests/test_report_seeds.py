@@ -11,7 +11,7 @@ from ssl_dist.report import varied
 from ssl_dist.report.ablation import Ablation
 
 
-def run_with(folder, seed, value, lr=1e-3, weights=None, views=4, method="relational", **changes):
+def run_with(folder, seed, value, lr=1e-3, weights=None, views=4, method="relational", groups=None, **changes):
     record = {
         "name": "knn5_top1", "value": value, "protocol": "kNN", "options": {}, "dataset": "digits", "split": "test",
         "data": "d", "train_data": "t", "transform": "crop", "version": 1,
@@ -21,6 +21,8 @@ def run_with(folder, seed, value, lr=1e-3, weights=None, views=4, method="relati
     folder.mkdir(exist_ok=True)
     tree = {"run_dir": str(folder), "seed": seed, "data": {"name": "digits", "root": "x"}, "optim": {"lr": lr}}
     tree |= {"backbone": {"weights": weights}, "views": {"num": views}, "method": {"name": method}}
+    if groups is not None:
+        tree["views"]["groups"] = [{"num": num, "size": 8} for num in groups]
     (folder / "config.yaml").write_text(config.dump(config.validate(config.Config, tree)))
     results.add(folder / "results.json", [record])
     return folder
@@ -172,6 +174,29 @@ def test_a_varied_size_is_one_column(tmp_path):
     run_with(tmp_path / "0.01", 1, 60.0, lr=1e-2, transform="short side to 64, centre crop 64, mean")
     means = Ablation(report.over_seeds(runs))
     assert [means.result_head(result) for result in means.results] == [f"knn5_top1 #{n}" for n in (1, 2, 3)]
+
+
+def test_a_key_that_only_a_run_in_the_middle_has_is_varied(tmp_path, capsys):
+    """A third group of views in B: A and B are two rows, whatever stands around them."""
+    groups = {"a": (2, 2), "b": (2, 2, 2), "c": (2, 2)}
+    runs = [
+        run_with(tmp_path / name, 1, 50.0 + number, lr=[0.1, 0.1, 0.01][number], views=None, groups=nums)
+        for number, (name, nums) in enumerate(groups.items())
+    ]
+    means = Ablation(report.over_seeds(runs))
+    assert {"optim.lr", "views.groups.2.num"} <= set(means.keys)
+    values = {group.run: means.mean(group, means.results[0]).mean for group in means.groups}
+    assert values == {"a": 50.0, "b": 51.0, "c": 52.0}
+    assert cli.main(["report", *map(str, runs), "--latex", str(tmp_path / "t.tex")]) == 0
+    assert all(f" & {value:.2f} \\\\" in (tmp_path / "t.tex").read_text() for value in values.values())
+
+
+def test_no_mean_takes_anothers_cell(tmp_path):
+    runs = [run_with(tmp_path / f"{lr}", 1, 50.0, lr=lr) for lr in (1e-3, 1e-2)]
+    records = [record | {"varied": {}} for record in report.over_seeds(runs)]
+    means = Ablation(records)
+    with pytest.raises(AssertionError, match="two means in one cell"):
+        means.mean(means.groups[0], means.results[0])
 
 
 def test_nothing_to_plot_against(tmp_path, capsys):

@@ -67,7 +67,9 @@ class Ablation:
 
     @cached_property
     def _cells(self) -> dict[tuple[str, tuple], dict]:
-        return {(_group(record).key, self._result(record)): record for record in self.records}
+        cells = {(_group(record).key, self._result(record)): record for record in self.records}
+        assert len(cells) == len(self.records), "two means in one cell: what was varied does not tell their runs apart"
+        return cells
 
     def mean(self, group: Group, result: dict) -> Mean | None:
         """A cell; None: the group has no such result."""

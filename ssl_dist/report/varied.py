@@ -37,7 +37,8 @@ def varied(trees: Sequence[dict[str, object]]) -> list[str]:
         families.setdefault(repr([tree.get(key) for key in FAMILY]), []).append(tree)
     found = [key for key in FAMILY if _differ(key, trees)]
     for family in families.values():
-        found += [key for key in family[0] | family[-1] if key not in found and _differ(key, family)]
+        keys = dict.fromkeys(key for tree in family for key in tree)  # one in the middle may have keys of its own
+        found += [key for key in keys if key not in found and _differ(key, family)]
     return found
 
 
