@@ -152,6 +152,21 @@ def test_a_class_that_the_training_split_lacks_is_wrong():
     assert knn.run(train, part(EXACT[:2], [0, 7]), knn.Options(k=[4]))["knn4_top1"] == 50.0
 
 
+def test_every_temperature_counts_once_under_a_name_of_its_own():
+    """0.10000001 is 0.1 to six digits."""
+    train, test = random_part(40), random_part(20, seed=1)
+    given = [0.1, 0.07, 0.1, 0.10000001, 0.070000001, 1, 1.0, 1000000.0, 0.1]
+    values = knn.run(train, test, knn.Options(k=[5, 5], temperature=given))
+    suffixes = {"": 0.07, "_T0.1": 0.1, "_T0.10000001": 0.10000001, "_T0.070000001": 0.070000001, "_T1": 1}
+    suffixes |= {"_T1e+06": 1e6}
+    assert values.keys() == {f"knn5{suffix}_top{n}" for suffix in suffixes for n in (1, 5)}
+    for suffix, temperature in suffixes.items():
+        alone = knn.run(train, test, knn.Options(k=[5], temperature=[temperature]))
+        assert values[f"knn5{suffix}_top1"] == alone[f"knn5{suffix}_top1"] <= 100
+    # what was recorded of a list with repetitions is of other options, so it is measured again
+    assert knn.Options(temperature=[0.5, 0.1, 0.5]) == knn.Options(temperature=[0.5, 0.1])
+
+
 @pytest.mark.usefixtures("arithmetic")
 def test_small_temperatures_stay_finite():
     train, test = random_part(40), random_part(20, seed=1)

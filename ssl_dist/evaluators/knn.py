@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from ssl_dist.config import PositiveInt, Section
 from ssl_dist.device import CPU
@@ -36,12 +36,17 @@ _PUBLISHED_TEMPERATURE = 0.07
 Temperature = Annotated[float, Field(ge=0.005, allow_inf_nan=False)]
 
 
+def _each_once(temperatures: list[float]) -> list[float]:
+    """In the order that was given: the pictures are of the first."""
+    return list(dict.fromkeys(temperatures))
+
+
 class Options(Section):
     k: Annotated[list[PositiveInt], Field(min_length=1)] | None = Field(
         None,
         description="list of neighbour counts; null: 20 and 200, without those above the number of training images",
     )
-    temperature: Annotated[list[Temperature], Field(min_length=1)] = Field(
+    temperature: Annotated[list[Temperature], Field(min_length=1), AfterValidator(_each_once)] = Field(
         [_PUBLISHED_TEMPERATURE], description="list of T in the votes exp(cos / T), each at least 0.005"
     )
     precision: Literal["fp32", "fp64"] = Field("fp32", description="of the cosines; votes are always summed in fp64")
@@ -89,5 +94,7 @@ def run(
 
 
 def _name(k: int, temperature: float, top: int) -> str:
-    suffix = "" if temperature == _PUBLISHED_TEMPERATURE else f"_T{temperature:g}"
-    return f"knn{k}{suffix}_top{top}"
+    if temperature == _PUBLISHED_TEMPERATURE:
+        return f"knn{k}_top{top}"
+    short = f"{temperature:g}"  # of six digits; two temperatures must not have one name
+    return f"knn{k}_T{short if float(short) == temperature else temperature}_top{top}"
