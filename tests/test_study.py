@@ -12,6 +12,7 @@ from ssl_dist.data.catalog import CATALOG
 from ssl_dist.errors import UserError
 from ssl_dist.results import mean_plots
 from ssl_dist.results.means import Mean
+from ssl_dist.run import folder as run_folder
 from ssl_dist.study import command, dry_run, figure, numbers, spec
 from ssl_dist.study.numbers import Number
 from tests.test_slurm import starts, submit
@@ -351,6 +352,38 @@ def test_on_two_nodes_only_what_is_left_is_done(cluster, digits, tmp_path, monke
     assert [json_line["world_size"] for json_line in starts(tmp_path / "out" / "relational-4-1")] == [1]
     [row] = [line for line in (tmp_path / "out" / "table.md").read_text().splitlines() if "relational" in line]
     assert "±" in row and "of 2" not in row
+
+
+def test_a_run_of_another_config_is_refused_before_anything_is_trained(digits, tmp_path, capsys, monkeypatch):
+    content = tree(tmp_path / "out", digits, config=str(_root() / DIGITS))
+    content["overrides"] |= {"optim.lr": 0.1, "optim.schedule": "constant"}
+    path = write(tmp_path / "study.yaml", content)
+    last = spec.read(path)[1][-1]  # the first one is new and would be trained
+    (last.run / "checkpoints").mkdir(parents=True)
+    run_folder.accept(last.run, command.plan_of(last).config)
+    (last.run / "checkpoints" / "step-00000002.pt").touch()
+    monkeypatch.setattr(command, "train", None)
+    head = f"error: run_dir = '{last.run}': holds a run "
+
+    def refused(*words):
+        for further in ([], ["--dry-run"], ["--collect"], ["--only", last.name]):
+            assert cli.main(["study", str(path), *words, *further]) == 2
+            said = capsys.readouterr().err
+            assert said.startswith(head) and said.count("\n") == 1 and "; give the study another folder, or " in said
+        return said[len(head) :]
+
+    assert refused("optim.lr=0.9").startswith("with another config: optim.lr (there 0.1, now 0.9); ")
+    assert refused("optim.steps=1").startswith("with another config: optim.steps (there 2, now 1); ")
+    assert refused("optim.schedule=cosine", "optim.steps=3").startswith("with another config: optim.schedule (there")
+    assert cli.main(["study", str(path), "optim.steps=3", "--dry-run"]) == 0  # as `train` prolongs a run
+    assert f"{last.name}: {last.title}, 3 steps, 2 done; " in capsys.readouterr().out
+    (last.run / "checkpoints" / "step-00000003.pt").touch()  # prolonged: config.yaml keeps the first length
+    assert refused().startswith("of 3 steps, and this study trains 2; ")
+    assert cli.main(["study", str(path), "optim.steps=3", "--dry-run"]) == 0
+    assert f"{last.name}: {last.title}, 3 steps, complete; " in capsys.readouterr().out
+    write(path, content | {"folder": str(tmp_path / "other")})
+    assert cli.main(["study", str(path), "optim.lr=0.9", "--dry-run"]) == 0
+    assert "complete" not in capsys.readouterr().out
 
 
 def test_an_evaluator_without_the_result(digits, tmp_path):

@@ -99,8 +99,9 @@ def accept(run: Path, config: Config) -> None:
         durable.write_text(run / "config.yaml", dump(config))
 
 
-def check(run: Path, config: Config) -> None:
-    """Raises `UserError` when the folder holds a run whose config differs in a key that changes the numbers."""
+def check(run: Path, config: Config, remedy: str = "choose another run_dir or restore these values") -> None:
+    """Raises `UserError` when the folder holds a run whose config differs in a key that changes the numbers. remedy:
+    for the message."""
     path = run / "config.yaml"
     if not checkpoint.steps(run):
         return
@@ -112,10 +113,7 @@ def check(run: Path, config: Config) -> None:
     saved = load(path)
     different = _forbidden(saved, config, _may_differ)
     if different:
-        raise UserError(
-            f"run_dir = {quoted(str(run))}: holds a run with another config: {different}; "
-            "choose another run_dir or restore these values"
-        )
+        raise UserError(f"run_dir = {quoted(str(run))}: holds a run with another config: {different}; {remedy}")
 
 
 def check_checkpoint(path: Path, saved: Config, config: Config) -> None:

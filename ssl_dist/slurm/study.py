@@ -17,7 +17,6 @@ from ssl_dist.config import to_tree
 from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.job import Job
 from ssl_dist.reading import json_lines
-from ssl_dist.run import folder as run_folder
 from ssl_dist.run.blueprint import derive
 from ssl_dist.slurm import nodes
 from ssl_dist.slurm.script import executor, read_site
@@ -38,7 +37,7 @@ def submit(options: argparse.Namespace) -> int:
     for training in trainings:
         rank_info = RankInfo(0, site.nodes * site.ranks_per_node, 0, site.ranks_per_node)
         plan = (dry_run.plan_of if options.dry_run else derive)(training.config, rank_info)
-        run_folder.check(plan.run, plan.config)
+        command.check_run(training, plan)
     waiting = {training.name: job for training in trainings if (job := _job_not_over(training.run))}
     left = [training for training in trainings if training.name not in waiting and not command.is_complete(training)]
     site, folder = nodes.settle(site), Path(described.folder).absolute() / "slurm"

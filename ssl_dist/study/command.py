@@ -1,7 +1,7 @@
 """`ssl-dist study`: make the runs of a study that are not complete, measure what is not measured, lay it all out.
 
 What is complete is seen from the runs themselves, so a study that was stopped or killed goes on where it was, and a run
-that was made by other means counts.
+that was made by other means counts. One that was made of another config is refused before anything is trained.
 """
 
 import sys
@@ -11,9 +11,10 @@ from pathlib import Path
 from ssl_dist import results, torchrun
 from ssl_dist.data.readers import Dataset
 from ssl_dist.distributed.rank import RankInfo
-from ssl_dist.errors import UserError
+from ssl_dist.errors import UserError, quoted
 from ssl_dist.evaluate.command import LAYER_KEY, evaluate
 from ssl_dist.nn.features import OUTPUT
+from ssl_dist.run import folder as run_folder
 from ssl_dist.run.blueprint import RunPlan, derive
 from ssl_dist.storage import checkpoint
 from ssl_dist.study import page, spec
@@ -28,8 +29,12 @@ def run(path: Path, overrides: Sequence[str], ranks: int = 1, collect: bool = Fa
     measured by the ranks that call this; nothing is laid out."""
     spec.check_ranks(ranks)
     study, trainings = spec.read(path, overrides)
+    chosen = trainings if only is None else [spec.named(trainings, only)]
+    for training in chosen:
+        if checkpoint.steps(training.run):
+            check_run(training, plan_of(training))
     if only is not None:
-        return _complete_and_measure(spec.named(trainings, only))[0]
+        return _complete_and_measure(chosen[0])[0]
     folder = Path(study.folder)
     found: list[Number] = []
     for place, training in enumerate(trainings, 1):
@@ -71,6 +76,18 @@ def _complete_and_measure(training: Training) -> tuple[int, list[Number]]:
 
 def plan_of(training: Training) -> RunPlan:
     return derive(training.config, RankInfo())
+
+
+def check_run(training: Training, plan: RunPlan) -> None:
+    """Raises `UserError` when the folder holds a run of another config, or one that was trained for longer: its newest
+    checkpoint is measured. plan: of the training."""
+    run_folder.check(training.run, plan.config, "give the study another folder, or restore these values")
+    newest, last = max(checkpoint.steps(training.run), default=0), plan.clock().total_steps
+    if newest > last:
+        raise UserError(
+            f"run_dir = {quoted(str(training.run))}: holds a run of {newest:,} steps, and this study trains {last:,}; "
+            "give the study another folder, or train as long there"
+        )
 
 
 def is_complete(training: Training) -> bool:

@@ -13,7 +13,7 @@ from ssl_dist.evaluate import command as evaluate
 from ssl_dist.run.blueprint import RunPlan, derive
 from ssl_dist.storage import checkpoint
 from ssl_dist.study import spec
-from ssl_dist.study.command import is_recorded
+from ssl_dist.study.command import check_run, is_recorded
 from ssl_dist.study.spec import Measure, Training
 from ssl_dist.train import operations, roofline
 from ssl_dist.transfer.recipe import Recipe, config_tree
@@ -21,18 +21,20 @@ from ssl_dist.transfer.recipe import Recipe, config_tree
 
 def describe(path: Path, overrides: Sequence[str], ranks: int = 1, device: str | None = None) -> str:
     """A line for every run with its steps and what is left of them. device: a GPU that `explain --device` knows: how
-    long the trainings that are left take on `ranks` of it, those of the runs and those on top of their backbones."""
+    long the trainings that are left take on `ranks` of it, those of the runs and those on top of their backbones.
+    Raises `UserError` where a folder holds another run, as `command.run` does."""
     spec.check_ranks(ranks)
     _, trainings = spec.read(path, overrides)
     costs = None if device is None else Costs(roofline.named(device), ranks)
     lines, total, left = [], 0, 0
     steps_of: dict[str, int] = {}
     for training in trainings:
-        alike = _without_seed(training.config)
-        if alike not in steps_of:
-            steps_of[alike] = plan_of(training.config, RankInfo()).clock().total_steps
+        alike, saved = _without_seed(training.config), checkpoint.steps(training.run)
+        if saved or alike not in steps_of:
+            plan = plan_of(training.config, RankInfo())
+            check_run(training, plan)
+            steps_of[alike] = plan.clock().total_steps
         steps = steps_of[alike]
-        saved = checkpoint.steps(training.run)
         done = max(saved, default=0)
         total, left = total + steps, left + max(0, steps - done)
         state = "complete" if saved and done >= steps else f"{done:,} done" if done else "new"
