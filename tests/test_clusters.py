@@ -215,9 +215,14 @@ def test_what_is_refused(tmp_path):
     path = labels_of(tmp_path, [0, 10**9], [[0, 1]])
     with pytest.raises(UserError, match=naming("clusters.labels", "line 3", 10**9)):
         clusters.run(train, test, clusters.Options(labels=path))
-    path = labels_of(tmp_path, [98, 99], [[0, 1]])  # another split's
+    path = labels_of(tmp_path, [28, 29, 30], [[0, 1, 0]])  # another split's; of a part, ids are the whole split's
+    for images in (train, train.subset(np.array([3, 28, 29]))):
+        with pytest.raises(UserError, match=naming("clusters.labels", "line 4", 30, "0..29", "labels of this split")):
+            clusters.run(images, test, clusters.Options(labels=path))
+    path = labels_of(tmp_path, [28, 29], [[0, 1]])
+    assert clusters.run(train, test, clusters.Options(labels=path))
     with pytest.raises(UserError, match="lists no image of the file"):
-        clusters.run(train, test, clusters.Options(labels=path))
+        clusters.run(train.subset(np.arange(9)), test, clusters.Options(labels=path))
     path = labels_of(tmp_path, [0, 1], [[0, 1]])
     with pytest.raises(UserError, match=naming("clusters.column = 1", 1)):
         clusters.run(train, test, clusters.Options(labels=path, column=1))

@@ -39,7 +39,7 @@ def imported(folders, tmp_path, capsys):
             assert code == 2 and not out.exists()
             return output.err.splitlines()[-1]
         heads = len(out.read_text().splitlines()[0].split(",")) - 1
-        return np.stack([labels.read(out, column, None) for column in range(heads)]), output.out
+        return np.stack([labels.read(out, column, IMAGES) for column in range(heads)]), output.out
 
     return run
 
@@ -92,7 +92,7 @@ def test_a_list_is_matched_by_name(form, imported, folders, tmp_path):
     (tmp_path / "some.csv").write_text("\n".join([*lines[:-3], ""]))  # of some images
     read, output = imported(tmp_path / "some.csv")
     assert (read >= 0).all(0).sum() == 9 and f"labels of 9 of {IMAGES} images" in output
-    assert np.array_equal(read[read >= 0], np.where(read >= 0, L.numpy()[:, : read.shape[1]], 0)[read >= 0])
+    assert np.array_equal(read[read >= 0], L.numpy()[read >= 0])
 
 
 def test_images_that_were_left_out_have_no_row(imported, folders, tmp_path):
@@ -103,7 +103,8 @@ def test_images_that_were_left_out_have_no_row(imported, folders, tmp_path):
     convert("folder", images, tmp_path / "data", workers=1, progress=False, skip_damaged=True)
     torch.save({"L": L}, tmp_path / "file.pth")
     read, output = imported(tmp_path / "file.pth", images, tmp_path / "data")
-    assert np.array_equal(read, np.delete(L.numpy(), 4, axis=1)) and "labels of 11 of 11 images" in output
+    assert np.array_equal(read[:, :11], np.delete(L.numpy(), 4, axis=1)) and (read[:, 11] == -1).all()
+    assert "labels of 11 of 11 images" in output
 
 
 @pytest.mark.parametrize(

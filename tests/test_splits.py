@@ -11,7 +11,7 @@ import pytest
 
 from ssl_dist import cli, config, evaluators, results
 from ssl_dist.convert.command import convert
-from ssl_dist.data import file_names
+from ssl_dist.data import file_names, labels
 from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.errors import UserError
 from ssl_dist.results import suggestion
@@ -263,3 +263,15 @@ def test_a_split_without_labels_alone(run, data, capsys):
     page = (run / "report.html").read_text()
     assert "retrieval_nearest_cosine" in page
     assert "figures/photos-unlabeled-clusters.html" in page and "figures/photos-unlabeled-retrieval-nearest.csv" in page
+
+
+def test_labels_of_a_file_are_those_of_the_split_that_is_looked_at(run, refused, tmp_path):
+    """Ids of train are none of unlabeled, which has fewer images."""
+    files = {split: tmp_path / f"{split}.csv" for split in ("train", "unlabeled")}
+    for split, count in (("train", 40), ("unlabeled", 36)):
+        files[split].write_text(labels.text(np.arange(count), np.arange(count)[None] % 4))
+    looking_at = {"train": [], "unlabeled": ["--split", "unlabeled"]}
+    line = refused("evaluate", "clusters", *looking_at["unlabeled"], f"clusters.labels={files['train']}")
+    assert f"{files['train']} line 38: image 36 is not in the split's 0..35; give labels of this split" in line
+    for split, words in looking_at.items():
+        assert cli.main(["evaluate", str(run), "clusters", *words, f"clusters.labels={files[split]}"]) == 0

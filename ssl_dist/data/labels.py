@@ -10,21 +10,19 @@ from ssl_dist.errors import UserError
 from ssl_dist.reading import open_regular
 
 KEYS = ("data.labels.file", "data.labels.column")
-MAX_IMAGES = 10**8  # where their number is unknown
 MAX_DIGITS = 6  # of a label: a classifier has an output for every number up to the largest
 MAX_ID_DIGITS = 18  # fits 64 bits
 
 
-def read(path: str | Path, column: int, count: int | None, keys: tuple[str, str] = KEYS) -> np.ndarray:
-    """int64 [count], -1 for images that the file does not list; count None: as many as the file needs.
-    keys: those of the file and of the column, for errors.
+def read(path: str | Path, column: int, count: int, keys: tuple[str, str] = KEYS) -> np.ndarray:
+    """int64 [count], -1 for images that the file does not list. count: the split's images; keys: those of the file and
+    of the column, for errors.
 
     The file: CSV, a first line of names (image_id, then one or more label columns), then a line an image with its id
     and a whole number of 0 to 999,999 a column, or nothing; `column` counts the label columns from 0. Raises
     `UserError` that names the line.
     """
     label_of: dict[int, int] = {}
-    last = (MAX_IMAGES if count is None else count) - 1
     try:
         with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file)
@@ -41,15 +39,16 @@ def read(path: str | Path, column: int, count: int | None, keys: tuple[str, str]
                 if not is_whole_number(row[0]) or len(row[1 + column]) > MAX_DIGITS:
                     raise _fault(keys, path, number, f"a label has {MAX_DIGITS} digits at most, an id {MAX_ID_DIGITS}")
                 image_id = int(row[0])
-                if image_id > last:
-                    raise _fault(keys, path, number, f"image {image_id} is not in the split's 0..{last}")
+                if image_id >= count:
+                    what = f"image {image_id} is not in the split's 0..{count - 1}; give labels of this split"
+                    raise _fault(keys, path, number, what)
                 if image_id in label_of:
                     raise _fault(keys, path, number, f"image {image_id} stands twice")
                 label_of[image_id] = int(row[1 + column])
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{keys[0]} = {str(path)!r}: cannot be read: {reason}") from None
-    labels = np.full(max(label_of, default=-1) + 1 if count is None else count, -1, np.int64)
+    labels = np.full(count, -1, np.int64)
     labels[list(label_of)] = list(label_of.values())
     return labels
 

@@ -3,7 +3,8 @@
 k-means is fitted on training images (at most `limit`, drawn by key) and every image of both splits goes to the nearest
 centre, of equal ones to the first; a GPU finds the same clusters, in the numerics of `kernels.kmeans`. Labels of a file
 (`ssl-dist labels` writes one) are of training images, so what is measured of them is named `clusters_train_...`; images
-that the file does not list are left out.
+that the file does not list are left out. A file has no name of its split: one with an id that the split lacks is of
+another one, and refused. Labels of a split without classes, as STL-10's `unlabeled`, are looked at by --split.
 
 Measured: normalised and adjusted mutual information and the adjusted Rand index, scikit-learn's, 1 at the most; and two
 accuracies in percent, both with the labels of the split that is measured, as papers have it. By majority vote a cluster
@@ -98,10 +99,8 @@ def run(
     check_pair(train, test)
     with_classes = have_classes(train, test)
     if options.labels is not None:
-        labels = labels_file.read(options.labels, options.column, None, ("clusters.labels", "clusters.column"))
-        within_N = train.image_ids < len(labels)
-        clusters_N = np.full(len(train), -1)
-        clusters_N[within_N] = labels[train.image_ids[within_N]]
+        keys = "clusters.labels", "clusters.column"
+        clusters_N = labels_file.read(options.labels, options.column, train.num_in_split, keys)[train.image_ids]
         rows = np.flatnonzero(clusters_N >= 0)
         if len(rows) == 0:
             raise UserError(f"clusters.labels = {options.labels!r}: lists no image of {train.source}")

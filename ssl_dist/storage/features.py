@@ -62,6 +62,11 @@ class Features:
         return self._whole.shape[1]
 
     @property
+    def num_in_split(self) -> int:
+        """Images of the whole split, also of a subset: ids are below it."""
+        return len(self._whole)
+
+    @property
     def features(self) -> np.ndarray:
         """All rows at once; a copy of those of a subset."""
         return self._whole if self._selected is None else self._whole[self._selected]
