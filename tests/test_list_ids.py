@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ssl_dist.convert.command import convert
+from ssl_dist.convert.listed import Places
 from ssl_dist.data.readers import Dataset
 from ssl_dist.errors import UserError
 from tests.make_images import simple_folder
@@ -34,6 +35,18 @@ def test_an_id_is_the_place_in_the_converted_file(root, tmp_path):
         labels = reader.labels(np.array([0, 3, 7]))
     classes = sorted({path.parent.name for path in files})
     assert [classes[label] for label in labels] == [files[i].parent.name for i in (0, 3, 7)]
+
+
+def test_what_stands_behind_the_last_dot_may_belong_to_the_name():
+    names = ["train/x/a.jpg", "train/x/a.b.jpg", "train/x/c.d.jpg", "train/x/e.jpg", "train/x/e.png", "train/y/c.d.jpg"]
+    places = Places(names)
+    for name, place in (("a", 0), ("a.jpg", 0), ("a.JPEG", 0), ("a.b.jpg", 1), ("x/a.b.png", 1), ("x/c.d", 2)):
+        assert places.of(name, "here") == place
+    for name in ("x/a.b", "c.d", "e"):  # a with the extension b, or a.b without one
+        with pytest.raises(UserError, match=f"here: '{name}': 2 images have this name, give its folder and extension"):
+            places.of(name, "here")
+    for name, place in (("x/a.b.jpg", 1), ("y/c.d.jpg", 5), ("e.png", 4)):  # the remedy
+        assert places.of(name, "here") == place
 
 
 def test_names_that_are_none_or_two(root, tmp_path):

@@ -29,20 +29,24 @@ class Places:
             self._by_stem[path.stem].append((number, path))
 
     def named(self, name: str) -> list[int]:
-        """The places of all images that `name` may mean."""
+        """The places of all images that `name` may mean: what stands behind its last dot may be an extension or not.
+        Those of the very name come alone."""
         path = PurePosixPath(name)
         folders = path.parent.parts
-        return [
-            number
-            for number, other in self._by_stem.get(path.stem, [])
+        hits = [
+            (number, other)
+            for stem in dict.fromkeys((path.stem, path.name))
+            for number, other in self._by_stem.get(stem, [])
             if not folders or other.parent.parts[-len(folders) :] == folders
         ]
+        exact = [number for number, other in hits if other.name == path.name]
+        return exact or [number for number, _ in hits]
 
     def of(self, name: str, where: str) -> int:
         """The place of the image that `name` means. Raises `UserError`, which begins with `where`, when no image has
         the name, or two have."""
         hits = self.named(name)
         if len(hits) != 1:
-            what = "no image has this name" if not hits else f"{len(hits)} images have this name, give its folder too"
-            raise UserError(f"{where}: {name!r}: {what}")
+            several = f"{len(hits)} images have this name, give its folder and extension too"
+            raise UserError(f"{where}: {name!r}: {several if hits else 'no image has this name'}")
         return hits[0]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ssl_dist.convert.listed import Places, images_of
 from ssl_dist.convert.split import printable
+from ssl_dist.convert.walk import EXTENSIONS
 from ssl_dist.data import labels, manifest
 from ssl_dist.data.readers import Dataset
 from ssl_dist.errors import UserError, quoted
@@ -102,9 +103,9 @@ def _read_list(path: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray
     """Places of the images int64 [n] that a list names, and their labels [heads, n].
 
     A line: columns that commas divide, one of them the file name, with or without folders and extension, the others
-    whole numbers, a label a head. A first line of which no word names an image names the columns; one of whole numbers
-    that it gives no name, or calls index, counts the lines and is left out. The authors nowhere say how their files are
-    laid out; these are the forms that pandas and a hand-written loop give.
+    whole numbers, a label a head. A first line names the columns when no word of it names an image or looks like the
+    name of one; one of whole numbers that it gives no name, or calls index, counts the lines and is left out. The
+    authors nowhere say how their files are laid out; these are the forms that pandas and a hand-written loop give.
     """
     places, found, num_labels = Places(names), dict[int, int](), 0
     flat = array("i")  # the labels of all lines, one after the other
@@ -116,7 +117,8 @@ def _read_list(path: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray
                 if not any(words):
                     continue
                 is_number = [labels.is_whole_number(word) for word in words]
-                if not found and named_columns is None and not any(word and places.named(word) for word in words):
+                is_first = not found and named_columns is None
+                if is_first and not any(_looks_like_an_image(word) or places.named(word) for word in words if word):
                     named_columns = words
                     continue
                 where = f"{path} line {number}"
@@ -142,6 +144,11 @@ def _read_list(path: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray
     if not found:
         raise UserError(f"{path}: lists no image")
     return np.array(list(found), np.int64), np.array(flat, np.int32).reshape(-1, num_labels).T
+
+
+def _looks_like_an_image(word: str) -> bool:
+    """Such a word is no name of a column: where no image has it, it is a mistake, as it is on any other line."""
+    return "/" in word or word.lower().endswith(EXTENSIONS)
 
 
 def _is_index(named_columns: list[str] | None, column: int, num_columns: int, where: str) -> bool:
