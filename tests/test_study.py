@@ -280,6 +280,74 @@ def test_mistakes_are_one_line(tmp_path, changes, line):
     assert line in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "further", "line"),
+    [
+        (
+            {"views.num": 8},
+            [],
+            "views.num=8 of overrides and views.num=1 of axis K undo one another; leave out one of them",
+        ),
+        ({"views": {"num": 8}}, [], 'views={"num": 8} of overrides and views.num=1 of axis K undo one another; leave'),
+        ({}, ["views.num=16"], "views.num=16 of the command line and views.num=1 of axis K undo one another"),
+        (
+            {},
+            ["views.groups=[]", "views={num: 2}"],
+            "views={num: 2} of the command line and views.num=1 of axis K undo",
+        ),
+        ({}, ["views.number=16"], "unknown key views.number"),
+        ({"views.num": 8}, ["optim.lr=1"], "views.num=8 of overrides and views.num=1 of axis K"),
+    ],
+)
+def test_what_an_axis_sets_is_set_nowhere_else(tmp_path, overrides, further, line):
+    content = tree(tmp_path / "out", config=str(_root() / DIGITS))
+    own = content["overrides"]
+    content["overrides"] = own | overrides
+    with pytest.raises(UserError) as caught:
+        spec.read(write(tmp_path / "study.yaml", content), further)
+    assert line in str(caught.value) and "\n" not in str(caught.value)
+    spec.read(write(tmp_path / "study.yaml", content | {"overrides": own}))
+    if overrides:  # or the axis is left out
+        content["axes"].pop("K")
+        content |= {"exclude": [], "table": {"rows": ["method"]}, "figure": None}
+        spec.read(write(tmp_path / "study.yaml", content))
+
+
+def test_two_axes_of_a_combination_set_no_key_both(tmp_path):
+    content = tree(tmp_path / "out", config=str(_root() / DIGITS))
+    content["axes"]["method"] = {"supervised": {"method.name": "supervised"}, "rotation": {"views.num": 1}}
+    content["config"] = content["config"].format(method="rotation")
+    with pytest.raises(UserError, match=r"views\.num=1 of axis K and views\.num=1 of axis method undo one another"):
+        spec.read(write(tmp_path / "study.yaml", content))
+    content["axes"]["method"]["rotation"] = {}
+    spec.read(write(tmp_path / "study.yaml", content))
+
+
+def test_an_axis_that_sets_nothing_makes_no_rows(tmp_path):
+    content = tree(tmp_path / "out", config=str(_root() / DIGITS))
+    content["axes"]["seed"] = [1, 2]
+    with pytest.raises(UserError) as caught:
+        spec.read(write(tmp_path / "study.yaml", content))
+    assert str(caught.value).endswith(
+        ": method=supervised K=1 seed=1 and method=supervised K=1 seed=2 make the same training; write the axis as "
+        "seed: {key: a config key, values: [...]}, name {seed} in config, or leave one value out"
+    )
+    content["axes"]["seed"] = [1]
+    spec.read(write(tmp_path / "study.yaml", content))
+    content["axes"]["seed"] = {"key": "seed", "values": [1, 2]}
+    spec.read(write(tmp_path / "study.yaml", content))
+    text = (_root() / DIGITS.format(method="rotation")).read_text()
+    for seed in (1, 2):
+        (tmp_path / f"{seed}.yaml").write_text(text)
+    content |= {"config": "{seed}.yaml", "figure": None, "exclude": [], "table": {"rows": ["K"]}}
+    content["axes"].pop("method")
+    content["axes"]["seed"] = [1, 2]
+    with pytest.raises(UserError, match="K=1 seed=1 and K=1 seed=2 make the same training"):
+        spec.read(write(tmp_path / "study.yaml", content))
+    (tmp_path / "2.yaml").write_text(text.replace("seed: 0", "seed: 2"))
+    spec.read(write(tmp_path / "study.yaml", content))
+
+
 @pytest.mark.parametrize("words", [["--dry-run", "--ranks", "0"], ["--ranks", "-1"]])
 def test_what_a_study_cannot_do(tmp_path, words, capsys):
     path = write(tmp_path / "study.yaml", tree(tmp_path / "out", config=str(_root() / DIGITS)))

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from ssl_dist import config
-from ssl_dist.config import Config, Section, shipped, validate
+from ssl_dist.config import Config, Section, shipped, to_tree, validate
 from ssl_dist.config.section import PathText, read_yaml
 from ssl_dist.errors import UserError, did_you_mean, quoted
 from ssl_dist.evaluate import command as evaluate
@@ -134,15 +134,18 @@ class Study(Section):
         spec = self.axes[axis]
         return spec.values if isinstance(spec, KeyAxis) else list(spec)
 
+    def set_by(self, axis: str, value: Value) -> Overrides:
+        """The config keys that a value of an axis sets."""
+        spec = self.axes[axis]
+        if isinstance(spec, KeyAxis):
+            return {spec.key: value}
+        return spec[str(value)] if isinstance(spec, dict) else {}
+
     def overrides_of(self, labels: Labels) -> Overrides:
         """The config keys that a combination sets."""
         chosen: Overrides = {}
         for axis, value in labels.items():
-            spec = self.axes[axis]
-            if isinstance(spec, KeyAxis):
-                chosen[spec.key] = value
-            elif isinstance(spec, dict):
-                chosen |= spec[str(value)]
+            chosen |= self.set_by(axis, value)
         return chosen | self.overrides
 
     def combinations(self) -> list[Labels]:
@@ -210,9 +213,12 @@ def read(path: Path, further: Sequence[str] = ()) -> tuple[Study, list[Training]
     if not isinstance(tree, dict):
         raise UserError(f"study {path}: must be a mapping with title, axes, measures; see configs/studies/")
     study = validate(Study, tree, f"study {path}: ")
+    for labels in study.combinations():
+        _refuse_set_twice(study, path, labels, further)
     trainings = [_training(study, path, labels, further) for labels in study.combinations()]
     if not trainings:
         raise UserError(f"study {path}: every combination is excluded; leave some")
+    _refuse_made_twice(study, path, trainings)
     for training in trainings:
         plugged.pinned(training.config)  # an evaluator may be of its plugins
     for number, measure in enumerate(study.measures):
@@ -221,6 +227,37 @@ def read(path: Path, further: Sequence[str] = ()) -> tuple[Study, list[Training]
         except UserError as error:
             raise UserError(f"study {path}: measures.{number}: {error}") from None
     return study, trainings
+
+
+def _refuse_set_twice(study: Study, path: Path, labels: Labels, further: Sequence[str]) -> None:
+    """Raises `UserError` where a key that an axis sets is set once more: the axis would name what was not trained."""
+    of_axes = [(f"axis {axis}", word) for axis, value in labels.items() for word in words(study.set_by(axis, value))]
+    of_all = [("overrides", word) for word in words(study.overrides)] + [("the command line", word) for word in further]
+    for place, (axis, word) in enumerate(of_axes):
+        for other, its_word in [*of_axes[place + 1 :], *of_all]:
+            key, its_key = (one.partition("=")[0] + "." for one in (word, its_word))
+            if other != axis and (key.startswith(its_key) or its_key.startswith(key)):
+                raise UserError(
+                    f"study {path}: {its_word} of {other} and {word} of {axis} undo one another; leave out one of them"
+                )
+
+
+def _refuse_made_twice(study: Study, path: Path, trainings: Sequence[Training]) -> None:
+    """Raises `UserError` where two combinations make one training and measure it alike: the axis that tells them apart
+    sets nothing."""
+    found: dict[tuple[str, int], Training] = {}
+    for training in trainings:
+        made = json.dumps(to_tree(training.config) | {"run_dir": ""})
+        for number, measure in enumerate(study.measures):
+            if not measure.admits(training.labels):
+                continue
+            first = found.setdefault((made, number), training)
+            if first is not training:
+                axis = next(name for name, value in training.labels.items() if first.labels[name] != value)
+                raise UserError(
+                    f"study {path}: {first.title} and {training.title} make the same training; write the axis as "
+                    f"{axis}: {{key: a config key, values: [...]}}, name {{{axis}}} in config, or leave one value out"
+                )
 
 
 def _training(study: Study, path: Path, labels: Labels, further: Sequence[str]) -> Training:
