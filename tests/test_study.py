@@ -323,6 +323,33 @@ def test_two_axes_of_a_combination_set_no_key_both(tmp_path):
     spec.read(write(tmp_path / "study.yaml", content))
 
 
+def test_every_combination_has_a_folder_of_its_own(tmp_path):
+    content = tree(tmp_path / "out", config=str(_root() / DIGITS), exclude=[], figure=None)
+    content["overrides"].pop("data.root")
+    axes, path = content["axes"], tmp_path / "study.yaml"
+
+    def refused(first, second, folder):
+        with pytest.raises(UserError) as caught:
+            spec.read(write(path, content))
+        assert str(caught.value) == (
+            f"study {path}: method=supervised K={first} and method=supervised K={second} have one folder, "
+            f"{tmp_path}/out/supervised-{folder}; leave one out, or give a value another name, as name: {{key: value}}"
+        )
+
+    axes["K"] = {"key": "data.root", "values": ["aug/1", "aug 1"]}
+    refused("aug/1 seed=1", "aug 1 seed=1", "aug_1-1")
+    axes["K"] = {"one": {"data.root": "aug/1"}, "another": {"data.root": "aug 1"}}
+    spec.read(write(path, content))
+    axes |= {"K": {"x": {}, "x-1": {"views.num": 2}}, "seed": {"1-y": {"seed": 1}, "y": {"seed": 2}}}
+    refused("x seed=1-y", "x-1 seed=y", "x-1-y")
+    axes["K"] = {"x": {}, "x1": {"views.num": 2}}
+    spec.read(write(path, content))
+    axes["K"] = {"key": "views.num", "values": [1, 2, 2]}
+    refused("2 seed=1-y", "2 seed=1-y", "2-1-y")
+    axes["K"]["values"].pop()
+    spec.read(write(path, content))
+
+
 def test_an_axis_that_sets_nothing_makes_no_rows(tmp_path):
     content = tree(tmp_path / "out", config=str(_root() / DIGITS))
     content["axes"]["seed"] = [1, 2]

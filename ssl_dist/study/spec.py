@@ -218,6 +218,7 @@ def read(path: Path, further: Sequence[str] = ()) -> tuple[Study, list[Training]
     trainings = [_training(study, path, labels, further) for labels in study.combinations()]
     if not trainings:
         raise UserError(f"study {path}: every combination is excluded; leave some")
+    _refuse_one_folder(path, trainings)
     _refuse_made_twice(study, path, trainings)
     for training in trainings:
         plugged.pinned(training.config)  # an evaluator may be of its plugins
@@ -240,6 +241,18 @@ def _refuse_set_twice(study: Study, path: Path, labels: Labels, further: Sequenc
                 raise UserError(
                     f"study {path}: {its_word} of {other} and {word} of {axis} undo one another; leave out one of them"
                 )
+
+
+def _refuse_one_folder(path: Path, trainings: Sequence[Training]) -> None:
+    """Raises `UserError` where two combinations have the same folder: the run of one would be taken as the other's."""
+    found: dict[str, Training] = {}
+    for training in trainings:
+        first = found.setdefault(training.name, training)
+        if first is not training:
+            raise UserError(
+                f"study {path}: {first.title} and {training.title} have one folder, {training.run}; leave one out, or "
+                "give a value another name, as name: {key: value}"
+            )
 
 
 def _refuse_made_twice(study: Study, path: Path, trainings: Sequence[Training]) -> None:
