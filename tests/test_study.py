@@ -350,6 +350,52 @@ def test_every_combination_has_a_folder_of_its_own(tmp_path):
     spec.read(write(path, content))
 
 
+def test_a_cell_is_of_one_measure(tmp_path):
+    content = tree(tmp_path / "out", config=str(_root() / DIGITS))
+    [knn] = content["measures"]
+    other = {"column": "kNN", "evaluator": "logistic", "result": "logistic_top1"}
+
+    def read(*measures, **changes):
+        spec.read(write(tmp_path / "study.yaml", content | {"measures": list(measures)} | changes))
+
+    line = (
+        "measures.1.column: 'kNN' is that of measures.0 too, and method={} would have the mean of both; give it another"
+    )
+    for of, name in (
+        ({}, "supervised K=1"),
+        ({"method": "rotation"}, "rotation K=1"),
+        ({"seed": [2]}, "supervised K=1"),
+    ):
+        with pytest.raises(UserError, match=line.format(name)):
+            read(knn, other | {"of": of})
+        read(knn, other | {"of": of, "column": "logistic regression"})
+    read(knn | {"of": {"method": "rotation"}}, other | {"of": {"method": "supervised"}})  # a row each
+    with pytest.raises(UserError, match=line.format("supervised")):  # of two runs, in one cell as K makes no rows
+        read(knn | {"of": {"K": 1}}, other | {"of": {"K": 2}}, table={"rows": ["method"]}, figure=None)
+
+
+def test_a_point_of_a_figure_is_a_mean_over_seeds_alone(tmp_path):
+    content = tree(tmp_path / "out", config=str(_root() / DIGITS))
+    content["axes"]["rate"] = {"key": "optim.lr", "values": [0.1, 0.2]}
+    content["table"] = {"rows": ["method", "K", "rate"]}
+    [knn] = content["measures"]
+
+    def read(figure=content["figure"], **changes):
+        spec.read(write(tmp_path / "study.yaml", content | {"figure": figure} | changes))
+
+    line = r"figure: a point would be a mean over rate \(0\.1, 0\.2\); make it x or by, take kNN at one value of it"
+    with pytest.raises(UserError, match=line):
+        read()
+    read(figure=None)
+    read(measures=[knn | {"of": {"rate": 0.2}}])
+    read(exclude=[{"rate": 0.1}])
+    read(exclude=[{"rate": 0.1, "K": 1}, {"rate": 0.2, "K": 2}])  # one rate at every point
+    gain = {"axis": "rate", "of": 0.2, "over": 0.1}
+    read(figure=content["figure"] | {"gain": gain})
+    with pytest.raises(UserError, match=r"a mean over method \(supervised, rotation\)"):
+        read(figure={"column": "kNN", "x": "K", "by": "rate"})
+
+
 def test_an_axis_that_sets_nothing_makes_no_rows(tmp_path):
     content = tree(tmp_path / "out", config=str(_root() / DIGITS))
     content["axes"]["seed"] = [1, 2]

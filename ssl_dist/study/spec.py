@@ -125,6 +125,41 @@ class Study(Section):
                 raise ValueError(f"figure.column: {self.figure.column} is the column of no measure")
         return self
 
+    @model_validator(mode="after")
+    def _cells(self) -> Self:
+        """A cell of the table is of one measure."""
+        found: dict[tuple, int] = {}
+        for labels in self.combinations():
+            place = {axis: labels[axis] for axis in (*self.table.rows, *self.table.columns)}
+            for number, measure in enumerate(self.measures):
+                if measure.admits(labels):
+                    first = found.setdefault((measure.column, *place.values()), number)
+                    if first != number:
+                        raise ValueError(
+                            f"measures.{number}.column: {measure.column!r} is that of measures.{first} too, and "
+                            f"{_title(place)} would have the mean of both; give it another column"
+                        )
+        return self
+
+    @model_validator(mode="after")
+    def _points(self) -> Self:
+        """A point of the figure is of one value of every axis but `table.over`, which its deviation is over."""
+        figure = self.figure
+        if figure is None:
+            return self
+        drawn = [figure.x, figure.by, *([] if figure.gain is None else [figure.gain.axis])]
+        found: dict[tuple, Labels] = {}
+        for labels in self.combinations():
+            if any(measure.column == figure.column and measure.admits(labels) for measure in self.measures):
+                first = found.setdefault(tuple(labels[axis] for axis in drawn), labels)
+                for axis, value in labels.items():
+                    if value != first[axis] and axis != self.table.over:
+                        raise ValueError(
+                            f"figure: a point would be a mean over {axis} ({first[axis]}, {value}); make it x or by, "
+                            f"take {figure.column} at one value of it (of, in measures), or leave out the figure"
+                        )
+        return self
+
     def _require(self, where: str, axis: str) -> None:
         if axis not in self.axes:
             raise ValueError(f"{where}: {axis} is no axis; there are {', '.join(self.axes)}")
@@ -165,6 +200,10 @@ def _agree(wanted: Mapping[str, Value | Values], labels: Mapping[str, Value]) ->
     return all(labels[axis] in (values if isinstance(values, list) else [values]) for axis, values in wanted.items())
 
 
+def _title(labels: Labels) -> str:
+    return " ".join(f"{axis}={value}" for axis, value in labels.items())
+
+
 @dataclass(frozen=True)
 class Training:
     """One run of a study."""
@@ -184,7 +223,7 @@ class Training:
 
     @property
     def title(self) -> str:
-        return " ".join(f"{axis}={value}" for axis, value in self.labels.items())
+        return _title(self.labels)
 
 
 def named(trainings: Sequence[Training], name: str) -> Training:
