@@ -155,6 +155,8 @@ def test_freshness(random_run, digits, tmp_path):
     extract_features(encoder, source(digits), "test", tmp_path, one_process(), 1)
     assert fresh()
     assert not fresh(Encoder(encoder.module, encoder.config, encoder.normalize, "0" * 64, 0, encoder.file))
+    backbone = encoder.config.backbone.model_copy(update={"name": "other"})  # that takes the same weights
+    assert not fresh(replace(encoder, config=encoder.config.model_copy(update={"backbone": backbone})))
     extracted = read_features(path)
     write_features(
         path, extracted.features, extracted.labels, extracted.image_ids, extracted.metadata | {"data": "0" * 64}

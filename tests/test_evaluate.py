@@ -11,11 +11,12 @@ from ssl_dist import cli, config, results
 from ssl_dist.convert.command import convert
 from ssl_dist.distributed.rank import RankInfo
 from ssl_dist.errors import UserError
+from ssl_dist.evaluate import command
 from ssl_dist.evaluate.command import evaluate
 from ssl_dist.evaluators import knn
 from ssl_dist.results.records import LATER_FIELDS
 from ssl_dist.run.blueprint import derive
-from ssl_dist.storage.features import read_features
+from ssl_dist.storage.features import read_features, write_features
 from ssl_dist.train.loop import train
 from tests.make_images import save
 
@@ -63,6 +64,23 @@ def test_what_has_not_changed_is_taken_from_the_file(run, capsys):
     before = (run / "results.json").read_bytes()
     assert top1(evaluate(run, *KNN)) == 100
     assert (run / "results.json").read_bytes() == before and "already" in capsys.readouterr().err
+
+
+def test_features_that_another_process_has_replaced_are_not_measured(run, monkeypatch):
+    """Between the look whether they are fresh and the reading, hours may lie."""
+    fresh = command._fresh_features
+
+    def replaced(context, split):
+        path = fresh(context, split)
+        old = read_features(path)
+        write_features(path, old.features, old.labels, old.image_ids, old.metadata | {"transform": "another"})
+        return path
+
+    monkeypatch.setattr(command, "_fresh_features", replaced)
+    with pytest.raises(UserError, match=r"train\.safetensors: another process has written other features in"):
+        evaluate(run, ["knn"], ["knn.k=[3]"])
+    monkeypatch.undo()
+    assert evaluate(run, ["knn"], ["knn.k=[3]"])[0] == 0
 
 
 def test_tensorboard_has_the_results_beside_the_hyperparameters(run):

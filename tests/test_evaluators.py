@@ -1,5 +1,7 @@
 """Finding evaluators by name, their options, and the order of ties in top-n."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from ssl_dist import evaluators
 from ssl_dist.errors import UserError
-from ssl_dist.results.accuracy import target_rank
+from ssl_dist.results.accuracy import target_rank, top1_and_top5
 
 
 def test_every_name_is_an_evaluator_with_its_interface_and_documented_options():
@@ -72,3 +74,9 @@ def test_target_rank(scores, data):
         order = sorted(range(4), key=lambda c: (-row[c], c))
         expected.append(order.index(target) if target >= 0 else 2**63 - 1)
     assert target_rank(torch.tensor(scores), torch.tensor(targets)).tolist() == expected
+
+
+def test_scores_that_are_no_numbers_are_never_right():
+    scores = torch.tensor([[math.nan] * 3, [0.0, math.nan, 1.0], [math.nan, 0.0, 1.0], [0.0, -math.inf, math.inf]])
+    assert target_rank(scores, torch.tensor([0, 2, 0, 2])).tolist() == [2**63 - 1] * 3 + [0]
+    assert top1_and_top5([(scores[:3], torch.tensor([0, 2, 0]))]) == (0.0, 0.0)

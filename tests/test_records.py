@@ -70,9 +70,10 @@ def test_a_repeated_measurement_replaces_the_old_one(tmp_path):
         *measured({"knn20_top1": 6.0}, split="train"),
         *measured({"knn20_top1": 7.0}, checkpoint="cd" * 32),
         *measured({"knn5_top1": 8.0}),
+        *measured({"knn20_top1": 9.0}, backbone="conv5"),
     ]
     merged = results.add(path, different)
-    assert [r["value"] for r in merged] == [3.0, 2.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+    assert [r["value"] for r in merged] == [3.0, 2.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]
     assert results.read(path) == merged
     assert os.listdir(path.parent) == ["results.json"]
 

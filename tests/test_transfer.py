@@ -22,8 +22,9 @@ from ssl_dist.errors import UserError
 from ssl_dist.evaluate.command import evaluate
 from ssl_dist.evaluators import finetune, probe
 from ssl_dist.results import confusion
-from ssl_dist.run.encoder import load_encoder, load_method, load_together
+from ssl_dist.run.encoder import BATCH_SIZE, load_encoder, load_method, load_together, outputs
 from ssl_dist.storage import checkpoint
+from ssl_dist.transfer import classification
 from tests import ranks
 from tests.make_images import simple_folder
 
@@ -143,6 +144,20 @@ def test_a_saved_classifier_is_used_without_training(run, measured):
     values = {record["name"]: record["value"] for record in records}
     assert values == {"classify_top1": measured[0]["probe_top1"], "classify_top5": measured[0]["probe_top5"]}
     assert sorted(path.name for path in (run / "evaluations").iterdir()) == before
+
+
+def test_scores_that_are_not_finite_are_no_accuracy(run, measured, monkeypatch):
+    """BatchNorm in training mode hides that a network has diverged."""
+    [folder] = [path for path in (run / "evaluations").iterdir() if path.name.startswith("probe")]
+
+    def broken(*arguments):
+        for number, scores in enumerate(outputs(*arguments)):
+            scores[7 if number else len(scores) :] = np.nan  # the eighth of the second batch and all behind it
+            yield scores
+
+    monkeypatch.setattr(classification, "outputs", broken)
+    with pytest.raises(UserError, match=rf"scores of image {BATCH_SIZE + 7} of digits test are not finite"):
+        evaluate(run, ["classify"], [f"classify.head={folder}", "data.eval_resize=36"])
 
 
 def test_a_supervised_run_classifies_itself(digits, tmp_path):
@@ -265,6 +280,16 @@ def test_mistakes(run, evaluator, overrides, message):
     with pytest.raises(UserError, match=message):
         evaluate(run, [evaluator], overrides)
     assert before == (sorted((run / "evaluations").iterdir()) if (run / "evaluations").exists() else [])
+
+
+def test_weights_of_others_have_a_probe_for_every_way_to_prepare_images(run, digits, tmp_path):
+    path, out = tmp_path / "others.pth", tmp_path / "out"
+    torch.save(load_encoder(run).module.state_dict(), path)
+    images = [f"data.root={digits}", "data.reader=arrays", "backbone.name=conv4"]
+    for more in ([], ["views.normalize=none"], ["data.eval_resize=36"]):
+        code, _ = evaluate(path, ["probe"], ["probe.epochs=1", *images, *more], out=out)
+        assert code == 0
+    assert len(list((out / "evaluations").iterdir())) == 3
 
 
 def test_every_recipe_makes_a_training(run):

@@ -338,6 +338,8 @@ def test_extract_reads_a_file_of_others(official, digits, tmp_path, capsys):
     assert cli.main(["extract", str(path), "--out", str(tmp_path / "out"), "--split", "test", *data]) == 0
     captured = capsys.readouterr()
     assert f"{path}: read under backbone. (as relational" in captured.err and "not used: nothing" in captured.err
+    assert "(data.image_size not given: give what it was trained with)" in captured.err
+    assert "images: short side to 32, centre crop 32, mean (0.5, 0.5, 0.5)" in captured.err
     extracted = read_features(Path(captured.out.strip()))
     from ssl_dist.data.readers import Dataset
 
@@ -365,7 +367,11 @@ def test_evaluate_takes_a_file_of_others_as_it_takes_a_run(official, digits, tmp
         (["backbone.weights_prefix=student.backbone"], "the student of DINO"),
     ):
         assert cli.main([*arguments, "backbone.name=conv4", *more, "--out", str(out)]) == 0
-        assert words in capsys.readouterr().err
+        shown = capsys.readouterr().err
+        assert words in shown and "(data.image_size and views.normalize not given: " in shown
+    sized = ["data.image_size=32", "views.normalize=none"]
+    assert cli.main([*arguments, "backbone.name=conv4", *sized, "--out", str(out)]) == 0
+    assert "not given" not in capsys.readouterr().err
     records = json.loads((out / "results.json").read_text())
     records = records["results"] if isinstance(records, dict) else records
     assert len({record["checkpoint"] for record in records}) == 2 and {record["method"] for record in records} == {

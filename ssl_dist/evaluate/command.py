@@ -29,6 +29,7 @@ from ssl_dist.run import folder as run_folder
 from ssl_dist.run.encoder import (
     BATCH_TIMEOUT_S,
     Encoder,
+    depends_on,
     extract_features,
     features_path,
     is_fresh,
@@ -365,8 +366,9 @@ def _from_features(context: EvalContext, name: str, evaluator: FeatureEvaluator,
     train = read_features(context.features_files[context.train])
     test = train if context.alone else read_features(context.features_files[context.test])
     check_pair(train, test)
-    if train.metadata["checkpoint"] != context.encoder.sha256:
-        raise UserError(f"{train.source}: another process has written features of another checkpoint; evaluate again")
+    for split, part in ((context.train, train), (context.test, test)):  # they were found fresh, maybe hours ago
+        if not depends_on(context.encoder, context.dataset, split).items() <= part.metadata.items():
+            raise UserError(f"{part.source}: another process has written other features in their place; evaluate again")
     if context.train_ids is not None:  # the row of an image in the file of its split is its id
         train = train.subset(context.train_ids)
     if context.test_ids is not None:

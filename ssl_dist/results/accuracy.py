@@ -13,13 +13,14 @@ def target_rank(scores_QC: Tensor, targets_Q: Tensor) -> Tensor:
     """How many classes stand before each target when scores fall and, where they are equal, class indices rise.
 
     scores [Q, C], targets int64 [Q] in [-1, C) -> int64 [Q]; top-n is right where the rank is below n. A target of -1
-    is a class without scores: its rank is so high that it is never right, however few classes there are.
+    is a class without scores: its rank is so high that it is never right, however few classes there are. So is that of
+    a row with a score that is no number, which is neither above another one nor below it.
     """
     num_classes = scores_QC.shape[1]
     score_Q1 = scores_QC.gather(1, targets_Q.clamp_min(0)[:, None])
     earlier_QC = torch.arange(num_classes, device=scores_QC.device) < targets_Q[:, None]
     ahead_QC = (scores_QC > score_Q1) | ((scores_QC == score_Q1) & earlier_QC)
-    return ahead_QC.sum(1).where(targets_Q >= 0, torch.iinfo(torch.int64).max)
+    return ahead_QC.sum(1).where((targets_Q >= 0) & ~scores_QC.isnan().any(1), torch.iinfo(torch.int64).max)
 
 
 def top1_and_top5(blocks: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:

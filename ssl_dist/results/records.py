@@ -25,7 +25,7 @@ LATER_FIELDS = ("version", "train_data", "transform")  # None in a record of bef
 # What a number depends on: a record that differs in one of these is of another measurement.
 IDENTITY = (
     "name", "dataset", "split", "data", "train_data", "transform", "layer", "protocol", "options", "version",
-    "checkpoint",
+    "checkpoint", "backbone",
 )  # fmt: skip
 FITTED_ON = "fitted on"  # begins what a protocol says of a part of the training split
 _TYPES = {

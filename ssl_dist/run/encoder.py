@@ -178,7 +178,11 @@ def load_others(path: Path, settings: Config, images: blueprint.Statistics) -> t
     sha256, given = fitted.sha256, settings.backbone
     if given.weights_prefix is not None or fitted.adapted:  # another network of the same file has other features
         sha256 = hashlib.sha256(f"{sha256} {given.weights_prefix} {fitted.adapted}".encode()).hexdigest()
-    return Encoder(module, settings, normalize, sha256, 0, path), note
+    encoder = Encoder(module, settings, normalize, sha256, 0, path)
+    given_keys = settings.data.model_fields_set | settings.views.model_fields_set | ({"normalize"} if facts else set())
+    absent = [key for key in ("data.image_size", "views.normalize") if key.partition(".")[2] not in given_keys]
+    lack = f" ({' and '.join(absent)} not given: give what it was trained with)" if absent else ""
+    return encoder, f"{note}; images: {encoder.transform}{lack}"
 
 
 def features_path(folder: Path, dataset: Dataset, split: str, layer: str = features.OUTPUT) -> Path:
@@ -193,9 +197,21 @@ def is_fresh(path: Path, encoder: Encoder, dataset: Dataset, split: str) -> bool
         metadata = read_features(path).metadata
     except UserError:
         return False
+    return depends_on(encoder, dataset, split).items() <= metadata.items()
+
+
+def depends_on(encoder: Encoder, dataset: Dataset, split: str) -> dict[str, str]:
+    """What features depend on, as their file's metadata has it. The backbone is among it: another one may take the same
+    weights and compute otherwise."""
     info = dataset.info(split)
-    current = (encoder.sha256, encoder.layer, encoder.transform, info.sha256, json.dumps(list(info.classes)))
-    return tuple(metadata[key] for key in ("checkpoint", "layer", "transform", "data", "classes")) == current
+    return {
+        "classes": json.dumps(list(info.classes)),
+        "data": info.sha256,
+        "transform": encoder.transform,
+        "checkpoint": encoder.sha256,
+        "layer": encoder.layer,
+        "backbone": encoder.config.backbone.name,
+    }
 
 
 def extract_features(encoder: Encoder, dataset: Dataset, split: str, folder: Path, world: World, threads: int) -> Path:
@@ -226,16 +242,11 @@ def extract_features(encoder: Encoder, dataset: Dataset, split: str, folder: Pat
 
             part = np.concatenate(list(outputs(embed, reader, ids, data, threads, world, progress)))
     metadata = {
-        "classes": json.dumps(list(info.classes)),
+        **depends_on(encoder, dataset, split),
         "dataset": dataset.name,
         "split": split,
-        "data": info.sha256,
-        "transform": encoder.transform,
-        "checkpoint": encoder.sha256,
         "step": str(encoder.step),
-        "layer": encoder.layer,
         "method": encoder.config.method.name,
-        "backbone": encoder.config.backbone.name,
     }
 
     def join(parts: Sequence[np.ndarray]) -> None:

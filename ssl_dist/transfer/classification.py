@@ -76,8 +76,9 @@ def classify(
     the classifier's classes, with which those of the data set are matched; None: classes are matched by number. crops:
     10: scores are the mean over ten crops of an image.
 
-    The method is left in evaluation mode and float32. Raises `UserError` for images without a label, and for labels
-    that the classifier has no score for.
+    The method is left in evaluation mode and float32. Raises `UserError` for images without a label, for labels that
+    the classifier has no score for, and for scores that are not finite: a training may diverge where its loss, which is
+    of the statistics of a batch, shows nothing.
     """
     dataset, split, world = context.dataset, context.test, context.world
     with dataset.open(split) as reader:
@@ -99,6 +100,7 @@ def classify(
             """All of the method's classifiers, [N, H, C]."""
             return torch.stack(list(method.logits(to_input(pixels)).values()), 1)
 
+        broken: list[int] = []
         start, title = low, f"{run_folder.title(context.run)}: classify {dataset.name} {split}"
         with (
             Progress(title, high - low, "image", quiet=not world.is_rank0) as progress,
@@ -107,6 +109,7 @@ def classify(
             method.to(world.device).to(memory_format=torch.channels_last)
             images = reader, ids[low:high], encoder.config.data, world.rank_info.cores
             for scores in outputs(score, *images, world, progress, crops):
+                broken += ids[start + np.flatnonzero(~np.isfinite(scores).all(1))[:1]].tolist()
                 scores_BHC = torch.from_numpy(scores).view(len(scores), len(names), num_classes)
                 target_B = labels[start : start + len(scores_BHC)]
                 start += len(scores_BHC)
@@ -118,11 +121,21 @@ def classify(
                     predicted_B = scores_BC.argmax(1).where(rank_B > 0, target_B)  # of equal scores the first class
                     counts_CC.index_put_((target_B, predicted_B), torch.ones_like(target_B), accumulate=True)
     with world.state.phase_of(f"the classification of {split}, of the other ranks", BATCH_TIMEOUT_S):
+        world.raise_together(lambda: _require_finite(broken, dataset, split))
         num_top1_H, num_top5_H, counts_CC = (
             world.all_reduce_sum(counts.to(world.device)).cpu() for counts in (num_top1_H, num_top5_H, counts_CC)
         )
     top1, top5 = (dict(zip(names, counts.tolist(), strict=True)) for counts in (num_top1_H, num_top5_H))
     return Classified(len(ids), top1, top5, counts_CC if has_matrix else None)
+
+
+def _require_finite(broken: Sequence[int], dataset: Dataset, split: str) -> None:
+    """Raises `UserError` where there are ids of images whose scores are not finite."""
+    if broken:
+        raise UserError(
+            f"scores of image {broken[0]} of {dataset.name} {split} are not finite: the network has diverged; train "
+            "it with a lower rate (optim.lr, finetune.lr)"
+        )
 
 
 def classifiers(method: SSLMethod, encoder: Encoder) -> tuple[list[str], int]:

@@ -64,6 +64,8 @@ class EvalContext:
         """Eight hexadecimal digits of a hash of these settings, the checkpoint and the training images."""
         parts = [json.dumps(settings, sort_keys=True), self.encoder.sha256, self.train, self.dataset.name]
         parts += [self.dataset.info(self.train).sha256, *self.encoder.changed]
+        if not self.encoder.ids:  # of another program: they are given with every evaluation, and no change of a run's
+            parts += [self.encoder.transform, self.encoder.config.backbone.name]
         digest = hashlib.sha256("\n".join(parts).encode())
         if self.train_ids is not None:
             digest.update(self.train_ids.tobytes())
