@@ -26,9 +26,9 @@ What each says with `--help`. Beside `ssl-dist` there are scripts of the checkou
 |---|---|
 | `bash launch/quickstart.sh` | installs what is missing, trains on handwritten digits, ends with a table |
 | `bash launch/install.sh` | installs alone, into `.venv` |
-| `bash launch/test.sh` | installs the same, then style and tests |
+| `bash launch/test.sh [--quick]` | installs the same, for all tests Slurm and Chromium too; then style and tests |
 | `launch/torchrun_single.sh RANKS CONFIG [key=value ...]` | a training on several ranks of this machine |
-| `launch/torchrun_single.sh RANKS evaluate RUN probe` | any command of `ssl-dist` on them |
+| `launch/torchrun_single.sh RANKS evaluate RUN probe` | an evaluation on them, and so `extract` |
 | `launch/torchrun_multi.sh` | the same on several machines; its first lines say how |
 | `python slurm/submit.py` | on a Slurm cluster, [below](#submitpy-train) |
 """
