@@ -176,6 +176,7 @@ def test_a_varied_size_is_one_column(tmp_path):
     assert [means.result_head(result) for result in means.results] == [f"knn5_top1 #{n}" for n in (1, 2, 3)]
 
 
+@pytest.mark.filterwarnings("error::UserWarning")  # of a plot that its legend leaves no room
 def test_a_key_that_only_a_run_in_the_middle_has_is_varied(tmp_path, capsys):
     """A third group of views in B: A and B are two rows, whatever stands around them."""
     groups = {"a": (2, 2), "b": (2, 2, 2), "c": (2, 2)}

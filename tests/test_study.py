@@ -258,6 +258,12 @@ def test_a_star_stands_for_what_one_file_has_there(tmp_path):
         ({"config": "no-{method}-*.yaml"}, "no-supervised-*.yaml is missing"),
         ({"config": "twice-{method}-*.yaml"}, "fits twice-supervised-a.yaml, twice-supervised-b.yaml; it must fit one"),
         ({"config": "{backbone}.yaml"}, "names what is no axis; there are method, K, seed"),
+        ({"config": "{method.name}.yaml"}, "names what is no axis; there are method, K, seed"),
+        ({"overrides": {"run_dir": "x"}}, 'run_dir="x": a study names the folders of its runs; write folder: in'),
+        (
+            {"figure": {"column": "kNN", "x": "K", "by": "method", "gain": {"axis": "seed", "of": 1, "over": 9}}},
+            "figure.gain.over: 9 is none of [1, 2]",
+        ),
         ({"overrides": {"optim.lr": -1}}, "{'method': 'supervised', 'K': 1, 'seed': 1}: optim.lr = -1"),
         ({"figure": {"column": "probe", "x": "K", "by": "method"}}, "figure.column: probe is the column of no measure"),
         ({"figure": {"column": "kNN", "x": "k", "by": "method"}}, "figure: k is no axis"),

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ssl_dist import results, text_table
-from ssl_dist.report.varied import MAX_KEYS, head, shown
+from ssl_dist.report.varied import MAX_KEYS, MAX_LABEL, head, shown
 from ssl_dist.results.means import Mean
 
 if TYPE_CHECKING:
@@ -160,8 +160,9 @@ class Ablation:
         return sorted(set(numbers)) if len(numbers) == len(values) and len(set(numbers)) > 1 else []
 
     def plots(self, size: tuple[float, float] = (7, 4.2)) -> Iterator[tuple[str, "Figure"]]:
-        """The name of each result and a plot of its means, with a line for each combination of the other keys' values.
-        None where nothing numeric was varied. size: in inches."""
+        """The name of each result and a plot of its means, with a line for each combination of the other keys' values,
+        which is named by its first run where that would be long. None where nothing numeric was varied. size:
+        in inches."""
         key = self.plotted_key
         if key is None:
             return
@@ -170,14 +171,17 @@ class Ablation:
         places = self._numbers(key)
         for result in self.results:
             points: dict[str, list[tuple[mean_plots.Place, float, float]]] = {}
+            names: dict[str, str] = {}
             for group in self.groups:
                 others = [f"{head(other)} {shown(value)}" for other, value in group.varied.items() if other != key]
                 others += [f"step {group.step:,}"] if self._has_steps else []
                 cell, place = self.mean(group, result), group.varied[key]
                 if isinstance(place, int | float):
-                    of_line = points.setdefault(", ".join(others), [])
+                    line = ", ".join(others)
+                    names.setdefault(line, line if len(line) <= MAX_LABEL else group.run)
+                    of_line = points.setdefault(line, [])
                     of_line += [] if cell is None else [(place, cell.mean, cell.std or 0.0)]
-            lines = [mean_plots.Line(name, of_line) for name, of_line in points.items()]
+            lines = [mean_plots.Line(names[line], of_line) for line, of_line in points.items()]
             name = self.result_head(result)
             unit = " (%)" if result["name"].endswith(("_top1", "_top5")) else ""
             logarithmic = mean_plots.is_geometric(places)

@@ -118,9 +118,13 @@ class Study(Section):
             for axis in self.axes.keys() - {*named, *single}:
                 raise ValueError(f"table: axis {axis} is in no row, column or mean; add it to rows")
         if self.figure is not None:
-            gain = [] if self.figure.gain is None else [self.figure.gain.axis]
-            for axis in (self.figure.x, self.figure.by, *gain):
+            gain = self.figure.gain
+            for axis in (self.figure.x, self.figure.by, *([] if gain is None else [gain.axis])):
                 self._require("figure", axis)
+            if gain is not None:
+                for key, value in (("of", gain.of), ("over", gain.over)):
+                    if value not in self.values(gain.axis):
+                        raise ValueError(f"figure.gain.{key}: {value!r} is none of {self.values(gain.axis)}")
             if self.figure.column not in {measure.column for measure in self.measures}:
                 raise ValueError(f"figure.column: {self.figure.column} is the column of no measure")
         return self
@@ -253,6 +257,7 @@ def read(path: Path, further: Sequence[str] = ()) -> tuple[Study, list[Training]
         raise UserError(f"study {path}: must be a mapping with title, axes, measures; see configs/studies/")
     study = validate(Study, tree, f"study {path}: ")
     for labels in study.combinations():
+        _refuse_run_dir(study, path, labels, further)
         _refuse_set_twice(study, path, labels, further)
     trainings = [_training(study, path, labels, further) for labels in study.combinations()]
     if not trainings:
@@ -267,6 +272,13 @@ def read(path: Path, further: Sequence[str] = ()) -> tuple[Study, list[Training]
         except UserError as error:
             raise UserError(f"study {path}: measures.{number}: {error}") from None
     return study, trainings
+
+
+def _refuse_run_dir(study: Study, path: Path, labels: Labels, further: Sequence[str]) -> None:
+    """Raises `UserError` where `run_dir` is set, which a study makes of its folder for each combination."""
+    for word in [*words(study.overrides_of(labels)), *further]:
+        if word.partition("=")[0] == "run_dir":
+            raise UserError(f"study {path}: {word}: a study names the folders of its runs; write folder: in the file")
 
 
 def _refuse_set_twice(study: Study, path: Path, labels: Labels, further: Sequence[str]) -> None:
@@ -315,7 +327,7 @@ def _refuse_made_twice(study: Study, path: Path, trainings: Sequence[Training]) 
 def _training(study: Study, path: Path, labels: Labels, further: Sequence[str]) -> Training:
     try:
         name = study.config.format(**{axis: _in_names(value) for axis, value in labels.items()})
-    except (KeyError, IndexError, ValueError):
+    except (KeyError, IndexError, ValueError, AttributeError):
         raise UserError(
             f"study {path}: config = {quoted(study.config)}: names what is no axis; there are {', '.join(study.axes)}"
         ) from None
