@@ -139,6 +139,24 @@ def test_which_of_several_columns(tmp_path):
     assert opened(tmp_path / "cifar").classes == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("kind", ["parquet", "huggingface"])
+def test_another_column_of_the_same_rows_is_converted(tmp_path, kind, capsys):
+    """Rows without a path have the same names in both columns, and the file is the same."""
+    images = [save(tmp_path / f"{i}.png", picture(8, 8, i)).read_bytes() for i in range(2)]
+    rows = {"image": pa.array(images), "mask": pa.array(images[::-1])}
+    if kind == "parquet":
+        root = write(tmp_path / "in" / "train.parquet", rows)
+    else:
+        root = tmp_path / "in"
+        datasets.Dataset(pa.table(rows)).save_to_disk(root)
+    for key in ("image", "mask", "mask"):
+        capsys.readouterr()
+        run(kind, root, tmp_path / "out", image_key=key, progress=True)
+        first = picture(8, 8, 0 if key == "image" else 1)
+        assert Beton(tmp_path / "out" / "unlabeled.beton").sample(0).tobytes() == first.tobytes()
+    assert "complete, kept: names, sizes and times" in capsys.readouterr().err
+
+
 def test_a_class_label_without_a_name(tmp_path):
     meta = {"info": {"features": {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["a", "b"]}}}}
 

@@ -116,7 +116,8 @@ def _source(
     splits: dict[str, Images] = {}
     labels: dict[str, list[Label]] = {}
     for split, files in files_of.items():
-        stamps = stamps_of(folder, files)
+        # Two columns may hold images in the same rows: without its name, one would pass for the other.
+        stamps = f"{stamps_of(folder, files)} {columns.image}"
         names, own, paths = list[str](), list[Label](), list[str]()
         for file in files:
             schema = format.schema(folder / file)
