@@ -245,6 +245,20 @@ def test_nothing_slow_stands_between_the_file_and_the_record(tmp_path, monkeypat
     assert calls == ["measure", "publish", "save", "publish", "save"]
 
 
+def test_another_split_for_pretraining_is_measured(tmp_path, capsys):
+    """It is kept, and mean and deviation in dataset.json are those of a split that is gone."""
+    source, out = simple_folder(tmp_path / "source", per_class=3), tmp_path / "out"
+    expected = run("folder", source, out)
+    for i in range(3):
+        save(source / "unlabeled" / f"{i}.png", picture(8, 8, 50 + i))
+    of_unlabeled = run("folder", source, out)
+    assert (of_unlabeled.pretraining, of_unlabeled.measured_images) == ("unlabeled", 3)
+    shutil.rmtree(source / "unlabeled")
+    capsys.readouterr()
+    assert run("folder", source, out, progress=True) == expected == manifest.load(out)
+    assert "train.beton: complete, kept" in capsys.readouterr().err and of_unlabeled.mean != expected.mean
+
+
 # --------------------------------------------------------------------------------------------------- damaged images
 
 

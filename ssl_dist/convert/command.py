@@ -142,8 +142,10 @@ def convert(
                 continue
             record = kept(path, splits[split], images, options) if split in splits else None
             if record is not None and previous is not None:
-                if split == roles.pretraining:
+                if split == previous.pretraining == roles.pretraining:
                     moments: Moments = (previous.mean, previous.std, previous.measured_images)
+                elif split == roles.pretraining:  # what was measured was another split
+                    moments = measure(Beton(path), options.workers)
             else:
                 # All that takes time is done before the file takes its place: dataset.json follows at once. Who is
                 # killed between the two leaves a pair of which readers and the next run see that it is none.
