@@ -373,6 +373,21 @@ def test_a_picture_over_the_limit(tmp_path, recwarn):
         assert f"--max-pixels {value}" in refusal("folder", source, tmp_path / "out", max_pixels=value)
 
 
+def test_the_remedy_reads_a_picture_that_was_left_out_before(tmp_path, capsys):
+    source, out = simple_folder(tmp_path / "source", per_class=1, splits=("train",)), tmp_path / "out"
+    huge(source / "train" / "red" / "huge.png", 2000)
+    (source / "train" / "red" / "empty.png").touch()
+    options = {"max_side": 100, "skip_damaged": True, "progress": True}
+    record = run("folder", source, out, max_pixels=3_999_998, **options).splits["train"]
+    assert "--max-pixels 4000000 reads it" in record.skipped["train/red/huge.png"] and record.count == 2
+    inode = stored(out)[0]
+    run("folder", source, out, max_pixels=3_999_998, **options)
+    assert "train.beton: complete, kept" in capsys.readouterr().err and stored(out)[0] == inode
+    record = run("folder", source, out, max_pixels=4_000_000, **options).splits["train"]
+    assert "huge.png was left out of it and can be read now; converting it again" in capsys.readouterr().err
+    assert list(record.skipped) == ["train/red/empty.png"] and record.count == 3
+
+
 def test_what_readers_would_refuse_is_not_stored(tmp_path, monkeypatch):
     monkeypatch.setattr("ssl_dist.convert.encode.MAX_STORED_PIXELS", 10_000)
     source = tmp_path / "source"

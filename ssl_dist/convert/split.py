@@ -78,11 +78,11 @@ def kept(path: Path, recorded: SplitRecord, images: Images, options: Options) ->
     must be made again, and the reason was reported.
 
     What is compared: the names, the labels and what `Images.stamps` tells; where that differs or is not known, the
-    bytes of all images of the source.
+    bytes of all images of the source. Images that were left out are tried again: --max-pixels may let them in now.
     """
     stamps = images.stamps()
     unchanged = stamps is not None and stamps == recorded.stamps and not options.recheck
-    reason = _difference(path, recorded, images, options)
+    reason = _difference(path, recorded, images, options) or _readable_now(path, recorded, images, options)
     if not reason and not unchanged and _contents(path.stem, images, options) != recorded.contents:
         reason = f"{path}: the images of the source are others than those that it was made of"
     if reason:
@@ -118,6 +118,18 @@ def _difference(path: Path, recorded: SplitRecord, images: Images, options: Opti
             digest.add(*sample)
             counter.update(1)
     return "" if digest.hexdigest() == recorded.sha256 else f"{path}: damaged"
+
+
+def _readable_now(path: Path, recorded: SplitRecord, images: Images, options: Options) -> str:
+    """The first image that was left out of the file and can be stored now, in words; empty: there is none."""
+    if not recorded.skipped:
+        return ""
+    for i, load in enumerate(itertools.chain.from_iterable(images.loaders(IMAGES_PER_TASK))):
+        if printable(images.names[i]) in recorded.skipped and not isinstance(
+            _encoded(options.encoding, load)[1], UnfitImage
+        ):
+            return f"{path}: {images.describe(i)} was left out of it and can be read now"
+    return ""
 
 
 def _contents(split: str, images: Images, options: Options) -> str:
