@@ -82,13 +82,24 @@ def test_what_changes_the_numbers_is_refused_by_name(tmp_path, changes, key):
 
 
 @pytest.mark.parametrize(
-    "scheduled", [{"optim__schedule": "cosine"}, {"method__name": "relic"}, {"method__name": "sela"}]
-)
+    "scheduled",
+    [
+        {"optim__schedule": "cosine"}, {"method__name": "relic"}, {"method__name": "sela"},
+        {"optim__weight_decay": 0.04, "optim__weight_decay_final": 0.4}, {"optim__weight_decay_final": 1e-6},
+    ],
+)  # fmt: skip
 def test_a_scheduled_run_may_not_grow(tmp_path, scheduled):
     run_folder.claim(tmp_path)
     trained(tmp_path, **scheduled)
     with pytest.raises(UserError, match=r"optim\.epochs"):
         run_folder.accept(tmp_path, make(**scheduled, optim__epochs=4))
+
+
+def test_a_weight_decay_that_ends_where_it_begins_may_grow(tmp_path):
+    run_folder.claim(tmp_path)
+    same = {"optim__weight_decay": 0.04, "optim__weight_decay_final": 0.04}
+    trained(tmp_path, **same)
+    run_folder.accept(tmp_path, make(**same, optim__epochs=4))
 
 
 def test_one_writer_at_a_time_and_the_lock_ends_with_its_owner(tmp_path):

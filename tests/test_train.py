@@ -150,12 +150,11 @@ def test_the_same_command_again_is_done_at_once_and_says_how_to_go_on(uninterrup
     assert f"folder  {run}: resumes after step 6\n" in capfd.readouterr().err
 
 
-def test_a_schedule_that_spans_the_training_is_said_of_a_finished_run(digits, tmp_path, capfd):
+@pytest.mark.parametrize("schedule", ["optim.schedule=cosine", "optim.weight_decay_final=0.4"])
+def test_a_schedule_that_spans_the_training_is_said_of_a_finished_run(digits, tmp_path, capfd, schedule):
     for _ in range(2):
-        assert run_training(digits, tmp_path / "run", "optim.steps=1", "optim.schedule=cosine") == 0
-    assert (
-        "Its length is that of optim.schedule=cosine: a longer training needs another run_dir" in capfd.readouterr().err
-    )
+        assert run_training(digits, tmp_path / "run", "optim.steps=1", schedule) == 0
+    assert f"Its length is that of {schedule}: a longer training needs another run_dir" in capfd.readouterr().err
 
 
 def test_the_commands_that_train_ends_with_work(digits, tmp_path, capfd):

@@ -172,12 +172,18 @@ def _may_differ(key: str, saved: Config, old: object, new: object) -> bool:
         return True
     if key not in ("optim.epochs", "optim.steps") or not isinstance(old, int) or not isinstance(new, int):
         return False
-    return new >= old and can_be_prolonged(saved)
+    # a longer training begins with the same steps where nothing in it depends on its length
+    return new >= old and not spans_training(saved)
 
 
-def can_be_prolonged(config: Config) -> bool:
-    """Whether a longer training begins with the same steps: nothing in it depends on its length."""
-    return config.optim.schedule == "constant" and not methods.find(config.method.name).fixed_length
+def spans_training(config: Config) -> str:
+    """What in the config depends on the length of the training, in words; empty where nothing does."""
+    optim, method = config.optim, config.method.name
+    if optim.schedule != "constant":
+        return f"optim.schedule={optim.schedule}"
+    if optim.weight_decay_final not in (None, optim.weight_decay):
+        return f"optim.weight_decay_final={optim.weight_decay_final:g}"
+    return f"a schedule of {method}" if methods.find(method).fixed_length else ""
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, object]:

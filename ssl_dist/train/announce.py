@@ -6,7 +6,7 @@ import torch
 
 from ssl_dist.results import suggestion
 from ssl_dist.run.blueprint import RunPlan
-from ssl_dist.run.folder import can_be_prolonged
+from ssl_dist.run.folder import spans_training
 from ssl_dist.train import advice
 from ssl_dist.train.state import TrainState
 from ssl_dist.views import shown
@@ -48,9 +48,8 @@ def beginning(run: TrainState) -> str:
 
 
 def _prolong(plan: RunPlan) -> str:
-    optim, method = plan.config.optim, plan.config.method.name
-    if not can_be_prolonged(plan.config):
-        what = f"optim.schedule={optim.schedule}" if optim.schedule != "constant" else f"a schedule of {method}"
+    optim = plan.config.optim
+    if what := spans_training(plan.config):
         return f"Its length is that of {what}: a longer training needs another run_dir"
     length = f"optim.epochs={2 * optim.epochs}" if optim.epochs else f"optim.steps={2 * (optim.steps or 0)}"
     return f"To go on: {length}; to start anew: another run_dir"
