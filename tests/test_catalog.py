@@ -24,7 +24,12 @@ from ssl_dist.data.catalog import CATALOG, SplitRoles, split_roles
     ],
 )
 def test_splits(name, present, expected):
-    assert split_roles(name, present) == SplitRoles(*expected)
+    assert split_roles(name, dict.fromkeys(present, True)) == SplitRoles(*expected)
+
+
+@pytest.mark.parametrize("name", ["birds", "cifar10"])
+def test_a_test_split_without_labels_evaluates_nothing(name):
+    assert split_roles(name, {"train": True, "val": True, "test": False}) == SplitRoles("train", "train", "val")
 
 
 @pytest.mark.parametrize("name", CATALOG)

@@ -417,6 +417,7 @@ def test_a_test_split_without_labels_evaluates_nothing(tmp_path):
         make_shards.tar(tmp_path / "in" / f"{split}.tar", members(2, label=lambda i, label=label: label))
     converted = run("webdataset", tmp_path / "in", tmp_path / "out")
     assert list(converted.splits) == ["train", "val", "test"] and converted.evaluation == "val"
+    assert Dataset(tmp_path / "out").uses.evaluation == "val"
 
 
 # ------------------------------------------------------------------------------------------- what a sample is made of

@@ -112,9 +112,7 @@ def convert(
         options.report(f"--root {root}: ignored: {line}")
     for line in source.notes:
         options.report(f"--root {root}: {line}")
-    # A test split without labels, as those of competitions, evaluates nothing.
-    serving = [split for split, images in source.splits.items() if split != "test" or (images.labels >= 0).any()]
-    roles = split_roles(name, serving)
+    roles = split_roles(name, {split: bool((images.labels >= 0).any()) for split, images in source.splits.items()})
     if roles.pretraining not in source.splits:
         raise UserError(f"--root {root}: has neither train/ nor unlabeled/; looked for images to train on")
     if channels is not None:

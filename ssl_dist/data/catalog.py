@@ -1,6 +1,6 @@
 """What is known of the data sets by name: their splits, their sizes, how they are stored, and the papers' constants."""
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -139,10 +139,12 @@ class SplitRoles(NamedTuple):
     evaluation: str
 
 
-def split_roles(name: str, splits_present: Collection[str]) -> SplitRoles:
-    """The splits of data set `name`, of which `splits_present` were converted. What the catalog says where that split
-    is present, else the rule for a folder of one's own: pre-training on unlabeled, else train; training on train;
-    evaluation on test, else val."""
+def split_roles(name: str, have_labels: Mapping[str, bool]) -> SplitRoles:
+    """The splits of data set `name`; have_labels: whether each that was converted has a label of any image. What the
+    catalog says where that split is present, else the rule for a folder of one's own: pre-training on unlabeled, else
+    train; training on train; evaluation on test, else val. A test split without labels, as those of competitions,
+    evaluates nothing."""
+    splits_present = [split for split, has_labels in have_labels.items() if has_labels or split != "test"]
     default = SplitRoles(
         pretraining="unlabeled" if "unlabeled" in splits_present else "train",
         training="train",

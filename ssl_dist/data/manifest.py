@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from ssl_dist.config import NonNegativeInt, PositiveInt, Section, validate
 from ssl_dist.data.beton import RAW, Beton
+from ssl_dist.data.catalog import SplitRoles, split_roles
 from ssl_dist.errors import UserError
 from ssl_dist.reading import parse_json, read_text
 from ssl_dist.storage.durable import write_text
@@ -86,6 +87,11 @@ class Manifest(Section):
     paper_mean: list[float] | None
     paper_std: list[float] | None
     encoding: Encoding
+
+    @property
+    def uses(self) -> SplitRoles:
+        """The splits for pre-training, training and evaluation, of those that are here."""
+        return split_roles(self.name, {split: any(record.class_counts) for split, record in self.splits.items()})
 
     @model_validator(mode="after")
     def _channels_are_measured(self) -> Self:

@@ -51,7 +51,7 @@ class Dataset:
     @cached_property
     def uses(self) -> catalog.SplitRoles:
         """The splits for pre-training, training and evaluation."""
-        return catalog.split_roles(self.name, self.splits)
+        return self._manifest.uses
 
     def info(self, split: str) -> SplitInfo:
         """The facts about a split, whose file is compared with dataset.json."""

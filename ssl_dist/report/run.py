@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ssl_dist import config, evaluators, methods, results
 from ssl_dist.config import Config
-from ssl_dist.data import catalog, manifest
+from ssl_dist.data import manifest
+from ssl_dist.data.catalog import SplitRoles
 from ssl_dist.errors import UserError
 from ssl_dist.reading import json_lines
 from ssl_dist.report import pictures
@@ -42,6 +43,7 @@ class Run:
     checkpoint: str | None = None  # name of the newest valid one
     digest: str | None = None  # its SHA-256
     labelled: dict[str, bool] = field(default_factory=dict)  # by split; empty: the data set is not at data.root now
+    uses: SplitRoles | None = None  # of the splits; None: the data set is not there
     notes: dict[str, list[str]] = field(default_factory=dict)
     label: str | None = None  # a short name beside other runs; None: its name
 
@@ -89,9 +91,8 @@ class Run:
         """The command that measures it by these evaluators, or where its data set has no labels by those that need
         none, between backticks."""
         words = [*with_labels]
-        if self.labelled:
-            uses = catalog.split_roles(self.config.data.name or "", self.labelled)
-            words = suggestion.evaluators(self.labelled, uses, with_labels)
+        if self.uses is not None:
+            words = suggestion.evaluators(self.labelled, self.uses, with_labels)
         return command(self, "evaluate", *words)
 
     def note(self, part: str, sentence: str) -> None:
@@ -137,6 +138,7 @@ def _read_data(run: Run) -> None:
         dataset = manifest.load(run.config.data.root)
         if run.config.data.name not in (None, dataset.name):
             return
+        run.uses = dataset.uses
         run.labelled = {split: record.labelled for split, record in dataset.splits.items()}
         for split, record in dataset.splits.items():
             if record.skipped:
