@@ -320,7 +320,8 @@ def test_a_step_is_as_long_as_its_clipped_gradient(digits, tmp_path):
 
 def test_weight_decay_and_rates_by_depth_reach_the_optimizer(digits, tmp_path):
     words = "optim.name=adamw", "optim.weight_decay=0.1", "optim.weight_decay_final=0.3", "optim.layer_decay=0.5"
-    trained(digits, tmp_path / "run", "simclr", *words)
+    *_, lines = trained(digits, tmp_path / "run", "simclr", *words)
+    assert [line["lr"] for line in lines] == [1e-3] * 3, "that of parameters without a factor of their own"
     groups = checkpoint.load(checkpoint.newest(tmp_path / "run"))["optimizer"]["param_groups"]
     rates = sorted({group["lr"] for group in groups})
     assert rates[-1] == 1e-3 and rates[-2] == 5e-4 and len(rates) > 2

@@ -198,7 +198,9 @@ class TrainState:
 
     def _line(self, log: RunLog, clock: Clock, loss: Tensor, output: Output) -> Callable[[], None]:
         """What writes the line of a step."""
-        metrics = {"loss": loss, "lr": self.optimizer.param_groups[0]["lr"], **output.metrics}
+        # of the step just taken; a group may have a factor of its own, or one rate throughout
+        rate = optim.lr(self.config.optim, dataclasses.replace(clock, step=clock.step - 1))
+        metrics = {"loss": loss, "lr": rate, **output.metrics}
         if self.grad_norm is not None:
             metrics["grad_norm"] = self.grad_norm
         if self.scaler.is_enabled():
