@@ -59,7 +59,7 @@ def write_folder(root, make, per_class=(6, 3), classes=2):
 PIXELS = levels(5, 7, 4)
 EIGHT = levels(5, 7, 4, bits=8)
 PLANES = np.moveaxis(PIXELS, -1, 0)
-RGB, BLACK = {"photometric": "rgb"}, {"photometric": "minisblack"}
+RGB, BLACK, WHITE = {"photometric": "rgb"}, {"photometric": "minisblack"}, {"photometric": "miniswhite"}
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,15 @@ RGB, BLACK = {"photometric": "rgb"}, {"photometric": "minisblack"}
         "tiff of rgb": (tiff(PIXELS[..., :3], **RGB), PIXELS[..., :3]),
         "tiff packed": (tiff(PLANES, compression="lzw", **BLACK), PIXELS),
         "tiff of other ends": (tiff(PLANES, byteorder=">", **BLACK), PIXELS),
+        "tiff of 16 bits whose white is zero": (tiff(PLANES, **WHITE), 65535 - PIXELS),
+        "tiff of 8 bits whose white is zero": (
+            data := tiff(EIGHT[..., 0], **WHITE),
+            np.asarray(Image.open(io.BytesIO(data)))[..., None],
+        ),
+        "tiff of 4 bits whose white is zero": (
+            tiff(EIGHT[..., 0] >> 4, bitspersample=4, **WHITE),
+            15 - (EIGHT[..., :1] >> 4),
+        ),
         "big tiff": (tiff(PLANES, bigtiff=True, **BLACK), PIXELS),
         "png of gray": (png16(PIXELS[..., 0]), PIXELS[..., :1]),
         "png of rgb": (png16(PIXELS[..., :3]), PIXELS[..., :3]),
@@ -104,6 +113,10 @@ def test_files_are_read_as_they_are(data, expected):
         "version": (b"\x93NUMPY\x09\x00" + bytes(200), "version"),
         "pages": (tiff(PIXELS, **BLACK), "has 5 channels, not the 4"),  # [H, W, C] taken for five pages of 7 x 4
         "tiff of floats": (tiff(PLANES.astype(np.float32), **BLACK), "holds float32"),
+        "tiff of samples whose white is zero": (
+            tiff(PIXELS, planarconfig="contig", **WHITE),
+            "4 samples whose white is zero; save them as MinIsBlack",
+        ),
         "tiff that is cut": (tiff(PIXELS, planarconfig="contig", compression="zlib", **BLACK)[:-40], "can not be read"),
         "large": (tiff(levels(4, 2000, 2000, bits=8), compression="zlib", **BLACK), "--max-pixels 4000000 reads it"),
         "large png": (png16(levels(1001, 1000)), "--max-pixels 1001000 reads it"),

@@ -1,7 +1,7 @@
 """Images of C channels with 8 or 16 bits out of their files: arrays (npy), TIFF, PNG, and 8 bits of what Pillow reads.
 
 The channels of an array [H, W, C] are its last axis; those of a TIFF file the samples of its pages, page after page.
-Nothing is unpickled, and no value is scaled.
+Nothing is unpickled, and no value is scaled; where white is zero (TIFF), values are turned round.
 """
 
 import io
@@ -25,7 +25,7 @@ SUFFIX = ".npy"  # beside those of pictures
 _NPY, _PNG, _TIFF = b"\x93NUMPY", b"\x89PNG\r\n\x1a\n", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _SMALL_OR_MASK = 5  # bits of a TIFF page's subfile type: a copy of another page, a mask
 _MAX_PAGES = 256  # with small copies and masks
-_PALETTE = 3  # of a TIFF page's photometric interpretation
+_WHITE_IS_ZERO, _PALETTE = 0, 3  # of a TIFF page's photometric interpretation
 # numpy reads a header by `ast.literal_eval`, whose depth CPython 3.11.7 counts for all threads together and then raises
 # SystemError (gh-106905).
 _header_lock = threading.Lock()
@@ -103,10 +103,14 @@ def _of_page(page: Any, max_pixels: int) -> np.ndarray:
     """uint8 or uint16 [H, W, samples]."""
     if page.axes not in ("YX", "YXS", "SYX") or page.photometric == _PALETTE:
         raise UnfitImage(f"has pages of axes {page.axes}, of photometry {int(page.photometric)}; save Y, X and samples")
+    if page.photometric == _WHITE_IS_ZERO and page.samplesperpixel > 1:  # nothing tells of which of them that holds
+        raise UnfitImage(f"has pages of {page.samplesperpixel} samples whose white is zero; save them as MinIsBlack")
     _require_levels(np.dtype(page.dtype))
     if (number := page.imagewidth * page.imagelength) > max_pixels:
         raise _over_limit(str(number))
     pixels = page.asarray()
+    if page.photometric == _WHITE_IS_ZERO:
+        pixels = pixels.dtype.type((1 << page.bitspersample) - 1) - pixels
     return {"YX": pixels[..., None], "YXS": pixels, "SYX": np.moveaxis(pixels, 0, -1)}[page.axes]
 
 
