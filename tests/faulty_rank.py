@@ -119,13 +119,13 @@ def stuck_in_the_save(folder):
 def slow_pictures(folder):
     from ssl_dist.train.state import TrainState
 
-    show_images = TrainState.show_images
+    show_images = TrainState._show_images
 
     def slow(self, log, clock):
         time.sleep(9)
         show_images(self, log, clock)
 
-    TrainState.show_images = slow
+    TrainState._show_images = slow
 
 
 def killed_in_the_extraction(folder):

@@ -60,6 +60,15 @@ def test_mae_draws_what_it_sees_and_predicts(digits, tmp_path, precision):
     assert "<h3>training</h3>" in page and "drawn after step 4" in page and "of which checkpoint" not in page
 
 
+def test_they_come_after_their_epochs_whichever_steps_are_logged(digits, tmp_path):
+    run = tmp_path / "run"
+    assert train(settings(digits, run, "simclr-conv4", "log.every_steps=3")) == 0
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == [1, 3, 4]
+    assert [event.step for event in board.Images("views")] == [1, 2, 4]
+
+
 def drawing(self, batch):
     """Passes the images, which would move BatchNorm's running statistics in training mode."""
     assert not self.training and not torch.is_grad_enabled()

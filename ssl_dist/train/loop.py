@@ -133,6 +133,8 @@ def fit(run: TrainState, stop: StopRequest) -> int:
             run.teach_probe(batch)
             if clock.step == 1 or clock.done or clock.due(settings.log.every_steps):
                 run.write(log, clock, output)
+            if clock.step == 1 or clock.due(every_epochs=settings.log.images_every_epochs):
+                run.show_images(log, clock)
             if clock.due(every_epochs=settings.log.filters_every_epochs):
                 run.show_filters(log, clock)
             if clock.due(every_epochs=settings.log.attention_every_epochs):

@@ -39,7 +39,6 @@ from ssl_dist.views import shown
 
 ANEW = "begin anew in another run_dir with a lower optim.lr or precision=fp32"
 
-
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SCALARS, ROWS = "the metrics", "rows of the representations"  # beside the histograms' names, in one copy to the host
 
@@ -192,9 +191,6 @@ class TrainState:
         loss = self.world.all_reduce_mean(output.loss.detach())
         if log is not None:
             self._unwritten = self._line(log, clock, loss, output)
-        if clock.step == 1 or clock.due(every_epochs=self.config.log.images_every_epochs):
-            with self.world.state.phase_of("the pictures", watchdog.SAVE_TIMEOUT_S):
-                self.world.on_rank0(lambda: self.show_images(log, clock))
 
     def _line(self, log: RunLog, clock: Clock, loss: Tensor, output: Output) -> Callable[[], None]:
         """What writes the line of a step."""
@@ -227,7 +223,12 @@ class TrainState:
         if write is not None:
             write()
 
-    def show_images(self, log: RunLog | None, clock: Clock, num_images: int = 8) -> None:
+    def show_images(self, log: RunLog | None, clock: Clock) -> None:
+        """The pictures of `_show_images`. Every rank takes part; rank 0 draws."""
+        with self.world.state.phase_of("the pictures", watchdog.SAVE_TIMEOUT_S):
+            self.world.on_rank0(lambda: self._show_images(log, clock))
+
+    def _show_images(self, log: RunLog | None, clock: Clock, num_images: int = 8) -> None:
         """All views of the first images of this step, also those that other ranks hold, and what the method draws of
         them: TensorBoard, views.png and figures/. Nothing that the training depends on is changed."""
         assert log is not None, "rank 0 has the log"
