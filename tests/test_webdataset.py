@@ -201,7 +201,8 @@ def test_a_set_of_the_catalog_in_shards_is_told_the_command(written, tmp_path):
         ("imagenet1k-train-0000.tar imagenet1k-train-0001.tar imagenet1k-validation-00.tar", {"train": 2, "val": 1}),
         ("train/0.tar train/1.tar test/0.tar", {"train": 2, "test": 1}),  # clip_benchmark
         ("data/train-000.tar data/dev-000.tar data/eval-000.tar", {"train": 1, "val": 1, "test": 1}),
-        ("training/a/0.tar training/b/0.tar Valid/test-0.tar", {"train": 2, "val": 1}),  # the folder counts
+        ("training/a/0.tar training/b/0.tar Valid/0.tar", {"train": 2, "val": 1}),
+        ("train/train_test.tar test/train_test.tar", {"train": 1, "test": 1}),  # the folder counts
         ("00000.tar 00001.tar", {"train": 2}),
         ("a/00000.tar b/00001.tar", {"train": 2}),
         ("cc3m_unlabeled_000.tar cc3m_train2017.tar", {"unlabeled": 1, "train": 1}),
@@ -240,6 +241,23 @@ def test_files_that_make_no_splits(tmp_path, names, words, remedy):
     if remedy is not None:
         assert remedy.format(tmp_path) in str(caught.value)
         shards.find(tmp_path / remedy.format(tmp_path).split()[1].strip("'"), ".tar")
+
+
+@pytest.mark.parametrize(("to", "splits"), [("val/val-0.tar", ["train", "val"]), ("training/1.tar", ["train"])])
+def test_a_file_and_its_folder_that_name_two_splits(tmp_path, to, splits):
+    """It is not of the folder's split without a word, and either remedy makes it of one."""
+    for name in ("training", "val"):
+        (tmp_path / name).mkdir()
+    for name in ("train-0.tar", "val-0.tar"):
+        (tmp_path / "training" / name).touch()
+    with pytest.raises(UserError) as caught:
+        shards.find(tmp_path, ".tar")
+    assert str(caught.value) == (
+        f"{tmp_path}/training/val-0.tar: its folder 'training' names the split train, and its own name val; put it "
+        "into a folder val/, or if it is of train, rename it without that word"
+    )
+    (tmp_path / "training" / "val-0.tar").rename(tmp_path / to)
+    assert list(shards.find(tmp_path, ".tar").splits) == splits
 
 
 @pytest.mark.parametrize(

@@ -67,8 +67,8 @@ def find(root: Path, suffix: str, unlabeled: bool = False) -> Shards:
     """The files with a suffix below a folder, or those of a pattern with *, ?, [] or {000..127}, or one file.
 
     A file is of the split that the innermost folder with a word of `SPLIT_OF_WORD` names, else of the one that its name
-    does. Where some have such a word, <split>-00000-of-00001 names a further split, and what is left is of none;
-    where none has, all are the split train. unlabeled: all are the split unlabeled.
+    does; both may not name different ones. Where some have such a word, <split>-00000-of-00001 names a further split,
+    and what is left is of none; where none has, all are the split train. unlabeled: all are the split unlabeled.
 
     Raises `NoShards`, and `UserError` for a name of two splits, a split in two folders, and parts that are missing.
     """
@@ -252,13 +252,24 @@ def _split_named(folder: Path, name: str) -> tuple[str, str] | None:
     """(split, the folder that holds it) by the words of a file's path."""
     parts = name.split(os.sep)
     for depth in [*range(len(parts) - 2, -1, -1), len(parts) - 1]:
-        text = parts[depth].lower()
-        named = {SPLIT_OF_WORD[word] for word in re.split(r"[^a-z]+", text) if word in SPLIT_OF_WORD}
+        named = _splits_in(parts[depth])
         if len(named) > 1:
             raise UserError(
                 f"{folder / name}: {quoted(parts[depth])} names the splits {' and '.join(sorted(named))}; put the "
                 "files of each split into a folder with its name"
             )
         if named:
-            return named.pop(), os.path.join(*parts[: depth + (depth < len(parts) - 1)], "").rstrip(os.sep)
+            split, own = named.pop(), _splits_in(parts[-1])
+            if own and split not in own:
+                other = " and ".join(sorted(own))
+                raise UserError(
+                    f"{folder / name}: its folder {quoted(parts[depth])} names the split {split}, and its own name "
+                    f"{other}; put it into a folder {min(own)}/, or if it is of {split}, rename it without that word"
+                )
+            return split, os.path.join(*parts[: depth + (depth < len(parts) - 1)], "").rstrip(os.sep)
     return None
+
+
+def _splits_in(part: str) -> set[str]:
+    """The splits that words of one part of a path name."""
+    return {SPLIT_OF_WORD[word] for word in re.split(r"[^a-z]+", part.lower()) if word in SPLIT_OF_WORD}
