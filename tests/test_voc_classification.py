@@ -1,6 +1,7 @@
 """One-vs-rest SVMs on frozen features: features, costs, the optimum, and the command from folder to results.json."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from ssl_dist.voc import classification, pretrained
 from ssl_dist.voc.data import CLASSES, read_split
 from ssl_dist.voc.metrics import classification_ap
 from tests.make_voc import voc_folder
+from tests.messages import naming
 
 
 def features(rows):
@@ -233,6 +235,21 @@ def test_what_the_command_refuses(voc, weights, tmp_path, capsys, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     assert "one process" in refused()
+
+
+def test_constants_that_no_rgb_pixels_of_0_to_1_have_are_refused(weights):
+    def refused(constants, *words):
+        with pytest.raises(UserError, match=naming(*words)) as caught:
+            pretrained.load(weights, ["backbone.name=resnet8", f"views.normalize={constants}"])
+        return str(caught.value)
+
+    levels = "{mean: [123.675, 116.28, 103.53], std: [58.395, 57.12, 57.375]}"
+    remedy = refused(levels, "views.normalize = {mean: [123.675", "pixels in 0..1").rpartition("it is ")[2]
+    load = partial(pretrained.load, weights)
+    assert load(["backbone.name=resnet8", f"views.normalize={remedy}"]).normalize.mean == (0.485, 0.456, 0.406)
+    for few in ("{mean: [0.5], std: [0.5]}", "{mean: [0, 0, 0, 0], std: [1, 1, 1, 1]}"):
+        refused(few, "channels, and the images have 3; give a value of each, or leave it out")
+    assert load(["backbone.name=resnet8"]).normalize.mean == (0.485, 0.456, 0.406), "as the message says"
 
 
 def test_the_metadata_of_an_exported_file(tmp_path):

@@ -272,23 +272,30 @@ class Statistics(Protocol):
 
 
 def normalization(config: Config, images: Statistics) -> Normalize:
-    """What `views.normalize` means for `images`. Raises `UserError` for values that pixels of 0 to 1 can not
-    have, as those of 0 to 255 are: the images would be all but constant; and for another number of channels."""
+    """What `views.normalize` means for `images`. Raises `UserError` as `check_constants` does."""
     normalize, channels = config.views.normalize, len(images.mean)
     if normalize == "dataset":
         return Normalize(mean=images.mean, std=images.std)
-    if isinstance(normalize, Normalize) and max(*map(abs, normalize.mean), *normalize.std) > 1:
+    if normalize == "none":
+        return Normalize(mean=(0.0,) * channels, std=(1.0,) * channels)
+    check_constants(normalize, channels, "views.normalize=dataset")
+    return normalize
+
+
+def check_constants(normalize: Normalize, channels: int, instead: str) -> None:
+    """Raises `UserError` for values of `views.normalize` that pixels of 0 to 1 can not have, as those of 0 to 255 are:
+    the images would be all but constant; and for another number of channels. instead: what else can be done then."""
+    if max(*map(abs, normalize.mean), *normalize.std) > 1:
         mean, std = ([round(value / 255, 6) for value in values] for values in (normalize.mean, normalize.std))
         raise UserError(
             f"views.normalize = {{mean: {list(normalize.mean)}, std: {list(normalize.std)}}}: is of pixels in 0..1, "
             f"where none of these is above 1; of pixels in 0..255 it is {{mean: {mean}, std: {std}}}"
         )
-    if isinstance(normalize, Normalize) and len(normalize.mean) != channels:
+    if len(normalize.mean) != channels:
         raise UserError(
             f"views.normalize: is of {len(normalize.mean)} channels, and the images have {channels}; give a value of "
-            "each, or views.normalize=dataset"
+            f"each, or {instead}"
         )
-    return Normalize(mean=(0.0,) * channels, std=(1.0,) * channels) if normalize == "none" else normalize
 
 
 # Sides of images that networks are made for, as a remedy where another one does not fit.

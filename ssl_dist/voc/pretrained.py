@@ -16,6 +16,7 @@ from ssl_dist.errors import UserError, quoted
 from ssl_dist.nn.backbone import Backbone
 from ssl_dist.run import encoder as run_encoder
 from ssl_dist.run import network
+from ssl_dist.run.blueprint import check_constants
 from ssl_dist.storage import hub, weights_file
 
 KEYS = ("backbone.name", "backbone.weights_prefix", "views.normalize")
@@ -90,4 +91,5 @@ def _normalize_and_step(path: Path, values: dict[str, str], metadata: dict[str, 
         if not isinstance(tree, dict):
             raise UserError(f"views.normalize = {quoted(tree)}: write {{mean: [r, g, b], std: [r, g, b]}}")
         normalize = validate(Normalize, tree, "views.normalize.")
+        check_constants(normalize, 3, "leave it out")
     return normalize, step
