@@ -4,8 +4,9 @@ import csv
 import json
 from types import SimpleNamespace
 
-from ssl_dist import report, results, text_table
+from ssl_dist import config, report, results, text_table
 from ssl_dist.grid import Grid
+from ssl_dist.run import folder
 from ssl_dist.slurm import status
 from ssl_dist.verify import command as verify
 
@@ -64,6 +65,30 @@ job   what      state              run          step  epoch  images/s  time left
 1234  evaluate  RUNNING (start 2)  runs/digits
 9     train     gone               runs/digits"""
     assert status.table([]) == expected
+
+
+def test_the_length_of_a_prolonged_run_is_that_of_its_newest_start(monkeypatch, tmp_path):
+    """config.yaml keeps the first; a start that is being noted does not count."""
+    monkeypatch.setattr(status.shutil, "which", lambda _: "/usr/bin/scontrol")
+    monkeypatch.setattr(status, "job_of", lambda job: {"JobState": "RUNNING"})
+    run = tmp_path / "run"
+    for name in ("slurm", "logs"):
+        (run / name).mkdir(parents=True)
+    (run / "slurm" / "jobs.jsonl").write_text('{"job": "17", "kind": "train"}\n')
+    line = {"step": 150, "epoch": 15.0, "seconds_per_step": 2.0, "images_per_s": 32.0}
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+
+    def of_length(steps):
+        tree = {"run_dir": "run", "data": {"name": "digits", "root": "d"}, "optim": {"epochs": None, "steps": steps}}
+        return config.validate(config.Config, tree)
+
+    (run / "config.yaml").write_text(config.dump(of_length(100)))
+    assert status.table([run]).splitlines()[1].split()[4:] == ["150/100", "15.0", "32", "0:00"], "no start is noted"
+    for steps in (100, 200):
+        folder.note_start(run, of_length(steps), 0, 1)
+    with open(run / "logs" / "starts.jsonl", "a") as file:
+        file.write('{"config": {"optim": {"st')
+    assert status.table([run]).splitlines()[1].split()[4:] == ["150/200", "15.0", "32", "1:40"]
 
 
 def test_of_a_certificate():

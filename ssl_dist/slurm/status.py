@@ -56,19 +56,30 @@ def _row(run: Path, job: str, kind: str) -> tuple[str, ...]:
 
 
 def _progress(run: Path) -> tuple[str, str, str, str]:
-    """Step, epoch, images a second and the time left, from the last line of metrics.jsonl and the config."""
+    """Step, epoch, images a second and the time left, from the last line of metrics.jsonl and the length."""
     try:
-        lines, settings = read_metrics(run / FILE)[0], config.load(run / "config.yaml")
+        lines, optim = read_metrics(run / FILE)[0], _optim(run)
     except (OSError, UserError):
         return "", "", "", ""
     speeds = ("seconds_per_step", "images_per_s")
     shown = [line for line in lines if line["epoch"] > 0 and all(is_finite(line.get(key)) for key in speeds)]
     if not shown:  # nothing yet
         return "", "", "", ""
-    optim, last = settings.optim, shown[-1]
+    last = shown[-1]
     total = optim.steps or round(optim.epochs * last["step"] / last["epoch"])
     left = (total - last["step"]) * last["seconds_per_step"]
     return (
         f"{last['step']}/{total}", f"{last['epoch']:.1f}", f"{last['images_per_s']:.4g}",
         duration(left) if left > 0 else "0:00",
     )  # fmt: skip
+
+
+def _optim(run: Path) -> config.Optim:
+    """The section `optim` of the newest start: config.yaml keeps that of the first, and a run may be prolonged."""
+    starts, _ = json_lines(
+        run / "logs" / "starts.jsonl",
+        lambda line: isinstance(line.get("config"), dict) and isinstance(line["config"].get("optim"), dict),
+    )
+    if not starts:
+        return config.load(run / "config.yaml").optim
+    return config.validate(config.Optim, starts[-1]["config"]["optim"], f"{run}/logs/starts.jsonl: optim.")
