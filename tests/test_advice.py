@@ -32,6 +32,11 @@ def warned(digits, tmp_path):
         ("optim.warmup_epochs=4", r"optim\.warmup_epochs = 4: the run ends after 4 epochs"),
         ("optim.schedule=step optim.milestone_epochs=[4,8]", r"optim\.milestone_epochs = \[4\.0, 8\.0\]: the"),
         ("optim.schedule=epoch_cosine optim.epochs=1", r"optim\.schedule = 'epoch_cosine': .*the run has 1;"),
+        ("optim.momentum=0.5", r"optim\.momentum = 0\.5: changes nothing, for adam does not read it"),
+        ("optim.lr_final=0.1", r"optim\.lr_final = 0\.1: changes nothing, for schedule constant does not"),
+        ("optim.lr_final=0.1 optim.schedule=step", r"optim\.lr_final = 0\.1: changes nothing, for schedule step"),
+        ("optim.milestones=[0.6]", r"optim\.milestones = \[0\.6\]: changes nothing, for schedule constant"),
+        ("optim.milestone_epochs=[2] optim.schedule=cosine", r"optim\.milestone_epochs = \[2\.0\]: changes nothing"),
         ("precision=bf16", r"precision = 'bf16': this CPU takes 3 times"),
         ("compile=true", r"compile = true: on a CPU, .* a step of conv4 takes as long or longer"),
     ],
@@ -63,13 +68,19 @@ def test_what_has_no_single_remedy(warned, overrides, words):
 
 def test_nothing_is_said_of_usual_settings(warned):
     assert warned("optim.warmup_epochs=1", "optim.schedule=cosine", "data.eval_resize=37", cpu=True) == []
+    assert (
+        warned("optim.name=sgd", "optim.lr=0.1", "optim.momentum=0.5", "optim.schedule=step", "optim.milestones=[0.6]")
+        == []
+    )
+    assert warned("optim.schedule=epoch_cosine", "optim.lr_final=0.1") == []
     assert warned("method={name: random_weights}", "optim.lr=1", "optim.warmup_epochs=9", cpu=True) == []
 
 
-def test_rates_of_all_configs_are_usual():
+def test_rates_of_all_configs_are_usual_and_all_their_keys_are_read():
     for path in Path("configs").rglob("*.yaml"):
         if "studies" not in path.parts:
             optim = config.load(path).optim
+            assert advice._unread(optim) == [], path
             low, high = usual.LEARNING_RATES[optim.name]
             assert low <= optim.peak_lr <= high, path
 

@@ -1,5 +1,6 @@
 """What is worth a second look before a run starts: settings that run, and that a reader of its numbers would regret."""
 
+import json
 import time
 
 import torch
@@ -7,7 +8,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssl_dist import backbones
-from ssl_dist.config import usual
+from ssl_dist.config import Optim, usual
 from ssl_dist.nn.shapes import without_values
 from ssl_dist.run.blueprint import RunPlan
 from ssl_dist.train import optim
@@ -23,7 +24,7 @@ def warnings(plan: RunPlan, on_this_cpu: bool) -> list[str]:
     measured where `precision` asks for 16 bits."""
     found = [_crop(plan), _top5(plan)]
     if plan.method_class.trainable:
-        found += [_rate(plan), _warmup(plan), _schedule(plan)]
+        found += [_rate(plan), _warmup(plan), _schedule(plan), *_unread(plan.config.optim)]
         if on_this_cpu:
             found += [_half_precision(plan.config.precision), _compile(plan)]
     return [sentence for sentence in found if sentence]
@@ -93,6 +94,28 @@ def _schedule(plan: RunPlan) -> str:
             "(optim.epochs)"
         )
     return ""
+
+
+def _unread(options: Optim) -> list[str]:
+    """Of keys that this optimizer or this schedule does not read. They are no error, for then a run that has them could
+    neither be resumed nor evaluated: its checkpoints hold the config, which is validated when they are read."""
+    by_name, by_schedule = options.name, f"schedule {options.schedule}"
+    readers = {
+        "momentum": (by_name, options.name in ("sgd", "lars")),
+        "lr_final": (by_schedule, options.schedule in ("cosine", "epoch_cosine")),
+        "milestones": (by_schedule, options.schedule == "step"),
+        "milestone_epochs": (by_schedule, options.schedule == "step"),
+    }
+    default, found = Optim(), []
+    for key, (reader, is_read) in readers.items():
+        value, usual_value = getattr(options, key), getattr(default, key)
+        if not is_read and value != usual_value:
+            text = json.dumps(usual_value, separators=(",", ":"))
+            found.append(
+                f"optim.{key} = {value}: changes nothing, for {reader} does not read it; the default is "
+                f"optim.{key}={text}"
+            )
+    return found
 
 
 def _half_precision(precision: str) -> str:
