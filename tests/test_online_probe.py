@@ -149,7 +149,7 @@ def test_its_accuracy_is_that_on_the_images_that_the_knn_holds_out(run, digits):
     values = logged(run)
     assert list(values) == [20, 40, 60, 80] and list(logged(run, online_knn.NAME)) == [40, 80]
     assert values[80] == pytest.approx(slow_accuracy(digits, run, last_state(run)))
-    assert values[80] > 40, "ten classes of digits"
+    assert values[80] > 25, "ten classes of digits, of which a guess has 10"
     plan = derive(settings(digits, run, "log.knn_every_epochs=2"), RankInfo())
     probes, knns = online_probe.chosen_images(plan), online_knn.chosen_images(plan)
     assert probes.are_those_of(knns) and probes.num_queries == 130
