@@ -110,6 +110,9 @@ class Steps(TrainState):
     def log(self) -> Any:
         return contextlib.nullcontext()
 
+    def show_images(self, *_: Any) -> None:
+        pass
+
     def write(self, *_: Any) -> None:
         pass
 

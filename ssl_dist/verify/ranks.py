@@ -102,6 +102,9 @@ class ComparedTraining(TrainState):
                 (deep if name.startswith("backbone.") else head)[name] = parameter.grad
         self.show(clock.step, loss={"loss": self.world.all_reduce_mean(output.loss.detach())}, head=head, deep=deep)
 
+    def show_images(self, log: RunLog | None, clock: Clock) -> None:
+        pass
+
     def save(self, clock: Clock, stop: StopRequest) -> None:
         pass
 
