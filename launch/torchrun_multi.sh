@@ -16,7 +16,7 @@
 # Environment, all optional:
 #   RESTARTS=0          how often torchrun starts the ranks again after a fault; they resume from the last checkpoint
 #   OMP_NUM_THREADS     threads of a rank; default: the cores that this script may use, divided by NPROC
-#   TORCH_CPP_LOG_LEVEL=ERROR   from where on messages of torch are shown
+#   TORCH_CPP_LOG_LEVEL=ERROR   least level of the messages of torch's C++ that are shown
 #   LOCAL_ADDR          address of this machine, where the others cannot resolve its name
 #   RDZV_ID=ssl_dist    name of the run, where several share an endpoint
 #   PYTHON              interpreter; default: .venv/bin/python of this checkout, else python3

@@ -155,6 +155,7 @@ def test_the_fuzzer_sees_every_broken_rule(fuzz):
         ("bench_step", ["--data", "nowhere"], "data.root = 'nowhere': there is no dataset.json in it"),
         ("bench_minutes", ["--data", "nowhere"], "data.root = 'nowhere': there is no dataset.json in it"),
         ("bench_memory", ["--data", "nowhere"], "data.root = 'nowhere': there is no dataset.json in it"),
+        ("bench_memory", ["--data", ".", "--steps", "2"], "--steps 2: give 3 or more; the first two are not read"),
         ("bench_ranks", ["--data", "nowhere"], "data.root = 'nowhere': there is no dataset.json in it"),
         ("bench_prediction", ["--data", "nowhere"], "data.root = 'nowhere': there is no dataset.json in it"),
         ("bench_views", ["--images", "nowhere"], "--images nowhere: no image files"),

@@ -26,6 +26,7 @@ import rows  # beside this file
 
 from ssl_dist import config, outcome
 from ssl_dist.data import manifest
+from ssl_dist.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = str(ROOT / "configs/cifar10/relational-conv4.yaml")
@@ -55,7 +56,7 @@ def main() -> int | None:
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)  # the folder that a rank writes its peaks to
     arguments, overrides = parser.parse_known_args()  # overrides may stand behind options
     if arguments.steps < 3:
-        parser.error("--steps: give 3 or more; the first two are not read")
+        raise UserError(f"--steps {arguments.steps}: give 3 or more; the first two are not read")
     unknown = [text for text in overrides if text.startswith("-") or "=" not in text]
     if unknown:
         parser.error(f"not a key=value: {unknown[0]}")

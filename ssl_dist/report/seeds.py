@@ -37,10 +37,9 @@ def over_seeds(runs: Sequence[Path]) -> list[dict]:
     trees: dict[str, dict[str, object]] = {}
     for run in runs:
         tree, records = _read(run)
-        settings = repr(sorted(tree.items()))  # two files may have their keys in another order
-        trees[settings] = tree
+        trees[repr(tree)] = tree
         for record in records:
-            by_seed = groups.setdefault((settings, *(record[key] for key in GROUP_KEYS)), {})
+            by_seed = groups.setdefault((repr(tree), *(record[key] for key in GROUP_KEYS)), {})
             seed = record["seed"]
             if seed in by_seed:
                 raise UserError(f"{run}: has the seed, {seed}, and the config of {by_seed[seed][0]}")

@@ -179,10 +179,14 @@ def load_others(path: Path, settings: Config, images: blueprint.Statistics) -> t
     if given.weights_prefix is not None or fitted.adapted:  # another network of the same file has other features
         sha256 = hashlib.sha256(f"{sha256} {given.weights_prefix} {fitted.adapted}".encode()).hexdigest()
     encoder = Encoder(module, settings, normalize, sha256, 0, path)
-    given_keys = settings.data.model_fields_set | settings.views.model_fields_set | ({"normalize"} if facts else set())
-    absent = [key for key in ("data.image_size", "views.normalize") if key.partition(".")[2] not in given_keys]
-    lack = f" ({' and '.join(absent)} not given: give what it was trained with)" if absent else ""
-    return encoder, f"{note}; images: {encoder.transform}{lack}"
+    return encoder, f"{note}; images: {encoder.transform}{_left_open(settings, bool(facts))}"
+
+
+def _left_open(settings: Config, says_normalize: bool) -> str:
+    """What nobody has said of the images of a file, in words. says_normalize: whether the file does."""
+    absent = ["data.image_size"] if "image_size" not in settings.data.model_fields_set else []
+    absent += ["views.normalize"] if "normalize" not in settings.views.model_fields_set and not says_normalize else []
+    return f" ({' and '.join(absent)} not given: give what it was trained with)" if absent else ""
 
 
 def features_path(folder: Path, dataset: Dataset, split: str, layer: str = features.OUTPUT) -> Path:
