@@ -93,7 +93,7 @@ BENCHES = {
     "bench_memory": Bench(
         [
             f"--data {CIFAR10}",
-            f"--data {CIFAR10} --config configs/cifar10/relational-conv4.yaml --grids 1x1",
+            f"--data {CIFAR10} --config configs/cifar10/relational-conv4.yaml --grids 1x1 2x1",
             f"--data {CIFAR10} --config configs/cifar10-short/mocov3-conv4.yaml backbone.name=resnet20 --grids 1x1",
             f"--data {CIFAR10} --config configs/cifar10-short/mae-vit_tiny_patch16_224.yaml --grids 1x1",
             f"--data {CIFAR10} --config configs/cifar10-short/supervised-conv4.yaml backbone.name=resnet50 --grids 1x1",

@@ -120,9 +120,8 @@ class InUse:
         _fields_ = [(name, ctypes.c_size_t) for name in MALLINFO2]
 
     def __init__(self) -> None:
-        self.peak = 0.0
         self._steps = 0
-        self._since_step = 0.0
+        self._most: dict[int, float] = {}  # by the number of optimizer steps before; its reader alone writes it
         self._mallinfo2 = ctypes.CDLL(None).mallinfo2
         self._mallinfo2.restype = self._MallInfo2
         self._end = threading.Event()
@@ -135,13 +134,17 @@ class InUse:
 
     def _read(self) -> None:
         while not self._end.wait(READ_EVERY_S):
-            self._since_step = max(self._since_step, self.now())
+            steps = self._steps
+            self._most[steps] = max(self._most.get(steps, 0.0), self.now())
+
+    @property
+    def peak(self) -> float:
+        """From the second step to the last: the first loads what is loaded once, and a picture of the views is drawn
+        behind it."""
+        return max(most for steps, most in self._most.items() if 2 <= steps < self._steps)
 
     def _at_step(self, *_: object) -> None:
-        if self._steps >= 2:  # the first loads what is loaded once, and a picture of the views is drawn behind it
-            self.peak = max(self.peak, self._since_step)
         self._steps += 1
-        self._since_step = 0.0
 
     def __enter__(self) -> "InUse":
         from torch.optim.optimizer import register_optimizer_step_post_hook

@@ -2,8 +2,8 @@
 
 Memory is counted, not guessed: forward and backward of the backbone run on torch's meta device, where tensors have a
 size but no bytes, and the largest sum of tensors alive at once is taken. Python, libraries and what an allocator keeps
-unused come on top. On a CPU, the ranks of six trainings had 1.00 to 1.05 times in use of what is counted:
-tools/bench_all.py --only bench_memory
+unused come on top. On a CPU, the ranks of six trainings had 1.00 to 1.07 times in use of what is counted, and those of
+a seventh, where the loss holds most beside a small network, 1.11 times: tools/bench_all.py --only bench_memory
 """
 
 import math
